@@ -1,0 +1,113 @@
+"""PyTorch and Hugging Face checkpoints -> ours. `python -m converters.from_torch SRC DIR`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import numpy as np
+from tyro.conf import Positional
+
+from converters import huggingface, torch_file
+from converters.mapping import rows, split_qkv
+from slimsam_jax import checkpoint, cli
+from slimsam_jax.errors import InputError
+from slimsam_jax.models import config as architecture
+from slimsam_jax.models.sam import Sam
+
+
+def load(source: Path | str) -> Sam:
+    """Loads any SAM we can read, float32, with its origin and sha256 in `provenance`.
+
+    Args:
+      source: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM
+        trains it, or a whole pickled module), a Hugging Face `SamModel` folder, or a
+        model folder of ours.
+
+    Raises:
+      InputError: missing, unreadable, or not a SAM; names what is missing and surplus.
+    """
+    source = Path(source).expanduser()
+    if not source.exists():
+        raise InputError(f"{source} does not exist")
+    if not source.is_dir():
+        sam = from_state_dict(torch_file.read(source), str(source))
+    elif _is_huggingface(source):
+        sam = _load_huggingface(source)
+    else:
+        return checkpoint.load(source)
+    return dataclasses.replace(sam, provenance={"source": source.name, "sha256": checkpoint.sha256(source)})
+
+
+def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict", **overrides: Any) -> Sam:
+    """Converts a `segment_anything` state dict.
+
+    Args:
+      state: {name: array}; `DataParallel`'s "module." is ignored.
+      where: what to call it in error messages.
+      overrides: fields of `Config` that shapes do not tell.
+
+    Raises:
+      InputError: a name missing or surplus, or a shape that fits no SAM.
+    """
+    state = split_qkv({re.sub(r"(^|\.)module\.", r"\1", name): array for name, array in state.items()})
+    for key in ("pixel_mean", "pixel_std"):  # buffers, present in whole modules only
+        if key in state:
+            overrides[key] = tuple(float(value) for value in state.pop(key).reshape(-1))
+    try:
+        config = dataclasses.replace(architecture.from_state_dict(state), **overrides)
+        table = rows(config)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    checkpoint.check_names(set(state), {row.name for row in table}, where)
+    return Sam(config, _params(config, state, table, where))
+
+
+def _params(config: architecture.Config, state: dict[str, np.ndarray], table: list, where: str) -> dict[str, Any]:
+    expected = flax.traverse_util.flatten_dict(checkpoint.abstract_params(config), sep="/")
+    params = {}
+    for row in table:
+        array = state[row.name].astype(np.float32)
+        try:
+            params[row.path] = row.to_ours(array)
+        except Exception:  # einops has its own error class; the shape is what the user needs
+            raise InputError(f"{where}: {row.name} has shape {array.shape}, which does not fit its place") from None
+    checkpoint.check_shapes({path: (array.shape, expected[path].shape) for path, array in params.items()}, where)
+    return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def _is_huggingface(folder: Path) -> bool:
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def _load_huggingface(folder: Path) -> Sam:
+    state, description = huggingface.read(folder)
+    decoder = description.get("mask_decoder_config", {})
+    overrides = huggingface.pixel_statistics(folder)
+    overrides["decoder_heads"] = decoder.get("num_attention_heads", 8)
+    state = {huggingface.to_segment_anything(name): array for name, array in state.items()}
+    return from_state_dict(state, str(folder), **overrides)
+
+
+def main(source: Positional[Path], folder: Positional[Path]) -> None:
+    """Convert a PyTorch or Hugging Face SAM into a model folder.
+
+    Args:
+      source: a .pth file or a Hugging Face SamModel folder.
+      folder: the model folder to write; must not exist or be empty.
+    """
+    cli.check_empty(folder)
+    sam = load(source)
+    checkpoint.save(sam, folder)
+    print(f"wrote {folder}: {sam.config.embed_dim} wide, {len(sam.config.blocks)} blocks, {sam.config.image_size} px")
+
+
+if __name__ == "__main__":
+    cli.run(main)

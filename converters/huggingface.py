@@ -1,0 +1,176 @@
+"""Hugging Face `SamModel` folders: names and configuration files. Needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from converters import torch_file
+from slimsam_jax.errors import InputError
+from slimsam_jax.models.config import GLOBAL, Config
+
+# segment_anything's part <-> Hugging Face's, after `image_encoder.` <-> `vision_encoder.`. {0}, {1}: any number.
+_PARTS = [
+    ("vision_encoder.patch_embed.proj.", "vision_encoder.patch_embed.projection."),
+    ("vision_encoder.blocks.{0}.norm{1}.", "vision_encoder.layers.{0}.layer_norm{1}."),
+    ("vision_encoder.blocks.{0}.", "vision_encoder.layers.{0}."),
+    ("vision_encoder.neck.0.", "vision_encoder.neck.conv1."),
+    ("vision_encoder.neck.1.", "vision_encoder.neck.layer_norm1."),
+    ("vision_encoder.neck.2.", "vision_encoder.neck.conv2."),
+    ("vision_encoder.neck.3.", "vision_encoder.neck.layer_norm2."),
+    ("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", "shared_image_embedding.positional_embedding"),
+    ("prompt_encoder.point_embeddings.", "prompt_encoder.point_embed."),
+    ("prompt_encoder.mask_downscaling.0.", "prompt_encoder.mask_embed.conv1."),
+    ("prompt_encoder.mask_downscaling.1.", "prompt_encoder.mask_embed.layer_norm1."),
+    ("prompt_encoder.mask_downscaling.3.", "prompt_encoder.mask_embed.conv2."),
+    ("prompt_encoder.mask_downscaling.4.", "prompt_encoder.mask_embed.layer_norm2."),
+    ("prompt_encoder.mask_downscaling.6.", "prompt_encoder.mask_embed.conv3."),
+    ("mask_decoder.transformer.layers.{0}.norm{1}.", "mask_decoder.transformer.layers.{0}.layer_norm{1}."),
+    ("mask_decoder.transformer.norm_final_attn.", "mask_decoder.transformer.layer_norm_final_attn."),
+    ("mask_decoder.output_upscaling.0.", "mask_decoder.upscale_conv1."),
+    ("mask_decoder.output_upscaling.1.", "mask_decoder.upscale_layer_norm."),
+    ("mask_decoder.output_upscaling.3.", "mask_decoder.upscale_conv2."),
+    *(
+        (f"mask_decoder.{mlp}.layers.{theirs}.", f"mask_decoder.{mlp}.{ours}.")
+        for mlp in ("output_hypernetworks_mlps.{0}", "iou_prediction_head")
+        for theirs, ours in (("0", "proj_in"), ("2", "proj_out"), ("1", "layers.0"))
+    ),
+]
+# The same positional matrix under a second name; transformers 4 writes both, 5 only the other one.
+_TWIN = "prompt_encoder.shared_embedding.positional_embedding"
+
+
+def to_huggingface(name: str) -> str:
+    """A `segment_anything` parameter name in Hugging Face's spelling."""
+    return _replace_part(re.sub(r"^image_encoder\.", "vision_encoder.", name), _PARTS)
+
+
+def to_segment_anything(name: str) -> str:
+    """Inverse of `to_huggingface`."""
+    parts = [(theirs, ours) for ours, theirs in _PARTS]
+    return re.sub(r"^vision_encoder\.", "image_encoder.", _replace_part(name, parts))
+
+
+def _replace_part(name: str, parts: list[tuple[str, str]]) -> str:
+    for source, target in parts:
+        pattern = re.escape(source).replace(r"\{0\}", r"(\d+)").replace(r"\{1\}", r"(\d+)")
+        match = re.match(pattern, name)
+        if match:
+            return target.format(*match.groups()) + name[match.end() :]
+    return name
+
+
+def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads the arrays (Hugging Face names) and `config.json` of a `SamModel` folder.
+
+    Raises:
+      InputError: no weights, or another model type.
+    """
+    description = json.loads((folder / "config.json").read_text())
+    if description.get("model_type") != "sam":
+        raise InputError(f"{folder} holds a {description.get('model_type')!r} model, not a SamModel")
+    index = folder / "model.safetensors.index.json"
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
+    state: dict[str, np.ndarray] = {}
+    if shards or (folder / "model.safetensors").exists():
+        for shard in shards or ["model.safetensors"]:
+            state |= load_file(folder / shard)
+    elif (folder / "pytorch_model.bin").exists():
+        state = torch_file.read(folder / "pytorch_model.bin")
+    else:
+        raise InputError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+    twin = state.pop(_TWIN, None)
+    if twin is not None:
+        state.setdefault("shared_image_embedding.positional_embedding", twin)
+    return state, description
+
+
+def pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:
+    """pixel_mean and pixel_std (0..255) from the folder's preprocessor file; {} if there is none."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            fields = json.loads((folder / name).read_text())
+            fields = fields.get("image_processor", fields)
+            if "image_mean" in fields:
+                to_bytes = lambda key: tuple(round(255 * value, 6) for value in fields[key])
+                return {"pixel_mean": to_bytes("image_mean"), "pixel_std": to_bytes("image_std")}
+    return {}
+
+
+def description(config: Config) -> dict[str, Any]:
+    """`config.json` of a uniform, square model for `SamModel.from_pretrained`."""
+    block = config.blocks[0]
+    windows = {b.window for b in config.blocks} - {GLOBAL}
+    common = {"hidden_size": config.out_chans}
+    return {
+        "architectures": ["SamModel"],
+        "model_type": "sam",
+        "vision_config": {
+            "model_type": "sam_vision_model",
+            "hidden_size": config.embed_dim,
+            "output_channels": config.out_chans,
+            "num_hidden_layers": len(config.blocks),
+            "num_attention_heads": block.heads,
+            "num_channels": 3,
+            "image_size": config.image_size[0],
+            "patch_size": config.patch_size,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-6,
+            "qkv_bias": True,
+            "use_abs_pos": True,
+            "use_rel_pos": True,
+            "mlp_dim": block.mlp_dim,
+            "mlp_ratio": block.mlp_dim / config.embed_dim,
+            "window_size": next(iter(windows), config.grid[0]),
+            "global_attn_indexes": [i for i, b in enumerate(config.blocks) if b.window == GLOBAL],
+            "num_pos_feats": config.out_chans // 2,
+        },
+        "prompt_encoder_config": common
+        | {
+            "image_size": config.image_size[0],
+            "patch_size": config.patch_size,
+            "mask_input_channels": config.mask_in_chans,
+            "num_point_embeddings": 4,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-6,
+        },
+        "mask_decoder_config": common
+        | {
+            "hidden_act": "relu",
+            "mlp_dim": config.decoder_mlp_dim,
+            "num_hidden_layers": config.decoder_depth,
+            "num_attention_heads": config.decoder_heads,
+            "attention_downsample_rate": 2,
+            "num_multimask_outputs": config.multimask_outputs,
+            "iou_head_depth": 3,
+            "iou_head_hidden_dim": config.iou_head_dim,
+            "layer_norm_eps": 1e-6,
+        },
+    }
+
+
+def preprocessor(config: Config) -> dict[str, Any]:
+    """`preprocessor_config.json` for `SamImageProcessor` and transformers.js."""
+    height, width = config.image_size
+    return {
+        "image_processor_type": "SamImageProcessor",
+        "processor_class": "SamProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": {"longest_edge": max(height, width)},
+        "pad_size": {"height": height, "width": width},
+        "mask_size": {"longest_edge": max(height, width) // 4},
+        "mask_pad_size": {"height": height // 4, "width": width // 4},
+        "image_mean": [value / 255 for value in config.pixel_mean],
+        "image_std": [value / 255 for value in config.pixel_std],
+    }
