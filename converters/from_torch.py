@@ -57,7 +57,9 @@ def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict",
     state = split_qkv({re.sub(r"(^|\.)module\.", r"\1", name): array for name, array in state.items()})
     for key in ("pixel_mean", "pixel_std"):  # buffers, present in whole modules only
         if key in state:
-            overrides[key] = tuple(float(value) for value in state.pop(key).reshape(-1))
+            overrides[key] = tuple(
+                round(float(value), 4) for value in state.pop(key).reshape(-1)
+            )  # 123.675, not its float32
     try:
         config = dataclasses.replace(architecture.from_state_dict(state), **overrides)
         table = rows(config)
@@ -71,13 +73,13 @@ def _params(config: architecture.Config, state: dict[str, np.ndarray], table: li
     expected = flax.traverse_util.flatten_dict(checkpoint.abstract_params(config), sep="/")
     params = {}
     for row in table:
-        array = state[row.name].astype(np.float32)
+        array = state[row.name]
         try:
             params[row.path] = row.to_ours(array)
         except Exception:  # einops has its own error class; the shape is what the user needs
             raise InputError(f"{where}: {row.name} has shape {array.shape}, which does not fit its place") from None
     checkpoint.check_shapes({path: (array.shape, expected[path].shape) for path, array in params.items()}, where)
-    return flax.traverse_util.unflatten_dict(params, sep="/")
+    return checkpoint.to_device(params)
 
 
 def _is_huggingface(folder: Path) -> bool:

@@ -96,9 +96,12 @@ def pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:
         if (folder / name).exists():
             fields = json.loads((folder / name).read_text())
             fields = fields.get("image_processor", fields)
-            if "image_mean" in fields:
-                to_bytes = lambda key: tuple(round(255 * value, 6) for value in fields[key])
-                return {"pixel_mean": to_bytes("image_mean"), "pixel_std": to_bytes("image_std")}
+            keys = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
+            return {
+                ours: tuple(round(255 * value, 4) for value in fields[theirs])
+                for ours, theirs in keys.items()
+                if theirs in fields
+            }
     return {}
 
 

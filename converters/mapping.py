@@ -88,7 +88,9 @@ MASK_DECODER = [
     ("iou_token.weight", "iou_token", "t c -> t c"),
     ("mask_tokens.weight", "mask_tokens", "t c -> t c"),
     *itertools.chain(*_CROSS),
-    *itertools.chain(*(_norm(f"transformer.layers.{{l}}.norm{k}", f"transformer/layers_{{l}}/norm{k}") for k in "1234")),
+    *itertools.chain(
+        *(_norm(f"transformer.layers.{{l}}.norm{k}", f"transformer/layers_{{l}}/norm{k}") for k in "1234")
+    ),
     *_layer("transformer.layers.{l}.mlp.lin1", "transformer/layers_{l}/mlp_lin1", LINEAR),
     *_layer("transformer.layers.{l}.mlp.lin2", "transformer/layers_{l}/mlp_lin2", LINEAR),
     *_norm("transformer.norm_final_attn", "transformer/norm_final_attn"),

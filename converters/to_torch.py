@@ -38,7 +38,7 @@ def save_sam(sam: Sam, path: Path) -> None:
         import torch
     except ImportError:
         raise InputError("writing a .pth needs PyTorch: pip install torch") from None
-    tensors = {name: torch.from_numpy(array) for name, array in to_state_dict(sam).items()}
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in to_state_dict(sam).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.replacing(path) as temporary:
         torch.save(tensors, temporary)

@@ -1,0 +1,123 @@
+"""Models on disk: a folder with `model.safetensors` and `config.json`. Nothing is ever half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from slimsam_jax.errors import InputError
+from slimsam_jax.models.config import Config
+from slimsam_jax.models.sam import Params, Sam, init
+
+FORMAT = "slimsam_jax/1"
+
+
+def save(sam: Sam, folder: Path | str) -> None:
+    """Writes a model folder; existing files of these names are replaced atomically.
+
+    Raises:
+      OSError: the folder cannot be written; no partial file is left behind.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file({path: np.asarray(array) for path, array in flat.items()}, temporary)
+    description = {"format": FORMAT, "architecture": sam.config.to_json(), "provenance": sam.provenance}
+    write_json(folder / "config.json", description)
+
+
+def load(folder: Path | str) -> Sam:
+    """Reads a model folder back, float32, strictly: every array of the architecture and no other.
+
+    Raises:
+      InputError: not such a folder, or arrays missing, surplus or of the wrong shape.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).exists():
+            raise InputError(f"{folder} is not a model folder: it has no {name}")
+    try:
+        description = json.loads((folder / "config.json").read_text())
+        config = Config.from_json(description["architecture"])
+        flat = load_file(folder / "model.safetensors")
+    except Exception as error:  # safetensors and JSON each have errors of their own for a damaged file
+        raise InputError(f"{folder} is not a readable model folder: {error}") from None
+    shapes = flax.traverse_util.flatten_dict(abstract_params(config), sep="/")
+    check_names(set(flat), set(shapes), str(folder))
+    check_shapes({k: (v.shape, shapes[k].shape) for k, v in flat.items()}, str(folder))
+    params = to_device(flat)
+    return Sam(config, params, description.get("provenance", {}))
+
+
+def to_device(flat: dict[str, np.ndarray]) -> Params:
+    """{path: array} -> tree of float32 arrays on the default device, so that no later call copies them there."""
+    arrays = {path: jnp.asarray(array.astype(np.float32)) for path, array in flat.items()}
+    return flax.traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def abstract_params(config: Config) -> Params:
+    """The parameter tree as shapes; costs no memory, whatever the size."""
+    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+
+
+def check_names(found: set[str], expected: set[str], where: str) -> None:
+    """Raises InputError listing missing (-) and surplus (+) names, if there are any."""
+    names = [f"- {n}" for n in sorted(expected - found)] + [f"+ {n}" for n in sorted(found - expected)]
+    if names:
+        more = f" … and {len(names) - 8} more" if len(names) > 8 else ""
+        raise InputError(f"{where} does not hold a SAM (- missing, + surplus): {', '.join(names[:8])}{more}")
+
+
+def check_shapes(pairs: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], where: str) -> None:
+    """Raises InputError naming the arrays whose (found, expected) shapes differ, if any do."""
+    wrong = [f"{name} is {found}, expected {wanted}" for name, (found, wanted) in pairs.items() if found != wanted]
+    if wrong:
+        more = f" … and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise InputError(f"{where} has arrays of the wrong shape: {'; '.join(wrong[:4])}{more}")
+
+
+def write_json(path: Path, content: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; renames it to `path` on success, removes it on failure."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sha256(path: Path | str) -> str:
+    """Of a file, or of a model folder's weights."""
+    path = Path(path)
+    if path.is_dir():
+        path = next(p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin"))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

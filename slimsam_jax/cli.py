@@ -1,0 +1,47 @@
+"""What every command shares: arguments from a signature, one line for an error, an exit code that means something."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from slimsam_jax.errors import InputError, RunError
+
+
+def run(arguments: Callable[..., Any], command: Callable[[Any], Any] | None = None) -> None:
+    """Parses the command line into `arguments`, a function or dataclass, and calls it.
+
+    `command` is then called with the result, if given.
+
+    Exit codes: 0 done, 1 a fault while running, 2 bad input (as argparse has it), 130 interrupted.
+    Anything unforeseen keeps its traceback: it is our bug, and hiding it helps nobody.
+    """
+    try:
+        parsed = tyro.cli(arguments)
+        if command:
+            command(parsed)
+    except InputError as error:
+        fail(str(error), 2)
+    except RunError as error:
+        fail(str(error), 1)
+    except OSError as error:
+        fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+
+
+def fail(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def check_empty(folder: Path) -> None:
+    """Raises InputError unless `folder` can become an output folder: absent, or an empty folder."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, and an output folder is needed")
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; choose another folder, or remove it first")

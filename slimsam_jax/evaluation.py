@@ -1,0 +1,140 @@
+"""How good the masks are: against annotations, and against another model's masks.
+
+The encoder runs once per image, all prompts of an image are decoded together, and their
+number is padded to a power of two, so that few shapes are ever compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from slimsam_jax import metrics
+from slimsam_jax.data import read_annotations, read_image
+from slimsam_jax.errors import InputError
+from slimsam_jax.models.prompt_encoder import prompt_points
+from slimsam_jax.models.sam import Sam, decode, encode, resize_and_pad, resize_masks, to_model_frame
+
+Prompt = Literal["point", "box"]
+LARGEST_BUCKET = 64  # prompts decoded in one call; bounds memory
+
+
+class Encoded(NamedTuple):
+    """A picture after the encoder: its [h, w, C] embedding, size in the model frame, and own size."""
+
+    embedding: jax.Array
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+
+
+def encode_image(sam: Sam, image: Image.Image) -> Encoded:
+    """Encodes an RGB picture of any size."""
+    frame, size = resize_and_pad(image, sam.config.image_size)
+    embedding = encode(sam.config, sam.params, frame[None], size[None])[0]
+    return Encoded(embedding, tuple(int(side) for side in size), (image.height, image.width))
+
+
+def predict_masks(
+    sam: Sam, encoded: Encoded, points: np.ndarray | None = None, labels=None, boxes=None, mask: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Masks of p prompts in the original frame.
+
+    Args:
+      points: [p, n, 2] (x, y) in original pixels, or None.
+      labels: [p, n], 1 foreground and 0 background; all foreground if None.
+      boxes: [p, 4] x0, y0, x1, y1 in original pixels, or None.
+      mask: which output: 0 is the single mask (`multimask_output=False`), 1.. the others.
+
+    Returns:
+      [p, h0, w0] bool masks and [p] predicted IoU.
+    """
+    scale = lambda xy: to_model_frame(xy, encoded.size, encoded.original_size)
+    if points is not None:
+        points = scale(points)
+        labels = np.ones(points.shape[:2], np.int32) if labels is None else np.asarray(labels, np.int32)
+    if boxes is not None:
+        boxes = scale(np.asarray(boxes).reshape(-1, 2, 2)).reshape(-1, 4)
+    coordinates, kinds = prompt_points(points, labels, boxes)
+    masks, scores = [], []
+    for start in range(0, len(coordinates), LARGEST_BUCKET):
+        part = slice(start, start + LARGEST_BUCKET)
+        low, predicted = _decode_padded(sam, encoded.embedding, coordinates[part], kinds[part])
+        masks.append(resize_masks(sam.config, low[:, mask], encoded.size, encoded.original_size) > 0)
+        scores.append(predicted[:, mask])
+    return np.concatenate(masks), np.concatenate(scores)
+
+
+def _decode_padded(sam: Sam, embedding: jax.Array, points: jax.Array, labels: jax.Array):
+    """`decode`, with the prompts padded by repetition to a power of two; numpy out."""
+    count = len(points)
+    index = jnp.minimum(jnp.arange(1 << (count - 1).bit_length()), count - 1)
+    masks, scores = decode(sam.config, sam.params, embedding, points[index], labels[index])
+    return np.asarray(masks)[:count], np.asarray(scores)[:count]
+
+
+def annotation_ious(sam: Sam, path: Path, prompts: Sequence[Prompt]) -> dict[str, float] | None:
+    """Mean IoU over one image's annotations, per kind of prompt; None if it has no annotations.
+
+    SlimSAM's protocol: prompt with the annotation's point (or box), take the single mask,
+    compare at the original size.
+    """
+    annotations = read_annotations(path)
+    if not annotations:
+        return None
+    image = read_image(path)
+    truth = np.stack([a.mask for a in annotations])
+    if truth.shape[1:] != (image.height, image.width):
+        raise InputError(f"{path}: its annotations are of size {truth.shape[1:]}, the image of {image.size[::-1]}")
+    encoded = encode_image(sam, image)
+    given = {
+        "point": {"points": np.stack([a.point for a in annotations])[:, None]},
+        "box": {"boxes": np.stack([a.box for a in annotations])},
+    }
+    return {kind: float(metrics.iou(predict_masks(sam, encoded, **given[kind])[0], truth).mean()) for kind in prompts}
+
+
+def mean_iou(sam: Sam, paths: Iterable[Path], prompts: Sequence[Prompt] = ("point", "box")) -> dict:
+    """mIoU over the annotated images among `paths`.
+
+    Returns:
+      {"point": mean over images of the mean over annotations, ..., "images": count,
+      "per_image": {name: {"point": ...}}}; no means if no image is annotated.
+    """
+    per_image = {}
+    for path in paths:
+        ious = annotation_ious(sam, path, prompts)
+        if ious:
+            per_image[path.stem] = ious
+    means = {kind: float(np.mean([i[kind] for i in per_image.values()])) for kind in prompts} if per_image else {}
+    return {**means, "images": len(per_image), "per_image": per_image}
+
+
+def point_grid(original_size: tuple[int, int], side: int) -> np.ndarray:
+    """A regular grid of points inside a picture: [side * side, 1, 2] (x, y) in its pixels."""
+    height, width = original_size
+    steps = (np.arange(side) + 0.5) / side
+    return np.stack(np.meshgrid(steps * width, steps * height), axis=-1).reshape(-1, 1, 2)
+
+
+def agreement(teacher: Sam, slim: Sam, paths: Iterable[Path], side: int = 4) -> dict:
+    """Mean IoU between two models' masks for the same grid of points; needs no labels.
+
+    Args:
+      side: points per side of the grid.
+
+    Returns:
+      {"agreement": mean over images of the mean over points, "images": count}.
+    """
+    values = []
+    for path in paths:
+        image = read_image(path)
+        points = point_grid((image.height, image.width), side)
+        one, other = (predict_masks(sam, encode_image(sam, image), points)[0] for sam in (teacher, slim))
+        values.append(float(metrics.iou(one, other).mean()))
+    return {"agreement": float(np.mean(values)), "images": len(values)}

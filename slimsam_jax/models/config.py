@@ -1,0 +1,184 @@
+"""The architecture as data: everything that fixes the shapes of a SAM, and nothing that does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+GLOBAL = 0  # the `window` of a block whose tokens all attend to each other
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Widths of one transformer block of the image encoder.
+
+    Attributes:
+      heads: attention heads.
+      head_dim: channels of q, k and v in each head.
+      mlp_dim: hidden width of the MLP.
+      window: side of the attention window in tokens, or `GLOBAL` (0).
+    """
+
+    heads: int
+    head_dim: int
+    mlp_dim: int
+    window: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A SAM. Pruning changes `embed_dim` and the widths in `blocks`, nothing else.
+
+    Attributes:
+      image_size: (height, width) of the model frame in pixels, multiples of `patch_size`.
+      embed_dim: width D of the image encoder's residual stream.
+      blocks: one `Block` per transformer block.
+      patch_size: side of a patch in pixels.
+      out_chans: channels of the image embedding (and width of the mask decoder).
+      mask_in_chans: channels after the last strided convolution of a mask prompt.
+      decoder_heads, decoder_mlp_dim, decoder_depth: the two-way transformer.
+      multimask_outputs: masks returned for an ambiguous prompt, besides the single one.
+      iou_head_dim: hidden width of the IoU head.
+      pixel_mean, pixel_std: per channel (RGB), in units of 0..255.
+    """
+
+    image_size: tuple[int, int]
+    embed_dim: int
+    blocks: tuple[Block, ...]
+    patch_size: int = 16
+    out_chans: int = 256
+    mask_in_chans: int = 16
+    decoder_heads: int = 8
+    decoder_mlp_dim: int = 2048
+    decoder_depth: int = 2
+    multimask_outputs: int = 3
+    iou_head_dim: int = 256
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+    def __post_init__(self):
+        if any(side <= 0 or side % self.patch_size for side in self.image_size):
+            raise ValueError(f"image_size {self.image_size} must be multiples of the patch size {self.patch_size}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patch tokens, which is also the size of the image embedding."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def uniform(self) -> bool:
+        """True if stock `segment_anything` can hold it: equal blocks, heads * head_dim == embed_dim."""
+        widths = {(b.heads * b.head_dim, b.heads, b.mlp_dim) for b in self.blocks}
+        windows = {b.window for b in self.blocks} - {GLOBAL}
+        return len(widths) == 1 and len(windows) <= 1 and next(iter(widths))[0] == self.embed_dim
+
+    def attention_span(self, block: Block) -> tuple[int, int]:
+        """(rows, columns) of the tokens that one token of this block attends to."""
+        return self.grid if block.window == GLOBAL else (block.window, block.window)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Config:
+        """Inverse of `to_json` (JSON turns tuples into lists).
+
+        Raises:
+          ValueError: an unknown or missing field.
+        """
+        try:
+            blocks = tuple(Block(**block) for block in fields["blocks"])
+            tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            return cls(**{**tuples, "blocks": blocks})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
+
+
+# embed_dim, mlp_dim, depth, heads, global attention blocks (segment_anything/build_sam.py; p50, p77: SlimSAM's).
+PRESETS = {
+    "vit_b": (768, 3072, 12, 12, (2, 5, 8, 11)),
+    "vit_l": (1024, 4096, 24, 16, (5, 11, 17, 23)),
+    "vit_h": (1280, 5120, 32, 16, (7, 15, 23, 31)),
+    "vit_p50": (384, 1536, 12, 12, (2, 5, 8, 11)),
+    "vit_p77": (168, 696, 12, 12, (2, 5, 8, 11)),
+}
+
+
+def preset(name: str, image_size: int | tuple[int, int] = 1024, window: int = 14) -> Config:
+    """A published architecture by its `segment_anything` name, at any image size.
+
+    Args:
+      name: a key of `PRESETS`.
+      image_size: pixels, one side or (height, width).
+      window: side of the attention window in tokens.
+    """
+    embed_dim, mlp_dim, depth, heads, global_blocks = PRESETS[name]
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    blocks = tuple(
+        Block(heads, embed_dim // heads, mlp_dim, GLOBAL if i in global_blocks else window) for i in range(depth)
+    )
+    return Config(image_size=size, embed_dim=embed_dim, blocks=blocks)
+
+
+def from_state_dict(state: Mapping[str, np.ndarray]) -> Config:
+    """Reads the architecture off the shapes of a `segment_anything` state dict (q, k, v apart).
+
+    The head width comes from the relative position tables, so a pruned model needs no
+    file beside it. A window as large as the whole grid is reported as global: they are
+    the same computation.
+
+    Raises:
+      ValueError: the arrays that fix the architecture are missing or contradict each other.
+    """
+    try:
+        _, rows, columns, embed_dim = state["image_encoder.pos_embed"].shape
+        patch = state["image_encoder.patch_embed.proj.weight"].shape[-1]
+        depth = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("image_encoder.blocks."))
+        decoder = "mask_decoder.transformer.layers."
+        return Config(
+            image_size=(rows * patch, columns * patch),
+            embed_dim=embed_dim,
+            blocks=tuple(_block(state, i, (rows, columns)) for i in range(depth)),
+            patch_size=patch,
+            out_chans=state["image_encoder.neck.0.weight"].shape[0],
+            mask_in_chans=state["prompt_encoder.mask_downscaling.3.weight"].shape[0],
+            decoder_mlp_dim=state[decoder + "0.mlp.lin1.weight"].shape[0],
+            decoder_depth=1 + max(int(k.split(".")[3]) for k in state if k.startswith(decoder)),
+            multimask_outputs=state["mask_decoder.mask_tokens.weight"].shape[0] - 1,
+            iou_head_dim=state["mask_decoder.iou_prediction_head.layers.0.weight"].shape[0],
+        )
+    except KeyError as missing:
+        raise ValueError(f"not a SAM checkpoint: it has no {missing}") from None
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"not a SAM checkpoint: {error}") from None
+
+
+def _block(state: Mapping[str, np.ndarray], index: int, grid: tuple[int, int]) -> Block:
+    prefix = f"image_encoder.blocks.{index}."
+    width = state[prefix + "attn.q.weight"].shape[0]
+    rows, head_dim = state[prefix + "attn.rel_pos_h"].shape
+    columns, _ = state[prefix + "attn.rel_pos_w"].shape
+    span = (rows + 1) // 2, (columns + 1) // 2
+    if width % head_dim or (span != grid and span[0] != span[1]):
+        raise ValueError(
+            f"{prefix}attn: relative positions of {rows} x {columns} rows and {head_dim} channels fit neither "
+            f"the grid {grid} nor a square window, or do not divide the {width} channels of q"
+        )
+    mlp_dim = state[prefix + "mlp.lin1.weight"].shape[0]
+    return Block(width // head_dim, head_dim, mlp_dim, GLOBAL if span == grid else span[0])
+
+
+def mask_prompt_size(config: Config) -> tuple[int, int]:
+    """(height, width) of a mask prompt and of a low-resolution output mask, in pixels of their own."""
+    return 4 * config.grid[0], 4 * config.grid[1]
+
+
+def tokens(config: Config, block: Block) -> int:
+    """Tokens that q, k and v are computed for: the grid, padded to whole windows in a window block."""
+    if block.window == GLOBAL:
+        return math.prod(config.grid)
+    return math.prod(-(-side // block.window) * block.window for side in config.grid)

@@ -1,0 +1,71 @@
+"""The mask decoder of SAM: embedding, tokens -> masks, predicted IoU."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from slimsam_jax.models.config import Config
+from slimsam_jax.models.transformer import TwoWayTransformer
+
+
+class MLP(nn.Module):
+    """Dense layers with ReLU between them."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i, width in enumerate(self.widths):
+            x = nn.Dense(width, name=f"layers_{i}")(x if i == 0 else jax.nn.relu(x))
+        return x
+
+
+class MaskDecoder(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, embedding, image_pe, sparse, dense):
+        """Predicts all masks of p prompts on one image.
+
+        Args:
+          embedding: [h, w, C] image embedding.
+          image_pe: [h, w, C] from `PromptEncoder.dense_positions`.
+          sparse, dense: from `PromptEncoder`.
+
+        Returns:
+          masks: [p, 1 + multimask_outputs, 4h, 4w] logits; index 0 is the single-mask output.
+          iou: [p, 1 + multimask_outputs], the model's own estimate.
+        """
+        c, normal = self.config, nn.initializers.normal(1.0)
+        outputs, width = 1 + c.multimask_outputs, c.out_chans
+        iou_token = self.param("iou_token", normal, (1, width))
+        mask_tokens = self.param("mask_tokens", normal, (outputs, width))
+        prompts, (h, w) = sparse.shape[0], c.grid
+
+        learnt = jnp.concatenate([iou_token, mask_tokens])
+        tokens = jnp.concatenate([jnp.tile(learnt[None], (prompts, 1, 1)), sparse], axis=1)
+        image = jnp.broadcast_to(embedding + dense, (prompts, h, w, width)).reshape(prompts, h * w, width)
+        transformer = TwoWayTransformer(c.decoder_depth, c.decoder_heads, c.decoder_mlp_dim, name="transformer")
+        tokens, image = transformer(image, image_pe.reshape(1, h * w, width), tokens)
+
+        upscaled = self.upscale(image.reshape(prompts, h, w, width))
+        hyper = [
+            MLP((width, width, width // 8), name=f"output_hypernetworks_mlps_{i}")(tokens[:, 1 + i])
+            for i in range(outputs)
+        ]
+        masks = jnp.einsum("pmc,pyxc->pmyx", jnp.stack(hyper, axis=1), upscaled)
+        iou = MLP((c.iou_head_dim, c.iou_head_dim, outputs), name="iou_prediction_head")(tokens[:, 0])
+        return masks, iou
+
+    def upscale(self, x: jax.Array) -> jax.Array:
+        """[p, h, w, C] -> [p, 4h, 4w, C/8] by two transposed convolutions."""
+        width = x.shape[-1]
+        gelu = lambda x: jax.nn.gelu(x, approximate=False)
+        # transpose_kernel gives PyTorch's definition: the gradient of a convolution.
+        double = lambda features, name: nn.ConvTranspose(
+            features, (2, 2), strides=(2, 2), padding="VALID", transpose_kernel=True, name=name
+        )
+        x = gelu(nn.LayerNorm(epsilon=1e-6, name="output_upscaling_1")(double(width // 4, "output_upscaling_0")(x)))
+        return gelu(double(width // 8, "output_upscaling_3")(x))

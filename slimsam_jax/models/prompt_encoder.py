@@ -1,0 +1,100 @@
+"""The prompt encoder of SAM: points, boxes, masks -> tokens."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from slimsam_jax.models.config import Config
+
+NOT_A_POINT, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3
+
+
+class PromptEncoder(nn.Module):
+    """Points and box corners become sparse tokens, a mask a dense embedding added to the image's."""
+
+    config: Config
+
+    def setup(self):
+        c, normal = self.config, nn.initializers.normal(1.0)
+        # Frequencies of the random Fourier features: a buffer in PyTorch, never trained there nor here.
+        self.positional_encoding = self.param("positional_encoding_gaussian_matrix", normal, (2, c.out_chans // 2))
+        self.point_embeddings = [self.param(f"point_embeddings_{i}", normal, (1, c.out_chans)) for i in range(4)]
+        self.not_a_point_embed = self.param("not_a_point_embed", normal, (1, c.out_chans))
+        self.no_mask_embed = self.param("no_mask_embed", normal, (1, c.out_chans))
+        conv = lambda features, size: nn.Conv(features, (size, size), strides=(size, size), padding="VALID")
+        self.mask_downscaling_0 = conv(c.mask_in_chans // 4, 2)
+        self.mask_downscaling_1 = nn.LayerNorm(epsilon=1e-6)
+        self.mask_downscaling_3 = conv(c.mask_in_chans, 2)
+        self.mask_downscaling_4 = nn.LayerNorm(epsilon=1e-6)
+        self.mask_downscaling_6 = conv(c.out_chans, 1)
+
+    def __call__(self, points: jax.Array, labels: jax.Array, masks: jax.Array | None = None):
+        """Encodes p prompts of n points each.
+
+        Args:
+          points: [p, n, 2] (x, y) in pixels of the model frame; box corners are points too
+            (see `prompt_points`), n may be 0.
+          labels: [p, n] int: -1 not a point, 0 background, 1 foreground, 2 and 3 the
+            top-left and bottom-right corner of a box.
+          masks: [p, 4h, 4w, 1] logits of a previous mask, or None.
+
+        Returns:
+          sparse: [p, n, C] tokens; dense: [p, h, w, C] ([1, 1, 1, C] without a mask).
+        """
+        return self.sparse(points, labels), self.dense(masks)
+
+    def sparse(self, points: jax.Array, labels: jax.Array) -> jax.Array:
+        height, width = self.config.image_size
+        encoded = self.encode_positions((points + 0.5) / jnp.array([width, height], jnp.float32))
+        real = (labels != NOT_A_POINT)[..., None]
+        kind = jnp.concatenate(self.point_embeddings)[jnp.clip(labels, 0, 3)]
+        return jnp.where(real, encoded + kind, self.not_a_point_embed)
+
+    def dense(self, masks: jax.Array | None) -> jax.Array:
+        if masks is None:
+            return self.no_mask_embed[:, None, None, :]
+        gelu = lambda x: jax.nn.gelu(x, approximate=False)
+        x = gelu(self.mask_downscaling_1(self.mask_downscaling_0(masks)))
+        x = gelu(self.mask_downscaling_4(self.mask_downscaling_3(x)))
+        return self.mask_downscaling_6(x)
+
+    def encode_positions(self, coordinates: jax.Array) -> jax.Array:
+        """Random Fourier features of (x, y) in 0..1: [..., 2] -> [..., C]."""
+        phase = 2 * jnp.pi * ((2 * coordinates - 1) @ self.positional_encoding)
+        return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
+
+    def dense_positions(self) -> jax.Array:
+        """Encoding of the centres of the embedding's cells: [h, w, C]."""
+        h, w = self.config.grid
+        y, x = jnp.meshgrid((jnp.arange(h) + 0.5) / h, (jnp.arange(w) + 0.5) / w, indexing="ij")
+        return self.encode_positions(jnp.stack([x, y], axis=-1))
+
+
+def prompt_points(points=None, labels=None, boxes=None) -> tuple[jax.Array, jax.Array]:
+    """Joins points and boxes the way the original does, into what `PromptEncoder` takes.
+
+    Without a box the original appends a "not a point" at (0, 0); with one it appends the corners.
+
+    Args:
+      points: [p, n, 2] (x, y) in pixels of the model frame, or None.
+      labels: [p, n] 1 foreground, 0 background, -1 ignore; needed with points.
+      boxes: [p, 4] x0, y0, x1, y1 in the same frame, or None.
+
+    Returns:
+      ([p, m, 2] float32, [p, m] int32), m = n + 1, n + 2, 2 or (mask prompt alone, p = 1) 0.
+    """
+    if points is None and boxes is None:
+        return jnp.zeros((1, 0, 2), jnp.float32), jnp.zeros((1, 0), jnp.int32)
+    count = len(points) if points is not None else len(boxes)
+    parts = []
+    if points is not None:
+        parts.append((jnp.asarray(points, jnp.float32), jnp.asarray(labels, jnp.int32)))
+    if boxes is not None:
+        corners = jnp.asarray(boxes, jnp.float32).reshape(count, 2, 2)
+        parts.append((corners, jnp.tile(jnp.array([[BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]]), (count, 1))))
+    else:
+        parts.append((jnp.zeros((count, 1, 2)), jnp.full((count, 1), NOT_A_POINT)))
+    coordinates, kinds = zip(*parts, strict=True)
+    return jnp.concatenate(coordinates, axis=1), jnp.concatenate(kinds, axis=1).astype(jnp.int32)

@@ -1,0 +1,74 @@
+"""Masks for a picture. `python -m slimsam_jax.predict --model M --image I --point X,Y --out P.png`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slimsam_jax import cli
+from slimsam_jax.errors import InputError
+
+
+def parse_numbers(text: str, names: str) -> tuple[float, ...]:
+    """ "1,2" -> (1.0, 2.0), if there are as many as `names` ("X,Y") has."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != names.count(",") + 1:
+        raise InputError(f"{text!r} is not {names}: numbers in pixels of the picture, separated by commas")
+    return numbers
+
+
+def main(
+    model: Path,
+    image: Path,
+    out: Path,
+    point: tuple[str, ...] = (),
+    background: tuple[str, ...] = (),
+    box: str | None = None,
+) -> None:
+    """Segment one object of a picture and draw its mask over it.
+
+    All points and the box together are one prompt. Coordinates are pixels of the picture
+    as displayed (after its EXIF rotation), x to the right and y down.
+
+    Args:
+      model: a model folder, a .pth, or a Hugging Face SamModel folder.
+      image: the picture.
+      out: the PNG or JPEG to write.
+      point: points X,Y on the object.
+      background: points X,Y that are not on it.
+      box: a box X0,Y0,X1,Y1 around it.
+    """
+    points = [parse_numbers(text, "X,Y") for text in (*point, *background)]
+    boxes = [parse_numbers(box, "X0,Y0,X1,Y1")] if box else []
+    if not points and not boxes:
+        raise InputError("give at least one --point X,Y or a --box X0,Y0,X1,Y1")
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise InputError(f"{out} should end in .png or .jpg")
+
+    import numpy as np
+
+    from converters.from_torch import load
+    from slimsam_jax import checkpoint
+    from slimsam_jax.data import read_image
+    from slimsam_jax.evaluation import encode_image, predict_masks
+    from slimsam_jax.overlay import draw_masks, draw_prompts
+
+    picture = read_image(image)
+    for x, y in [*points, *(corner for b in boxes for corner in (b[:2], b[2:]))]:
+        if not (0 <= x <= picture.width and 0 <= y <= picture.height):
+            raise InputError(f"({x:g}, {y:g}) lies outside the picture of {picture.width} x {picture.height} pixels")
+    sam = load(model)
+    labels = [1] * len(point) + [0] * len(background)
+    prompt = {"points": np.array([points]), "labels": np.array([labels])} if points else {}
+    masks, scores = predict_masks(sam, encode_image(sam, picture), **prompt, boxes=np.array(boxes) if boxes else None)
+    drawn = draw_prompts(draw_masks(picture, masks), points, boxes, labels)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.replacing(out) as temporary:
+        drawn.save(temporary, format="PNG" if out.suffix.lower() == ".png" else "JPEG")
+    print(f"wrote {out}: mask of {int(masks[0].sum())} pixels, predicted IoU {scores[0]:.3f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,136 @@
+"""What a run cost and what it kept: a table, a JSON, a picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from slimsam_jax import checkpoint, metrics
+from slimsam_jax.data import read_image
+from slimsam_jax.evaluation import agreement, encode_image, mean_iou, predict_masks
+from slimsam_jax.models.sam import Sam, encode
+from slimsam_jax.overlay import draw_masks, draw_prompts
+from slimsam_jax.progress import track
+
+
+def measure(teacher: Sam, slim: Sam, paths: Sequence[Path], dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Every number of the table.
+
+    Args:
+      paths: images for mIoU (where an annotation lies beside them) and agreement.
+      dtype: of the latency measurement; masks are computed in float32.
+
+    Returns:
+      {"teacher": {...}, "slim": {...}, "agreement": ..., "images": ..., "annotated_images": ...}.
+    """
+    report: dict[str, Any] = {"teacher": size_of(teacher), "slim": size_of(slim)}
+    annotated = [path for path in paths if path.with_suffix(".json").exists()]
+    report["annotated_images"] = 0
+    for name, sam in (("teacher", teacher), ("slim", slim)) if annotated else ():
+        ious = mean_iou(sam, track(annotated, f"mIoU of {name}"))
+        report[name] |= {f"{kind}_miou": ious[kind] for kind in ("point", "box") if kind in ious}
+        report["annotated_images"] = ious["images"]
+    report |= agreement(teacher, slim, track(paths, "agreement"))
+    for name, seconds in latency([teacher, slim], dtype).items():
+        report[("teacher", "slim")[name]]["encoder_latency_ms"] = 1e3 * seconds
+    return report
+
+
+def size_of(sam: Sam) -> dict[str, int]:
+    """Parameters and multiply-accumulates of a model; the decoder's are for one point."""
+    encoder, decoder = metrics.encoder_macs(sam.config), metrics.decoder_macs(sam.config)
+    return {
+        "parameters": metrics.parameters(sam.params),
+        "encoder_parameters": metrics.parameters(sam.params["image_encoder"]),
+        "encoder_macs_linear": encoder.linear,
+        "encoder_macs_total": encoder.total,
+        "macs_linear": encoder.linear + decoder.linear,
+        "macs_total": encoder.total + decoder.total,
+    }
+
+
+def latency(models: Sequence[Sam], dtype: Any = jnp.float32, repeats: int = 7) -> dict[int, float]:
+    """Median seconds of the encoder on one image, the models taking turns."""
+    seconds: dict[int, list[float]] = {i: [] for i in range(len(models))}
+    for repeat in range(repeats + 1):
+        for index, sam in enumerate(models):
+            frame = np.zeros((1, *sam.config.image_size, 3), np.uint8)
+            size = np.array([sam.config.image_size], np.int32)
+            start = time.perf_counter()
+            jax.block_until_ready(encode(sam.config, sam.params, frame, size, dtype))
+            if repeat:  # the first one compiles
+                seconds[index].append(time.perf_counter() - start)
+    return {index: float(np.median(values)) for index, values in seconds.items()}
+
+
+ROWS = (  # key, label, format of a cell
+    ("encoder_parameters", "encoder parameters", lambda v: f"{v / 1e6:.2f} M"),
+    ("parameters", "parameters, whole SAM", lambda v: f"{v / 1e6:.2f} M"),
+    ("encoder_macs_linear", "encoder MACs, linear", lambda v: f"{v / 1e9:.2f} G"),
+    ("encoder_macs_total", "encoder MACs, total", lambda v: f"{v / 1e9:.2f} G"),
+    ("encoder_latency_ms", "encoder latency", lambda v: f"{v:.1f} ms"),
+    ("point_miou", "point mIoU", lambda v: f"{100 * v:.2f} %"),
+    ("box_miou", "box mIoU", lambda v: f"{100 * v:.2f} %"),
+)
+
+
+def print_table(report: dict[str, Any]) -> None:
+    table = Table("", "teacher", "slim", "slim / teacher")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for key, label, cell in ROWS:
+        if key in report["teacher"]:
+            teacher, slim = report["teacher"][key], report["slim"][key]
+            table.add_row(label, cell(teacher), cell(slim), f"{100 * slim / teacher:.1f} %" if teacher else "")
+    table.add_row("agreement with the teacher's masks", "", f"{100 * report['agreement']:.2f} %", "")
+    for name, seconds in report["seconds"].items():
+        table.add_row(f"time: {name}", "", f"{seconds:.1f} s", "")
+    Console().print(table)
+
+
+def draw(teacher: Sam, slim: Sam, paths: Sequence[Path], log: Sequence[dict[str, Any]], out: Path) -> None:
+    """Writes a PNG: masks of both models for the same prompts, loss curves, widths before and after."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4 * 2 + 3), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(8, 3.2))
+    shown = list(paths[:: max(1, len(paths) // 4)])[:4]
+    axes = above.subplots(2, len(shown), squeeze=False)
+    for column, path in enumerate(shown):
+        image = read_image(path)
+        points = np.array([[[0.5, 0.5]], [[0.25, 0.3]], [[0.75, 0.7]]]) * np.array([image.width, image.height])
+        for row, (name, sam) in enumerate((("teacher", teacher), ("slim", slim))):
+            masks, _ = predict_masks(sam, encode_image(sam, image), points)
+            axes[row, column].imshow(draw_prompts(draw_masks(image, masks), points[:, 0]))
+            axes[row, column].set_title(f"{name}: {path.name}", fontsize=9)
+            axes[row, column].axis("off")
+    left, middle, right = below.subplots(1, 3)
+    _plot_losses(left, log)
+    _plot_widths(middle, teacher, slim, "head_dim", "channels per head")
+    _plot_widths(right, teacher, slim, "mlp_dim", "MLP channels")
+    with checkpoint.replacing(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def _plot_losses(axes: Any, log: Sequence[dict[str, Any]]) -> None:
+    for stage in dict.fromkeys(entry["stage"] for entry in log if "loss" in entry):
+        entries = [entry for entry in log if entry.get("stage") == stage and "loss" in entry]
+        axes.semilogy([e["step"] for e in entries], [e["embedding"] for e in entries], label=f"{stage} stage")
+    axes.set(title="error of the embedding", xlabel="step")
+    axes.legend()
+
+
+def _plot_widths(axes: Any, teacher: Sam, slim: Sam, field: str, title: str) -> None:
+    blocks = np.arange(len(teacher.config.blocks))
+    for offset, (name, sam) in enumerate((("teacher", teacher), ("slim", slim))):
+        axes.bar(blocks + 0.4 * (offset - 0.5), [getattr(b, field) for b in sam.config.blocks], 0.4, label=name)
+    axes.set(title=f"{title} (embedding {teacher.config.embed_dim} -> {slim.config.embed_dim})", xlabel="block")
+    axes.legend()

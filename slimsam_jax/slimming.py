@@ -1,0 +1,156 @@
+"""Alternate slimming: for each stage prune, then distil. The paper's figure as code."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slimsam_jax import distill
+from slimsam_jax.errors import RunError
+from slimsam_jax.models import groups as channels
+from slimsam_jax.models.config import Config
+from slimsam_jax.models.features import bottleneck_features, run_encoder, stream_features
+from slimsam_jax.models.sam import Sam
+from slimsam_jax.pruning import importance, masks, reference
+from slimsam_jax.pruning.group import Keep, Scores
+from slimsam_jax.recipes import Recipe, Stage
+
+Batch = dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------- prune
+
+
+def prune(
+    sam: Sam, stage: Stage, recipe: Recipe, ratio: float, batches: Iterable[Batch], seed: int, uniform: bool = False
+) -> Sam:
+    """Cuts a stage's channels out of the image encoder.
+
+    Args:
+      ratio: share of the embedding's (stage 1) or of all bottleneck (stage 2) channels to remove.
+      batches: calibration images; their number is what the gradients are estimated from.
+      uniform: equal widths in all blocks, as stock SAM needs.
+    """
+    encoder = sam.params["image_encoder"]
+    embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
+    key = jax.random.key(seed)
+    grads = importance.disturbed_gradients(embed, encoder, batches, key, recipe.noise_std, recipe.gradients)
+    return cut(sam, choose(sam.config, encoder, grads, stage, recipe, ratio, uniform), recipe)
+
+
+def choose(config: Config, encoder: Any, grads: Any, stage: Stage, recipe: Recipe, ratio: float, uniform: bool) -> Keep:
+    """Parameters and gradients -> the channels that stay, for all groups of a stage."""
+    heads = config.blocks[0].heads
+    if stage.name == "embedding":
+        scores = importance.channel_scores(encoder, grads, [channels.embedding_group(config)])
+        if recipe.tie_embedding:
+            return reference.keep_local_tied(scores, ratio, round_to=heads, ties=heads)
+        return masks.keep_local(scores, ratio, multiple=heads)  # a multiple, so that equal heads can fill it
+    attention = importance.channel_scores(encoder, grads, channels.attention_groups(config))
+    mlp = importance.channel_scores(encoder, grads, channels.mlp_groups(config))
+    if uniform:
+        # Stock SAM has heads * head_dim == embed_dim.
+        head_dim = {name: config.embed_dim // heads for name in attention}
+        return masks.keep_widths(attention, head_dim) | masks.keep_local(mlp, ratio)
+    if recipe.reference_selection:
+        choose_kind = functools.partial(_reference_global, recipe=recipe, ratio=ratio, heads=heads)
+        return choose_kind(attention, copies=heads) | choose_kind(mlp, copies=1)
+    return _global(attention, recipe, ratio) | _global(mlp, recipe, ratio)
+
+
+def _global(scores: Scores, recipe: Recipe, ratio: float) -> Keep:
+    """At least an eighth of a block stays: scores are first-order and cannot see a block vanish."""
+    size = len(next(iter(scores.values())))
+    return masks.keep_global(reference.normalize(scores, recipe.normalizer), ratio, minimum=max(1, size // 8))
+
+
+def _reference_global(scores: Scores, recipe: Recipe, ratio: float, heads: int, copies: int) -> Keep:
+    return reference.keep_global(reference.normalize(scores, recipe.normalizer, copies), ratio, heads, copies)
+
+
+def cut(sam: Sam, keep: Keep, recipe: Recipe) -> Sam:
+    """Removes all channels but `keep`, and settles what narrower heads change besides."""
+    groups = [
+        channels.embedding_group(sam.config),
+        *channels.attention_groups(sam.config),
+        *channels.mlp_groups(sam.config),
+    ]
+    encoder = masks.shrink(sam.params["image_encoder"], groups, keep)
+    config = channels.shrunk_config(sam.config, encoder)
+    if recipe.keep_logit_scale:
+        encoder = channels.keep_logit_scale(encoder, sam.config, config)
+    if not recipe.slice_rel_pos:
+        encoder = channels.zero_rel_pos(encoder)
+    return dataclasses.replace(sam, config=config, params={**sam.params, "image_encoder": encoder})
+
+
+# ------------------------------------------------------------------------------------------ distil
+
+
+def make_trainer(student: Sam, previous: Sam, teacher: Sam, stage: Stage, recipe: Recipe, steps: int, dtype: Any):
+    """The compiled step of a stage, its first state and the frozen parameters it reads.
+
+    Args:
+      previous: the model that was pruned: the teacher in stage 1, the distilled stage-1 model in stage 2.
+
+    Returns:
+      (step, state, frozen), as `distill.make_step` has them.
+    """
+    optimizer = distill.make_optimizer(recipe.learning_rate, steps, recipe.schedule)
+    forward = functools.partial(_student_features, config=student.config, stage=stage, dtype=dtype)
+    target = functools.partial(
+        _target_features, previous=previous.config, teacher=teacher.config, stage=stage, dtype=dtype
+    )
+    weights = lambda step: stage.weights(step / steps, recipe)
+    step = distill.make_step(forward, target, weights, optimizer, recipe.relative_loss)
+    frozen = {"teacher": teacher.params["image_encoder"]}
+    if stage.features == "stream":
+        frozen["previous"] = previous.params["image_encoder"]
+    return step, distill.init_state(student.params["image_encoder"], optimizer), frozen
+
+
+def _student_features(encoder: Any, batch: Batch, config: Config, stage: Stage, dtype: Any) -> distill.Features:
+    embedding, features = run_encoder(config, encoder, batch, dtype)
+    if stage.features == "bottleneck":
+        return {"embedding": embedding, **bottleneck_features(config, features)}
+    return {"embedding": embedding, "previous": embedding, **stream_features(config, features)}
+
+
+def _target_features(
+    frozen: Any, batch: Batch, previous: Config, teacher: Config, stage: Stage, dtype: Any
+) -> distill.Features:
+    embedding, features = run_encoder(teacher, frozen["teacher"], batch, dtype)
+    if stage.features == "bottleneck":
+        return {"embedding": embedding, **bottleneck_features(teacher, features)}
+    previous_embedding, features = run_encoder(previous, frozen["previous"], batch, dtype)
+    return {"embedding": embedding, "previous": previous_embedding, **stream_features(previous, features)}
+
+
+def train(step, state: distill.TrainState, frozen: Any, batches: Iterator[Batch], steps: int):
+    """Runs a stage from wherever `state` stands; yields (state, terms) after every step.
+
+    Raises:
+      RunError: the loss is not finite; looked at a step late, so that the host runs ahead of the device.
+    """
+    mesh = distill.data_mesh()
+    state, frozen = distill.replicate(state, mesh), distill.replicate(frozen, mesh)
+    start, last = int(state.step), None
+    for number, batch in zip(range(start, steps), batches, strict=False):
+        state, terms = step(state, frozen, distill.shard_batch(batch, mesh))
+        if last is not None and not np.isfinite(last["loss"]):
+            raise RunError(f"the loss of step {number - 1} is not finite; a lower learning rate may help")
+        last = terms
+        yield state, terms
+
+
+def calibration(batches: Iterator[Batch], images: int, batch: int) -> Iterator[Batch]:
+    """The first `images` images of a stream, on all devices."""
+    mesh = distill.data_mesh()
+    return (distill.shard_batch(b, mesh) for b in itertools.islice(batches, max(1, images // batch)))

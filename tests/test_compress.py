@@ -1,0 +1,268 @@
+"""The main command: what it leaves, how it resumes, and one clear line for everything that can go wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import random_sam, tiny_config
+from peers import state_dict, stock_sam
+from PIL import Image
+from test_data import truncated, write_annotation
+
+from converters import from_torch, to_torch
+from slimsam_jax import checkpoint, cli, compress, evaluate, predict, slimming
+from slimsam_jax.compress import Options
+from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.recipes import RECIPES, STAGES
+
+SQUARE = tiny_config(image_size=(64, 64))
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder with a teacher and pictures, two of them annotated."""
+    root = tmp_path_factory.mktemp("material")
+    checkpoint.save(random_sam(SQUARE), root / "teacher")
+    for name, count in (("images", 6), ("val", 2)):
+        (root / name).mkdir()
+        for i in range(count):
+            pixels = np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    for path in (root / "val").glob("*.png"):
+        write_annotation(path)
+    return root
+
+
+def options(material, out, **changes) -> Options:
+    fields = {
+        "teacher": material / "teacher",
+        "images": (material / "images",),
+        "val": (material / "val",),
+        "steps": 4,
+        "batch": 2,
+        "save_every": 2,
+        "out": out,
+    }
+    return Options(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(material):
+    compress.compress(options(material, material / "slim"))
+    return material / "slim"
+
+
+def run(module, *arguments, monkeypatch, capsys) -> tuple[int, str]:
+    """A command line, in this process: (exit code, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["prog", *map(str, arguments)])
+    code = 0
+    try:
+        compress.main() if module is compress else cli.run(module.main)
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+def test_what_a_run_leaves(finished, material):
+    assert sorted(p.name for p in finished.iterdir()) == [
+        "config.json",
+        "log.jsonl",
+        "model.safetensors",
+        "report.json",
+        "report.png",
+    ]
+    slim = from_torch.load(finished)
+    assert slim.config.embed_dim == 12  # half of 24
+    assert sum(b.mlp_dim for b in slim.config.blocks) == 40 and sum(b.head_dim for b in slim.config.blocks) == 12
+    assert slim.provenance["options"]["ratio"] == 0.5
+    assert slim.provenance["versions"]["jax"]
+    report = json.loads((finished / "report.json").read_text())
+    assert report["slim"]["parameters"] < report["teacher"]["parameters"]
+    for key in ("point_miou", "box_miou", "encoder_latency_ms", "encoder_macs_linear", "encoder_macs_total"):
+        assert report["slim"][key] > 0 and report["teacher"][key] > 0
+    assert 0 < report["agreement"] <= 1 and report["annotated_images"] == 2
+    assert set(report["seconds"]) == {"embedding stage", "bottleneck stage", "measuring"}
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [(e["stage"], e["step"]) for e in log] == [(s.name, i) for s in STAGES for i in range(1, 5)]
+    assert all(np.isfinite(e["loss"]) for e in log)
+    with Image.open(finished / "report.png") as picture:
+        assert min(picture.size) > 500
+
+
+def test_the_same_seed_gives_the_same_model(finished, material, tmp_path):
+    compress.compress(options(material, tmp_path / "again"))
+    chex.assert_trees_all_equal(from_torch.load(tmp_path / "again").params, from_torch.load(finished).params)
+
+
+@pytest.mark.parametrize("stop", [("embedding", 3), ("bottleneck", 1)])
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, material, tmp_path, monkeypatch, stop):
+    train = slimming.train
+
+    def interrupted(step, state, frozen, batches, steps):
+        stage = "bottleneck" if "previous" in frozen else "embedding"
+        for number, pair in enumerate(train(step, state, frozen, batches, steps), 1):
+            yield pair
+            if (stage, number) == stop:
+                raise RunError("pulled the plug")
+
+    monkeypatch.setattr(slimming, "train", interrupted)
+    with pytest.raises(RunError, match="plug"):
+        compress.compress(options(material, tmp_path / "slim"))
+    assert not (tmp_path / "slim" / "model.safetensors").exists()
+    monkeypatch.setattr(slimming, "train", train)
+    with pytest.raises(InputError, match="other options"):
+        compress.compress(options(material, tmp_path / "slim", resume=True, seed=7))
+    compress.compress(options(material, tmp_path / "slim", resume=True))
+    chex.assert_trees_all_equal(from_torch.load(tmp_path / "slim").params, from_torch.load(finished).params)
+    assert (tmp_path / "slim" / "log.jsonl").read_text() == (finished / "log.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_uniform_result_loads_strictly_into_stock_code(material, tmp_path):
+    """.pth in, slim .pth and Hugging Face folder out, without a key too many or too few."""
+    from transformers import SamModel
+
+    torch.save(stock_sam(SQUARE).state_dict(), tmp_path / "sam.pth")
+    compress.compress(options(material, tmp_path / "slim", teacher=tmp_path / "sam.pth", uniform=True, ratio=0.6))
+    slim = from_torch.load(tmp_path / "slim")
+    assert slim.config.uniform and slim.config.embed_dim == 10 and slim.config.blocks[0].head_dim == 5
+    to_torch.main(tmp_path / "slim", tmp_path / "slim.pth", "sam")
+    stock = stock_sam(slim.config)
+    stock.load_state_dict(torch.load(tmp_path / "slim.pth", weights_only=True), strict=True)
+    assert set(state_dict(stock)) == set(to_torch.to_state_dict(slim)) | {"pixel_mean", "pixel_std"} & set(
+        state_dict(stock)
+    )
+    to_torch.main(tmp_path / "slim", tmp_path / "hf", "hf")
+    SamModel.from_pretrained(tmp_path / "hf")
+    assert from_torch.load(tmp_path / "hf").config == slim.config
+
+
+def test_the_reference_recipe_runs_to_the_end(material, tmp_path):
+    compress.compress(options(material, tmp_path / "slim", recipe="slimsam", steps=2))
+    slim = from_torch.load(tmp_path / "slim")
+    assert slim.config.embed_dim == 12
+    channels = RECIPES["slimsam"]
+    assert channels.tie_embedding and not channels.slice_rel_pos
+
+
+def test_broken_images_among_good_ones_are_named_and_skipped(material, tmp_path, capsys):
+    shutil.copytree(material / "images", tmp_path / "images")
+    truncated(tmp_path / "images" / "broken.jpg")
+    compress.compress(options(material, tmp_path / "slim", images=(tmp_path / "images",)))
+    assert "broken.jpg is not a readable image" in capsys.readouterr().out
+    assert "broken.jpg" in (tmp_path / "slim" / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--ratio", "0"), "--ratio 0 is not the share"),
+        (("--ratio", "1"), "--ratio 1 is not the share"),
+        (("--ratio", "1.5"), "--ratio 1.5 is not the share"),
+        (("--ratio", "half"), "half"),
+        (("--batch", "0"), "--batch 0 must be at least 1"),
+        (("--teacher", "missing.pth"), "missing.pth does not exist"),
+        (("--teacher", "{root}/images/0.png"), "not a PyTorch zip checkpoint"),
+        (("--teacher", "{root}/images"), "not a model folder"),
+        (("--images", "{root}/teacher"), "holds no images"),
+        (("--images", "{root}/nowhere"), "not a folder of images"),
+        (("--out", "{root}/val"), "is not empty"),
+        (("--out", "{root}/val/0.png"), "is a file"),
+        (("--resume",), "no unfinished run"),
+        (("--recipe", "magic"), "magic"),
+    ],
+)
+def test_bad_input_is_one_clear_line(material, tmp_path, monkeypatch, capsys, changes, message):
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "--teacher": material / "teacher",
+        "--images": material / "images",
+        "--out": tmp_path / "out",
+        "--steps": 1,
+    }
+    changed = [str(c).format(root=material) for c in changes]
+    arguments = [part for name, value in given.items() if name not in changed for part in (name, value)]
+    code, error = run(compress, *arguments, *changed, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+    if message not in ("half", "magic"):  # those are the parser's own, in a frame
+        assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(material, tmp_path, monkeypatch, capsys):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    arguments = ("--teacher", material / "teacher", "--images", material / "images", "--out", tmp_path / "out")
+    code, error = run(compress, *arguments, "--steps", "1", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1 and error.splitlines()[-1].startswith("error: No space left on device")
+    assert not [p for p in (tmp_path / "out").rglob("*") if "safetensors" in p.name]
+
+
+def test_an_unwritable_output_is_one_clear_line(material, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = ("--teacher", material / "teacher", "--images", material / "images", "--out", tmp_path / "file" / "out")
+    code, error = run(compress, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1 and error.startswith("error: Not a directory")
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(material, tmp_path, monkeypatch, capsys):
+    sam = random_sam(SQUARE)
+    sam.params["image_encoder"]["pos_embed"] *= jnp.inf
+    checkpoint.save(sam, tmp_path / "teacher")
+    arguments = ("--teacher", tmp_path / "teacher", "--images", material / "images", "--out", tmp_path / "out")
+    code, error = run(compress, *arguments, "--steps", "3", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1 and "loss of step 1 is not finite" in error
+
+
+def test_evaluate_command(material, tmp_path, monkeypatch, capsys):
+    arguments = ("--model", material / "teacher", "--data", material / "val", "--json", tmp_path / "x.json")
+    code, _ = run(evaluate, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert code == 0 and result["images"] == 2 and set(result["per_image"]) == {"0", "1"}
+    arguments = ("--model", material / "teacher", "--data", material / "images")
+    code, error = run(evaluate, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and "no image in" in error
+
+
+def test_predict_command(material, tmp_path, monkeypatch, capsys):
+    common = ("--model", material / "teacher", "--image", material / "images" / "0.png")
+    out = tmp_path / "new" / "p.png"
+    code, _ = run(
+        predict, *common, "--point", "3,4", "--box", "1,2,20,15", "--out", out, monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert code == 0
+    with Image.open(out) as drawn:
+        assert drawn.size == (30, 20)
+    for arguments, message in (
+        ((), "at least one --point"),
+        (("--point", "3"), "'3' is not X,Y"),
+        (("--box", "1,2,3"), "is not X0,Y0,X1,Y1"),
+        (("--point", "300,4"), "outside the picture of 30 x 20"),
+    ):
+        code, error = run(predict, *common, "--out", out, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 2 and message in error
+    code, error = run(
+        predict, *common, "--point", "1,1", "--out", tmp_path / "p.gif", monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert code == 2 and "should end in .png" in error
+
+
+def test_help_and_import_are_quick():
+    """Nothing heavy is imported before the arguments are known to be good."""
+    import subprocess
+
+    program = "import sys, slimsam_jax.compress, slimsam_jax.evaluate, slimsam_jax.predict; print('jax' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"

@@ -1,0 +1,182 @@
+"""Images, annotations and their run-length codes; broken ones among good ones."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+from pycocotools import mask as coco
+
+from slimsam_jax import data, rle
+from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.models.sam import resize_and_pad, resized_shape, to_model_frame
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40), elements=st.integers(0, 1))
+)
+def test_rle_equals_pycocotools(mask):
+    encoded = coco.encode(np.asfortranarray(mask))
+    np.testing.assert_array_equal(rle.decode(encoded), mask.astype(bool))
+    text = {**encoded, "counts": encoded["counts"].decode()}
+    np.testing.assert_array_equal(rle.decode(text), mask.astype(bool))
+
+
+def test_rle_of_large_masks_and_plain_runs():
+    random = np.random.default_rng(0)
+    mask = np.zeros((700, 900), np.uint8)
+    mask[100:650, 200:880] = random.random((550, 680)) < 0.9
+    np.testing.assert_array_equal(rle.decode(coco.encode(np.asfortranarray(mask))), mask.astype(bool))
+    np.testing.assert_array_equal(rle.decode({"size": [2, 2], "counts": [1, 2, 1]}), [[False, True], [True, False]])
+
+
+@pytest.mark.parametrize("counts", ["", "0", "o", [1, 2], [-1, 5]])
+def test_damaged_rle_is_refused(counts):
+    with pytest.raises(ValueError):
+        rle.decode({"size": [2, 2], "counts": counts})
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([(1024, 1024), (256, 256), (512, 1024)]))
+def test_coordinates_survive_the_model_frame(height, width, frame):
+    size = resized_shape((height, width), frame)
+    assert size[0] <= frame[0] and size[1] <= frame[1]
+    corners = np.array([[0, 0], [width, height], [width / 3, height / 7]])
+    there = to_model_frame(corners, size, (height, width))
+    assert (there >= 0).all() and (there <= np.array(size[::-1]) + 1e-3).all()
+    back = to_model_frame(there, (height, width), size)
+    assert np.abs(back - corners).max() < 0.5
+
+
+def save_image(path, height=20, width=30, seed=0, **kw):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path, **kw)
+    return path
+
+
+def test_images_are_found_at_any_depth(tmp_path):
+    for name in ("b.png", "a.JPG", "deep/er/c.webp", "deep/d.bmp", "e.tiff", ".hidden.png"):
+        save_image(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    found = [str(p.relative_to(tmp_path)) for p in data.find_images([tmp_path, tmp_path / "deep"])]
+    assert sorted(found) == ["a.JPG", "b.png", "deep/d.bmp", "deep/er/c.webp", "e.tiff"]
+
+
+def test_missing_and_empty_folders_are_refused(tmp_path):
+    with pytest.raises(InputError, match="not a folder"):
+        data.find_images([tmp_path / "nothing"])
+    with pytest.raises(InputError, match="holds no images"):
+        data.find_images([tmp_path])
+
+
+def test_exif_orientation_is_honoured(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    path = save_image(tmp_path / "x.jpg", 20, 30, exif=exif)
+    assert data.read_image(path).size == (20, 30)
+
+
+def test_grey_transparent_and_palette_images_become_rgb(tmp_path):
+    for mode in ("L", "RGBA", "P", "CMYK", "I;16"):
+        path = tmp_path / f"{mode[0]}{len(mode)}.{'tif' if mode in ('CMYK', 'I;16') else 'png'}"
+        Image.new(mode, (5, 4)).save(path)
+        assert data.read_image(path).mode == "RGB"
+
+
+def truncated(path):
+    save_image(path, 200, 300)
+    path.write_bytes(path.read_bytes()[:2000])
+    return path
+
+
+def test_broken_images_are_skipped_and_named(tmp_path):
+    good = [save_image(tmp_path / f"{i}.png", seed=i) for i in range(3)]
+    bad = [truncated(tmp_path / "cut.jpg"), tmp_path / "text.png"]
+    bad[1].write_text("no image at all")
+    batches = data.Batches([*good, *bad], (32, 32), batch=2, seed=0)
+    for _ in range(6):
+        batch = next(batches)
+        assert batch["image"].shape == (2, 32, 32, 3) and batch["image"].dtype == np.uint8
+        np.testing.assert_array_equal(batch["size"], [[21, 32]] * 2)
+    assert set(batches.skipped) == set(bad)
+
+
+def test_nothing_but_broken_images_stops(tmp_path):
+    batches = data.Batches([truncated(tmp_path / "a.jpg"), truncated(tmp_path / "b.jpg")], (32, 32), 1, 0)
+    with pytest.raises(RunError, match="none of the 2 images"):
+        next(batches)
+
+
+def test_batches_depend_on_the_seed_and_resume_exactly(tmp_path):
+    paths = [save_image(tmp_path / f"{i}.png", seed=i) for i in range(7)]
+    make = lambda seed: data.Batches(paths, (32, 32), batch=2, seed=seed)
+    first = [next(batches) for batches in [make(0)] for _ in range(8)]
+    again = make(0)
+    for expected in first[:3]:
+        np.testing.assert_array_equal(next(again)["image"], expected["image"])
+    state = json.loads(json.dumps(again.get_state()))
+    resumed = make(0)
+    resumed.set_state(state)
+    for expected in first[3:]:
+        np.testing.assert_array_equal(next(resumed)["image"], expected["image"])
+    assert any((next(b)["image"] != e["image"]).any() for b in [make(1)] for e in first)
+
+
+def write_annotation(path, **changes):
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:10, 4:20] = 1
+    encoded = coco.encode(np.asfortranarray(mask))
+    fields = {
+        "bbox": [4, 5, 16, 5],
+        "point_coords": [[6.5, 7.5]],
+        "segmentation": {"size": [20, 30], "counts": encoded["counts"].decode()},
+    }
+    path.with_suffix(".json").write_text(json.dumps({"annotations": [{**fields, **changes}]}))
+    return mask.astype(bool)
+
+
+def test_annotations_of_sa1b(tmp_path):
+    path = save_image(tmp_path / "sa_1.jpg")
+    assert data.read_annotations(path) == []
+    mask = write_annotation(path)
+    (annotation,) = data.read_annotations(path)
+    np.testing.assert_array_equal(annotation.mask, mask)
+    np.testing.assert_array_equal(annotation.point, [6.5, 7.5])
+    np.testing.assert_array_equal(annotation.box, [4, 5, 20, 10])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"bbox": [1, 2]}, {"point_coords": []}, {"segmentation": {"size": [20, 30], "counts": "1"}}, {"segmentation": 3}],
+)
+def test_damaged_annotations_are_refused(tmp_path, changes):
+    path = save_image(tmp_path / "sa_1.jpg")
+    write_annotation(path, **changes)
+    with pytest.raises(InputError, match="not an SA-1B annotation"):
+        data.read_annotations(path)
+
+
+def test_embedded_assets_are_whole():
+    from converters.from_torch import load
+
+    photos = data.find_images([data.embedded_images()])
+    sources = (data.embedded_images() / "SOURCES.md").read_text()
+    assert len(photos) >= 20
+    for path in photos:
+        assert f"| {path.name} " in sources, f"{path.name} has no source"
+        data.read_image(path)
+    assert load(data.embedded_teacher()).config.embed_dim == 192
+
+
+def test_resize_never_changes_a_fitting_image():
+    image = np.random.default_rng(0).integers(0, 256, (32, 16, 3), np.uint8)
+    frame, size = resize_and_pad(image, (32, 32))
+    np.testing.assert_array_equal(frame[:, :16], image)
+    np.testing.assert_array_equal(size, [32, 16])

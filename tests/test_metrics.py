@@ -1,0 +1,93 @@
+"""Counts to the digit, IoU by hand, evaluation against the numbers of the original code."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import random_sam, shared, tiny_config
+from PIL import Image
+
+from converters.from_torch import load
+from slimsam_jax import evaluation, metrics
+from slimsam_jax.checkpoint import abstract_params
+from slimsam_jax.data import find_images
+from slimsam_jax.models.config import preset
+
+# Encoder MACs, encoder parameters, whole parameters, encoder + decoder MACs (one point): the original counter's.
+COUNTS = {
+    "vit_b": (368_858_711_040, 89_670_912, 93_735_472, 371_839_166_724),
+    "vit_l": (1_311_512_944_640, 308_278_272, 312_342_832, 1_314_493_400_324),
+    "vit_h": (2_732_976_349_184, 637_026_048, 641_090_608, 2_735_956_804_868),
+    "vit_p50": (94_870_479_360, 23_897_216, 27_961_776, 97_850_935_044),
+    "vit_p77": (20_925_179_904, 5_658_968, 9_723_528, 23_905_635_588),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_equal_the_reference(name):
+    config = preset(name)
+    params = abstract_params(config)
+    encoder = metrics.encoder_macs(config)
+    found = (
+        encoder.linear,
+        metrics.parameters(params["image_encoder"]),
+        metrics.parameters(params),
+        encoder.linear + metrics.decoder_macs(config).linear,
+    )
+    assert found == COUNTS[name]
+
+
+def test_attention_counts_equal_the_closed_form():
+    counts = json.loads(shared("golden/counts.json").read_text())
+    for name in COUNTS:
+        analytic = counts[f"uniform/{name}"]["analytic"]
+        expected = analytic["uncounted_qk_av_macs"] + analytic["uncounted_rel_pos_macs"]
+        assert metrics.encoder_macs(preset(name)).attention == expected
+
+
+def test_iou_by_hand():
+    one = np.array([[True, True], [False, False]])
+    other = np.array([[True, False], [True, False]])
+    empty = np.zeros((2, 2), bool)
+    np.testing.assert_allclose(
+        metrics.iou(np.stack([one, one, empty, empty]), np.stack([other, one, one, empty])), [1 / 3, 1, 0, 1]
+    )
+
+
+def test_point_grid_lies_inside():
+    grid = evaluation.point_grid((20, 30), 2)
+    np.testing.assert_allclose(grid[:, 0], [[7.5, 5], [22.5, 5], [7.5, 15], [22.5, 15]])
+
+
+def test_a_model_agrees_with_itself_alone(tmp_path):
+    sam, other = random_sam(tiny_config()), random_sam(tiny_config(), 1)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    assert evaluation.agreement(sam, sam, [tmp_path / "x.png"])["agreement"] == 1
+    assert evaluation.agreement(sam, other, [tmp_path / "x.png"])["agreement"] < 0.9
+
+
+def test_the_number_of_prompts_does_not_change_a_mask(tmp_path, tiny_sam):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8))
+    encoded = evaluation.encode_image(tiny_sam, image)
+    points = np.random.default_rng(1).uniform(0, 30, (70, 1, 2))  # more than a bucket
+    masks, scores = evaluation.predict_masks(tiny_sam, encoded, points)
+    assert masks.shape == (70, 40, 30) and scores.shape == (70,)
+    for index in (0, 66):
+        alone, score = evaluation.predict_masks(tiny_sam, encoded, points[index : index + 1])
+        assert metrics.iou(alone[0], masks[index]) > 0.99
+        np.testing.assert_allclose(score[0], scores[index], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_evaluation_equals_the_original_on_real_photographs():
+    """The first 20 pictures of bsds_val, per picture; the whole set is the README's command."""
+    teacher = load(shared("teacher/sam_small_256.pth"))
+    expected = json.loads(shared("teacher/bsds_val_per_image.json").read_text())["per_image"]
+    found = evaluation.mean_iou(teacher, find_images([shared("data/bsds_val")])[:20])
+    assert found["images"] == 20
+    for name, ious in found["per_image"].items():
+        for kind in ("point", "box"):
+            assert ious[kind] == pytest.approx(expected[name][kind], abs=0.002), (name, kind)

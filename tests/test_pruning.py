@@ -1,0 +1,226 @@
+"""Importance, selection, masks and shrinking: four numbers in, four out; then the invariances."""
+
+from __future__ import annotations
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_images, random_sam, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimsam_jax.models import groups as channels
+from slimsam_jax.models.features import run_encoder
+from slimsam_jax.pruning import importance, masks, reference
+from slimsam_jax.pruning.group import Group, Member, check_groups
+
+PARAMS = {
+    "first": jnp.array([[1.0, -2.0], [3.0, 4.0]]),
+    "bias": jnp.array([5.0, 6.0]),
+    "last": jnp.array([[1.0], [-1.0]]),
+}
+GRADS = {
+    "first": jnp.array([[0.5, 1.0], [1.0, -0.5]]),
+    "bias": jnp.array([9.0, 9.0]),
+    "last": jnp.array([[2.0], [8.0]]),
+}
+HIDDEN = Group("hidden", 2, (Member("first", 1, True), Member("bias", 0), Member("last", 0, True)))
+
+
+def test_taylor_scores_by_hand():
+    scores = importance.channel_scores(PARAMS, GRADS, [HIDDEN])
+    # Column sums of |w g|: [.5 + 3, 2 + 2]; rows of the last: [2, 8]; the bias has no vote.
+    np.testing.assert_allclose(scores["hidden"], [(3.5 + 2) / 2, (4 + 8) / 2])
+
+
+def test_magnitude_scores_by_hand():
+    scores = importance.channel_scores(PARAMS, GRADS, [HIDDEN], "magnitude")
+    np.testing.assert_allclose(scores["hidden"], [(10 + 1) / 2, (20 + 1) / 2])
+
+
+def test_keep_masks_and_shrink_by_hand():
+    keep = {"hidden": np.array([1])}
+    shrunk = masks.shrink(PARAMS, [HIDDEN], keep)
+    chex.assert_trees_all_equal(
+        shrunk, {"first": jnp.array([[-2.0], [4.0]]), "bias": jnp.array([6.0]), "last": jnp.array([[-1.0]])}
+    )
+    mask = masks.mask_tree(PARAMS, [HIDDEN], keep)
+    chex.assert_trees_all_equal(
+        mask, {"first": jnp.array([[0.0, 1.0]]), "bias": jnp.array([0.0, 1.0]), "last": jnp.array([[0.0], [1.0]])}
+    )
+    masked = masks.apply_masks(PARAMS, mask)
+    chex.assert_trees_all_equal(masked["first"], jnp.array([[0.0, -2.0], [0.0, 4.0]]))
+
+
+def test_ties_are_settled_and_the_exact_number_goes():
+    keep = masks.keep_local({"g": np.array([1.0, 1.0, 1.0, 1.0])}, 0.5)
+    np.testing.assert_array_equal(keep["g"], [0, 1])
+    keep = masks.keep_global({"a": np.ones(4), "b": np.ones(4)}, 0.5)
+    assert sum(map(len, keep.values())) == 4
+
+
+def test_global_selection_by_hand():
+    scores = {"a": np.array([9.0, 8.0, 7.0, 6.0]), "b": np.array([1.0, 2.0, 3.0, 10.0])}
+    keep = masks.keep_global(scores, 0.5)
+    np.testing.assert_array_equal(keep["a"], [0, 1, 2])
+    np.testing.assert_array_equal(keep["b"], [3])
+    keep = masks.keep_global(scores, 0.5, multiple=2)  # pairs: a (9, 8) and (7, 6), b (10, 3) and (2, 1)
+    assert {name: len(kept) for name, kept in keep.items()} == {"a": 4, "b": 0} or len(keep["b"]) == 2
+    keep = masks.keep_global({"a": np.array([9.0, 8.0]), "b": np.array([0.1, 0.2])}, 0.5, minimum=1)
+    np.testing.assert_array_equal(keep["b"], [1])
+
+
+def test_reference_rounds_down_and_spares_the_highest_numbers():
+    np.testing.assert_array_equal(reference.keep_local({"g": np.arange(8.0)}, 0.4, 4)["g"], [4, 5, 6, 7])
+    # 5 of 8 lie below the pooled threshold, 4 can go: the fifth, number 4, is spared though 2 is as good.
+    keep = reference.keep_global({"g": np.array([0, 1, 2, 3, 4, 9, 8, 7.0])}, 5 / 8, 4)
+    np.testing.assert_array_equal(keep["g"], [4, 5, 6, 7])
+    # A group wholly below the threshold is not pruned at all.
+    keep = reference.keep_global({"low": np.zeros(4), "high": np.ones(4)}, 0.5, 1)
+    assert len(keep["low"]) == len(keep["high"]) == 4
+
+
+def test_reference_ties_channels_over_heads():
+    keep = reference.keep_local_tied({"g": np.array([9.0, 1.0, 0.0, 1.0])}, 0.5, 2, ties=2)
+    np.testing.assert_array_equal(keep["g"], [0, 2])  # 9 + 0 against 1 + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(4, 40), min_size=1, max_size=4),
+    ratio=st.floats(0.01, 0.95),
+    multiple=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 99),
+)
+def test_global_selection_keeps_its_promises(sizes, ratio, multiple, seed):
+    random = np.random.default_rng(seed)
+    scores = {str(i): random.random(size // multiple * multiple) for i, size in enumerate(sizes)}
+    keep = masks.keep_global(scores, ratio, multiple, minimum=1)
+    total = sum(map(len, scores.values()))
+    wanted = max(masks.rounded_width(total, ratio, multiple), multiple * len(scores))
+    assert sum(map(len, keep.values())) == wanted
+    for name, kept in keep.items():
+        assert len(kept) >= multiple and len(kept) % multiple == 0
+        assert (np.diff(kept) > 0).all()
+        gone = np.setdiff1d(np.arange(len(scores[name])), kept)
+        assert not len(gone) or scores[name][kept].min() >= scores[name][gone].max()
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5])
+def test_impossible_ratios_are_refused(ratio):
+    with pytest.raises(ValueError, match="share of channels"):
+        masks.rounded_width(8, ratio)
+
+
+def test_unknown_paths_name_their_neighbours():
+    with pytest.raises(ValueError, match="the nearest are first"):
+        check_groups(PARAMS, [Group("g", 2, (Member("fist", 0),))])
+    with pytest.raises(ValueError, match="should have 3 channels"):
+        check_groups(PARAMS, [Group("g", 3, (Member("first", 0),))])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_sam(tiny_config())
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def run(config, encoder, batch):
+    return run_encoder(config, encoder, batch)
+
+
+def embed(config, encoder, seed=0):
+    return run(config, encoder, random_images(config, seed=seed))[0]
+
+
+def test_groups_cover_the_encoder(model):
+    groups = [
+        channels.embedding_group(model.config),
+        *channels.attention_groups(model.config),
+        *channels.mlp_groups(model.config),
+    ]
+    encoder = model.params["image_encoder"]
+    check_groups(encoder, groups)
+    members = {member.path for group in groups for member in group.members}
+    leaves = {"/".join(k.key for k in keys) for keys, _ in jax.tree_util.tree_leaves_with_path(encoder)}
+    assert {leaf.split("/")[0] for leaf in leaves - members} == {"neck_1", "neck_2", "neck_3"}
+
+
+def test_masked_equals_shrunk_in_the_bottlenecks(model):
+    """Attention needs its old temperature (keep_logit_scale); then both agree to rounding."""
+    config, encoder = model.config, model.params["image_encoder"]
+    groups = channels.attention_groups(config) + channels.mlp_groups(config)
+    random = np.random.default_rng(0)
+    keep = {g.name: np.sort(random.choice(g.size, size, False)) for g, size in zip(groups, (5, 7, 11, 13), strict=True)}
+    masked = masks.apply_masks(encoder, masks.mask_tree(encoder, groups, keep))
+    shrunk = masks.shrink(encoder, groups, keep)
+    after = channels.shrunk_config(config, shrunk)
+    assert [(b.head_dim, b.mlp_dim) for b in after.blocks] == [(5, 11), (7, 13)]
+    rescaled = channels.keep_logit_scale(shrunk, config, after)
+    np.testing.assert_allclose(embed(after, rescaled), embed(config, masked), atol=2e-5)
+    assert np.abs(embed(after, shrunk) - embed(config, masked)).max() > 1e-3  # the jump of the temperature is real
+
+
+def test_masked_differs_from_shrunk_in_the_embedding_only_by_the_layer_norms(model):
+    """LayerNorm averages over zeroed channels. Undone by hand, one linear layer agrees; the encoder does not."""
+    config, encoder = model.config, model.params["image_encoder"]
+    group = channels.embedding_group(config)
+    keep = {"embedding": np.arange(0, 24, 2)}
+    masked = masks.apply_masks(encoder, masks.mask_tree(encoder, [group], keep))
+    shrunk = masks.shrink(encoder, [group], keep)
+    after = channels.shrunk_config(config, shrunk)
+    assert after.embed_dim == 12
+    batch = random_images(config)
+    _, wide = run(config, masked, batch)
+    _, slim = run(after, shrunk, batch)
+    np.testing.assert_allclose(slim["patch"]["out"], wide["patch"]["out"][..., keep["embedding"]], atol=1e-5)
+    assert np.abs(slim["blocks_1"]["out"] - wide["blocks_1"]["out"][..., keep["embedding"]]).max() > 1e-2
+
+
+def test_disturbed_gradient_is_that_of_the_loss(model):
+    config, encoder = model.config, model.params["image_encoder"]
+    batch, key = random_images(config), jax.random.key(3)
+    function = lambda params, batch: run_encoder(config, params, batch)[0]
+    found = importance.disturbed_gradients(function, encoder, [batch], key, reduce="sum")
+    target = embed(config, encoder)
+    noise = 0.01 * jax.random.normal(jax.random.fold_in(key, 0), target.shape)
+    loss = lambda params: importance.disturbed_loss(function, params, batch, target, noise)
+    expected = jax.jit(jax.grad(loss))(encoder)
+    chex.assert_trees_all_close(found, expected, atol=1e-7)
+    rms = importance.disturbed_gradients(function, encoder, [batch], key, reduce="rms")
+    chex.assert_trees_all_close(rms, jax.tree.map(jnp.abs, expected), atol=1e-7)
+
+
+def test_rms_gradients_estimate_the_jacobian():
+    """For a linear model the diagonal of JᵀJ is known; the estimate approaches it, one draw does not."""
+    random = np.random.default_rng(0)
+    params = {"w": jnp.asarray(random.standard_normal((6, 4)), jnp.float32)}
+    batches = [jnp.asarray(random.standard_normal((2, 6)), jnp.float32) for _ in range(400)]
+    embed_linear = lambda p, x: x @ p["w"]
+    exact = np.sqrt(sum((np.asarray(b) ** 2).sum(0) for b in batches))  # the same for every output
+    error = {}
+    for reduce in ("rms", "sum"):
+        grads = importance.disturbed_gradients(embed_linear, params, batches, jax.random.key(0), reduce=reduce)
+        ratio = np.abs(np.asarray(grads["w"])) / exact[:, None]
+        error[reduce] = ratio.std() / ratio.mean()
+    assert error["rms"] < 0.1 < 0.5 < error["sum"]
+
+
+def test_importance_compiles_once(model):
+    config = model.config
+    chex.clear_trace_counter()
+    function = chex.assert_max_traces(lambda params, batch: run_encoder(config, params, batch)[0], n=1)
+    batches = [random_images(config, seed=seed) for seed in range(3)]
+    importance.disturbed_gradients(function, model.params["image_encoder"], batches, jax.random.key(0))
+
+
+def test_random_scores_follow_the_seed():
+    one, same, other = (
+        importance.channel_scores(PARAMS, GRADS, [HIDDEN], "random", seed)["hidden"] for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
