@@ -165,6 +165,9 @@ def distil_stage(
     steps: int,
     folder: RunFolder,
 ) -> Sam:
+    import jax
+    import jax.numpy as jnp
+
     from slimsam_jax import data, slimming
     from slimsam_jax.progress import track
 
@@ -187,7 +190,8 @@ def distil_stage(
     for path, reason in batches.skipped.items():
         folder.log(stage=stage.name, skipped=str(path), reason=reason)
         print(f"skipped: {reason}", flush=True)
-    return dataclasses.replace(student, params={**student.params, "image_encoder": state.params})
+    encoder = jax.tree.map(jnp.asarray, jax.device_get(state.params))  # off the mesh, like every other model
+    return dataclasses.replace(student, params={**student.params, "image_encoder": encoder})
 
 
 def split_images(options: Options) -> tuple[list[Path], list[Path]]:

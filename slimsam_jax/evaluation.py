@@ -1,7 +1,7 @@
 """How good the masks are: against annotations, and against another model's masks.
 
 The encoder runs once per image, all prompts of an image are decoded together, and their
-number is padded to a power of two, so that few shapes are ever compiled.
+number is padded to one of few, so that few shapes are ever compiled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from slimsam_jax.models.prompt_encoder import prompt_points
 from slimsam_jax.models.sam import Sam, decode, encode, resize_and_pad, resize_masks, to_model_frame
 
 Prompt = Literal["point", "box"]
-LARGEST_BUCKET = 64  # prompts decoded in one call; bounds memory
+BUCKETS = (1, 4, 16, 64)  # numbers of prompts that are ever compiled; the largest bounds memory
 
 
 class Encoded(NamedTuple):
@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
 def encode_image(sam: Sam, image: Image.Image) -> Encoded:
     """Encodes an RGB picture of any size."""
     frame, size = resize_and_pad(image, sam.config.image_size)
-    embedding = encode(sam.config, sam.params, frame[None], size[None])[0]
+    embedding = encode(sam.config, sam.params, frame[None], size[None], jnp.float32)[0]
     return Encoded(embedding, tuple(int(side) for side in size), (image.height, image.width))
 
 
@@ -62,8 +62,8 @@ def predict_masks(
         boxes = scale(np.asarray(boxes).reshape(-1, 2, 2)).reshape(-1, 4)
     coordinates, kinds = prompt_points(points, labels, boxes)
     masks, scores = [], []
-    for start in range(0, len(coordinates), LARGEST_BUCKET):
-        part = slice(start, start + LARGEST_BUCKET)
+    for start in range(0, len(coordinates), BUCKETS[-1]):
+        part = slice(start, start + BUCKETS[-1])
         low, predicted = _decode_padded(sam, encoded.embedding, coordinates[part], kinds[part])
         masks.append(resize_masks(sam.config, low[:, mask], encoded.size, encoded.original_size) > 0)
         scores.append(predicted[:, mask])
@@ -71,9 +71,10 @@ def predict_masks(
 
 
 def _decode_padded(sam: Sam, embedding: jax.Array, points: jax.Array, labels: jax.Array):
-    """`decode`, with the prompts padded by repetition to a power of two; numpy out."""
+    """`decode`, with the prompts padded by repetition to a bucket; numpy out."""
     count = len(points)
-    index = jnp.minimum(jnp.arange(1 << (count - 1).bit_length()), count - 1)
+    bucket = next(size for size in BUCKETS if size >= count)
+    index = jnp.minimum(jnp.arange(bucket), count - 1)
     masks, scores = decode(sam.config, sam.params, embedding, points[index], labels[index])
     return np.asarray(masks)[:count], np.asarray(scores)[:count]
 

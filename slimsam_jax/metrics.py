@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from slimsam_jax.models.config import GLOBAL, Config, tokens
+from slimsam_jax.models.config import Config, tokens
 
 
 def iou(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -48,7 +48,7 @@ def _bar(items, name, total, unit, per_item, console):
 def _lines(items, name, total, unit, per_item, console):
     start = last = time.perf_counter()
     done = 0
-    for done, item in enumerate(items, 1):  # noqa: B007 (reported below)
+    for done, item in enumerate(items, 1):
         yield item
         now = time.perf_counter()
         if now - last > SECONDS_BETWEEN_LINES:

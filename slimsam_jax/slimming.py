@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax import distill
@@ -38,11 +37,15 @@ def prune(
       batches: calibration images; their number is what the gradients are estimated from.
       uniform: equal widths in all blocks, as stock SAM needs.
     """
-    encoder = sam.params["image_encoder"]
+    encoder = distill.replicate(sam.params["image_encoder"], distill.data_mesh())
     embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
     key = jax.random.key(seed)
     grads = importance.disturbed_gradients(embed, encoder, batches, key, recipe.noise_std, recipe.gradients)
-    return cut(sam, choose(sam.config, encoder, grads, stage, recipe, ratio, uniform), recipe)
+    grads = jax.device_get(grads)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)):
+        raise RunError("the disturbed gradients are not finite; does the model give finite embeddings?")
+    keep = choose(sam.config, sam.params["image_encoder"], grads, stage, recipe, ratio, uniform)
+    return cut(sam, keep, recipe)
 
 
 def choose(config: Config, encoder: Any, grads: Any, stage: Stage, recipe: Recipe, ratio: float, uniform: bool) -> Keep:
@@ -141,13 +144,18 @@ def train(step, state: distill.TrainState, frozen: Any, batches: Iterator[Batch]
     """
     mesh = distill.data_mesh()
     state, frozen = distill.replicate(state, mesh), distill.replicate(frozen, mesh)
-    start, last = int(state.step), None
-    for number, batch in zip(range(start, steps), batches, strict=False):
+    terms = None
+    for done, batch in zip(range(int(state.step), steps), batches, strict=False):
+        before = terms
         state, terms = step(state, frozen, distill.shard_batch(batch, mesh))
-        if last is not None and not np.isfinite(last["loss"]):
-            raise RunError(f"the loss of step {number - 1} is not finite; a lower learning rate may help")
-        last = terms
+        _check_loss(before, done)
         yield state, terms
+    _check_loss(terms, steps)
+
+
+def _check_loss(terms: dict[str, Any] | None, step: int) -> None:
+    if terms is not None and not np.isfinite(terms["loss"]):
+        raise RunError(f"the loss of step {step} is not finite; a lower learning rate may help")
 
 
 def calibration(batches: Iterator[Batch], images: int, batch: int) -> Iterator[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 
@@ -15,6 +16,11 @@ import pytest
 from slimsam_jax.checkpoint import abstract_params
 from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.sam import Sam
+
+# Many tests compile the same small models.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="slimsam-jax-tests-"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
 
 # Golden vectors from the original code and a trained checkpoint. Too large for the repository (40 MB); they lie
 # beside a developer's checkout. Parity with the original packages (tests/peers.py) needs none of them.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
 
 import chex
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -217,13 +217,18 @@ def test_an_unwritable_output_is_one_clear_line(material, tmp_path, monkeypatch,
     assert code == 1 and error.startswith("error: Not a directory")
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step(material, tmp_path, monkeypatch, capsys):
+def test_numbers_that_are_not_finite_stop_the_run(material, tmp_path, monkeypatch, capsys):
+    arguments = ("--teacher", material / "teacher", "--images", material / "images", "--steps", "3", "--out")
+    wild = dataclasses.replace(RECIPES["default"], learning_rate=1e30, schedule="constant")
+    monkeypatch.setitem(RECIPES, "default", wild)
+    code, error = run(compress, *arguments, tmp_path / "out", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1 and "error: the loss of step 2 is not finite" in error  # the first step's is still the start's
     sam = random_sam(SQUARE)
-    sam.params["image_encoder"]["pos_embed"] *= jnp.inf
+    sam.params["image_encoder"]["pos_embed"] *= np.inf
     checkpoint.save(sam, tmp_path / "teacher")
-    arguments = ("--teacher", tmp_path / "teacher", "--images", material / "images", "--out", tmp_path / "out")
-    code, error = run(compress, *arguments, "--steps", "3", monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 1 and "loss of step 1 is not finite" in error
+    arguments = ("--teacher", tmp_path / "teacher", *arguments[2:])
+    code, error = run(compress, *arguments, tmp_path / "out2", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1 and "error: the disturbed gradients are not finite" in error
 
 
 def test_evaluate_command(material, tmp_path, monkeypatch, capsys):

@@ -138,7 +138,7 @@ def test_windows_are_undone(grid):
 def test_features_are_named_and_shaped(tiny_sam):
     config = tiny_sam.config
     _, features = jax.eval_shape(
-        lambda batch: run_encoder(config, tiny_sam.params["image_encoder"], batch), random_images(config)
+        lambda *inputs: run_encoder(config, *inputs), tiny_sam.params["image_encoder"], random_images(config)
     )
     assert set(features) == {"patch", "blocks_0", "blocks_1"}
     window, whole = features["blocks_0"], features["blocks_1"]

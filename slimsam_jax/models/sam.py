@@ -72,9 +72,8 @@ def encode(config: Config, params: Params, images: jax.Array, sizes: jax.Array, 
     return ImageEncoder(config, dtype).apply({"params": params["image_encoder"]}, pixels)[0]
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def decode(config: Config, params: Params, embedding: jax.Array, points: jax.Array, labels: jax.Array, masks=None):
-    """Decodes p prompts on one image. One compilation per (p, n).
+    """Decodes p prompts on one image. One compilation per (p, n), shared by a teacher and its slim models.
 
     Args:
       embedding: [h, w, C], one image's.
@@ -85,6 +84,12 @@ def decode(config: Config, params: Params, embedding: jax.Array, points: jax.Arr
         is index 0, `True` the rest.
       iou: [p, 1 + multimask_outputs] predicted IoU.
     """
+    parts = {name: params[name] for name in ("prompt_encoder", "mask_decoder")}
+    return _decode(dataclasses.replace(config, embed_dim=0, blocks=()), parts, embedding, points, labels, masks)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _decode(config: Config, params: Params, embedding, points, labels, masks):
     prompt_encoder = nn.apply(lambda m: (m(points, labels, masks), m.dense_positions()), PromptEncoder(config))
     (sparse, dense), positions = prompt_encoder({"params": params["prompt_encoder"]})
     return MaskDecoder(config).apply({"params": params["mask_decoder"]}, embedding, positions, sparse, dense)

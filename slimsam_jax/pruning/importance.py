@@ -111,7 +111,9 @@ def disturbed_gradients(
         (grads,) = pull_back(-2.0 / embedding.size * noise)
         return jax.tree.map(lambda t, g: t + (g**2 if reduce == "rms" else g), total, grads)
 
-    total = jax.tree.map(jnp.zeros_like, params)
+    params = jax.tree.map(jnp.asarray, params)
+    # Placed as the parameters are: placed otherwise, the second call would compile again.
+    total = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype, device=p.sharding), params)
     for index, batch in enumerate(batches):
         total = accumulate(total, params, batch, jax.random.fold_in(key, index))
     return jax.tree.map(jnp.sqrt, total) if reduce == "rms" else total
