@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from slimsam_jax import cli
 from slimsam_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from slimsam_jax.models.sam import Sam
-    from slimsam_jax.recipes import Recipe, Stage
-    from slimsam_jax.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +77,7 @@ class Options:
 
 
 def compress(options: Options) -> dict[str, Any]:
-    """Runs the whole compression.
+    """Runs the whole compression; the story is told in `run.py`.
 
     Returns:
       The report, as in `report.json`.
@@ -93,141 +87,10 @@ def compress(options: Options) -> dict[str, Any]:
       RunError, OSError: a fault while running; the folder can be resumed.
     """
     options.check()
-    import jax
+    from slimsam_jax.run import run  # here, so that --help and wrong options need not wait for JAX
 
-    from converters.from_torch import load
-    from slimsam_jax import checkpoint, data, report
-    from slimsam_jax.recipes import RECIPES, STAGES
-    from slimsam_jax.run_folder import RunFolder
-
-    recipe = RECIPES[options.recipe]
-    if options.batch % jax.device_count():
-        raise InputError(f"--batch {options.batch} must be a multiple of the {jax.device_count()} devices")
-    teacher = load(options.teacher or data.embedded_teacher())
-    train, val = split_images(options)
-    steps = options.steps or max(1, recipe.passes * len(train) // options.batch)
-    folder = RunFolder(options.out, options.fixing_the_result(), options.resume)
-
-    student, seconds = teacher, {}
-    for stage in STAGES:
-        start = time.perf_counter()
-        student = slim_stage(student, teacher, stage, recipe, options, train, steps, folder)
-        seconds[f"{stage.name} stage"] = time.perf_counter() - start
-
-    start = time.perf_counter()
-    student = dataclasses.replace(student, provenance=provenance(options, teacher, steps))
-    numbers = report.measure(teacher, student, val, compute_dtype(options))
-    numbers["seconds"] = {**seconds, "measuring": time.perf_counter() - start}
-    checkpoint.save(student, options.out)
-    checkpoint.write_json(options.out / "report.json", {**numbers, "provenance": student.provenance})
-    report.draw(teacher, student, val, folder.read_log(), options.out / "report.png")
-    folder.finish()
-    report.print_table(numbers)
-    return numbers
-
-
-def slim_stage(
-    previous: Sam,
-    teacher: Sam,
-    stage: Stage,
-    recipe: Recipe,
-    options: Options,
-    train: list[Path],
-    steps: int,
-    folder: RunFolder,
-) -> Sam:
-    """One stage: prune `previous`, distil the result; picks up wherever the folder says it stopped."""
-    from slimsam_jax import data, slimming
-
-    done = folder.load_model(stage.name, "distilled")
-    if done:
-        return done
-    student = folder.load_model(stage.name, "pruned")
-    if not student:
-        print(f"{stage.name} stage: pruning", flush=True)
-        batches = data.Batches(train, teacher.config.image_size, options.batch, options.seed)
-        calibration = slimming.calibration(batches, min(options.importance_images, len(train)), options.batch)
-        student = slimming.prune(previous, stage, recipe, options.ratio, calibration, options.seed, options.uniform)
-        folder.save_model(stage.name, "pruned", student)
-    student = distil_stage(student, previous, teacher, stage, recipe, options, train, steps, folder)
-    folder.save_model(stage.name, "distilled", student)
-    return student
-
-
-def distil_stage(
-    student: Sam,
-    previous: Sam,
-    teacher: Sam,
-    stage: Stage,
-    recipe: Recipe,
-    options: Options,
-    train: list[Path],
-    steps: int,
-    folder: RunFolder,
-) -> Sam:
-    import jax
-    import jax.numpy as jnp
-
-    from slimsam_jax import data, slimming
-    from slimsam_jax.progress import track
-
-    trainer, state, frozen = slimming.make_trainer(
-        student, previous, teacher, stage, recipe, steps, compute_dtype(options)
-    )
-    batches = data.Batches(train, teacher.config.image_size, options.batch, options.seed + 1)
-    with folder.steps(stage.name) as manager:
-        state = folder.restore_step(manager, state, batches)
-        done = int(state.step)
-        folder.rewind_log(stage.name, done)
-        run = slimming.train(trainer, state, frozen, batches, steps)
-        for step, (state, terms) in enumerate(
-            track(run, f"{stage.name} stage", steps - done, per_item=options.batch), done + 1
-        ):
-            if step % max(1, steps // 100) == 0 or step == steps:
-                folder.log(stage=stage.name, step=step, **{name: float(term) for name, term in terms.items()})
-            if step % options.save_every == 0 or step == steps:
-                folder.save_step(manager, step, state, batches)
-    for path, reason in batches.skipped.items():
-        folder.log(stage=stage.name, skipped=str(path), reason=reason)
-        print(f"skipped: {reason}", flush=True)
-    encoder = jax.tree.map(jnp.asarray, jax.device_get(state.params))  # off the mesh, like every other model
-    return dataclasses.replace(student, params={**student.params, "image_encoder": encoder})
-
-
-def split_images(options: Options) -> tuple[list[Path], list[Path]]:
-    """Paths to learn from, and paths to measure on."""
-    from slimsam_jax import data
-
-    images = data.find_images(options.images or [data.embedded_images()])
-    if options.val:
-        return images, data.find_images(options.val)
-    return [p for i, p in enumerate(images) if i % 8 or len(images) == 1], images[::8]
-
-
-def compute_dtype(options: Options) -> Any:
-    import jax
-    import jax.numpy as jnp
-
-    if options.dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.dtype(options.dtype)
-
-
-def provenance(options: Options, teacher: Sam, steps: int) -> dict[str, Any]:
-    """Where a slim model comes from, for its config.json."""
-    from importlib.metadata import version
-
-    packages = ("slimsam_jax", "jax", "flax", "optax", "numpy")
-    return {
-        "teacher": teacher.provenance,
-        "options": {**options.fixing_the_result(), "steps": steps},
-        "versions": {name: version(name) for name in packages},
-    }
-
-
-def main() -> None:
-    cli.run(Options, compress)
+    return run(options)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(Options, compress)

@@ -6,9 +6,9 @@ number is padded to one of few, so that few shapes are ever compiled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,15 +105,24 @@ def mean_iou(sam: Sam, paths: Iterable[Path], prompts: Sequence[Prompt] = ("poin
 
     Returns:
       {"point": mean over images of the mean over annotations, ..., "images": count,
-      "per_image": {name: {"point": ...}}}; no means if no image is annotated.
+      "per_image": {name: {"point": ...}}, "skipped": {path: why it could not be read}};
+      no means if no image is annotated.
     """
-    per_image = {}
-    for path in paths:
-        ious = annotation_ious(sam, path, prompts)
-        if ious:
-            per_image[path.stem] = ious
+    found, skipped = map_readable(lambda path: annotation_ious(sam, path, prompts), paths)
+    per_image = {path.stem: ious for path, ious in found.items() if ious}
     means = {kind: float(np.mean([i[kind] for i in per_image.values()])) for kind in prompts} if per_image else {}
-    return {**means, "images": len(per_image), "per_image": per_image}
+    return {**means, "images": len(per_image), "per_image": per_image, "skipped": skipped}
+
+
+def map_readable(function: Callable[[Path], Any], paths: Iterable[Path]) -> tuple[dict[Path, Any], dict[str, str]]:
+    """Applies `function` to each path; what raises InputError is left out, with its reason."""
+    found, skipped = {}, {}
+    for path in paths:
+        try:
+            found[path] = function(path)
+        except InputError as error:
+            skipped[str(path)] = str(error)
+    return found, skipped
 
 
 def point_grid(original_size: tuple[int, int], side: int) -> np.ndarray:
@@ -130,12 +139,19 @@ def agreement(teacher: Sam, slim: Sam, paths: Iterable[Path], side: int = 4) -> 
       side: points per side of the grid.
 
     Returns:
-      {"agreement": mean over images of the mean over points, "images": count}.
+      {"agreement": mean over images of the mean over points, "images": count, "skipped": as in `mean_iou`}.
+
+    Raises:
+      InputError: not one image could be read.
     """
-    values = []
-    for path in paths:
+
+    def compare(path: Path) -> float:
         image = read_image(path)
         points = point_grid((image.height, image.width), side)
         one, other = (predict_masks(sam, encode_image(sam, image), points)[0] for sam in (teacher, slim))
-        values.append(float(metrics.iou(one, other).mean()))
-    return {"agreement": float(np.mean(values)), "images": len(values)}
+        return float(metrics.iou(one, other).mean())
+
+    found, skipped = map_readable(compare, paths)
+    if not found:
+        raise InputError(f"no image can be compared on; the first: {next(iter(skipped.values()), 'none was given')}")
+    return {"agreement": float(np.mean(list(found.values()))), "images": len(found), "skipped": skipped}

@@ -29,16 +29,19 @@ def measure(teacher: Sam, slim: Sam, paths: Sequence[Path], dtype: Any = jnp.flo
       dtype: of the latency measurement; masks are computed in float32.
 
     Returns:
-      {"teacher": {...}, "slim": {...}, "agreement": ..., "images": ..., "annotated_images": ...}.
+      {"teacher": {...}, "slim": {...}, "agreement": ..., "images": ..., "annotated_images": ...,
+      "skipped": {path: reason}}.
     """
     report: dict[str, Any] = {"teacher": size_of(teacher), "slim": size_of(slim)}
     annotated = [path for path in paths if path.with_suffix(".json").exists()]
-    report["annotated_images"] = 0
+    report["annotated_images"], skipped = 0, {}
     for name, sam in (("teacher", teacher), ("slim", slim)) if annotated else ():
         ious = mean_iou(sam, track(annotated, f"mIoU of {name}"))
         report[name] |= {f"{kind}_miou": ious[kind] for kind in ("point", "box") if kind in ious}
         report["annotated_images"] = ious["images"]
+        skipped |= ious["skipped"]
     report |= agreement(teacher, slim, track(paths, "agreement"))
+    report["skipped"] |= skipped
     for name, seconds in zip(("teacher", "slim"), latency([teacher, slim], dtype), strict=True):
         report[name]["encoder_latency_ms"] = 1e3 * seconds
     return report
@@ -96,6 +99,8 @@ def print_table(report: dict[str, Any]) -> None:
     for name, seconds in report["seconds"].items():
         table.add_row(f"time: {name}", "", f"{seconds:.1f} s", "")
     Console().print(table)
+    for reason in report["skipped"].values():
+        print(f"not measured: {reason}")
 
 
 def draw(teacher: Sam, slim: Sam, paths: Sequence[Path], log: Sequence[dict[str, Any]], out: Path) -> None:

@@ -158,7 +158,7 @@ def _check_loss(terms: dict[str, Any] | None, step: int) -> None:
         raise RunError(f"the loss of step {step} is not finite; a lower learning rate may help")
 
 
-def calibration(batches: Iterator[Batch], images: int, batch: int) -> Iterator[Batch]:
-    """The first `images` images of a stream, on all devices."""
+def calibration(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+    """The first `count` batches of a stream, on all devices."""
     mesh = distill.data_mesh()
-    return (distill.shard_batch(b, mesh) for b in itertools.islice(batches, max(1, images // batch)))
+    return (distill.shard_batch(batch, mesh) for batch in itertools.islice(batches, count))

@@ -64,7 +64,7 @@ def run(module, *arguments, monkeypatch, capsys) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", ["prog", *map(str, arguments)])
     code = 0
     try:
-        compress.main() if module is compress else cli.run(module.main)
+        cli.run(Options, compress.compress) if module is compress else cli.run(module.main)
     except SystemExit as stop:
         code = stop.code
     return code, capsys.readouterr().err

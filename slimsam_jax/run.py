@@ -1,0 +1,138 @@
+"""A compression run from checkpoint to report: what `python -m slimsam_jax.compress` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from converters.from_torch import load
+from slimsam_jax import checkpoint, data, report, slimming
+from slimsam_jax.compress import Options
+from slimsam_jax.errors import InputError
+from slimsam_jax.models.sam import Sam
+from slimsam_jax.progress import track
+from slimsam_jax.recipes import RECIPES, STAGES, Recipe, Stage
+from slimsam_jax.run_folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all stages share."""
+
+    options: Options
+    recipe: Recipe
+    teacher: Sam
+    images: list[Path]
+    steps: int
+    dtype: Any
+    folder: RunFolder
+
+
+def run(options: Options) -> dict[str, Any]:
+    """See `compress.compress`, which checks the options first."""
+    run, val = prepare(options)
+    student, seconds = run.teacher, {}
+    for stage in STAGES:
+        start = time.perf_counter()
+        student = slim(run, stage, student)
+        seconds[f"{stage.name} stage"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    student = dataclasses.replace(student, provenance=provenance(run))
+    checkpoint.save(student, options.out)
+    numbers = report.measure(run.teacher, student, val, run.dtype)
+    numbers["seconds"] = {**seconds, "measuring": time.perf_counter() - start}
+    checkpoint.write_json(options.out / "report.json", {**numbers, "provenance": student.provenance})
+    val = [path for path in val if str(path) not in numbers["skipped"]]
+    report.draw(run.teacher, student, val, run.folder.read_log(), options.out / "report.png")
+    run.folder.finish()
+    report.print_table(numbers)
+    return numbers
+
+
+def prepare(options: Options) -> tuple[Run, list[Path]]:
+    """Everything that can be refused is refused here, before anything is written."""
+    if options.batch % jax.device_count():
+        raise InputError(f"--batch {options.batch} must be a multiple of the {jax.device_count()} devices")
+    recipe = RECIPES[options.recipe]
+    teacher = load(options.teacher or data.embedded_teacher())
+    images, val = split_images(options)
+    steps = options.steps or max(1, recipe.passes * len(images) // options.batch)
+    folder = RunFolder(options.out, options.fixing_the_result(), options.resume)
+    return Run(options, recipe, teacher, images, steps, compute_dtype(options), folder), val
+
+
+def split_images(options: Options) -> tuple[list[Path], list[Path]]:
+    """Paths to learn from, and paths to measure on."""
+    images = data.find_images(options.images or [data.embedded_images()])
+    if options.val:
+        return images, data.find_images(options.val)
+    return [p for i, p in enumerate(images) if i % 8 or len(images) == 1], images[::8]
+
+
+def compute_dtype(options: Options) -> Any:
+    if options.dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(options.dtype)
+
+
+def slim(run: Run, stage: Stage, previous: Sam) -> Sam:
+    """One stage: prune `previous`, distil the result; picks up wherever the folder says it stopped."""
+    student = run.folder.load_model(stage.name, "distilled")
+    if student:
+        return student
+    student = run.folder.load_model(stage.name, "pruned")
+    if not student:
+        student = prune(run, stage, previous)
+        run.folder.save_model(stage.name, "pruned", student)
+    student = distil(run, stage, student, previous)
+    run.folder.save_model(stage.name, "distilled", student)
+    return student
+
+
+def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
+    options = run.options
+    batches = data.Batches(run.images, run.teacher.config.image_size, options.batch, options.seed)
+    count = max(1, min(options.importance_images, len(run.images)) // options.batch)
+    calibration = track(slimming.calibration(batches, count), f"{stage.name} scores", count, per_item=options.batch)
+    return slimming.prune(previous, stage, run.recipe, options.ratio, calibration, options.seed, options.uniform)
+
+
+def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
+    options, steps, folder = run.options, run.steps, run.folder
+    step_fn, state, frozen = slimming.make_trainer(student, previous, run.teacher, stage, run.recipe, steps, run.dtype)
+    batches = data.Batches(run.images, run.teacher.config.image_size, options.batch, options.seed + 1)
+    with folder.steps(stage.name) as manager:
+        state = folder.restore_step(manager, state, batches)
+        done = int(state.step)
+        folder.rewind_log(stage.name, done)
+        training = slimming.train(step_fn, state, frozen, batches, steps)
+        training = track(training, f"{stage.name} stage", steps - done, per_item=options.batch)
+        for step, (state, terms) in enumerate(training, done + 1):
+            if step % max(1, steps // 100) == 0 or step == steps:
+                folder.log(stage=stage.name, step=step, **{name: float(term) for name, term in terms.items()})
+            if step % options.save_every == 0 or step == steps:
+                folder.save_step(manager, step, state, batches)
+    for path, reason in batches.skipped.items():
+        folder.log(stage=stage.name, skipped=str(path), reason=reason)
+        print(f"skipped: {reason}", flush=True)
+    encoder = jax.tree.map(jnp.asarray, jax.device_get(state.params))  # off the mesh, like every other model
+    return dataclasses.replace(student, params={**student.params, "image_encoder": encoder})
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """Where a slim model comes from, for its config.json."""
+    path = run.options.teacher or data.embedded_teacher()
+    packages = ("slimsam_jax", "jax", "flax", "optax", "numpy")
+    return {
+        "teacher": {"file": Path(path).name, "sha256": checkpoint.sha256(path), "provenance": run.teacher.provenance},
+        "options": {**run.options.fixing_the_result(), "steps": run.steps},
+        "recipe": dataclasses.asdict(run.recipe),
+        "versions": {name: version(name) for name in packages},
+    }
