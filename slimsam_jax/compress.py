@@ -34,17 +34,19 @@ class Options:
     ratio: float = 0.5
     """Share of the channels to remove, between 0 and 1. Parameters and work fall about with its square:
     0.5 leaves a quarter of the encoder, 0.77 a sixteenth."""
-    recipe: Literal["default", "slimsam"] = "default"
-    """"default" is ours; "slimsam" does what the original code does (slimsam_jax/recipes.py lists the
-    differences with reasons)."""
+    recipe: Literal["default", "taylor", "slimsam"] = "default"
+    """"default" chooses a basis before it cuts; "taylor" cuts whole channels by Disturbed Taylor importance
+    without the reference's slips; "slimsam" does what the original code does (slimsam_jax/recipes.py lists
+    the differences with reasons)."""
     uniform: bool = False
     """Prune every block alike, so that the result loads into stock segment_anything and transformers."""
     steps: int | None = None
-    """Optimiser steps per stage. Default: 12 passes over the images (slimsam: 20, as in the paper)."""
+    """Optimiser steps per stage; 0 prunes without distilling. Default: 12 passes over the images (slimsam:
+    20, as in the paper)."""
     batch: int = 4
     """Images per step, a multiple of the number of devices."""
     importance_images: int = 100
-    """Images that the importance of channels is estimated from, before each pruning."""
+    """Images that importance or statistics are estimated from, before each pruning."""
     seed: int = 0
     """Of noise and order; on the same machine the same seed gives the same model."""
     out: Path = Path("slim")
@@ -60,9 +62,11 @@ class Options:
         """Raises InputError for what can be told wrong without looking at files."""
         if not 0 < self.ratio < 1:
             raise InputError(f"--ratio {self.ratio:g} is not the share of channels to remove: 0 < ratio < 1")
-        for name in ("steps", "batch", "importance_images", "save_every"):
+        if self.steps is not None and self.steps < 0:
+            raise InputError(f"--steps {self.steps} must not be negative")
+        for name in ("batch", "importance_images", "save_every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
         if not self.resume:
             cli.check_empty(self.out)

@@ -14,6 +14,9 @@ class Recipe:
     """How to prune and distil.
 
     Attributes:
+      criterion: what is cut. "taylor" is the paper's Disturbed Taylor, on whole channels; "magnitude" and "random"
+        are its baselines. "projection" chooses a basis first and cuts in that: on the small teacher the error of
+        the embedding right after the cut is hundreds of times smaller (experiments/LOG.md).
       gradients: "rms" reduces the disturbed gradients over batches to the root of their summed
         squares, an unbiased estimate of the Jacobian's; "sum" adds them up as the reference
         does, which is one draw of a random walk.
@@ -37,6 +40,7 @@ class Recipe:
       noise_std: of the disturbing noise (paper: 0.01; ranks do not depend on it).
     """
 
+    criterion: Literal["projection", "taylor", "magnitude", "random"] = "projection"
     gradients: Literal["rms", "sum"] = "rms"
     normalizer: str = "none"
     tie_embedding: bool = False
@@ -53,7 +57,9 @@ class Recipe:
 
 RECIPES = {
     "default": Recipe(),
+    "taylor": Recipe(criterion="taylor"),
     "slimsam": Recipe(
+        criterion="taylor",
         gradients="sum",
         normalizer="gaussian",
         tie_embedding=True,

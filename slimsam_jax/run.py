@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def prepare(options: Options) -> tuple[Run, list[Path]]:
     recipe = RECIPES[options.recipe]
     teacher = load(options.teacher or data.embedded_teacher())
     images, val = split_images(options)
-    steps = options.steps or max(1, recipe.passes * len(images) // options.batch)
+    steps = max(1, recipe.passes * len(images) // options.batch) if options.steps is None else options.steps
     folder = RunFolder(options.out, options.fixing_the_result(), options.resume)
     return Run(options, recipe, teacher, images, steps, compute_dtype(options), folder), val
 
@@ -91,16 +92,20 @@ def slim(run: Run, stage: Stage, previous: Sam) -> Sam:
     if not student:
         student = prune(run, stage, previous)
         run.folder.save_model(stage.name, "pruned", student)
-    student = distil(run, stage, student, previous)
+    if run.steps:
+        student = distil(run, stage, student, previous)
     run.folder.save_model(stage.name, "distilled", student)
     return student
 
 
 def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
     options = run.options
-    batches = data.Batches(run.images, run.teacher.config.image_size, options.batch, options.seed)
     count = max(1, min(options.importance_images, len(run.images)) // options.batch)
-    calibration = track(slimming.calibration(batches, count), f"{stage.name} scores", count, per_item=options.batch)
+
+    def calibration(name: str) -> Iterable[Any]:
+        batches = data.Batches(run.images, run.teacher.config.image_size, options.batch, options.seed)
+        return track(slimming.calibration(batches, count), name, count, per_item=options.batch)
+
     return slimming.prune(previous, stage, run.recipe, options.ratio, calibration, options.seed, options.uniform)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax import distill
 from slimsam_jax.errors import RunError
 from slimsam_jax.models import groups as channels
+from slimsam_jax.models import projection
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.features import bottleneck_features, run_encoder, stream_features
 from slimsam_jax.models.sam import Sam
@@ -28,36 +30,95 @@ Batch = dict[str, Any]
 
 
 def prune(
-    sam: Sam, stage: Stage, recipe: Recipe, ratio: float, batches: Iterable[Batch], seed: int, uniform: bool = False
+    sam: Sam,
+    stage: Stage,
+    recipe: Recipe,
+    ratio: float,
+    calibration: Callable[[str], Iterable[Batch]],
+    seed: int,
+    uniform: bool = False,
 ) -> Sam:
     """Cuts a stage's channels out of the image encoder.
 
     Args:
       ratio: share of the embedding's (stage 1) or of all bottleneck (stage 2) channels to remove.
-      batches: calibration images; their number is what the gradients are estimated from.
+      calibration: what it is for -> batches on the devices, the same images at each call; projection needs
+        them more than once.
       uniform: equal widths in all blocks, as stock SAM needs.
+
+    Raises:
+      RunError: the model's statistics are not finite.
     """
-    encoder = distill.replicate(sam.params["image_encoder"], distill.data_mesh())
-    embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
-    key = jax.random.key(seed)
-    grads = importance.disturbed_gradients(embed, encoder, batches, key, recipe.noise_std, recipe.gradients)
-    grads = jax.device_get(grads)
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)):
-        raise RunError("the disturbed gradients are not finite; does the model give finite embeddings?")
-    keep = choose(sam.config, sam.params["image_encoder"], grads, stage, recipe, ratio, uniform)
-    return cut(sam, keep, recipe)
+    mesh_sam = _with_encoder(sam, distill.replicate(sam.params["image_encoder"], distill.data_mesh()))
+    if recipe.criterion == "projection":
+        slim = project(mesh_sam, stage, ratio, calibration, uniform)
+    else:
+        embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
+        grads = importance.disturbed_gradients(
+            embed,
+            mesh_sam.params["image_encoder"],
+            calibration("importance"),
+            jax.random.key(seed),
+            recipe.noise_std,
+            recipe.gradients,
+        )
+        _check_finite(grads)
+        keep = choose(sam.config, sam.params["image_encoder"], jax.device_get(grads), stage, recipe, ratio, uniform)
+        slim = cut(sam, keep, recipe)
+    return _with_encoder(slim, jax.tree.map(jnp.asarray, jax.device_get(slim.params["image_encoder"])))
+
+
+def _with_encoder(sam: Sam, encoder: Any) -> Sam:
+    config = channels.shrunk_config(sam.config, encoder)
+    return dataclasses.replace(sam, config=config, params={**sam.params, "image_encoder": encoder})
+
+
+def _check_finite(statistics: Any) -> None:
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(statistics)):
+        raise RunError("the statistics of the model are not finite; does it give finite embeddings for these images?")
+
+
+def project(sam: Sam, stage: Stage, ratio: float, calibration: Callable[[str], Iterable[Batch]], uniform: bool) -> Sam:
+    """Chooses bases before it cuts (`models.projection`); each cut works on statistics of the model so far."""
+
+    def statistics(kind: Callable[[Config], Any], name: str) -> Any:
+        found = projection.accumulate(kind(sam.config), sam.params["image_encoder"], calibration(name))
+        _check_finite(found)
+        return found
+
+    config, heads = sam.config, sam.config.blocks[0].heads
+    if stage.name == "embedding":
+        width = masks.rounded_width(config.embed_dim, ratio, multiple=heads)
+        moment = statistics(projection.stream_moment, "statistics")
+        return _with_encoder(sam, projection.project_embedding(config, sam.params["image_encoder"], moment, width))
+
+    moments = statistics(projection.attention_moments, "attention statistics")
+    worth = projection.attention_spectra(config, sam.params["image_encoder"], moments)
+    widths = [config.embed_dim // heads] * len(worth) if uniform else _global_widths(worth, ratio)
+    sam = _with_encoder(sam, projection.project_attention(config, sam.params["image_encoder"], moments, widths))
+
+    moments = statistics(projection.mlp_moments, "MLP statistics")
+    units = projection.hidden_units(sam.params["image_encoder"], moments)
+    worth = {str(i): unit.worth for i, unit in enumerate(units)}
+    widths = [masks.rounded_width(len(w), ratio) for w in worth.values()] if uniform else _global_widths(worth, ratio)
+    return _with_encoder(sam, projection.project_mlp(sam.params["image_encoder"], units, widths))
+
+
+def _global_widths(worth: Scores, ratio: float) -> list[int]:
+    size = len(next(iter(worth.values())))
+    return [len(kept) for kept in masks.keep_global(worth, ratio, minimum=max(1, size // 8)).values()]
 
 
 def choose(config: Config, encoder: Any, grads: Any, stage: Stage, recipe: Recipe, ratio: float, uniform: bool) -> Keep:
     """Parameters and gradients -> the channels that stay, for all groups of a stage."""
     heads = config.blocks[0].heads
     if stage.name == "embedding":
-        scores = importance.channel_scores(encoder, grads, [channels.embedding_group(config)])
+        scores = importance.channel_scores(encoder, grads, [channels.embedding_group(config)], recipe.criterion)
         if recipe.tie_embedding:
             return reference.keep_local_tied(scores, ratio, round_to=heads, ties=heads)
         return masks.keep_local(scores, ratio, multiple=heads)  # a multiple, so that equal heads can fill it
-    attention = importance.channel_scores(encoder, grads, channels.attention_groups(config))
-    mlp = importance.channel_scores(encoder, grads, channels.mlp_groups(config))
+    attention = importance.channel_scores(encoder, grads, channels.attention_groups(config), recipe.criterion)
+    mlp = importance.channel_scores(encoder, grads, channels.mlp_groups(config), recipe.criterion)
     if uniform:
         # Stock SAM has heads * head_dim == embed_dim.
         head_dim = {name: config.embed_dim // heads for name in attention}
@@ -86,12 +147,11 @@ def cut(sam: Sam, keep: Keep, recipe: Recipe) -> Sam:
         *channels.mlp_groups(sam.config),
     ]
     encoder = masks.shrink(sam.params["image_encoder"], groups, keep)
-    config = channels.shrunk_config(sam.config, encoder)
     if recipe.keep_logit_scale:
-        encoder = channels.keep_logit_scale(encoder, sam.config, config)
+        encoder = channels.keep_logit_scale(encoder, sam.config, channels.shrunk_config(sam.config, encoder))
     if not recipe.slice_rel_pos:
         encoder = channels.zero_rel_pos(encoder)
-    return dataclasses.replace(sam, config=config, params={**sam.params, "image_encoder": encoder})
+    return _with_encoder(sam, encoder)
 
 
 # ------------------------------------------------------------------------------------------ distil

@@ -30,17 +30,22 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """x: [b, h, w, D] with (h, w) == span. Returns the same shape, and q, k, v: [b, h, w, n, d]."""
-        heads, head_dim = self.block.heads, self.block.head_dim
-        project = lambda name: nn.DenseGeneral((heads, head_dim), dtype=self.dtype, name=name)
+        """x: [b, h, w, D] with (h, w) == span. Returns the same shape, and q, k, v, heads: [b, h, w, n, d]."""
+        head_dim = self.block.head_dim
+        project = lambda name: nn.DenseGeneral((self.block.heads, head_dim), dtype=self.dtype, name=name)
         q, k, v = (project(name)(x) for name in "qkv")
         tables = (
             self.param(f"rel_pos_{axis}", nn.initializers.zeros, (2 * side - 1, head_dim)).astype(self.dtype)
             for axis, side in zip("hw", self.span, strict=True)
         )
-        out = attend(q, k, v, *tables)
-        out = nn.DenseGeneral(x.shape[-1], axis=(-2, -1), dtype=self.dtype, name="proj")(out)
-        return out, {"q": q, "k": k, "v": v}
+        heads = attend(q, k, v, *tables)
+        out = nn.DenseGeneral(x.shape[-1], axis=(-2, -1), dtype=self.dtype, name="proj")(heads)
+        return out, {"q": q, "k": k, "v": v, "heads": heads}
+
+
+# Above this many logits per head, queries are taken a few rows at a time: at 64 x 64 tokens the logits of
+# one ViT-B block are 0.8 GB in float32, and their gradients as much again.
+LOGITS_AT_ONCE = 2**20
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, rel_pos_h: jax.Array, rel_pos_w: jax.Array) -> jax.Array:
@@ -50,14 +55,26 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, rel_pos_h: jax.Array, rel_p
       q, k, v: [b, h, w, n, d].
       rel_pos_h, rel_pos_w: [2h-1, d], [2w-1, d]; row h-1 is distance zero.
     """
-    b, h, w, n, d = q.shape
-    distance = lambda side: jnp.arange(side)[:, None] - jnp.arange(side)[None, :] + side - 1
-    bias_h = jnp.einsum("bhwnd,hyd->bnhwy", q, rel_pos_h[distance(h)])
-    bias_w = jnp.einsum("bhwnd,wxd->bnhwx", q, rel_pos_w[distance(w)])
-    logits = jnp.einsum("bhwnd,byxnd->bnhwyx", q * d**-0.5, k, preferred_element_type=jnp.float32)
+    _, h, w, *_ = q.shape
+    rows = max(r for r in range(1, h + 1) if h % r == 0 and (r == 1 or r * w * h * w <= LOGITS_AT_ONCE))
+    if rows == h:
+        return attend_rows(q, jnp.arange(h), k, v, rel_pos_h, rel_pos_w)
+    some = lambda chunk: attend_rows(*chunk, k, v, rel_pos_h, rel_pos_w)
+    chunks = jnp.moveaxis(q.reshape(-1, h // rows, rows, *q.shape[2:]), 1, 0)
+    out = jax.lax.map(jax.checkpoint(some), (chunks, jnp.arange(h).reshape(-1, rows)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def attend_rows(q, rows, k, v, rel_pos_h, rel_pos_w) -> jax.Array:
+    """`attend` for the queries of some rows: q is [b, r, w, n, d], rows [r] their numbers."""
+    b, h, w, n, d = k.shape
+    distance = lambda queries, side: queries[:, None] - jnp.arange(side) + side - 1
+    bias_h = jnp.einsum("brwnd,ryd->bnrwy", q, rel_pos_h[distance(rows, h)])
+    bias_w = jnp.einsum("brwnd,wxd->bnrwx", q, rel_pos_w[distance(jnp.arange(w), w)])
+    logits = jnp.einsum("brwnd,byxnd->bnrwyx", q * d**-0.5, k, preferred_element_type=jnp.float32)
     logits = logits + bias_h[..., :, None] + bias_w[..., None, :]
-    weights = jax.nn.softmax(logits.reshape(b, n, h, w, h * w), axis=-1).astype(v.dtype)
-    return jnp.einsum("bnhwt,btnd->bhwnd", weights, v.reshape(b, h * w, n, d))
+    weights = jax.nn.softmax(logits.reshape(b, n, len(rows), w, h * w), axis=-1).astype(v.dtype)
+    return jnp.einsum("bnrwt,btnd->brwnd", weights, v.reshape(b, h * w, n, d))
 
 
 def window_partition(x: jax.Array, window: int) -> jax.Array:
@@ -125,11 +142,13 @@ class ImageEncoder(nn.Module):
 
         Returns:
           embedding: [b, h, w, out_chans] float32, (h, w) = config.grid.
-          features: {"patch": {"out": [b, h, w, D]}} and per block "blocks_i" its
-            q, k, v [b * windows, rows, columns, n, d] (before the 1/sqrt(d) scale, padded
-            window tokens included), mlp [b, h, w, M] (after GELU), middle and out
-            [b, h, w, D] (residual stream after attention, after MLP). Under `jit` those
-            that nobody reads cost nothing.
+          features: {"patch": {"out": [b, h, w, D]}} and, under "blocks_i", those of each block:
+            q, k, v [b * windows, rows, columns, n, d], before the 1/sqrt(d) scale, padded window
+              tokens included;
+            heads, of the same shape: what each head gives to proj;
+            middle, out [b, h, w, D]: the residual stream after attention and after the MLP;
+            mlp [b, h, w, M]: the hidden layer, after GELU.
+            Under `jit` those that nobody reads cost nothing.
         """
         c = self.config
         conv = lambda features, size, name, **kw: nn.Conv(features, (size, size), dtype=self.dtype, name=name, **kw)

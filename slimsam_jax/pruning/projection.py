@@ -1,0 +1,149 @@
+"""Choosing the basis before the cut: closed-form slimming of linear maps, in float64.
+
+Pruning drops coordinates, and the coordinates of a network are an accident of its
+initialisation. Where its function does not change under a change of basis, the part
+dropped in the right basis is far smaller. Plain linear algebra on second moments; it knows
+neither transformers nor trees. Vectors are columns: a map A takes x to A x.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+def residual_basis(moment: np.ndarray, width: int) -> np.ndarray:
+    """The best `width`-dimensional coordinates of a residual stream that LayerNorms read.
+
+    LayerNorm centres along the all-ones direction, so that direction must stay the
+    all-ones direction: the others are the leading ones of what it leaves.
+
+    Args:
+      moment: [D, D] sum of x xᵀ over stream vectors x, each centred and scaled as LayerNorm does.
+      width: d <= D.
+
+    Returns:
+      Q: [d, D] with orthonormal rows; Qᵀ Q x ~ x, and the mean of Q x is sqrt(D / d) that of x.
+    """
+    size = len(moment)
+    ones = np.full(size, size**-0.5)
+    centre = np.eye(size) - np.outer(ones, ones)
+    _, vectors = np.linalg.eigh(centre @ moment @ centre)
+    # Zero eigenvalues come in any basis, the all-ones direction mixed in: take it out before choosing.
+    directions, _ = np.linalg.qr(np.column_stack([ones, vectors[:, ::-1][:, : size - 1]]))
+    leading = directions[:, :width] * np.where(directions[:, :width].T @ ones < 0, -1, 1)
+    return _reflection(width) @ leading.T
+
+
+def _reflection(width: int) -> np.ndarray:
+    """The Householder reflection that swaps the first axis and the all-ones direction."""
+    normal = np.eye(width)[0] - width**-0.5
+    length = normal @ normal
+    return np.eye(width) - (2 * np.outer(normal, normal) / length if length > 1e-12 else 0)
+
+
+class Bilinear(NamedTuple):
+    """Maps of the two sides of a bilinear form to fewer dimensions, and its singular values (all of them)."""
+
+    left: np.ndarray
+    right: np.ndarray
+    singular_values: np.ndarray
+
+
+def bilinear_basis(left: np.ndarray, right: np.ndarray, width: int) -> Bilinear:
+    """The best rank-`width` approximation of q·k under second moments of q and k.
+
+    Args:
+      left, right: [m, m] second moments E[q qᵀ], E[k kᵀ].
+
+    Returns:
+      `left` A and `right` B, [r, m], with (A q)·(B k) ~ q·k; exact for r = m.
+    """
+    left_root, left_inverse = _roots(left)
+    right_root, right_inverse = _roots(right)
+    u, s, vt = np.linalg.svd(left_root @ right_root)
+    root = np.sqrt(s[:width])[:, None]
+    return Bilinear(root * (u.T[:width] @ left_inverse), root * (vt[:width] @ right_inverse), s)
+
+
+class Compression(NamedTuple):
+    """x ~ mean + decode (encode (x - mean)), and the singular values of what the reader sees."""
+
+    encode: np.ndarray
+    decode: np.ndarray
+    singular_values: np.ndarray
+
+
+def output_basis(covariance: np.ndarray, reader: np.ndarray, width: int) -> Compression:
+    """The best `width` numbers to pass from a vector x to a linear reader W.
+
+    Args:
+      covariance: [m, m] of x.
+      reader: [m, m] Wᵀ W: how much an error of x hurts.
+
+    Returns:
+      encode [r, m] and decode [m, r].
+    """
+    root, inverse = _roots(reader)
+    u, s, _ = np.linalg.svd(root @ _roots(covariance)[0])
+    return Compression(u.T[:width] @ root, inverse @ u[:, :width], s)
+
+
+def _roots(matrix: np.ndarray, smallest: float = 1e-10) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric square root and its inverse; eigenvalues are raised to a share of the largest."""
+    values, vectors = np.linalg.eigh(matrix)
+    values = np.sqrt(np.maximum(values, smallest * max(values.max(), 1e-30)))
+    return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+
+
+def choose_units(covariance: np.ndarray, weights: np.ndarray, rounds: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """Orders hidden units so that the next ones best explain the layer's output given those before.
+
+    A nonlinearity forbids a change of basis, so units are chosen, greedily: the gain of a unit
+    is how much the squared error of the output falls when the output is refitted on it too.
+    Units of one round are chosen together, as if they did not overlap.
+
+    Args:
+      covariance: [M, M] of the activations.
+      weights: [M, D] of the layer that reads them, output = activations @ weights.
+      rounds: M of them would be plain greedy, at M times the cost of one.
+
+    Returns:
+      order [M], best first, and gains [M] in that order, made not to rise.
+    """
+    residual = np.array(covariance, np.float64)
+    explained, left = residual @ weights, np.ones(len(residual), bool)
+    # Activations were summed in float32: less variance than this is rounding.
+    floor = 1e-7 * max(np.diag(residual).max(), 1e-30)
+    order, gains = [], []
+    while left.any():
+        variance = np.diag(residual)
+        gain = np.where(variance > floor, (explained**2).sum(1) / np.maximum(variance, floor), 0.0)
+        units = np.argsort(-np.where(left, gain, -1.0), kind="stable")[: min(-(-len(left) // rounds), left.sum())]
+        left[units] = False
+        order.append(units)
+        gains.append(gain[units])
+        inner = residual[np.ix_(units, units)] + floor * np.eye(len(units))
+        columns = np.linalg.solve(np.linalg.cholesky(inner), residual[units]).T
+        residual -= columns @ columns.T
+        explained -= columns @ (columns.T @ weights)
+    return np.concatenate(order), np.minimum.accumulate(np.concatenate(gains))
+
+
+def refit(covariance: np.ndarray, mean: np.ndarray, weights: np.ndarray, kept: np.ndarray, ridge: float = 1e-6):
+    """Least-squares weights on the kept units alone.
+
+    Args:
+      covariance, mean: of all units' activations.
+      weights: [M, D], output = activations @ weights.
+      kept: indices of the units that stay.
+      ridge: relative to the mean variance of the kept.
+
+    Returns:
+      new weights [kept, D], and what to add to the output's bias [D].
+    """
+    inner = covariance[np.ix_(kept, kept)]
+    inner = inner + ridge * np.trace(inner) / len(kept) * np.eye(len(kept))
+    new = np.linalg.solve(inner, covariance[kept] @ weights)
+    return new, mean @ weights - mean[kept] @ new
