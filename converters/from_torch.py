@@ -15,7 +15,7 @@ from tyro.conf import Positional
 from converters import huggingface, torch_file
 from converters.mapping import rows, split_qkv
 from slimsam_jax import checkpoint, cli
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, blaming
 from slimsam_jax.models import config as architecture
 from slimsam_jax.models.sam import Sam
 
@@ -34,12 +34,13 @@ def load(source: Path | str) -> Sam:
     source = Path(source).expanduser()
     if not source.exists():
         raise InputError(f"{source} does not exist")
-    if not source.is_dir():
-        sam = from_state_dict(torch_file.read(source), str(source))
-    elif _is_huggingface(source):
-        sam = _load_huggingface(source)
-    else:
-        return checkpoint.load(source)
+    with blaming(source):
+        if not source.is_dir():
+            sam = from_state_dict(torch_file.read(source), str(source))
+        elif _is_huggingface(source):
+            sam = _load_huggingface(source)
+        else:
+            return checkpoint.load(source)
     return dataclasses.replace(sam, provenance={"source": source.name, "sha256": checkpoint.sha256(source)})
 
 
@@ -79,12 +80,13 @@ def _params(config: architecture.Config, state: dict[str, np.ndarray], table: li
         except Exception:  # einops has its own error class; the shape is what the user needs
             raise InputError(f"{where}: {row.name} has shape {array.shape}, which does not fit its place") from None
     checkpoint.check_shapes({path: (array.shape, expected[path].shape) for path, array in params.items()}, where)
-    return checkpoint.to_device(params)
+    return checkpoint.to_device(params, where)
 
 
 def _is_huggingface(folder: Path) -> bool:
     try:
-        return "model_type" in json.loads((folder / "config.json").read_text())
+        description = json.loads((folder / "config.json").read_text())
+        return isinstance(description, dict) and "model_type" in description
     except (OSError, ValueError):
         return False
 

@@ -16,7 +16,7 @@ from converters import huggingface
 from converters.from_torch import load
 from converters.mapping import fuse_qkv, rows
 from slimsam_jax import checkpoint, cli
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, writing
 from slimsam_jax.models.sam import Sam
 
 
@@ -40,7 +40,7 @@ def save_sam(sam: Sam, path: Path) -> None:
         raise InputError("writing a .pth needs PyTorch: pip install torch") from None
     tensors = {name: torch.from_numpy(array.copy()) for name, array in to_state_dict(sam).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.replacing(path) as temporary:
+    with writing(path), checkpoint.replacing(path) as temporary:
         torch.save(tensors, temporary)
 
 
@@ -50,7 +50,8 @@ def save_huggingface(sam: Sam, folder: Path) -> None:
     state = {huggingface.to_huggingface(name): array for name, array in to_state_dict(sam).items()}
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+        with writing(folder):
+            save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
         checkpoint.write_json(temporary / "config.json", huggingface.description(sam.config))
         checkpoint.write_json(temporary / "preprocessor_config.json", huggingface.preprocessor(sam.config))
         temporary.chmod(0o755)

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, blaming
 
 _STORAGES = {
     "FloatStorage": np.float32,
@@ -44,16 +44,15 @@ def read(path: Path | str) -> dict[str, np.ndarray]:
     Raises:
       InputError: the file is none of these.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            content = _Unpickler(archive).load()
-    except zipfile.BadZipFile:
+    if not zipfile.is_zipfile(path):
         raise InputError(
-            f"{path} is not a PyTorch zip checkpoint; one written before PyTorch 1.6 must be saved anew there, "
-            "with torch.save(torch.load(old), new)"
-        ) from None
-    except (StopIteration, KeyError, EOFError, pickle.UnpicklingError, ValueError, TypeError, IndexError) as error:
-        raise InputError(f"{path} is not a readable PyTorch checkpoint: {error or type(error).__name__}") from None
+            f"{path} is not a PyTorch zip checkpoint, or a damaged one (a file from before PyTorch 1.6 must be saved "
+            "anew: torch.save(torch.load(old), new))"
+        )
+    with blaming(path), zipfile.ZipFile(path) as archive:
+        if not any(name.rpartition("/")[2] == "data.pkl" for name in archive.namelist()):
+            raise InputError(f"{path} is not a readable PyTorch checkpoint: the archive holds no data.pkl")
+        content = _Unpickler(archive).load()
     state = _flatten(content) if isinstance(content, _Inert) else _unwrap(content)
     if not state:
         raise InputError(f"{path} holds neither a state dict nor a module")
@@ -104,6 +103,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
+    if not isinstance(storage, np.ndarray) or storage.ndim != 1:
+        raise pickle.UnpicklingError("a tensor without a storage")
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if math.prod(size) else offset
     if min((offset, *size, *stride)) < 0 or last > len(storage) or (math.prod(size) and last == len(storage)):
         raise pickle.UnpicklingError("a tensor reaches beyond its storage")

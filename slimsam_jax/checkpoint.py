@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, blaming, writing
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.sam import Params, Sam, init
 
@@ -28,12 +28,12 @@ def save(sam: Sam, folder: Path | str) -> None:
     """Writes a model folder; existing files of these names are replaced atomically.
 
     Raises:
-      OSError: the folder cannot be written; no partial file is left behind.
+      OSError, RunError: the folder cannot be written; no partial file is left behind.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
-    with replacing(folder / "model.safetensors") as temporary:
+    with writing(folder / "model.safetensors"), replacing(folder / "model.safetensors") as temporary:
         save_file({path: np.asarray(array) for path, array in flat.items()}, temporary)
     description = {"format": FORMAT, "architecture": sam.config.to_json(), "provenance": sam.provenance}
     write_json(folder / "config.json", description)
@@ -49,23 +49,31 @@ def load(folder: Path | str) -> Sam:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).exists():
             raise InputError(f"{folder} is not a model folder: it has no {name}")
-    try:
+    with blaming(folder):
         description = json.loads((folder / "config.json").read_text())
+        if description.get("format") != FORMAT:
+            raise InputError(f"{folder} has format {description.get('format')!r}, and {FORMAT!r} is what we read")
         config = Config.from_json(description["architecture"])
         flat = load_file(folder / "model.safetensors")
-    except Exception as error:  # safetensors and JSON each have errors of their own for a damaged file
-        raise InputError(f"{folder} is not a readable model folder: {error}") from None
-    shapes = flax.traverse_util.flatten_dict(abstract_params(config), sep="/")
+        shapes = flax.traverse_util.flatten_dict(abstract_params(config), sep="/")
     check_names(set(flat), set(shapes), str(folder))
     check_shapes({k: (v.shape, shapes[k].shape) for k, v in flat.items()}, str(folder))
-    params = to_device(flat)
+    params = to_device(flat, str(folder))
     return Sam(config, params, description.get("provenance", {}))
 
 
-def to_device(flat: dict[str, np.ndarray]) -> Params:
-    """{path: array} -> tree of float32 arrays on the default device, so that no later call copies them there."""
-    arrays = {path: jnp.asarray(array.astype(np.float32)) for path, array in flat.items()}
-    return flax.traverse_util.unflatten_dict(arrays, sep="/")
+def to_device(flat: dict[str, np.ndarray], where: str) -> Params:
+    """{path: array} -> tree of float32 arrays on the default device, so that no later call copies them there.
+
+    Raises:
+      InputError: an array is of integers, or has values that are not finite in float32.
+    """
+    with np.errstate(over="ignore"):
+        arrays = {path: array.astype(np.float32) for path, array in flat.items()}
+    for path, array in arrays.items():
+        if flat[path].dtype.kind in "iub" or not np.isfinite(array).all():
+            raise InputError(f"{where}: {path} holds integers, or values that are not finite")
+    return flax.traverse_util.unflatten_dict({path: jnp.asarray(array) for path, array in arrays.items()}, sep="/")
 
 
 def abstract_params(config: Config) -> Params:
@@ -116,8 +124,10 @@ def _umask() -> int:
 
 def sha256(path: Path | str) -> str:
     """Of a file, or of a model folder's weights."""
-    path = Path(path)
-    if path.is_dir():
-        path = next(p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin"))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    path, digest = Path(path), hashlib.sha256()
+    weights = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin")] if path.is_dir() else [path]
+    for part in weights:
+        with part.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

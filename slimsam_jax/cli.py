@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,3 +46,17 @@ def check_empty(folder: Path) -> None:
         raise InputError(f"{folder} is a file, and an output folder is needed")
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; choose another folder, or remove it first")
+    _check_writable(folder)
+
+
+def check_file(path: Path) -> None:
+    """Raises InputError unless `path` can become an output file; an existing file will be replaced."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, and an output file is needed")
+    _check_writable(path.parent)
+
+
+def _check_writable(folder: Path) -> None:
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"{folder} cannot be written: {nearest} is no folder, or one without the permission")

@@ -30,7 +30,7 @@ class Options:
     in the package."""
     val: tuple[Path, ...] = ()
     """Folders of images to measure on. An SA-1B .json of the same name beside an image makes it count for
-    mIoU. Default: an eighth of --images, held out."""
+    mIoU. Default: an eighth of --images, at most 50, held out."""
     ratio: float = 0.5
     """Share of the channels to remove, between 0 and 1. Parameters and work fall about with its square:
     0.5 leaves a quarter of the encoder, 0.77 a sixteenth."""
@@ -41,14 +41,14 @@ class Options:
     uniform: bool = False
     """Prune every block alike, so that the result loads into stock segment_anything and transformers."""
     steps: int | None = None
-    """Optimiser steps per stage; 0 prunes without distilling. Default: 12 passes over the images (slimsam:
-    20, as in the paper)."""
-    batch: int = 4
-    """Images per step, a multiple of the number of devices."""
+    """Optimiser steps per stage; 0 prunes without distilling. Default: 6 passes over the images (taylor: 12,
+    slimsam: 20, as in the paper)."""
+    batch: int | None = None
+    """Images per step, a multiple of the number of devices. Default: 4, or as many more as that takes."""
     importance_images: int = 100
     """Images that importance or statistics are estimated from, before each pruning."""
     seed: int = 0
-    """Of noise and order; on the same machine the same seed gives the same model."""
+    """Of noise and order; on one CPU machine the same seed gives the same model."""
     out: Path = Path("slim")
     """The folder to write. Must not exist or be empty, unless --resume is given."""
     resume: bool = False
@@ -66,8 +66,10 @@ class Options:
             raise InputError(f"--steps {self.steps} must not be negative")
         for name in ("batch", "importance_images", "save_every"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"--seed {self.seed} must be between 0 and {2**31 - 1}")
         if not self.resume:
             cli.check_empty(self.out)
 

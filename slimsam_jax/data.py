@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from slimsam_jax import rle
-from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.errors import InputError, RunError, blaming
 from slimsam_jax.models.sam import resize_and_pad
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -69,10 +69,13 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            return image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders have errors of many kinds for damaged files
         raise InputError(f"{path} is not a readable image: {error}") from None
 
 
@@ -85,16 +88,31 @@ def read_annotations(path: Path) -> list[Annotation]:
     path = path.with_suffix(".json")
     if not path.exists():
         return []
-    try:
-        return [_annotation(fields) for fields in json.loads(path.read_text())["annotations"]]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise InputError(f"{path} is not an SA-1B annotation: {type(error).__name__} {error}") from None
+    with blaming(f"the SA-1B annotation {path}"):
+        annotations = [_annotation(fields) for fields in json.loads(path.read_text())["annotations"]]
+        if len({a.mask.shape for a in annotations}) > 1:
+            raise ValueError("its masks are of different sizes")
+        return annotations
 
 
 def _annotation(fields: dict[str, Any]) -> Annotation:
     x, y, width, height = fields["bbox"]
     point = np.asarray(fields["point_coords"], np.float64).reshape(-1, 2)[0]
-    return Annotation(point, np.array([x, y, x + width, y + height], np.float64), rle.decode(fields["segmentation"]))
+    box = np.array([x, y, x + width, y + height], np.float64)
+    if not (np.isfinite([*point, *box]).all() and width >= 0 and height >= 0):
+        raise ValueError("a point or box that is none")
+    return Annotation(point, box, rle.decode(fields["segmentation"]))
+
+
+def check_one_is_readable(paths: Sequence[Path]) -> None:
+    """Raises InputError if not a single image can be decoded."""
+    for path in paths:
+        try:
+            read_image(path)
+            return
+        except InputError as error:
+            last = error
+    raise InputError(f"none of the {len(paths)} images can be read, so there is nothing to work on; the last: {last}")
 
 
 class Batches:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -31,7 +30,7 @@ def mse(student: Tree, target: Tree, relative: bool = False) -> jax.Array:
     Args:
       relative: divide by the variance of the target's elements (1 = as bad as their mean).
     """
-    count = sum(leaf.size for leaf in jax.tree.leaves(target))
+    count = float(sum(leaf.size for leaf in jax.tree.leaves(target)))  # may be more than an int32 holds
     if count == 0:
         return jnp.zeros(())  # a kind of feature that this model has none of
     total = lambda tree: sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(tree))
@@ -100,19 +99,20 @@ def make_optimizer(learning_rate: float, steps: int, schedule: str = "cosine") -
     if schedule == "constant":
         return optax.adam(learning_rate)
     warm_up = max(1, steps // 20)
-    return optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm_up, max(steps, warm_up + 1)))
+    first = learning_rate / warm_up
+    return optax.adam(optax.warmup_cosine_decay_schedule(first, learning_rate, warm_up, max(steps, warm_up + 1)))
 
 
 def data_mesh() -> jax.sharding.Mesh:
-    """All devices along one axis, "data"."""
+    """All devices of this process along one axis, "data"."""
     # Auto axes: make_mesh's default since jax 0.10 is Explicit, which asks more of every operation.
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def shard_batch(batch: Tree, mesh: jax.sharding.Mesh) -> Tree:
     """Splits a host batch over the devices along its first axis."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
 
 
 def replicate(tree: Tree, mesh: jax.sharding.Mesh) -> Tree:

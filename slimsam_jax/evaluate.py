@@ -29,15 +29,18 @@ def main(
     from slimsam_jax.evaluation import mean_iou
     from slimsam_jax.progress import track
 
-    if json and not json.parent.is_dir():
-        raise InputError(f"{json.parent} is not a folder to write {json.name} to")
+    if not data:
+        raise InputError("--data needs at least one folder")
+    if json:
+        cli.check_file(json)
     sam = load(model)
     prompts = ("point", "box") if prompt == "both" else (prompt,)
     result = mean_iou(sam, track(find_images(data), "evaluate"), prompts)
     for reason in result["skipped"].values():
         print(f"skipped: {reason}")
     if not result["images"]:
-        raise InputError(f"no image in {', '.join(map(str, data))} has an SA-1B .json of its name beside it")
+        reason = next(iter(result["skipped"].values()), "none has an SA-1B .json of its name beside it")
+        raise InputError(f"no image in {', '.join(map(str, data))} can be measured on: {reason}")
     for kind in prompts:
         print(f"{kind:6s} mIoU {result[kind]:.5f}  ({result['images']} images)")
     if json:

@@ -6,6 +6,7 @@ number is padded to one of few, so that few shapes are ever compiled.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -70,11 +71,11 @@ def predict_masks(
     return np.concatenate(masks), np.concatenate(scores)
 
 
-def _decode_padded(sam: Sam, embedding: jax.Array, points: jax.Array, labels: jax.Array):
+def _decode_padded(sam: Sam, embedding: jax.Array, points: np.ndarray, labels: np.ndarray):
     """`decode`, with the prompts padded by repetition to a bucket; numpy out."""
     count = len(points)
     bucket = next(size for size in BUCKETS if size >= count)
-    index = jnp.minimum(jnp.arange(bucket), count - 1)
+    index = np.minimum(np.arange(bucket), count - 1)
     masks, scores = decode(sam.config, sam.params, embedding, points[index], labels[index])
     return np.asarray(masks)[:count], np.asarray(scores)[:count]
 
@@ -109,7 +110,9 @@ def mean_iou(sam: Sam, paths: Iterable[Path], prompts: Sequence[Prompt] = ("poin
       no means if no image is annotated.
     """
     found, skipped = map_readable(lambda path: annotation_ious(sam, path, prompts), paths)
-    per_image = {path.stem: ious for path, ious in found.items() if ious}
+    stems = Counter(path.stem for path in found)
+    name = lambda path: path.stem if stems[path.stem] == 1 else str(path)
+    per_image = {name(path): ious for path, ious in found.items() if ious}
     means = {kind: float(np.mean([i[kind] for i in per_image.values()])) for kind in prompts} if per_image else {}
     return {**means, "images": len(per_image), "per_image": per_image, "skipped": skipped}
 

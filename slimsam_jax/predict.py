@@ -46,6 +46,9 @@ def main(
         raise InputError("give at least one --point X,Y or a --box X0,Y0,X1,Y1")
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise InputError(f"{out} should end in .png or .jpg")
+    if boxes and (boxes[0][0] >= boxes[0][2] or boxes[0][1] >= boxes[0][3]):
+        raise InputError(f"{box} is not a box: X0,Y0 is its upper left corner and X1,Y1 its lower right one")
+    cli.check_file(out)
 
     import numpy as np
 

@@ -51,13 +51,13 @@ class Recipe:
     relative_loss: bool = True
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
-    passes: int = 12
+    passes: int = 6
     noise_std: float = 0.01
 
 
 RECIPES = {
     "default": Recipe(),
-    "taylor": Recipe(criterion="taylor"),
+    "taylor": Recipe(criterion="taylor", passes=12),
     "slimsam": Recipe(
         criterion="taylor",
         gradients="sum",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from converters.from_torch import load
-from slimsam_jax import checkpoint, data, report, slimming
+from slimsam_jax import __version__, checkpoint, data, report, slimming
 from slimsam_jax.compress import Options
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.sam import Sam
@@ -31,8 +32,10 @@ class Run:
     teacher: Sam
     images: list[Path]
     steps: int
+    batch: int
     dtype: Any
     folder: RunFolder
+    provenance: dict[str, Any]
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def run(options: Options) -> dict[str, Any]:
         seconds[f"{stage.name} stage"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    student = dataclasses.replace(student, provenance=provenance(run))
+    student = dataclasses.replace(student, provenance=run.provenance)
     checkpoint.save(student, options.out)
     numbers = report.measure(run.teacher, student, val, run.dtype)
     numbers["seconds"] = {**seconds, "measuring": time.perf_counter() - start}
@@ -59,14 +62,23 @@ def run(options: Options) -> dict[str, Any]:
 
 def prepare(options: Options) -> tuple[Run, list[Path]]:
     """Everything that can be refused is refused here, before anything is written."""
-    if options.batch % jax.device_count():
-        raise InputError(f"--batch {options.batch} must be a multiple of the {jax.device_count()} devices")
+    devices = jax.local_device_count()
+    batch = options.batch or devices * -(-4 // devices)
+    if batch % devices:
+        raise InputError(f"--batch {batch} must be a multiple of the {devices} devices")
     recipe = RECIPES[options.recipe]
     teacher = load(options.teacher or data.embedded_teacher())
+    if options.uniform and not teacher.config.uniform:
+        raise InputError("--uniform needs a teacher whose blocks are alike, and this one's are not")
     images, val = split_images(options)
-    steps = max(1, recipe.passes * len(images) // options.batch) if options.steps is None else options.steps
-    folder = RunFolder(options.out, options.fixing_the_result(), options.resume)
-    return Run(options, recipe, teacher, images, steps, compute_dtype(options), folder), val
+    if options.batch and batch > max(len(images), devices):
+        raise InputError(f"--batch {batch} is more than the {len(images)} images to learn from")
+    for paths in (images, val):
+        data.check_one_is_readable(paths)
+    steps = max(1, recipe.passes * len(images) // batch) if options.steps is None else options.steps
+    origin = provenance(options, recipe, teacher, images, steps, batch)
+    folder = RunFolder(options.out, origin, options.resume)
+    return Run(options, recipe, teacher, images, steps, batch, compute_dtype(options), folder, origin), val
 
 
 def split_images(options: Options) -> tuple[list[Path], list[Path]]:
@@ -74,7 +86,8 @@ def split_images(options: Options) -> tuple[list[Path], list[Path]]:
     images = data.find_images(options.images or [data.embedded_images()])
     if options.val:
         return images, data.find_images(options.val)
-    return [p for i, p in enumerate(images) if i % 8 or len(images) == 1], images[::8]
+    val = images[:: max(8, -(-len(images) // 50))]
+    return [path for path in images if path not in set(val)] or images, val
 
 
 def compute_dtype(options: Options) -> Any:
@@ -100,11 +113,11 @@ def slim(run: Run, stage: Stage, previous: Sam) -> Sam:
 
 def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
     options = run.options
-    count = max(1, min(options.importance_images, len(run.images)) // options.batch)
+    count = max(1, min(options.importance_images, len(run.images)) // run.batch)
 
     def calibration(name: str) -> Iterable[Any]:
-        batches = data.Batches(run.images, run.teacher.config.image_size, options.batch, options.seed)
-        return track(slimming.calibration(batches, count), name, count, per_item=options.batch)
+        batches = data.Batches(run.images, run.teacher.config.image_size, run.batch, options.seed)
+        return track(slimming.calibration(batches, count), name, count, per_item=run.batch)
 
     return slimming.prune(previous, stage, run.recipe, options.ratio, calibration, options.seed, options.uniform)
 
@@ -112,17 +125,18 @@ def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
 def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
     options, steps, folder = run.options, run.steps, run.folder
     step_fn, state, frozen = slimming.make_trainer(student, previous, run.teacher, stage, run.recipe, steps, run.dtype)
-    batches = data.Batches(run.images, run.teacher.config.image_size, options.batch, options.seed + 1)
+    batches = data.Batches(run.images, run.teacher.config.image_size, run.batch, options.seed + 1)
     with folder.steps(stage.name) as manager:
         state = folder.restore_step(manager, state, batches)
         done = int(state.step)
         folder.rewind_log(stage.name, done)
         training = slimming.train(step_fn, state, frozen, batches, steps)
-        training = track(training, f"{stage.name} stage", steps - done, per_item=options.batch)
+        training = track(training, f"{stage.name} stage", steps - done, per_item=run.batch)
         for step, (state, terms) in enumerate(training, done + 1):
             if step % max(1, steps // 100) == 0 or step == steps:
                 folder.log(stage=stage.name, step=step, **{name: float(term) for name, term in terms.items()})
             if step % options.save_every == 0 or step == steps:
+                slimming.check_loss(terms, step)
                 folder.save_step(manager, step, state, batches)
     for path, reason in batches.skipped.items():
         folder.log(stage=stage.name, skipped=str(path), reason=reason)
@@ -131,13 +145,17 @@ def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
     return dataclasses.replace(student, params={**student.params, "image_encoder": encoder})
 
 
-def provenance(run: Run) -> dict[str, Any]:
-    """Where a slim model comes from, for its config.json."""
-    path = run.options.teacher or data.embedded_teacher()
-    packages = ("slimsam_jax", "jax", "flax", "optax", "numpy")
+def provenance(
+    options: Options, recipe: Recipe, teacher: Sam, images: list[Path], steps: int, batch: int
+) -> dict[str, Any]:
+    """Where a slim model comes from, for its config.json; a resumed run must agree in all of it."""
+    path = Path(options.teacher or data.embedded_teacher())
+    names = "\n".join(str(image) for image in images)
+    packages = ("jax", "flax", "optax", "numpy")
     return {
-        "teacher": {"file": Path(path).name, "sha256": checkpoint.sha256(path), "provenance": run.teacher.provenance},
-        "options": {**run.options.fixing_the_result(), "steps": run.steps},
-        "recipe": dataclasses.asdict(run.recipe),
-        "versions": {name: version(name) for name in packages},
+        "teacher": {"file": path.name, "sha256": checkpoint.sha256(path), "provenance": teacher.provenance},
+        "images": {"count": len(images), "sha256_of_names": hashlib.sha256(names.encode()).hexdigest()},
+        "options": {**options.fixing_the_result(), "steps": steps, "batch": batch},
+        "recipe": dataclasses.asdict(recipe),
+        "versions": {"slimsam_jax": __version__, **{name: version(name) for name in packages}},
     }

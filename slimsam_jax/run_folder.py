@@ -14,11 +14,12 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 
 from slimsam_jax import checkpoint
 from slimsam_jax.data import Batches
 from slimsam_jax.distill import TrainState
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, RunError, blaming, writing
 from slimsam_jax.models.sam import Sam
 
 
@@ -26,22 +27,22 @@ class RunFolder:
     """One `--out`.
 
     Raises:
-      InputError: the folder is in use and this is no resumption, or the options that fix the
-        result differ from those of the run to be resumed.
+      InputError: there is no run to resume, or its origin (teacher, images, options, versions) was another.
     """
 
-    def __init__(self, path: Path, options: dict[str, Any], resume: bool = False):
+    def __init__(self, path: Path, origin: dict[str, Any], resume: bool = False):
         self.path, self.work = path, path / "checkpoints"
-        recorded = self.work / "options.json"
+        recorded = self.work / "origin.json"
         if resume and not recorded.exists():
             raise InputError(f"{path} holds no unfinished run to resume")
         if resume:
-            _check_same(json.loads(recorded.read_text()), options, path)
+            with blaming(recorded):
+                _check_same(json.loads(recorded.read_text()), origin, path)
             return
         created = not path.exists()
         try:
             self.work.mkdir(parents=True)
-            checkpoint.write_json(recorded, options)
+            checkpoint.write_json(recorded, origin)
         except OSError:
             if created:
                 shutil.rmtree(path, ignore_errors=True)
@@ -54,7 +55,8 @@ class RunFolder:
 
     def read_log(self) -> list[dict[str, Any]]:
         path = self.path / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
 
     def rewind_log(self, stage: str, step: int) -> None:
         """Drops the lines of a stage's steps after `step`: a resumed run writes them again."""
@@ -72,13 +74,20 @@ class RunFolder:
 
     def steps(self, stage: str) -> ocp.CheckpointManager:
         """Checkpoints within a stage; the last two are kept."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        # Not in the background: a full disk is then met here, and not in a thread of orbax's.
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=False)
         return ocp.CheckpointManager((self.work / stage / "steps").absolute(), options=options)
 
     def save_step(self, manager: ocp.CheckpointManager, step: int, state: TrainState, batches: Batches) -> None:
-        """Saves in the background; the state of the data stream goes with the parameters."""
+        """Saves; the state of the data stream goes with the parameters."""
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(batches.get_state()))
-        manager.save(step, args=items)
+        try:
+            with writing(f"the checkpoint of step {step}"):
+                manager.save(step, args=items)
+        except RunError:
+            for unfinished in Path(manager.directory).glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
     def restore_step(self, manager: ocp.CheckpointManager, state: TrainState, batches: Batches) -> TrainState:
         """The last saved state, the data stream set to it; `state` itself if there is none."""
@@ -96,9 +105,8 @@ class RunFolder:
         shutil.rmtree(self.work)
 
 
-def _check_same(recorded: dict[str, Any], options: dict[str, Any], path: Path) -> None:
-    different = [
-        f"{key} {recorded.get(key)!r} -> {value!r}" for key, value in options.items() if recorded.get(key) != value
-    ]
+def _check_same(recorded: dict[str, Any], origin: dict[str, Any], path: Path) -> None:
+    before, now = (flatten_dict(json.loads(json.dumps(tree)), sep=" ") for tree in (recorded, origin))
+    different = [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in now if before.get(key) != now[key]]
     if different:
-        raise InputError(f"{path} was started with other options ({', '.join(different)}); resume with the same")
+        raise InputError(f"{path} was started otherwise ({'; '.join(different)}); resume with what it was started with")

@@ -20,7 +20,7 @@ from slimsam_jax.models.config import Config
 from slimsam_jax.models.features import bottleneck_features, run_encoder, stream_features
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.pruning import importance, masks, reference
-from slimsam_jax.pruning.group import Keep, Scores
+from slimsam_jax.pruning.group import Keep, Scores, check_groups
 from slimsam_jax.recipes import Recipe, Stage
 
 Batch = dict[str, Any]
@@ -100,13 +100,15 @@ def project(sam: Sam, stage: Stage, ratio: float, calibration: Callable[[str], I
     moments = statistics(projection.mlp_moments, "MLP statistics")
     units = projection.hidden_units(sam.params["image_encoder"], moments)
     worth = {str(i): unit.worth for i, unit in enumerate(units)}
-    widths = [masks.rounded_width(len(w), ratio) for w in worth.values()] if uniform else _global_widths(worth, ratio)
+    if uniform:
+        widths = [_stock_mlp_dim(config.embed_dim, len(w), ratio) for w in worth.values()]
+    else:
+        widths = _global_widths(worth, ratio)
     return _with_encoder(sam, projection.project_mlp(sam.params["image_encoder"], units, widths))
 
 
 def _global_widths(worth: Scores, ratio: float) -> list[int]:
-    size = len(next(iter(worth.values())))
-    return [len(kept) for kept in masks.keep_global(worth, ratio, minimum=max(1, size // 8)).values()]
+    return [len(kept) for kept in masks.keep_global(worth, ratio, least=LEAST_SHARE).values()]
 
 
 def choose(config: Config, encoder: Any, grads: Any, stage: Stage, recipe: Recipe, ratio: float, uniform: bool) -> Keep:
@@ -122,17 +124,30 @@ def choose(config: Config, encoder: Any, grads: Any, stage: Stage, recipe: Recip
     if uniform:
         # Stock SAM has heads * head_dim == embed_dim.
         head_dim = {name: config.embed_dim // heads for name in attention}
-        return masks.keep_widths(attention, head_dim) | masks.keep_local(mlp, ratio)
+        if recipe.reference_selection:
+            return masks.keep_widths(attention, head_dim) | reference.keep_local(mlp, ratio, heads)
+        mlp_dim = {name: _stock_mlp_dim(config.embed_dim, len(score), ratio) for name, score in mlp.items()}
+        return masks.keep_widths(attention, head_dim) | masks.keep_widths(mlp, mlp_dim)
     if recipe.reference_selection:
         choose_kind = functools.partial(_reference_global, recipe=recipe, ratio=ratio, heads=heads)
         return choose_kind(attention, copies=heads) | choose_kind(mlp, copies=1)
     return _global(attention, recipe, ratio) | _global(mlp, recipe, ratio)
 
 
+# At least this share of every block stays: scores are first-order and cannot see a block vanish.
+LEAST_SHARE = 1 / 8
+
+
 def _global(scores: Scores, recipe: Recipe, ratio: float) -> Keep:
-    """At least an eighth of a block stays: scores are first-order and cannot see a block vanish."""
-    size = len(next(iter(scores.values())))
-    return masks.keep_global(reference.normalize(scores, recipe.normalizer), ratio, minimum=max(1, size // 8))
+    return masks.keep_global(reference.normalize(scores, recipe.normalizer), ratio, least=LEAST_SHARE)
+
+
+def _stock_mlp_dim(embed_dim: int, mlp_dim: int, ratio: float) -> int:
+    """The width asked for, or the next smaller one that survives stock SAM's int(embed_dim * mlp_ratio)."""
+    width = masks.rounded_width(mlp_dim, ratio)
+    while int(embed_dim * (width / embed_dim)) != width:
+        width -= 1
+    return width
 
 
 def _reference_global(scores: Scores, recipe: Recipe, ratio: float, heads: int, copies: int) -> Keep:
@@ -146,6 +161,7 @@ def cut(sam: Sam, keep: Keep, recipe: Recipe) -> Sam:
         *channels.attention_groups(sam.config),
         *channels.mlp_groups(sam.config),
     ]
+    check_groups(sam.params["image_encoder"], groups)
     encoder = masks.shrink(sam.params["image_encoder"], groups, keep)
     if recipe.keep_logit_scale:
         encoder = channels.keep_logit_scale(encoder, sam.config, channels.shrunk_config(sam.config, encoder))
@@ -208,14 +224,15 @@ def train(step, state: distill.TrainState, frozen: Any, batches: Iterator[Batch]
     for done, batch in zip(range(int(state.step), steps), batches, strict=False):
         before = terms
         state, terms = step(state, frozen, distill.shard_batch(batch, mesh))
-        _check_loss(before, done)
+        if before:
+            check_loss(before, done)
         yield state, terms
-    _check_loss(terms, steps)
 
 
-def _check_loss(terms: dict[str, Any] | None, step: int) -> None:
-    if terms is not None and not np.isfinite(terms["loss"]):
-        raise RunError(f"the loss of step {step} is not finite; a lower learning rate may help")
+def check_loss(terms: dict[str, Any], step: int) -> None:
+    """Raises RunError if the loss is not finite; waits for the step to end."""
+    if not np.isfinite(terms["loss"]):
+        raise RunError(f"the loss of step {step} is not finite; another --seed, --batch or --dtype may help")
 
 
 def calibration(batches: Iterator[Batch], count: int) -> Iterator[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pickle
 import zipfile
@@ -18,7 +19,7 @@ from peers import state_dict, stock_sam
 
 from converters import from_torch, huggingface, mapping, to_torch, torch_file
 from slimsam_jax import checkpoint
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.models import sam as sam_module
 
 SQUARE = tiny_config(image_size=(64, 64))
@@ -169,13 +170,59 @@ def test_a_damaged_model_folder_is_refused(tmp_path, tiny_sam):
     checkpoint.save(tiny_sam, tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(InputError, match="not a readable model folder"):
+    with pytest.raises(InputError, match="cannot be read"):
         checkpoint.load(tmp_path / "model")
     weights.unlink()
     with pytest.raises(InputError, match=r"it has no model\.safetensors"):
         checkpoint.load(tmp_path / "model")
     with pytest.raises(InputError, match="does not exist"):
         from_torch.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["architecture"].update(embed_dim=0),
+        lambda d: d["architecture"].update(embed_dim="wide"),
+        lambda d: d["architecture"].update(image_size=[64]),
+        lambda d: d["architecture"].update(pixel_std=[1, 0, 1]),
+        lambda d: d["architecture"].update(pixel_mean=None),
+        lambda d: d["architecture"].update(decoder_heads=0),
+        lambda d: d["architecture"]["blocks"][0].update(window=-1),
+        lambda d: d["architecture"]["blocks"][0].update(heads=1.5),
+        lambda d: d["architecture"].pop("blocks"),
+        lambda d: d.update(format="slimsam_jax/99"),
+        lambda d: d.pop("architecture"),
+    ],
+)
+def test_a_damaged_description_is_refused(tmp_path, tiny_sam, change):
+    checkpoint.save(tiny_sam, tmp_path / "model")
+    description = json.loads((tmp_path / "model" / "config.json").read_text())
+    change(description)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(description))
+    with pytest.raises(InputError):
+        from_torch.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])
+def test_a_damaged_huggingface_folder_is_refused(tmp_path, name):
+    to_torch.save_huggingface(random_sam(SQUARE), tmp_path / "hf")
+    path = tmp_path / "hf" / name
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(InputError):
+        from_torch.load(tmp_path / "hf")
+
+
+def test_convert_command(pth, tmp_path, stock):
+    from_torch.main(pth, tmp_path / "model")
+    to_torch.main(tmp_path / "model", tmp_path / "again.pth", "sam")
+    expected = state_dict(stock)
+    for name, tensor in torch.load(tmp_path / "again.pth", weights_only=True).items():
+        np.testing.assert_array_equal(tensor.numpy(), expected[name])
+    with pytest.raises(InputError, match="not empty"):
+        from_torch.main(pth, tmp_path / "model")
+    with pytest.raises(InputError, match="exists already"):
+        to_torch.main(tmp_path / "model", tmp_path / "again.pth", "sam")
 
 
 def test_failed_save_leaves_no_file(tmp_path, tiny_sam, monkeypatch):
@@ -187,7 +234,7 @@ def test_failed_save_leaves_no_file(tmp_path, tiny_sam, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match="No space"):
         checkpoint.save(random_sam(tiny_config(), 1), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 

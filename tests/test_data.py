@@ -90,6 +90,12 @@ def test_grey_transparent_and_palette_images_become_rgb(tmp_path):
         assert data.read_image(path).mode == "RGB"
 
 
+def test_sixteen_bits_become_eight(tmp_path):
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(grey).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(np.asarray(data.read_image(tmp_path / "x.png"))[..., 0], grey >> 8)
+
+
 def truncated(path):
     save_image(path, 200, 300)
     path.write_bytes(path.read_bytes()[:2000])
@@ -154,12 +160,19 @@ def test_annotations_of_sa1b(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"bbox": [1, 2]}, {"point_coords": []}, {"segmentation": {"size": [20, 30], "counts": "1"}}, {"segmentation": 3}],
+    [
+        {"bbox": [1, 2]},
+        {"point_coords": []},
+        {"segmentation": {"size": [20, 30], "counts": "1"}},
+        {"segmentation": 3},
+        {"bbox": [4, 5, -1, 5]},
+        {"segmentation": {"size": [10**9, 10**9], "counts": [10**18]}},
+    ],
 )
 def test_damaged_annotations_are_refused(tmp_path, changes):
     path = save_image(tmp_path / "sa_1.jpg")
     write_annotation(path, **changes)
-    with pytest.raises(InputError, match="not an SA-1B annotation"):
+    with pytest.raises(InputError, match=r"SA-1B annotation .* cannot be read"):
         data.read_annotations(path)
 
 

@@ -21,6 +21,12 @@ def test_mse_by_hand():
     assert distill.mse([], []) == 0
 
 
+def test_more_elements_than_an_int32_holds():
+    """ViT-H at 1024 px, four images: features of 2**31 elements."""
+    leaf = jax.ShapeDtypeStruct((2**16, 2**16), jnp.float32)
+    assert jax.eval_shape(lambda a, b: distill.mse(a, b, relative=True), leaf, leaf).shape == ()
+
+
 def test_terms_are_weighted_and_must_match():
     one, two = jnp.array([1.0]), jnp.array([3.0])
     loss, terms = distill.distillation_loss({"x": one, "y": one}, {"x": two, "y": one}, {"x": 0.5, "y": 9.0})
@@ -110,5 +116,5 @@ def test_optimizer_schedules():
         optimizer = distill.make_optimizer(1e-3, 1, schedule)  # a single step must do
         params = jnp.ones(2)
         updates, _ = optimizer.update(jnp.ones(2), optimizer.init(params), params)
-        chex.assert_tree_all_finite(updates)
+        np.testing.assert_allclose(updates, -1e-3, rtol=1e-3)
     assert jax.tree.leaves(distill.init_state({"w": jnp.ones(2)}, optimizer).params)[0].shape == (2,)

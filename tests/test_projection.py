@@ -87,6 +87,10 @@ def embed(config, encoder, batch):
     return run_encoder(config, encoder, batch)[0]
 
 
+def accumulate(statistics, encoder, batches):
+    return sam_projection.accumulate(statistics, jax.tree.map(jax.numpy.asarray, encoder), batches)
+
+
 def batches(model):
     return [random_images(model.config, seed=seed) for seed in range(3)]
 
@@ -96,13 +100,13 @@ def test_nothing_cut_nothing_changed(model, kind):
     """A rectangle whose windows need padding."""
     config, encoder = model.config, model.params["image_encoder"]
     if kind == "embedding":
-        moment = sam_projection.accumulate(sam_projection.stream_moment(config), encoder, batches(model))
+        moment = accumulate(sam_projection.stream_moment(config), encoder, batches(model))
         new = sam_projection.project_embedding(config, encoder, moment, config.embed_dim)
     elif kind == "attention":
-        moments = sam_projection.accumulate(sam_projection.attention_moments(config), encoder, batches(model))
+        moments = accumulate(sam_projection.attention_moments(config), encoder, batches(model))
         new = sam_projection.project_attention(config, encoder, moments, [b.head_dim for b in config.blocks])
     else:
-        moments = sam_projection.accumulate(sam_projection.mlp_moments(config), encoder, batches(model))
+        moments = accumulate(sam_projection.mlp_moments(config), encoder, batches(model))
         units = sam_projection.hidden_units(encoder, moments)
         new = sam_projection.project_mlp(encoder, units, [b.mlp_dim for b in config.blocks])
     assert shrunk_config(config, new) == config
@@ -113,15 +117,15 @@ def test_nothing_cut_nothing_changed(model, kind):
 
 def test_everything_cut_at_once_has_the_widths_asked_for(model):
     config, encoder = model.config, model.params["image_encoder"]
-    moment = sam_projection.accumulate(sam_projection.stream_moment(config), encoder, batches(model))
+    moment = accumulate(sam_projection.stream_moment(config), encoder, batches(model))
     encoder = sam_projection.project_embedding(config, encoder, moment, 11)
     config = shrunk_config(config, encoder)
-    moments = sam_projection.accumulate(sam_projection.attention_moments(config), encoder, batches(model))
+    moments = accumulate(sam_projection.attention_moments(config), encoder, batches(model))
     worth = sam_projection.attention_spectra(config, encoder, moments)
     assert all((np.diff(w) <= 1e-9).all() and w.shape == (12,) for w in worth.values())
     encoder = sam_projection.project_attention(config, encoder, moments, [3, 7])
     config = shrunk_config(config, encoder)
-    moments = sam_projection.accumulate(sam_projection.mlp_moments(config), encoder, batches(model))
+    moments = accumulate(sam_projection.mlp_moments(config), encoder, batches(model))
     encoder = sam_projection.project_mlp(encoder, sam_projection.hidden_units(encoder, moments), [13, 5])
     config = shrunk_config(config, encoder)
     assert config.embed_dim == 11 and [(b.head_dim, b.mlp_dim) for b in config.blocks] == [(3, 13), (7, 5)]
@@ -130,4 +134,4 @@ def test_everything_cut_at_once_has_the_widths_asked_for(model):
 
 def test_statistics_need_a_batch(model):
     with pytest.raises(ValueError, match="at least one batch"):
-        sam_projection.accumulate(sam_projection.stream_moment(model.config), model.params["image_encoder"], [])
+        accumulate(sam_projection.stream_moment(model.config), model.params["image_encoder"], [])

@@ -69,9 +69,10 @@ def test_global_selection_by_hand():
     np.testing.assert_array_equal(keep["a"], [0, 1, 2])
     np.testing.assert_array_equal(keep["b"], [3])
     keep = masks.keep_global(scores, 0.5, multiple=2)  # pairs: a (9, 8) and (7, 6), b (10, 3) and (2, 1)
-    assert {name: len(kept) for name, kept in keep.items()} == {"a": 4, "b": 0} or len(keep["b"]) == 2
-    keep = masks.keep_global({"a": np.array([9.0, 8.0]), "b": np.array([0.1, 0.2])}, 0.5, minimum=1)
-    np.testing.assert_array_equal(keep["b"], [1])
+    np.testing.assert_array_equal(keep["a"], [0, 1])  # every group keeps one pair
+    np.testing.assert_array_equal(keep["b"], [2, 3])
+    keep = masks.keep_global({"a": np.array([9.0, 8.0, 7.0, 6.0]), "b": np.array([0.1, 0.4, 0.2, 0.3])}, 0.5, least=0.5)
+    np.testing.assert_array_equal(keep["b"], [1, 3])
 
 
 def test_reference_rounds_down_and_spares_the_highest_numbers():
@@ -99,7 +100,7 @@ def test_reference_ties_channels_over_heads():
 def test_global_selection_keeps_its_promises(sizes, ratio, multiple, seed):
     random = np.random.default_rng(seed)
     scores = {str(i): random.random(size // multiple * multiple) for i, size in enumerate(sizes)}
-    keep = masks.keep_global(scores, ratio, multiple, minimum=1)
+    keep = masks.keep_global(scores, ratio, multiple)
     total = sum(map(len, scores.values()))
     wanted = max(masks.rounded_width(total, ratio, multiple), multiple * len(scores))
     assert sum(map(len, keep.values())) == wanted

@@ -21,12 +21,20 @@ class Block:
       head_dim: channels of q, k and v in each head.
       mlp_dim: hidden width of the MLP.
       window: side of the attention window in tokens, or `GLOBAL` (0).
+
+    Raises:
+      ValueError: a width below 1.
     """
 
     heads: int
     head_dim: int
     mlp_dim: int
     window: int
+
+    def __post_init__(self):
+        widths = (self.heads, self.head_dim, self.mlp_dim)
+        if any(type(w) is not int for w in (*widths, self.window)) or min(widths) < 1 or self.window < 0:
+            raise ValueError(f"not the widths of a block: {self}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +69,19 @@ class Config:
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
 
     def __post_init__(self):
-        if any(side <= 0 or side % self.patch_size for side in self.image_size):
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int"}
+        wrong = [f"{name} {size!r}" for name, size in sizes.items() if type(size) is not int or size < 0]
+        if wrong or not self.patch_size:
+            raise ValueError(f"not whole positive numbers: {', '.join(wrong) or 'patch_size 0'}")
+        if len(self.image_size) != 2 or any(type(s) is not int or s <= 0 for s in self.image_size):
+            raise ValueError(f"image_size {self.image_size} must be (height, width) in pixels")
+        if any(side % self.patch_size for side in self.image_size):
             raise ValueError(f"image_size {self.image_size} must be multiples of the patch size {self.patch_size}")
+        if self.out_chans % 8 or not self.decoder_heads or self.out_chans % (2 * self.decoder_heads):
+            raise ValueError(f"out_chans {self.out_chans} must be a multiple of 8 and of twice the decoder's heads")
+        for name, values in (("pixel_mean", self.pixel_mean), ("pixel_std", self.pixel_std)):
+            if len(values) != 3 or not all(math.isfinite(v) and (v > 0 or name == "pixel_mean") for v in values):
+                raise ValueError(f"{name} {values} must be three numbers, one per channel")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -137,7 +156,7 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> Config:
     try:
         _, rows, columns, embed_dim = state["image_encoder.pos_embed"].shape
         patch = state["image_encoder.patch_embed.proj.weight"].shape[-1]
-        depth = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("image_encoder.blocks."))
+        depth = len({k.split(".")[2] for k in state if k.startswith("image_encoder.blocks.")})
         decoder = "mask_decoder.transformer.layers."
         return Config(
             image_size=(rows * patch, columns * patch),
@@ -147,7 +166,7 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> Config:
             out_chans=state["image_encoder.neck.0.weight"].shape[0],
             mask_in_chans=state["prompt_encoder.mask_downscaling.3.weight"].shape[0],
             decoder_mlp_dim=state[decoder + "0.mlp.lin1.weight"].shape[0],
-            decoder_depth=1 + max(int(k.split(".")[3]) for k in state if k.startswith(decoder)),
+            decoder_depth=len({k.split(".")[3] for k in state if k.startswith(decoder)}),
             multimask_outputs=state["mask_decoder.mask_tokens.weight"].shape[0] - 1,
             iou_head_dim=state["mask_decoder.iou_prediction_head.layers.0.weight"].shape[0],
         )
@@ -163,18 +182,13 @@ def _block(state: Mapping[str, np.ndarray], index: int, grid: tuple[int, int]) -
     rows, head_dim = state[prefix + "attn.rel_pos_h"].shape
     columns, _ = state[prefix + "attn.rel_pos_w"].shape
     span = (rows + 1) // 2, (columns + 1) // 2
-    if width % head_dim or (span != grid and span[0] != span[1]):
+    if not head_dim or width % head_dim or (span != grid and span[0] != span[1]):
         raise ValueError(
             f"{prefix}attn: relative positions of {rows} x {columns} rows and {head_dim} channels fit neither "
             f"the grid {grid} nor a square window, or do not divide the {width} channels of q"
         )
     mlp_dim = state[prefix + "mlp.lin1.weight"].shape[0]
     return Block(width // head_dim, head_dim, mlp_dim, GLOBAL if span == grid else span[0])
-
-
-def mask_prompt_size(config: Config) -> tuple[int, int]:
-    """(height, width) of a mask prompt and of a low-resolution output mask, in pixels of their own."""
-    return 4 * config.grid[0], 4 * config.grid[1]
 
 
 def tokens(config: Config, block: Block) -> int:

@@ -28,11 +28,17 @@ def accumulate(statistics: Callable[[Params, Batch], Any], encoder: Params, batc
     Raises:
       ValueError: there was no batch.
     """
-    first = jax.jit(statistics)
-    add = jax.jit(lambda total, *inputs: jax.tree.map(jnp.add, total, statistics(*inputs)), donate_argnums=0)
-    total = None
+
+    def add(total: Any, encoder: Params, batch: Batch) -> Any:
+        with jax.default_matmul_precision("highest"):  # accelerators would round Gram matrices to 10 bits
+            return jax.tree.map(jnp.add, total, statistics(encoder, batch))
+
+    add, total = jax.jit(add, donate_argnums=0), None
     for batch in batches:
-        total = first(encoder, batch) if total is None else add(total, encoder, batch)
+        if total is None:
+            zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=encoder["pos_embed"].sharding)
+            total = jax.tree.map(zeros, jax.eval_shape(statistics, encoder, batch))
+        total = add(total, encoder, batch)
     if total is None:
         raise ValueError("statistics need at least one batch")
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), total)

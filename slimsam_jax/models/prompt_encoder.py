@@ -5,10 +5,11 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slimsam_jax.models.config import Config
 
-NOT_A_POINT, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3
+NOT_A_POINT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 2, 3  # besides 0, background, and 1, foreground
 
 
 class PromptEncoder(nn.Module):
@@ -72,8 +73,8 @@ class PromptEncoder(nn.Module):
         return self.encode_positions(jnp.stack([x, y], axis=-1))
 
 
-def prompt_points(points=None, labels=None, boxes=None) -> tuple[jax.Array, jax.Array]:
-    """Joins points and boxes the way the original does, into what `PromptEncoder` takes.
+def prompt_points(points=None, labels=None, boxes=None) -> tuple[np.ndarray, np.ndarray]:
+    """Joins points and boxes the way the original does, into what `PromptEncoder` takes. On the host.
 
     Without a box the original appends a "not a point" at (0, 0); with one it appends the corners.
 
@@ -86,15 +87,15 @@ def prompt_points(points=None, labels=None, boxes=None) -> tuple[jax.Array, jax.
       ([p, m, 2] float32, [p, m] int32), m = n + 1, n + 2, 2 or (mask prompt alone, p = 1) 0.
     """
     if points is None and boxes is None:
-        return jnp.zeros((1, 0, 2), jnp.float32), jnp.zeros((1, 0), jnp.int32)
+        return np.zeros((1, 0, 2), np.float32), np.zeros((1, 0), np.int32)
     count = len(points) if points is not None else len(boxes)
     parts = []
     if points is not None:
-        parts.append((jnp.asarray(points, jnp.float32), jnp.asarray(labels, jnp.int32)))
+        parts.append((np.asarray(points, np.float32), np.asarray(labels, np.int32)))
     if boxes is not None:
-        corners = jnp.asarray(boxes, jnp.float32).reshape(count, 2, 2)
-        parts.append((corners, jnp.tile(jnp.array([[BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]]), (count, 1))))
+        corners = np.asarray(boxes, np.float32).reshape(count, 2, 2)
+        parts.append((corners, np.tile(np.array([[BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]]), (count, 1))))
     else:
-        parts.append((jnp.zeros((count, 1, 2)), jnp.full((count, 1), NOT_A_POINT)))
+        parts.append((np.zeros((count, 1, 2)), np.full((count, 1), NOT_A_POINT)))
     coordinates, kinds = zip(*parts, strict=True)
-    return jnp.concatenate(coordinates, axis=1), jnp.concatenate(kinds, axis=1).astype(jnp.int32)
+    return np.concatenate(coordinates, axis=1), np.concatenate(kinds, axis=1).astype(np.int32)

@@ -69,7 +69,9 @@ def encode(config: Config, params: Params, images: jax.Array, sizes: jax.Array, 
       [b, h, w, C] float32.
     """
     pixels = preprocess(config, images, sizes)
-    return ImageEncoder(config, dtype).apply({"params": params["image_encoder"]}, pixels)[0]
+    # Where float32 is asked for, accelerators shall not multiply in fewer bits, as they do by default.
+    with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
+        return ImageEncoder(config, dtype).apply({"params": params["image_encoder"]}, pixels)[0]
 
 
 def decode(config: Config, params: Params, embedding: jax.Array, points: jax.Array, labels: jax.Array, masks=None):
@@ -91,8 +93,9 @@ def decode(config: Config, params: Params, embedding: jax.Array, points: jax.Arr
 @functools.partial(jax.jit, static_argnames="config")
 def _decode(config: Config, params: Params, embedding, points, labels, masks):
     prompt_encoder = nn.apply(lambda m: (m(points, labels, masks), m.dense_positions()), PromptEncoder(config))
-    (sparse, dense), positions = prompt_encoder({"params": params["prompt_encoder"]})
-    return MaskDecoder(config).apply({"params": params["mask_decoder"]}, embedding, positions, sparse, dense)
+    with jax.default_matmul_precision("highest"):  # positions are phases of many turns: they bear no rounding
+        (sparse, dense), positions = prompt_encoder({"params": params["prompt_encoder"]})
+        return MaskDecoder(config).apply({"params": params["mask_decoder"]}, embedding, positions, sparse, dense)
 
 
 def preprocess(config: Config, images: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -167,7 +170,7 @@ def resize_masks(config: Config, masks: np.ndarray, size: tuple[int, int], origi
     return rows @ np.asarray(masks, np.float32) @ columns.T
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)
 def bilinear_matrix(source: int, target: int) -> np.ndarray:
     """[target, source] float32 weights of bilinear interpolation, `align_corners=False`, no antialiasing."""
     centres = np.maximum((np.arange(target) + 0.5) * source / target - 0.5, 0.0)

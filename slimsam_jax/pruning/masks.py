@@ -41,26 +41,27 @@ def keep_widths(scores: Scores, widths: dict[str, int]) -> dict[str, np.ndarray]
     return {name: _top(score, widths[name]) for name, score in scores.items()}
 
 
-def keep_global(scores: Scores, ratio: float, multiple: int = 1, minimum: int = 1) -> dict[str, np.ndarray]:
+def keep_global(scores: Scores, ratio: float, multiple: int = 1, least: float = 0.0) -> dict[str, np.ndarray]:
     """Removes a share of the channels of all groups together: the lowest scores go, wherever they are.
 
     Channels compete in chunks of `multiple`, best first within their group, so rounding
-    costs the least important channels and the total is exact. Every group keeps at least
-    `minimum` channels (rounded up to the multiple).
+    costs the least important channels and the total is exact.
 
     Args:
       scores: {group: [size]}, normalised to be comparable.
       ratio: share of the pooled channels to remove.
+      multiple: every width that stays is a multiple of this.
+      least: share of its channels that every group keeps at any rate, and one multiple at least.
     """
-    floor = -(-minimum // multiple)
+    floors = {name: max(1, int(least * len(score) / multiple)) for name, score in scores.items()}
     chunks = []  # (score, group, order), the guaranteed ones with infinite score
     for name, score in scores.items():
         best_first = np.sort(score)[::-1]
         for i in range(len(score) // multiple):
-            mean = np.inf if i < floor else best_first[i * multiple : (i + 1) * multiple].mean()
+            mean = np.inf if i < floors[name] else best_first[i * multiple : (i + 1) * multiple].mean()
             chunks.append((mean, name))
     total = rounded_width(sum(len(score) for score in scores.values()), ratio, multiple) // multiple
-    chosen = sorted(chunks, key=lambda chunk: -chunk[0])[: max(total, floor * len(scores))]
+    chosen = sorted(chunks, key=lambda chunk: -chunk[0])[: max(total, sum(floors.values()))]
     widths = {name: multiple * sum(owner == name for _, owner in chosen) for name in scores}
     return keep_widths(scores, widths)
 
