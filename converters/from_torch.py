@@ -6,18 +6,21 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import flax.traverse_util
 import numpy as np
 from tyro.conf import Positional
 
 from converters import huggingface, torch_file
 from converters.mapping import rows, split_qkv
-from slimsam_jax import checkpoint, cli
+from slimsam_jax import cli
 from slimsam_jax.errors import InputError, blaming
 from slimsam_jax.models import config as architecture
-from slimsam_jax.models.sam import Sam
+
+if TYPE_CHECKING:
+    from slimsam_jax.models.sam import Sam
+
+# What needs JAX is imported where it is used: --help should not wait for it.
 
 
 def load(source: Path | str) -> Sam:
@@ -31,6 +34,8 @@ def load(source: Path | str) -> Sam:
     Raises:
       InputError: missing, unreadable, or not a SAM; names what is missing and surplus.
     """
+    from slimsam_jax import checkpoint
+
     source = Path(source).expanduser()
     if not source.exists():
         raise InputError(f"{source} does not exist")
@@ -55,6 +60,9 @@ def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict",
     Raises:
       InputError: a name missing or surplus, or a shape that fits no SAM.
     """
+    from slimsam_jax import checkpoint
+    from slimsam_jax.models.sam import Sam
+
     state = split_qkv({re.sub(r"(^|\.)module\.", r"\1", name): array for name, array in state.items()})
     for key in ("pixel_mean", "pixel_std"):  # buffers, present in whole modules only
         if key in state:
@@ -71,6 +79,10 @@ def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict",
 
 
 def _params(config: architecture.Config, state: dict[str, np.ndarray], table: list, where: str) -> dict[str, Any]:
+    import flax.traverse_util
+
+    from slimsam_jax import checkpoint
+
     expected = flax.traverse_util.flatten_dict(checkpoint.abstract_params(config), sep="/")
     params = {}
     for row in table:
@@ -107,6 +119,8 @@ def main(source: Positional[Path], folder: Positional[Path]) -> None:
       source: a .pth file or a Hugging Face SamModel folder.
       folder: the model folder to write; must not exist or be empty.
     """
+    from slimsam_jax import checkpoint
+
     cli.check_empty(folder)
     sam = load(source)
     checkpoint.save(sam, folder)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import flax.traverse_util
 import numpy as np
 from safetensors.numpy import save_file
 from tyro.conf import Positional
@@ -15,9 +14,13 @@ from tyro.conf import Positional
 from converters import huggingface
 from converters.from_torch import load
 from converters.mapping import fuse_qkv, rows
-from slimsam_jax import checkpoint, cli
+from slimsam_jax import cli
 from slimsam_jax.errors import InputError, writing
-from slimsam_jax.models.sam import Sam
+
+if TYPE_CHECKING:
+    from slimsam_jax.models.sam import Sam
+
+# What needs JAX is imported where it is used: --help should not wait for it.
 
 
 def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
@@ -26,6 +29,10 @@ def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
     Raises:
       InputError: an array is missing or surplus.
     """
+    import flax.traverse_util
+
+    from slimsam_jax import checkpoint
+
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     table = rows(sam.config)
     checkpoint.check_names(set(flat), {row.path for row in table}, "the parameter tree")
@@ -38,6 +45,8 @@ def save_sam(sam: Sam, path: Path) -> None:
         import torch
     except ImportError:
         raise InputError("writing a .pth needs PyTorch: pip install torch") from None
+    from slimsam_jax import checkpoint
+
     tensors = {name: torch.from_numpy(array.copy()) for name, array in to_state_dict(sam).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path), checkpoint.replacing(path) as temporary:
@@ -46,6 +55,8 @@ def save_sam(sam: Sam, path: Path) -> None:
 
 def save_huggingface(sam: Sam, folder: Path) -> None:
     """Writes a folder for `SamModel.from_pretrained`; needs neither torch nor transformers."""
+    from slimsam_jax import checkpoint
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     state = {huggingface.to_huggingface(name): array for name, array in to_state_dict(sam).items()}
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

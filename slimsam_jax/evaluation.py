@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from slimsam_jax import metrics
-from slimsam_jax.data import read_annotations, read_image
+from slimsam_jax.data import Annotation, read_annotations, read_image
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.prompt_encoder import prompt_points
 from slimsam_jax.models.sam import Sam, decode, encode, resize_and_pad, resize_masks, to_model_frame
@@ -80,25 +80,32 @@ def _decode_padded(sam: Sam, embedding: jax.Array, points: np.ndarray, labels: n
     return np.asarray(masks)[:count], np.asarray(scores)[:count]
 
 
-def annotation_ious(sam: Sam, path: Path, prompts: Sequence[Prompt]) -> dict[str, float] | None:
-    """Mean IoU over one image's annotations, per kind of prompt; None if it has no annotations.
+def annotation_ious(sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], prompts: Sequence[Prompt]):
+    """Mean IoU over one image's annotations, per kind of prompt: {"point": ..., ...}.
 
     SlimSAM's protocol: prompt with the annotation's point (or box), take the single mask,
     compare at the original size.
     """
-    annotations = read_annotations(path)
-    if not annotations:
-        return None
-    image = read_image(path)
     truth = np.stack([a.mask for a in annotations])
-    if truth.shape[1:] != (image.height, image.width):
-        raise InputError(f"{path}: its annotations are of size {truth.shape[1:]}, the image of {image.size[::-1]}")
-    encoded = encode_image(sam, image)
     given = {
         "point": {"points": np.stack([a.point for a in annotations])[:, None]},
         "box": {"boxes": np.stack([a.box for a in annotations])},
     }
     return {kind: float(metrics.iou(predict_masks(sam, encoded, **given[kind])[0], truth).mean()) for kind in prompts}
+
+
+def read_annotated(path: Path) -> tuple[Image.Image, list[Annotation]]:
+    """An image and its annotations ([] without a file of them).
+
+    Raises:
+      InputError: either cannot be read, or the masks are not of the image's size.
+    """
+    image, annotations = read_image(path), read_annotations(path)
+    if annotations and annotations[0].mask.shape != (image.height, image.width):
+        raise InputError(
+            f"{path}: its annotations are of size {annotations[0].mask.shape}, the image of {image.size[::-1]}"
+        )
+    return image, annotations
 
 
 def mean_iou(sam: Sam, paths: Iterable[Path], prompts: Sequence[Prompt] = ("point", "box")) -> dict:
@@ -109,12 +116,58 @@ def mean_iou(sam: Sam, paths: Iterable[Path], prompts: Sequence[Prompt] = ("poin
       "per_image": {name: {"point": ...}}, "skipped": {path: why it could not be read}};
       no means if no image is annotated.
     """
-    found, skipped = map_readable(lambda path: annotation_ious(sam, path, prompts), paths)
+
+    def measure(path: Path) -> dict[str, float]:
+        image, annotations = read_annotated(path)
+        return annotation_ious(sam, encode_image(sam, image), annotations, prompts) if annotations else {}
+
+    found, skipped = map_readable(measure, paths)
     stems = Counter(path.stem for path in found)
     name = lambda path: path.stem if stems[path.stem] == 1 else str(path)
     per_image = {name(path): ious for path, ious in found.items() if ious}
-    means = {kind: float(np.mean([i[kind] for i in per_image.values()])) for kind in prompts} if per_image else {}
-    return {**means, "images": len(per_image), "per_image": per_image, "skipped": skipped}
+    return {**_means(per_image.values()), "images": len(per_image), "per_image": per_image, "skipped": skipped}
+
+
+def compare_models(teacher: Sam, slim: Sam, paths: Iterable[Path], side: int = 4) -> dict:
+    """Measures two models on the same images, encoding each image once with each.
+
+    Args:
+      side: agreement is over a regular grid of side x side points.
+
+    Returns:
+      {"agreement": mean over images of the mean IoU between the two models' masks for the same
+      points, which needs no labels; "images": count; "teacher", "slim": {"point", "box"}, mIoU over the
+      "annotated_images": count; "skipped": {path: why it could not be read}}.
+
+    Raises:
+      InputError: not one image could be read.
+    """
+
+    def measure(path: Path) -> dict[str, Any]:
+        image, annotations = read_annotated(path)
+        encoded = [(sam, encode_image(sam, image)) for sam in (teacher, slim)]
+        points = point_grid((image.height, image.width), side)
+        one, other = (predict_masks(*pair, points)[0] for pair in encoded)
+        ious = [annotation_ious(*pair, annotations, ("point", "box")) if annotations else {} for pair in encoded]
+        return {"agreement": float(metrics.iou(one, other).mean()), "teacher": ious[0], "slim": ious[1]}
+
+    found, skipped = map_readable(measure, paths)
+    if not found:
+        raise InputError(f"no image can be compared on: {next(iter(skipped.values()), 'none was given')}")
+    annotated = [image for image in found.values() if image["teacher"]]
+    return {
+        "agreement": float(np.mean([image["agreement"] for image in found.values()])),
+        "images": len(found),
+        "annotated_images": len(annotated),
+        **{name: _means([image[name] for image in annotated]) for name in ("teacher", "slim")},
+        "skipped": skipped,
+    }
+
+
+def _means(ious: Iterable[dict[str, float]]) -> dict[str, float]:
+    """[{"point": ..., "box": ...}, ...] -> their means; {} of none."""
+    ious = list(ious)
+    return {kind: float(np.mean([image[kind] for image in ious])) for kind in (ious[0] if ious else ())}
 
 
 def map_readable(function: Callable[[Path], Any], paths: Iterable[Path]) -> tuple[dict[Path, Any], dict[str, str]]:
@@ -133,28 +186,3 @@ def point_grid(original_size: tuple[int, int], side: int) -> np.ndarray:
     height, width = original_size
     steps = (np.arange(side) + 0.5) / side
     return np.stack(np.meshgrid(steps * width, steps * height), axis=-1).reshape(-1, 1, 2)
-
-
-def agreement(teacher: Sam, slim: Sam, paths: Iterable[Path], side: int = 4) -> dict:
-    """Mean IoU between two models' masks for the same grid of points; needs no labels.
-
-    Args:
-      side: points per side of the grid.
-
-    Returns:
-      {"agreement": mean over images of the mean over points, "images": count, "skipped": as in `mean_iou`}.
-
-    Raises:
-      InputError: not one image could be read.
-    """
-
-    def compare(path: Path) -> float:
-        image = read_image(path)
-        points = point_grid((image.height, image.width), side)
-        one, other = (predict_masks(sam, encode_image(sam, image), points)[0] for sam in (teacher, slim))
-        return float(metrics.iou(one, other).mean())
-
-    found, skipped = map_readable(compare, paths)
-    if not found:
-        raise InputError(f"no image can be compared on; the first: {next(iter(skipped.values()), 'none was given')}")
-    return {"agreement": float(np.mean(list(found.values()))), "images": len(found), "skipped": skipped}

@@ -41,8 +41,7 @@ def _bar(items, name, total, unit, per_item, console):
         start = time.perf_counter()
         for done, item in enumerate(items, 1):
             yield item
-            rate = done * per_item / (time.perf_counter() - start)
-            progress.update(task, advance=1, rate=f"{rate:.1f} {unit}/s")
+            progress.update(task, advance=1, rate=_rate(done * per_item, time.perf_counter() - start, unit))
 
 
 def _lines(items, name, total, unit, per_item, console):
@@ -53,8 +52,11 @@ def _lines(items, name, total, unit, per_item, console):
         now = time.perf_counter()
         if now - last > SECONDS_BETWEEN_LINES:
             last = now
-            console.print(
-                f"{name} {done}/{total or '?'}  {done * per_item / (now - start):.1f} {unit}/s", highlight=False
-            )
+            console.print(f"{name} {done}/{total or '?'}  {_rate(done * per_item, now - start, unit)}", highlight=False)
     seconds = time.perf_counter() - start
-    console.print(f"{name} {done} done, {done * per_item / max(seconds, 1e-9):.1f} {unit}/s", highlight=False)
+    console.print(f"{name} {done} done, {_rate(done * per_item, seconds, unit)}", highlight=False)
+
+
+def _rate(count: int, seconds: float, unit: str) -> str:
+    rate = count / max(seconds, 1e-9)
+    return f"{rate:.1f} {unit}/s" if rate >= 1 or not count else f"{1 / rate:.1f} s per {unit.removesuffix('s')}"

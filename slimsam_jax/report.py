@@ -15,7 +15,7 @@ from rich.table import Table
 
 from slimsam_jax import checkpoint, metrics
 from slimsam_jax.data import read_image
-from slimsam_jax.evaluation import agreement, encode_image, mean_iou, predict_masks
+from slimsam_jax.evaluation import compare_models, encode_image, predict_masks
 from slimsam_jax.models.sam import Sam, encode
 from slimsam_jax.overlay import draw_masks, draw_prompts
 from slimsam_jax.progress import track
@@ -32,16 +32,9 @@ def measure(teacher: Sam, slim: Sam, paths: Sequence[Path], dtype: Any = jnp.flo
       {"teacher": {...}, "slim": {...}, "agreement": ..., "images": ..., "annotated_images": ...,
       "skipped": {path: reason}}.
     """
-    report: dict[str, Any] = {"teacher": size_of(teacher), "slim": size_of(slim)}
-    annotated = [path for path in paths if path.with_suffix(".json").exists()]
-    report["annotated_images"], skipped = 0, {}
-    for name, sam in (("teacher", teacher), ("slim", slim)) if annotated else ():
-        ious = mean_iou(sam, track(annotated, f"mIoU of {name}"))
-        report[name] |= {f"{kind}_miou": ious[kind] for kind in ("point", "box") if kind in ious}
-        report["annotated_images"] = ious["images"]
-        skipped |= ious["skipped"]
-    report |= agreement(teacher, slim, track(paths, "agreement"))
-    report["skipped"] |= skipped
+    report = compare_models(teacher, slim, track(paths, "measuring"))
+    for name, sam in (("teacher", teacher), ("slim", slim)):
+        report[name] = {**size_of(sam), **{f"{kind}_miou": value for kind, value in report[name].items()}}
     for name, seconds in zip(("teacher", "slim"), latency([teacher, slim], dtype), strict=True):
         report[name]["encoder_latency_ms"] = 1e3 * seconds
     return report
@@ -134,7 +127,8 @@ def _plot_losses(axes: Any, log: Sequence[dict[str, Any]]) -> None:
         entries = [entry for entry in log if entry.get("stage") == stage and "loss" in entry]
         axes.semilogy([e["step"] for e in entries], [e["embedding"] for e in entries], label=f"{stage} stage")
     axes.set(title="error of the embedding", xlabel="step")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
 
 
 def _plot_widths(axes: Any, teacher: Sam, slim: Sam, field: str, title: str) -> None:

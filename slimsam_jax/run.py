@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from converters.from_torch import load
-from slimsam_jax import __version__, checkpoint, data, report, slimming
+from slimsam_jax import __version__, checkpoint, data, report, train
 from slimsam_jax.compress import Options
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import track
+from slimsam_jax.prune import prune as prune_sam
 from slimsam_jax.recipes import RECIPES, STAGES, Recipe, Stage
 from slimsam_jax.run_folder import RunFolder
 
@@ -117,26 +118,26 @@ def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
 
     def calibration(name: str) -> Iterable[Any]:
         batches = data.Batches(run.images, run.teacher.config.image_size, run.batch, options.seed)
-        return track(slimming.calibration(batches, count), name, count, per_item=run.batch)
+        return track(train.calibration(batches, count), name, count, per_item=run.batch)
 
-    return slimming.prune(previous, stage, run.recipe, options.ratio, calibration, options.seed, options.uniform)
+    return prune_sam(previous, stage, run.recipe, options.ratio, calibration, options.seed, options.uniform)
 
 
 def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
     options, steps, folder = run.options, run.steps, run.folder
-    step_fn, state, frozen = slimming.make_trainer(student, previous, run.teacher, stage, run.recipe, steps, run.dtype)
+    step_fn, state, frozen = train.make_trainer(student, previous, run.teacher, stage, run.recipe, steps, run.dtype)
     batches = data.Batches(run.images, run.teacher.config.image_size, run.batch, options.seed + 1)
     with folder.steps(stage.name) as manager:
         state = folder.restore_step(manager, state, batches)
         done = int(state.step)
         folder.rewind_log(stage.name, done)
-        training = slimming.train(step_fn, state, frozen, batches, steps)
+        training = train.train(step_fn, state, frozen, batches, steps)
         training = track(training, f"{stage.name} stage", steps - done, per_item=run.batch)
         for step, (state, terms) in enumerate(training, done + 1):
             if step % max(1, steps // 100) == 0 or step == steps:
                 folder.log(stage=stage.name, step=step, **{name: float(term) for name, term in terms.items()})
             if step % options.save_every == 0 or step == steps:
-                slimming.check_loss(terms, step)
+                train.check_loss(terms, step)
                 folder.save_step(manager, step, state, batches)
     for path, reason in batches.skipped.items():
         folder.log(stage=stage.name, skipped=str(path), reason=reason)

@@ -17,7 +17,7 @@ from PIL import Image
 from test_data import truncated, write_annotation
 
 from converters import from_torch, to_torch
-from slimsam_jax import checkpoint, cli, compress, evaluate, predict, slimming
+from slimsam_jax import checkpoint, cli, compress, evaluate, predict, train
 from slimsam_jax.compress import Options
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.recipes import RECIPES, STAGES
@@ -103,20 +103,20 @@ def test_the_same_seed_gives_the_same_model(finished, material, tmp_path):
 
 @pytest.mark.parametrize("stop", [("embedding", 3), ("bottleneck", 1)])
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, material, tmp_path, monkeypatch, stop):
-    train = slimming.train
+    whole = train.train
 
     def interrupted(step, state, frozen, batches, steps):
         stage = "bottleneck" if "previous" in frozen else "embedding"
-        for number, pair in enumerate(train(step, state, frozen, batches, steps), 1):
+        for number, pair in enumerate(whole(step, state, frozen, batches, steps), 1):
             yield pair
             if (stage, number) == stop:
                 raise RunError("pulled the plug")
 
-    monkeypatch.setattr(slimming, "train", interrupted)
+    monkeypatch.setattr(train, "train", interrupted)
     with pytest.raises(RunError, match="plug"):
         compress.compress(options(material, tmp_path / "slim"))
     assert not (tmp_path / "slim" / "model.safetensors").exists()
-    monkeypatch.setattr(slimming, "train", train)
+    monkeypatch.setattr(train, "train", whole)
     with pytest.raises(InputError, match="options seed: 0 -> 7"):
         compress.compress(options(material, tmp_path / "slim", resume=True, seed=7))
     compress.compress(options(material, tmp_path / "slim", resume=True))
@@ -294,6 +294,9 @@ def test_help_and_import_are_quick():
     """Nothing heavy is imported before the arguments are known to be good."""
     import subprocess
 
-    program = "import sys, slimsam_jax.compress, slimsam_jax.evaluate, slimsam_jax.predict; print('jax' in sys.modules)"
+    commands = (
+        "slimsam_jax.compress, slimsam_jax.evaluate, slimsam_jax.predict, converters.from_torch, converters.to_torch"
+    )
+    program = f"import sys, {commands}; print('jax' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

@@ -65,8 +65,8 @@ def test_a_model_agrees_with_itself_alone(tmp_path):
     sam, other = random_sam(tiny_config()), random_sam(tiny_config(), 1)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    assert evaluation.agreement(sam, sam, [tmp_path / "x.png"])["agreement"] == 1
-    assert evaluation.agreement(sam, other, [tmp_path / "x.png"])["agreement"] < 0.9
+    assert evaluation.compare_models(sam, sam, [tmp_path / "x.png"])["agreement"] == 1
+    assert evaluation.compare_models(sam, other, [tmp_path / "x.png"])["agreement"] < 0.9
 
 
 def test_the_number_of_prompts_does_not_change_a_mask(tmp_path, tiny_sam):

@@ -13,7 +13,7 @@ import pytest
 from conftest import shared
 
 from converters.mapping import rows
-from slimsam_jax import distill, slimming
+from slimsam_jax import distill, prune
 from slimsam_jax.models import groups as channels
 from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.features import bottleneck_features, stream_features
@@ -85,7 +85,7 @@ def removed(keep: np.ndarray, size: int, copies: int = 1) -> np.ndarray:
 
 
 def choose(sam: Sam, grads, stage, ratio: float, recipe=RECIPE, uniform=False):
-    return slimming.choose(sam.config, sam.params["image_encoder"], grads, stage, recipe, ratio, uniform)
+    return prune.choose(sam.config, sam.params["image_encoder"], grads, stage, recipe, ratio, uniform)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_step1_importance(golden, step1, name, criterion):
 
 def test_step1_pruned_weights_and_output(golden, step1):
     teacher, _, grads = step1
-    slim = slimming.cut(teacher, choose(teacher, grads, STAGES[0], 0.5), RECIPE)
+    slim = prune.cut(teacher, choose(teacher, grads, STAGES[0], 0.5), RECIPE)
     expected = model(golden, "step1/sd/")
     assert slim.config == expected.config
     jax.tree.map(np.testing.assert_array_equal, slim.params["image_encoder"], expected.params["image_encoder"])
@@ -190,7 +190,7 @@ def test_step2_global(golden, step2):
     student, _, grads = step2
     keep = choose(student, grads, STAGES[1], 0.5)
     assert_removed(golden, GLOBAL_RUN, keep, student.config)
-    slim = slimming.cut(student, keep, RECIPE)
+    slim = prune.cut(student, keep, RECIPE)
     jax.tree.map(np.testing.assert_array_equal, slim.params["image_encoder"], tree(golden, "step2/global/sd/"))
     np.testing.assert_allclose(embed(golden, slim), golden["step2/global/out"], atol=5e-5)
 
@@ -203,7 +203,7 @@ def test_step2_local(golden, step2):
     scores = importance.channel_scores(encoder, grads, channels.attention_groups(student.config))
     keep |= reference.keep_local(scores, 0.5, 1)
     assert_removed(golden, {"attn": "step2/local", "mlp": "step2/local"}, keep, student.config)
-    slim = slimming.cut(student, keep, RECIPE)
+    slim = prune.cut(student, keep, RECIPE)
     np.testing.assert_allclose(embed(golden, slim), golden["step2/local/out"], atol=5e-5)
 
 
@@ -212,14 +212,14 @@ def test_ratio_77(golden, step1):
     teacher, _, grads = step1
     keep = choose(teacher, grads, STAGES[0], 0.77)
     np.testing.assert_array_equal(removed(keep["embedding"], 96), golden["r77/step1/pruned"])
-    slim = slimming.cut(teacher, keep, RECIPE)
+    slim = prune.cut(teacher, keep, RECIPE)
     np.testing.assert_allclose(embed(golden, slim), golden["r77fix/step1/out"], atol=5e-5)
     losses, grads = gradients(golden, slim, golden["noise2"])
     np.testing.assert_allclose(losses, golden["r77fix/step2/grad_loss"], rtol=1e-5)
     keep = choose(slim, grads, STAGES[1], 0.77)
     assert_removed(golden, {k: f"r77fix/{v}" for k, v in GLOBAL_RUN.items()}, keep, slim.config)
     np.testing.assert_allclose(
-        embed(golden, slimming.cut(slim, keep, RECIPE)), golden["r77fix/step2/global/out"], atol=5e-5
+        embed(golden, prune.cut(slim, keep, RECIPE)), golden["r77fix/step2/global/out"], atol=5e-5
     )
 
 
@@ -230,7 +230,7 @@ def test_groups_that_would_vanish_are_skipped(golden, step2, percent):
     keep = choose(student, grads, STAGES[1], percent / 100, recipe)
     prefix = f"quirk_norm_none/r{percent}"
     assert_removed(golden, {"attn": f"{prefix}/gs1", "mlp": f"{prefix}/gs2"}, keep, student.config)
-    out = embed(golden, slimming.cut(student, keep, recipe))
+    out = embed(golden, prune.cut(student, keep, recipe))
     np.testing.assert_allclose(out, golden[f"{prefix}/out"], atol=5e-5)
 
 
