@@ -135,9 +135,14 @@ def compare_models(teacher: Sam, slim: Sam, paths: Iterable[Path], side: int = 4
       side: agreement is over a regular grid of side x side points.
 
     Returns:
-      {"agreement": mean over images of the mean IoU between the two models' masks for the same
-      points, which needs no labels; "images": count; "teacher", "slim": {"point", "box"}, mIoU over the
-      "annotated_images": count; "skipped": {path: why it could not be read}}.
+      A dict of
+        agreement: mean over images of the mean IoU between the two models' masks for the same
+          points; needs no labels.
+        embedding_error: mean over images of the squared error of the slim embedding, relative
+          to the variance of the teacher's.
+        images, annotated_images: how many.
+        teacher, slim: {"point": mIoU, "box": mIoU} over the annotated images; {} of none.
+        skipped: {path: why it could not be read}.
 
     Raises:
       InputError: not one image could be read.
@@ -149,14 +154,20 @@ def compare_models(teacher: Sam, slim: Sam, paths: Iterable[Path], side: int = 4
         points = point_grid((image.height, image.width), side)
         one, other = (predict_masks(*pair, points)[0] for pair in encoded)
         ious = [annotation_ious(*pair, annotations, ("point", "box")) if annotations else {} for pair in encoded]
-        return {"agreement": float(metrics.iou(one, other).mean()), "teacher": ious[0], "slim": ious[1]}
+        wanted, found = (np.asarray(e.embedding) for _, e in encoded)
+        return {
+            "agreement": float(metrics.iou(one, other).mean()),
+            "embedding_error": float(np.square(found - wanted).mean() / wanted.var()),
+            "teacher": ious[0],
+            "slim": ious[1],
+        }
 
     found, skipped = map_readable(measure, paths)
     if not found:
         raise InputError(f"no image can be compared on: {next(iter(skipped.values()), 'none was given')}")
     annotated = [image for image in found.values() if image["teacher"]]
     return {
-        "agreement": float(np.mean([image["agreement"] for image in found.values()])),
+        **{key: float(np.mean([i[key] for i in found.values()])) for key in ("agreement", "embedding_error")},
         "images": len(found),
         "annotated_images": len(annotated),
         **{name: _means([image[name] for image in annotated]) for name in ("teacher", "slim")},

@@ -89,6 +89,7 @@ def print_table(report: dict[str, Any]) -> None:
             teacher, slim = report["teacher"][key], report["slim"][key]
             table.add_row(label, cell(teacher), cell(slim), f"{100 * slim / teacher:.1f} %" if teacher else "")
     table.add_row("agreement with the teacher's masks", "", f"{100 * report['agreement']:.2f} %", "")
+    table.add_row("error of the embedding", "", f"{report['embedding_error']:.2g} of its variance", "")
     for name, seconds in report["seconds"].items():
         table.add_row(f"time: {name}", "", f"{seconds:.1f} s", "")
     Console().print(table)

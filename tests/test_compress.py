@@ -87,7 +87,7 @@ def test_what_a_run_leaves(finished, material):
     assert report["slim"]["parameters"] < report["teacher"]["parameters"]
     for key in ("point_miou", "box_miou", "encoder_latency_ms", "encoder_macs_linear", "encoder_macs_total"):
         assert report["slim"][key] > 0 and report["teacher"][key] > 0
-    assert 0 < report["agreement"] <= 1 and report["annotated_images"] == 2
+    assert report["embedding_error"] > 0 and 0 < report["agreement"] <= 1 and report["annotated_images"] == 2
     assert set(report["seconds"]) == {"embedding stage", "bottleneck stage", "measuring"}
     log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     assert [(e["stage"], e["step"]) for e in log] == [(s.name, i) for s in STAGES for i in range(1, 5)]

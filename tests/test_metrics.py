@@ -65,7 +65,8 @@ def test_a_model_agrees_with_itself_alone(tmp_path):
     sam, other = random_sam(tiny_config()), random_sam(tiny_config(), 1)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    assert evaluation.compare_models(sam, sam, [tmp_path / "x.png"])["agreement"] == 1
+    same = evaluation.compare_models(sam, sam, [tmp_path / "x.png"])
+    assert same["agreement"] == 1 and same["embedding_error"] == 0 and same["annotated_images"] == 0
     assert evaluation.compare_models(sam, other, [tmp_path / "x.png"])["agreement"] < 0.9
 
 
