@@ -8,20 +8,22 @@ import time
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from converters.from_torch import load
 from slimsam_jax import __version__, checkpoint, data, report, train
-from slimsam_jax.compress import Options
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import track
 from slimsam_jax.prune import prune as prune_sam
 from slimsam_jax.recipes import RECIPES, STAGES, Recipe, Stage
 from slimsam_jax.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from slimsam_jax.compress import Options
 
 
 @dataclasses.dataclass(frozen=True)

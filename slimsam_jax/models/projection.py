@@ -118,25 +118,32 @@ def _rotate_reader(
 
 def attention_moments(config: Config) -> Callable[[Params, Batch], list[dict[str, jax.Array]]]:
     """Statistic per block: second moments of q, k (over heads) and of each head's output, its sum, and counts."""
+    return _per_block(config, _attention_moments)
+
+
+def _per_block(config: Config, moments: Callable[[dict[str, jax.Array]], dict[str, jax.Array]]):
+    """A statistic of a block's features -> that of all blocks, with the variance of the stream after each."""
+
+    def of_block(features: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        stream = features["out"] - features["out"].mean(-1, keepdims=True)
+        variance = jnp.square(stream).sum() / stream[..., 0].size
+        return {**moments(features), "stream": variance, "batches": jnp.array(1.0)}
 
     def statistics(encoder: Params, batch: Batch) -> list[dict[str, jax.Array]]:
         features = run_encoder(config, encoder, batch)[1]
-        return [_attention_moments(features[f"blocks_{i}"]) for i in range(len(config.blocks))]
+        return [of_block(features[f"blocks_{i}"]) for i in range(len(config.blocks))]
 
     return statistics
 
 
 def _attention_moments(features: dict[str, jax.Array]) -> dict[str, jax.Array]:
     q, k, o = (features[name].reshape(-1, *features[name].shape[-2:]) for name in ("q", "k", "heads"))
-    stream = features["out"] - features["out"].mean(-1, keepdims=True)
     return {
         "q": jnp.einsum("tni,tnj->ij", q, q) / q.shape[1],
         "k": jnp.einsum("tni,tnj->ij", k, k) / k.shape[1],
         "output": jnp.einsum("tni,tnj->nij", o, o),
         "output_sum": o.sum(0),
         "tokens": jnp.array(float(len(o))),
-        "stream": jnp.square(stream).sum() / stream[..., 0].size,
-        "batches": jnp.array(1.0),
     }
 
 
@@ -205,23 +212,15 @@ def _attention_bases(attn: Params, m: dict[str, Any], width: int):
 
 def mlp_moments(config: Config) -> Callable[[Params, Batch], list[dict[str, jax.Array]]]:
     """Statistic per block: second moment and sum of the hidden activations, and counts."""
-
-    def statistics(encoder: Params, batch: Batch) -> list[dict[str, jax.Array]]:
-        features = run_encoder(config, encoder, batch)[1]
-        return [_mlp_moments(features[f"blocks_{i}"]) for i in range(len(config.blocks))]
-
-    return statistics
+    return _per_block(config, _mlp_moments)
 
 
 def _mlp_moments(features: dict[str, jax.Array]) -> dict[str, jax.Array]:
     hidden = features["mlp"].reshape(-1, features["mlp"].shape[-1])
-    stream = features["out"] - features["out"].mean(-1, keepdims=True)
     return {
         "hidden": hidden.T @ hidden,
         "hidden_sum": hidden.sum(0),
         "tokens": jnp.array(float(len(hidden))),
-        "stream": jnp.square(stream).sum() / stream[..., 0].size,
-        "batches": jnp.array(1.0),
     }
 
 
