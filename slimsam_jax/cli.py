@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +22,8 @@ def run(arguments: Callable[..., Any], command: Callable[[Any], Any] | None = No
     Exit codes: 0 done, 1 a fault while running, 2 bad input (as argparse has it), 130 interrupted.
     Anything unforeseen keeps its traceback: it is our bug, and hiding it helps nobody.
     """
+    # Writers that fail in orbax's threads report there once more, in tracebacks around our one line.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         parsed = tyro.cli(arguments)
         if command:

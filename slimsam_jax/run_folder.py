@@ -81,6 +81,13 @@ class RunFolder:
     def save_step(self, manager: ocp.CheckpointManager, step: int, state: TrainState, batches: Batches) -> None:
         """Saves; the state of the data stream goes with the parameters."""
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(batches.get_state()))
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.path).free
+        if free < needed:  # orbax would fail in many threads, each with a traceback of its own
+            raise RunError(
+                f"cannot write the checkpoint of step {step}: it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB "
+                f"are free at {self.path}; make room, then continue with --resume"
+            )
         try:
             with writing(f"the checkpoint of step {step}"):
                 manager.save(step, args=items)
