@@ -17,7 +17,6 @@ import numpy as np
 from slimsam_jax.pruning.group import Group, Scores, Tree, by_path
 
 Criterion = Literal["taylor", "magnitude", "random"]
-Normalizer = Literal["none", "sum", "mean", "max", "minmax", "gaussian"]
 
 # Importance of each single weight, from the weight and its gradient.
 CRITERIA: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
