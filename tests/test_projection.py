@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from conftest import random_images, random_sam, tiny_config
 
+from slimsam_jax.models import groups as channels
 from slimsam_jax.models import projection as sam_projection
 from slimsam_jax.models.features import run_encoder
 from slimsam_jax.models.groups import shrunk_config
-from slimsam_jax.pruning import projection
+from slimsam_jax.pruning import masks, projection
 
 RANDOM = np.random.default_rng(0)
 
@@ -113,6 +114,18 @@ def test_nothing_cut_nothing_changed(model, kind):
     expected, found = (embed(config, e, batches(model)[0]) for e in (encoder, new))
     # The refit has a ridge, so it is exact only up to that.
     np.testing.assert_allclose(found, expected, atol=2e-3 if kind == "mlp" else 5e-5)
+
+
+def test_attention_that_uses_five_channels_loses_nothing_when_cut_to_five(model):
+    """Also the softmax temperature: it must not follow the width."""
+    config, groups = model.config, channels.attention_groups(model.config)
+    keep = {group.name: np.arange(5) for group in groups}
+    encoder = model.params["image_encoder"]
+    encoder = masks.apply_masks(encoder, masks.mask_tree(encoder, groups, keep))
+    moments = accumulate(sam_projection.attention_moments(config), encoder, batches(model))
+    new = sam_projection.project_attention(config, encoder, moments, [5, 5])
+    batch = batches(model)[0]
+    np.testing.assert_allclose(embed(shrunk_config(config, new), new, batch), embed(config, encoder, batch), atol=1e-4)
 
 
 def test_everything_cut_at_once_has_the_widths_asked_for(model):
