@@ -31,13 +31,19 @@ class Options:
     val: tuple[Path, ...] = ()
     """Folders of images to measure on. An SA-1B .json of the same name beside an image makes it count for
     mIoU. Default: an eighth of --images, at most 50, held out."""
-    ratio: float = 0.5
-    """Share of the channels to remove, between 0 and 1. Parameters and work fall about with its square:
-    0.5 leaves a quarter of the encoder, 0.77 a sixteenth."""
+    ratio: float | None = None
+    """Share of the channels to remove, between 0 and 1 (default 0.5). Parameters and work fall about with its
+    square: 0.5 leaves a quarter of the encoder, 0.77 a sixteenth."""
+    budget: str | None = None
+    """Instead of --ratio, what the slim SAM may cost: params=9.1M (the whole SAM's), macs=47G (the image encoder's,
+    attention included) or latency=120ms (of the image encoder, one image, measured on this machine)."""
     recipe: Literal["default", "taylor", "slimsam"] = "default"
     """"default" chooses a basis before it cuts; "taylor" cuts whole channels by Disturbed Taylor importance
     without the reference's slips; "slimsam" does what the original code does (slimsam_jax/recipes.py lists
     the differences with reasons)."""
+    set: tuple[str, ...] = ()
+    """Single choices that differ from the recipe's, as NAME=VALUE: multiple=8, criterion=fisher, ... (all of them
+    with their reasons in slimsam_jax/recipes.py)."""
     uniform: bool = False
     """Prune every block alike, so that the result loads into stock segment_anything and transformers."""
     steps: int | None = None
@@ -60,7 +66,9 @@ class Options:
 
     def check(self) -> None:
         """Raises InputError for what can be told wrong without looking at files."""
-        if not 0 < self.ratio < 1:
+        if self.ratio is not None and self.budget is not None:
+            raise InputError("--ratio and --budget both say how much to cut; give one of them")
+        if self.ratio is not None and not 0 < self.ratio < 1:
             raise InputError(f"--ratio {self.ratio:g} is not the share of channels to remove: 0 < ratio < 1")
         if self.steps is not None and self.steps < 0:
             raise InputError(f"--steps {self.steps} must not be negative")
@@ -79,7 +87,7 @@ class Options:
         for name in ("out", "resume", "save_every"):
             del fields[name]
         fields["teacher"] = str(self.teacher) if self.teacher else None
-        return fields | {name: [str(path) for path in fields[name]] for name in ("images", "val")}
+        return fields | {name: [str(path) for path in fields[name]] for name in ("images", "val", "set")}
 
 
 def compress(options: Options) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import jax
 import numpy as np
 
 from slimsam_jax.models.config import Config, tokens
+from slimsam_jax.models.sam import init
 
 
 def iou(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -25,6 +28,30 @@ def parameters(params: Any) -> int:
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return sum(math.prod(leaf.shape) for path, leaf in leaves if "gaussian_matrix" not in str(path[-1]))
+
+
+def encoder_parameters(config: Config) -> int:
+    """Of the image encoder, closed form."""
+    embed, out, grid = config.embed_dim, config.out_chans, math.prod(config.grid)
+    total = _conv(1, 3 * config.patch_size**2, embed) + grid * embed + embed * out + 9 * out * out + 4 * out
+    for block in config.blocks:
+        width = block.heads * block.head_dim
+        tables = sum(2 * side - 1 for side in config.attention_span(block)) * block.head_dim
+        total += 3 * _linear(1, embed, width) + _linear(1, width, embed) + tables + 4 * embed
+        total += _linear(1, embed, block.mlp_dim) + _linear(1, block.mlp_dim, embed)
+    return total
+
+
+def sam_parameters(config: Config) -> int:
+    """Of the whole SAM."""
+    return encoder_parameters(config) + _head_parameters(dataclasses.replace(config, embed_dim=1, blocks=()))
+
+
+@functools.lru_cache
+def _head_parameters(config: Config) -> int:
+    """Of prompt encoder and mask decoder, which the encoder's widths do not touch."""
+    shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    return parameters({name: shapes[name] for name in ("prompt_encoder", "mask_decoder")})
 
 
 class Macs(NamedTuple):

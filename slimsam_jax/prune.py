@@ -11,55 +11,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax import distill
+from slimsam_jax import distill, labels, widths
 from slimsam_jax.errors import RunError
 from slimsam_jax.models import groups as channels
-from slimsam_jax.models import projection
+from slimsam_jax.models import projection, statistics
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.features import run_encoder
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.pruning import importance, masks, reference
-from slimsam_jax.pruning.group import Keep, Scores, check_groups
+from slimsam_jax.pruning.group import Group, Keep, Scores, check_groups
 from slimsam_jax.recipes import Recipe, Stage
+from slimsam_jax.widths import Target
 
 Batch = dict[str, Any]
+Calibration = Callable[[str], Iterable[Batch]]  # what it is for -> batches, the same images at each call
 
 
 def prune(
     sam: Sam,
     stage: Stage,
     recipe: Recipe,
-    ratio: float,
-    calibration: Callable[[str], Iterable[Batch]],
+    target: Target,
+    calibration: Calibration,
     seed: int,
     uniform: bool = False,
 ) -> Sam:
     """Cuts a stage's channels out of the image encoder.
 
     Args:
-      ratio: share of the embedding's (stage 1) or of all bottleneck (stage 2) channels to remove.
+      target: how much; of the embedding's channels in stage 1, of all bottleneck channels in stage 2.
       calibration: what it is for -> batches on the devices, the same images at each call; projection needs
-        them more than once.
+        them more than once. With labels (`labels.AnnotatedBatches`) if the recipe's signal is "masks".
       uniform: equal widths in all blocks, as stock SAM needs.
 
     Raises:
+      InputError: the budget cannot be met.
       RunError: the model's statistics are not finite.
     """
     mesh_sam = _with_encoder(sam, distill.replicate(sam.params["image_encoder"], distill.data_mesh()))
     if recipe.criterion == "projection":
-        slim = project(mesh_sam, stage, ratio, calibration, uniform)
+        slim = project(mesh_sam, stage, recipe, target, calibration, seed, uniform)
     else:
-        embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
-        grads = importance.disturbed_gradients(
-            embed,
-            mesh_sam.params["image_encoder"],
-            calibration("importance"),
-            jax.random.key(seed),
-            recipe.noise_std,
-            recipe.gradients,
-        )
-        _check_finite(grads)
-        keep = choose(sam.config, sam.params["image_encoder"], jax.device_get(grads), stage, recipe, ratio, uniform)
+        grads = jax.device_get(gradients(mesh_sam, recipe, calibration, seed))
+        keep = choose(sam.config, sam.params["image_encoder"], grads, stage, recipe, target, uniform, seed)
         slim = cut(sam, keep, recipe)
     return _with_encoder(slim, jax.tree.map(jnp.asarray, jax.device_get(slim.params["image_encoder"])))
 
@@ -69,94 +63,111 @@ def _with_encoder(sam: Sam, encoder: Any) -> Sam:
     return dataclasses.replace(sam, config=config, params={**sam.params, "image_encoder": encoder})
 
 
-def _check_finite(statistics: Any) -> None:
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(statistics)):
+def _check_finite(found: Any) -> Any:
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)):
         raise RunError("the statistics of the model are not finite; does it give finite embeddings for these images?")
+    return found
 
 
-def project(sam: Sam, stage: Stage, ratio: float, calibration: Callable[[str], Iterable[Batch]], uniform: bool) -> Sam:
-    """Chooses bases before it cuts (`models.projection`); each cut works on statistics of the model so far."""
-
-    def statistics(kind: Callable[[Config], Any], name: str) -> Any:
-        found = projection.accumulate(kind(sam.config), sam.params["image_encoder"], calibration(name))
-        _check_finite(found)
-        return found
-
-    config, heads = sam.config, sam.config.blocks[0].heads
-    if stage.name == "embedding":
-        width = masks.rounded_width(config.embed_dim, ratio, multiple=heads)
-        moment = statistics(projection.stream_moment, "statistics")
-        return _with_encoder(sam, projection.project_embedding(config, sam.params["image_encoder"], moment, width))
-
-    moments = statistics(projection.attention_moments, "attention statistics")
-    worth = projection.attention_spectra(config, sam.params["image_encoder"], moments)
-    widths = [config.embed_dim // heads] * len(worth) if uniform else _global_widths(worth, ratio)
-    sam = _with_encoder(sam, projection.project_attention(config, sam.params["image_encoder"], moments, widths))
-
-    moments = statistics(projection.mlp_moments, "MLP statistics")
-    units = projection.hidden_units(sam.params["image_encoder"], moments)
-    worth = {str(i): unit.worth for i, unit in enumerate(units)}
-    if uniform:
-        widths = [_stock_mlp_dim(config.embed_dim, len(w), ratio) for w in worth.values()]
-    else:
-        widths = _global_widths(worth, ratio)
-    return _with_encoder(sam, projection.project_mlp(sam.params["image_encoder"], units, widths))
+# ------------------------------------------------------------------------------------- whole channels
 
 
-def _global_widths(worth: Scores, ratio: float) -> list[int]:
-    return [len(kept) for kept in masks.keep_global(worth, ratio, least=LEAST_SHARE).values()]
+def gradients(sam: Sam, recipe: Recipe, calibration: Calibration, seed: int) -> Any:
+    """What the criterion reads besides the parameters; nothing but the parameters themselves if it reads none."""
+    encoder = sam.params["image_encoder"]
+    if recipe.criterion in ("magnitude", "random"):
+        return encoder
+    batches = calibration("importance")
+    if recipe.signal == "masks":
+        loss = functools.partial(labels.mask_loss, sam)
+        return _check_finite(importance.loss_gradients(loss, encoder, batches, recipe.gradients))
+    embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
+    key = jax.random.key(seed)
+    return _check_finite(
+        importance.disturbed_gradients(embed, encoder, batches, key, recipe.noise_std, recipe.gradients, recipe.probes)
+    )
 
 
-def choose(config: Config, encoder: Any, grads: Any, stage: Stage, recipe: Recipe, ratio: float, uniform: bool) -> Keep:
+def choose(
+    config: Config,
+    encoder: Any,
+    grads: Any,
+    stage: Stage,
+    recipe: Recipe,
+    target: Target,
+    uniform: bool = False,
+    seed: int = 0,
+) -> Keep:
     """Parameters and gradients -> the channels that stay, for all groups of a stage."""
-    heads = config.blocks[0].heads
+    score = lambda groups: importance.channel_scores(encoder, grads, groups, recipe.criterion, seed)
     if stage.name == "embedding":
-        scores = importance.channel_scores(encoder, grads, [channels.embedding_group(config)], recipe.criterion)
-        if recipe.tie_embedding:
-            return reference.keep_local_tied(scores, ratio, round_to=heads, ties=heads)
-        return masks.keep_local(scores, ratio, multiple=heads)  # a multiple, so that equal heads can fill it
-    attention = importance.channel_scores(encoder, grads, channels.attention_groups(config), recipe.criterion)
-    mlp = importance.channel_scores(encoder, grads, channels.mlp_groups(config), recipe.criterion)
-    if uniform:
-        # Stock SAM has heads * head_dim == embed_dim.
-        head_dim = {name: config.embed_dim // heads for name in attention}
-        if recipe.reference_selection:
-            return masks.keep_widths(attention, head_dim) | reference.keep_local(mlp, ratio, heads)
-        mlp_dim = {name: _stock_mlp_dim(config.embed_dim, len(score), ratio) for name, score in mlp.items()}
-        return masks.keep_widths(attention, head_dim) | masks.keep_widths(mlp, mlp_dim)
+        return _choose_embedding(config, score([channels.embedding_group(config)]), recipe, target)
+    attention, mlp = score(channels.attention_groups(config)), score(channels.mlp_groups(config))
+    if recipe.reference_selection and target.budget is None:
+        return _choose_as_reference(config, attention, mlp, recipe, target.ratio, uniform)
+    if recipe.whole_heads:
+        return _choose_heads(score(channels.head_groups(config)), mlp, recipe, target)
+    normal = reference.normalize(attention, recipe.normalizer) | reference.normalize(mlp, recipe.normalizer)
+    chosen = widths.bottleneck_widths(config, masks.worth_of(normal), target, recipe, uniform)
+    keep = masks.keep_widths(attention | mlp, chosen)
+    if not recipe.values_apart:
+        return keep
+    return _choose_values(keep, score(channels.logit_groups(config)), score(channels.value_groups(config)))
+
+
+def _choose_embedding(config: Config, scores: Scores, recipe: Recipe, target: Target) -> Keep:
+    heads = config.blocks[0].heads
+    if recipe.tie_embedding:
+        return reference.keep_local_tied(scores, target.channel_ratio(config), round_to=heads, ties=heads)
     if recipe.reference_selection:
-        choose_kind = functools.partial(_reference_global, recipe=recipe, ratio=ratio, heads=heads)
-        return choose_kind(attention, copies=heads) | choose_kind(mlp, copies=1)
-    return _global(attention, recipe, ratio) | _global(mlp, recipe, ratio)
+        return reference.keep_local(scores, target.channel_ratio(config), round_to=heads)
+    return masks.keep_widths(scores, {"embedding": widths.embedding_width(config, target, recipe)})
 
 
-# At least this share of every block stays: scores are first-order and cannot see a block vanish.
-LEAST_SHARE = 1 / 8
+def _choose_as_reference(
+    config: Config, attention: Scores, mlp: Scores, recipe: Recipe, ratio: float, uniform: bool
+) -> Keep:
+    heads = config.blocks[0].heads
+    if uniform:
+        # Stock SAM has heads * head_dim == embed_dim, which stage 1 has fixed.
+        head_dim = dict.fromkeys(attention, config.embed_dim // heads)
+        return masks.keep_widths(attention, head_dim) | reference.keep_local(mlp, ratio, heads)
+    if recipe.compete == "block":
+        return reference.keep_local(attention, ratio, 1) | reference.keep_local(mlp, ratio, heads)
+
+    def over_blocks(scores: Scores, copies: int) -> Keep:
+        normal = reference.normalize(scores, recipe.normalizer, copies)
+        return reference.keep_global(normal, ratio, heads, copies, recipe.round_by_index, recipe.skip_vanishing)
+
+    return over_blocks(attention, heads) | over_blocks(mlp, 1)
 
 
-def _global(scores: Scores, recipe: Recipe, ratio: float) -> Keep:
-    return masks.keep_global(reference.normalize(scores, recipe.normalizer), ratio, least=LEAST_SHARE)
+def _choose_heads(heads: Scores, mlp: Scores, recipe: Recipe, target: Target) -> Keep:
+    """Whole heads compete with heads, MLP channels with MLP channels, over all blocks."""
+    normal = lambda scores: reference.normalize(scores, recipe.normalizer)
+    return masks.keep_global(normal(heads), target.ratio, least=recipe.least) | masks.keep_global(
+        normal(mlp), target.ratio, recipe.multiple, recipe.least
+    )
 
 
-def _stock_mlp_dim(embed_dim: int, mlp_dim: int, ratio: float) -> int:
-    """The width asked for, or the next smaller one that survives stock SAM's int(embed_dim * mlp_ratio)."""
-    width = masks.rounded_width(mlp_dim, ratio)
-    while int(embed_dim * (width / embed_dim)) != width:
-        width -= 1
-    return width
+def _choose_values(keep: Keep, logits: Scores, values: Scores) -> Keep:
+    """Splits what the heads share (q and k) from what they need not (v and proj), at the same widths."""
+    width = {name: len(kept) for name, kept in keep.items()}
+    apart = masks.keep_widths(logits, {name: width[name.removesuffix("/qk")] for name in logits})
+    apart |= masks.keep_widths(values, {name: width[name.removesuffix("/v")] for name in values})
+    return {name: kept for name, kept in keep.items() if name.endswith("/mlp")} | apart
 
 
-def _reference_global(scores: Scores, recipe: Recipe, ratio: float, heads: int, copies: int) -> Keep:
-    return reference.keep_global(reference.normalize(scores, recipe.normalizer, copies), ratio, heads, copies)
+def all_groups(config: Config) -> list[Group]:
+    """Every group that a stage may cut; those of the heads overlap, and `keep` names one kind of them."""
+    kinds = (channels.attention_groups, channels.logit_groups, channels.value_groups, channels.head_groups)
+    bottlenecks = [group for kind in (*kinds, channels.mlp_groups) for group in kind(config)]
+    return [channels.embedding_group(config), *bottlenecks]
 
 
 def cut(sam: Sam, keep: Keep, recipe: Recipe) -> Sam:
     """Removes all channels but `keep`, and settles what narrower heads change besides."""
-    groups = [
-        channels.embedding_group(sam.config),
-        *channels.attention_groups(sam.config),
-        *channels.mlp_groups(sam.config),
-    ]
+    groups = [group for group in all_groups(sam.config) if group.name in keep]
     check_groups(sam.params["image_encoder"], groups)
     encoder = masks.shrink(sam.params["image_encoder"], groups, keep)
     if recipe.keep_logit_scale:
@@ -164,3 +175,42 @@ def cut(sam: Sam, keep: Keep, recipe: Recipe) -> Sam:
     if not recipe.slice_rel_pos:
         encoder = channels.zero_rel_pos(encoder)
     return _with_encoder(sam, encoder)
+
+
+# ------------------------------------------------------------------------------------------- projection
+
+
+def project(
+    sam: Sam,
+    stage: Stage,
+    recipe: Recipe,
+    target: Target,
+    calibration: Calibration,
+    seed: int,
+    uniform: bool,
+) -> Sam:
+    """Chooses bases before it cuts (`models.projection`); the MLPs are refitted behind heads already cut."""
+
+    def moments(sam: Sam, name: str, *parts: statistics.Part) -> statistics.Moments:
+        statistic = statistics.moments_of(sam.config, parts)
+        return _check_finite(statistics.accumulate(statistic, sam.params["image_encoder"], calibration(name), seed))
+
+    encoder = sam.params["image_encoder"]
+    if stage.name == "embedding":
+        moment = moments(sam, "statistics", "stream")["stream"]
+        width = widths.embedding_width(sam.config, target, recipe)
+        return _with_encoder(sam, projection.project_embedding(sam.config, encoder, moment, width))
+
+    sensitivity = ("sensitivity",) if recipe.weighting == "disturbed" else ()
+    found = moments(sam, "statistics", "attention", "mlp", *sensitivity)
+    bases = projection.attention_bases(sam.config, encoder, found, recipe.weighting)
+    units = projection.hidden_units(encoder, found, recipe.weighting)
+    worth = {f"blocks_{i}/attn": basis.worth for i, basis in enumerate(bases)}
+    worth |= {f"blocks_{i}/mlp": unit.worth for i, unit in enumerate(units)}
+    chosen = widths.bottleneck_widths(sam.config, worth, target, recipe, uniform)
+    of_kind = lambda kind: [chosen[f"blocks_{i}/{kind}"] for i in range(len(bases))]
+
+    sam = _with_encoder(sam, projection.project_attention(sam.config, encoder, bases, of_kind("attn")))
+    encoder = sam.params["image_encoder"]
+    units = projection.hidden_units(encoder, moments(sam, "MLP statistics", "mlp", *sensitivity), recipe.weighting)
+    return _with_encoder(sam, projection.project_mlp(encoder, units, of_kind("mlp")))

@@ -3,35 +3,65 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import difflib
+import math
+import typing
+from collections.abc import Callable, Sequence
 from typing import Literal
+
+from slimsam_jax.errors import InputError
 
 Weights = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How to prune and distil.
+    """How to prune and distil. What each choice does before any distillation is measured in experiments/README.md.
 
-    Attributes:
-      criterion: what is cut. "taylor" is the paper's Disturbed Taylor, on whole channels; "magnitude" and "random"
-        are its baselines. "projection" chooses a basis first and cuts in that: on the small teacher the error of
-        the embedding right after the cut is hundreds of times smaller (experiments/LOG.md).
-      gradients: "rms" reduces the disturbed gradients over batches to the root of their summed
-        squares, an unbiased estimate of the Jacobian's; "sum" adds them up as the reference
-        does, which is one draw of a random walk.
-      normalizer: makes blocks comparable in the global selection of stage 2. The reference's best is
-        "gaussian", which gives every block the same spread and so hides that some blocks matter less.
-      tie_embedding: channels c, c + D/heads, ... of the embedding stay or go together. A quirk of
-        the reference's tracing that leaves 64 degrees of freedom of 768.
-      reference_selection: thresholds and rounding as in `pruning.reference`; ours removes
-        exactly the asked number and rounds by importance.
+    What is cut:
+      criterion: "taylor" is the paper's Disturbed Taylor, on whole channels; "fisher", "magnitude" and "random" are
+        other scores (`pruning.importance`). "projection" chooses a basis first and cuts in that.
+      signal: the gradient that "taylor" and "fisher" read. "disturbance": of the distance between the embedding and
+        itself plus noise, without labels; "masks": of the loss of annotated masks, the paper's baseline.
+      gradients: "rms" reduces gradients over images to the root of their summed squares, an estimate of
+        the Jacobian's size; "sum" adds them up as the reference does, which is one draw of a random walk.
+      probes: draws of noise per image.
+      noise_std: of the disturbing noise (paper: 0.01; ranks do not depend on it).
+      weighting: "disturbed" measures what a projection of the bottlenecks loses by what becomes of it in the
+        embedding, through the disturbed gradient at the place of the cut; "none" measures it at that place. (The
+        residual stream's own basis is not weighted: all ways that we tried lose more, experiments/LOG.md.)
+
+    How much of what:
+      compete: who competes for the bottlenecks that stay. "kind": heads with heads and MLPs with MLPs over all
+        blocks (the paper's global pruning); "macs", "params": all with all, by worth per multiply-accumulate or
+        parameter, for as many of them as an even cut would leave; "block": nobody, each block loses the same share
+        (the paper's local pruning).
+      normalizer: makes the blocks' scores comparable before they compete; not used by "projection", whose worth
+        has a unit. The reference's best is "gaussian", which gives every block the same spread and so hides that
+        some blocks matter less.
+      multiple: every width that stays is a multiple of this; hardware likes 8 or 16.
+      least: every block keeps this share of the width that an even cut would leave it: scores are of first order
+        and cannot see a block vanish.
+      values_apart: the heads keep different channels of v and proj. Those of q and k they must share, with the
+        relative positions.
+      whole_heads: cuts whole heads instead of channels within them.
+
+    Slips of the reference (facts about the original code, each an option by itself):
+      tie_embedding: channels c, c + D/heads, ... of the embedding stay or go together, because the
+        tracing takes it for heads: 64 degrees of freedom of 768.
+      reference_selection: widths rounded down and a threshold with its ties, as in `pruning.reference`;
+        ours removes exactly the asked number.
+      round_by_index: with that, a global selection rounds by sparing the highest channel numbers, not the most
+        important channels.
+      skip_vanishing: with that, a block that would lose every channel loses none.
       slice_rel_pos: relative positions are sliced with their channels; the reference sets them to
         zero in both stages and learns them anew.
       keep_logit_scale: the softmax temperature stays when heads get narrower; the reference
         lets it jump by the root of the ratio.
       align_global_attention: stage 1 aligns q, k, v of the global blocks too. The reference compares
         the student's with themselves there, a term that is always zero.
+
+    Distillation:
       relative_loss: each term is divided by the variance of its target, so that weights do not
         depend on the scale of activations; the reference takes plain MSE.
       learning_rate: peak, for batches of any size. After a projection little is left to mend, and steps of 1e-3
@@ -39,33 +69,83 @@ class Recipe:
         nothing else was tried there.
       schedule: "cosine" after a warm-up of 5 % of the steps, down to zero; or "constant".
       passes: over the images in each stage, unless the number of steps is given; the paper's is 20.
-      noise_std: of the disturbing noise (paper: 0.01; ranks do not depend on it).
     """
 
-    criterion: Literal["projection", "taylor", "magnitude", "random"] = "projection"
+    criterion: Literal["projection", "taylor", "fisher", "magnitude", "random"] = "projection"
+    signal: Literal["disturbance", "masks"] = "disturbance"
     gradients: Literal["rms", "sum"] = "rms"
-    normalizer: str = "none"
+    probes: int = 1
+    noise_std: float = 0.01
+    weighting: Literal["none", "disturbed"] = "disturbed"
+
+    compete: Literal["macs", "params", "kind", "block"] = "macs"
+    normalizer: Literal["none", "sum", "mean", "max", "minmax", "gaussian"] = "none"
+    multiple: int = 1
+    least: float = 1 / 4
+    values_apart: bool = False
+    whole_heads: bool = False
+
     tie_embedding: bool = False
     reference_selection: bool = False
+    round_by_index: bool = False
+    skip_vanishing: bool = False
     slice_rel_pos: bool = True
     keep_logit_scale: bool = True
     align_global_attention: bool = True
+
     relative_loss: bool = True
     learning_rate: float = 1e-4
     schedule: Literal["cosine", "constant"] = "cosine"
     passes: int = 6
-    noise_std: float = 0.01
+
+    def __post_init__(self):
+        for field, allowed in ((f, typing.get_args(hint)) for f, hint in typing.get_type_hints(Recipe).items()):
+            if allowed and getattr(self, field) not in allowed:
+                raise InputError(f"{field} {getattr(self, field)!r} is none of {', '.join(map(str, allowed))}")
+        for field, least in (("probes", 1), ("multiple", 1), ("passes", 1)):
+            if getattr(self, field) < least:
+                raise InputError(f"{field} {getattr(self, field)} must be at least {least}")
+        if not 0 <= self.least < 1:
+            raise InputError(f"least {self.least:g} is not a share of the channels, 0 <= least < 1")
+        for field in ("noise_std", "learning_rate"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise InputError(f"{field} {getattr(self, field)} must be positive")
+        if self.whole_heads and (self.criterion == "projection" or self.reference_selection or self.values_apart):
+            raise InputError("whole_heads goes with scores of whole channels alone (recipe taylor, values_apart false)")
+
+    def change(self, settings: Sequence[str]) -> Recipe:
+        """The recipe with fields set by "name=value".
+
+        Raises:
+          InputError: there is no such field, or the value is not one of its type.
+        """
+        hints, changes = typing.get_type_hints(Recipe), {}
+        for setting in settings:
+            name, equals, text = setting.partition("=")
+            if name not in hints or not equals:
+                nearest = difflib.get_close_matches(name, hints, n=3, cutoff=0)
+                raise InputError(f"--set {setting}: no such choice; the nearest are {', '.join(nearest)} (NAME=VALUE)")
+            parse = {bool: lambda t: {"true": True, "false": False}[t.lower()], int: int, float: float}
+            try:
+                changes[name] = parse.get(hints[name], str)(text)
+            except (ValueError, KeyError):
+                raise InputError(f"--set {setting}: {text!r} is no {hints[name].__name__}") from None
+        return dataclasses.replace(self, **changes)
 
 
 RECIPES = {
     "default": Recipe(),
-    "taylor": Recipe(criterion="taylor", learning_rate=1e-3, passes=12),
+    "taylor": Recipe(criterion="taylor", compete="kind", learning_rate=1e-3, passes=12),
     "slimsam": Recipe(
         criterion="taylor",
         gradients="sum",
+        compete="kind",
         normalizer="gaussian",
+        least=0.0,
         tie_embedding=True,
         reference_selection=True,
+        round_by_index=True,
+        skip_vanishing=True,
         slice_rel_pos=False,
         keep_logit_scale=False,
         align_global_attention=False,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
@@ -16,7 +14,8 @@ from rich.table import Table
 from slimsam_jax import checkpoint, metrics
 from slimsam_jax.data import read_image
 from slimsam_jax.evaluation import compare_models, encode_image, predict_masks
-from slimsam_jax.models.sam import Sam, encode
+from slimsam_jax.models.latency import encoder_runner, interleaved
+from slimsam_jax.models.sam import Sam
 from slimsam_jax.overlay import draw_masks, draw_prompts
 from slimsam_jax.progress import track
 
@@ -35,7 +34,8 @@ def measure(teacher: Sam, slim: Sam, paths: Sequence[Path], dtype: Any = jnp.flo
     report = compare_models(teacher, slim, track(paths, "measuring"))
     for name, sam in (("teacher", teacher), ("slim", slim)):
         report[name] = {**size_of(sam), **{f"{kind}_miou": value for kind, value in report[name].items()}}
-    for name, seconds in zip(("teacher", "slim"), latency([teacher, slim], dtype), strict=True):
+    runs = [encoder_runner(sam.config, sam.params, dtype) for sam in (teacher, slim)]
+    for name, seconds in zip(("teacher", "slim"), interleaved(runs), strict=True):
         report[name]["encoder_latency_ms"] = 1e3 * seconds
     return report
 
@@ -51,22 +51,6 @@ def size_of(sam: Sam) -> dict[str, int]:
         "macs_linear": encoder.linear + decoder.linear,
         "macs_total": encoder.total + decoder.total,
     }
-
-
-def latency(models: Sequence[Sam], dtype: Any = jnp.float32) -> list[float]:
-    """Median seconds of the encoder on one image per model, the models taking turns: 3 to 9 turns within 10 s."""
-    turns: list[list[float]] = []
-    start = time.perf_counter()
-    while len(turns) < 4 or (len(turns) < 10 and time.perf_counter() - start < 10):
-        turns.append([_encode_seconds(sam, dtype) for sam in models])
-    return np.median(turns[1:], axis=0).tolist()  # the first turn compiles
-
-
-def _encode_seconds(sam: Sam, dtype: Any) -> float:
-    frame, size = np.zeros((1, *sam.config.image_size, 3), np.uint8), np.array([sam.config.image_size], np.int32)
-    start = time.perf_counter()
-    jax.block_until_ready(encode(sam.config, sam.params, frame, size, dtype))
-    return time.perf_counter() - start
 
 
 ROWS = (  # key, label, format of a cell
@@ -90,6 +74,11 @@ def print_table(report: dict[str, Any]) -> None:
             table.add_row(label, cell(teacher), cell(slim), f"{100 * slim / teacher:.1f} %" if teacher else "")
     table.add_row("agreement with the teacher's masks", "", f"{100 * report['agreement']:.2f} %", "")
     table.add_row("error of the embedding", "", f"{report['embedding_error']:.2g} of its variance", "")
+    if budget := report.get("budget"):
+        share = 100 * (budget["reached"] / budget["amount"] - 1)
+        table.add_row(
+            f"budget of {budget['kind']}", f"{budget['amount']:.4g}", f"{budget['reached']:.4g}", f"{share:+.2f} %"
+        )
     for name, seconds in report["seconds"].items():
         table.add_row(f"time: {name}", "", f"{seconds:.1f} s", "")
     Console().print(table)

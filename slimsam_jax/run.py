@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from converters.from_torch import load
-from slimsam_jax import __version__, checkpoint, data, report, train
+from slimsam_jax import __version__, checkpoint, data, labels, report, train
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import track
 from slimsam_jax.prune import prune as prune_sam
 from slimsam_jax.recipes import RECIPES, STAGES, Recipe, Stage
 from slimsam_jax.run_folder import RunFolder
+from slimsam_jax.widths import Budget, Target
 
 if TYPE_CHECKING:
     from slimsam_jax.compress import Options
@@ -32,6 +33,7 @@ class Run:
 
     options: Options
     recipe: Recipe
+    target: Target
     teacher: Sam
     images: list[Path]
     steps: int
@@ -54,6 +56,11 @@ def run(options: Options) -> dict[str, Any]:
     student = dataclasses.replace(student, provenance=run.provenance)
     checkpoint.save(student, options.out)
     numbers = report.measure(run.teacher, student, val, run.dtype)
+    if run.target.budget:
+        numbers["budget"] = {
+            **dataclasses.asdict(run.target.budget),
+            "reached": run.target.budget.cost(student.config),
+        }
     numbers["seconds"] = {**seconds, "measuring": time.perf_counter() - start}
     checkpoint.write_json(options.out / "report.json", {**numbers, "provenance": student.provenance})
     val = [path for path in val if str(path) not in numbers["skipped"]]
@@ -69,7 +76,12 @@ def prepare(options: Options) -> tuple[Run, list[Path]]:
     batch = options.batch or devices * -(-4 // devices)
     if batch % devices:
         raise InputError(f"--batch {batch} must be a multiple of the {devices} devices")
-    recipe = RECIPES[options.recipe]
+    recipe = RECIPES[options.recipe].change(options.set)
+    target = Target(ratio=0.5 if options.ratio is None else options.ratio)
+    if options.budget is not None:
+        target = Target(budget=Budget.parse(options.budget))
+    if recipe.whole_heads and (options.uniform or options.budget):
+        raise InputError("whole_heads goes neither with --uniform nor with --budget: they fix the number of heads")
     teacher = load(options.teacher or data.embedded_teacher())
     if options.uniform and not teacher.config.uniform:
         raise InputError("--uniform needs a teacher whose blocks are alike, and this one's are not")
@@ -78,10 +90,13 @@ def prepare(options: Options) -> tuple[Run, list[Path]]:
         raise InputError(f"--batch {batch} is more than the {len(images)} images to learn from")
     for paths in (images, val):
         data.check_one_is_readable(paths)
+    if recipe.signal == "masks":
+        labels.annotated(images)
+    target.channel_ratio(teacher.config)  # refuses a budget that cannot be met
     steps = max(1, recipe.passes * len(images) // batch) if options.steps is None else options.steps
     origin = provenance(options, recipe, teacher, images, steps, batch)
     folder = RunFolder(options.out, origin, options.resume)
-    return Run(options, recipe, teacher, images, steps, batch, compute_dtype(options), folder, origin), val
+    return Run(options, recipe, target, teacher, images, steps, batch, compute_dtype(options), folder, origin), val
 
 
 def split_images(options: Options) -> tuple[list[Path], list[Path]]:
@@ -119,10 +134,13 @@ def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
     count = max(1, min(options.importance_images, len(run.images)) // run.batch)
 
     def calibration(name: str) -> Iterable[Any]:
-        batches = data.Batches(run.images, run.teacher.config.image_size, run.batch, options.seed)
+        if run.recipe.signal == "masks" and run.recipe.criterion != "projection":
+            batches = labels.AnnotatedBatches(run.images, run.teacher.config, run.batch, options.seed)
+        else:
+            batches = data.Batches(run.images, run.teacher.config.image_size, run.batch, options.seed)
         return track(train.calibration(batches, count), name, count, per_item=run.batch)
 
-    return prune_sam(previous, stage, run.recipe, options.ratio, calibration, options.seed, options.uniform)
+    return prune_sam(previous, stage, run.recipe, run.target, calibration, options.seed, options.uniform)
 
 
 def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:

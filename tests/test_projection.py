@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_images, random_sam, tiny_config
 
 from slimsam_jax.models import groups as channels
 from slimsam_jax.models import projection as sam_projection
-from slimsam_jax.models.features import run_encoder
+from slimsam_jax.models import statistics
+from slimsam_jax.models.features import make_encoder, run_encoder
 from slimsam_jax.models.groups import shrunk_config
+from slimsam_jax.models.sam import preprocess
 from slimsam_jax.pruning import masks, projection
 
 RANDOM = np.random.default_rng(0)
@@ -44,24 +47,22 @@ def test_residual_basis_of_any_width_is_orthonormal(width):
 
 def test_bilinear_basis_is_exact_when_nothing_is_cut_and_best_when_something_is():
     left, right = moment(6), moment(6)
-    full = projection.bilinear_basis(left, right, 6)
-    np.testing.assert_allclose(full.left.T @ full.right, np.eye(6), atol=1e-10)
-    half = projection.bilinear_basis(left, right, 3)
+    basis = projection.bilinear_basis(left, right)
+    np.testing.assert_allclose(basis.left.T @ basis.right, np.eye(6), atol=1e-10)
     # E[(q·k - (Aq)·(Bk))²] is the sum of the squared singular values left out (Eckart and Young).
-    missing = np.eye(6) - half.left.T @ half.right
+    missing = np.eye(6) - basis.left[:3].T @ basis.right[:3]
     error = np.trace(missing.T @ left @ missing @ right)
-    np.testing.assert_allclose(error, (half.singular_values[3:] ** 2).sum(), rtol=1e-9)
+    np.testing.assert_allclose(error, (basis.singular_values[3:] ** 2).sum(), rtol=1e-9)
     drop = np.diag([1.0, 1, 1, 0, 0, 0])
     assert error < np.trace((np.eye(6) - drop) @ left @ (np.eye(6) - drop) @ right)
 
 
 def test_output_basis_is_exact_when_nothing_is_cut_and_loses_what_it_says():
     covariance, weights = moment(6), RANDOM.standard_normal((9, 6))
-    full = projection.output_basis(covariance, weights.T @ weights, 6)
-    np.testing.assert_allclose(full.decode @ full.encode, np.eye(6), atol=1e-10)
-    half = projection.output_basis(covariance, weights.T @ weights, 3)
-    missing = weights @ (np.eye(6) - half.decode @ half.encode)
-    np.testing.assert_allclose(np.trace(missing @ covariance @ missing.T), (half.singular_values[3:] ** 2).sum())
+    basis = projection.output_basis(covariance, weights.T @ weights)
+    np.testing.assert_allclose(basis.decode @ basis.encode, np.eye(6), atol=1e-10)
+    missing = weights @ (np.eye(6) - basis.decode[:, :3] @ basis.encode[:3])
+    np.testing.assert_allclose(np.trace(missing @ covariance @ missing.T), (basis.singular_values[3:] ** 2).sum())
 
 
 def test_units_that_repeat_others_are_worth_nothing():
@@ -78,6 +79,9 @@ def test_units_that_repeat_others_are_worth_nothing():
     np.testing.assert_allclose(activations[:, kept] @ new + bias, activations @ weights, atol=1e-6)
 
 
+WEIGHTINGS = ("none", "disturbed")
+
+
 @pytest.fixture(scope="module")
 def model():
     return random_sam(tiny_config())
@@ -88,63 +92,102 @@ def embed(config, encoder, batch):
     return run_encoder(config, encoder, batch)[0]
 
 
-def accumulate(statistics, encoder, batches):
-    return sam_projection.accumulate(statistics, jax.tree.map(jax.numpy.asarray, encoder), batches)
-
-
 def batches(model):
     return [random_images(model.config, seed=seed) for seed in range(3)]
 
 
-@pytest.mark.parametrize("kind", ["embedding", "attention", "mlp"])
-def test_nothing_cut_nothing_changed(model, kind):
-    """A rectangle whose windows need padding."""
-    config, encoder = model.config, model.params["image_encoder"]
+def moments(model, encoder, *parts):
+    statistic = statistics.moments_of(shrunk_config(model.config, encoder), parts)
+    return statistics.accumulate(statistic, jax.tree.map(jnp.asarray, encoder), batches(model))
+
+
+def project(model, encoder, kind: str, widths, weighting: str):
+    """One of the three cuts, on statistics of the encoder as it is."""
+    config = shrunk_config(model.config, encoder)
     if kind == "embedding":
-        moment = accumulate(sam_projection.stream_moment(config), encoder, batches(model))
-        new = sam_projection.project_embedding(config, encoder, moment, config.embed_dim)
-    elif kind == "attention":
-        moments = accumulate(sam_projection.attention_moments(config), encoder, batches(model))
-        new = sam_projection.project_attention(config, encoder, moments, [b.head_dim for b in config.blocks])
-    else:
-        moments = accumulate(sam_projection.mlp_moments(config), encoder, batches(model))
-        units = sam_projection.hidden_units(encoder, moments)
-        new = sam_projection.project_mlp(encoder, units, [b.mlp_dim for b in config.blocks])
-    assert shrunk_config(config, new) == config
-    expected, found = (embed(config, e, batches(model)[0]) for e in (encoder, new))
-    # The refit has a ridge, so it is exact only up to that.
-    np.testing.assert_allclose(found, expected, atol=2e-3 if kind == "mlp" else 5e-5)
+        return sam_projection.project_embedding(config, encoder, moments(model, encoder, "stream")["stream"], widths)
+    found = moments(model, encoder, kind, "sensitivity")
+    if kind == "attention":
+        bases = sam_projection.attention_bases(config, encoder, found, weighting)
+        return sam_projection.project_attention(config, encoder, bases, widths)
+    return sam_projection.project_mlp(encoder, sam_projection.hidden_units(encoder, found, weighting), widths)
 
 
-def test_attention_that_uses_five_channels_loses_nothing_when_cut_to_five(model):
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_nothing_cut_nothing_changed(model, weighting):
+    """In float64, all three after one another, on a rectangle whose windows need padding."""
+    with jax.enable_x64():
+        config = model.config
+        encoder = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), model.params["image_encoder"])
+        new = project(model, encoder, "embedding", config.embed_dim, weighting)
+        new = project(model, new, "attention", [b.head_dim for b in config.blocks], weighting)
+        assert shrunk_config(config, new) == config and new["pos_embed"].dtype == jnp.float64
+        found, expected = (embed(config, e, batches(model)[0]) for e in (new, encoder))
+        assert found.dtype == jnp.float64
+        np.testing.assert_allclose(found, expected, atol=1e-9)
+        new = project(model, encoder, "mlp", [b.mlp_dim for b in config.blocks], weighting)
+        # The refit has a ridge, so it is exact only up to that.
+        np.testing.assert_allclose(embed(config, new, batches(model)[0]), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_attention_that_uses_five_channels_loses_nothing_when_cut_to_five(model, weighting):
     """Also the softmax temperature: it must not follow the width."""
     config, groups = model.config, channels.attention_groups(model.config)
     keep = {group.name: np.arange(5) for group in groups}
     encoder = model.params["image_encoder"]
     encoder = masks.apply_masks(encoder, masks.mask_tree(encoder, groups, keep))
-    moments = accumulate(sam_projection.attention_moments(config), encoder, batches(model))
-    new = sam_projection.project_attention(config, encoder, moments, [5, 5])
+    new = project(model, encoder, "attention", [5, 5], weighting)
     batch = batches(model)[0]
     np.testing.assert_allclose(embed(shrunk_config(config, new), new, batch), embed(config, encoder, batch), atol=1e-4)
 
 
-def test_everything_cut_at_once_has_the_widths_asked_for(model):
-    config, encoder = model.config, model.params["image_encoder"]
-    moment = accumulate(sam_projection.stream_moment(config), encoder, batches(model))
-    encoder = sam_projection.project_embedding(config, encoder, moment, 11)
-    config = shrunk_config(config, encoder)
-    moments = accumulate(sam_projection.attention_moments(config), encoder, batches(model))
-    worth = sam_projection.attention_spectra(config, encoder, moments)
-    assert all((np.diff(w) <= 1e-9).all() and w.shape == (12,) for w in worth.values())
-    encoder = sam_projection.project_attention(config, encoder, moments, [3, 7])
-    config = shrunk_config(config, encoder)
-    moments = accumulate(sam_projection.mlp_moments(config), encoder, batches(model))
-    encoder = sam_projection.project_mlp(encoder, sam_projection.hidden_units(encoder, moments), [13, 5])
-    config = shrunk_config(config, encoder)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_everything_cut_at_once_has_the_widths_asked_for(model, weighting):
+    encoder = project(model, model.params["image_encoder"], "embedding", 11, weighting)
+    encoder = project(model, encoder, "attention", [3, 7], weighting)
+    encoder = project(model, encoder, "mlp", [13, 5], weighting)
+    config = shrunk_config(model.config, encoder)
     assert config.embed_dim == 11 and [(b.head_dim, b.mlp_dim) for b in config.blocks] == [(3, 13), (7, 5)]
     assert np.isfinite(embed(config, encoder, batches(model)[0])).all()
 
 
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_worth_falls(model, weighting):
+    config, encoder = model.config, model.params["image_encoder"]
+    found = moments(model, encoder, "attention", "mlp", "sensitivity")
+    bases = sam_projection.attention_bases(config, encoder, found, weighting)
+    units = sam_projection.hidden_units(encoder, found, weighting)
+    for worth, size in zip([b.worth for b in bases] + [u.worth for u in units], (12, 12, 40, 40), strict=True):
+        assert worth.shape == (size,) and (np.diff(worth) <= 1e-12).all()
+
+
+def test_sensitivity_is_the_jacobian_of_the_embedding(model):
+    """The error that a small change of the stream makes in the embedding, by finite differences."""
+    config, encoder = model.config, jax.tree.map(jnp.asarray, model.params["image_encoder"])
+    images = [random_images(config, seed=0)]
+    statistic = statistics.moments_of(config, ["sensitivity"])
+    many = statistics.accumulate(statistic, encoder, images * 300)
+    direction = RANDOM.standard_normal(config.embed_dim)
+    predicted = direction @ many["sensitivity"]["out"][1] @ direction / 300
+    # The last block's output has its tokens changed one by one: the neck mixes neighbours.
+    pixels = preprocess(config, images[0]["image"], images[0]["size"])
+    network, step, error = make_encoder(config, jnp.float32), 1e-2, 0.0
+    shifts = jax.tree.map(jnp.zeros_like, network.init(jax.random.key(0), pixels)["perturbations"])
+
+    @jax.jit
+    def shifted(at_tokens):
+        last = {**shifts["blocks_1"], "out": shifts["blocks_1"]["out"] + at_tokens[None, ..., None] * direction}
+        return network.apply({"params": encoder, "perturbations": {**shifts, "blocks_1": last}}, pixels)[0]
+
+    plain = shifted(np.zeros(config.grid))
+    for token in np.ndindex(config.grid):
+        at_tokens = np.zeros(config.grid)
+        at_tokens[token] = step
+        error += np.square((shifted(at_tokens) - plain) / step).sum()
+    np.testing.assert_allclose(predicted, error, rtol=0.1)
+
+
 def test_statistics_need_a_batch(model):
     with pytest.raises(ValueError, match="at least one batch"):
-        accumulate(sam_projection.stream_moment(model.config), model.params["image_encoder"], [])
+        statistics.accumulate(statistics.moments_of(model.config, ["stream"]), model.params["image_encoder"], [])

@@ -182,18 +182,28 @@ def test_masked_differs_from_shrunk_in_the_embedding_only_by_the_layer_norms(mod
     assert np.abs(slim["blocks_1"]["out"] - wide["blocks_1"]["out"][..., keep["embedding"]]).max() > 1e-2
 
 
-def test_disturbed_gradient_is_that_of_the_loss(model):
+@pytest.mark.parametrize("probes", [1, 2])
+def test_disturbed_gradient_is_that_of_the_loss(model, probes):
+    """Of every image and probe by itself: summed as they are, or by their squares."""
     config, encoder = model.config, model.params["image_encoder"]
     batch, key = random_images(config), jax.random.key(3)
     function = lambda params, batch: run_encoder(config, params, batch)[0]
-    found = importance.disturbed_gradients(function, encoder, [batch], key, reduce="sum")
-    target = embed(config, encoder)
-    noise = 0.01 * jax.random.normal(jax.random.fold_in(key, 0), target.shape)
-    loss = lambda params: importance.disturbed_loss(function, params, batch, target, noise)
-    expected = jax.jit(jax.grad(loss))(encoder)
-    chex.assert_trees_all_close(found, expected, atol=1e-7)
-    rms = importance.disturbed_gradients(function, encoder, [batch], key, reduce="rms")
-    chex.assert_trees_all_close(rms, jax.tree.map(jnp.abs, expected), atol=1e-7)
+
+    @jax.jit
+    def expected(image, noise):
+        target = function(encoder, image)
+        return jax.grad(lambda p: importance.disturbed_loss(function, p, image, target, noise))(encoder)
+
+    singles = []
+    for i, image_key in enumerate(jax.random.split(jax.random.fold_in(key, 0), 2)):
+        image = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
+        noise = 0.01 * jax.random.normal(image_key, (probes, 1, *config.grid, config.out_chans))
+        singles += [expected(image, eps) for eps in noise]
+    found = importance.disturbed_gradients(function, encoder, [batch], key, reduce="sum", probes=probes)
+    chex.assert_trees_all_close(found, jax.tree.map(lambda *g: sum(g), *singles), atol=2e-7)
+    found = importance.disturbed_gradients(function, encoder, [batch], key, reduce="rms", probes=probes)
+    squares = jax.tree.map(lambda *g: jnp.sqrt(sum(x**2 for x in g)), *singles)
+    chex.assert_trees_all_close(found, squares, atol=2e-7)
 
 
 def test_rms_gradients_estimate_the_jacobian():

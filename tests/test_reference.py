@@ -21,6 +21,7 @@ from slimsam_jax.models.image_encoder import ImageEncoder
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.pruning import importance, reference
 from slimsam_jax.recipes import RECIPES, STAGES
+from slimsam_jax.widths import Target
 
 RECIPE = RECIPES["slimsam"]
 HEADS, DEPTH = 12, 12
@@ -85,7 +86,7 @@ def removed(keep: np.ndarray, size: int, copies: int = 1) -> np.ndarray:
 
 
 def choose(sam: Sam, grads, stage, ratio: float, recipe=RECIPE, uniform=False):
-    return prune.choose(sam.config, sam.params["image_encoder"], grads, stage, recipe, ratio, uniform)
+    return prune.choose(sam.config, sam.params["image_encoder"], grads, stage, recipe, Target(ratio), uniform)
 
 
 @pytest.fixture(scope="module")

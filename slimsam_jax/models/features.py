@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from slimsam_jax.models.config import GLOBAL, Config
 from slimsam_jax.models.image_encoder import Features, ImageEncoder
@@ -15,11 +14,19 @@ from slimsam_jax.models.sam import Params, preprocess
 REMAT_TOKENS = 1024
 
 
-def run_encoder(config: Config, encoder: Params, batch: dict[str, jax.Array], dtype: Any = jnp.float32):
-    """(embedding, features) of a batch {"image": uint8, "size"}; `encoder` is the image encoder's parameters."""
-    remat = config.grid[0] * config.grid[1] >= REMAT_TOKENS
+def make_encoder(config: Config, dtype: Any) -> ImageEncoder:
+    return ImageEncoder(config, dtype, remat=config.grid[0] * config.grid[1] >= REMAT_TOKENS)
+
+
+def run_encoder(config: Config, encoder: Params, batch: dict[str, jax.Array], dtype: Any = None):
+    """(embedding, features) of a batch {"image": uint8, "size"}.
+
+    Args:
+      encoder: the image encoder's parameters.
+      dtype: of the computation; the parameters' if None.
+    """
     pixels = preprocess(config, batch["image"], batch["size"])
-    return ImageEncoder(config, dtype, remat).apply({"params": encoder}, pixels)
+    return make_encoder(config, dtype or encoder["pos_embed"].dtype).apply({"params": encoder}, pixels)
 
 
 def bottleneck_features(config: Config, features: Features) -> dict[str, list[jax.Array]]:

@@ -53,6 +53,44 @@ def attention_groups(config: Config) -> list[Group]:
     return groups
 
 
+def logit_groups(config: Config) -> list[Group]:
+    """Per block the channels of q and k alone, which the heads must share because the tables do."""
+    return [
+        dataclasses.replace(group, name=f"{group.name}/qk", members=tuple(m for m in group.members if _of_logits(m)))
+        for group in attention_groups(config)
+    ]
+
+
+def _of_logits(member: Member) -> bool:
+    return not any(f"/{name}/" in member.path for name in ("v", "proj"))
+
+
+def value_groups(config: Config) -> list[Group]:
+    """Per block the channels of v and proj: nothing ties the heads, so each may keep its own."""
+    groups = []
+    for i, block in enumerate(config.blocks):
+        path = f"blocks_{i}/attn"
+        members = (
+            Member(f"{path}/v/kernel", 2, votes=True, copies=1),
+            Member(f"{path}/v/bias", 1, copies=0),
+            Member(f"{path}/proj/kernel", 1, votes=True, copies=0),
+        )
+        groups.append(Group(f"{path}/v", block.head_dim, members, copies=block.heads))
+    return groups
+
+
+def head_groups(config: Config) -> list[Group]:
+    """Per block its whole heads."""
+    groups = []
+    for i, block in enumerate(config.blocks):
+        path = f"blocks_{i}/attn"
+        members = [Member(f"{path}/{name}/kernel", 1, votes=True) for name in "qkv"]
+        members += [Member(f"{path}/{name}/bias", 0) for name in "qkv"]
+        members += [Member(f"{path}/proj/kernel", 0, votes=True)]
+        groups.append(Group(f"{path}/heads", block.heads, tuple(members)))
+    return groups
+
+
 def mlp_groups(config: Config) -> list[Group]:
     """Per block the hidden channels of the MLP. Pruned in stage 2."""
     return [
@@ -74,6 +112,7 @@ def shrunk_config(config: Config, encoder: Params) -> Config:
     blocks = tuple(
         dataclasses.replace(
             block,
+            heads=encoder[f"blocks_{i}"]["attn"]["q"]["kernel"].shape[1],
             head_dim=encoder[f"blocks_{i}"]["attn"]["q"]["kernel"].shape[2],
             mlp_dim=encoder[f"blocks_{i}"]["mlp_lin1"]["kernel"].shape[1],
         )

@@ -17,6 +17,11 @@ from slimsam_jax.models.config import GLOBAL, Block, Config
 Features = dict[str, dict[str, jax.Array]]
 
 
+def at_least_float32(x: jax.Array) -> Any:
+    """The dtype for what half precision would spoil."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 class Attention(nn.Module):
     """Multi-head attention with decomposed relative positions (ViTDet).
 
@@ -34,6 +39,7 @@ class Attention(nn.Module):
         head_dim = self.block.head_dim
         project = lambda name: nn.DenseGeneral((self.block.heads, head_dim), dtype=self.dtype, name=name)
         q, k, v = (project(name)(x) for name in "qkv")
+        q = self.perturb("queries", q)
         tables = (
             self.param(f"rel_pos_{axis}", nn.initializers.zeros, (2 * side - 1, head_dim)).astype(self.dtype)
             for axis, side in zip("hw", self.span, strict=True)
@@ -71,7 +77,7 @@ def attend_rows(q, rows, k, v, rel_pos_h, rel_pos_w) -> jax.Array:
     distance = lambda queries, side: queries[:, None] - jnp.arange(side) + side - 1
     bias_h = jnp.einsum("brwnd,ryd->bnrwy", q, rel_pos_h[distance(rows, h)])
     bias_w = jnp.einsum("brwnd,wxd->bnrwx", q, rel_pos_w[distance(jnp.arange(w), w)])
-    logits = jnp.einsum("brwnd,byxnd->bnrwyx", q * d**-0.5, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("brwnd,byxnd->bnrwyx", q * d**-0.5, k, preferred_element_type=at_least_float32(k))
     logits = logits + bias_h[..., :, None] + bias_w[..., None, :]
     weights = jax.nn.softmax(logits.reshape(b, n, len(rows), w, h * w), axis=-1).astype(v.dtype)
     return jnp.einsum("bnrwt,btnd->brwnd", weights, v.reshape(b, h * w, n, d))
@@ -113,10 +119,10 @@ class EncoderBlock(nn.Module):
             # Padded after the norm: pad tokens are zero, yet take part with q, k, v equal to the biases.
             y, features = attention(window_partition(y, self.block.window))
             y = window_unpartition(y, x.shape[1:3])
-        middle = x + y
+        middle = self.perturb("middle", x + y)
         y = nn.Dense(self.block.mlp_dim, dtype=self.dtype, name="mlp_lin1")(norm("norm2")(middle))
         hidden = jax.nn.gelu(y, approximate=False)
-        out = middle + nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_lin2")(hidden)
+        out = self.perturb("out", middle + nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_lin2")(hidden))
         return out, {**features, "mlp": hidden, "middle": middle, "out": out}
 
 
@@ -149,6 +155,9 @@ class ImageEncoder(nn.Module):
             middle, out [b, h, w, D]: the residual stream after attention and after the MLP;
             mlp [b, h, w, M]: the hidden layer, after GELU.
             Under `jit` those that nobody reads cost nothing.
+
+        Flax's collection "perturbations" adds to the residual stream after the attention ("middle") and the MLP
+        ("out") of each block, and to its q ("attn/queries"), so that gradients can be taken there.
         """
         c = self.config
         conv = lambda features, size, name, **kw: nn.Conv(features, (size, size), dtype=self.dtype, name=name, **kw)
@@ -163,4 +172,4 @@ class ImageEncoder(nn.Module):
         for i, size in ((0, 1), (2, 3)):
             x = conv(c.out_chans, size, f"neck_{i}", padding="SAME", use_bias=False)(x)
             x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"neck_{i + 1}")(x)
-        return x.astype(jnp.float32), features
+        return x.astype(at_least_float32(x)), features

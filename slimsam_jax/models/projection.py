@@ -6,56 +6,19 @@ cut so far. With nothing cut, nothing changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax.models.config import GLOBAL, Config
-from slimsam_jax.models.features import run_encoder, stream_features
 from slimsam_jax.models.sam import Params
+from slimsam_jax.models.statistics import Moments
 from slimsam_jax.pruning import projection
 
-Batch = dict[str, Any]
-LAYERNORM_EPSILON = 1e-6
-
-
-def accumulate(statistics: Callable[[Params, Batch], Any], encoder: Params, batches: Iterable[Batch]) -> Any:
-    """Sum of a tree of statistics over batches, on the device; float64 numpy out.
-
-    Raises:
-      ValueError: there was no batch.
-    """
-
-    def add(total: Any, encoder: Params, batch: Batch) -> Any:
-        with jax.default_matmul_precision("highest"):  # accelerators would round Gram matrices to 10 bits
-            return jax.tree.map(jnp.add, total, statistics(encoder, batch))
-
-    add, total = jax.jit(add, donate_argnums=0), None
-    for batch in batches:
-        if total is None:
-            zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=encoder["pos_embed"].sharding)
-            total = jax.tree.map(zeros, jax.eval_shape(statistics, encoder, batch))
-        total = add(total, encoder, batch)
-    if total is None:
-        raise ValueError("statistics need at least one batch")
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), total)
-
-
-# --------------------------------------------------------------------------------------- embedding
-
-
-def stream_moment(config: Config) -> Callable[[Params, Batch], jax.Array]:
-    """Statistic: [D, D] second moment of the residual stream at every layer, centred and scaled per token."""
-
-    def statistics(encoder: Params, batch: Batch) -> jax.Array:
-        stream = stream_features(config, run_encoder(config, encoder, batch)[1])["stream"]
-        normal = lambda x: (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + LAYERNORM_EPSILON)
-        return sum(jnp.einsum("bhwi,bhwj->ij", n, n) for n in map(normal, stream))
-
-    return statistics
+Weighting = Literal["none", "disturbed"]
 
 
 def project_embedding(config: Config, encoder: Params, moment: np.ndarray, width: int) -> Params:
@@ -82,7 +45,7 @@ def project_embedding(config: Config, encoder: Params, moment: np.ndarray, width
             "mlp_lin1": lin1,
             "mlp_lin2": {name: writes(array) for name, array in old["mlp_lin2"].items()},
         }
-    return _float32(new)
+    return like(encoder, new)
 
 
 def _rotate_reader(
@@ -116,123 +79,103 @@ def _rotate_reader(
 # --------------------------------------------------------------------------------------- attention
 
 
-def attention_moments(config: Config) -> Callable[[Params, Batch], list[dict[str, jax.Array]]]:
-    """Statistic per block: second moments of q, k (over heads) and of each head's output, its sum, and counts."""
-    return _per_block(config, _attention_moments)
+class AttentionBases(NamedTuple):
+    """Bases of one block: of its logits, of each head's output, the outputs' means, and what each channel is worth."""
+
+    query: np.ndarray  # [r, m]
+    key: np.ndarray  # [r, m]
+    outputs: list[projection.Compression]
+    means: np.ndarray  # [n, m]
+    worth: np.ndarray  # [m], falling
 
 
-def _per_block(config: Config, moments: Callable[[dict[str, jax.Array]], dict[str, jax.Array]]):
-    """A statistic of a block's features -> that of all blocks, with the variance of the stream after each."""
+def attention_bases(
+    config: Config, encoder: Params, moments: Moments, weighting: Weighting = "none"
+) -> list[AttentionBases]:
+    """Bases of every block at full width; `project_attention` cuts them.
 
-    def of_block(features: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        stream = features["out"] - features["out"].mean(-1, keepdims=True)
-        variance = jnp.square(stream).sum() / stream[..., 0].size
-        return {**moments(features), "stream": variance, "batches": jnp.array(1.0)}
-
-    def statistics(encoder: Params, batch: Batch) -> list[dict[str, jax.Array]]:
-        features = run_encoder(config, encoder, batch)[1]
-        return [of_block(features[f"blocks_{i}"]) for i in range(len(config.blocks))]
-
-    return statistics
-
-
-def _attention_moments(features: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    q, k, o = (features[name].reshape(-1, *features[name].shape[-2:]) for name in ("q", "k", "heads"))
-    return {
-        "q": jnp.einsum("tni,tnj->ij", q, q) / q.shape[1],
-        "k": jnp.einsum("tni,tnj->ij", k, k) / k.shape[1],
-        "output": jnp.einsum("tni,tnj->nij", o, o),
-        "output_sum": o.sum(0),
-        "tokens": jnp.array(float(len(o))),
-    }
-
-
-def attention_spectra(config: Config, encoder: Params, moments: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """What each further channel per head is worth in each block: {group: [head_dim], falling}.
-
-    The share of the residual stream's variance that the attention's output would be wrong by
-    without it; an error of the logits counts as a like share of the output's variance.
+    Unweighted, q and k get the best bilinear form, the heads' outputs the best approximation in
+    the residual stream, and a channel is worth the share of the stream's variance that would be
+    wrong without it (an error of the logits counting as a like share of the output's).
+    Weighted, all errors are measured where they end, in the embedding, by the sensitivity, and
+    a channel is worth the share of the embedding's variance.
     """
-    worth = {}
-    for i, (block, m) in enumerate(zip(config.blocks, moments, strict=True)):
-        logits, outputs, _ = _attention_bases(encoder[f"blocks_{i}"]["attn"], m, block.head_dim)
-        written = sum(o.singular_values**2 for o in outputs)
-        read = logits.singular_values**2 / (logits.singular_values**2).sum() * written.sum()
-        worth[f"blocks_{i}/attn"] = (written + read) * m["batches"] / m["stream"]
-    return worth
+    return [_bases(encoder[f"blocks_{i}"]["attn"], moments, i, weighting) for i in range(len(config.blocks))]
 
 
-def project_attention(config: Config, encoder: Params, moments: list[dict[str, Any]], widths: Sequence[int]) -> Params:
+def _bases(attn: Params, moments: Moments, i: int, weighting: Weighting) -> AttentionBases:
+    m, kernels = moments["attention"][i], np.float64(attn["proj"]["kernel"])
+    queries, means = m["q"] / m["tokens"], m["output_sum"] / m["tokens"]
+    covariances = m["output"] / m["tokens"] - np.einsum("ni,nj->nij", means, means)
+    metric = np.eye(kernels.shape[2])
+    if weighting == "disturbed":
+        metric = moments["sensitivity"]["middle"][i] / moments["embedding"]
+    readers = np.einsum("niD,DE,njE->nij", kernels, metric, kernels, optimize=True)
+    outputs = [projection.output_basis(c, r) for c, r in zip(covariances, readers, strict=True)]
+    written = sum(o.singular_values**2 for o in outputs)
+    if weighting == "disturbed":
+        hurt = len(kernels) * moments["sensitivity"]["queries"][i] / moments["embedding"]
+        logits = projection.output_basis(queries, hurt)
+        return AttentionBases(logits.encode, logits.decode.T, outputs, means, written + logits.singular_values**2)
+    head_dim = attn["rel_pos_h"].shape[1]
+    tables = [np.float64(attn[f"rel_pos_{axis}"]) for axis in "hw"]
+    keys = m["k"] / m["tokens"] / head_dim + sum(table.T @ table / len(table) for table in tables)
+    logits = projection.bilinear_basis(queries, keys)
+    read = logits.singular_values**2 / (logits.singular_values**2).sum() * written.sum()
+    worth = (written + read) * moments["images"] / moments["blocks"][i]
+    return AttentionBases(logits.left, logits.right, outputs, means, worth)
+
+
+def project_attention(
+    config: Config, encoder: Params, bases: Sequence[AttentionBases], widths: Sequence[int]
+) -> Params:
     """Gives q and k one basis per block, v and proj one per head, and keeps `widths[block]` channels of each."""
     new = dict(encoder)
-    for i, (block, m, width) in enumerate(zip(config.blocks, moments, widths, strict=True)):
+    for i, (block, basis, width) in enumerate(zip(config.blocks, bases, widths, strict=True)):
         attn = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), encoder[f"blocks_{i}"]["attn"])
-        logits, outputs, means = _attention_bases(attn, m, width)
         # The softmax divides by sqrt(width) instead of sqrt(head_dim); tables are read by q before that.
         factor = (width / block.head_dim) ** 0.5
         along = lambda layer, matrix: {name: array @ matrix.T for name, array in layer.items()}
-        encode, decode = (np.stack([getattr(o, side) for o in outputs]) for side in ("encode", "decode"))
-        kernel = attn["proj"]["kernel"]
+        encode = np.stack([output.encode[:width] for output in basis.outputs])
+        decode = np.stack([output.decode[:, :width] for output in basis.outputs])
+        query, key, kernel = basis.query[:width], basis.key[:width], attn["proj"]["kernel"]
         new[f"blocks_{i}"] = {
             **encoder[f"blocks_{i}"],
             "attn": {
-                "q": along(attn["q"], factor * logits.left),
-                "k": along(attn["k"], logits.right),
-                **{f"rel_pos_{axis}": attn[f"rel_pos_{axis}"] @ logits.right.T / factor for axis in "hw"},
+                "q": along(attn["q"], factor * query),
+                "k": along(attn["k"], key),
+                **{f"rel_pos_{axis}": attn[f"rel_pos_{axis}"] @ key.T / factor for axis in "hw"},
                 "v": {
                     "kernel": np.einsum("nrm,Dnm->Dnr", encode, attn["v"]["kernel"]),
-                    "bias": np.einsum("nrm,nm->nr", encode, attn["v"]["bias"] - means),
+                    "bias": np.einsum("nrm,nm->nr", encode, attn["v"]["bias"] - basis.means),
                 },
                 # Attention weights sum to one, so a constant taken from v comes back through proj.
                 "proj": {
                     "kernel": np.einsum("nmr,nmD->nrD", decode, kernel),
-                    "bias": attn["proj"]["bias"] + np.einsum("nm,nmD->D", means, kernel),
+                    "bias": attn["proj"]["bias"] + np.einsum("nm,nmD->D", basis.means, kernel),
                 },
             },
         }
-    return _float32(new)
-
-
-def _attention_bases(attn: Params, m: dict[str, Any], width: int):
-    """Bases of the logits (one), of the heads' outputs (each), and the outputs' means [n, head_dim]."""
-    head_dim = attn["rel_pos_h"].shape[1]
-    tables = [np.float64(attn[f"rel_pos_{axis}"]) for axis in "hw"]
-    keys = m["k"] / m["tokens"] / head_dim + sum(table.T @ table / len(table) for table in tables)
-    logits = projection.bilinear_basis(m["q"] / m["tokens"], keys, width)
-    means = m["output_sum"] / m["tokens"]
-    covariances = m["output"] / m["tokens"] - np.einsum("ni,nj->nij", means, means)
-    kernels = np.float64(attn["proj"]["kernel"])
-    readers = np.einsum("niD,njD->nij", kernels, kernels)
-    outputs = [projection.output_basis(c, r, width) for c, r in zip(covariances, readers, strict=True)]
-    return logits, outputs, means
+    return like(encoder, new)
 
 
 # --------------------------------------------------------------------------------------------- MLP
 
 
-def mlp_moments(config: Config) -> Callable[[Params, Batch], list[dict[str, jax.Array]]]:
-    """Statistic per block: second moment and sum of the hidden activations, and counts."""
-    return _per_block(config, _mlp_moments)
-
-
-def _mlp_moments(features: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    hidden = features["mlp"].reshape(-1, features["mlp"].shape[-1])
-    return {
-        "hidden": hidden.T @ hidden,
-        "hidden_sum": hidden.sum(0),
-        "tokens": jnp.array(float(len(hidden))),
-    }
-
-
 class HiddenUnits:
-    """The hidden units of one MLP in order of worth."""
+    """The hidden units of one MLP in order of worth: see `attention_bases` for what that is."""
 
-    def __init__(self, kernel: jax.Array, m: dict[str, Any]):
+    def __init__(self, kernel: jax.Array, moments: Moments, i: int, weighting: Weighting = "none"):
+        m = moments["mlp"][i]
         self.mean = m["hidden_sum"] / m["tokens"]
         self.covariance = m["hidden"] / m["tokens"] - np.outer(self.mean, self.mean)
         self.kernel = np.float64(kernel)
-        self.order, gains = projection.choose_units(self.covariance, self.kernel)
-        self.worth = gains * m["batches"] / m["stream"]  # share of the residual stream's variance
+        if weighting == "disturbed":
+            metric = projection.root(moments["sensitivity"]["out"][i] / moments["embedding"])
+            self.order, self.worth = projection.choose_units(self.covariance, self.kernel @ metric)
+        else:
+            self.order, gains = projection.choose_units(self.covariance, self.kernel)
+            self.worth = gains * moments["images"] / moments["blocks"][i]
 
     def refit(self, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Kept units (ascending), the kernel on them, and what to add to the bias."""
@@ -240,8 +183,9 @@ class HiddenUnits:
         return kept, *projection.refit(self.covariance, self.mean, self.kernel, kept)
 
 
-def hidden_units(encoder: Params, moments: list[dict[str, Any]]) -> list[HiddenUnits]:
-    return [HiddenUnits(encoder[f"blocks_{i}"]["mlp_lin2"]["kernel"], m) for i, m in enumerate(moments)]
+def hidden_units(encoder: Params, moments: Moments, weighting: Weighting = "none") -> list[HiddenUnits]:
+    kernels = [encoder[f"blocks_{i}"]["mlp_lin2"]["kernel"] for i in range(len(moments["mlp"]))]
+    return [HiddenUnits(kernel, moments, i, weighting) for i, kernel in enumerate(kernels)]
 
 
 def project_mlp(encoder: Params, units: Sequence[HiddenUnits], widths: Sequence[int]) -> Params:
@@ -255,8 +199,9 @@ def project_mlp(encoder: Params, units: Sequence[HiddenUnits], widths: Sequence[
             "mlp_lin1": {name: np.asarray(array)[..., kept] for name, array in old["mlp_lin1"].items()},
             "mlp_lin2": {"kernel": kernel, "bias": np.float64(old["mlp_lin2"]["bias"]) + bias},
         }
-    return _float32(new)
+    return like(encoder, new)
 
 
-def _float32(tree: Params) -> Params:
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+def like(encoder: Params, new: Params) -> Params:
+    """`new` in the dtype of the encoder that it was made from."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, encoder["pos_embed"].dtype), new)

@@ -15,16 +15,24 @@ import jax
 import numpy as np
 
 Tree = Any
-Scores = dict[str, np.ndarray]  # group name -> [size] importance per channel
-Keep = Mapping[str, np.ndarray]  # group name -> sorted indices of the channels that stay
+Scores = dict[str, np.ndarray]  # group name -> importance per channel, of the group's shape
+Keep = Mapping[str, np.ndarray]  # group name -> ascending indices of the channels that stay: [width] or [copies, width]
 
 
 class Member(NamedTuple):
-    """One axis of one array. Those with `votes` are counted in the importance of the channel."""
+    """One axis of one array.
+
+    Attributes:
+      path: the array's.
+      axis: where its channels lie.
+      votes: whether it is counted in the importance of the channel.
+      copies: in a group of copies, the axis that numbers them (the heads of an attention, say).
+    """
 
     path: str
     axis: int
     votes: bool = False
+    copies: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +43,18 @@ class Group:
       name: unique, e.g. "embedding" or "blocks_3/attn".
       size: number of channels, equal to the length of every member's axis.
       members: where the channels live.
+      copies: 0, or the number of copies that keep equally many channels, but each its own.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
+    copies: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its scores: [size] or [copies, size]."""
+        return (self.copies, self.size) if self.copies else (self.size,)
 
 
 def by_path(tree: Tree) -> dict[str, Any]:
@@ -61,7 +76,10 @@ def check_groups(tree: Tree, groups: Sequence[Group]) -> None:
                 nearest = difflib.get_close_matches(member.path, leaves, n=3, cutoff=0)
                 raise ValueError(f"group {group.name}: no array {member.path!r}; the nearest are {', '.join(nearest)}")
             shape = leaves[member.path].shape
-            if not 0 <= member.axis < len(shape) or shape[member.axis] != group.size:
-                raise ValueError(
-                    f"group {group.name}: axis {member.axis} of {member.path} {shape} should have {group.size} channels"
-                )
+            for axis, size, what in ((member.axis, group.size, "channels"), (member.copies, group.copies, "copies")):
+                if axis is not None and (not 0 <= axis < len(shape) or shape[axis] != size):
+                    raise ValueError(
+                        f"group {group.name}: axis {axis} of {member.path} {shape} should have {size} {what}"
+                    )
+            if (member.copies is None) != (not group.copies):
+                raise ValueError(f"group {group.name}: {member.path} must name the axis of its copies, if it has any")

@@ -14,14 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax.pruning.group import Group, Scores, Tree, by_path
+from slimsam_jax.pruning.group import Group, Member, Scores, Tree, by_path
 
-Criterion = Literal["taylor", "magnitude", "random"]
+Criterion = Literal["taylor", "fisher", "magnitude", "random"]
+Reduce = Literal["rms", "sum"]
 
 # Importance of each single weight, from the weight and its gradient.
 CRITERIA: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    # First order: how far the loss moves without the weight.
     "taylor": lambda weight, grad: jnp.abs(weight * grad),
-    "magnitude": lambda weight, grad: weight**2,
+    # Second order, ½ w² H: the Fisher information stands for the diagonal of the Hessian. With "rms" gradients of
+    # the disturbed loss it is the diagonal of JᵀJ, which is that Hessian exactly where the residual is zero.
+    "fisher": lambda weight, grad: jnp.square(weight * grad),
+    "magnitude": lambda weight, grad: jnp.square(weight),
 }
 
 # Makes the scores of different groups comparable before they compete (reference: importance.py:350-366).
@@ -46,26 +51,24 @@ def channel_scores(
     Args:
       params, grads: trees of equal structure. "magnitude" and "random" do not read the gradients.
       groups: channels to score.
-      criterion: "taylor" (with the disturbed gradient: Disturbed Taylor), "magnitude" or "random".
+      criterion: a key of `CRITERIA` ("taylor" with the disturbed gradient is Disturbed Taylor), or "random".
       seed: for "random".
 
     Returns:
-      {group name: [size] float64}.
+      {group name: [size], or [copies, size] of a group of copies, float64}.
     """
     if criterion == "random":
         random = np.random.default_rng(seed)
-        return {group.name: random.random(group.size) for group in groups}
+        return {group.name: random.random(group.shape) for group in groups}
     weights, gradients = by_path(params), by_path(grads)
 
-    def member_score(path: str, axis: int) -> np.ndarray:
-        single = CRITERIA[criterion](weights[path], gradients[path])
-        others = tuple(i for i in range(single.ndim) if i != axis)
-        return np.asarray(single.sum(axis=others), np.float64)
+    def member_score(member: Member) -> np.ndarray:
+        single = CRITERIA[criterion](weights[member.path], gradients[member.path])
+        kept = [member.axis] if member.copies is None else [member.copies, member.axis]
+        score = single.sum(axis=tuple(i for i in range(single.ndim) if i not in kept))
+        return np.asarray(score if kept == sorted(kept) else score.T, np.float64)
 
-    return {
-        group.name: np.mean([member_score(m.path, m.axis) for m in group.members if m.votes], axis=0)
-        for group in groups
-    }
+    return {group.name: np.mean([member_score(m) for m in group.members if m.votes], axis=0) for group in groups}
 
 
 def disturbed_loss(
@@ -81,34 +84,70 @@ def disturbed_gradients(
     batches: Iterable[Any],
     key: jax.Array,
     std: float = 0.01,
-    reduce: Literal["rms", "sum"] = "rms",
+    reduce: Reduce = "rms",
+    probes: int = 1,
 ) -> Tree:
-    """Gradients of the disturbed loss of a model against itself, reduced over batches.
+    """Gradients of the disturbed loss of a model against itself, reduced over images and probes.
 
     With target and model equal, the gradient is the noise pulled back through the Jacobian,
-    -(2/N) Jᵀε: no second model is run, and `std` only scales it. It has mean zero, so the
-    reference's sum over images is a random walk whose end is one draw. Squared, the cross
-    terms of independent noise vanish, batches and the images within them alike: "rms" is an
-    unbiased estimate of diag(Σ JᵀJ) before its root, and settles with fewer images.
+    -(2/N) Jᵀε: no second model is run, `std` only scales it, and several draws share one
+    forward pass. It has mean zero, so the reference's sum over images is a random walk whose
+    end is one draw. Squared for each image and draw by itself, the cross terms of independent
+    noise vanish: "rms" is an unbiased estimate of Σ diag(JᵀJ) before its root.
 
     Args:
       embed: (params, batch) -> embeddings; compiled here, once per shape of batch.
       params: the model.
-      batches: what `embed` takes.
-      key: of the noise; each batch draws its own.
+      batches: what `embed` takes, images along the first axis.
+      key: of the noise; every image and probe has its own.
       std: of the noise (the paper's 0.01; only the scale depends on it).
-      reduce: "rms" (root of the summed squares) or "sum" (the reference's).
+      reduce: see `reduce_gradients`.
+      probes: draws of noise per image. Each takes the memory of a set of gradients per image of the batch.
 
     Returns:
       A tree like `params`; only its absolute values mean something.
     """
 
+    def gradients(params: Tree, item: Any, key: jax.Array) -> Tree:
+        embedding, pull_back = jax.vjp(lambda p: embed(p, item), params)
+        noise = std * jax.random.normal(key, (probes, *embedding.shape))
+        return jax.vmap(pull_back)(-2.0 / embedding.size * noise)[0]
+
+    return reduce_gradients(gradients, params, batches, key, reduce)
+
+
+def loss_gradients(
+    loss: Callable[[Tree, Any], jax.Array], params: Tree, batches: Iterable[Any], reduce: Reduce = "rms"
+) -> Tree:
+    """Gradients of any loss of (params, batch), such as that of labelled masks, reduced over images."""
+
+    def gradients(params: Tree, item: Any, key: jax.Array) -> Tree:
+        return jax.tree.map(lambda g: g[None], jax.grad(loss)(params, item))
+
+    return reduce_gradients(gradients, params, batches, jax.random.key(0), reduce)
+
+
+def reduce_gradients(
+    gradients: Callable[[Tree, Any, jax.Array], Tree],
+    params: Tree,
+    batches: Iterable[Any],
+    key: jax.Array,
+    reduce: Reduce,
+) -> Tree:
+    """Reduces the gradients of single images over batches; on several devices each squares its own.
+
+    Args:
+      gradients: (params, a batch of one image, key) -> gradients with a leading axis of draws.
+      reduce: "rms" (root of the summed squares) or "sum" (the reference's).
+    """
+
     @jax.jit
-    def accumulate(total, params, batch, key):
-        embedding, pull_back = jax.vjp(lambda p: embed(p, batch), params)
-        noise = std * jax.random.normal(key, embedding.shape)
-        (grads,) = pull_back(-2.0 / embedding.size * noise)
-        return jax.tree.map(lambda t, g: t + (g**2 if reduce == "rms" else g), total, grads)
+    def accumulate(total: Tree, params: Tree, batch: Any, key: jax.Array) -> Tree:
+        count = jax.tree.leaves(batch)[0].shape[0]
+        of_one = lambda item, key: gradients(params, jax.tree.map(lambda x: x[None], item), key)
+        grads = jax.vmap(of_one)(batch, jax.random.split(key, count))
+        power = jnp.square if reduce == "rms" else lambda g: g
+        return jax.tree.map(lambda t, g: t + power(g).sum((0, 1)), total, grads)
 
     params = jax.tree.map(jnp.asarray, params)
     # Placed as the parameters are: placed otherwise, the second call would compile again.

@@ -1,14 +1,16 @@
-"""Scores -> which channels stay, as indices and as a tree of masks."""
+"""Scores -> how many and which channels stay, as indices and as a tree of masks; and the cut."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax.pruning.group import Group, Keep, Scores, Tree, path_of
+from slimsam_jax.pruning.group import Group, Keep, Member, Scores, Tree, path_of
+
+Worth = Mapping[str, np.ndarray]  # group name -> [size] what each further channel adds, falling
 
 
 def rounded_width(size: int, ratio: float, multiple: int = 1) -> int:
@@ -23,63 +25,72 @@ def rounded_width(size: int, ratio: float, multiple: int = 1) -> int:
     return min(size, max(multiple, multiple * int(wanted / multiple + 0.5)))
 
 
-def keep_local(scores: Scores, ratio: float, multiple: int = 1) -> dict[str, np.ndarray]:
-    """Removes the same share of every group: the lowest scores go.
+def worth_of(scores: Scores) -> dict[str, np.ndarray]:
+    """What each further channel of a group adds, the best first: {group: [size], falling}."""
+    fall = {name: -np.sort(-np.atleast_2d(score), axis=1) for name, score in scores.items()}
+    return {name: by_copy.sum(axis=0) for name, by_copy in fall.items()}
 
-    Exactly the asked number goes; of equal scores the higher index does.
+
+def local_widths(worth: Worth, ratio: float, multiple: int = 1) -> dict[str, int]:
+    """The same share of every group, to the nearest multiple."""
+    return {name: rounded_width(len(gains), ratio, multiple) for name, gains in worth.items()}
+
+
+def global_widths(worth: Worth, ratio: float, multiple: int = 1, least: float = 0.0) -> dict[str, int]:
+    """Widths by worth, wherever it lies; together they are exactly the share of all channels that stays.
+
+    Channels compete in chunks of `multiple`, best first within their group, so rounding
+    costs the least important ones. What a group has beyond its last whole chunk goes.
 
     Args:
-      scores: {group: [size]}.
-      ratio: share of channels to remove.
-      multiple: the width that stays is the nearest multiple of this.
+      worth: {group: [size], falling}, comparable between groups.
+      ratio: share of the pooled channels to remove.
+      multiple: every width that stays is a multiple of this (a narrower group keeps its width).
+      least: share of its channels that every group keeps at any rate, and one multiple at least.
     """
-    return keep_widths(scores, {name: rounded_width(len(score), ratio, multiple) for name, score in scores.items()})
+    chunks = []  # (mean worth, group, width), the guaranteed ones with infinite worth
+    for name, gains in worth.items():
+        chunk = min(multiple, len(gains))
+        guaranteed = max(1, int(least * len(gains) / chunk))
+        for i in range(len(gains) // chunk):
+            mean = np.inf if i < guaranteed else gains[i * chunk : (i + 1) * chunk].mean()
+            chunks.append((mean, name, chunk))
+    chunks.sort(key=lambda chunk: -chunk[0])
+    left = rounded_width(sum(map(len, worth.values())), ratio, multiple)
+    widths = dict.fromkeys(worth, 0)
+    for mean, name, chunk in chunks:
+        if mean == np.inf or left >= chunk:
+            widths[name] += chunk
+            left -= chunk
+    return widths
 
 
-def keep_widths(scores: Scores, widths: dict[str, int]) -> dict[str, np.ndarray]:
-    """Keeps the `widths[group]` highest scores of each group."""
-    return {name: _top(score, widths[name]) for name, score in scores.items()}
+def keep_widths(scores: Scores, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Keeps the `widths[group]` highest scores of each group (of each of its copies); of equal ones the first."""
+    best_first = {name: np.argsort(-score, axis=-1, kind="stable") for name, score in scores.items()}
+    return {name: np.sort(order[..., : widths[name]], axis=-1) for name, order in best_first.items()}
+
+
+def keep_local(scores: Scores, ratio: float, multiple: int = 1) -> dict[str, np.ndarray]:
+    """Removes the same share of every group: exactly that many, the lowest scores (see `local_widths`)."""
+    return keep_widths(scores, local_widths(worth_of(scores), ratio, multiple))
 
 
 def keep_global(scores: Scores, ratio: float, multiple: int = 1, least: float = 0.0) -> dict[str, np.ndarray]:
-    """Removes a share of the channels of all groups together: the lowest scores go, wherever they are.
-
-    Channels compete in chunks of `multiple`, best first within their group, so rounding
-    costs the least important channels and the total is exact.
-
-    Args:
-      scores: {group: [size]}, normalised to be comparable.
-      ratio: share of the pooled channels to remove.
-      multiple: every width that stays is a multiple of this.
-      least: share of its channels that every group keeps at any rate, and one multiple at least.
-    """
-    floors = {name: max(1, int(least * len(score) / multiple)) for name, score in scores.items()}
-    chunks = []  # (score, group, order), the guaranteed ones with infinite score
-    for name, score in scores.items():
-        best_first = np.sort(score)[::-1]
-        for i in range(len(score) // multiple):
-            mean = np.inf if i < floors[name] else best_first[i * multiple : (i + 1) * multiple].mean()
-            chunks.append((mean, name))
-    total = rounded_width(sum(len(score) for score in scores.values()), ratio, multiple) // multiple
-    chosen = sorted(chunks, key=lambda chunk: -chunk[0])[: max(total, sum(floors.values()))]
-    widths = {name: multiple * sum(owner == name for _, owner in chosen) for name in scores}
-    return keep_widths(scores, widths)
-
-
-def _top(score: np.ndarray, count: int) -> np.ndarray:
-    """Ascending indices of the `count` highest scores; among equals the lower index wins."""
-    return np.sort(np.argsort(-score, kind="stable")[:count])
+    """Removes a share of the channels of all groups together, the lowest scores (see `global_widths`)."""
+    return keep_widths(scores, global_widths(worth_of(scores), ratio, multiple, least))
 
 
 def mask_tree(params: Tree, groups: Sequence[Group], keep: Keep) -> Tree:
     """A tree like `params` of 0/1 arrays, each of the rank of its parameter and broadcastable to it."""
-    axes = _axes(groups, keep)
+    cuts = _cuts(groups, keep)
 
     def mask(keys, leaf):
         result = jnp.ones((1,) * leaf.ndim, leaf.dtype)
-        for axis, kept in axes.get(path_of(keys), ()):
-            channels = jnp.zeros(leaf.shape[axis], leaf.dtype).at[kept].set(1)
-            result = result * channels.reshape([-1 if i == axis else 1 for i in range(leaf.ndim)])
+        for member, kept in cuts.get(path_of(keys), ()):
+            size = leaf.shape[member.axis]
+            channels = (np.arange(size) == kept[..., None]).any(-2).astype(leaf.dtype)
+            result = result * _along(member, channels, leaf.ndim)
         return result
 
     return jax.tree_util.tree_map_with_path(mask, params)
@@ -97,20 +108,34 @@ def shrink(params: Tree, groups: Sequence[Group], keep: Keep) -> Tree:
     everywhere but in the LayerNorms over a masked embedding: their mean and variance
     count the zeros too.
     """
-    axes = _axes(groups, keep)
+    cuts = _cuts(groups, keep)
 
     def cut(keys, leaf):
-        for axis, kept in axes.get(path_of(keys), ()):
-            leaf = jnp.take(leaf, kept, axis=axis)
+        for member, kept in cuts.get(path_of(keys), ()):
+            if member.copies is None:
+                leaf = jnp.take(leaf, kept, axis=member.axis)
+            else:
+                leaf = jnp.take_along_axis(leaf, _along(member, kept, leaf.ndim), axis=member.axis)
         return leaf
 
     return jax.tree_util.tree_map_with_path(cut, params)
 
 
-def _axes(groups: Sequence[Group], keep: Keep) -> dict[str, list[tuple[int, np.ndarray]]]:
-    """{path: [(axis, kept indices)]} of the groups named in `keep`."""
-    axes: dict[str, list[tuple[int, np.ndarray]]] = {}
+def _cuts(groups: Sequence[Group], keep: Keep) -> dict[str, list[tuple[Member, np.ndarray]]]:
+    """{path: [(member, kept indices)]} of the groups in `keep`; cuts within copies first, as long as all are there."""
+    cuts: dict[str, list[tuple[Member, np.ndarray]]] = {}
     for group in groups:
         for member in group.members if group.name in keep else ():
-            axes.setdefault(member.path, []).append((member.axis, keep[group.name]))
-    return axes
+            cuts.setdefault(member.path, []).append((member, np.asarray(keep[group.name])))
+    return {path: sorted(found, key=lambda cut: cut[0].copies is None) for path, found in cuts.items()}
+
+
+def _along(member: Member, channels: np.ndarray, ndim: int) -> np.ndarray:
+    """[channels] or [copies, channels] -> the same along the member's axes of an array of rank `ndim`."""
+    axes = [member.axis] if member.copies is None else [member.copies, member.axis]
+    if axes != sorted(axes):
+        channels = channels.T
+    shape = [1] * ndim
+    for axis, length in zip(sorted(axes), channels.shape, strict=True):
+        shape[axis] = length
+    return channels.reshape(shape)

@@ -32,8 +32,8 @@ def residual_basis(moment: np.ndarray, width: int) -> np.ndarray:
     _, vectors = np.linalg.eigh(centre @ moment @ centre)
     # Zero eigenvalues come in any basis, the all-ones direction mixed in: take it out before choosing.
     directions, _ = np.linalg.qr(np.column_stack([ones, vectors[:, ::-1][:, : size - 1]]))
-    leading = directions[:, :width] * np.where(directions[:, :width].T @ ones < 0, -1, 1)
-    return _reflection(width) @ leading.T
+    directions = directions * _signs(directions)  # the first column, all ones, becomes positive
+    return _reflection(width) @ directions[:, :width].T
 
 
 def _reflection(width: int) -> np.ndarray:
@@ -44,27 +44,27 @@ def _reflection(width: int) -> np.ndarray:
 
 
 class Bilinear(NamedTuple):
-    """Maps of the two sides of a bilinear form to fewer dimensions, and its singular values (all of them)."""
+    """Maps of the two sides of a bilinear form, the dimensions that matter most first, and its singular values."""
 
     left: np.ndarray
     right: np.ndarray
     singular_values: np.ndarray
 
 
-def bilinear_basis(left: np.ndarray, right: np.ndarray, width: int) -> Bilinear:
-    """The best rank-`width` approximation of q·k under second moments of q and k.
+def bilinear_basis(left: np.ndarray, right: np.ndarray) -> Bilinear:
+    """Coordinates of which the first r are the best approximation of q·k of rank r, under second moments of q and k.
 
     Args:
       left, right: [m, m] second moments E[q qᵀ], E[k kᵀ].
 
     Returns:
-      `left` A and `right` B, [r, m], with (A q)·(B k) ~ q·k; exact for r = m.
+      `left` A and `right` B, [m, m], with (A q)·(B k) = q·k; their first r rows give the approximation.
     """
     left_root, left_inverse = _roots(left)
     right_root, right_inverse = _roots(right)
     u, s, vt = np.linalg.svd(left_root @ right_root)
-    root = np.sqrt(s[:width])[:, None]
-    return Bilinear(root * (u.T[:width] @ left_inverse), root * (vt[:width] @ right_inverse), s)
+    signs, scale = _signs(u)[:, None], np.sqrt(s)[:, None]
+    return Bilinear(scale * signs * (u.T @ left_inverse), scale * signs * (vt @ right_inverse), s)
 
 
 class Compression(NamedTuple):
@@ -75,19 +75,31 @@ class Compression(NamedTuple):
     singular_values: np.ndarray
 
 
-def output_basis(covariance: np.ndarray, reader: np.ndarray, width: int) -> Compression:
-    """The best `width` numbers to pass from a vector x to a linear reader W.
+def output_basis(covariance: np.ndarray, reader: np.ndarray) -> Compression:
+    """Coordinates of which the first r are the best r numbers to pass from a vector x to a linear reader W.
 
     Args:
       covariance: [m, m] of x.
       reader: [m, m] Wᵀ W: how much an error of x hurts.
 
     Returns:
-      encode [r, m] and decode [m, r].
+      encode [m, m] and decode [m, m], each other's inverse; use the first r rows and columns.
     """
-    root, inverse = _roots(reader)
-    u, s, _ = np.linalg.svd(root @ _roots(covariance)[0])
-    return Compression(u.T[:width] @ root, inverse @ u[:, :width], s)
+    reader_root, inverse = _roots(reader)
+    u, s, _ = np.linalg.svd(reader_root @ root(covariance))
+    u = u * _signs(u)
+    return Compression(u.T @ reader_root, inverse @ u, s)
+
+
+def _signs(vectors: np.ndarray) -> np.ndarray:
+    """Per column the sign of its largest entry: decompositions leave it open, and results should not depend on it."""
+    largest = np.abs(vectors).argmax(axis=0)
+    return np.where(vectors[largest, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
+
+
+def root(matrix: np.ndarray) -> np.ndarray:
+    """Symmetric square root of a positive semidefinite matrix."""
+    return _roots(matrix)[0]
 
 
 def _roots(matrix: np.ndarray, smallest: float = 1e-10) -> tuple[np.ndarray, np.ndarray]:
@@ -124,8 +136,9 @@ def choose_units(covariance: np.ndarray, weights: np.ndarray, rounds: int = 128)
         left[units] = False
         order.append(units)
         gains.append(gain[units])
-        inner = residual[np.ix_(units, units)] + floor * np.eye(len(units))
-        columns = np.linalg.solve(np.linalg.cholesky(inner), residual[units]).T
+        values, vectors = np.linalg.eigh(residual[np.ix_(units, units)])
+        real = values > floor  # what units of one round share, they explain once
+        columns = residual[:, units] @ (vectors[:, real] / np.sqrt(values[real]))
         residual -= columns @ columns.T
         explained -= columns @ (columns.T @ weights)
     return np.concatenate(order), np.minimum.accumulate(np.concatenate(gains))

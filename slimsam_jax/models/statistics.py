@@ -1,0 +1,131 @@
+"""What bases are chosen from: second moments of activations, and of the embedding's gradient, over images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slimsam_jax.models.config import Config
+from slimsam_jax.models.features import make_encoder, run_encoder, stream_features
+from slimsam_jax.models.sam import Params, preprocess
+
+Batch = dict[str, Any]
+Moments = dict[str, Any]
+Statistic = Callable[[Params, Batch, jax.Array], Any]  # encoder, batch, key of noise -> sums over the batch
+Part = Literal["stream", "attention", "mlp", "sensitivity"]
+LAYERNORM_EPSILON = 1e-6
+
+
+def accumulate(statistic: Statistic, encoder: Params, batches: Iterable[Batch], seed: int = 0) -> Any:
+    """Sum of a tree of statistics over batches, on the device; float64 numpy out.
+
+    Raises:
+      ValueError: there was no batch.
+    """
+
+    def add(total: Any, encoder: Params, batch: Batch, key: jax.Array) -> Any:
+        with jax.default_matmul_precision("highest"):  # accelerators would round Gram matrices to 10 bits
+            return jax.tree.map(jnp.add, total, statistic(encoder, batch, key))
+
+    add, total, key = jax.jit(add, donate_argnums=0), None, jax.random.key(seed)
+    for index, batch in enumerate(batches):
+        if total is None:
+            zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=encoder["pos_embed"].sharding)
+            total = jax.tree.map(zeros, jax.eval_shape(statistic, encoder, batch, key))
+        total = add(total, encoder, batch, jax.random.fold_in(key, index))
+    if total is None:
+        raise ValueError("statistics need at least one batch")
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), total)
+
+
+def moments_of(config: Config, parts: Sequence[Part]) -> Statistic:
+    """The statistic that gives {part: moments} of the parts asked for, all from the same forward pass.
+
+    Parts:
+      stream: [D, D] second moment of the residual stream after patch embedding and after the attention and
+        the MLP of every block together, each token centred and scaled as LayerNorm will.
+      attention, mlp: a dict per block, see `_attention` and `_mlp`.
+      sensitivity: see `_sensitivity`; takes a backward pass.
+    """
+
+    def statistic(encoder: Params, batch: Batch, key: jax.Array) -> dict[str, Any]:
+        embedding, features = run_encoder(config, encoder, batch)
+        blocks = [features[f"blocks_{i}"] for i in range(len(config.blocks))]
+        found: dict[str, Any] = {
+            "images": jnp.array(float(len(batch["image"]))),
+            "embedding": jnp.square(embedding - embedding.mean()).sum(),
+            "blocks": [_variance(block["out"]) for block in blocks],
+        }
+        if "stream" in parts:
+            found["stream"] = sum(_gram(_normal(x)) for x in stream_features(config, features)["stream"])
+        if "attention" in parts:
+            found["attention"] = [_attention(block) for block in blocks]
+        if "mlp" in parts:
+            found["mlp"] = [_mlp(block) for block in blocks]
+        if "sensitivity" in parts:
+            found["sensitivity"] = _sensitivity(config, encoder, batch, key)
+        return found
+
+    return statistic
+
+
+def _gram(x: jax.Array) -> jax.Array:
+    """[..., c] -> [c, c]: sum of x xᵀ."""
+    x = x.reshape(-1, x.shape[-1])
+    return x.T @ x
+
+
+def _normal(x: jax.Array) -> jax.Array:
+    return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + LAYERNORM_EPSILON)
+
+
+def _variance(stream: jax.Array) -> jax.Array:
+    """Sum over tokens and channels of a stream's squares, each token centred."""
+    return jnp.square(stream - stream.mean(-1, keepdims=True)).sum()
+
+
+def _attention(block: dict[str, jax.Array]) -> Moments:
+    """Second moments of q and k (mean over heads), of each head's output, its sum, and the number of tokens."""
+    q, k, o = (block[name].reshape(-1, *block[name].shape[-2:]) for name in ("q", "k", "heads"))
+    return {
+        "q": _gram(q) / q.shape[1],
+        "k": _gram(k) / k.shape[1],
+        "output": jnp.einsum("tni,tnj->nij", o, o),
+        "output_sum": o.sum(0),
+        "tokens": jnp.array(float(len(o))),
+    }
+
+
+def _mlp(block: dict[str, jax.Array]) -> Moments:
+    """Second moment and sum of the hidden activations, and the number of tokens."""
+    hidden = block["mlp"].reshape(-1, block["mlp"].shape[-1])
+    return {"hidden": _gram(hidden), "hidden_sum": hidden.sum(0), "tokens": jnp.array(float(len(hidden)))}
+
+
+def _sensitivity(config: Config, encoder: Params, batch: Batch, key: jax.Array) -> dict[str, Any]:
+    """How an error inside shows in the embedding: the disturbed gradient's second moments.
+
+    With unit noise ε at the embedding and g = Jᵀε the gradient somewhere inside, E[g gᵀ] = JᵀJ:
+    a small error δ there is an error of |J δ|² = E[(g·δ)²] of the embedding.
+
+    Returns:
+      Sums over tokens: "middle", "out": a [D, D] per block, "queries": a [d, d] per block (mean over heads).
+    """
+    pixels = preprocess(config, batch["image"], batch["size"])
+    model = make_encoder(config, encoder["pos_embed"].dtype)
+    shapes = jax.eval_shape(model.init, key, pixels)["perturbations"]
+
+    def embed(perturbations: Any) -> jax.Array:
+        return model.apply({"params": encoder, "perturbations": perturbations}, pixels)[0]
+
+    embedding, pull_back = jax.vjp(embed, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+    (grads,) = pull_back(jax.random.normal(key, embedding.shape, embedding.dtype))
+    blocks = [grads[f"blocks_{i}"] for i in range(len(config.blocks))]
+    return {
+        **{name: [_gram(block[name]) for block in blocks] for name in ("middle", "out")},
+        "queries": [_gram(block["attn"]["queries"]) / config.blocks[i].heads for i, block in enumerate(blocks)],
+    }

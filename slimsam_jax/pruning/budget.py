@@ -1,0 +1,80 @@
+"""Widths that are worth most within a budget: of parameters, multiply-accumulates, seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from slimsam_jax.pruning.masks import Worth
+
+Costs = Mapping[str, np.ndarray]  # group name -> [size + 1] cost of the group at each width, 0 included
+
+
+class TooSmall(ValueError):
+    """The budget is below what the least widths cost."""
+
+
+def allocate(worth: Worth, costs: Costs, budget: float, multiple: int = 1, least: float = 0.0) -> dict[str, int]:
+    """Chooses the widths of all groups.
+
+    At a price per unit of cost, every group takes the width at which its worth less its cost
+    is greatest; the lowest price that keeps the budget is found by bisection (Everett 1963).
+    What is left then buys single steps, the best worth per cost first, until none fits. Costs
+    may bend and jump, as measured times do.
+
+    Args:
+      worth: {group: [size], falling}, comparable between groups.
+      costs: {group: [size + 1]}, not falling.
+      budget: what all groups may cost together.
+      multiple, least: as in `masks.global_widths`.
+
+    Returns:
+      {group: width}; their costs together are at most `budget`.
+
+    Raises:
+      TooSmall: even the least widths cost more.
+    """
+    steps = {name: _allowed(len(gains), multiple, least) for name, gains in worth.items()}
+    value = {name: np.concatenate([[0.0], np.cumsum(gains)]) for name, gains in worth.items()}
+    total = lambda widths: sum(costs[name][width] for name, width in widths.items())
+    smallest = {name: int(widths[0]) for name, widths in steps.items()}
+    if total(smallest) > budget:
+        raise TooSmall(f"{budget:.6g} is less than the {total(smallest):.6g} that the least widths cost")
+
+    def at_price(price: float) -> dict[str, int]:
+        gain = lambda name: value[name][steps[name]] - price * np.asarray(costs[name])[steps[name]]
+        return {name: int(steps[name][np.argmax(gain(name))]) for name in steps}
+
+    low, high = 0.0, 1.0
+    while total(at_price(high)) > budget and high < 1e300:
+        low, high = high, 8 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if total(at_price(middle)) <= budget else (middle, high)
+    widths = at_price(high)
+    return _spend(widths if total(widths) <= budget else smallest, steps, value, costs, budget)
+
+
+def _allowed(size: int, multiple: int, least: float) -> np.ndarray:
+    """Ascending widths that a group may have."""
+    chunk = min(multiple, size)
+    return chunk * np.arange(max(1, int(least * size / chunk)), size // chunk + 1)
+
+
+def _spend(widths: dict[str, int], steps, value, costs: Costs, budget: float) -> dict[str, int]:
+    """Widens groups by single steps while the budget lasts."""
+    spent = sum(costs[name][width] for name, width in widths.items())
+    while True:
+        best = None
+        for name, width in widths.items():
+            wider = steps[name][steps[name] > width][:1]
+            if not len(wider) or spent + (price := costs[name][wider[0]] - costs[name][width]) > budget:
+                continue
+            rate = (value[name][wider[0]] - value[name][width]) / max(price, 1e-300)
+            if best is None or rate > best[0]:
+                best = rate, name, int(wider[0]), price
+        if best is None:
+            return widths
+        _, name, width, price = best
+        widths, spent = {**widths, name: width}, spent + price
