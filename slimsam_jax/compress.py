@@ -81,12 +81,17 @@ class Options:
         if not self.resume:
             cli.check_empty(self.out)
 
+    def channel_ratio(self) -> float | None:
+        """The share of channels to remove, or None if a budget says how much."""
+        return 0.5 if self.ratio is None and self.budget is None else self.ratio
+
     def fixing_the_result(self) -> dict[str, Any]:
         """What a resumed run must share with the run it continues."""
         fields = dataclasses.asdict(self)
         for name in ("out", "resume", "save_every"):
             del fields[name]
         fields["teacher"] = str(self.teacher) if self.teacher else None
+        fields["ratio"] = self.channel_ratio()
         return fields | {name: [str(path) for path in fields[name]] for name in ("images", "val", "set")}
 
 

@@ -20,6 +20,7 @@ from slimsam_jax.models.features import run_encoder
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.pruning import importance, masks, reference
 from slimsam_jax.pruning.group import Group, Keep, Scores, check_groups
+from slimsam_jax.pruning.projection import residual_spectrum
 from slimsam_jax.recipes import Recipe, Stage
 from slimsam_jax.widths import Target
 
@@ -190,27 +191,65 @@ def project(
     uniform: bool,
 ) -> Sam:
     """Chooses bases before it cuts (`models.projection`); the MLPs are refitted behind heads already cut."""
-
-    def moments(sam: Sam, name: str, *parts: statistics.Part) -> statistics.Moments:
-        statistic = statistics.moments_of(sam.config, parts)
-        return _check_finite(statistics.accumulate(statistic, sam.params["image_encoder"], calibration(name), seed))
-
     encoder = sam.params["image_encoder"]
     if stage.name == "embedding":
-        moment = moments(sam, "statistics", "stream")["stream"]
+        moment = _moments(sam, calibration("statistics"), seed, "stream")["stream"]
         width = widths.embedding_width(sam.config, target, recipe)
         return _with_encoder(sam, projection.project_embedding(sam.config, encoder, moment, width))
 
-    sensitivity = ("sensitivity",) if recipe.weighting == "disturbed" else ()
-    found = moments(sam, "statistics", "attention", "mlp", *sensitivity)
-    bases = projection.attention_bases(sam.config, encoder, found, recipe.weighting)
-    units = projection.hidden_units(encoder, found, recipe.weighting)
-    worth = {f"blocks_{i}/attn": basis.worth for i, basis in enumerate(bases)}
-    worth |= {f"blocks_{i}/mlp": unit.worth for i, unit in enumerate(units)}
-    chosen = widths.bottleneck_widths(sam.config, worth, target, recipe, uniform)
+    bases, units = _bases(sam, recipe, calibration("statistics"), seed)
+    chosen = widths.bottleneck_widths(sam.config, _worth_of_bases(bases, units), target, recipe, uniform)
     of_kind = lambda kind: [chosen[f"blocks_{i}/{kind}"] for i in range(len(bases))]
 
     sam = _with_encoder(sam, projection.project_attention(sam.config, encoder, bases, of_kind("attn")))
     encoder = sam.params["image_encoder"]
-    units = projection.hidden_units(encoder, moments(sam, "MLP statistics", "mlp", *sensitivity), recipe.weighting)
+    found = _moments(sam, calibration("MLP statistics"), seed, "mlp", *_sensitivity(recipe))
+    units = projection.hidden_units(encoder, found, recipe.weighting)
     return _with_encoder(sam, projection.project_mlp(encoder, units, of_kind("mlp")))
+
+
+def _moments(sam: Sam, batches: Iterable[Batch], seed: int, *parts: statistics.Part) -> statistics.Moments:
+    statistic = statistics.moments_of(sam.config, parts)
+    return _check_finite(statistics.accumulate(statistic, sam.params["image_encoder"], batches, seed))
+
+
+def _sensitivity(recipe: Recipe) -> tuple[statistics.Part, ...]:
+    return ("sensitivity",) if recipe.weighting == "disturbed" else ()
+
+
+def _bases(sam: Sam, recipe: Recipe, batches: Iterable[Batch], seed: int):
+    """Of the attentions and of the MLPs, uncut."""
+    encoder = sam.params["image_encoder"]
+    found = _moments(sam, batches, seed, "attention", "mlp", *_sensitivity(recipe))
+    bases = projection.attention_bases(sam.config, encoder, found, recipe.weighting)
+    return bases, projection.hidden_units(encoder, found, recipe.weighting)
+
+
+def _worth_of_bases(bases, units) -> dict[str, np.ndarray]:
+    worth = {f"blocks_{i}/attn": basis.worth for i, basis in enumerate(bases)}
+    return worth | {f"blocks_{i}/mlp": unit.worth for i, unit in enumerate(units)}
+
+
+# ------------------------------------------------------------------------------------------- to look at
+
+
+def worth(sam: Sam, stage: Stage, recipe: Recipe, calibration: Calibration, seed: int = 0) -> dict[str, np.ndarray]:
+    """What each further channel of a stage's groups is worth, the best first; nothing is cut.
+
+    Returns:
+      {"embedding": [D]} or {"blocks_i/attn": [head_dim], "blocks_i/mlp": [mlp_dim]}. Of a projection, channels
+      are directions (units of an MLP), and worth is a share of variance: of the residual stream's for the
+      embedding, of the image embedding's or the stream's for the others (see `models.projection`).
+    """
+    sam = _with_encoder(sam, distill.replicate(sam.params["image_encoder"], distill.data_mesh()))
+    if recipe.criterion == "projection":
+        if stage.name == "embedding":
+            moment = _moments(sam, calibration("statistics"), seed, "stream")["stream"]
+            return {"embedding": residual_spectrum(moment)}
+        return _worth_of_bases(*_bases(sam, recipe, calibration("statistics"), seed))
+    grads = gradients(sam, recipe, calibration, seed)
+    groups = [channels.embedding_group(sam.config)]
+    if stage.name == "bottleneck":
+        groups = [*channels.attention_groups(sam.config), *channels.mlp_groups(sam.config)]
+    encoder = sam.params["image_encoder"]
+    return masks.worth_of(importance.channel_scores(encoder, grads, groups, recipe.criterion, seed))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from converters.from_torch import load
-from slimsam_jax import __version__, checkpoint, data, labels, report, train
+from slimsam_jax import __version__, checkpoint, data, labels, report, train, widths
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import track
@@ -77,9 +77,8 @@ def prepare(options: Options) -> tuple[Run, list[Path]]:
     if batch % devices:
         raise InputError(f"--batch {batch} must be a multiple of the {devices} devices")
     recipe = RECIPES[options.recipe].change(options.set)
-    target = Target(ratio=0.5 if options.ratio is None else options.ratio)
-    if options.budget is not None:
-        target = Target(budget=Budget.parse(options.budget))
+    budget = None if options.budget is None else Budget.parse(options.budget)
+    target = Target(options.channel_ratio(), budget)
     if recipe.whole_heads and (options.uniform or options.budget):
         raise InputError("whole_heads goes neither with --uniform nor with --budget: they fix the number of heads")
     teacher = load(options.teacher or data.embedded_teacher())
@@ -90,9 +89,9 @@ def prepare(options: Options) -> tuple[Run, list[Path]]:
         raise InputError(f"--batch {batch} is more than the {len(images)} images to learn from")
     for paths in (images, val):
         data.check_one_is_readable(paths)
-    if recipe.signal == "masks":
+    if recipe.criterion != "projection" and recipe.signal == "masks":
         labels.annotated(images)
-    target.channel_ratio(teacher.config)  # refuses a budget that cannot be met
+    widths.check(teacher.config, target, recipe, options.uniform)
     steps = max(1, recipe.passes * len(images) // batch) if options.steps is None else options.steps
     origin = provenance(options, recipe, teacher, images, steps, batch)
     folder = RunFolder(options.out, origin, options.resume)
@@ -130,15 +129,16 @@ def slim(run: Run, stage: Stage, previous: Sam) -> Sam:
 
 
 def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
-    options = run.options
-    count = max(1, min(options.importance_images, len(run.images)) // run.batch)
+    options, config = run.options, run.teacher.config
+    devices = jax.local_device_count()  # an image on each: more would take as many times the memory
+    count = max(1, min(options.importance_images, len(run.images)) // devices)
 
     def calibration(name: str) -> Iterable[Any]:
-        if run.recipe.signal == "masks" and run.recipe.criterion != "projection":
-            batches = labels.AnnotatedBatches(run.images, run.teacher.config, run.batch, options.seed)
+        if run.recipe.criterion != "projection" and run.recipe.signal == "masks":
+            batches = labels.AnnotatedBatches(run.images, config, devices, options.seed)
         else:
-            batches = data.Batches(run.images, run.teacher.config.image_size, run.batch, options.seed)
-        return track(train.calibration(batches, count), name, count, per_item=run.batch)
+            batches = data.Batches(run.images, config.image_size, devices, options.seed)
+        return track(train.calibration(batches, count), name, count, per_item=devices)
 
     return prune_sam(previous, stage, run.recipe, run.target, calibration, options.seed, options.uniform)
 

@@ -143,6 +143,16 @@ def bottleneck_widths(config: Config, worth: Worth, target: Target, recipe: Reci
     return widths
 
 
+def check(config: Config, target: Target, recipe: Recipe, uniform: bool) -> None:
+    """Raises InputError now for what could not be met in stage 2; times are not measured for this."""
+    config = dataclasses.replace(config, embed_dim=embedding_width(config, target, recipe))
+    if target.budget is None or target.budget.kind != "latency":
+        sizes = {f"blocks_{i}/attn": block.head_dim for i, block in enumerate(config.blocks)}
+        sizes |= {f"blocks_{i}/mlp": block.mlp_dim for i, block in enumerate(config.blocks)}
+        equal = {name: np.ones(size) for name, size in sizes.items()}
+        bottleneck_widths(config, equal, target, recipe, uniform)
+
+
 def _uniform(config: Config, worth: Worth, mlp_width: Callable[[int], int]) -> Widths:
     head_dim = config.embed_dim // config.blocks[0].heads
     return {
@@ -184,7 +194,10 @@ def _within(wanted: Budget, config: Config, worth: Worth, recipe: Recipe, unifor
             room += wanted.amount - wanted.cost(with_widths(config, widths))
             widths = choose(room)
     except budget.TooSmall as error:
-        raise InputError(f"--budget {wanted.kind}={wanted.amount:.4g} cannot be met after stage 1: {error}") from None
+        raise InputError(
+            f"the bottlenecks cannot be made as narrow as asked for: of {wanted.kind}, {error}; "
+            f"cut less, or choose a smaller multiple ({recipe.multiple}) or least ({recipe.least:g})"
+        ) from None
     return widths
 
 

@@ -17,10 +17,11 @@ from PIL import Image
 from test_data import truncated, write_annotation
 
 from converters import from_torch, to_torch
-from slimsam_jax import checkpoint, cli, compress, evaluate, predict, train
+from slimsam_jax import checkpoint, cli, compress, evaluate, inspect, metrics, predict, train
 from slimsam_jax.compress import Options
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.recipes import RECIPES, STAGES
+from slimsam_jax.widths import Budget, even_cut
 
 SQUARE = tiny_config(image_size=(64, 64))
 
@@ -80,7 +81,8 @@ def test_what_a_run_leaves(finished, material):
     ]
     slim = from_torch.load(finished)
     assert slim.config.embed_dim == 12  # half of 24
-    assert sum(b.mlp_dim for b in slim.config.blocks) == 40 and sum(b.head_dim for b in slim.config.blocks) == 12
+    even = even_cut(SQUARE, 0.5)  # the default shares out its multiply-accumulates anew
+    assert 0.97 < metrics.encoder_macs(slim.config).total / metrics.encoder_macs(even).total <= 1
     assert slim.provenance["options"]["ratio"] == 0.5
     assert slim.provenance["versions"]["jax"]
     report = json.loads((finished / "report.json").read_text())
@@ -153,6 +155,64 @@ def test_recipes_run_to_the_end(material, tmp_path, recipe, steps):
     assert all(np.abs(table).max() > 0.02 for table in positions) == (recipe != "slimsam")  # reset, then one small step
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"budget": "params=62k"},
+        {"budget": "macs=400k", "uniform": True},
+        {"set": ("multiple=4",)},
+        {"recipe": "taylor", "set": ("values_apart=true", "criterion=fisher", "probes=2")},
+        {"recipe": "taylor", "set": ("whole_heads=true",)},
+        {"recipe": "taylor", "set": ("compete=macs", "normalizer=mean")},
+    ],
+    ids=str,
+)
+def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, choices):
+    compress.compress(options(material, tmp_path / "slim", steps=0, **choices))
+    config = from_torch.load(tmp_path / "slim").config
+    if "budget" in choices:
+        report = json.loads((tmp_path / "slim" / "report.json").read_text())["budget"]
+        assert report["reached"] == Budget.parse(choices["budget"]).cost(config)
+        assert 0.99 < report["reached"] / report["amount"] <= 1
+    if "multiple=4" in choices.get("set", ()):
+        assert config.embed_dim % 4 == 0 and all(b.head_dim % 4 == b.mlp_dim % 4 == 0 for b in config.blocks)
+    if "whole_heads=true" in choices.get("set", ()):
+        assert [b.head_dim for b in config.blocks] == [12, 12] and sum(b.heads for b in config.blocks) == 2
+
+
+def test_labelled_masks_can_tell_what_to_cut(material, tmp_path):
+    labelled = options(
+        material, tmp_path / "slim", images=(material / "val",), steps=0, recipe="taylor", set=("signal=masks",)
+    )
+    compress.compress(labelled)
+    compress.compress(dataclasses.replace(labelled, set=(), out=tmp_path / "other"))
+    one, other = (from_torch.load(tmp_path / name).params["image_encoder"]["pos_embed"] for name in ("slim", "other"))
+    assert one.shape == other.shape and not np.array_equal(one, other)
+
+
+def test_inspect_command(material, tmp_path, monkeypatch, capsys):
+    arguments = (material / "teacher", "--images", material / "images", "--ratios", "0.3", "--out", tmp_path / "x.png")
+    code, _ = run(inspect, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    with Image.open(tmp_path / "x.png") as picture:
+        assert min(picture.size) > 500
+    for wrong, message in (
+        (("--ratio", "1"), "must lie between 0 and 1"),
+        (("--images", material / "teacher"), "holds no images"),
+        (("--set", "recipe"), "NAME=VALUE"),
+        (("--out", tmp_path), "is a folder"),
+    ):
+        code, error = run(inspect, *arguments, *wrong, monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prog", str(material / "teacher")])
+    cli.run(inspect.main)
+    out = capsys.readouterr().out
+    assert "2 x 12" in out and f"{metrics.encoder_parameters(SQUARE) / 1e6:.3f}" in out
+
+
 def test_broken_images_among_good_ones_are_named_and_skipped(material, tmp_path, capsys):
     shutil.copytree(material / "images", tmp_path / "images")
     truncated(tmp_path / "images" / "broken.jpg")
@@ -181,6 +241,13 @@ def test_broken_images_among_good_ones_are_named_and_skipped(material, tmp_path,
         (("--seed", "-1"), "--seed -1 must be between 0 and"),
         (("--batch", "100"), "--batch 100 is more than the 5 images"),
         (("--recipe", "magic"), "magic"),
+        (("--budget", "9.1M"), "write params=9.1M, macs=47G or latency=120ms"),
+        (("--budget", "params=9G"), "choose something between"),
+        (("--budget", "params=30k", "--ratio", "0.5"), "give one of them"),
+        (("--set", "multipel=8"), "the nearest are multiple"),
+        (("--set", "multiple=40"), "choose a smaller multiple"),
+        (("--set", "signal=masks", "criterion=taylor"), "needs SA-1B .json files"),
+        (("--recipe", "taylor", "--set", "whole_heads=true", "--uniform"), "goes neither with --uniform"),
     ],
 )
 def test_bad_input_is_one_clear_line(material, tmp_path, monkeypatch, capsys, changes, message):
@@ -295,7 +362,8 @@ def test_help_and_import_are_quick():
     import subprocess
 
     commands = (
-        "slimsam_jax.compress, slimsam_jax.evaluate, slimsam_jax.predict, converters.from_torch, converters.to_torch"
+        "slimsam_jax.compress, slimsam_jax.evaluate, slimsam_jax.predict, slimsam_jax.inspect, converters.from_torch, "
+        "converters.to_torch"
     )
     program = f"import sys, {commands}; print('jax' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import chex
@@ -40,6 +41,11 @@ def test_taylor_scores_by_hand():
 def test_magnitude_scores_by_hand():
     scores = importance.channel_scores(PARAMS, GRADS, [HIDDEN], "magnitude")
     np.testing.assert_allclose(scores["hidden"], [(10 + 1) / 2, (20 + 1) / 2])
+
+
+def test_fisher_scores_by_hand():
+    scores = importance.channel_scores(PARAMS, GRADS, [HIDDEN], "fisher")
+    np.testing.assert_allclose(scores["hidden"], [(0.25 + 9 + 4) / 2, (4 + 4 + 64) / 2])
 
 
 def test_keep_masks_and_shrink_by_hand():
@@ -166,6 +172,44 @@ def test_masked_equals_shrunk_in_the_bottlenecks(model):
     assert np.abs(embed(after, shrunk) - embed(config, masked)).max() > 1e-3  # the jump of the temperature is real
 
 
+def test_masked_equals_shrunk_when_heads_keep_their_own_values(model):
+    config, encoder = model.config, model.params["image_encoder"]
+    groups = channels.value_groups(config) + channels.logit_groups(config)
+    random = np.random.default_rng(0)
+    some = lambda size: np.sort(random.choice(12, size, False))
+    keep = {f"blocks_{i}/attn/v": np.stack([some(width), some(width)]) for i, width in enumerate((5, 7))}
+    keep |= {f"blocks_{i}/attn/qk": some(width) for i, width in enumerate((5, 7))}
+    check_groups(encoder, groups)
+    masked = masks.apply_masks(encoder, masks.mask_tree(encoder, groups, keep))
+    shrunk = masks.shrink(encoder, groups, keep)
+    after = channels.shrunk_config(config, shrunk)
+    assert [b.head_dim for b in after.blocks] == [5, 7]
+    rescaled = channels.keep_logit_scale(shrunk, config, after)
+    np.testing.assert_allclose(embed(after, rescaled), embed(config, masked), atol=2e-5)
+
+
+def test_masked_equals_shrunk_for_whole_heads(model):
+    config, encoder = model.config, model.params["image_encoder"]
+    groups, keep = channels.head_groups(config), {"blocks_0/attn/heads": np.array([1])}
+    masked = masks.apply_masks(encoder, masks.mask_tree(encoder, groups, keep))
+    shrunk = masks.shrink(encoder, groups, keep)
+    after = channels.shrunk_config(config, shrunk)
+    assert [b.heads for b in after.blocks] == [1, 2]
+    np.testing.assert_allclose(embed(after, shrunk), embed(config, masked), atol=2e-5)
+
+
+def test_scores_of_copies_add_up_to_those_of_the_shared_group(model):
+    """v and proj alone: what all heads together say is the sum of what each says."""
+    config, encoder = model.config, model.params["image_encoder"]
+    grads = random_sam(config, seed=1).params["image_encoder"]
+    apart = importance.channel_scores(encoder, grads, channels.value_groups(config))
+    members = lambda group: tuple(m._replace(copies=None) for m in group.members)
+    shared = [dataclasses.replace(g, copies=0, members=members(g)) for g in channels.value_groups(config)]
+    for name, score in importance.channel_scores(encoder, grads, shared).items():
+        assert apart[name].shape == (2, 12)
+        np.testing.assert_allclose(apart[name].sum(0), score, rtol=1e-5)
+
+
 def test_masked_differs_from_shrunk_in_the_embedding_only_by_the_layer_norms(model):
     """LayerNorm averages over zeroed channels. Undone by hand, one linear layer agrees; the encoder does not."""
     config, encoder = model.config, model.params["image_encoder"]
@@ -185,7 +229,7 @@ def test_masked_differs_from_shrunk_in_the_embedding_only_by_the_layer_norms(mod
 @pytest.mark.parametrize("probes", [1, 2])
 def test_disturbed_gradient_is_that_of_the_loss(model, probes):
     """Of every image and probe by itself: summed as they are, or by their squares."""
-    config, encoder = model.config, model.params["image_encoder"]
+    config, encoder = model.config, jax.tree.map(jnp.asarray, model.params["image_encoder"])
     batch, key = random_images(config), jax.random.key(3)
     function = lambda params, batch: run_encoder(config, params, batch)[0]
 

@@ -147,6 +147,18 @@ def test_step1_importance(golden, step1, name, criterion):
     np.testing.assert_array_equal(removed(keep, 96), golden[f"step1/{name}/pruned"])
 
 
+def test_step1_taylor_lets_the_first_head_decide(golden, step1):
+    """The original's "taylor" is Disturbed Taylor without the sum over what it takes for heads."""
+    teacher, _, grads = step1
+    group = channels.embedding_group(FULL)
+    scores = importance.channel_scores(teacher.params["image_encoder"], grads, [group])
+    np.testing.assert_allclose(scores["embedding"], golden["step1/taylor/imp_raw"], rtol=2e-6)
+    normal = reference.normalize(scores, "mean")["embedding"]
+    np.testing.assert_allclose(normal, golden["step1/taylor/imp"], rtol=2e-6)
+    keep = reference.keep_local_tied(scores, 0.5, HEADS, HEADS, decided_by="first")["embedding"]
+    np.testing.assert_array_equal(removed(keep, 96), golden["step1/taylor/pruned"])
+
+
 def test_step1_pruned_weights_and_output(golden, step1):
     teacher, _, grads = step1
     slim = prune.cut(teacher, choose(teacher, grads, STAGES[0], 0.5), RECIPE)
@@ -199,10 +211,15 @@ def test_step2_global(golden, step2):
 def test_step2_local(golden, step2):
     student, _, grads = step2
     encoder = student.params["image_encoder"]
-    scores = importance.channel_scores(encoder, grads, channels.mlp_groups(student.config))
-    keep = reference.keep_local(scores, 0.5, HEADS)
-    scores = importance.channel_scores(encoder, grads, channels.attention_groups(student.config))
-    keep |= reference.keep_local(scores, 0.5, 1)
+    for kind, groups, copies in (
+        ("mlp", channels.mlp_groups(student.config), 1),
+        ("attn", channels.attention_groups(student.config), HEADS),
+    ):
+        scores = importance.channel_scores(encoder, grads, groups)
+        for block, group in enumerate(groups):
+            normal = reference.normalize(scores, "mean", copies)[group.name]
+            np.testing.assert_allclose(np.tile(normal, copies), golden[f"step2/local/imp/{kind}{block}"], rtol=5e-5)
+    keep = choose(student, grads, STAGES[1], 0.5, dataclasses.replace(RECIPE, compete="block"))
     assert_removed(golden, {"attn": "step2/local", "mlp": "step2/local"}, keep, student.config)
     slim = prune.cut(student, keep, RECIPE)
     np.testing.assert_allclose(embed(golden, slim), golden["step2/local/out"], atol=5e-5)

@@ -12,7 +12,7 @@ Costs = Mapping[str, np.ndarray]  # group name -> [size + 1] cost of the group a
 
 
 class TooSmall(ValueError):
-    """The budget is below what the least widths cost."""
+    """The budget is below what the narrowest widths cost."""
 
 
 def allocate(worth: Worth, costs: Costs, budget: float, multiple: int = 1, least: float = 0.0) -> dict[str, int]:
@@ -33,14 +33,14 @@ def allocate(worth: Worth, costs: Costs, budget: float, multiple: int = 1, least
       {group: width}; their costs together are at most `budget`.
 
     Raises:
-      TooSmall: even the least widths cost more.
+      TooSmall: even the narrowest cost more.
     """
     steps = {name: _allowed(len(gains), multiple, least) for name, gains in worth.items()}
     value = {name: np.concatenate([[0.0], np.cumsum(gains)]) for name, gains in worth.items()}
     total = lambda widths: sum(costs[name][width] for name, width in widths.items())
     smallest = {name: int(widths[0]) for name, widths in steps.items()}
     if total(smallest) > budget:
-        raise TooSmall(f"{budget:.6g} is less than the {total(smallest):.6g} that the least widths cost")
+        raise TooSmall(f"{budget:.6g} is less than the {total(smallest):.6g} that the narrowest cost")
 
     def at_price(price: float) -> dict[str, int]:
         gain = lambda name: value[name][steps[name]] - price * np.asarray(costs[name])[steps[name]]

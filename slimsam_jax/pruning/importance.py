@@ -18,6 +18,7 @@ from slimsam_jax.pruning.group import Group, Member, Scores, Tree, by_path
 
 Criterion = Literal["taylor", "fisher", "magnitude", "random"]
 Reduce = Literal["rms", "sum"]
+Gradients = Callable[[Tree, Any, jax.Array], Tree]  # params, a batch of one, key -> gradients [draws, ...]
 
 # Importance of each single weight, from the weight and its gradient.
 CRITERIA: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
@@ -108,12 +109,18 @@ def disturbed_gradients(
       A tree like `params`; only its absolute values mean something.
     """
 
+    return reduce_gradients(disturbed(embed, std, probes), params, batches, key, reduce)
+
+
+def disturbed(embed: Callable[[Tree, Any], jax.Array], std: float = 0.01, probes: int = 1) -> Gradients:
+    """The disturbed gradients of one image, one for each probe; see `disturbed_gradients`."""
+
     def gradients(params: Tree, item: Any, key: jax.Array) -> Tree:
         embedding, pull_back = jax.vjp(lambda p: embed(p, item), params)
         noise = std * jax.random.normal(key, (probes, *embedding.shape))
         return jax.vmap(pull_back)(-2.0 / embedding.size * noise)[0]
 
-    return reduce_gradients(gradients, params, batches, key, reduce)
+    return gradients
 
 
 def loss_gradients(
@@ -128,20 +135,29 @@ def loss_gradients(
 
 
 def reduce_gradients(
-    gradients: Callable[[Tree, Any, jax.Array], Tree],
-    params: Tree,
-    batches: Iterable[Any],
-    key: jax.Array,
-    reduce: Reduce,
+    gradients: Gradients, params: Tree, batches: Iterable[Any], key: jax.Array, reduce: Reduce
 ) -> Tree:
-    """Reduces the gradients of single images over batches; on several devices each squares its own.
+    """Reduces the gradients of single images over batches.
 
     Args:
-      gradients: (params, a batch of one image, key) -> gradients with a leading axis of draws.
+      gradients: of one image.
       reduce: "rms" (root of the summed squares) or "sum" (the reference's).
     """
+    params, accumulate = jax.tree.map(jnp.asarray, params), accumulator(gradients, reduce)
+    # Placed as the parameters are: placed otherwise, the second call would compile again.
+    total = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype, device=p.sharding), params)
+    for index, batch in enumerate(batches):
+        total = accumulate(total, params, batch, jax.random.fold_in(key, index))
+    return jax.tree.map(jnp.sqrt, total) if reduce == "rms" else total
 
-    @jax.jit
+
+def accumulator(gradients: Gradients, reduce: Reduce) -> Callable[[Tree, Tree, Any, jax.Array], Tree]:
+    """The compiled (total, params, batch, key) -> total; on several devices each squares its own images' gradients.
+
+    The total is donated. A batch takes the memory of a set of gradients for each of its images
+    on a device, so one image per device is best where the model is large.
+    """
+
     def accumulate(total: Tree, params: Tree, batch: Any, key: jax.Array) -> Tree:
         count = jax.tree.leaves(batch)[0].shape[0]
         of_one = lambda item, key: gradients(params, jax.tree.map(lambda x: x[None], item), key)
@@ -149,9 +165,4 @@ def reduce_gradients(
         power = jnp.square if reduce == "rms" else lambda g: g
         return jax.tree.map(lambda t, g: t + power(g).sum((0, 1)), total, grads)
 
-    params = jax.tree.map(jnp.asarray, params)
-    # Placed as the parameters are: placed otherwise, the second call would compile again.
-    total = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype, device=p.sharding), params)
-    for index, batch in enumerate(batches):
-        total = accumulate(total, params, batch, jax.random.fold_in(key, index))
-    return jax.tree.map(jnp.sqrt, total) if reduce == "rms" else total
+    return jax.jit(accumulate, donate_argnums=0)

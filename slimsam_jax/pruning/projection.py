@@ -28,12 +28,22 @@ def residual_basis(moment: np.ndarray, width: int) -> np.ndarray:
     """
     size = len(moment)
     ones = np.full(size, size**-0.5)
-    centre = np.eye(size) - np.outer(ones, ones)
-    _, vectors = np.linalg.eigh(centre @ moment @ centre)
+    _, vectors = np.linalg.eigh(_centred(moment))
     # Zero eigenvalues come in any basis, the all-ones direction mixed in: take it out before choosing.
     directions, _ = np.linalg.qr(np.column_stack([ones, vectors[:, ::-1][:, : size - 1]]))
     directions = directions * _signs(directions)  # the first column, all ones, becomes positive
     return _reflection(width) @ directions[:, :width].T
+
+
+def residual_spectrum(moment: np.ndarray) -> np.ndarray:
+    """[D] share of the stream's variance that each dimension of `residual_basis` carries, falling."""
+    values = np.maximum(np.linalg.eigvalsh(_centred(moment))[::-1], 0)
+    return values / values.sum()
+
+
+def _centred(moment: np.ndarray) -> np.ndarray:
+    centre = np.eye(len(moment)) - 1 / len(moment)
+    return centre @ moment @ centre
 
 
 def _reflection(width: int) -> np.ndarray:

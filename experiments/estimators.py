@@ -1,0 +1,105 @@
+"""How many images an importance estimator needs: the reference's sum of gradients against root mean squares.
+
+    python -m experiments.estimators run --teacher sam_small_256.pth --images bsds_train --val bsds_val
+    python -m experiments.estimators table
+
+For n images: Spearman's rank correlation of the scores from two disjoint sets of n (the mean over
+groups), and the embedding's relative error after cutting half of the embedding by them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from scipy.stats import spearmanr
+
+from converters.from_torch import load
+from experiments import results
+from slimsam_jax import data, prune, train
+from slimsam_jax.evaluation import encode_image
+from slimsam_jax.models import groups
+from slimsam_jax.models.sam import Sam
+from slimsam_jax.pruning import importance
+from slimsam_jax.recipes import RECIPES, STAGES
+from slimsam_jax.widths import Target
+
+FILE = results.FOLDER / "estimators.jsonl"
+COUNTS = (1, 2, 5, 10, 20, 50, 100)
+ESTIMATORS = {"sum": ("sum", 1), "rms": ("rms", 1), "rms, 4 probes": ("rms", 4)}
+
+
+def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
+    """Measure what is not measured yet."""
+    sam, paths = load(teacher), data.find_images([images])
+    pictures = [data.read_image(path) for path in data.find_images([val])[::4]]
+    wanted = [np.asarray(encode_image(sam, picture).embedding) for picture in pictures]
+    for seed, name in itertools.product(range(seeds), ESTIMATORS):
+        stream = data.Batches(paths, sam.config.image_size, 1, seed)
+        singles = list(itertools.islice(stream, 2 * max(COUNTS)))
+        for count in COUNTS:
+            key = {"estimator": name, "images": count, "seed": seed}
+            if results.find(FILE, key):
+                continue
+            halves = singles[:count], singles[-count:]
+            grads = [gradients(sam, name, half, 2 * seed + i) for i, half in enumerate(halves)]
+            slim = cut(sam, grads[0])
+            found = [np.asarray(encode_image(slim, picture).embedding) for picture in pictures]
+            error = np.mean([np.square(f - w).mean() / w.var() for f, w in zip(found, wanted, strict=True)])
+            numbers = {"rank_correlation": rank_correlations(sam, *grads), "error": float(error)}
+            results.append(FILE, key | numbers)
+            print(key, numbers, flush=True)
+
+
+def gradients(sam: Sam, name: str, batches: list[Any], seed: int) -> Any:
+    reduce, probes = ESTIMATORS[name]
+    recipe = dataclasses.replace(RECIPES["taylor"], gradients=reduce, probes=probes)
+    calibration = lambda _: train.calibration(iter(batches), len(batches))
+    return jax.device_get(prune.gradients(sam, recipe, calibration, seed))
+
+
+def cut(sam: Sam, grads: Any) -> Sam:
+    """Half of the embedding goes."""
+    recipe = RECIPES["taylor"]
+    keep = prune.choose(sam.config, sam.params["image_encoder"], grads, STAGES[0], recipe, Target(0.5))
+    return prune.cut(sam, keep, recipe)
+
+
+def rank_correlations(sam: Sam, one: Any, other: Any) -> dict[str, float]:
+    """Per kind of group, the mean over groups."""
+    encoder = jax.device_get(sam.params["image_encoder"])
+    kinds = {
+        "embedding": [groups.embedding_group(sam.config)],
+        "attention": groups.attention_groups(sam.config),
+        "mlp": groups.mlp_groups(sam.config),
+    }
+    found = {}
+    for kind, of_kind in kinds.items():
+        scores = [importance.channel_scores(encoder, grads, of_kind) for grads in (one, other)]
+        found[kind] = float(np.mean([spearmanr(scores[0][g.name], scores[1][g.name]).statistic for g in of_kind]))
+    return found
+
+
+def table() -> None:
+    """Write the table into experiments/README.md."""
+    lines = [
+        "| images | estimator | rank correlation: embedding | attention | MLP | error at half the embedding |",
+        "|---|---|---|---|---|---|",
+    ]
+    for count, name in itertools.product(COUNTS, ESTIMATORS):
+        runs = results.find(FILE, {"estimator": name, "images": count})
+        if runs:
+            ranks = [np.mean([r["rank_correlation"][kind] for r in runs]) for kind in ("embedding", "attention", "mlp")]
+            errors = [r["error"] for r in runs]
+            spread = f"{np.mean(errors):.3f} ({min(errors):.3f} to {max(errors):.3f})"
+            lines.append(f"| {count} | {name} | {' | '.join(f'{rank:.3f}' for rank in ranks)} | {spread} |")
+    results.write_section("estimators", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"run": run, "table": table})

@@ -1,0 +1,185 @@
+"""What each way of pruning loses before any distillation: criteria, reference's slips, bases, one option at a time.
+
+    python -m experiments.pruning run --teacher sam_small_256.pth --images bsds_train --val bsds_val
+    python -m experiments.pruning table
+
+`run` measures what experiments/results/pruning.jsonl does not hold yet; it can be stopped at any
+time, and several can share the work (`--part 0/2`, `--part 1/2`). `table` writes the rows
+into experiments/README.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from converters.from_torch import load
+from experiments import results
+from slimsam_jax import data, labels, metrics, prune, train
+from slimsam_jax.evaluation import annotation_ious, encode_image, read_annotated
+from slimsam_jax.models.sam import Sam
+from slimsam_jax.recipes import RECIPES, STAGES, Recipe
+from slimsam_jax.widths import Target
+
+FILE = results.FOLDER / "pruning.jsonl"
+IMAGES, BATCH = 100, 4  # that importance and statistics are taken from
+SEEDS = (0, 1, 2)
+MAIN = ("slimsam", "taylor", "default")
+ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "slimsam": ("slimsam", ()),
+    "slimsam, embedding not tied": ("slimsam", ("tie_embedding=false",)),
+    "slimsam, rel. positions kept": ("slimsam", ("slice_rel_pos=true",)),
+    "slimsam, logit scale kept": ("slimsam", ("keep_logit_scale=true",)),
+    "slimsam, rounded by importance": ("slimsam", ("round_by_index=false",)),
+    "slimsam, vanishing blocks cut": ("slimsam", ("skip_vanishing=false",)),
+    "slimsam, rms gradients": ("slimsam", ("gradients=rms",)),
+    "slimsam, local": ("slimsam", ("compete=block",)),
+    "taylor": ("taylor", ()),
+    "taylor, gradients summed": ("taylor", ("gradients=sum",)),
+    "taylor, labelled masks": ("taylor", ("signal=masks",)),
+    "taylor, gaussian": ("taylor", ("normalizer=gaussian",)),
+    "taylor, by MACs": ("taylor", ("compete=macs",)),
+    "taylor, local": ("taylor", ("compete=block",)),
+    "taylor, values apart": ("taylor", ("values_apart=true",)),
+    "taylor, whole heads": ("taylor", ("whole_heads=true",)),
+    "fisher": ("taylor", ("criterion=fisher",)),
+    "magnitude": ("taylor", ("criterion=magnitude",)),
+    "random": ("taylor", ("criterion=random",)),
+    "default": ("default", ()),
+    "default, not weighted": ("default", ("weighting=none",)),
+    "default, by parameters": ("default", ("compete=params",)),
+    "default, by kind": ("default", ("compete=kind",)),
+    "default, by kind, not weighted": ("default", ("compete=kind", "weighting=none")),
+    "default, local": ("default", ("compete=block",)),
+    "default, multiples of 8": ("default", ("multiple=8",)),
+}
+
+
+def plan() -> list[tuple[str, float, int]]:
+    """(row, ratio, seed) in the order of work: what matters most first."""
+    main = [(row, ratio) for ratio in (0.5, 0.77, 0.9, 0.25) for row in MAIN]
+    rest = [(row, ratio) for ratio in (0.5, 0.77) for row in ROWS if row not in MAIN]
+    first, *others = SEEDS
+    order = [*itertools.product(main + rest, [first]), *itertools.product(main, others)]
+    return [(row, ratio, seed) for (row, ratio), seed in [*order, *itertools.product(rest, others)]]
+
+
+def run(teacher: Path, images: Path, val: Path, part: str = "0/1") -> None:
+    """Measure what is not measured yet.
+
+    Args:
+      teacher: the SAM to prune.
+      images: folder to take importance and statistics from.
+      val: annotated folder to measure on.
+      part: i/n: every n-th run, from the i-th.
+    """
+    mine, parts = map(int, part.split("/"))
+    bench = Bench(load(teacher), data.find_images([images]), data.find_images([val]))
+    for row, ratio, seed in plan()[mine::parts]:
+        key = {"row": row, "ratio": ratio, "seed": seed}
+        if results.find(FILE, key):
+            continue
+        start = time.perf_counter()
+        name, settings = ROWS[row]
+        slim = bench.prune(RECIPES[name].change(settings), ratio, seed)
+        numbers = bench.measure(slim) | {"seconds": time.perf_counter() - start}
+        results.append(FILE, key | numbers)
+        print(f"{row} {ratio} {seed}: error {numbers['error']:.3g}, mIoU {numbers['point_miou']:.4f}", flush=True)
+
+
+class Bench:
+    """A teacher with what it takes to prune it and to measure the result; what runs share is computed once."""
+
+    def __init__(self, teacher: Sam, images: list[Path], val: list[Path]):
+        self.teacher, self.images = teacher, images
+        self.val = [read_annotated(path) for path in val]
+        self.wanted = [np.asarray(encode_image(teacher, image).embedding) for image, _ in self.val]
+        self.gradients: dict[Any, Any] = {}
+        self.batches: dict[Any, list[Any]] = {}
+
+    def calibration(self, recipe: Recipe, seed: int) -> Callable[[str], Iterable[Any]]:
+        key = recipe.signal, seed
+        if key not in self.batches:
+            config = self.teacher.config
+            if recipe.signal == "masks":
+                stream = labels.AnnotatedBatches(self.images, config, BATCH, seed)
+            else:
+                stream = data.Batches(self.images, config.image_size, BATCH, seed)
+            self.batches[key] = list(itertools.islice(stream, IMAGES // BATCH))
+        return lambda name: train.calibration(iter(self.batches[key]), len(self.batches[key]))
+
+    def prune(self, recipe: Recipe, ratio: float, seed: int) -> Sam:
+        """Both stages, one after the other."""
+        calibration, target, sam = self.calibration(recipe, seed), Target(ratio), self.teacher
+        for stage in STAGES:
+            if recipe.criterion == "projection":
+                sam = prune.prune(sam, stage, recipe, target, calibration, seed)
+                continue
+            key = (recipe.criterion in ("magnitude", "random"), recipe.signal, recipe.gradients, recipe.probes, seed)
+            if sam is not self.teacher:
+                grads = jax.device_get(prune.gradients(sam, recipe, calibration, seed))
+            elif key not in self.gradients:
+                grads = self.gradients[key] = jax.device_get(prune.gradients(sam, recipe, calibration, seed))
+            else:
+                grads = self.gradients[key]
+            keep = prune.choose(
+                sam.config, sam.params["image_encoder"], grads, stage, recipe, target, uniform=False, seed=seed
+            )
+            sam = prune.cut(sam, keep, recipe)
+        return sam
+
+    def measure(self, slim: Sam) -> dict[str, float]:
+        """Relative squared error of the embedding and point mIoU, means over images; and what the model costs."""
+        errors, ious = [], []
+        for (image, masks), wanted in zip(self.val, self.wanted, strict=True):
+            encoded = encode_image(slim, image)
+            errors.append(np.square(np.asarray(encoded.embedding) - wanted).mean() / wanted.var())
+            ious.append(annotation_ious(slim, encoded, masks, ("point",))["point"])
+        macs = metrics.encoder_macs(slim.config)
+        return {
+            "error": float(np.mean(errors)),
+            "point_miou": float(np.mean(ious)),
+            "encoder_parameters": metrics.encoder_parameters(slim.config),
+            "macs_linear": macs.linear,
+            "macs_total": macs.total,
+        }
+
+
+def table() -> None:
+    """Write the table into experiments/README.md."""
+    found = results.read(FILE)
+    lines = [
+        "| pruned by | ratio | encoder parameters | MACs, total | error | point mIoU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for ratio in (0.25, 0.5, 0.77, 0.9):
+        for row in ROWS:
+            runs = [entry for entry in found if (entry["row"], entry["ratio"]) == (row, ratio)]
+            if runs:
+                lines.append(f"| {row} | {ratio:g} | {_cells(runs)} |")
+    results.write_section("pruning", "\n".join(lines))
+
+
+def _cells(runs: list[dict[str, Any]]) -> str:
+    column = lambda key: np.array([run[key] for run in runs])
+    error, miou = column("error"), 100 * column("point_miou")
+    spread = lambda values: f"{values.min():.2g} to {values.max():.2g}" if len(values) > 1 else "one seed"
+    return " | ".join(
+        [
+            f"{column('encoder_parameters').mean() / 1e6:.2f} M",
+            f"{column('macs_total').mean() / 1e9:.3f} G",
+            f"{error.mean():.2g} ({spread(error)})",
+            f"{miou.mean():.2f} ± {miou.std(ddof=1):.2f}" if len(runs) > 1 else f"{miou[0]:.2f}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"run": run, "table": table})

@@ -1,0 +1,70 @@
+"""What a model consists of, and what pruning would do to it. `python -m slimsam_jax.inspect MODEL --images DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from slimsam_jax import cli
+from slimsam_jax.errors import InputError
+
+
+def main(
+    model: Annotated[Path, tyro.conf.Positional],
+    images: tuple[Path, ...] = (),
+    ratio: float = 0.5,
+    ratios: tuple[float, ...] = (0.25, 0.5, 0.77),
+    recipe: Literal["default", "taylor", "slimsam"] = "default",
+    set: tuple[str, ...] = (),
+    importance_images: int = 32,
+    seed: int = 0,
+    out: Path = Path("inspect.png"),
+):
+    """Show the blocks of a SAM; with images, also what its channels are worth and what cutting them would cost.
+
+    Prints a table: widths, parameters and multiply-accumulates of every block. With --images, prunes
+    by each of --ratios without distilling, prints the error of the embedding, and draws the worth of
+    every channel, what --ratio would keep, and the error against the ratio.
+
+    Args:
+      model: a model folder, a .pth, or a Hugging Face SamModel folder.
+      images: folders of images; an eighth of them measures the error, the others give the importance.
+      ratio: what is drawn as kept.
+      ratios: shares of the channels to try.
+      recipe: as in slimsam_jax.compress.
+      set: choices that differ from the recipe's, as NAME=VALUE.
+      importance_images: how many images importance or statistics are estimated from.
+      seed: of noise and order of images.
+      out: the picture to write.
+    """
+    tried = sorted({ratio, *ratios})
+    if not all(0 < r < 1 for r in tried):
+        raise InputError(f"--ratio and --ratios must lie between 0 and 1, and {tried} do not")
+    if importance_images < 1:
+        raise InputError(f"--importance-images {importance_images} must be at least 1")
+    if images:
+        cli.check_file(out)
+    from converters.from_torch import load
+    from slimsam_jax import study
+    from slimsam_jax.data import find_images
+    from slimsam_jax.recipes import RECIPES
+
+    choices = RECIPES[recipe].change(set)
+    found = find_images(images) if images else []
+    sam = load(model)
+    study.print_blocks(sam.config)
+    if not images:
+        return
+    bench = study.Bench(sam, choices, found, importance_images, seed)
+    slims = {}
+    for r in tried:
+        slims[r] = bench.prune(r)
+        print(f"ratio {r:<5g} error of the embedding, before any distillation: {slims[r].error:.3g} of its variance")
+    study.draw(bench, slims, ratio, out)
+    print(f"drawn in {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

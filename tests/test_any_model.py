@@ -1,0 +1,138 @@
+"""`pruning/` on models that are no SAM: trees, axes and functions are all it knows."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slimsam_jax import pruning
+from slimsam_jax.pruning import importance, masks
+from slimsam_jax.pruning.group import Group, Member, check_groups
+
+RANDOM = np.random.default_rng(0)
+
+
+class Mlp(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.gelu(nn.Dense(self.width, name="first")(x))
+        return nn.Dense(3, name="last")(x)
+
+
+def mlp(params, x):
+    return Mlp(len(params["first"]["bias"])).apply({"params": params}, x)
+
+
+MLP_GROUPS = [
+    Group("hidden", 8, (Member("first/kernel", 1, True), Member("first/bias", 0), Member("last/kernel", 0, True)))
+]
+
+
+class ConvNet(nn.Module):
+    """A stem, two residual blocks, and a head: the stream's channels are one group through all of them."""
+
+    width: int
+    inner: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, x):
+        conv = lambda features, name: nn.Conv(features, (3, 3), name=name)
+        x = conv(self.width, "stem")(x)
+        for i, inner in enumerate(self.inner):
+            x = x + conv(self.width, f"down_{i}")(nn.gelu(conv(inner, f"up_{i}")(x)))
+        return nn.Dense(4, name="head")(x.mean((1, 2)))
+
+
+def conv_net(params, x):
+    inner = tuple(len(params[f"up_{i}"]["bias"]) for i in range(2))
+    return ConvNet(len(params["stem"]["bias"]), inner).apply({"params": params}, x)
+
+
+def conv_groups(net: ConvNet) -> list[Group]:
+    stream = [Member("stem/kernel", 3, True), Member("stem/bias", 0), Member("head/kernel", 0, True)]
+    groups = []
+    for i, inner in enumerate(net.inner):
+        stream += [Member(f"up_{i}/kernel", 2, True), Member(f"down_{i}/kernel", 3, True), Member(f"down_{i}/bias", 0)]
+        own = (Member(f"up_{i}/kernel", 3, True), Member(f"up_{i}/bias", 0), Member(f"down_{i}/kernel", 2, True))
+        groups.append(Group(f"inner_{i}", inner, own))
+    return [Group("stream", net.width, tuple(stream)), *groups]
+
+
+def recurrent(params, x):
+    """A plain dict of arrays: a recurrent net whose state is read and written by the same array."""
+    state = jnp.zeros((len(x), params["loop"].shape[0]))
+    for t in range(x.shape[1]):
+        state = jnp.tanh(x[:, t] @ params["in"] + state @ params["loop"])
+    return state @ params["out"]
+
+
+RECURRENT_GROUPS = [
+    Group("state", 7, (Member("in", 1, True), Member("loop", 0, True), Member("loop", 1, True), Member("out", 0, True)))
+]
+
+
+def array(*shape):
+    return jnp.asarray(RANDOM.standard_normal(shape), jnp.float32)
+
+
+def init(module, x):
+    return module.init(jax.random.key(0), x)["params"]
+
+
+VECTORS, PICTURES, SERIES = array(5, 4), array(5, 6, 4, 3), array(5, 4, 3)
+NET = ConvNet(6, (8, 10))
+CASES = [
+    pytest.param(mlp, init(Mlp(8), VECTORS), VECTORS, MLP_GROUPS, id="flax-mlp"),
+    pytest.param(conv_net, init(NET, PICTURES), PICTURES, conv_groups(NET), id="conv-residual"),
+    pytest.param(
+        recurrent,
+        {"in": array(3, 7), "loop": 0.3 * array(7, 7), "out": array(7, 2)},
+        SERIES,
+        RECURRENT_GROUPS,
+        id="dict",
+    ),
+]
+
+
+@pytest.mark.parametrize(("apply", "params", "x", "groups"), CASES)
+@pytest.mark.parametrize("criterion", ["taylor", "fisher", "magnitude", "random"])
+def test_prune_anything(apply, params, x, groups, criterion):
+    check_groups(params, groups)
+    grads = importance.disturbed_gradients(apply, params, [x, x], jax.random.key(0))
+    scores = importance.channel_scores(params, grads, groups, criterion)
+    keep = masks.keep_global(scores, 0.5)
+    assert sum(map(len, keep.values())) == masks.rounded_width(sum(g.size for g in groups), 0.5)
+    masked = apply(masks.apply_masks(params, masks.mask_tree(params, groups, keep)), x)
+    shrunk = masks.shrink(params, groups, keep)
+    np.testing.assert_allclose(apply(shrunk, x), masked, atol=1e-5)
+
+
+@pytest.mark.parametrize(("apply", "params", "x", "groups"), CASES)
+def test_channels_that_do_nothing_go_first(apply, params, x, groups):
+    """A channel whose weights out of it are zero has no gradient into it, and none out of it matters."""
+    group = groups[-1]
+    useful = np.sort(RANDOM.permutation(group.size)[: group.size // 2])
+    dead = masks.mask_tree(params, [group], {group.name: useful})
+    params = masks.apply_masks(params, dead)
+    grads = importance.disturbed_gradients(apply, params, [x], jax.random.key(1))
+    scores = importance.channel_scores(params, grads, [group])
+    keep = masks.keep_widths(scores, {group.name: len(useful)})
+    np.testing.assert_array_equal(keep[group.name], useful)
+
+
+def test_the_folder_imports_no_framework_and_no_sam():
+    allowed = {"jax", "numpy", "slimsam_jax.pruning", "__future__", "collections", "dataclasses", "difflib", "typing"}
+    for path in Path(pruning.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                assert any(name == a or name.startswith(f"{a}.") for a in allowed), f"{path.name} imports {name}"

@@ -1,0 +1,200 @@
+"""Widths from ratios and budgets, and the choices of a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimsam_jax import metrics, widths
+from slimsam_jax.checkpoint import abstract_params
+from slimsam_jax.errors import InputError
+from slimsam_jax.models.config import preset
+from slimsam_jax.pruning import budget, masks
+from slimsam_jax.recipes import RECIPES, Recipe
+from slimsam_jax.widths import Budget, Target, with_widths
+
+
+def test_allocation_by_hand():
+    worth = {"a": np.array([9.0, 5.0, 1.0]), "b": np.array([8.0, 7.0, 6.0])}
+    even = {name: np.arange(4.0) for name in worth}
+    assert budget.allocate(worth, even, 4) == {"a": 1, "b": 3}
+    dear = {"a": np.arange(4.0), "b": 3 * np.arange(4.0)}  # b's 8 for 3 is worth less than a's 5 for 1, not 1 for 1
+    assert budget.allocate(worth, dear, 5) == {"a": 2, "b": 1}
+    assert budget.allocate(worth, even, 100) == {"a": 3, "b": 3}
+    assert budget.allocate(worth, even, 2) == {"a": 1, "b": 1}
+    assert budget.allocate(worth, even, 4, least=0.7) == {"a": 2, "b": 2}
+    with pytest.raises(budget.TooSmall, match="less than the 2 "):
+        budget.allocate(worth, even, 1.5)
+
+
+def test_allocation_with_costs_that_jump():
+    """A step that costs nothing is taken, one that costs too much is left out."""
+    worth = {"a": np.array([4.0, 3.0, 2.0, 1.0])}
+    stairs = {"a": np.array([0.0, 5, 5, 10, 10])}
+    assert budget.allocate(worth, stairs, 5) == {"a": 2}
+    assert budget.allocate(worth, stairs, 9.9) == {"a": 2}
+    assert budget.allocate(worth, stairs, 10) == {"a": 4}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    share=st.floats(0.3, 1.0),
+    multiple=st.sampled_from([1, 4, 8]),
+    seed=st.integers(0, 99),
+)
+def test_allocation_keeps_its_promises(sizes, share, multiple, seed):
+    random = np.random.default_rng(seed)
+    worth = {str(i): -np.sort(-random.random(size)) for i, size in enumerate(sizes)}
+    costs = {name: random.uniform(1, 5) * np.arange(len(gains) + 1) for name, gains in worth.items()}
+    room = share * sum(cost[-1] for cost in costs.values())
+    try:
+        found = budget.allocate(worth, costs, room, multiple)
+    except budget.TooSmall:
+        smallest = sum(costs[name][min(multiple, len(gains))] for name, gains in worth.items())
+        assert smallest > room
+        return
+    spent = sum(costs[name][width] for name, width in found.items())
+    assert spent <= room
+    for name, width in found.items():
+        chunk = min(multiple, len(worth[name]))
+        assert width >= chunk and width % chunk == 0
+        if width + chunk <= len(worth[name]):  # nothing more fits
+            assert spent + costs[name][width + chunk] - costs[name][width] > room
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "amount"),
+    [("params=9.1M", "params", 9.1e6), ("macs=47G", "macs", 47e9), ("latency=120ms", "latency", 0.12)],
+)
+def test_budgets_are_read(text, kind, amount):
+    found = Budget.parse(text)
+    assert found.kind == kind and found.amount == pytest.approx(amount)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "params", "params=", "params=-3M", "macs=4X", "latency=120", "size=3M", "params=0"]
+)
+def test_what_is_no_budget_is_refused(text):
+    with pytest.raises(InputError, match="--budget"):
+        Budget.parse(text)
+
+
+def test_closed_form_parameters_count_every_array():
+    for config in (tiny_config(), preset("vit_p77"), tiny_config(heads=3, head_dim=5, embed_dim=17)):
+        shapes = abstract_params(config)
+        assert metrics.encoder_parameters(config) == metrics.parameters(shapes["image_encoder"])
+        assert metrics.sam_parameters(config) == metrics.parameters(shapes)
+
+
+def worth_of(config, seed=0):
+    random = np.random.default_rng(seed)
+    sizes = {f"blocks_{i}/attn": b.head_dim for i, b in enumerate(config.blocks)}
+    sizes |= {f"blocks_{i}/mlp": b.mlp_dim for i, b in enumerate(config.blocks)}
+    return {name: -np.sort(-random.random(size)) for name, size in sizes.items()}
+
+
+VIT_B = preset("vit_b")
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("text", ["params=28M", "params=9.7M", "macs=152G", "macs=47G"])
+def test_a_budget_is_met_within_a_percent(text, multiple, uniform):
+    """ViT-B, about to SlimSAM-50 and -77: both stages, with the widths alone."""
+    wanted, recipe = Budget.parse(text), dataclasses.replace(Recipe(), multiple=multiple)
+    target = Target(budget=wanted)
+    config = dataclasses.replace(VIT_B, embed_dim=widths.embedding_width(VIT_B, target, recipe))
+    chosen = widths.bottleneck_widths(config, worth_of(config), target, recipe, uniform)
+    slim = with_widths(config, chosen)
+    assert 0.99 * wanted.amount <= wanted.cost(slim) <= wanted.amount
+    assert slim.embed_dim % multiple == 0 and (slim.uniform or not uniform)
+    if not uniform:
+        assert all(width % multiple == 0 for width in chosen.values())
+
+
+@pytest.mark.parametrize("text", ["params=100M", "params=4M", "macs=1G"])
+def test_a_budget_out_of_reach_is_refused(text):
+    with pytest.raises(InputError, match="choose something between"):
+        Target(budget=Budget.parse(text)).channel_ratio(VIT_B)
+
+
+def test_latency_budget_is_measured(monkeypatch):
+    """With a clock that charges by the MAC, the result meets the budget as measured, not as the parts promised."""
+    seconds = lambda config: 1e-3 + metrics.encoder_macs(config).total * 1e-11
+    monkeypatch.setattr(widths, "encoder_seconds", lambda configs: [seconds(config) for config in configs])
+
+    def blocks(config, some):  # parts are measured 20 % too slow
+        alone = [dataclasses.replace(config, blocks=(block,)) for block in some]
+        return [1.2 * seconds(config) for config in alone]
+
+    monkeypatch.setattr(widths, "block_seconds", blocks)
+    wanted = Budget.parse("latency=600ms")
+    target = Target(budget=wanted)
+    widths._ratio_of.cache_clear()
+    config = dataclasses.replace(VIT_B, embed_dim=widths.embedding_width(VIT_B, target, Recipe()))
+    slim = with_widths(config, widths.bottleneck_widths(config, worth_of(config), target, Recipe(), False))
+    widths._ratio_of.cache_clear()
+    assert seconds(slim) == pytest.approx(0.6, rel=0.01)
+
+
+def test_real_times_rise_with_the_widths():
+    config = tiny_config(image_size=(128, 128), embed_dim=96, heads=4, head_dim=24, mlp_dim=1024)
+    tables = widths.group_costs(config, "latency")
+    assert set(tables) == set(worth_of(config))
+    for name, worth in worth_of(config).items():
+        assert tables[name].shape == (len(worth) + 1,) and (np.diff(tables[name]) >= 0).all()
+    assert tables["blocks_0/mlp"][-1] > 0
+
+
+@pytest.mark.parametrize("compete", ["macs", "params", "kind", "block"])
+def test_ratios(compete):
+    config = dataclasses.replace(VIT_B, embed_dim=384)
+    recipe = dataclasses.replace(Recipe(), compete=compete)
+    found = widths.bottleneck_widths(config, worth_of(config), Target(0.5), recipe, uniform=False)
+    slim, even = with_widths(config, found), preset("vit_p50")
+    if compete == "kind":
+        assert sum(b.head_dim for b in slim.blocks) == 12 * 32 and sum(b.mlp_dim for b in slim.blocks) == 12 * 1536
+    if compete == "block":
+        assert slim == even
+    if compete in ("macs", "params"):
+        cost = Budget(compete, 1).cost
+        assert 0.999 * cost(even) <= cost(slim) <= cost(even)
+    assert min(b.mlp_dim for b in slim.blocks) >= 1536 / 4 and min(b.head_dim for b in slim.blocks) >= 32 / 4
+
+
+def test_values_that_differ_between_heads():
+    """Two copies keep their own channels; the widths are shared."""
+    keep = masks.keep_widths({"v": np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])}, {"v": 2})
+    np.testing.assert_array_equal(keep["v"], [[0, 2], [1, 2]])
+    np.testing.assert_array_equal(masks.worth_of({"v": np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])})["v"], [6, 4, 2])
+
+
+def test_choices_are_set_by_name():
+    recipe = RECIPES["default"].change(["multiple=8", "criterion=fisher", "slice_rel_pos=False", "least=0.1"])
+    assert (recipe.multiple, recipe.criterion, recipe.slice_rel_pos, recipe.least) == (8, "fisher", False, 0.1)
+    assert RECIPES["slimsam"].change([]) == RECIPES["slimsam"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("multipel=8", "nearest are multiple"),
+        ("multiple", "NAME=VALUE"),
+        ("multiple=eight", "is no int"),
+        ("multiple=0", "at least 1"),
+        ("criterion=best", "none of projection, taylor"),
+        ("slice_rel_pos=maybe", "is no bool"),
+        ("least=1", "not a share"),
+        ("noise_std=nan", "must be positive"),
+        ("whole_heads=true", "scores of whole channels"),
+    ],
+)
+def test_choices_that_are_none_are_refused(setting, message):
+    with pytest.raises(InputError, match=message):
+        RECIPES["default"].change([setting])
