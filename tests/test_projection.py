@@ -172,7 +172,7 @@ def test_sensitivity_is_the_jacobian_of_the_embedding(model):
     predicted = direction @ many["sensitivity"]["out"][1] @ direction / 300
     # The last block's output has its tokens changed one by one: the neck mixes neighbours.
     pixels = preprocess(config, images[0]["image"], images[0]["size"])
-    network, step, error = make_encoder(config, jnp.float32), 1e-2, 0.0
+    network, step, error = make_encoder(config, 2, jnp.float32), 1e-2, 0.0
     shifts = jax.tree.map(jnp.zeros_like, network.init(jax.random.key(0), pixels)["perturbations"])
 
     @jax.jit

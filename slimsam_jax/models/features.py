@@ -10,12 +10,15 @@ from slimsam_jax.models.config import GLOBAL, Config
 from slimsam_jax.models.image_encoder import Features, ImageEncoder
 from slimsam_jax.models.sam import Params, preprocess
 
-# A block's activations at 64 x 64 tokens do not fit beside each other: recompute them in the backward pass.
-REMAT_TOKENS = 1024
+# Above this many numbers in the residual stream (images x tokens x channels x blocks, all devices together)
+# each block is computed again in the backward pass instead of being kept: more than one image of ViT-B at 1024 px.
+REMAT_ABOVE = 2**26
 
 
-def make_encoder(config: Config, dtype: Any) -> ImageEncoder:
-    return ImageEncoder(config, dtype, remat=config.grid[0] * config.grid[1] >= REMAT_TOKENS)
+def make_encoder(config: Config, images: int, dtype: Any) -> ImageEncoder:
+    """For batches of so many images."""
+    stream = images * config.grid[0] * config.grid[1] * config.embed_dim * len(config.blocks)
+    return ImageEncoder(config, dtype, remat=stream > REMAT_ABOVE)
 
 
 def run_encoder(config: Config, encoder: Params, batch: dict[str, jax.Array], dtype: Any = None):
@@ -26,7 +29,7 @@ def run_encoder(config: Config, encoder: Params, batch: dict[str, jax.Array], dt
       dtype: of the computation; the parameters' if None.
     """
     pixels = preprocess(config, batch["image"], batch["size"])
-    return make_encoder(config, dtype or encoder["pos_embed"].dtype).apply({"params": encoder}, pixels)
+    return make_encoder(config, len(pixels), dtype or encoder["pos_embed"].dtype).apply({"params": encoder}, pixels)
 
 
 def bottleneck_features(config: Config, features: Features) -> dict[str, list[jax.Array]]:

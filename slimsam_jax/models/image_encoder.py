@@ -51,7 +51,7 @@ class Attention(nn.Module):
 
 # Above this many logits per head, queries are taken a few rows at a time: at 64 x 64 tokens the logits of
 # one ViT-B block are 0.8 GB in float32, and their gradients as much again.
-LOGITS_AT_ONCE = 2**20
+LOGITS_AT_ONCE = 2**22
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, rel_pos_h: jax.Array, rel_pos_w: jax.Array) -> jax.Array:

@@ -116,7 +116,7 @@ def _sensitivity(config: Config, encoder: Params, batch: Batch, key: jax.Array) 
       Sums over tokens: "middle", "out": a [D, D] per block, "queries": a [d, d] per block (mean over heads).
     """
     pixels = preprocess(config, batch["image"], batch["size"])
-    model = make_encoder(config, encoder["pos_embed"].dtype)
+    model = make_encoder(config, len(pixels), encoder["pos_embed"].dtype)
     shapes = jax.eval_shape(model.init, key, pixels)["perturbations"]
 
     def embed(perturbations: Any) -> jax.Array:
