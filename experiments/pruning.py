@@ -10,6 +10,7 @@ into experiments/README.md.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -83,12 +84,13 @@ def run(teacher: Path, images: Path, val: Path, part: str = "0/1") -> None:
     mine, parts = map(int, part.split("/"))
     bench = Bench(load(teacher), data.find_images([images]), data.find_images([val]))
     for row, ratio, seed in plan()[mine::parts]:
-        key = {"row": row, "ratio": ratio, "seed": seed}
+        name, settings = ROWS[row]
+        recipe = RECIPES[name].change(settings)
+        key = {"row": row, "ratio": ratio, "seed": seed, "recipe": dataclasses.asdict(recipe), "images": IMAGES}
         if results.find(FILE, key):
             continue
         start = time.perf_counter()
-        name, settings = ROWS[row]
-        slim = bench.prune(RECIPES[name].change(settings), ratio, seed)
+        slim = bench.prune(recipe, ratio, seed)
         numbers = bench.measure(slim) | {"seconds": time.perf_counter() - start}
         results.append(FILE, key | numbers)
         print(f"{row} {ratio} {seed}: error {numbers['error']:.3g}, mIoU {numbers['point_miou']:.4f}", flush=True)
@@ -105,13 +107,9 @@ class Bench:
         self.batches: dict[Any, list[Any]] = {}
 
     def calibration(self, recipe: Recipe, seed: int) -> Callable[[str], Iterable[Any]]:
-        key = recipe.signal, seed
+        key = recipe.criterion == "projection", recipe.signal, seed
         if key not in self.batches:
-            config = self.teacher.config
-            if recipe.signal == "masks":
-                stream = labels.AnnotatedBatches(self.images, config, BATCH, seed)
-            else:
-                stream = data.Batches(self.images, config.image_size, BATCH, seed)
+            stream = labels.calibration_stream(recipe, self.images, self.teacher.config, BATCH, seed)
             self.batches[key] = list(itertools.islice(stream, IMAGES // BATCH))
         return lambda name: train.calibration(iter(self.batches[key]), len(self.batches[key]))
 

@@ -23,7 +23,7 @@ README = Path(__file__).parent / "README.md"
 @functools.cache
 def machine() -> dict[str, Any]:
     """Where and with what a number was made."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=FOLDER.parent)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=FOLDER.parent)
     return {
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)),

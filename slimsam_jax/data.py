@@ -131,13 +131,16 @@ class Batches:
 
     def _load(self, path: Path) -> dict[str, np.ndarray] | None:
         try:
-            image, size = resize_and_pad(read_image(path), self.image_size)
-            return {"image": image, "size": size}
+            return self._read(path)
         except InputError as error:
             self.skipped[path] = str(error)
             if len(self.skipped) == len(self.paths):
-                raise RunError(f"none of the {len(self.paths)} images can be decoded; the last: {error}") from None
+                raise RunError(f"none of the {len(self.paths)} images can be used; the last: {error}") from None
             return None
+
+    def _read(self, path: Path) -> dict[str, np.ndarray]:
+        image, size = resize_and_pad(read_image(path), self.image_size)
+        return {"image": image, "size": size}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from slimsam_jax.data import Annotation, Batches, read_annotations
+from slimsam_jax.data import Annotation, Batches
 from slimsam_jax.errors import InputError
+from slimsam_jax.evaluation import read_annotated
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.features import run_encoder
 from slimsam_jax.models.prompt_encoder import prompt_points
 from slimsam_jax.models.sam import Sam, decode, to_model_frame
+from slimsam_jax.recipes import Recipe
 
 PROMPTS = 4  # annotations per image
 
@@ -44,19 +46,20 @@ class AnnotatedBatches(Batches):
         self.config = config
         super().__init__(annotated(paths), config.image_size, batch, seed)
 
-    def _load(self, path: Path) -> dict[str, np.ndarray] | None:
-        item = super()._load(path)
-        try:
-            annotations = read_annotations(path)
-            if not annotations:
-                raise InputError(f"{path} has no annotation")
-        except InputError as error:
-            self.skipped[path] = str(error)
-            return None
-        if item is None:
-            return None
+    def _read(self, path: Path) -> dict[str, np.ndarray]:
+        _, annotations = read_annotated(path)
+        if not annotations:
+            raise InputError(f"{path} has no annotation")
         chosen = [annotations[i] for i in np.linspace(0, len(annotations) - 1, PROMPTS).astype(int)]
+        item = super()._read(path)
         return item | _prompts(chosen, tuple(item["size"]), self.config)
+
+
+def calibration_stream(recipe: Recipe, paths: Sequence[Path], config: Config, batch: int, seed: int) -> Batches:
+    """What a recipe learns from, to cut by: images, with annotations if it reads those."""
+    if recipe.criterion != "projection" and recipe.signal == "masks":
+        return AnnotatedBatches(paths, config, batch, seed)
+    return Batches(paths, config.image_size, batch, seed)
 
 
 def _prompts(chosen: Sequence[Annotation], size: tuple[int, int], config: Config) -> dict[str, np.ndarray]:

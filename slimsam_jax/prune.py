@@ -81,12 +81,10 @@ def gradients(sam: Sam, recipe: Recipe, calibration: Calibration, seed: int) -> 
     batches = calibration("importance")
     if recipe.signal == "masks":
         loss = functools.partial(labels.mask_loss, sam)
-        return _check_finite(importance.loss_gradients(loss, encoder, batches, recipe.gradients))
+        return _check_finite(importance.loss_gradients(loss, encoder, batches, recipe.gradients, distill.data_mesh()))
     embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
-    key = jax.random.key(seed)
-    return _check_finite(
-        importance.disturbed_gradients(embed, encoder, batches, key, recipe.noise_std, recipe.gradients, recipe.probes)
-    )
+    options = (recipe.noise_std, recipe.gradients, recipe.probes, distill.data_mesh())
+    return _check_finite(importance.disturbed_gradients(embed, encoder, batches, jax.random.key(seed), *options))
 
 
 def choose(
@@ -146,9 +144,9 @@ def _choose_as_reference(
 def _choose_heads(heads: Scores, mlp: Scores, recipe: Recipe, target: Target) -> Keep:
     """Whole heads compete with heads, MLP channels with MLP channels, over all blocks."""
     normal = lambda scores: reference.normalize(scores, recipe.normalizer)
-    return masks.keep_global(normal(heads), target.ratio, least=recipe.least) | masks.keep_global(
-        normal(mlp), target.ratio, recipe.multiple, recipe.least
-    )
+    least = recipe.least * (1 - target.ratio)
+    kept = masks.keep_global(normal(heads), target.ratio, least=least)
+    return kept | masks.keep_global(normal(mlp), target.ratio, recipe.multiple, least)
 
 
 def _choose_values(keep: Keep, logits: Scores, values: Scores) -> Keep:
@@ -209,8 +207,8 @@ def project(
 
 
 def _moments(sam: Sam, batches: Iterable[Batch], seed: int, *parts: statistics.Part) -> statistics.Moments:
-    statistic = statistics.moments_of(sam.config, parts)
-    return _check_finite(statistics.accumulate(statistic, sam.params["image_encoder"], batches, seed))
+    encoder = distill.replicate(sam.params["image_encoder"], distill.data_mesh())
+    return _check_finite(statistics.accumulate(statistics.moments_of(sam.config, parts), encoder, batches, seed))
 
 
 def _sensitivity(recipe: Recipe) -> tuple[statistics.Part, ...]:

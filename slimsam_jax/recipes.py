@@ -18,13 +18,16 @@ Weights = dict[str, float]
 class Recipe:
     """How to prune and distil. What each choice does before any distillation is measured in experiments/README.md.
 
+    "projection" reads `weighting`, `compete`, `multiple` and `least`, no other choice of the first three parts;
+    `reference_selection` leaves `multiple`, `least` and `values_apart` aside.
+
     What is cut:
       criterion: "taylor" is the paper's Disturbed Taylor, on whole channels; "fisher", "magnitude" and "random" are
         other scores (`pruning.importance`). "projection" chooses a basis first and cuts in that.
       signal: the gradient that "taylor" and "fisher" read. "disturbance": of the distance between the embedding and
         itself plus noise, without labels; "masks": of the loss of annotated masks, the paper's baseline.
-      gradients: "rms" reduces gradients over images to the root of their summed squares, an estimate of
-        the Jacobian's size; "sum" adds them up as the reference does, which is one draw of a random walk.
+      gradients: "rms" reduces gradients over images to the root of their summed squares, up to scale an
+        estimate of the Jacobian's size; "sum" adds them up as the reference does, which is one draw of a random walk.
       probes: draws of noise per image.
       noise_std: of the disturbing noise (paper: 0.01; ranks do not depend on it).
       weighting: "disturbed" measures what a projection of the bottlenecks loses by what becomes of it in the
@@ -39,7 +42,8 @@ class Recipe:
       normalizer: makes the blocks' scores comparable before they compete; not used by "projection", whose worth
         has a unit. The reference's best is "gaussian", which gives every block the same spread and so hides that
         some blocks matter less.
-      multiple: every width that stays is a multiple of this; hardware likes 8 or 16.
+      multiple: every width that stays is a multiple of this (one that was narrower stays as it is); hardware likes
+        8 or 16.
       least: every block keeps this share of the width that an even cut would leave it: scores are of first order
         and cannot see a block vanish.
       values_apart: the heads keep different channels of v and proj. Those of q and k they must share, with the
@@ -110,6 +114,10 @@ class Recipe:
         for field in ("noise_std", "learning_rate"):
             if not 0 < getattr(self, field) < math.inf:
                 raise InputError(f"{field} {getattr(self, field)} must be positive")
+        if self.normalizer == "gaussian" and self.compete in ("macs", "params"):
+            raise InputError(
+                "normalizer gaussian gives negative scores, which have no price: set compete=kind, or minmax"
+            )
         if self.whole_heads and (self.criterion == "projection" or self.reference_selection or self.values_apart):
             raise InputError("whole_heads goes with scores of whole channels alone (recipe taylor, values_apart false)")
 

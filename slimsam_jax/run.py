@@ -79,6 +79,8 @@ def prepare(options: Options) -> tuple[Run, list[Path]]:
     recipe = RECIPES[options.recipe].change(options.set)
     budget = None if options.budget is None else Budget.parse(options.budget)
     target = Target(options.channel_ratio(), budget)
+    if budget and recipe.normalizer == "gaussian" and recipe.criterion != "projection":
+        raise InputError("--budget needs scores that are not negative; add --set normalizer=none")
     if recipe.whole_heads and (options.uniform or options.budget):
         raise InputError("whole_heads goes neither with --uniform nor with --budget: they fix the number of heads")
     teacher = load(options.teacher or data.embedded_teacher())
@@ -91,7 +93,8 @@ def prepare(options: Options) -> tuple[Run, list[Path]]:
         data.check_one_is_readable(paths)
     if recipe.criterion != "projection" and recipe.signal == "masks":
         labels.annotated(images)
-    widths.check(teacher.config, target, recipe, options.uniform)
+    if not options.resume:  # a latency may be measured otherwise the second time
+        widths.check(teacher.config, target, recipe, options.uniform)
     steps = max(1, recipe.passes * len(images) // batch) if options.steps is None else options.steps
     origin = provenance(options, recipe, teacher, images, steps, batch)
     folder = RunFolder(options.out, origin, options.resume)
@@ -134,10 +137,7 @@ def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
     count = max(1, min(options.importance_images, len(run.images)) // devices)
 
     def calibration(name: str) -> Iterable[Any]:
-        if run.recipe.criterion != "projection" and run.recipe.signal == "masks":
-            batches = labels.AnnotatedBatches(run.images, config, devices, options.seed)
-        else:
-            batches = data.Batches(run.images, config.image_size, devices, options.seed)
+        batches = labels.calibration_stream(run.recipe, run.images, config, devices, options.seed)
         return track(train.calibration(batches, count), name, count, per_item=devices)
 
     return prune_sam(previous, stage, run.recipe, run.target, calibration, options.seed, options.uniform)

@@ -67,11 +67,8 @@ class Bench:
         held_out = list(images[::8])[:16]
         used = [path for path in images if path not in held_out] or held_out
         batch = jax.local_device_count()
-        if recipe.criterion != "projection" and recipe.signal == "masks":
-            stream = labels.AnnotatedBatches(used, sam.config, batch, seed)
-        else:
-            data.check_one_is_readable(used)
-            stream = data.Batches(used, sam.config.image_size, batch, seed)
+        data.check_one_is_readable(used)
+        stream = labels.calibration_stream(recipe, used, sam.config, batch, seed)
         self.batches = list(itertools.islice(stream, max(1, min(count, len(used)) // batch)))
         found, skipped = map_readable(data.read_image, held_out)
         if not found:

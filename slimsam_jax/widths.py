@@ -33,7 +33,8 @@ class Budget:
 
     Attributes:
       kind: "params", parameters of the whole SAM; "macs", multiply-accumulates of the image encoder for one
-        image, attention included; "latency", seconds of the image encoder for one image on this machine.
+        image, attention included; "latency", seconds of the image encoder for one image on this machine, in
+        float32.
       amount: in those units.
     """
 
@@ -110,9 +111,14 @@ def even_cut(config: Config, ratio: float) -> Config:
 
 
 def embedding_width(config: Config, target: Target, recipe: Recipe) -> int:
-    """A multiple of the heads, so that equal heads can fill it."""
+    """A multiple of the heads, so that equal heads can fill it; for a budget wide enough that it can be used up."""
     multiple = math.lcm(config.blocks[0].heads, recipe.multiple)
-    return masks.rounded_width(config.embed_dim, target.channel_ratio(config), multiple)
+    width = masks.rounded_width(config.embed_dim, target.channel_ratio(config), multiple)
+    if target.budget and target.budget.kind != "latency":
+        cost = lambda width: target.budget.cost(dataclasses.replace(config, embed_dim=width))
+        while cost(width) < target.budget.amount and width + multiple <= config.embed_dim:
+            width += multiple
+    return width
 
 
 def bottleneck_widths(config: Config, worth: Worth, target: Target, recipe: Recipe, uniform: bool) -> Widths:
@@ -129,7 +135,8 @@ def bottleneck_widths(config: Config, worth: Worth, target: Target, recipe: Reci
     if target.budget:
         return _within(target.budget, config, worth, recipe, uniform)
     if uniform:
-        return _uniform(config, worth, lambda size: masks.rounded_width(size, target.ratio, recipe.multiple))
+        width = lambda size: masks.rounded_width(size, target.ratio, recipe.multiple)
+        return _uniform(config, worth, width, recipe.multiple)
     if recipe.compete == "block":
         return masks.local_widths(worth, target.ratio, recipe.multiple)
     if recipe.compete in ("params", "macs"):
@@ -144,28 +151,44 @@ def bottleneck_widths(config: Config, worth: Worth, target: Target, recipe: Reci
 
 
 def check(config: Config, target: Target, recipe: Recipe, uniform: bool) -> None:
-    """Raises InputError now for what could not be met in stage 2; times are not measured for this."""
-    config = dataclasses.replace(config, embed_dim=embedding_width(config, target, recipe))
+    """Raises InputError now for what could not be met later. A latency budget is held against measured times."""
+    embed_dim, heads = embedding_width(config, target, recipe), config.blocks[0].heads
+    ratio = target.channel_ratio(config)
+    if recipe.reference_selection and (config.embed_dim % heads or config.embed_dim * (1 - ratio) < heads):
+        raise InputError(
+            f"the reference rounds the embedding down to a multiple of the {heads} heads: "
+            f"{config.embed_dim} channels must be one, and at ratio {ratio:.3g} none would stay"
+        )
     if target.budget is None or target.budget.kind != "latency":
+        config = dataclasses.replace(config, embed_dim=embed_dim)
         sizes = {f"blocks_{i}/attn": block.head_dim for i, block in enumerate(config.blocks)}
         sizes |= {f"blocks_{i}/mlp": block.mlp_dim for i, block in enumerate(config.blocks)}
         equal = {name: np.ones(size) for name, size in sizes.items()}
         bottleneck_widths(config, equal, target, recipe, uniform)
 
 
-def _uniform(config: Config, worth: Worth, mlp_width: Callable[[int], int]) -> Widths:
+def _uniform(config: Config, worth: Worth, mlp_width: Callable[[int], int], multiple: int) -> Widths:
     head_dim = config.embed_dim // config.blocks[0].heads
     return {
-        name: head_dim if name.endswith("attn") else stock_mlp_dim(config.embed_dim, mlp_width(len(gains)))
+        name: head_dim
+        if name.endswith("attn")
+        else stock_mlp_dim(config.embed_dim, mlp_width(len(gains)), min(multiple, len(gains)))
         for name, gains in worth.items()
     }
 
 
-def stock_mlp_dim(embed_dim: int, width: int) -> int:
-    """The width asked for, or the next smaller one that survives stock SAM's int(embed_dim * mlp_ratio)."""
-    while int(embed_dim * (width / embed_dim)) != width:
-        width -= 1
-    return width
+def stock_mlp_dim(embed_dim: int, width: int, multiple: int = 1) -> int:
+    """The width asked for, or the next smaller one that survives stock SAM's int(embed_dim * mlp_ratio).
+
+    Raises:
+      InputError: there is none.
+    """
+    for narrower in range(width, 0, -multiple):
+        if int(embed_dim * (narrower / embed_dim)) == narrower:
+            return narrower
+    raise InputError(
+        f"no MLP of at most {width} channels survives stock SAM's rounding; cut less, or without --uniform"
+    )
 
 
 def with_widths(config: Config, widths: Mapping[str, int]) -> Config:
@@ -184,29 +207,44 @@ def _within(wanted: Budget, config: Config, worth: Worth, recipe: Recipe, unifor
 
     def choose(room: float) -> Widths:
         if uniform:
-            return _uniform_within(config, worth, room, tables)
+            return _uniform_within(config, worth, room, tables, recipe.multiple)
         return budget.allocate(worth, tables, room, recipe.multiple, recipe.least * max(0.0, room / whole))
 
     try:
         widths = choose(room)
-        for _ in range(3 if wanted.kind == "latency" else 0):
-            # Times of parts do not quite add up to the time of the whole: measure it, and correct.
-            room += wanted.amount - wanted.cost(with_widths(config, widths))
-            widths = choose(room)
     except budget.TooSmall as error:
         raise InputError(
             f"the bottlenecks cannot be made as narrow as asked for: of {wanted.kind}, {error}; "
             f"cut less, or choose a smaller multiple ({recipe.multiple}) or least ({recipe.least:g})"
         ) from None
-    return widths
+    return _measured(wanted, config, widths, room, choose) if wanted.kind == "latency" else widths
 
 
-def _uniform_within(config: Config, worth: Worth, room: float, tables: budget.Costs) -> Widths:
+def _measured(
+    wanted: Budget, config: Config, widths: Widths, room: float, choose: Callable[[float], Widths], rounds: int = 4
+) -> Widths:
+    """Of a few tries the widths whose time is nearest: times of parts do not quite add up to that of the whole."""
+    tries = []
+    for _ in range(rounds):
+        seconds = wanted.cost(with_widths(config, widths))
+        tries.append((abs(seconds / wanted.amount - 1), widths))
+        if tries[-1][0] < 0.005:
+            break
+        room += wanted.amount - seconds
+        try:
+            widths = choose(room)
+        except budget.TooSmall:
+            break
+    return min(tries, key=lambda tried: tried[0])[1]
+
+
+def _uniform_within(config: Config, worth: Worth, room: float, tables: budget.Costs, multiple: int) -> Widths:
     """The widest MLPs that fit, all alike, behind heads that fill the embedding."""
     size = min(len(gains) for name, gains in worth.items() if name.endswith("mlp"))
     cost = lambda widths: sum(tables[name][width] for name, width in widths.items())
-    for width in range(size, 0, -1):
-        widths = _uniform(config, worth, lambda _, width=width: width)
+    step = min(multiple, size)
+    for width in range(size // step * step, 0, -step):
+        widths = _uniform(config, worth, lambda _, width=width: width, step)
         if cost(widths) <= room:
             return widths
     raise budget.TooSmall(

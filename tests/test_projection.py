@@ -115,7 +115,7 @@ def project(model, encoder, kind: str, widths, weighting: str):
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_nothing_cut_nothing_changed(model, weighting):
-    """In float64, all three after one another, on a rectangle whose windows need padding."""
+    """In float64, the rotations after one another, then the refit; on a rectangle whose windows need padding."""
     with jax.enable_x64():
         config = model.config
         encoder = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), model.params["image_encoder"])
@@ -152,14 +152,33 @@ def test_everything_cut_at_once_has_the_widths_asked_for(model, weighting):
     assert np.isfinite(embed(config, encoder, batches(model)[0])).all()
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_worth_falls(model, weighting):
-    config, encoder = model.config, model.params["image_encoder"]
-    found = moments(model, encoder, "attention", "mlp", "sensitivity")
-    bases = sam_projection.attention_bases(config, encoder, found, weighting)
-    units = sam_projection.hidden_units(encoder, found, weighting)
-    for worth, size in zip([b.worth for b in bases] + [u.worth for u in units], (12, 12, 40, 40), strict=True):
-        assert worth.shape == (size,) and (np.diff(worth) <= 1e-12).all()
+def test_unweighted_worth_is_the_share_of_the_stream_that_would_be_wrong(model):
+    """The first block's MLP without its last units, refitted: the stream behind it errs by what they were worth."""
+    config, encoder = model.config, jax.tree.map(jnp.asarray, model.params["image_encoder"])
+    found = moments(model, encoder, "mlp")
+    units = sam_projection.hidden_units(encoder, found, "none")
+    slim = sam_projection.project_mlp(encoder, units, [30, 40])
+    error = total = 0.0
+    for batch in batches(model):
+        before, after = (run_encoder(shrunk_config(config, e), e, batch)[1]["blocks_0"]["out"] for e in (encoder, slim))
+        error += np.square(after - before).sum()
+        total += np.square(before - before.mean(-1, keepdims=True)).sum()
+    np.testing.assert_allclose(units[0].worth[30:].sum(), error / total, rtol=0.05)
+
+
+def test_padding_of_windows_is_left_out_where_nobody_reads_it(model):
+    """4 x 3 tokens in windows of 3: two windows of nine, six of eighteen tokens padding."""
+    found = moments(model, model.params["image_encoder"], "attention")["attention"]
+    assert [m["tokens"] for m in found] == [6 * 12, 6 * 12] and [m["keys"] for m in found] == [6 * 18, 6 * 12]
+    _, features = run_encoder(model.config, model.params["image_encoder"], batches(model)[0])
+    heads = np.asarray(features["blocks_0"]["heads"]).reshape(2, 2, 3, 3, 2, 12)
+    real = np.concatenate([heads[:, 0].reshape(-1, 2, 12), heads[:, 1, :1].reshape(-1, 2, 12)])
+    one = statistics.accumulate(
+        statistics.moments_of(model.config, ["attention"]),
+        jax.tree.map(jnp.asarray, model.params["image_encoder"]),
+        batches(model)[:1],
+    )
+    np.testing.assert_allclose(one["attention"][0]["output_sum"], real.sum(0), rtol=1e-4)
 
 
 def test_sensitivity_is_the_jacobian_of_the_embedding(model):

@@ -10,8 +10,9 @@ from slimsam_jax.models.config import GLOBAL, Config
 from slimsam_jax.models.image_encoder import Features, ImageEncoder
 from slimsam_jax.models.sam import Params, preprocess
 
-# Above this many numbers in the residual stream (images x tokens x channels x blocks, all devices together)
-# each block is computed again in the backward pass instead of being kept: more than one image of ViT-B at 1024 px.
+# Above this many numbers in the residual stream (images x tokens x channels x blocks) each block is computed again in
+# the backward pass instead of being kept: more than one image of ViT-B at 1024 px. Images are those that the caller
+# sees: all devices' when training, one in the importance pass.
 REMAT_ABOVE = 2**26
 
 

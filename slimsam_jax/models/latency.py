@@ -32,13 +32,13 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def encoder_seconds(configs: Sequence[Config], dtype: Any = jnp.float32) -> list[float]:
-    """Of encoders with weights of their shapes."""
+def encoder_seconds(configs: Sequence[Config]) -> list[float]:
+    """Of encoders with weights of their shapes, float32."""
 
     def runner(config: Config) -> Callable[[], Any]:
         shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))["image_encoder"]
         params = {"image_encoder": jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), shapes)}
-        return encoder_runner(config, params, dtype)
+        return encoder_runner(config, params)
 
     return interleaved([runner(config) for config in configs], turns=15)
 
@@ -49,14 +49,19 @@ def encoder_runner(config: Config, params: Any, dtype: Any = jnp.float32) -> Cal
     return lambda: encode(config, params, frame, size, dtype)
 
 
-def block_seconds(config: Config, blocks: Sequence[Block], dtype: Any = jnp.float32) -> list[float]:
-    """Of single blocks in an encoder of this embedding and grid."""
-    tokens = jnp.ones((1, *config.grid, config.embed_dim), dtype)
+def block_seconds(config: Config, blocks: Sequence[Block]) -> list[float]:
+    """Of single blocks in an encoder of this embedding and grid, float32."""
+    tokens = jnp.ones((1, *config.grid, config.embed_dim))
 
     def runner(block: Block) -> Callable[[], Any]:
-        module = EncoderBlock(block, config.attention_span(block), dtype)
+        module = EncoderBlock(block, config.attention_span(block))
         params = {"params": jax.jit(module.init)(jax.random.key(0), tokens)["params"]}
-        apply = jax.jit(lambda params, tokens: module.apply(params, tokens)[0])
+
+        @jax.jit
+        def apply(params, tokens):
+            with jax.default_matmul_precision("highest"):  # as `encode` has it
+                return module.apply(params, tokens)[0]
+
         return lambda: apply(params, tokens)
 
     return interleaved([runner(block) for block in blocks], turns=25)

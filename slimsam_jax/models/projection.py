@@ -98,7 +98,8 @@ def attention_bases(
     the residual stream, and a channel is worth the share of the stream's variance that would be
     wrong without it (an error of the logits counting as a like share of the output's).
     Weighted, all errors are measured where they end, in the embedding, by the sensitivity, and
-    a channel is worth the share of the embedding's variance.
+    a channel is worth the share of the embedding's variance, as if the errors of different tokens
+    were not correlated.
     """
     return [_bases(encoder[f"blocks_{i}"]["attn"], moments, i, weighting) for i in range(len(config.blocks))]
 
@@ -119,10 +120,10 @@ def _bases(attn: Params, moments: Moments, i: int, weighting: Weighting) -> Atte
         return AttentionBases(logits.encode, logits.decode.T, outputs, means, written + logits.singular_values**2)
     head_dim = attn["rel_pos_h"].shape[1]
     tables = [np.float64(attn[f"rel_pos_{axis}"]) for axis in "hw"]
-    keys = m["k"] / m["tokens"] / head_dim + sum(table.T @ table / len(table) for table in tables)
+    keys = m["k"] / m["keys"] / head_dim + sum(table.T @ table / len(table) for table in tables)
     logits = projection.bilinear_basis(queries, keys)
     read = logits.singular_values**2 / (logits.singular_values**2).sum() * written.sum()
-    worth = (written + read) * moments["images"] / moments["blocks"][i]
+    worth = (written + read) * moments["tokens"] / moments["blocks"][i]
     return AttentionBases(logits.left, logits.right, outputs, means, worth)
 
 
@@ -175,7 +176,7 @@ class HiddenUnits:
             self.order, self.worth = projection.choose_units(self.covariance, self.kernel @ metric)
         else:
             self.order, gains = projection.choose_units(self.covariance, self.kernel)
-            self.worth = gains * moments["images"] / moments["blocks"][i]
+            self.worth = gains * moments["tokens"] / moments["blocks"][i]
 
     def refit(self, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Kept units (ascending), the kernel on them, and what to add to the bias."""

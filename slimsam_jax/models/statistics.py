@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax.models.config import Config
+from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.features import make_encoder, run_encoder, stream_features
+from slimsam_jax.models.image_encoder import window_partition
 from slimsam_jax.models.sam import Params, preprocess
 
 Batch = dict[str, Any]
@@ -43,7 +44,7 @@ def accumulate(statistic: Statistic, encoder: Params, batches: Iterable[Batch], 
 
 
 def moments_of(config: Config, parts: Sequence[Part]) -> Statistic:
-    """The statistic that gives {part: moments} of the parts asked for, all from the same forward pass.
+    """The statistic that gives {part: moments} of the parts asked for.
 
     Parts:
       stream: [D, D] second moment of the residual stream after patch embedding and after the attention and
@@ -56,14 +57,15 @@ def moments_of(config: Config, parts: Sequence[Part]) -> Statistic:
         embedding, features = run_encoder(config, encoder, batch)
         blocks = [features[f"blocks_{i}"] for i in range(len(config.blocks))]
         found: dict[str, Any] = {
-            "images": jnp.array(float(len(batch["image"]))),
+            "tokens": jnp.array(float(embedding[..., 0].size)),
             "embedding": jnp.square(embedding - embedding.mean()).sum(),
             "blocks": [_variance(block["out"]) for block in blocks],
         }
         if "stream" in parts:
             found["stream"] = sum(_gram(_normal(x)) for x in stream_features(config, features)["stream"])
         if "attention" in parts:
-            found["attention"] = [_attention(block) for block in blocks]
+            real = [_real_tokens(config, block) for block in config.blocks]
+            found["attention"] = [_attention(*pair) for pair in zip(blocks, real, strict=True)]
         if "mlp" in parts:
             found["mlp"] = [_mlp(block) for block in blocks]
         if "sensitivity" in parts:
@@ -88,15 +90,28 @@ def _variance(stream: jax.Array) -> jax.Array:
     return jnp.square(stream - stream.mean(-1, keepdims=True)).sum()
 
 
-def _attention(block: dict[str, jax.Array]) -> Moments:
-    """Second moments of q and k (mean over heads), of each head's output, its sum, and the number of tokens."""
-    q, k, o = (block[name].reshape(-1, *block[name].shape[-2:]) for name in ("q", "k", "heads"))
+def _real_tokens(config: Config, block: Block) -> jax.Array:
+    """1 for a token, 0 for what pads a window; broadcasts to [b * windows, rows, columns, 1, 1]."""
+    real = jnp.ones((1, *config.grid, 1))
+    return (real if block.window == GLOBAL else window_partition(real, block.window))[..., None]
+
+
+def _attention(block: dict[str, jax.Array], real: jax.Array) -> Moments:
+    """Second moments of q and k (mean over heads), of each head's output, its sum, and the number of tokens.
+
+    The padding of windows is left out where nobody reads it: in q and the outputs. As keys it is attended to.
+    """
+    windows = block["q"].shape[0] // real.shape[0]
+    real = jnp.tile(real, (windows, 1, 1, 1, 1))
+    flat = lambda x: x.reshape(-1, *x.shape[-2:])
+    q, k, o = flat(block["q"] * real), flat(block["k"]), flat(block["heads"] * real)
     return {
         "q": _gram(q) / q.shape[1],
         "k": _gram(k) / k.shape[1],
+        "keys": jnp.array(float(len(k))),
         "output": jnp.einsum("tni,tnj->nij", o, o),
         "output_sum": o.sum(0),
-        "tokens": jnp.array(float(len(o))),
+        "tokens": real.sum(),
     }
 
 
@@ -110,7 +125,8 @@ def _sensitivity(config: Config, encoder: Params, batch: Batch, key: jax.Array) 
     """How an error inside shows in the embedding: the disturbed gradient's second moments.
 
     With unit noise ε at the embedding and g = Jᵀε the gradient somewhere inside, E[g gᵀ] = JᵀJ:
-    a small error δ there is an error of |J δ|² = E[(g·δ)²] of the embedding.
+    a small error δ there is an error of |J δ|² = E[(g·δ)²] of the embedding. Only the terms within
+    a token are kept, as if the errors of different tokens were not correlated.
 
     Returns:
       Sums over tokens: "middle", "out": a [D, D] per block, "queries": a [d, d] per block (mean over heads).

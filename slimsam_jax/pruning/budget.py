@@ -34,7 +34,10 @@ def allocate(worth: Worth, costs: Costs, budget: float, multiple: int = 1, least
 
     Raises:
       TooSmall: even the narrowest cost more.
+      ValueError: a worth is negative, or not a number.
     """
+    if not all(np.min(gains) >= 0 for gains in worth.values()):
+        raise ValueError("worth must be a number, and not negative")
     steps = {name: _allowed(len(gains), multiple, least) for name, gains in worth.items()}
     value = {name: np.concatenate([[0.0], np.cumsum(gains)]) for name, gains in worth.items()}
     total = lambda widths: sum(costs[name][width] for name, width in widths.items())
@@ -59,7 +62,7 @@ def allocate(worth: Worth, costs: Costs, budget: float, multiple: int = 1, least
 def _allowed(size: int, multiple: int, least: float) -> np.ndarray:
     """Ascending widths that a group may have."""
     chunk = min(multiple, size)
-    return chunk * np.arange(max(1, int(least * size / chunk)), size // chunk + 1)
+    return chunk * np.arange(max(1, int(min(least, 1.0) * size / chunk)), size // chunk + 1)
 
 
 def _spend(widths: dict[str, int], steps, value, costs: Costs, budget: float) -> dict[str, int]:

@@ -14,7 +14,9 @@ Worth = Mapping[str, np.ndarray]  # group name -> [size] what each further chann
 
 
 def rounded_width(size: int, ratio: float, multiple: int = 1) -> int:
-    """Channels that stay of `size`: the nearest multiple to size * (1 - ratio), at least one multiple.
+    """Channels that stay of `size`: the nearest multiple to size * (1 - ratio), at least one.
+
+    A size below one multiple stays as it is.
 
     Raises:
       ValueError: ratio outside [0, 1).
@@ -22,7 +24,9 @@ def rounded_width(size: int, ratio: float, multiple: int = 1) -> int:
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio {ratio} is not the share of channels to remove, 0 <= ratio < 1")
     wanted = size * (1 - ratio)
-    return min(size, max(multiple, multiple * int(wanted / multiple + 0.5)))
+    if size < multiple:
+        return size
+    return multiple * min(size // multiple, max(1, int(wanted / multiple + 0.5)))
 
 
 def worth_of(scores: Scores) -> dict[str, np.ndarray]:
@@ -37,7 +41,7 @@ def local_widths(worth: Worth, ratio: float, multiple: int = 1) -> dict[str, int
 
 
 def global_widths(worth: Worth, ratio: float, multiple: int = 1, least: float = 0.0) -> dict[str, int]:
-    """Widths by worth, wherever it lies; together they are exactly the share of all channels that stays.
+    """Widths by worth, wherever it lies; together exactly the share of all channels that stays, if `least` allows.
 
     Channels compete in chunks of `multiple`, best first within their group, so rounding
     costs the least important ones. What a group has beyond its last whole chunk goes.

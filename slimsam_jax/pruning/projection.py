@@ -36,7 +36,7 @@ def residual_basis(moment: np.ndarray, width: int) -> np.ndarray:
 
 
 def residual_spectrum(moment: np.ndarray) -> np.ndarray:
-    """[D] share of the stream's variance that each dimension of `residual_basis` carries, falling."""
+    """[D] shares of the stream's variance, falling; a basis of width d carries d - 1 of them, and the mean."""
     values = np.maximum(np.linalg.eigvalsh(_centred(moment))[::-1], 0)
     return values / values.sum()
 
