@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 
 from converters.from_torch import load
 from experiments import results
-from slimsam_jax import data, prune, train
+from slimsam_jax import data, metrics, prune, train
 from slimsam_jax.evaluation import encode_image
 from slimsam_jax.models import groups
 from slimsam_jax.models.sam import Sam
@@ -38,7 +38,7 @@ def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
     """Measure what is not measured yet."""
     sam, paths = load(teacher), data.find_images([images])
     pictures = [data.read_image(path) for path in data.find_images([val])[::4]]
-    wanted = [np.asarray(encode_image(sam, picture).embedding) for picture in pictures]
+    wanted = [encode_image(sam, picture).embedding for picture in pictures]
     for seed, name in itertools.product(range(seeds), ESTIMATORS):
         stream = data.Batches(paths, sam.config.image_size, 1, seed)
         singles = list(itertools.islice(stream, 2 * max(COUNTS)))
@@ -49,9 +49,9 @@ def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
             halves = singles[:count], singles[-count:]
             grads = [gradients(sam, name, half, 2 * seed + i) for i, half in enumerate(halves)]
             slim = cut(sam, grads[0])
-            found = [np.asarray(encode_image(slim, picture).embedding) for picture in pictures]
-            error = np.mean([np.square(f - w).mean() / w.var() for f, w in zip(found, wanted, strict=True)])
-            numbers = {"rank_correlation": rank_correlations(sam, *grads), "error": float(error)}
+            found = [encode_image(slim, picture).embedding for picture in pictures]
+            error = float(np.mean(list(map(metrics.relative_error, found, wanted))))
+            numbers = {"rank_correlation": rank_correlations(sam, *grads), "error": error}
             results.append(FILE, key | numbers)
             print(key, numbers, flush=True)
 

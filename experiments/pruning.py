@@ -102,7 +102,7 @@ class Bench:
     def __init__(self, teacher: Sam, images: list[Path], val: list[Path]):
         self.teacher, self.images = teacher, images
         self.val = [read_annotated(path) for path in val]
-        self.wanted = [np.asarray(encode_image(teacher, image).embedding) for image, _ in self.val]
+        self.wanted = [encode_image(teacher, image).embedding for image, _ in self.val]
         self.gradients: dict[Any, Any] = {}
         self.batches: dict[Any, list[Any]] = {}
 
@@ -138,7 +138,7 @@ class Bench:
         errors, ious = [], []
         for (image, masks), wanted in zip(self.val, self.wanted, strict=True):
             encoded = encode_image(slim, image)
-            errors.append(np.square(np.asarray(encoded.embedding) - wanted).mean() / wanted.var())
+            errors.append(metrics.relative_error(encoded.embedding, wanted))
             ious.append(annotation_ious(slim, encoded, masks, ("point",))["point"])
         macs = metrics.encoder_macs(slim.config)
         return {

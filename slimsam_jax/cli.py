@@ -25,6 +25,7 @@ def run(arguments: Callable[..., Any], command: Callable[[Any], Any] | None = No
     # Writers that fail in orbax's threads report there once more, in tracebacks around our one line.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
+        check_no_repetition(sys.argv[1:])
         parsed = tyro.cli(arguments)
         if command:
             command(parsed)
@@ -38,9 +39,22 @@ def run(arguments: Callable[..., Any], command: Callable[[Any], Any] | None = No
         fail("interrupted", 130)
 
 
+def check_no_repetition(arguments: list[str]) -> None:
+    """Raises InputError for an option given twice, of which tyro would silently take the last."""
+    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--") and argument != "--"]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated:
+        raise InputError(f"{repeated} is given twice; several values go behind one another: {repeated} A B")
+
+
 def fail(message: str, code: int) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        raise InputError(f"--seed {seed} must be between 0 and {2**31 - 1}")
 
 
 def check_empty(folder: Path) -> None:

@@ -76,8 +76,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
-        if not 0 <= self.seed < 2**31:
-            raise InputError(f"--seed {self.seed} must be between 0 and {2**31 - 1}")
+        cli.check_seed(self.seed)
         if not self.resume:
             cli.check_empty(self.out)
 

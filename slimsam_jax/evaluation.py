@@ -154,10 +154,10 @@ def compare_models(teacher: Sam, slim: Sam, paths: Iterable[Path], side: int = 4
         points = point_grid((image.height, image.width), side)
         one, other = (predict_masks(*pair, points)[0] for pair in encoded)
         ious = [annotation_ious(*pair, annotations, ("point", "box")) if annotations else {} for pair in encoded]
-        wanted, found = (np.asarray(e.embedding) for _, e in encoded)
+        wanted, found = (e.embedding for _, e in encoded)
         return {
             "agreement": float(metrics.iou(one, other).mean()),
-            "embedding_error": float(np.square(found - wanted).mean() / wanted.var()),
+            "embedding_error": metrics.relative_error(found, wanted),
             "teacher": ious[0],
             "slim": ious[1],
         }

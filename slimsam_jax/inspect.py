@@ -44,10 +44,11 @@ def main(
         raise InputError(f"--ratio and --ratios must lie between 0 and 1, and {tried} do not")
     if importance_images < 1:
         raise InputError(f"--importance-images {importance_images} must be at least 1")
+    cli.check_seed(seed)
     if images:
         cli.check_file(out)
     from converters.from_torch import load
-    from slimsam_jax import study
+    from slimsam_jax import study, widths
     from slimsam_jax.data import find_images
     from slimsam_jax.recipes import RECIPES
 
@@ -57,6 +58,8 @@ def main(
     study.print_blocks(sam.config)
     if not images:
         return
+    for r in tried:
+        widths.check(sam.config, widths.Target(r), choices, uniform=False)
     bench = study.Bench(sam, choices, found, importance_images, seed)
     slims = {}
     for r in tried:

@@ -27,12 +27,18 @@ def annotated(paths: Sequence[Path]) -> list[Path]:
     """Those with an SA-1B .json beside them.
 
     Raises:
-      InputError: there is none.
+      InputError: there is none, or not one can be used.
     """
     found = [path for path in paths if path.with_suffix(".json").exists()]
-    if not found:
-        raise InputError("signal=masks needs SA-1B .json files beside the images, and there is none")
-    return found
+    reason = "there is none"
+    for path in found:
+        try:
+            if read_annotated(path)[1]:
+                return found
+            reason = f"{path.with_suffix('.json')} has no annotation"
+        except InputError as error:
+            reason = str(error)
+    raise InputError(f"signal=masks needs SA-1B .json files beside the images: {reason}")
 
 
 class AnnotatedBatches(Batches):
@@ -57,7 +63,7 @@ class AnnotatedBatches(Batches):
 
 def calibration_stream(recipe: Recipe, paths: Sequence[Path], config: Config, batch: int, seed: int) -> Batches:
     """What a recipe learns from, to cut by: images, with annotations if it reads those."""
-    if recipe.criterion != "projection" and recipe.signal == "masks":
+    if recipe.needs_labels:
         return AnnotatedBatches(paths, config, batch, seed)
     return Batches(paths, config.image_size, batch, seed)
 

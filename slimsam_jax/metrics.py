@@ -21,6 +21,12 @@ def iou(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
 
 
+def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Mean squared error over the variance of what was wanted: 0 is equal, 1 as bad as its mean everywhere."""
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    return float(np.square(found - wanted).mean() / wanted.var())
+
+
 def parameters(params: Any) -> int:
     """Number of scalars in a tree (of arrays or of shapes), as PyTorch counts a SAM.
 

@@ -232,7 +232,7 @@ def _worth_of_bases(bases, units) -> dict[str, np.ndarray]:
 
 
 def worth(sam: Sam, stage: Stage, recipe: Recipe, calibration: Calibration, seed: int = 0) -> dict[str, np.ndarray]:
-    """What each further channel of a stage's groups is worth, the best first; nothing is cut.
+    """What each further channel of a stage's groups is worth, the best first; nothing is cut or normalised.
 
     Returns:
       {"embedding": [D]} or {"blocks_i/attn": [head_dim], "blocks_i/mlp": [mlp_dim]}. Of a projection, channels

@@ -114,12 +114,18 @@ class Recipe:
         for field in ("noise_std", "learning_rate"):
             if not 0 < getattr(self, field) < math.inf:
                 raise InputError(f"{field} {getattr(self, field)} must be positive")
-        if self.normalizer == "gaussian" and self.compete in ("macs", "params"):
+        if self.probes > 256:
+            raise InputError(f"probes {self.probes}: each takes the memory of a set of gradients; at most 256")
+        if self.criterion != "projection" and self.normalizer == "gaussian" and self.compete in ("macs", "params"):
             raise InputError(
                 "normalizer gaussian gives negative scores, which have no price: set compete=kind, or minmax"
             )
         if self.whole_heads and (self.criterion == "projection" or self.reference_selection or self.values_apart):
             raise InputError("whole_heads goes with scores of whole channels alone (recipe taylor, values_apart false)")
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.signal == "masks" and self.criterion in ("taylor", "fisher")
 
     def change(self, settings: Sequence[str]) -> Recipe:
         """The recipe with fields set by "name=value".

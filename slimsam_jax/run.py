@@ -67,6 +67,8 @@ def run(options: Options) -> dict[str, Any]:
     report.draw(run.teacher, student, val, run.folder.read_log(), options.out / "report.png")
     run.folder.finish()
     report.print_table(numbers)
+    if run.target.budget and abs(numbers["budget"]["reached"] / run.target.budget.amount - 1) > 0.01:
+        print("the budget is missed by more than 1 %: a smaller multiple, or none, comes nearer")
     return numbers
 
 
@@ -91,7 +93,7 @@ def prepare(options: Options) -> tuple[Run, list[Path]]:
         raise InputError(f"--batch {batch} is more than the {len(images)} images to learn from")
     for paths in (images, val):
         data.check_one_is_readable(paths)
-    if recipe.criterion != "projection" and recipe.signal == "masks":
+    if recipe.needs_labels:
         labels.annotated(images)
     if not options.resume:  # a latency may be measured otherwise the second time
         widths.check(teacher.config, target, recipe, options.uniform)

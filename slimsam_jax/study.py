@@ -84,7 +84,7 @@ class Bench:
         for stage in STAGES:
             models.append(prune.prune(models[-1], stage, self.recipe, target, self.calibration, self.seed))
         found = [encode_image(models[-1], picture).embedding for picture in self.pictures]
-        errors = [np.square(f - w).mean() / np.var(w) for f, w in zip(found, self.wanted, strict=True)]
+        errors = list(map(metrics.relative_error, found, self.wanted))
         return Pruned(models[1], models[2], float(np.mean(errors)))
 
 
@@ -107,6 +107,7 @@ def draw(bench: Bench, pruned: Mapping[float, Pruned], ratio: float, out: Path) 
         rows = [gains[f"blocks_{i}/{kind}"] for i in range(len(slim.config.blocks))]
         _draw_blocks(axes, rows, [getattr(block, field) for block in slim.config.blocks])
         axes.set(title=f"{title}: worth of each further channel (log10)", xlabel="channels", ylabel="block")
+    out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 

@@ -57,7 +57,7 @@ class Budget:
                 f"--budget {text} is not understood; write params=9.1M, macs=47G or latency=120ms"
             ) from None
         if not 0 < amount < math.inf:
-            raise InputError(f"--budget {text} must be more than nothing")
+            raise InputError(f"--budget {text} must be more than nothing and less than everything")
         return cls(kind, amount)
 
     def cost(self, config: Config) -> float:
@@ -97,8 +97,8 @@ def _ratio_of(wanted: Budget, config: Config) -> float:
     costs = np.minimum.accumulate(costs)
     if not costs[-1] <= wanted.amount < costs[0]:
         raise InputError(
-            f"--budget {wanted.kind}={wanted.amount:.4g}: the model costs {costs[0]:.4g}, and can be cut to "
-            f"{costs[-1]:.4g} at best; choose something between"
+            f"--budget {wanted.kind}={wanted.amount:.8g}: the model costs {costs[0]:.8g}, and can be cut to "
+            f"{costs[-1]:.8g} at best; choose something between"
         )
     return float(np.interp(wanted.amount, costs[::-1], RATIOS[::-1]))
 
@@ -154,17 +154,27 @@ def check(config: Config, target: Target, recipe: Recipe, uniform: bool) -> None
     """Raises InputError now for what could not be met later. A latency budget is held against measured times."""
     embed_dim, heads = embedding_width(config, target, recipe), config.blocks[0].heads
     ratio = target.channel_ratio(config)
-    if recipe.reference_selection and (config.embed_dim % heads or config.embed_dim * (1 - ratio) < heads):
-        raise InputError(
-            f"the reference rounds the embedding down to a multiple of the {heads} heads: "
-            f"{config.embed_dim} channels must be one, and at ratio {ratio:.3g} none would stay"
-        )
+    if recipe.reference_selection:
+        _check_reference_rounding(config, ratio, heads, narrow=uniform or recipe.compete == "block")
     if target.budget is None or target.budget.kind != "latency":
         config = dataclasses.replace(config, embed_dim=embed_dim)
         sizes = {f"blocks_{i}/attn": block.head_dim for i, block in enumerate(config.blocks)}
         sizes |= {f"blocks_{i}/mlp": block.mlp_dim for i, block in enumerate(config.blocks)}
         equal = {name: np.ones(size) for name, size in sizes.items()}
         bottleneck_widths(config, equal, target, recipe, uniform)
+
+
+def _check_reference_rounding(config: Config, ratio: float, heads: int, narrow: bool) -> None:
+    """The reference rounds down, to nothing if need be."""
+    kept = {"embedding": config.embed_dim * (1 - ratio) / heads}
+    if narrow:
+        kept["heads"] = min(block.head_dim for block in config.blocks) * (1 - ratio)
+        kept["MLPs"] = min(block.mlp_dim for block in config.blocks) * (1 - ratio) / heads
+    vanishing = [name for name, share in kept.items() if share < 1]
+    if vanishing:
+        raise InputError(f"at ratio {ratio:.3g} the reference's rounding leaves nothing of the {vanishing[0]}")
+    if config.embed_dim % heads:
+        raise InputError(f"the reference needs an embedding ({config.embed_dim}) that the {heads} heads divide")
 
 
 def _uniform(config: Config, worth: Worth, mlp_width: Callable[[int], int], multiple: int) -> Widths:

@@ -201,8 +201,11 @@ def test_inspect_command(material, tmp_path, monkeypatch, capsys):
         (("--images", material / "teacher"), "holds no images"),
         (("--set", "recipe"), "NAME=VALUE"),
         (("--out", tmp_path), "is a folder"),
+        (("--seed", "-1"), "--seed -1 must be"),
     ):
-        code, error = run(inspect, *arguments, *wrong, monkeypatch=monkeypatch, capsys=capsys)
+        given = [part for part in zip(arguments[1::2], arguments[2::2], strict=True) if part[0] != wrong[0]]
+        given = [arguments[0], *(part for pair in given for part in pair)]
+        code, error = run(inspect, *given, *wrong, monkeypatch=monkeypatch, capsys=capsys)
         assert code == 2 and message in error and error.count("\n") == 1
 
 
@@ -246,6 +249,9 @@ def test_broken_images_among_good_ones_are_named_and_skipped(material, tmp_path,
         (("--budget", "params=30k", "--ratio", "0.5"), "give one of them"),
         (("--set", "multipel=8"), "the nearest are multiple"),
         (("--set", "multiple=40"), "choose a smaller multiple"),
+        (("--set", "multiple=4", "--set", "least=0.1"), "--set is given twice"),
+        (("--recipe", "slimsam", "--ratio", "0.95"), "leaves nothing of the embedding"),
+        (("--recipe", "slimsam", "--set", "compete=block", "--ratio", "0.9"), "leaves nothing of the"),
         (("--set", "signal=masks", "criterion=taylor"), "needs SA-1B .json files"),
         (("--recipe", "taylor", "--set", "whole_heads=true", "--uniform"), "goes neither with --uniform"),
     ],

@@ -59,6 +59,10 @@ def test_a_perfect_mask_costs_nothing_and_an_inverted_one_much(monkeypatch, fold
         assert low <= float(labels.mask_loss(sam, sam.params["image_encoder"], batch)) <= high
 
 
-def test_without_annotations_it_is_refused(tmp_path):
+def test_without_annotations_it_is_refused(tmp_path, folder):
+    for path in folder:
+        path.with_suffix(".json").write_text('{"annotations": []}')
+    with pytest.raises(InputError, match=r"json has no annotation"):
+        labels.annotated(folder)
     with pytest.raises(InputError, match=r"needs SA-1B \.json"):
         labels.annotated([tmp_path / "a.png"])

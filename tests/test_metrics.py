@@ -92,3 +92,10 @@ def test_evaluation_equals_the_original_on_real_photographs():
     for name, ious in found["per_image"].items():
         for kind in ("point", "box"):
             assert ious[kind] == pytest.approx(expected[name][kind], abs=0.002), (name, kind)
+
+
+def test_relative_error_by_hand():
+    wanted = np.array([1.0, 3.0, 1.0, 3.0])  # variance 1
+    assert metrics.relative_error(wanted, wanted) == 0
+    assert metrics.relative_error(np.full(4, 2.0), wanted) == 1
+    assert metrics.relative_error(wanted + 0.5, wanted) == 0.25

@@ -157,7 +157,7 @@ def test_real_times_rise_with_the_widths():
 
 
 def test_ratios_that_the_reference_cannot_round_are_refused():
-    with pytest.raises(InputError, match="none would stay"):
+    with pytest.raises(InputError, match="leaves nothing of the embedding"):
         widths.check(VIT_B, Target(0.99), RECIPES["slimsam"], uniform=False)
     widths.check(VIT_B, Target(0.95), RECIPES["slimsam"], uniform=False)
 

@@ -134,23 +134,27 @@ def choose_units(covariance: np.ndarray, weights: np.ndarray, rounds: int = 128)
     Returns:
       order [M], best first, and gains [M] in that order, made not to rise.
     """
-    residual = np.array(covariance, np.float64)
-    explained, left = residual @ weights, np.ones(len(residual), bool)
+    size = len(covariance)
+    # What the chosen units leave unexplained is covariance - factor factorᵀ, of which only columns are ever needed.
+    factor, used = np.zeros((size, size)), 0
+    variance, explained = np.diag(covariance).astype(np.float64), covariance @ weights
     # Activations were summed in float32: less variance than this is rounding.
-    floor = 1e-7 * max(np.diag(residual).max(), 1e-30)
-    order, gains = [], []
+    floor = 1e-7 * max(variance.max(), 1e-30)
+    left, order, gains = np.ones(size, bool), [], []
     while left.any():
-        variance = np.diag(residual)
         gain = np.where(variance > floor, (explained**2).sum(1) / np.maximum(variance, floor), 0.0)
-        units = np.argsort(-np.where(left, gain, -1.0), kind="stable")[: min(-(-len(left) // rounds), left.sum())]
+        units = np.argsort(-np.where(left, gain, -1.0), kind="stable")[: min(-(-size // rounds), left.sum())]
         left[units] = False
         order.append(units)
         gains.append(gain[units])
-        values, vectors = np.linalg.eigh(residual[np.ix_(units, units)])
+        residual = covariance[:, units] - factor[:, :used] @ factor[units, :used].T
+        values, vectors = np.linalg.eigh(residual[units])
         real = values > floor  # what units of one round share, they explain once
-        columns = residual[:, units] @ (vectors[:, real] / np.sqrt(values[real]))
-        residual -= columns @ columns.T
-        explained -= columns @ (columns.T @ weights)
+        columns = residual @ (vectors[:, real] / np.sqrt(values[real]))
+        factor[:, used : used + columns.shape[1]] = columns
+        used += columns.shape[1]
+        variance = variance - (columns**2).sum(1)
+        explained = explained - columns @ (columns.T @ weights)
     return np.concatenate(order), np.minimum.accumulate(np.concatenate(gains))
 
 
