@@ -66,10 +66,11 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
 def plan() -> list[tuple[str, float, int]]:
     """(row, ratio, seed) in the order of work: what matters most first."""
     main = [(row, ratio) for ratio in (0.5, 0.77, 0.9, 0.25) for row in MAIN]
-    rest = [(row, ratio) for ratio in (0.5, 0.77) for row in ROWS if row not in MAIN]
+    rest = [(row, ratio) for ratio in (0.5, 0.77, 0.25) for row in ROWS if row not in MAIN]
     first, *others = SEEDS
-    order = [*itertools.product(main + rest, [first]), *itertools.product(main, others)]
-    return [(row, ratio, seed) for (row, ratio), seed in [*order, *itertools.product(rest, others)]]
+    order = [(main, [first]), (rest[: 2 * len(rest) // 3], [first]), (main, others), (rest, SEEDS)]
+    runs = [(row, ratio, seed) for rows, seeds in order for seed in seeds for row, ratio in rows]
+    return list(dict.fromkeys(runs))
 
 
 def run(teacher: Path, images: Path, val: Path, part: str = "0/1") -> None:
