@@ -148,7 +148,8 @@ def test_latency_budget_is_measured(monkeypatch):
 
 
 def test_real_times_rise_with_the_widths():
-    config = tiny_config(image_size=(128, 128), embed_dim=96, heads=4, head_dim=24, mlp_dim=1024)
+    config = tiny_config(image_size=(128, 128), embed_dim=96, heads=4, head_dim=8, mlp_dim=1024)
+    config = dataclasses.replace(config, blocks=config.blocks[:1])
     tables = widths.group_costs(config, "latency")
     assert set(tables) == set(worth_of(config))
     for name, worth in worth_of(config).items():
@@ -156,10 +157,20 @@ def test_real_times_rise_with_the_widths():
     assert tables["blocks_0/mlp"][-1] > 0
 
 
+def test_scores_that_may_be_negative_cannot_compete_by_price():
+    with pytest.raises(InputError, match="have no price"):
+        RECIPES["taylor"].change(["compete=macs", "normalizer=gaussian"])
+
+
 def test_ratios_that_the_reference_cannot_round_are_refused():
     with pytest.raises(InputError, match="leaves nothing of the embedding"):
         widths.check(VIT_B, Target(0.99), RECIPES["slimsam"], uniform=False)
     widths.check(VIT_B, Target(0.95), RECIPES["slimsam"], uniform=False)
+    narrow, recipe = tiny_config(embed_dim=48, head_dim=4), RECIPES["slimsam"].change(["compete=block"])
+    with pytest.raises(InputError, match="leaves nothing of the heads"):
+        widths.check(narrow, Target(0.8), recipe, uniform=False)
+    with pytest.raises(InputError, match="that the 2 heads divide"):
+        widths.check(tiny_config(embed_dim=25), Target(0.5), recipe, uniform=False)
 
 
 @pytest.mark.parametrize("compete", ["macs", "params", "kind", "block"])
@@ -203,7 +214,6 @@ def test_choices_are_set_by_name():
         ("least=1", "not a share"),
         ("noise_std=nan", "must be positive"),
         ("whole_heads=true", "scores of whole channels"),
-        ("normalizer=gaussian", "have no price"),
     ],
 )
 def test_choices_that_are_none_are_refused(setting, message):
