@@ -19,7 +19,7 @@ from slimsam_jax.models.sam import Sam
 
 # Many tests compile the same small models.
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="slimsam-jax-tests-"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 # Golden vectors from the original code and a trained checkpoint. Too large for the repository (40 MB); they lie

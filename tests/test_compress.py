@@ -17,7 +17,7 @@ from PIL import Image
 from test_data import truncated, write_annotation
 
 from converters import from_torch, to_torch
-from slimsam_jax import checkpoint, cli, compress, evaluate, inspect, metrics, predict, train
+from slimsam_jax import checkpoint, cli, compress, evaluate, inspect, metrics, predict, report, train
 from slimsam_jax.compress import Options
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.recipes import RECIPES, STAGES
@@ -58,6 +58,12 @@ def options(material, out, **changes) -> Options:
 def finished(material):
     compress.compress(options(material, material / "slim"))
     return material / "slim"
+
+
+@pytest.fixture
+def unpictured(monkeypatch):
+    """Leaves out the picture of the report, where nobody looks at it."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
 
 
 def run(module, *arguments, monkeypatch, capsys) -> tuple[int, str]:
@@ -147,7 +153,7 @@ def test_uniform_result_loads_strictly_into_stock_code(material, tmp_path):
 
 
 @pytest.mark.parametrize(("recipe", "steps"), [("slimsam", 1), ("taylor", 0), ("default", 0)])
-def test_recipes_run_to_the_end(material, tmp_path, recipe, steps):
+def test_recipes_run_to_the_end(material, tmp_path, unpictured, recipe, steps):
     compress.compress(options(material, tmp_path / "slim", recipe=recipe, steps=steps))
     slim = from_torch.load(tmp_path / "slim")
     assert slim.config.embed_dim == 12 and slim.provenance["recipe"] == dataclasses.asdict(RECIPES[recipe])
@@ -166,7 +172,7 @@ def test_recipes_run_to_the_end(material, tmp_path, recipe, steps):
     ],
     ids=str,
 )
-def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, choices):
+def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, unpictured, choices):
     compress.compress(options(material, tmp_path / "slim", steps=0, **choices))
     config = from_torch.load(tmp_path / "slim").config
     if "budget" in choices:
@@ -179,7 +185,7 @@ def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, choices
         assert [b.head_dim for b in config.blocks] == [12, 12] and sum(b.heads for b in config.blocks) == 2
 
 
-def test_labelled_masks_can_tell_what_to_cut(material, tmp_path):
+def test_labelled_masks_can_tell_what_to_cut(material, tmp_path, unpictured):
     labelled = options(
         material, tmp_path / "slim", images=(material / "val",), steps=0, recipe="taylor", set=("signal=masks",)
     )
