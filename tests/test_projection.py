@@ -61,6 +61,9 @@ def test_output_basis_is_exact_when_nothing_is_cut_and_loses_what_it_says():
     covariance, weights = moment(6), RANDOM.standard_normal((9, 6))
     basis = projection.output_basis(covariance, weights.T @ weights)
     np.testing.assert_allclose(basis.decode @ basis.encode, np.eye(6), atol=1e-10)
+    tiny = projection.output_basis(covariance, 1e-8 * weights.T @ weights)
+    np.testing.assert_allclose(tiny.encode, basis.encode, rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(tiny.encode, axis=1), np.linalg.norm(tiny.decode, axis=0))
     missing = weights @ (np.eye(6) - basis.decode[:, :3] @ basis.encode[:3])
     np.testing.assert_allclose(np.trace(missing @ covariance @ missing.T), (basis.singular_values[3:] ** 2).sum())
 

@@ -98,7 +98,11 @@ def output_basis(covariance: np.ndarray, reader: np.ndarray) -> Compression:
     reader_root, inverse = _roots(reader)
     u, s, _ = np.linalg.svd(reader_root @ root(covariance))
     u = u * _signs(u)
-    return Compression(u.T @ reader_root, inverse @ u, s)
+    encode, decode = u.T @ reader_root, inverse @ u
+    # Both sides of a channel get the same norm. The product is the same, but training is not: a tiny kernel before a
+    # huge one is wrecked by the first step of an optimizer like Adam, whose steps do not know the scale.
+    balance = np.sqrt(np.linalg.norm(decode, axis=0) / np.linalg.norm(encode, axis=1))
+    return Compression(balance[:, None] * encode, decode / balance, s)
 
 
 def _signs(vectors: np.ndarray) -> np.ndarray:
