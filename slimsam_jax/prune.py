@@ -49,11 +49,10 @@ def prune(
       InputError: the budget cannot be met.
       RunError: the model's statistics are not finite.
     """
-    mesh_sam = _with_encoder(sam, distill.replicate(sam.params["image_encoder"], distill.data_mesh()))
     if recipe.criterion == "projection":
-        slim = project(mesh_sam, stage, recipe, target, calibration, seed, uniform)
+        slim = project(sam, stage, recipe, target, calibration, seed, uniform)
     else:
-        grads = jax.device_get(gradients(mesh_sam, recipe, calibration, seed))
+        grads = jax.device_get(gradients(sam, recipe, calibration, seed))
         keep = choose(sam.config, sam.params["image_encoder"], grads, stage, recipe, target, uniform, seed)
         slim = cut(sam, keep, recipe)
     return _with_encoder(slim, jax.tree.map(jnp.asarray, jax.device_get(slim.params["image_encoder"])))
@@ -75,15 +74,15 @@ def _check_finite(found: Any) -> Any:
 
 def gradients(sam: Sam, recipe: Recipe, calibration: Calibration, seed: int) -> Any:
     """What the criterion reads besides the parameters; nothing but the parameters themselves if it reads none."""
-    encoder = sam.params["image_encoder"]
     if recipe.criterion in ("magnitude", "random"):
-        return encoder
-    batches = calibration("importance")
-    if recipe.signal == "masks":
+        return sam.params["image_encoder"]
+    mesh, batches = distill.data_mesh(), calibration("importance")
+    encoder = distill.replicate(sam.params["image_encoder"], mesh)
+    if recipe.needs_labels:
         loss = functools.partial(labels.mask_loss, sam)
-        return _check_finite(importance.loss_gradients(loss, encoder, batches, recipe.gradients, distill.data_mesh()))
+        return _check_finite(importance.loss_gradients(loss, encoder, batches, recipe.gradients, mesh))
     embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
-    options = (recipe.noise_std, recipe.gradients, recipe.probes, distill.data_mesh())
+    options = (recipe.noise_std, recipe.gradients, recipe.probes, mesh)
     return _check_finite(importance.disturbed_gradients(embed, encoder, batches, jax.random.key(seed), *options))
 
 
@@ -239,13 +238,12 @@ def worth(sam: Sam, stage: Stage, recipe: Recipe, calibration: Calibration, seed
       are directions (units of an MLP), and worth is a share of variance: of the residual stream's for the
       embedding, of the image embedding's or the stream's for the others (see `models.projection`).
     """
-    sam = _with_encoder(sam, distill.replicate(sam.params["image_encoder"], distill.data_mesh()))
     if recipe.criterion == "projection":
         if stage.name == "embedding":
             moment = _moments(sam, calibration("statistics"), seed, "stream")["stream"]
             return {"embedding": residual_spectrum(moment)}
         return _worth_of_bases(*_bases(sam, recipe, calibration("statistics"), seed))
-    grads = gradients(sam, recipe, calibration, seed)
+    grads = jax.device_get(gradients(sam, recipe, calibration, seed))
     groups = [channels.embedding_group(sam.config)]
     if stage.name == "bottleneck":
         groups = [*channels.attention_groups(sam.config), *channels.mlp_groups(sam.config)]
