@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.errors import InputError, RunError, Stopped
 
 
 def run(arguments: Callable[..., Any], command: Callable[[Any], Any] | None = None) -> None:
@@ -19,7 +19,8 @@ def run(arguments: Callable[..., Any], command: Callable[[Any], Any] | None = No
 
     `command` is then called with the result, if given.
 
-    Exit codes: 0 done, 1 a fault while running, 2 bad input (as argparse has it), 130 interrupted.
+    Exit codes: 0 done, 1 a fault while running, 2 bad input (as argparse has it), 130 interrupted, 143
+    stopped by SIGTERM.
     Anything unforeseen keeps its traceback: it is our bug, and hiding it helps nobody.
     """
     # Writers that fail in orbax's threads report there once more, in tracebacks around our one line.
@@ -37,6 +38,9 @@ def run(arguments: Callable[..., Any], command: Callable[[Any], Any] | None = No
         fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(143)  # as the shell names an end by SIGTERM
 
 
 def check_no_repetition(arguments: list[str]) -> None:
@@ -50,6 +54,27 @@ def check_no_repetition(arguments: list[str]) -> None:
 def fail(message: str, code: int) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def join_processes(how: str) -> None:
+    """Makes this process one of several that JAX runs as one: "auto", or HOST:PORT,PROCESSES,INDEX.
+
+    Raises:
+      InputError: neither; or no cluster was found, or its other processes were not.
+    """
+    import jax
+
+    try:
+        if how == "auto":
+            jax.distributed.initialize()
+            return
+        address, processes, index = how.split(",")
+        if ":" not in address or not 0 <= int(index) < int(processes):
+            raise ValueError("not HOST:PORT,PROCESSES,INDEX")
+        jax.distributed.initialize(address, int(processes), int(index))
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["no cluster found"])[0]
+        raise InputError(f"--distributed {how}: {reason}; give auto, or HOST:PORT,PROCESSES,INDEX") from None
 
 
 def check_seed(seed: int) -> None:

@@ -60,7 +60,18 @@ class Options:
     resume: bool = False
     """Continue the unfinished run in --out, with the same options."""
     save_every: int = 100
-    """Steps between two checkpoints for --resume."""
+    """Steps between two checkpoints for --resume. SIGTERM makes one, too, and ends the run."""
+    accumulate: int = 1
+    """Parts that a step's images are taken in, one after the other: less memory, the same gradient."""
+    fsdp: int = 1
+    """Devices that parameters and optimiser state are split over; 1 keeps them whole on each. Images are always
+    split over all devices."""
+    cache: Path | None = None
+    """A folder for the teacher's embeddings of --images (2 MB each at 1024 px): each is computed once, not once an
+    epoch. For this teacher only, but any number of runs."""
+    distributed: str | None = None
+    """For several processes, each with the same arguments and a shared file system: "auto" on TPU pods and under
+    SLURM or MPI; or HOST:PORT,PROCESSES,INDEX, where HOST:PORT is a free port of process 0."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation while distilling; parameters stay float32. "auto" is bfloat16 on GPU and TPU."""
 
@@ -72,7 +83,7 @@ class Options:
             raise InputError(f"--ratio {self.ratio:g} is not the share of channels to remove: 0 < ratio < 1")
         if self.steps is not None and self.steps < 0:
             raise InputError(f"--steps {self.steps} must not be negative")
-        for name in ("batch", "importance_images", "save_every"):
+        for name in ("batch", "importance_images", "save_every", "accumulate", "fsdp"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -87,9 +98,10 @@ class Options:
     def fixing_the_result(self) -> dict[str, Any]:
         """What a resumed run must share with the run it continues."""
         fields = dataclasses.asdict(self)
-        for name in ("out", "resume", "save_every"):
+        for name in ("out", "resume", "save_every", "fsdp", "distributed"):
             del fields[name]
         fields["teacher"] = str(self.teacher) if self.teacher else None
+        fields["cache"] = self.cache is not None
         fields["ratio"] = self.channel_ratio()
         return fields | {name: [str(path) for path in fields[name]] for name in ("images", "val", "set")}
 
@@ -105,6 +117,8 @@ def compress(options: Options) -> dict[str, Any]:
       RunError, OSError: a fault while running; the folder can be resumed.
     """
     options.check()
+    if options.distributed:
+        cli.join_processes(options.distributed)
     from slimsam_jax.run import run  # here, so that --help and wrong options need not wait for JAX
 
     return run(options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,8 @@ from slimsam_jax.errors import InputError, RunError, blaming
 from slimsam_jax.models.sam import resize_and_pad
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
 class Annotation(NamedTuple):
@@ -116,31 +118,63 @@ def check_one_is_readable(paths: Sequence[Path]) -> None:
 
 
 class Batches:
-    """An endless, shuffled, resumable stream of batches.
+    """An endless, shuffled stream of batches, in which every step's pictures follow from seed and step alone.
 
-    Iterating gives {"image": [b, H, W, 3] uint8, "size": [b, 2] int32}, as `sam.preprocess`
-    takes them. The order depends on the seed alone. A picture that cannot be decoded is
-    left out and noted in `skipped`; when none is left, iteration stops with `RunError`.
+    So a run is resumed by its step number, on any number of processes. Iterating gives
+    {"image": [b, H, W, 3] uint8, "size": [b, 2] int32}, as `sam.preprocess` takes them. In place of a picture
+    that cannot be decoded comes the next one in the list; it is noted in `skipped`. When none is left,
+    iteration stops with `RunError`.
+
+    Args:
+      batch: pictures in a step, over all processes.
+      start: the step to begin with.
+      part: (i, n): only the i-th of every n pictures, for one of n processes.
+      augment: a picture and a random generator -> a picture.
+      extra: path -> further arrays of a picture.
     """
 
-    def __init__(self, paths: Sequence[Path], image_size: tuple[int, int], batch: int, seed: int, threads: int = 4):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        image_size: tuple[int, int],
+        batch: int,
+        seed: int,
+        start: int = 0,
+        part: tuple[int, int] = (0, 1),
+        augment: Augment | None = None,
+        extra: Callable[[Path], dict[str, np.ndarray]] | None = None,
+        threads: int = 4,
+    ):
         self.paths, self.image_size, self.skipped = list(paths), image_size, {}
-        source = grain.MapDataset.source(self.paths).seed(seed).shuffle().repeat().map(self._load)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch + threads)
-        self._iterator = iter(source.to_iter_dataset(options).batch(batch, drop_remainder=True))
+        self.batch, self.augment, self.extra = batch, augment, extra
+        index, parts = part
+        self._order = grain.MapDataset.source(range(len(self.paths))).seed(seed).shuffle().repeat()
+        source = self._order.random_map(self._load)[start * batch :][index::parts]
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch // parts + threads)
+        self._iterator = iter(source.to_iter_dataset(options).batch(batch // parts, drop_remainder=True))
 
-    def _load(self, path: Path) -> dict[str, np.ndarray] | None:
-        try:
-            return self._read(path)
-        except InputError as error:
-            self.skipped[path] = str(error)
-            if len(self.skipped) == len(self.paths):
-                raise RunError(f"none of the {len(self.paths)} images can be used; the last: {error}") from None
-            return None
+    def paths_of(self, step: int) -> list[Path]:
+        """The pictures of a step, in all processes; unreadable ones still among them."""
+        return [self.paths[self._order[step * self.batch + i]] for i in range(self.batch)]
 
-    def _read(self, path: Path) -> dict[str, np.ndarray]:
-        image, size = resize_and_pad(read_image(path), self.image_size)
-        return {"image": image, "size": size}
+    def _load(self, index: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+        for ahead in range(len(self.paths)):
+            path = self.paths[(index + ahead) % len(self.paths)]
+            if path in self.skipped:
+                continue
+            try:
+                return self._read(path, random)
+            except InputError as error:
+                self.skipped[path] = str(error)
+        last = next(reversed(self.skipped.values()))
+        raise RunError(f"none of the {len(self.paths)} images can be used; the last: {last}")
+
+    def _read(self, path: Path, random: np.random.Generator) -> dict[str, np.ndarray]:
+        picture = read_image(path)
+        if self.augment:
+            picture = self.augment(picture, random)
+        image, size = resize_and_pad(picture, self.image_size)
+        return {"image": image, "size": size, **(self.extra(path) if self.extra else {})}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
@@ -148,9 +182,16 @@ class Batches:
     def __next__(self) -> dict[str, np.ndarray]:
         return next(self._iterator)
 
-    def get_state(self) -> dict[str, Any]:
-        """Where the stream stands, for `set_state`; JSON."""
-        return self._iterator.get_state()
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._iterator.set_state(state)
+def flip_and_crop(flip: bool, crop: float) -> Augment | None:
+    """Mirrors half of the pictures, cuts out rectangles with sides of `crop` to 1 of theirs; None for neither."""
+    if not flip and crop == 1:
+        return None
+
+    def augment(picture: Image.Image, random: np.random.Generator) -> Image.Image:
+        sides = [max(1, round(side * random.uniform(crop, 1))) for side in picture.size]
+        left, top = (random.integers(whole - side + 1) for whole, side in zip(picture.size, sides, strict=True))
+        picture = picture.crop((left, top, left + sides[0], top + sides[1]))
+        return ImageOps.mirror(picture) if flip and random.random() < 0.5 else picture
+
+    return augment

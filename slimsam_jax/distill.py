@@ -6,21 +6,33 @@ hold under one key; having two separate dicts, a term cannot compare the student
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
+
+from slimsam_jax import sharding
 
 Tree = Any
 Features = dict[str, Tree]
+Weights = dict[str, float]
 
 
 class TrainState(NamedTuple):
+    """What a step changes.
+
+    Attributes:
+      average: exponential moving average of `params`; None without one.
+      scale: of the learning rate, on top of its schedule; `plateau_scale` gives it.
+    """
+
     params: Tree
     opt_state: Tree
+    average: Tree
+    scale: jax.Array
     step: jax.Array
 
 
@@ -41,13 +53,13 @@ def mse(student: Tree, target: Tree, relative: bool = False) -> jax.Array:
     return error / (total(jax.tree.map(lambda t: jnp.square(t.astype(jnp.float32) - mean), target)) / count)
 
 
-def distillation_loss(student: Features, target: Features, weights: dict[str, Any], relative: bool = False):
+def distillation_loss(student: Features, target: Features, weights: Weights, relative: bool = False):
     """Weighted sum of `mse` over the keys of `weights`. Returns it and {key: unweighted term}.
 
     Raises:
-      ValueError: the keys of the three differ.
+      ValueError: student or target lack a key.
     """
-    if not set(weights) == set(student) == set(target):
+    if not set(weights) <= set(student) & set(target):
         raise ValueError(f"terms {sorted(weights)}, student {sorted(student)} and target {sorted(target)} differ")
     terms = {key: mse(student[key], target[key], relative) for key in weights}
     return sum(weights[key] * terms[key] for key in weights), terms
@@ -56,64 +68,107 @@ def distillation_loss(student: Features, target: Features, weights: dict[str, An
 def make_step(
     forward: Callable[[Tree, Tree], Features],
     target: Callable[[Tree, Tree], Features],
-    weights: Callable[[jax.Array], dict[str, jax.Array]],
     optimizer: optax.GradientTransformation,
     relative: bool = False,
-) -> Callable[[TrainState, Tree, Tree], tuple[TrainState, dict[str, jax.Array]]]:
-    """Builds the compiled training step; call it once per stage.
+    parts: int = 1,
+    reduction: Literal["mean", "sum"] = "mean",
+    ema: float = 0.0,
+    mesh: Mesh | None = None,
+) -> Callable[[TrainState, Tree, Tree, Weights], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds the compiled training step.
 
     Args:
       forward: (student's params, batch) -> features.
       target: (frozen params, batch) -> features of the same keys.
-      weights: step -> weight of each key.
       optimizer: optax.
       relative: see `mse`.
+      parts: the batch is taken in so many parts, one after the other, and their gradients averaged: less memory,
+        the same result but for rounding (and for `relative`, whose variances are then each part's).
+      reduction: "sum" multiplies the gradients by the number of images, as if their losses were added up.
+      ema: share of the moving average that stays at each step; 0 for none.
+      mesh: keeps the state split as `sharding.place` split it.
 
     Returns:
-      (state, frozen, batch) -> (state, {"loss": ..., term: ...}). The state is donated.
-      With a batch sharded over devices and a replicated state, XLA averages the gradients.
+      (state, frozen, batch, weights of the terms) -> (state, {"loss": ..., term: ...}). The state is donated.
+      What only serves terms that `weights` does not name is not computed; each set of names is compiled once.
     """
 
-    def step(state: TrainState, frozen: Tree, batch: Tree):
+    def gradients(params: Tree, frozen: Tree, batch: Tree, weights: Weights):
         wanted = jax.lax.stop_gradient(target(frozen, batch))
 
         def loss_fn(params):
-            return distillation_loss(forward(params, batch), wanted, weights(state.step), relative)
+            loss, terms = distillation_loss(forward(params, batch), wanted, weights, relative)
+            return loss, {"loss": loss, **terms}
 
-        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads, terms = jax.grad(loss_fn, has_aux=True)(params)
+        return terms, grads
+
+    def step(state: TrainState, frozen: Tree, batch: Tree, weights: Weights):
+        images = len(jax.tree.leaves(batch)[0])
+        some = lambda part: gradients(state.params, frozen, part, weights)
+        terms, grads = some(batch) if parts == 1 else _mean_over(some, _split(batch, parts))
+        if reduction == "sum":
+            grads = jax.tree.map(lambda g: images * g, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        state = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
-        return state, {"loss": loss, **terms}
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: state.scale * u, updates))
+        average = optax.incremental_update(params, state.average, 1 - ema) if ema else None
+        state = TrainState(params, opt_state, average, state.scale, state.step + 1)
+        return (sharding.constrain(state, mesh) if mesh else state), terms
 
     return jax.jit(step, donate_argnums=0)
 
 
-def init_state(params: Tree, optimizer: optax.GradientTransformation) -> TrainState:
+def _split(batch: Tree, parts: int) -> Tree:
+    """[b, ...] -> [parts, b / parts, ...]. Every part has rows of every device, so that none moves to another."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _mean_over(function: Callable[[Tree], Tree], parts: Tree) -> Tree:
+    """The mean of `function` over the leading axis, a row at a time."""
+    count = len(jax.tree.leaves(parts)[0])
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, _first(parts)))
+    add = lambda total, part: (jax.tree.map(lambda a, b: a + b / count, total, function(part)), None)
+    return jax.lax.scan(add, start, parts)[0]
+
+
+def _first(parts: Tree) -> Tree:
+    return jax.tree.map(lambda x: x[0], parts)
+
+
+def init_state(params: Tree, optimizer: optax.GradientTransformation, ema: float = 0.0) -> TrainState:
     # Copied, because the step donates its state and the caller may want the start again.
-    params = jax.tree.map(jnp.array, params)
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    copy = lambda: jax.tree.map(jnp.array, params)
+    return TrainState(copy(), optimizer.init(params), copy() if ema else None, jnp.ones(()), jnp.zeros((), jnp.int32))
 
 
-def make_optimizer(learning_rate: float, steps: int, schedule: str = "cosine") -> optax.GradientTransformation:
-    """Adam; "cosine" warms up over 5 % of the steps and falls to zero, "constant" is the reference's."""
-    if schedule == "constant":
-        return optax.adam(learning_rate)
-    warm_up = max(1, steps // 20)
-    first = learning_rate / warm_up
-    return optax.adam(optax.warmup_cosine_decay_schedule(first, learning_rate, warm_up, max(steps, warm_up + 1)))
+def make_optimizer(
+    learning_rate: float, steps: int, schedule: str = "cosine", clip: float = 0.0, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """Adam, or AdamW if there is weight decay.
+
+    Args:
+      schedule: "cosine" warms up over 5 % of the steps and falls to zero; any other stays (see `plateau_scale`).
+      clip: the largest norm of all gradients together; 0 for no limit.
+    """
+    rate = learning_rate
+    if schedule == "cosine":
+        warm_up = max(1, steps // 20)
+        first = learning_rate / warm_up
+        rate = optax.warmup_cosine_decay_schedule(first, learning_rate, warm_up, max(steps, warm_up + 1))
+    adam = optax.adamw(rate, weight_decay=weight_decay) if weight_decay else optax.adam(rate)
+    return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
 
 
-def data_mesh() -> jax.sharding.Mesh:
-    """All devices of this process along one axis, "data"."""
-    # Auto axes: make_mesh's default since jax 0.10 is Explicit, which asks more of every operation.
-    devices = jax.local_devices()
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+def plateau_scale(scores: Sequence[float], patience: int, factor: float = 0.5, threshold: float = 1e-4) -> float:
+    """The factor on the learning rate after these scores (higher is better), from the first to the last.
 
-
-def shard_batch(batch: Tree, mesh: jax.sharding.Mesh) -> Tree:
-    """Splits a host batch over the devices along its first axis."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-
-
-def replicate(tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    Each time that more than `patience` scores in a row are no better than the best before them by a share of
+    `threshold`, it is multiplied by `factor`: `torch.optim.lr_scheduler.ReduceLROnPlateau(mode="max")`.
+    """
+    best, bad, scale = -float("inf"), 0, 1.0
+    for score in scores:
+        better = score > best + threshold * abs(best) if best > -float("inf") else True
+        best, bad = (score, 0) if better else (best, bad + 1)
+        if bad > patience:
+            scale, bad = scale * factor, 0
+    return scale

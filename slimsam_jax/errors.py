@@ -14,6 +14,10 @@ class RunError(RuntimeError):
     """A fault while running (disk full, loss not finite). The command line prints the message and exits with 1."""
 
 
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state. The command line prints the message and exits with 143."""
+
+
 @contextmanager
 def blaming(what: object) -> Iterator[None]:
     """Turns whatever goes wrong while foreign data is read into an InputError that names the data.

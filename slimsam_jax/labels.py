@@ -48,24 +48,25 @@ class AnnotatedBatches(Batches):
     takes them (a click and the padding point, model frame), "masks" [b, p, 4h, 4w] float32 0..1.
     """
 
-    def __init__(self, paths: Sequence[Path], config: Config, batch: int, seed: int):
+    def __init__(self, paths: Sequence[Path], config: Config, batch: int, seed: int, part: tuple[int, int] = (0, 1)):
         self.config = config
-        super().__init__(annotated(paths), config.image_size, batch, seed)
+        super().__init__(annotated(paths), config.image_size, batch, seed, part=part)
 
-    def _read(self, path: Path) -> dict[str, np.ndarray]:
+    def _read(self, path: Path, random: np.random.Generator) -> dict[str, np.ndarray]:
         _, annotations = read_annotated(path)
         if not annotations:
             raise InputError(f"{path} has no annotation")
         chosen = [annotations[i] for i in np.linspace(0, len(annotations) - 1, PROMPTS).astype(int)]
-        item = super()._read(path)
+        item = super()._read(path, random)
         return item | _prompts(chosen, tuple(item["size"]), self.config)
 
 
 def calibration_stream(recipe: Recipe, paths: Sequence[Path], config: Config, batch: int, seed: int) -> Batches:
-    """What a recipe learns from, to cut by: images, with annotations if it reads those."""
+    """What a recipe learns from, to cut by: images, with annotations if it reads those; this process's share."""
+    part = jax.process_index(), jax.process_count()
     if recipe.needs_labels:
-        return AnnotatedBatches(paths, config, batch, seed)
-    return Batches(paths, config.image_size, batch, seed)
+        return AnnotatedBatches(paths, config, batch, seed, part)
+    return Batches(paths, config.image_size, batch, seed, part=part)
 
 
 def _prompts(chosen: Sequence[Annotation], size: tuple[int, int], config: Config) -> dict[str, np.ndarray]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import resource
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -119,3 +121,12 @@ def _linear(rows: int, inputs: int, outputs: int) -> int:
 
 def _conv(positions: int, inputs: int, outputs: int) -> int:
     return positions * (inputs * outputs + outputs)
+
+
+def peak_memory() -> int:
+    """The most bytes held so far: on the fullest device, or by this process where devices do not say (CPU)."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return max(each["peak_bytes_in_use"] for each in stats)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax import distill, labels, widths
+from slimsam_jax import labels, sharding, widths
 from slimsam_jax.errors import RunError
 from slimsam_jax.models import groups as channels
 from slimsam_jax.models import projection, statistics
@@ -76,8 +76,8 @@ def gradients(sam: Sam, recipe: Recipe, calibration: Calibration, seed: int) -> 
     """What the criterion reads besides the parameters; nothing but the parameters themselves if it reads none."""
     if recipe.criterion in ("magnitude", "random"):
         return sam.params["image_encoder"]
-    mesh, batches = distill.data_mesh(), calibration("importance")
-    encoder = distill.replicate(sam.params["image_encoder"], mesh)
+    mesh, batches = sharding.make_mesh(), calibration("importance")
+    encoder = sharding.replicate(sam.params["image_encoder"], mesh)
     if recipe.needs_labels:
         loss = functools.partial(labels.mask_loss, sam)
         return _check_finite(importance.loss_gradients(loss, encoder, batches, recipe.gradients, mesh))
@@ -206,7 +206,7 @@ def project(
 
 
 def _moments(sam: Sam, batches: Iterable[Batch], seed: int, *parts: statistics.Part) -> statistics.Moments:
-    encoder = distill.replicate(sam.params["image_encoder"], distill.data_mesh())
+    encoder = sharding.replicate(sam.params["image_encoder"], sharding.make_mesh())
     return _check_finite(statistics.accumulate(statistics.moments_of(sam.config, parts), encoder, batches, seed))
 
 

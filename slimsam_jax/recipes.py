@@ -71,8 +71,21 @@ class Recipe:
       learning_rate: peak, for batches of any size. After a projection little is left to mend, and steps of 1e-3
         undo more than they mend (experiments/LOG.md). After cutting channels 1e-3 is what we measured with;
         nothing else was tried there.
-      schedule: "cosine" after a warm-up of 5 % of the steps, down to zero; or "constant".
+      schedule: "cosine" after a warm-up of 5 % of the steps, down to zero; "plateau" halves the rate when validation
+        has not become better for some time, as the reference does; or "constant".
+      reduction: of the gradients over a step's images. "sum" is the reference's: it adds up four images' and does not
+        divide, from which Adam takes everything but its epsilon.
+      clip: the largest norm of all gradients together; 0 for no limit, as the reference.
+      weight_decay: AdamW's; 0 is Adam, as the reference.
+      ema: share that an exponential moving average of the weights keeps at each step, 0.999 say. The average is then
+        what is validated and kept; 0 for none, as the reference.
+      flip: mirror half of the pictures, at random. The paper augments nothing.
+      crop: random crops with sides of at least this share of the picture's; 1 for none.
       passes: over the images in each stage, unless the number of steps is given; the paper's is 20.
+      validations: of a stage, evenly spaced; the paper's is one an epoch, 20.
+      validate_by: "error" of the embedding on the images held out, or "miou": the reference's single-point mIoU,
+        with the teacher's own masks where there are no annotations.
+      keep: "best" by validation, or "last", of a stage. The other one is kept beside it.
     """
 
     criterion: Literal["projection", "taylor", "fisher", "magnitude", "random"] = "projection"
@@ -99,16 +112,32 @@ class Recipe:
 
     relative_loss: bool = True
     learning_rate: float = 1e-4
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "plateau", "constant"] = "cosine"
+    reduction: Literal["mean", "sum"] = "mean"
+    clip: float = 0.0
+    weight_decay: float = 0.0
+    ema: float = 0.0
+    flip: bool = False
+    crop: float = 1.0
     passes: int = 6
+    validations: int = 5
+    validate_by: Literal["error", "miou"] = "error"
+    keep: Literal["best", "last"] = "best"
 
     def __post_init__(self):
         for field, allowed in ((f, typing.get_args(hint)) for f, hint in typing.get_type_hints(Recipe).items()):
             if allowed and getattr(self, field) not in allowed:
                 raise InputError(f"{field} {getattr(self, field)!r} is none of {', '.join(map(str, allowed))}")
-        for field, least in (("probes", 1), ("multiple", 1), ("passes", 1)):
+        for field, least in (("probes", 1), ("multiple", 1), ("passes", 1), ("validations", 1)):
             if getattr(self, field) < least:
                 raise InputError(f"{field} {getattr(self, field)} must be at least {least}")
+        for field in ("clip", "weight_decay"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise InputError(f"{field} {getattr(self, field)} must not be negative")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema {self.ema:g} is not the share that an average keeps, 0 <= ema < 1")
+        if not 0 < self.crop <= 1:
+            raise InputError(f"crop {self.crop:g} is not a share of the picture's sides, 0 < crop <= 1")
         if not 0 <= self.least < 1:
             raise InputError(f"least {self.least:g} is not a share of the channels, 0 <= least < 1")
         for field in ("noise_std", "learning_rate"):
@@ -165,8 +194,11 @@ RECIPES = {
         align_global_attention=False,
         relative_loss=False,
         learning_rate=1e-4,
-        schedule="constant",
+        schedule="plateau",
+        reduction="sum",
         passes=20,
+        validations=20,
+        validate_by="miou",
     ),
 }
 
@@ -179,17 +211,23 @@ class Stage:
       name: what is pruned.
       features: which features of the student are compared with the targets', besides the embedding.
       weights: progress in [0, 1) -> weight of each term of the loss.
+      patience: validations that a plateau may last before the learning rate is halved.
     """
 
     name: Literal["embedding", "bottleneck"]
     features: Literal["bottleneck", "stream"]
     weights: Callable[[float, Recipe], Weights]
+    patience: int
+
+    def terms(self, step: int, steps: int, recipe: Recipe) -> Weights:
+        """The terms of the loss that count in a step, counted from 0, with their weights."""
+        return {name: float(weight) for name, weight in self.weights(step / steps, recipe).items() if weight}
 
 
 EPOCHS = 20  # the schedules below are written in the reference's 20 epochs, whatever the number of steps
 
 
-def bottleneck_aligning(progress, recipe: Recipe):
+def bottleneck_aligning(progress: float, recipe: Recipe) -> Weights:
     """First half: embedding and bottleneck features by halves; second half: the embedding alone."""
     a = 0.5 * (progress < 0.5)
     return {
@@ -200,17 +238,17 @@ def bottleneck_aligning(progress, recipe: Recipe):
     }
 
 
-def embedding_aligning(progress, recipe: Recipe):
+def embedding_aligning(progress: float, recipe: Recipe) -> Weights:
     """From the stage-1 model's residual stream and embedding over to the teacher's embedding.
 
     The weight a falls from 10/11 to 0 over the first half, an epoch at a time.
     """
-    epoch = (progress * EPOCHS) // 1
+    epoch = int(progress * EPOCHS + 1e-6)
     a = (epoch < 11) * (10 - epoch) / 11
     return {"embedding": 1 - a, "stream": a, "previous": a}
 
 
 STAGES = (
-    Stage("embedding", "bottleneck", bottleneck_aligning),
-    Stage("bottleneck", "stream", embedding_aligning),
+    Stage("embedding", "bottleneck", bottleneck_aligning, patience=3),
+    Stage("bottleneck", "stream", embedding_aligning, patience=4),
 )

@@ -79,6 +79,7 @@ def print_table(report: dict[str, Any]) -> None:
         table.add_row(
             f"budget of {budget['kind']}", f"{budget['amount']:.4g}", f"{budget['reached']:.4g}", f"{share:+.2f} %"
         )
+    table.add_row("peak memory", "", f"{report['peak_memory_gb']:.2f} GB", "")
     for name, seconds in report["seconds"].items():
         table.add_row(f"time: {name}", "", f"{seconds:.1f} s", "")
     Console().print(table)

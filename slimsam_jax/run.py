@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from converters.from_torch import load
-from slimsam_jax import __version__, checkpoint, data, labels, report, train, widths
+from slimsam_jax import __version__, checkpoint, data, labels, metrics, report, sharding, train, widths
+from slimsam_jax.distillation import distil
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import track
 from slimsam_jax.prune import prune as prune_sam
 from slimsam_jax.recipes import RECIPES, STAGES, Recipe, Stage
 from slimsam_jax.run_folder import RunFolder
+from slimsam_jax.teacher_cache import TeacherCache
 from slimsam_jax.widths import Budget, Target
 
 if TYPE_CHECKING:
@@ -36,35 +39,45 @@ class Run:
     target: Target
     teacher: Sam
     images: list[Path]
+    val: list[Path]
     steps: int
     batch: int
     dtype: Any
+    cache: TeacherCache | None
     folder: RunFolder
     provenance: dict[str, Any]
 
 
 def run(options: Options) -> dict[str, Any]:
     """See `compress.compress`, which checks the options first."""
-    run, val = prepare(options)
+    run = prepare(options)
+    if run.cache:
+        run.cache.fill(run.images)
+        sharding.barrier("teacher's embeddings")
     student, seconds = run.teacher, {}
     for stage in STAGES:
         start = time.perf_counter()
         student = slim(run, stage, student)
         seconds[f"{stage.name} stage"] = time.perf_counter() - start
+    numbers = finish(run, student, seconds) if sharding.is_main() else {}
+    sharding.barrier("finished")
+    return numbers
 
-    start = time.perf_counter()
+
+def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
+    """Writes the model, measures it, and cleans up."""
+    start, out = time.perf_counter(), run.options.out
     student = dataclasses.replace(student, provenance=run.provenance)
-    checkpoint.save(student, options.out)
-    numbers = report.measure(run.teacher, student, val, run.dtype)
+    checkpoint.save(student, out)
+    save_other(run, student)
+    numbers = report.measure(run.teacher, student, run.val, run.dtype)
     if run.target.budget:
-        numbers["budget"] = {
-            **dataclasses.asdict(run.target.budget),
-            "reached": run.target.budget.cost(student.config),
-        }
+        numbers["budget"] = {**dataclasses.asdict(run.target.budget), "reached": run.target.budget.cost(student.config)}
     numbers["seconds"] = {**seconds, "measuring": time.perf_counter() - start}
-    checkpoint.write_json(options.out / "report.json", {**numbers, "provenance": student.provenance})
-    val = [path for path in val if str(path) not in numbers["skipped"]]
-    report.draw(run.teacher, student, val, run.folder.read_log(), options.out / "report.png")
+    numbers["peak_memory_gb"] = metrics.peak_memory() / 1e9
+    checkpoint.write_json(out / "report.json", {**numbers, "provenance": student.provenance})
+    val = [path for path in run.val if str(path) not in numbers["skipped"]]
+    report.draw(run.teacher, student, val, run.folder.read_log(), out / "report.png")
     run.folder.finish()
     report.print_table(numbers)
     if run.target.budget and abs(numbers["budget"]["reached"] / run.target.budget.amount - 1) > 0.01:
@@ -72,12 +85,18 @@ def run(options: Options) -> dict[str, Any]:
     return numbers
 
 
-def prepare(options: Options) -> tuple[Run, list[Path]]:
+def save_other(run: Run, student: Sam) -> None:
+    """The best or the last of the second stage, whichever `student` is not, in a folder of that name."""
+    name = "last" if run.recipe.keep == "best" else "best"
+    other = run.folder.load_model(STAGES[-1].name, name)
+    same = lambda a, b: bool((np.asarray(a) == np.asarray(b)).all())
+    if other and not all(jax.tree.leaves(jax.tree.map(same, other.params, student.params))):
+        checkpoint.save(dataclasses.replace(other, provenance=run.provenance), run.options.out / name)
+
+
+def prepare(options: Options) -> Run:
     """Everything that can be refused is refused here, before anything is written."""
-    devices = jax.local_device_count()
-    batch = options.batch or devices * -(-4 // devices)
-    if batch % devices:
-        raise InputError(f"--batch {batch} must be a multiple of the {devices} devices")
+    batch = batch_size(options)
     recipe = RECIPES[options.recipe].change(options.set)
     budget = None if options.budget is None else Budget.parse(options.budget)
     target = Target(options.channel_ratio(), budget)
@@ -89,7 +108,7 @@ def prepare(options: Options) -> tuple[Run, list[Path]]:
     if options.uniform and not teacher.config.uniform:
         raise InputError("--uniform needs a teacher whose blocks are alike, and this one's are not")
     images, val = split_images(options)
-    if options.batch and batch > max(len(images), devices):
+    if options.batch and batch > max(len(images), jax.device_count()):
         raise InputError(f"--batch {batch} is more than the {len(images)} images to learn from")
     for paths in (images, val):
         data.check_one_is_readable(paths)
@@ -99,8 +118,24 @@ def prepare(options: Options) -> tuple[Run, list[Path]]:
         widths.check(teacher.config, target, recipe, options.uniform)
     steps = max(1, recipe.passes * len(images) // batch) if options.steps is None else options.steps
     origin = provenance(options, recipe, teacher, images, steps, batch)
+    cache = TeacherCache(options.cache, teacher, origin["teacher"]["sha256"]) if options.cache else None
+    if cache and (recipe.flip or recipe.crop < 1):
+        raise InputError("--cache holds the teacher's embeddings of whole pictures; it goes with neither flip nor crop")
     folder = RunFolder(options.out, origin, options.resume)
-    return Run(options, recipe, target, teacher, images, steps, batch, compute_dtype(options), folder, origin), val
+    dtype = compute_dtype(options)
+    return Run(options, recipe, target, teacher, images, val, steps, batch, dtype, cache, folder, origin)
+
+
+def batch_size(options: Options) -> int:
+    """Images in a step, over all processes."""
+    devices, parts = jax.device_count(), options.accumulate
+    if devices % options.fsdp:
+        raise InputError(f"--fsdp {options.fsdp} does not divide the {devices} devices")
+    batch = options.batch or devices * parts * -(-4 // (devices * parts))
+    if batch % (devices * parts):
+        times = f" times the {parts} parts of --accumulate" if parts > 1 else ""
+        raise InputError(f"--batch {batch} must be a multiple of the {devices} devices{times}")
+    return batch
 
 
 def split_images(options: Options) -> tuple[list[Path], list[Path]]:
@@ -125,8 +160,8 @@ def slim(run: Run, stage: Stage, previous: Sam) -> Sam:
         return student
     student = run.folder.load_model(stage.name, "pruned")
     if not student:
-        student = prune(run, stage, previous)
-        run.folder.save_model(stage.name, "pruned", student)
+        run.folder.save_model(stage.name, "pruned", prune(run, stage, previous))
+        student = run.folder.load_model(stage.name, "pruned")  # in every process the same, to the bit
     if run.steps:
         student = distil(run, stage, student, previous)
     run.folder.save_model(stage.name, "distilled", student)
@@ -135,7 +170,7 @@ def slim(run: Run, stage: Stage, previous: Sam) -> Sam:
 
 def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
     options, config = run.options, run.teacher.config
-    devices = jax.local_device_count()  # an image on each: more would take as many times the memory
+    devices = jax.device_count()  # an image on each: more would take as many times the memory
     count = max(1, min(options.importance_images, len(run.images)) // devices)
 
     def calibration(name: str) -> Iterable[Any]:
@@ -143,29 +178,6 @@ def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
         return track(train.calibration(batches, count), name, count, per_item=devices)
 
     return prune_sam(previous, stage, run.recipe, run.target, calibration, options.seed, options.uniform)
-
-
-def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
-    options, steps, folder = run.options, run.steps, run.folder
-    step_fn, state, frozen = train.make_trainer(student, previous, run.teacher, stage, run.recipe, steps, run.dtype)
-    batches = data.Batches(run.images, run.teacher.config.image_size, run.batch, options.seed + 1)
-    with folder.steps(stage.name) as manager:
-        state = folder.restore_step(manager, state, batches)
-        done = int(state.step)
-        folder.rewind_log(stage.name, done)
-        training = train.train(step_fn, state, frozen, batches, steps)
-        training = track(training, f"{stage.name} stage", steps - done, per_item=run.batch)
-        for step, (state, terms) in enumerate(training, done + 1):
-            if step % max(1, steps // 100) == 0 or step == steps:
-                folder.log(stage=stage.name, step=step, **{name: float(term) for name, term in terms.items()})
-            if step % options.save_every == 0 or step == steps:
-                train.check_loss(terms, step)
-                folder.save_step(manager, step, state, batches)
-    for path, reason in batches.skipped.items():
-        folder.log(stage=stage.name, skipped=str(path), reason=reason)
-        print(f"skipped: {reason}", flush=True)
-    encoder = jax.tree.map(jnp.asarray, jax.device_get(state.params))  # off the mesh, like every other model
-    return dataclasses.replace(student, params={**student.params, "image_encoder": encoder})
 
 
 def provenance(

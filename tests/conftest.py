@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
+# Before jax is imported. The suite spends its time in LLVM, which makes small models no faster; what XLA does to
+# the program is as always. XLA_FLAGS= pytest runs what users run.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from slimsam_jax import checkpoint, compress
 from slimsam_jax.checkpoint import abstract_params
 from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.sam import Sam
@@ -68,3 +73,44 @@ def random_images(config: Config, count: int = 2, seed: int = 0) -> dict[str, np
     sizes = np.full((count, 2), (height, width), np.int32)
     sizes[-1] = (height, width - 5)
     return {"image": random.integers(0, 256, (count, height, width, 3), np.uint8), "size": sizes}
+
+
+SQUARE = tiny_config(image_size=(64, 64))
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+    """A folder with a teacher and pictures, two of them annotated."""
+    from test_data import write_annotation
+
+    root = tmp_path_factory.mktemp("material")
+    checkpoint.save(random_sam(SQUARE), root / "teacher")
+    for name, count in (("images", 6), ("val", 2)):
+        (root / name).mkdir()
+        for i in range(count):
+            pixels = np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    for path in (root / "val").glob("*.png"):
+        write_annotation(path)
+    return root
+
+
+def compress_options(material, out, **changes) -> compress.Options:
+    """Of a run of four steps a stage, validated and saved every second one."""
+    fields = {
+        "teacher": material / "teacher",
+        "images": (material / "images",),
+        "val": (material / "val",),
+        "steps": 4,
+        "batch": 2,
+        "save_every": 2,
+        "set": ("validations=2",),
+        "out": out,
+    }
+    return compress.Options(**{**fields, **changes})
+
+
+@pytest.fixture(scope="session")
+def finished(material):
+    compress.compress(compress_options(material, material / "slim"))
+    return material / "slim"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as coco
 
 from slimsam_jax import data, rle
@@ -120,19 +120,41 @@ def test_nothing_but_broken_images_stops(tmp_path):
         next(batches)
 
 
-def test_batches_depend_on_the_seed_and_resume_exactly(tmp_path):
+def test_batches_follow_from_seed_and_step(tmp_path):
+    """Resumed at any step, on one process or three, with a broken picture or without."""
     paths = [save_image(tmp_path / f"{i}.png", seed=i) for i in range(7)]
-    make = lambda seed: data.Batches(paths, (32, 32), batch=2, seed=seed)
-    first = [next(batches) for batches in [make(0)] for _ in range(8)]
-    again = make(0)
-    for expected in first[:3]:
-        np.testing.assert_array_equal(next(again)["image"], expected["image"])
-    state = json.loads(json.dumps(again.get_state()))
-    resumed = make(0)
-    resumed.set_state(state)
+    truncated(tmp_path / "6.png")
+    augment = data.flip_and_crop(flip=True, crop=0.5)
+    make = lambda seed=0, **kw: data.Batches(paths, (32, 32), batch=6, seed=seed, augment=augment, **kw)
+    first = [next(batches)["image"] for batches in [make()] for _ in range(8)]
+    resumed = make(start=3)
     for expected in first[3:]:
-        np.testing.assert_array_equal(next(resumed)["image"], expected["image"])
-    assert any((next(b)["image"] != e["image"]).any() for b in [make(1)] for e in first)
+        np.testing.assert_array_equal(next(resumed)["image"], expected)
+    parts = [make(start=2, part=(i, 3)) for i in range(3)]
+    for expected in first[2:5]:
+        together = np.stack([next(part)["image"] for part in parts], axis=1).reshape(expected.shape)
+        np.testing.assert_array_equal(together, expected)
+    assert any((next(b)["image"] != e).any() for b in [make(1)] for e in first)
+
+
+def test_names_of_a_step(tmp_path):
+    paths = [save_image(tmp_path / f"{i}.png", seed=i) for i in range(5)]
+    batches = data.Batches(paths, (32, 32), batch=2, seed=0, extra=lambda path: {"number": np.array(int(path.stem))})
+    for step in range(6):
+        assert [int(path.stem) for path in batches.paths_of(step)] == next(batches)["number"].tolist()
+
+
+def test_flips_and_crops():
+    random = np.random.default_rng(0)
+    picture = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint32).reshape(40, 60, 3).astype(np.uint8))
+    assert data.flip_and_crop(False, 1.0) is None
+    flip = data.flip_and_crop(True, 1.0)
+    found = {flip(picture, random).tobytes() for _ in range(20)}
+    assert found == {picture.tobytes(), ImageOps.mirror(picture).tobytes()}
+    crop = data.flip_and_crop(False, 0.5)
+    for _ in range(20):
+        width, height = crop(picture, random).size
+        assert 30 <= width <= 60 and 20 <= height <= 40
 
 
 def write_annotation(path, **changes):

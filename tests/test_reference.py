@@ -13,7 +13,7 @@ import pytest
 from conftest import shared
 
 from converters.mapping import rows
-from slimsam_jax import distill, prune
+from slimsam_jax import distill, prune, train
 from slimsam_jax.models import groups as channels
 from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.features import bottleneck_features, stream_features
@@ -292,3 +292,30 @@ def test_stage2_loss(golden, kind):
         np.testing.assert_allclose(terms[name], golden[f"distill2/{kind}/term_{theirs}"], rtol=1e-5)
     weights = [float(STAGES[1].weights((epoch + 0.5) / 20, RECIPE)["stream"]) for epoch in range(20)]
     np.testing.assert_allclose(weights, golden["distill2/a_weight_by_epoch"], atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_two_steps_of_training(golden, monkeypatch, stage):
+    """Eight images in order, summed by fours: losses, parameters and outputs of the original loop."""
+    number = 1 + STAGES.index(stage)
+    teacher, previous, student = (model(golden, p) for p in ("sd/", "step1/sd/", "step2/global/sd/"))
+    previous, student = (previous, student) if number == 2 else (teacher, previous)
+    encode = lambda config, encoder, batch, dtype, devices: run(config, encoder, batch["image"])
+    monkeypatch.setattr(train, "run_encoder", encode)
+    trainer = train.make_trainer(student, previous, teacher, stage, RECIPE, steps=10_000)
+    terms = stage.terms(0, 10_000, RECIPE)
+    batches = [{"image": images(golden)[i : i + 4]} for i in (0, 4)]
+    state, losses = trainer.state, []
+    for batch in batches:
+        state, found = trainer.step(state, trainer.frozen, batch, terms)
+        losses.append(float(found["loss"]))
+    np.testing.assert_allclose(losses, golden[f"train{number}/losses"].reshape(2, 4).mean(1), rtol=1e-5)
+    flat = flax.traverse_util.flatten_dict(state.params, sep="/")
+    compared = [row for row in encoder_rows() if f"train{number}/param_after_2_steps/{row.name}" in golden]
+    assert len(compared) == 10
+    for row in compared:
+        expected = row.to_ours(golden[f"train{number}/param_after_2_steps/{row.name}"])
+        np.testing.assert_allclose(flat[row.path], expected, atol=3e-6, err_msg=row.name)
+    out = embed(golden, Sam(student.config, {"image_encoder": state.params}))
+    np.testing.assert_allclose(out[:2], golden[f"train{number}/out_after_2_steps"], atol=1e-4)

@@ -11,26 +11,27 @@ from slimsam_jax.models.image_encoder import Features, ImageEncoder
 from slimsam_jax.models.sam import Params, preprocess
 
 # Above this many numbers in the residual stream (images x tokens x channels x blocks) each block is computed again in
-# the backward pass instead of being kept: more than one image of ViT-B at 1024 px. Images are those that the caller
-# sees: all devices' when training, one in the importance pass.
+# the backward pass instead of being kept: more than one image of ViT-B at 1024 px on a device.
 REMAT_ABOVE = 2**26
 
 
 def make_encoder(config: Config, images: int, dtype: Any) -> ImageEncoder:
-    """For batches of so many images."""
+    """For batches of so many images on a device."""
     stream = images * config.grid[0] * config.grid[1] * config.embed_dim * len(config.blocks)
     return ImageEncoder(config, dtype, remat=stream > REMAT_ABOVE)
 
 
-def run_encoder(config: Config, encoder: Params, batch: dict[str, jax.Array], dtype: Any = None):
+def run_encoder(config: Config, encoder: Params, batch: dict[str, jax.Array], dtype: Any = None, devices: int = 1):
     """(embedding, features) of a batch {"image": uint8, "size"}.
 
     Args:
       encoder: the image encoder's parameters.
       dtype: of the computation; the parameters' if None.
+      devices: that the compiler splits the batch over.
     """
     pixels = preprocess(config, batch["image"], batch["size"])
-    return make_encoder(config, len(pixels), dtype or encoder["pos_embed"].dtype).apply({"params": encoder}, pixels)
+    model = make_encoder(config, -(-len(pixels) // devices), dtype or encoder["pos_embed"].dtype)
+    return model.apply({"params": encoder}, pixels)
 
 
 def bottleneck_features(config: Config, features: Features) -> dict[str, list[jax.Array]]:

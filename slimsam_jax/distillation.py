@@ -1,0 +1,130 @@
+"""The loop of a stage's distillation: steps, log, validation, checkpoints, and ways to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slimsam_jax import data, distill, sharding, stopping, train
+from slimsam_jax.errors import RunError, Stopped
+from slimsam_jax.models.sam import Sam
+from slimsam_jax.progress import track
+from slimsam_jax.recipes import Stage
+from slimsam_jax.validation import validator
+
+if TYPE_CHECKING:
+    from slimsam_jax.run import Run
+
+
+def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
+    """Trains the student, from the stage's last checkpoint if there is one.
+
+    Returns:
+      The best student by validation, or the last, as the recipe says.
+
+    Raises:
+      RunError: the loss is not finite. Checkpoints hold finite states only, so the last good one is kept.
+      Stopped: SIGTERM came; the state is saved.
+    """
+    return Distillation(run, stage, student, previous).run()
+
+
+class Distillation:
+    """One stage, in one run folder."""
+
+    def __init__(self, run: Run, stage: Stage, student: Sam, previous: Sam):
+        options = run.options
+        self.plan, self.stage, self.student = run, stage, student
+        self.trainer = train.make_trainer(
+            student, previous, run.teacher, stage, run.recipe, run.steps, run.dtype, options.accumulate, options.fsdp
+        )
+        self.score = validator(run.teacher, run.val, run.recipe.validate_by) if sharding.is_main() else None
+        count = min(run.recipe.validations, run.steps)
+        self.validated = {math.ceil((i + 1) * run.steps / count) for i in range(count)}
+        self.logged = {*range(0, run.steps, max(1, run.steps // 100)), run.steps}
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def run(self) -> Sam:
+        folder, steps, name = self.plan.folder, self.plan.steps, self.stage.name
+        with folder.steps(name) as saved, stopping.on_request() as stop_asked:
+            state = saved.restore(self.trainer.state)
+            done = int(state.step)
+            self.scores = folder.rewind_log(name, done)
+            self.batches = self.stream(done)
+            rows = zip(range(done + 1, steps + 1), self.batches, strict=False)
+            for step, batch in track(rows, f"{name} stage", steps - done, per_item=self.plan.batch):
+                state = self.step(state, step, batch)
+                stop = saved.asked_to_stop(step) or stop_asked()
+                if stop or step in self.validated or step % self.plan.options.save_every == 0:
+                    self.flush()
+                    state = self.validate(state, step) if step in self.validated else state
+                    saved.save(step, state)
+                if stop and step < steps:
+                    raise Stopped(f"stopped after step {step} of the {name} stage; continue with --resume")
+        self.name_skipped()
+        return self.result(state)
+
+    def stream(self, start: int) -> data.Batches:
+        run = self.plan
+        part = jax.process_index(), jax.process_count()
+        augment = data.flip_and_crop(run.recipe.flip, run.recipe.crop)
+        extra = (lambda path: {"embedding": run.cache.read(path)}) if run.cache else None
+        size = run.teacher.config.image_size
+        return data.Batches(run.images, size, run.batch, run.options.seed + 1, start, part, augment, extra)
+
+    def step(self, state: distill.TrainState, step: int, batch: Any) -> distill.TrainState:
+        """Dispatches a step; what the one before has given is read only now, so that the host runs ahead."""
+        weights = self.stage.terms(step - 1, self.plan.steps, self.plan.recipe)
+        batch = sharding.shard_batch(batch, self.trainer.mesh)
+        state, terms = self.trainer.step(state, self.trainer.frozen, batch, weights)
+        self.flush()
+        self.pending = step, terms
+        return state
+
+    def flush(self) -> None:
+        """Waits for the last step that was dispatched, checks its loss and logs it."""
+        if not self.pending:
+            return
+        (step, terms), self.pending = self.pending, None
+        terms = {name: float(term) for name, term in terms.items()}
+        if not np.isfinite(terms["loss"]):
+            names = ", ".join(path.name for path in self.batches.paths_of(step - 1))
+            raise RunError(
+                f"the loss of step {step} is not finite (images {names}); the checkpoint before is kept; "
+                "another --seed, --batch, --dtype or learning_rate may help"
+            )
+        if step in self.logged:
+            self.plan.folder.log(stage=self.stage.name, step=step, **terms)
+
+    def validate(self, state: distill.TrainState, step: int) -> distill.TrainState:
+        """Scores the student, keeps it if it is the best, and sets the learning rate after a plateau."""
+        folder, name = self.plan.folder, self.stage.name
+        sam = self.sam(state)
+        self.scores.append(sharding.agree(self.score(sam) if self.score else 0.0))
+        folder.log(stage=name, step=step, score=self.scores[-1])
+        if self.scores[-1] == max(self.scores):  # of equals the later one, as the reference
+            folder.save_model(name, "best", sam)
+        if self.plan.recipe.schedule != "plateau":
+            return state
+        scale = distill.plateau_scale(self.scores, self.stage.patience)
+        return state._replace(scale=jax.device_put(jnp.float32(scale), state.scale.sharding))
+
+    def sam(self, state: distill.TrainState) -> Sam:
+        """The student as it stands, off the mesh."""
+        encoder = jax.tree.map(jnp.asarray, sharding.gather(state.average or state.params))
+        return dataclasses.replace(self.student, params={**self.student.params, "image_encoder": encoder})
+
+    def result(self, state: distill.TrainState) -> Sam:
+        best, last = self.plan.folder.load_model(self.stage.name, "best"), self.sam(state)
+        self.plan.folder.save_model(self.stage.name, "last", last)
+        return best if self.plan.recipe.keep == "best" else last
+
+    def name_skipped(self) -> None:
+        for path, reason in self.batches.skipped.items():
+            self.plan.folder.log(stage=self.stage.name, skipped=str(path), reason=reason)
+            print(f"skipped: {reason}", flush=True)

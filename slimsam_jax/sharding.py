@@ -1,0 +1,114 @@
+"""Where arrays live: one mesh over all devices of all processes. Knows trees of arrays only.
+
+A batch is split over every device. Parameters and what belongs to them are split over the mesh's
+second axis, "fsdp" (Zhao et al., 2023), where its size divides them, and replicated over the first. XLA
+puts the collectives in: one all-reduce of the gradients in plain data parallel (fsdp = 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Tree = Any
+EVERYWHERE = ("data", "fsdp")
+WORTH_SPLITTING = 2**12  # elements: below that a collective costs more than the memory saved
+
+
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """[devices / fsdp, fsdp] devices with the axes "data" and "fsdp"; all there are if none are given.
+
+    Raises:
+      ValueError: fsdp does not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    if count % fsdp:
+        raise ValueError(f"{count} devices cannot be split in groups of {fsdp}")
+    # Auto axes: make_mesh's default since jax 0.10 is Explicit, which asks more of every operation.
+    return jax.make_mesh((count // fsdp, fsdp), EVERYWHERE, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def partition(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+    """Splits the longest axis that `fsdp` divides; none of a small array, or after an odd pruning."""
+    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if fsdp == 1 or not divisible or np.prod(shape) < WORTH_SPLITTING:
+        return PartitionSpec()
+    longest = max(divisible, key=lambda axis: shape[axis])
+    return PartitionSpec(*("fsdp" if axis == longest else None for axis in range(len(shape))))
+
+
+def shardings(tree: Tree, mesh: Mesh) -> Tree:
+    """Of parameters, optimiser states and the like; leaves need a shape only."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition(leaf.shape, mesh.shape["fsdp"])), tree)
+
+
+def place(tree: Tree, mesh: Mesh) -> Tree:
+    """Parameters and the like onto the mesh; every process gives the same values."""
+    return _put(tree, shardings(tree, mesh))
+
+
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
+    """The same values on every device; every process gives them."""
+    return _put(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
+
+
+def _put(tree: Tree, places: Tree) -> Tree:
+    if jax.process_count() > 1:  # an array of one process's devices cannot be moved to all
+        tree = jax.device_get(tree)
+    return jax.tree.map(jax.device_put, tree, places)
+
+
+def constrain(tree: Tree, mesh: Mesh) -> Tree:
+    """Inside `jit`: keeps a tree where `place` put it."""
+    return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
+
+
+def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
+    """This process's rows of a host batch, onto its devices; the global batch has all processes' rows."""
+    sharding = NamedSharding(mesh, PartitionSpec(EVERYWHERE))
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def gather(tree: Tree) -> Tree:
+    """The whole arrays as numpy, in every process; a collective where they are split over processes."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(value: float) -> float:
+    """The main process's value, in every process."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return float(multihost_utils.broadcast_one_to_all(np.float64(value)))
+
+
+def all_agree(flag: bool) -> bool:
+    """Whether it is true in every process."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(flag)).all())

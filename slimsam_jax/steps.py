@@ -1,0 +1,116 @@
+"""Checkpoints within a stage: written in the background, whole or not at all, and checked when read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from slimsam_jax import sharding
+from slimsam_jax.distill import TrainState
+from slimsam_jax.errors import RunError
+
+
+class Steps:
+    """The last two states of a stage, in orbax's format; a context manager, which waits for the last write."""
+
+    def __init__(self, folder: Path):
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self.folder = folder
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Begins to write; the state may be changed or donated as soon as this returns.
+
+        Raises:
+          RunError: there is no room, or the checkpoint before could not be written.
+        """
+        self._wait()
+        self._check_room(step, state)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), sums=ocp.args.JsonSave(_checksums(state)))
+        try:
+            self.manager.save(step, args=items)
+        except Exception as error:
+            raise self._failed(step, error) from None
+
+    def _check_room(self, step: int, state: TrainState) -> None:
+        """Orbax would fail in many threads, each with a traceback of its own."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise RunError(
+                f"cannot write the checkpoint of step {step}: it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB "
+                f"are free at {self.folder}; make room, then continue with --resume"
+            )
+
+    def _wait(self) -> None:
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(self.manager.latest_step(), error) from None
+
+    def _failed(self, step: int | None, error: Exception) -> RunError:
+        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["unknown error"])[0]
+        return RunError(f"cannot write the checkpoint of step {step}: {reason}")
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The last state that is undamaged, placed as `state` is; `state` itself if there is none."""
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            restored, reason = self._read(step, state)
+            if restored is not None:
+                return restored
+            if sharding.is_main():
+                print(f"the checkpoint of step {step} is damaged ({reason}); going back to the one before", flush=True)
+            self.manager.delete(step)
+        return state
+
+    def _read(self, step: int, state: TrainState) -> tuple[TrainState | None, str]:
+        """A state, or None and why not; the same in all processes."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), sums=ocp.args.JsonRestore())
+        restored, reason = None, "another process cannot read it"
+        try:
+            restored = self.manager.restore(step, args=items)
+        except Exception as error:  # a damaged file can fail in any way
+            reason = (str(error).splitlines() or ["unreadable"])[0][:120]
+        if not sharding.all_agree(restored is not None):
+            return None, reason
+        if _checksums(restored.state) != restored.sums:
+            return None, "its numbers are not those that were saved"
+        return restored.state, ""
+
+    def asked_to_stop(self, step: int) -> bool:
+        """Whether one of several processes is being taken away; the same answer in all of them."""
+        return jax.process_count() > 1 and self.manager.reached_preemption(step)
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        try:
+            self._wait()
+        except RunError:
+            if kind is None:  # else the first fault is the one to report
+                raise
+        finally:
+            self.manager.close()
+
+
+def _checksums(tree: Any) -> list[int]:
+    """A number per array; orbax notices missing bytes, but not altered ones."""
+    return [int(one) for one in jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)])]
+
+
+@jax.jit
+def _checksum(leaf: jax.Array) -> jax.Array:
+    """Changes with any bit of a 32-bit array, and with the order of its elements."""
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).reshape(-1)
+    mixed = bits ^ (jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9))  # the place counts, too
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x7FEB352D)
+    return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)

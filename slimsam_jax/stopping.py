@@ -1,0 +1,22 @@
+"""SIGTERM as a request: clusters send it some seconds before they take a machine away."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def on_request() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM ends nothing; what is yielded tells whether it has come. Only a main thread can listen."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,90 @@
+"""The teacher's embeddings on disk, so that each image is encoded by it once and not once an epoch.
+
+A folder for each teacher and image size, a file for each picture, named by the hash of its content:
+a renamed or copied data set finds its embeddings again, and an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slimsam_jax.checkpoint import replacing
+from slimsam_jax.data import read_image
+from slimsam_jax.errors import InputError, RunError, blaming, writing
+from slimsam_jax.evaluation import encode_image
+from slimsam_jax.models.sam import Sam
+from slimsam_jax.progress import track
+
+
+class TeacherCache:
+    """[h, w, out_chans] float16 embeddings of one teacher.
+
+    Half precision adds a relative squared error of about 1e-7, far below what distillation reaches.
+
+    Args:
+      folder: that several teachers may share.
+      teacher_hash: sha256 of its weights.
+    """
+
+    def __init__(self, folder: Path, teacher: Sam, teacher_hash: str):
+        height, width = teacher.config.image_size
+        self.teacher = teacher
+        self.folder = folder / f"{teacher_hash[:16]}-{height}x{width}"
+        self.shape = (*teacher.config.grid, teacher.config.out_chans)
+
+    def file(self, path: Path) -> Path:
+        with blaming(path), path.open("rb") as picture:
+            return self.folder / f"{hashlib.file_digest(picture, 'sha256').hexdigest()[:32]}.npy"
+
+    def read(self, path: Path) -> np.ndarray:
+        """A picture's embedding.
+
+        Raises:
+          InputError: there is none, or it is damaged.
+        """
+        file = self.file(path)
+        with blaming(f"the cached embedding {file} (remove it, and it is computed again)"):
+            embedding = np.load(file, allow_pickle=False)
+            if embedding.shape != self.shape or embedding.dtype != np.float16:
+                raise ValueError(f"it is {embedding.dtype}{list(embedding.shape)}")
+            return embedding
+
+    def fill(self, paths: Sequence[Path]) -> None:
+        """Computes what is missing; each process takes its share. Says beforehand how much room it takes.
+
+        Pictures that cannot be read are left out.
+
+        Raises:
+          RunError: the disk has no room for it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = [path for path in paths if path.exists() and not self.file(path).exists()]
+        missing = missing[jax.process_index() :: jax.process_count()]
+        if not missing:
+            return
+        needed = len(missing) * 2 * int(np.prod(self.shape))
+        free = shutil.disk_usage(self.folder).free
+        print(
+            f"the teacher's embeddings of {len(missing)} images take {needed / 1e9:.2f} GB in {self.folder}", flush=True
+        )
+        if free < needed:
+            raise RunError(f"{self.folder} has {free / 1e9:.2f} GB free; choose another --cache, or none")
+        for path in track(missing, "teacher's embeddings"):
+            self._compute(path)
+
+    def _compute(self, path: Path) -> None:
+        try:
+            image = read_image(path)
+        except InputError:
+            return  # the data stream names it and takes another
+        embedding = np.asarray(encode_image(self.teacher, image).embedding.astype(jnp.float16))
+        file = self.file(path)
+        with writing(file), replacing(file) as temporary, temporary.open("wb") as target:
+            np.save(target, embedding)

@@ -1,0 +1,156 @@
+"""A run that is stopped, killed or damaged ends where the uninterrupted one ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import compress_options
+
+from converters import from_torch
+from slimsam_jax import cli, compress, distill, steps
+from slimsam_jax.distillation import Distillation
+from slimsam_jax.errors import InputError, RunError, Stopped
+
+
+def assert_same_run(out: Path, finished: Path) -> None:
+    chex.assert_trees_all_equal(from_torch.load(out).params, from_torch.load(finished).params)
+    assert (out / "log.jsonl").read_text() == (finished / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("stop", [("embedding", 3), ("bottleneck", 1)])
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, material, tmp_path, monkeypatch, stop):
+    def step(self, state, number, batch, whole=Distillation.step):
+        if (self.stage.name, number - 1) == stop:
+            raise RunError("pulled the plug")
+        return whole(self, state, number, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Distillation, "step", step)
+        with pytest.raises(RunError, match="plug"):
+            compress.compress(compress_options(material, tmp_path / "slim"))
+    assert not (tmp_path / "slim" / "model.safetensors").exists()
+    with pytest.raises(InputError, match="options seed: 0 -> 7"):
+        compress.compress(compress_options(material, tmp_path / "slim", resume=True, seed=7))
+    compress.compress(compress_options(material, tmp_path / "slim", resume=True))
+    assert_same_run(tmp_path / "slim", finished)
+
+
+def test_sigterm_saves_and_ends_cleanly(finished, material, tmp_path, monkeypatch, capsys):
+    def step(self, state, number, batch, whole=Distillation.step):
+        if (self.stage.name, number) == ("embedding", 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, state, number, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Distillation, "step", step)
+        with pytest.raises(Stopped, match="after step 3 of the embedding stage"):
+            compress.compress(compress_options(material, tmp_path / "slim", save_every=100))
+    saved = tmp_path / "slim" / "checkpoints" / "embedding" / "steps" / "3"
+    assert saved.exists() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    compress.compress(compress_options(material, tmp_path / "slim", resume=True))
+    assert_same_run(tmp_path / "slim", finished)
+
+    def stopped(_):
+        raise Stopped("stopped after step 3")
+
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.run(compress.Options, stopped)
+    assert end.value.code == 143 and capsys.readouterr().err == "stopped after step 3\n"
+
+
+def small_state(value: float) -> distill.TrainState:
+    params = {"w": jnp.full((40, 30), value), "b": jnp.arange(3.0) + value}
+    return distill.init_state(params, distill.make_optimizer(0.1, 4), ema=0.9)
+
+
+@pytest.mark.parametrize("damage", ["altered", "shortened", "emptied", "removed"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capfd, damage):
+    with steps.Steps(tmp_path / "steps") as saved:
+        for step in (1, 2):
+            saved.save(step, small_state(step))
+    state = tmp_path / "steps" / "2" / "state"
+    data = max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    middle = len(content) // 2
+    content[middle] ^= 0xFF
+    {
+        "altered": lambda: data.write_bytes(content),
+        "shortened": lambda: data.write_bytes(content[:middle]),
+        "emptied": lambda: data.write_bytes(b""),
+        "removed": data.unlink,
+    }[damage]()
+    with steps.Steps(tmp_path / "steps") as saved:
+        restored = saved.restore(small_state(0))
+        chex.assert_trees_all_equal(restored, small_state(1))
+        assert saved.manager.all_steps() == [1]
+    out = capfd.readouterr().out
+    assert "checkpoint of step 2 is damaged" in out and out.count("\n") == 1
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    with steps.Steps(tmp_path / "steps") as saved:
+        saved.save(1, small_state(1))
+    (tmp_path / "steps" / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    with steps.Steps(tmp_path / "steps") as saved:
+        chex.assert_trees_all_equal(saved.restore(small_state(0)), small_state(1))
+
+
+def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
+    """Written in the background, while the next step has already taken the donated state."""
+    bump = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state = small_state(0)
+    with steps.Steps(tmp_path / "steps") as saved:
+        expected = jax.tree.map(np.array, state)
+        saved.save(1, state)
+        for _ in range(3):
+            state = bump(state)
+    with steps.Steps(tmp_path / "steps") as saved:
+        chex.assert_trees_all_equal(saved.restore(small_state(5)), expected)
+
+
+def test_checksums_see_every_bit_and_order():
+    array = jnp.arange(6.0).reshape(2, 3)
+    others = array.at[1, 2].set(jnp.nextafter(5.0, 6.0)), array.at[0].set(array[0, ::-1]), -array, jnp.int32(3)
+    sums = {steps._checksums({"x": other})[0] for other in (array, *others, jnp.int32(-3))}
+    assert len(sums) == 6
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(finished, material, tmp_path):
+    """`kill -9` at moments that nobody chose, until the run comes through."""
+    out, random, kills = tmp_path / "slim", np.random.default_rng(0), 0
+    program = """
+import sys, jax
+jax.config.update("jax_compilation_cache_dir", sys.argv[3])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+from pathlib import Path
+from conftest import compress_options
+from slimsam_jax.compress import compress
+out = Path(sys.argv[2])
+compress(compress_options(Path(sys.argv[1]), out, resume=(out / "checkpoints" / "origin.json").exists()))
+"""
+    arguments = [str(material), str(out), jax.config.jax_compilation_cache_dir]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    while not (out / "report.json").exists():
+        run = subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, stderr=subprocess.PIPE)
+        try:
+            _, error = run.communicate(timeout=random.uniform(6, 20) + 4 * kills)
+            assert run.returncode == 0, error.decode()
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGKILL)
+            run.communicate()
+            kills += 1
+    assert kills > 0
+    assert_same_run(out, finished)
+    assert "checkpoints" not in {path.name for path in out.iterdir()}

@@ -1,0 +1,134 @@
+"""One device, eight, and several processes take the same steps.
+
+In processes of their own, since the number of CPU devices is fixed when JAX starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from converters import from_torch
+from slimsam_jax import sharding
+
+
+def start(program: list[str], devices: int = 1) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_NUM_CPU_DEVICES": str(devices),
+    }
+    return subprocess.Popen([sys.executable, *program], env=environment, stderr=subprocess.PIPE)
+
+
+def wait_for(*processes: subprocess.Popen) -> None:
+    for process in processes:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error.decode()[-3000:]
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def train(out: Path, count: int, devices: int = 1, fsdp: int = 1, processes: int = 1) -> dict[str, int]:
+    """Steps of sharded_worker.py, from the last checkpoint in `out`; what the compiled step holds."""
+    out.mkdir(exist_ok=True)
+    worker, address = str(Path(__file__).with_name("sharded_worker.py")), free_address()
+    arguments = {"out": str(out), "count": count, "fsdp": fsdp}
+    several = [{**arguments, "distributed": f"{address},{processes},{i}"} for i in range(processes)]
+    wait_for(*(start([worker, json.dumps(one)], devices) for one in (several if processes > 1 else [arguments])))
+    return json.loads((out / "facts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Fifteen steps on one device."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert train(folder, 15)["all-reduce"] == 0
+    return folder
+
+
+def assert_same_steps(one: Path, other: Path, step: int) -> None:
+    with np.load(one / f"{step}.npz") as expected, np.load(other / f"{step}.npz") as found:
+        assert set(expected) == set(found)
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+def test_data_parallel_reduces_gradients_once_and_gathers_nothing(alone, tmp_path):
+    facts = train(tmp_path, 5, devices=8)
+    assert_same_steps(alone, tmp_path, 5)
+    assert facts["all-reduce"] > 0 and facts["parameters split"] == facts["state split"] == 0
+    assert not any(facts[name] for name in ("all-gather", "reduce-scatter", "all-to-all", "collective-permute"))
+    assert facts["parameters"] <= facts["numbers reduced"] < 1.01 * facts["parameters"] + 100  # and some sums
+
+
+def test_split_parameters_restored_by_two_processes_and_by_one(alone, tmp_path):
+    """Five steps on 2 x 4 devices, five in two processes of 1 x 2 each, five on one device."""
+    facts = train(tmp_path, 5, devices=8, fsdp=4)
+    assert_same_steps(alone, tmp_path, 5)
+    assert facts["all-gather"] > 0
+    assert 0.5 * facts["parameters"] < facts["parameters split"] < facts["parameters"]
+    assert facts["state split"] == 3 * facts["parameters split"]  # Adam's two moments and the average
+    train(tmp_path, 5, devices=2, fsdp=2, processes=2)
+    assert_same_steps(alone, tmp_path, 10)
+    train(tmp_path, 5)
+    assert_same_steps(alone, tmp_path, 15)
+
+
+@pytest.mark.slow
+def test_the_command_in_two_processes(material, tmp_path):
+    """Pruning, validation, checkpoints and report."""
+    program = """
+import sys
+from pathlib import Path
+from conftest import compress_options
+from slimsam_jax.compress import compress
+material, out, distributed = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] or None
+changes = {"steps": 2, "set": ("validations=1",), "batch": 4, "importance_images": 4}
+compress(compress_options(material, out, distributed=distributed, **changes))
+"""
+    address = free_address()
+    run = lambda out, where: start(["-c", program, str(material), str(tmp_path / out), where])
+    wait_for(*(run("two", f"{address},2,{i}") for i in range(2)))
+    wait_for(run("one", ""))
+    one, two = (from_torch.load(tmp_path / name) for name in ("one", "two"))
+    assert one.config == two.config
+    error = lambda name: json.loads((tmp_path / name / "report.json").read_text())["embedding_error"]
+    np.testing.assert_allclose(error("two"), error("one"), rtol=0.05)
+    lines = [(tmp_path / name / "log.jsonl").read_text().count("\n") for name in ("one", "two")]
+    assert lines[0] == lines[1] and sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "fsdp", "expected"),
+    [
+        ((64, 128), 1, ()),
+        ((64, 128), 4, (None, "fsdp")),
+        ((168, 66), 4, ("fsdp", None)),  # the longest that divides
+        ((66, 169), 4, ()),
+        ((2, 4, 2), 2, ()),  # too small to be worth it
+        ((), 2, ()),
+        ((12, 64, 14), 8, (None, "fsdp", None)),
+    ],
+)
+def test_what_is_split_along_which_axis(shape, fsdp, expected):
+    assert sharding.partition(shape, fsdp) == PartitionSpec(*expected)
+
+
+def test_devices_that_cannot_be_grouped():
+    with pytest.raises(ValueError, match="cannot be split in groups of 3"):
+        sharding.make_mesh(3)

@@ -1,0 +1,83 @@
+"""The teacher's embeddings on disk: computed once, found again, never trusted blindly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import SQUARE, compress_options, random_sam
+from test_data import truncated
+
+from converters import from_torch
+from slimsam_jax import teacher_cache
+from slimsam_jax.compress import compress
+from slimsam_jax.data import read_image
+from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.evaluation import encode_image
+from slimsam_jax.teacher_cache import TeacherCache
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return random_sam(SQUARE)
+
+
+def test_embeddings_are_computed_once_and_are_the_teachers(material, teacher, tmp_path, monkeypatch, capsys):
+    paths = sorted((material / "images").iterdir())
+    shutil.copytree(material / "images", tmp_path / "images")
+    broken = truncated(tmp_path / "images" / "broken.jpg")
+    cache = TeacherCache(tmp_path / "cache", teacher, "0123456789abcdef")
+    cache.fill([*paths[:4], broken])
+    assert "of 5 images take 0.00 GB" in capsys.readouterr().out
+    encoded, encode = [], teacher_cache.encode_image
+    monkeypatch.setattr(teacher_cache, "encode_image", lambda *args: encoded.append(1) or encode(*args))
+    copies = [tmp_path / "images" / path.name for path in paths]  # the same pictures elsewhere are the same pictures
+    cache.fill(copies)
+    assert len(encoded) == 2
+    for path in copies:
+        expected = np.asarray(encode_image(teacher, read_image(path)).embedding)
+        np.testing.assert_allclose(cache.read(path), expected, rtol=1e-3, atol=1e-3)
+        assert cache.read(path).dtype == np.float16
+    assert len(list(cache.folder.iterdir())) == 6
+
+
+def test_what_is_damaged_missing_or_of_another_teacher_is_not_used(material, teacher, tmp_path):
+    path = material / "images" / "0.png"
+    cache = TeacherCache(tmp_path, teacher, "0" * 64)
+    cache.fill([path])
+    with pytest.raises(InputError, match="cannot be read"):
+        TeacherCache(tmp_path, teacher, "1" * 64).read(path)
+    np.save(cache.file(path), np.zeros((2, 2), np.float16))
+    with pytest.raises(InputError, match=r"remove it, and it is computed again.*float16\[2, 2\]"):
+        cache.read(path)
+    cache.file(path).write_bytes(cache.file(path).read_bytes()[:50])
+    with pytest.raises(InputError, match="remove it, and it is computed again"):
+        cache.read(path)
+
+
+def test_a_full_disk_is_told_beforehand(material, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(RunError, match="choose another --cache"):
+        TeacherCache(tmp_path, teacher, "0" * 64).fill(sorted((material / "images").iterdir()))
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_a_run_with_a_cache_learns_the_same(material, tmp_path):
+    """The teacher leaves the step; what the student learns differs by half precision."""
+    options = compress_options(material, tmp_path / "with", cache=tmp_path / "cache", steps=3, set=("validations=1",))
+    compress(options)
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 6
+    compress(compress_options(material, tmp_path / "without", steps=3, set=("validations=1",)))
+    losses = [
+        [json.loads(line).get("embedding") for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("with", "without")
+    ]
+    for one, other in zip(*losses, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            np.testing.assert_allclose(one, other, rtol=0.02)
+    assert from_torch.load(tmp_path / "with").provenance["options"]["cache"] is True
+    with pytest.raises(InputError, match="goes with neither flip nor crop"):
+        compress(compress_options(material, tmp_path / "flip", cache=tmp_path / "cache", set=("flip=true",)))

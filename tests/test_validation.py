@@ -1,0 +1,57 @@
+"""What a student is scored by while it learns, and which one is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import compress_options
+
+from converters import from_torch
+from slimsam_jax import distillation, metrics
+from slimsam_jax.compress import compress
+from slimsam_jax.data import read_image
+from slimsam_jax.evaluation import compare_models, encode_image
+from slimsam_jax.models.sam import Sam
+from slimsam_jax.validation import validator
+
+
+def shaken(sam: Sam) -> Sam:
+    encoder = {**sam.params["image_encoder"], "pos_embed": sam.params["image_encoder"]["pos_embed"] + 0.3}
+    return dataclasses.replace(sam, params={**sam.params, "image_encoder": encoder})
+
+
+def test_error_is_that_of_the_embedding(material):
+    teacher, paths = from_torch.load(material / "teacher"), sorted((material / "images").iterdir())
+    score, student = validator(teacher, paths, "error"), shaken(teacher)
+    errors = [
+        metrics.relative_error(*(encode_image(sam, read_image(path)).embedding for sam in (student, teacher)))
+        for path in paths
+    ]
+    np.testing.assert_allclose(score(student), -np.mean(errors), rtol=1e-6)
+    assert score(teacher) == 0
+
+
+def test_miou_takes_annotations_or_the_teachers_masks(material):
+    teacher = from_torch.load(material / "teacher")
+    annotated, bare = (sorted((material / name).glob("*.png")) for name in ("val", "images"))
+    found = compare_models(teacher, shaken(teacher), annotated)
+    assert validator(teacher, annotated, "miou")(shaken(teacher)) == pytest.approx(found["slim"]["point"])
+    agreement = compare_models(teacher, shaken(teacher), bare)["agreement"]
+    assert validator(teacher, bare, "miou")(shaken(teacher)) == pytest.approx(agreement)
+    assert validator(teacher, bare, "miou")(teacher) == 1
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_best_and_last_are_both_kept(material, tmp_path, monkeypatch, keep):
+    """With scores that fall from validation to validation the first is the best."""
+    scores = iter(range(0, -100, -1))
+    monkeypatch.setattr(distillation, "validator", lambda *_: lambda sam: float(next(scores)))
+    choices = ("validations=2", f"keep={keep}", "schedule=plateau", "learning_rate=1e-3")
+    compress(compress_options(material, tmp_path / "slim", set=choices))
+    other = {"best": "last", "last": "best"}[keep]
+    kept, beside = (from_torch.load(path) for path in (tmp_path / "slim", tmp_path / "slim" / other))
+    assert kept.config == beside.config and beside.provenance == kept.provenance
+    positions = [sam.params["image_encoder"]["pos_embed"] for sam in (kept, beside)]
+    assert not np.array_equal(*positions)
