@@ -25,6 +25,7 @@ def run(arguments: Callable[..., Any], command: Callable[[Any], Any] | None = No
     """
     # Writers that fail in orbax's threads report there once more, in tracebacks around our one line.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         check_no_repetition(sys.argv[1:])
         parsed = tyro.cli(arguments)

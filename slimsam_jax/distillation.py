@@ -20,6 +20,8 @@ from slimsam_jax.validation import validator
 if TYPE_CHECKING:
     from slimsam_jax.run import Run
 
+ADVICE = "another --seed, --batch, --dtype or learning_rate may help"
+
 
 def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
     """Trains the student, from the stage's last checkpoint if there is one.
@@ -62,6 +64,7 @@ class Distillation:
                 stop = saved.asked_to_stop(step) or stop_asked()
                 if stop or step in self.validated or step % self.plan.options.save_every == 0:
                     self.flush()
+                    saved.check_finite(step, state)
                     state = self.validate(state, step) if step in self.validated else state
                     saved.save(step, state)
                 if stop and step < steps:
@@ -95,8 +98,7 @@ class Distillation:
         if not np.isfinite(terms["loss"]):
             names = ", ".join(path.name for path in self.batches.paths_of(step - 1))
             raise RunError(
-                f"the loss of step {step} is not finite (images {names}); the checkpoint before is kept; "
-                "another --seed, --batch, --dtype or learning_rate may help"
+                f"the loss of step {step} is not finite (images {names}); the checkpoint before is kept; {ADVICE}"
             )
         if step in self.logged:
             self.plan.folder.log(stage=self.stage.name, step=step, **terms)
@@ -105,7 +107,10 @@ class Distillation:
         """Scores the student, keeps it if it is the best, and sets the learning rate after a plateau."""
         folder, name = self.plan.folder, self.stage.name
         sam = self.sam(state)
-        self.scores.append(sharding.agree(self.score(sam) if self.score else 0.0))
+        score = sharding.agree(self.score(sam) if self.score else 0.0)
+        if not np.isfinite(score):
+            raise RunError(f"the student after step {step} gives no finite embeddings; {ADVICE}")
+        self.scores.append(score)
         folder.log(stage=name, step=step, score=self.scores[-1])
         if self.scores[-1] == max(self.scores):  # of equals the later one, as the reference
             folder.save_model(name, "best", sam)

@@ -96,14 +96,9 @@ def save_other(run: Run, student: Sam) -> None:
 
 def prepare(options: Options) -> Run:
     """Everything that can be refused is refused here, before anything is written."""
-    batch = batch_size(options)
-    recipe = RECIPES[options.recipe].change(options.set)
-    budget = None if options.budget is None else Budget.parse(options.budget)
-    target = Target(options.channel_ratio(), budget)
-    if budget and recipe.normalizer == "gaussian" and recipe.criterion != "projection":
-        raise InputError("--budget needs scores that are not negative; add --set normalizer=none")
-    if recipe.whole_heads and (options.uniform or options.budget):
-        raise InputError("whole_heads goes neither with --uniform nor with --budget: they fix the number of heads")
+    batch, recipe = batch_size(options), RECIPES[options.recipe].change(options.set)
+    target = Target(options.channel_ratio(), Budget.parse(options.budget) if options.budget is not None else None)
+    check_combinations(options, recipe, target)
     teacher = load(options.teacher or data.embedded_teacher())
     if options.uniform and not teacher.config.uniform:
         raise InputError("--uniform needs a teacher whose blocks are alike, and this one's are not")
@@ -119,11 +114,19 @@ def prepare(options: Options) -> Run:
     steps = max(1, recipe.passes * len(images) // batch) if options.steps is None else options.steps
     origin = provenance(options, recipe, teacher, images, steps, batch)
     cache = TeacherCache(options.cache, teacher, origin["teacher"]["sha256"]) if options.cache else None
-    if cache and (recipe.flip or recipe.crop < 1):
-        raise InputError("--cache holds the teacher's embeddings of whole pictures; it goes with neither flip nor crop")
     folder = RunFolder(options.out, origin, options.resume)
     dtype = compute_dtype(options)
     return Run(options, recipe, target, teacher, images, val, steps, batch, dtype, cache, folder, origin)
+
+
+def check_combinations(options: Options, recipe: Recipe, target: Target) -> None:
+    """Raises InputError for choices that do not go together."""
+    if target.budget and recipe.normalizer == "gaussian" and recipe.criterion != "projection":
+        raise InputError("--budget needs scores that are not negative; add --set normalizer=none")
+    if recipe.whole_heads and (options.uniform or target.budget):
+        raise InputError("whole_heads goes neither with --uniform nor with --budget: they fix the number of heads")
+    if options.cache and (recipe.flip or recipe.crop < 1):
+        raise InputError("--cache holds the teacher's embeddings of whole pictures; it goes with neither flip nor crop")
 
 
 def batch_size(options: Options) -> int:

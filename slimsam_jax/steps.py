@@ -37,6 +37,11 @@ class Steps:
         except Exception as error:
             raise self._failed(step, error) from None
 
+    def check_finite(self, step: int, state: TrainState) -> None:
+        """Raises RunError if it is not: what is saved can be gone on with."""
+        if not all(jax.device_get([_finite(leaf) for leaf in jax.tree.leaves(state)])):
+            raise RunError(f"the state after step {step} is not finite; the checkpoint before it is kept")
+
     def _check_room(self, step: int, state: TrainState) -> None:
         """Orbax would fail in many threads, each with a traceback of its own."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -114,3 +119,8 @@ def _checksum(leaf: jax.Array) -> jax.Array:
     mixed = bits ^ (jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9))  # the place counts, too
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x7FEB352D)
     return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+
+
+@jax.jit
+def _finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()

@@ -7,11 +7,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import jax
+
 
 @contextmanager
 def on_request() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM ends nothing; what is yielded tells whether it has come. Only a main thread can listen."""
-    if threading.current_thread() is not threading.main_thread():
+    """Inside, SIGTERM ends nothing; what is yielded tells whether it has come.
+
+    Only a main thread can listen. Of several processes none does here: JAX listens itself, so that all of them
+    stop at the same step (`steps.Steps.asked_to_stop`).
+    """
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield lambda: False
         return
     asked = threading.Event()

@@ -202,6 +202,14 @@ def test_broken_images_among_good_ones_are_named_and_skipped(material, tmp_path,
         (("--recipe", "slimsam", "--ratio", "0.95"), "leaves nothing of the embedding"),
         (("--set", "signal=masks", "criterion=taylor"), "needs SA-1B .json files"),
         (("--recipe", "taylor", "--set", "whole_heads=true", "--uniform"), "goes neither with --uniform"),
+        (("--set", "flip=true", "--cache", "cache"), "goes with neither flip nor crop"),
+        (("--set", "crop=0"), "crop 0 is not a share"),
+        (("--set", "ema=1"), "ema 1 is not the share"),
+        (("--set", "clip=-1"), "clip -1.0 must not be negative"),
+        (("--fsdp", "3"), "--fsdp 3 does not divide the 1 devices"),
+        (("--accumulate", "2", "--batch", "3"), "must be a multiple of the 1 devices times the 2 parts"),
+        (("--distributed", "here"), "give auto, or HOST:PORT,PROCESSES,INDEX"),
+        (("--distributed", "127.0.0.1:1,2,2"), "give auto, or HOST:PORT,PROCESSES,INDEX"),
     ],
 )
 def test_bad_input_is_one_clear_line(material, tmp_path, monkeypatch, capsys, changes, message):
@@ -264,12 +272,16 @@ def test_an_unwritable_output_is_one_clear_line(material, tmp_path, monkeypatch,
 
 def test_numbers_that_are_not_finite_stop_the_run(material, tmp_path, monkeypatch, capsys):
     arguments = ("--teacher", material / "teacher", "--images", material / "images", "--steps", "3", "--out")
-    wild = dataclasses.replace(RECIPES["default"], learning_rate=1e30, schedule="constant")
+    wild = dataclasses.replace(RECIPES["default"], learning_rate=1e30, schedule="constant", validations=1)
     monkeypatch.setitem(RECIPES, "default", wild)
     code, error = run(compress, *arguments, tmp_path / "out", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1 and "error: the loss of step 2 is not finite (images" in error  # the first's is still the start's
     assert ".png" in error
     assert not list((tmp_path / "out").rglob("*.orbax-checkpoint-tmp"))
+    arguments = (*arguments[:5], "1", "--out")
+    code, error = run(compress, *arguments, tmp_path / "out1", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1 and "error: the student after step 1 gives no finite embeddings" in error
+    assert not list((tmp_path / "out1").rglob("best"))
     sam = random_sam(SQUARE)
     sam.params["image_encoder"]["pos_embed"][0, 0, 0] = np.nan
     checkpoint.save(sam, tmp_path / "teacher")

@@ -74,6 +74,13 @@ def small_state(value: float) -> distill.TrainState:
     return distill.init_state(params, distill.make_optimizer(0.1, 4), ema=0.9)
 
 
+def test_a_state_that_is_not_finite_is_refused(tmp_path):
+    with steps.Steps(tmp_path / "steps") as saved:
+        saved.check_finite(1, small_state(1))
+        with pytest.raises(RunError, match="state after step 2 is not finite"):
+            saved.check_finite(2, small_state(np.inf))
+
+
 @pytest.mark.parametrize("damage", ["altered", "shortened", "emptied", "removed"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capfd, damage):
     with steps.Steps(tmp_path / "steps") as saved:
