@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from slimsam_jax.models.attention import Form
 from slimsam_jax.models.config import GLOBAL, Config
 from slimsam_jax.models.image_encoder import Features, ImageEncoder
 from slimsam_jax.models.sam import Params, preprocess
@@ -16,10 +17,10 @@ from slimsam_jax.models.sam import Params, preprocess
 REMAT_ABOVE = 2**26
 
 
-def make_encoder(config: Config, images: int, dtype: Any) -> ImageEncoder:
+def make_encoder(config: Config, images: int, dtype: Any, attention: Form = "auto") -> ImageEncoder:
     """For batches of so many images."""
     stream = images * config.grid[0] * config.grid[1] * config.embed_dim * len(config.blocks)
-    return ImageEncoder(config, dtype, remat=stream > REMAT_ABOVE)
+    return ImageEncoder(config, dtype, remat=stream > REMAT_ABOVE, attention=attention)
 
 
 def run_encoder(config: Config, encoder: Params, batch: dict[str, jax.Array], dtype: Any = None):
