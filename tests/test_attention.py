@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import chex
 import jax
@@ -99,6 +101,30 @@ def test_the_encoder_takes_a_form():
     chex.assert_trees_all_close(*others, plain, atol=1e-5)
     with pytest.raises(InputError, match="attention 'flash' is none of auto, plain, rows, folded"):
         ImageEncoder(config, attention="flash").apply(encoder, images)
+
+
+SHARDED = """
+import re, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from slimsam_jax.models import attention
+attention.LOGITS_AT_ONCE["cpu"] = 2000
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+place = lambda shape, *axes: jax.device_put(np.ones(shape, np.float32), NamedSharding(mesh, PartitionSpec(*axes)))
+images = [place((8, 6, 5, 2, 7), "data") for _ in range(3)]
+inputs = (*images, place((11, 7)), place((9, 7)), sys.argv[1])
+compiled = jax.jit(attention.attend, static_argnums=5).lower(*inputs).compile()
+print(re.findall("all-[a-z]+|collective-permute", compiled.as_text()))
+"""
+
+
+@pytest.mark.parametrize("form", ["plain", "rows", "folded"])
+def test_nothing_moves_between_devices(form):
+    """Images are split over four devices, in a process of its own, and attention needs none of another device's."""
+    output = subprocess.run([sys.executable, "-c", SHARDED, form], capture_output=True, text=True, check=True).stdout
+    assert output == "[]\n"
 
 
 def test_auto_keeps_all_logits_only_where_they_are_few(monkeypatch):

@@ -26,9 +26,14 @@ from slimsam_jax.errors import InputError
 
 Form = Literal["auto", "plain", "rows", "folded"]
 
-# Logits that "rows" computes at once. On a CPU they should stay in the cache: measured in experiments/README.md. On
-# accelerators, not measured yet, they should fill the device: a quarter of a gigabyte in float32.
-LOGITS_AT_ONCE = {"cpu": 2**20, "gpu": 2**26, "tpu": 2**26}
+# Logits that "rows" computes at once, by backend. On a CPU they should stay in the cache: measured in
+# experiments/README.md. On accelerators, not measured yet, they should fill the device: 0.27 GB in float32.
+LOGITS_AT_ONCE = {"cpu": 2**20}
+LOGITS_AT_ONCE_ELSEWHERE = 2**26
+
+
+def logits_at_once() -> int:
+    return LOGITS_AT_ONCE.get(jax.default_backend(), LOGITS_AT_ONCE_ELSEWHERE)
 
 
 def at_least_float32(x: jax.Array) -> Any:
@@ -66,7 +71,7 @@ def choose(form: Form, q: jax.Array) -> str:
             raise InputError(f"attention folded cannot run on this GPU: {obstacle}; use rows or auto")
         form = form if obstacle else "folded"
     b, h, w, n, _ = q.shape
-    one_chunk = b * n * (h * w) ** 2 <= LOGITS_AT_ONCE[backend]
+    one_chunk = b * n * (h * w) ** 2 <= logits_at_once()
     return ("plain" if one_chunk else "rows") if form == "auto" else form
 
 
@@ -113,20 +118,24 @@ def plain(q, k, v, table_h, table_w) -> jax.Array:
 
 
 def by_rows(q, k, v, table_h, table_w) -> jax.Array:
-    """At most LOGITS_AT_ONCE at once: some rows of one head, or all rows of some heads. Arguments as `plain`."""
+    """At most `logits_at_once` at once: some rows of one head, or all rows of some heads. Arguments as `plain`."""
     b, h, w, n, d = q.shape
-    queries = LOGITS_AT_ONCE[jax.default_backend()] // (h * w)
-    rows, heads = evenly(h, queries // w), evenly(b * n, queries // (h * w))
+    # A loop over an axis that is split between devices would send all of it to all of them, so with several devices
+    # images and windows stay together.
+    steps, each = (n * b, 1) if jax.device_count() == 1 else (n, b)
+    queries = logits_at_once() // (each * h * w)
+    rows, heads = evenly(h, queries // w), evenly(steps, queries // (h * w))
+    attend_rows = jax.vmap(attend_row, in_axes=(0, None, None, 0, 0))
 
     def attend_head(qkv: tuple[jax.Array, ...]) -> jax.Array:
         q, k, v = qkv
         # The loop keeps the backward pass from merging the second computation with the first.
-        attend_one = jax.checkpoint(lambda row: attend_row(*row, table_w, k, v), prevent_cse=False)
-        return jax.lax.map(attend_one, (q, table_h), batch_size=rows)
+        one_row = jax.checkpoint(lambda row: attend_rows(*row, table_w, k, v), prevent_cse=False)
+        return jax.lax.map(one_row, (jnp.moveaxis(q, 1, 0), table_h), batch_size=rows)
 
-    by_head = tuple(jnp.moveaxis(x, 3, 1).reshape(b * n, h, w, d) for x in (q, k, v))
-    out = jax.lax.map(attend_head, by_head, batch_size=heads)
-    return jnp.moveaxis(out.reshape(b, n, h, w, d), 1, 3)
+    by_head = tuple(jnp.moveaxis(x, 3, 0).reshape(steps, each, h, w, d) for x in (q, k, v))
+    out = jax.lax.map(attend_head, by_head, batch_size=heads)  # [steps, h, each, w, d]
+    return jnp.moveaxis(out, 1, 2).reshape(n, b, h, w, d).transpose(1, 2, 3, 0, 4)
 
 
 def evenly(total: int, most: int) -> int:
