@@ -47,7 +47,8 @@ def attend(q, k, v, rel_pos_h: jax.Array, rel_pos_w: jax.Array, form: Form = "au
     Args:
       q, k, v: [b, h, w, n, d], of one dtype.
       rel_pos_h, rel_pos_w: [2h-1, d], [2w-1, d]; row h-1 is distance zero.
-      form: how; "auto" is what measured best on this kind of device (`choose`).
+      form: how. "auto" is what measured best on a CPU (experiments/README.md); on a GPU it is "folded" where flash
+        attention can run, and bounded memory elsewhere, neither measured yet.
 
     Returns:
       [b, h, w, n, d].
