@@ -1,117 +1,154 @@
-"""Images per second and peak memory of the importance pass, ours against PyTorch's, taking turns.
+"""Images per second and peak memory, ours against the original PyTorch modules, taking turns.
 
-    python -m experiments.bench --preset vit_b --image-size 1024
+    python -m experiments.bench --what forward --preset vit_b
 
-PyTorch's is the loop of SlimSAM (prune_distill_step1.py:107-121) around the original encoder of
-`segment_anything` (needs `pip install -e '.[test]'`): teacher forward, student forward, backward, batch 1. Ours needs
-no teacher. Weights are random, which changes no time. Every turn is a process of its own, so that peak memory
-is that of one side; compilation and one image of warm-up are not counted.
+PyTorch's side is the encoder of `segment_anything` (needs `pip install -e '.[test]'`) in the loops of SlimSAM:
+`bench_torch.py`; ours is what `slimsam_jax.compress` runs: `bench_jax.py`. Weights are random, which changes no time.
+What is timed, for one image:
+
+- forward: the encoder.
+- importance: the disturbed gradient. SlimSAM runs a teacher beside the student; ours needs none.
+- embedding-stage: distilling a student of which the embedding alone is narrow;
+- bottleneck-stage: distilling the slim model (`--preset`) towards the teacher and the embedding-pruned one.
+
+Every turn is a process of its own, so that peak memory is that of one side; compilation and the first step are not
+counted. Both sides take the GPU if there is one, else all cores that this process may use.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import numpy as np
 import tyro
 
+from slimsam_jax.models import config as configs
+from slimsam_jax.models.attention import Form
+from slimsam_jax.models.config import GLOBAL, Block, Config
 
-def main(
-    preset: Literal["vit_b", "vit_l", "vit_h", "vit_p50", "vit_p77"] = "vit_b",
-    image_size: int = 1024,
-    images: int = 2,
-    turns: int = 2,
-    side: Literal["both", "jax", "torch"] = "both",
-) -> None:
-    """Time both sides.
+SMALL = Config((256, 256), 192, tuple(Block(6, 32, 768, GLOBAL if i % 2 else 6) for i in range(8)))
+SMALL_P50 = Config((256, 256), 96, tuple(dataclasses.replace(b, head_dim=16, mlp_dim=384) for b in SMALL.blocks))
+STAGES = ("embedding-stage", "bottleneck-stage")
 
-    Args:
-      images: how many are timed in each turn.
+
+class Step(NamedTuple):
+    """What one side runs.
+
+    Attributes:
+      run: does it once and waits for the end.
+      images: that it takes each time.
+      peak: the most memory that the device has held so far, in bytes.
+      where: the device and the precision.
+    """
+
+    run: Callable[[], object]
+    images: int
+    peak: Callable[[], int]
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to time.
+
+    Attributes:
+      preset: the architecture, 1024 px; "small" is the embedded teacher's, 256 px. The stages need a slim one.
+      images: timed in each turn, at least.
       turns: of each side.
+      batch: images per step of distillation, ours. The reference takes one after the other, and updates after four.
+      attention: how ours computes it (`models/attention.py`).
+      compile: forward by `torch.compile` in bfloat16, instead of the reference's eager float32.
       side: "jax" and "torch" are the turns themselves.
     """
-    if side != "both":
-        step = {"jax": jax_step, "torch": torch_step}[side](preset, image_size)
-        print(json.dumps(timed(step, images)))
-        return
-    found: dict[str, list[dict[str, float]]] = {"jax": [], "torch": []}
-    for _ in range(turns):
-        for name, results in found.items():
-            command = [sys.executable, "-m", "experiments.bench", "--preset", preset, "--image-size", str(image_size)]
-            command += ["--images", str(images), "--side", name]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            results.append(json.loads(output.splitlines()[-1]))
-            print(name, results[-1], flush=True)
-    ratios = [t["seconds"] / j["seconds"] for j, t in zip(*found.values(), strict=True)]
-    memory = [j["peak_gb"] / t["peak_gb"] for j, t in zip(*found.values(), strict=True)]
-    print(
-        f"importance, {preset} at {image_size} px, {len(os.sched_getaffinity(0))} cores: "
-        f"{min(ratios):.2f} to {max(ratios):.2f} times PyTorch's images/s, {max(memory):.2f} of its peak memory"
-    )
+
+    what: Literal["forward", "importance", "embedding-stage", "bottleneck-stage"] = "forward"
+    preset: Literal["vit_b", "vit_l", "vit_h", "vit_p50", "vit_p77", "small", "small_p50"] = "vit_b"
+    images: int = 2
+    turns: int = 2
+    batch: int = 4
+    attention: Form = "auto"
+    compile: bool = False
+    side: Literal["both", "jax", "torch"] = "both"
 
 
-def timed(step: Callable[[], None], images: int) -> dict[str, float]:
+def architectures(preset: str) -> tuple[Config, Config, Config]:
+    """(slim model, the same with only its embedding pruned, teacher) of a preset; three times itself if not slim."""
+    if preset in ("small", "small_p50"):
+        slim, teacher = (SMALL_P50 if preset == "small_p50" else SMALL), SMALL
+    else:
+        slim = configs.preset(preset)
+        teacher = configs.preset("vit_b") if preset in ("vit_p50", "vit_p77") else slim
+    return slim, dataclasses.replace(teacher, embed_dim=slim.embed_dim), teacher
+
+
+def main(options: Options) -> None:
+    slim, _, teacher = architectures(options.preset)
+    if options.what in STAGES and slim == teacher:
+        sys.exit(f"--preset {options.preset} is no slim model: the stages need vit_p50, vit_p77 or small_p50")
+    if options.compile and options.what != "forward":
+        sys.exit("--compile is for --what forward alone")
+    if options.side == "both":
+        compare(options)
+    else:
+        print(json.dumps(timed(make_step(options), options.images)))
+
+
+def make_step(options: Options) -> Step:
+    # Imported here: PyTorch and JAX in one process would share its threads and its memory.
+    if options.side == "jax":
+        from experiments import bench_jax as side
+    else:
+        from experiments import bench_torch as side
+    return side.make_step(options, *architectures(options.preset))
+
+
+def timed(step: Step, images: int) -> dict[str, float | str]:
+    """Runs a step once for nothing, then until so many images are done."""
     start = time.perf_counter()
-    step()
-    warm = time.perf_counter()
-    for _ in range(images):
-        step()
+    step.run()
+    warm, count = time.perf_counter(), -(-images // step.images)
+    for _ in range(count):
+        step.run()
     return {
-        "seconds": (time.perf_counter() - warm) / images,
-        "first": warm - start,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "seconds": round((time.perf_counter() - warm) / (count * step.images), 4),
+        "first": round(warm - start, 2),
+        "peak_gb": round(step.peak() / 1e9, 2),
+        "where": step.where,
     }
 
 
-def jax_step(preset: str, image_size: int) -> Callable[[], None]:
-    import jax
+def compare(options: Options) -> None:
+    """The two sides in turn, then the ratios of neighbours."""
+    flags = [
+        f"--{name}={value}" for name, value in dataclasses.asdict(options).items() if name not in ("compile", "side")
+    ]
+    flags += ["--compile"] * options.compile
+    found: dict[str, list[dict]] = {"jax": [], "torch": []}
+    for _ in range(options.turns):
+        for side, results in found.items():
+            command = [sys.executable, "-m", "experiments.bench", *flags, f"--side={side}"]
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            results.append(json.loads(output.splitlines()[-1]))
+            print(side, results[-1], flush=True)
+    ours, theirs = found["jax"], found["torch"]
+    ratios = [t["seconds"] / j["seconds"] for j, t in zip(ours, theirs, strict=True)]
+    highest = lambda side: max(turn["peak_gb"] for turn in side)
+    print(
+        f"{options.what}, {options.preset}, attention {options.attention}; ours on {ours[0]['where']}, PyTorch on "
+        f"{theirs[0]['where']}: {spread(ours)} against {spread(theirs)} images/s, {min(ratios):.2f} to "
+        f"{max(ratios):.2f} times as many, with {highest(ours):.2f} and {highest(theirs):.2f} GB at the peak"
+    )
 
-    from slimsam_jax.models import config as configs
-    from slimsam_jax.models.features import run_encoder
-    from slimsam_jax.models.sam import init
-    from slimsam_jax.pruning import importance
 
-    config = configs.preset(preset, image_size)
-    params = jax.jit(lambda key: init(config, key)["image_encoder"])(jax.random.key(0))
-    image = np.random.default_rng(0).integers(0, 256, (1, image_size, image_size, 3), np.uint8)
-    batch = {"image": image, "size": np.full((1, 2), image_size, np.int32)}
-    embed = lambda params, batch: run_encoder(config, params, batch)[0]
-    accumulate, key = importance.accumulator(importance.disturbed(embed), "rms"), jax.random.key(0)
-    total = jax.tree.map(jax.numpy.zeros_like, params)
-
-    def step() -> None:
-        nonlocal total
-        total = jax.block_until_ready(accumulate(total, params, batch, key))
-
-    return step
-
-
-def torch_step(preset: str, image_size: int) -> Callable[[], None]:
-    import torch
-
-    from slimsam_jax.models import config as configs
-    from tests.peers import stock_sam
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    config = configs.preset(preset, image_size)
-    teacher, student = (stock_sam(config).image_encoder for _ in range(2))
-    image = torch.randn(1, 3, image_size, image_size)
-
-    def step() -> None:
-        with torch.no_grad():
-            target = teacher(image)
-        noise = torch.normal(mean=0, std=0.01, size=target.shape)
-        torch.nn.functional.mse_loss(student(image), target + noise).backward()
-
-    return step
+def spread(turns: list[dict]) -> str:
+    rates = [1 / turn["seconds"] for turn in turns]
+    return f"{min(rates):.3g}..{max(rates):.3g}"
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main(tyro.cli(Options))

@@ -66,6 +66,9 @@ class Options:
     fsdp: int = 1
     """Devices that parameters and optimiser state are split over; 1 keeps them whole on each. Images are always
     split over all devices."""
+    attention: Literal["auto", "plain", "rows", "folded"] = "auto"
+    """How the encoders compute it while distilling: "plain" keeps all logits, "rows" some at a time, "folded" runs
+    flash attention on GPUs that can; "auto" is what needs no more memory than it must."""
     cache: Path | None = None
     """A folder for the teacher's embeddings of --images (2 MB each at 1024 px): each is computed once, not once an
     epoch. For this teacher only, but any number of runs."""
@@ -98,7 +101,7 @@ class Options:
     def fixing_the_result(self) -> dict[str, Any]:
         """What a resumed run must share with the run it continues."""
         fields = dataclasses.asdict(self)
-        for name in ("out", "resume", "save_every", "fsdp", "distributed"):
+        for name in ("out", "resume", "save_every", "fsdp", "distributed", "attention"):
             del fields[name]
         fields["teacher"] = str(self.teacher) if self.teacher else None
         fields["cache"] = self.cache is not None

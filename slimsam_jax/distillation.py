@@ -42,9 +42,8 @@ class Distillation:
     def __init__(self, run: Run, stage: Stage, student: Sam, previous: Sam):
         options = run.options
         self.plan, self.stage, self.student = run, stage, student
-        self.trainer = train.make_trainer(
-            student, previous, run.teacher, stage, run.recipe, run.steps, run.dtype, options.accumulate, options.fsdp
-        )
+        how = (run.dtype, options.accumulate, options.fsdp, options.attention)
+        self.trainer = train.make_trainer(student, previous, run.teacher, stage, run.recipe, run.steps, *how)
         self.score = validator(run.teacher, run.val, run.recipe.validate_by) if sharding.is_main() else None
         count = min(run.recipe.validations, run.steps)
         self.validated = {math.ceil((i + 1) * run.steps / count) for i in range(count)}

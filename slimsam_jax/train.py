@@ -12,12 +12,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from slimsam_jax import distill, sharding
+from slimsam_jax.models.attention import Form
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.features import bottleneck_features, run_encoder, stream_features
+from slimsam_jax.models.image_encoder import Features
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.recipes import Recipe, Stage
 
 Batch = dict[str, Any]
+Encode = Callable[[Config, Any, Batch], tuple[jax.Array, Features]]
 
 
 class Trainer(NamedTuple):
@@ -46,6 +49,7 @@ def make_trainer(
     dtype: Any = jnp.float32,
     parts: int = 1,
     fsdp: int = 1,
+    attention: Form = "auto",
 ) -> Trainer:
     """Places a stage's models on the devices and builds its step.
 
@@ -54,13 +58,14 @@ def make_trainer(
       dtype: of the computation and of the frozen parameters; the student's own stay float32.
       parts: that each batch is taken in, see `distill.make_step`.
       fsdp: devices that parameters are split over, see `sharding`.
+      attention: how it is computed, see `models.attention`.
     """
     mesh = sharding.make_mesh(fsdp)
     optimizer = distill.make_optimizer(recipe.learning_rate, steps, recipe.schedule, recipe.clip, recipe.weight_decay)
-    split = {"stage": stage, "dtype": dtype, "devices": mesh.size}
+    encode = functools.partial(run_encoder, dtype=dtype, devices=mesh.size, attention=attention)
     step = distill.make_step(
-        functools.partial(_student_features, config=student.config, **split),
-        functools.partial(_target_features, previous=previous.config, teacher=teacher.config, **split),
+        functools.partial(_student_features, encode, student.config, stage),
+        functools.partial(_target_features, encode, previous.config, teacher.config, stage),
         optimizer,
         recipe.relative_loss,
         parts,
@@ -76,24 +81,22 @@ def make_trainer(
     return Trainer(step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 
 
-def _student_features(
-    encoder: Any, batch: Batch, config: Config, stage: Stage, dtype: Any, devices: int
-) -> distill.Features:
-    embedding, features = run_encoder(config, encoder, batch, dtype, devices)
+def _student_features(encode: Encode, config: Config, stage: Stage, encoder: Any, batch: Batch) -> distill.Features:
+    embedding, features = encode(config, encoder, batch)
     if stage.features == "bottleneck":
         return {"embedding": embedding, **bottleneck_features(config, features)}
     return {"embedding": embedding, "previous": embedding, **stream_features(config, features)}
 
 
 def _target_features(
-    frozen: Any, batch: Batch, previous: Config, teacher: Config, stage: Stage, dtype: Any, devices: int
+    encode: Encode, previous: Config, teacher: Config, stage: Stage, frozen: Any, batch: Batch
 ) -> distill.Features:
     """A teacher's embedding that comes with the batch (see `teacher_cache`) is not computed again."""
-    embedding, features = run_encoder(teacher, frozen["teacher"], batch, dtype, devices)
+    embedding, features = encode(teacher, frozen["teacher"], batch)
     embedding = batch.get("embedding", embedding)
     if stage.features == "bottleneck":
         return {"embedding": embedding, **bottleneck_features(teacher, features)}
-    before, features = run_encoder(previous, frozen["previous"], batch, dtype, devices)
+    before, features = encode(previous, frozen["previous"], batch)
     return {"embedding": embedding, "previous": before, **stream_features(previous, features)}
 
 

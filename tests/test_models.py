@@ -14,7 +14,7 @@ from conftest import random_images, random_sam, shared, tiny_config
 from peers import segment_anything, state_dict, stock_sam
 
 from converters.from_torch import from_state_dict
-from slimsam_jax.models import image_encoder, sam
+from slimsam_jax.models import sam
 from slimsam_jax.models.config import GLOBAL, PRESETS, Block, Config, preset
 from slimsam_jax.models.features import run_encoder
 from slimsam_jax.models.image_encoder import ImageEncoder, window_partition, window_unpartition
@@ -160,17 +160,6 @@ def test_remat_and_bfloat16_change_no_more_than_they_should(tiny_sam):
     half = apply(dtype=jnp.bfloat16)
     assert half.dtype == jnp.float32
     assert 0 < np.abs(half - expected).mean() < 0.02 * np.abs(expected).mean()
-
-
-def test_attention_by_rows_equals_attention_at_once(monkeypatch):
-    random = np.random.default_rng(7)
-    normal = lambda *shape: random.standard_normal(shape).astype(np.float32)
-    inputs = (*(normal(2, 6, 5, 2, 7) for _ in range(3)), normal(11, 7), normal(9, 7))
-    value_and_gradient = lambda: jax.jit(jax.value_and_grad(lambda a: (image_encoder.attend(*a) ** 2).sum()))(inputs)
-    expected = value_and_gradient()
-    for limit in (2 * 5 * 30, 1):  # two rows at a time, one row
-        monkeypatch.setattr(image_encoder, "LOGITS_AT_ONCE", limit)
-        chex.assert_trees_all_close(value_and_gradient(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_widths_are_free_per_block():

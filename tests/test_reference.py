@@ -301,7 +301,7 @@ def test_two_steps_of_training(golden, monkeypatch, stage):
     number = 1 + STAGES.index(stage)
     teacher, previous, student = (model(golden, p) for p in ("sd/", "step1/sd/", "step2/global/sd/"))
     previous, student = (previous, student) if number == 2 else (teacher, previous)
-    encode = lambda config, encoder, batch, dtype, devices: run(config, encoder, batch["image"])
+    encode = lambda config, encoder, batch, **_: run(config, encoder, batch["image"])
     monkeypatch.setattr(train, "run_encoder", encode)
     trainer = train.make_trainer(student, previous, teacher, stage, RECIPE, steps=10_000)
     terms = stage.terms(0, 10_000, RECIPE)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from slimsam_jax.models.attention import Form
 from slimsam_jax.models.config import GLOBAL, Config
 from slimsam_jax.models.image_encoder import Features, ImageEncoder
 from slimsam_jax.models.sam import Params, preprocess
@@ -15,22 +16,30 @@ from slimsam_jax.models.sam import Params, preprocess
 REMAT_ABOVE = 2**26
 
 
-def make_encoder(config: Config, images: int, dtype: Any) -> ImageEncoder:
+def make_encoder(config: Config, images: int, dtype: Any, attention: Form = "auto") -> ImageEncoder:
     """For batches of so many images on a device."""
     stream = images * config.grid[0] * config.grid[1] * config.embed_dim * len(config.blocks)
-    return ImageEncoder(config, dtype, remat=stream > REMAT_ABOVE)
+    return ImageEncoder(config, dtype, remat=stream > REMAT_ABOVE, attention=attention)
 
 
-def run_encoder(config: Config, encoder: Params, batch: dict[str, jax.Array], dtype: Any = None, devices: int = 1):
+def run_encoder(
+    config: Config,
+    encoder: Params,
+    batch: dict[str, jax.Array],
+    dtype: Any = None,
+    devices: int = 1,
+    attention: Form = "auto",
+):
     """(embedding, features) of a batch {"image": uint8, "size"}.
 
     Args:
       encoder: the image encoder's parameters.
       dtype: of the computation; the parameters' if None.
       devices: that the compiler splits the batch over.
+      attention: how it is computed, see `models.attention`.
     """
     pixels = preprocess(config, batch["image"], batch["size"])
-    model = make_encoder(config, -(-len(pixels) // devices), dtype or encoder["pos_embed"].dtype)
+    model = make_encoder(config, -(-len(pixels) // devices), dtype or encoder["pos_embed"].dtype, attention)
     return model.apply({"params": encoder}, pixels)
 
 

@@ -12,26 +12,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from slimsam_jax.models.attention import Form, at_least_float32, attend
 from slimsam_jax.models.config import GLOBAL, Block, Config
 
 Features = dict[str, dict[str, jax.Array]]
 
 
-def at_least_float32(x: jax.Array) -> Any:
-    """The dtype for what half precision would spoil."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 class Attention(nn.Module):
-    """Multi-head attention with decomposed relative positions (ViTDet).
-
-    The bias of a (query, key) pair is q·Rh[dy] + q·Rw[dx], q before scaling: pruning a
-    channel of q and k therefore prunes the same channel of the two tables.
-    """
+    """Multi-head attention with decomposed relative positions (ViTDet)."""
 
     block: Block
     span: tuple[int, int]
     dtype: Any = jnp.float32
+    form: Form = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -44,43 +37,9 @@ class Attention(nn.Module):
             self.param(f"rel_pos_{axis}", nn.initializers.zeros, (2 * side - 1, head_dim)).astype(self.dtype)
             for axis, side in zip("hw", self.span, strict=True)
         )
-        heads = attend(q, k, v, *tables)
+        heads = attend(q, k, v, *tables, self.form)
         out = nn.DenseGeneral(x.shape[-1], axis=(-2, -1), dtype=self.dtype, name="proj")(heads)
         return out, {"q": q, "k": k, "v": v, "heads": heads}
-
-
-# Above this many logits per head, queries are taken a few rows at a time: at 64 x 64 tokens the logits of
-# one ViT-B block are 0.8 GB in float32, and their gradients as much again.
-LOGITS_AT_ONCE = 2**22
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, rel_pos_h: jax.Array, rel_pos_w: jax.Array) -> jax.Array:
-    """softmax(q k / sqrt(d) + q Rh + q Rw) v over all h*w tokens; softmax in float32.
-
-    Args:
-      q, k, v: [b, h, w, n, d].
-      rel_pos_h, rel_pos_w: [2h-1, d], [2w-1, d]; row h-1 is distance zero.
-    """
-    _, h, w, *_ = q.shape
-    rows = max(r for r in range(1, h + 1) if h % r == 0 and (r == 1 or r * w * h * w <= LOGITS_AT_ONCE))
-    if rows == h:
-        return attend_rows(q, jnp.arange(h), k, v, rel_pos_h, rel_pos_w)
-    some = lambda chunk: attend_rows(*chunk, k, v, rel_pos_h, rel_pos_w)
-    chunks = jnp.moveaxis(q.reshape(-1, h // rows, rows, *q.shape[2:]), 1, 0)
-    out = jax.lax.map(jax.checkpoint(some), (chunks, jnp.arange(h).reshape(-1, rows)))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
-
-
-def attend_rows(q, rows, k, v, rel_pos_h, rel_pos_w) -> jax.Array:
-    """`attend` for the queries of some rows: q is [b, r, w, n, d], rows [r] their numbers."""
-    b, h, w, n, d = k.shape
-    distance = lambda queries, side: queries[:, None] - jnp.arange(side) + side - 1
-    bias_h = jnp.einsum("brwnd,ryd->bnrwy", q, rel_pos_h[distance(rows, h)])
-    bias_w = jnp.einsum("brwnd,wxd->bnrwx", q, rel_pos_w[distance(jnp.arange(w), w)])
-    logits = jnp.einsum("brwnd,byxnd->bnrwyx", q * d**-0.5, k, preferred_element_type=at_least_float32(k))
-    logits = logits + bias_h[..., :, None] + bias_w[..., None, :]
-    weights = jax.nn.softmax(logits.reshape(b, n, len(rows), w, h * w), axis=-1).astype(v.dtype)
-    return jnp.einsum("bnrwt,btnd->brwnd", weights, v.reshape(b, h * w, n, d))
 
 
 def window_partition(x: jax.Array, window: int) -> jax.Array:
@@ -106,12 +65,13 @@ class EncoderBlock(nn.Module):
     block: Block
     span: tuple[int, int]
     dtype: Any = jnp.float32
+    attention: Form = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x: [b, h, w, D]. Returns the same shape and the block's features (see `ImageEncoder`)."""
         norm = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
-        attention = Attention(self.block, self.span, self.dtype, name="attn")
+        attention = Attention(self.block, self.span, self.dtype, self.attention, name="attn")
         y = norm("norm1")(x)
         if self.block.window == GLOBAL:
             y, features = attention(y)
@@ -133,11 +93,13 @@ class ImageEncoder(nn.Module):
       config: the architecture.
       dtype: of the computation; parameters stay float32.
       remat: recompute each block in the backward pass instead of storing it.
+      attention: how it is computed (`attention.attend`).
     """
 
     config: Config
     dtype: Any = jnp.float32
     remat: bool = False
+    attention: Form = "auto"
 
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Features]:
@@ -168,7 +130,7 @@ class ImageEncoder(nn.Module):
         make_block = nn.remat(EncoderBlock) if self.remat else EncoderBlock
         for i, block in enumerate(c.blocks):
             name = f"blocks_{i}"
-            x, features[name] = make_block(block, c.attention_span(block), self.dtype, name=name)(x)
+            x, features[name] = make_block(block, c.attention_span(block), self.dtype, self.attention, name=name)(x)
         for i, size in ((0, 1), (2, 3)):
             x = conv(c.out_chans, size, f"neck_{i}", padding="SAME", use_bias=False)(x)
             x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"neck_{i + 1}")(x)

@@ -1,0 +1,88 @@
+"""Our side of `bench.py`: what `slimsam_jax.compress` runs, on random weights and pictures."""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import Options, Step
+from slimsam_jax import sharding, train
+from slimsam_jax.models.config import Config
+from slimsam_jax.models.features import run_encoder
+from slimsam_jax.models.sam import Sam, init
+from slimsam_jax.pruning import importance
+from slimsam_jax.recipes import RECIPES, STAGES
+
+
+def make_step(options: Options, slim: Config, previous: Config, teacher: Config) -> Step:
+    encode = functools.partial(run_encoder, attention=options.attention)
+    device = jax.devices()[0]
+    dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16  # what --dtype auto is
+    cores = f"{len(os.sched_getaffinity(0))} cores"
+    where = f"{cores if device.platform == 'cpu' else device.device_kind}, {jnp.dtype(dtype).name}"
+    if options.what == "forward":
+        return Step(forward(slim, encode, dtype), 1, peak, where)
+    if options.what == "importance":
+        return Step(disturbed_gradient(slim, encode), 1, peak, where)
+    models = (slim, previous, teacher) if options.what == "bottleneck-stage" else (previous, teacher, teacher)
+    return Step(distillation(models, options, dtype), options.batch, peak, where)
+
+
+def peak() -> int:
+    """Bytes: of the device if it counts them, else of the process."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    return statistics.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def random_model(config: Config, seed: int) -> Sam:
+    return Sam(config, jax.jit(functools.partial(init, config))(jax.random.key(seed)))
+
+
+def pictures(config: Config, count: int) -> dict[str, np.ndarray]:
+    images = np.random.default_rng(0).integers(0, 256, (count, *config.image_size, 3), np.uint8)
+    return {"image": images, "size": np.tile(np.int32(config.image_size), (count, 1))}
+
+
+def forward(config: Config, encode: Callable, dtype: Any) -> Callable[[], object]:
+    embed = jax.jit(lambda params, batch: encode(config, params, batch, dtype)[0])
+    params, batch = random_model(config, 0).params["image_encoder"], pictures(config, 1)
+    return lambda: jax.block_until_ready(embed(params, batch))
+
+
+def disturbed_gradient(config: Config, encode: Callable) -> Callable[[], None]:
+    """The default's; in float32 whatever the device."""
+    embed = lambda params, batch: encode(config, params, batch)[0]
+    accumulate, key = importance.accumulator(importance.disturbed(embed), "rms"), jax.random.key(0)
+    params, batch = random_model(config, 0).params["image_encoder"], pictures(config, 1)
+    total = jax.tree.map(jnp.zeros_like, params)
+
+    def run() -> None:
+        nonlocal total
+        total = jax.block_until_ready(accumulate(total, params, batch, key))
+
+    return run
+
+
+def distillation(models: tuple[Config, Config, Config], options: Options, dtype: Any) -> Callable[[], None]:
+    """Steps of the default recipe at the start of a stage, which `models` (student, previous, teacher) is for."""
+    sams = [random_model(config, seed) for seed, config in enumerate(models)]
+    stage = next(stage for stage in STAGES if options.what.startswith(stage.name))
+    steps = 10**6  # so that progress stays where all terms count
+    trainer = train.make_trainer(*sams, stage, RECIPES["default"], steps, dtype, attention=options.attention)
+    weights, batch = stage.terms(0, steps, RECIPES["default"]), pictures(models[0], options.batch)
+    state = trainer.state
+
+    def run() -> None:
+        nonlocal state
+        on_device = sharding.shard_batch(batch, trainer.mesh)
+        state, terms = trainer.step(state, trainer.frozen, on_device, weights)
+        jax.block_until_ready((state, terms))
+
+    return run
