@@ -62,7 +62,8 @@ class Options:
     save_every: int = 100
     """Steps between two checkpoints for --resume. SIGTERM makes one, too, and ends the run."""
     accumulate: int = 1
-    """Parts that a step's images are taken in, one after the other: less memory, the same gradient."""
+    """Parts that a step's images are taken in, one after the other: less memory for nearly the same gradient (the
+    relative loss divides by each part's own variance)."""
     fsdp: int = 1
     """Devices that parameters and optimiser state are split over; 1 keeps them whole on each. Images are always
     split over all devices."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,12 +15,14 @@ from slimsam_jax import data, distill, sharding, stopping, train
 from slimsam_jax.errors import RunError, Stopped
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import track
-from slimsam_jax.recipes import Stage
-from slimsam_jax.validation import validator
+from slimsam_jax.recipes import STAGES, Stage
+from slimsam_jax.steps import Steps, shapes_of
 
 if TYPE_CHECKING:
     from slimsam_jax.run import Run
 
+# Models of best validations that are kept, so that a run which falls back by a damaged checkpoint finds its best.
+BESTS = 3
 ADVICE = "another --seed, --batch, --dtype or learning_rate may help"
 
 
@@ -44,7 +47,6 @@ class Distillation:
         self.plan, self.stage, self.student = run, stage, student
         how = (run.dtype, options.accumulate, options.fsdp, options.attention)
         self.trainer = train.make_trainer(student, previous, run.teacher, stage, run.recipe, run.steps, *how)
-        self.score = validator(run.teacher, run.val, run.recipe.validate_by) if sharding.is_main() else None
         count = min(run.recipe.validations, run.steps)
         self.validated = {math.ceil((i + 1) * run.steps / count) for i in range(count)}
         self.logged = {*range(0, run.steps, max(1, run.steps // 100)), run.steps}
@@ -52,24 +54,34 @@ class Distillation:
 
     def run(self) -> Sam:
         folder, steps, name = self.plan.folder, self.plan.steps, self.stage.name
-        with folder.steps(name) as saved, stopping.on_request() as stop_asked:
-            state = saved.restore(self.trainer.state)
+        with stopping.on_request() as stop_asked, folder.steps(name) as saved:
+            state, skipped = self.start(saved)
             done = int(state.step)
             self.scores = folder.rewind_log(name, done)
             self.batches = self.stream(done)
+            self.batches.skipped.update({Path(path): reason for path, reason in skipped.items()})
             rows = zip(range(done + 1, steps + 1), self.batches, strict=False)
             for step, batch in track(rows, f"{name} stage", steps - done, per_item=self.plan.batch):
                 state = self.step(state, step, batch)
-                stop = saved.asked_to_stop(step) or stop_asked()
+                stop = saved.asked_to_stop(STAGES.index(self.stage) * steps + step) or stop_asked()
                 if stop or step in self.validated or step % self.plan.options.save_every == 0:
                     self.flush()
                     saved.check_finite(step, state)
                     state = self.validate(state, step) if step in self.validated else state
-                    saved.save(step, state)
-                if stop and step < steps:
+                    saved.save(step, state, {str(p): reason for p, reason in dict(self.batches.skipped).items()})
+                if stop:
                     raise Stopped(f"stopped after step {step} of the {name} stage; continue with --resume")
         self.name_skipped()
         return self.result(state)
+
+    def start(self, saved: Steps) -> tuple[distill.TrainState, dict[str, str]]:
+        """The stage's last checkpoint, or its beginning; and the pictures that could not be read until then."""
+        state, self.trainer = self.trainer.state, self.trainer._replace(state=None)
+        like = shapes_of(state)
+        if saved.manager.latest_step() is None:
+            return state, {}
+        del state  # not twice in memory
+        return saved.restore(like)
 
     def stream(self, start: int) -> data.Batches:
         run = self.plan
@@ -106,16 +118,19 @@ class Distillation:
         """Scores the student, keeps it if it is the best, and sets the learning rate after a plateau."""
         folder, name = self.plan.folder, self.stage.name
         sam = self.sam(state)
-        score = sharding.agree(self.score(sam) if self.score else 0.0)
+        score = sharding.agree(self.plan.score(sam) if self.plan.score else 0.0)
         if not np.isfinite(score):
             raise RunError(f"the student after step {step} gives no finite embeddings; {ADVICE}")
-        self.scores.append(score)
-        folder.log(stage=name, step=step, score=self.scores[-1])
-        if self.scores[-1] == max(self.scores):  # of equals the later one, as the reference
-            folder.save_model(name, "best", sam)
+        self.scores[step] = score
+        folder.log(stage=name, step=step, score=score)
+        if self.best() == step:
+            folder.save_model(name, f"best-{step}", sam)
+        for old in sorted(self.scores)[:-BESTS]:
+            if old != self.best():
+                folder.remove_model(name, f"best-{old}")
         if self.plan.recipe.schedule != "plateau":
             return state
-        scale = distill.plateau_scale(self.scores, self.stage.patience)
+        scale = distill.plateau_scale(list(self.scores.values()), self.stage.patience)
         return state._replace(scale=jax.device_put(jnp.float32(scale), state.scale.sharding))
 
     def sam(self, state: distill.TrainState) -> Sam:
@@ -123,12 +138,21 @@ class Distillation:
         encoder = jax.tree.map(jnp.asarray, sharding.gather(state.average or state.params))
         return dataclasses.replace(self.student, params={**self.student.params, "image_encoder": encoder})
 
+    def best(self) -> int:
+        """The step with the highest score; of equals the later one, as the reference."""
+        return max(self.scores, key=lambda step: (self.scores[step], step))
+
     def result(self, state: distill.TrainState) -> Sam:
-        best, last = self.plan.folder.load_model(self.stage.name, "best"), self.sam(state)
-        self.plan.folder.save_model(self.stage.name, "last", last)
-        return best if self.plan.recipe.keep == "best" else last
+        name, folder = self.stage.name, self.plan.folder
+        both = {"best": folder.load_model(name, f"best-{self.best()}"), "last": self.sam(state)}
+        for part, sam in both.items():
+            folder.save_model(name, part, sam)
+        return both[self.plan.recipe.keep]
 
     def name_skipped(self) -> None:
-        for path, reason in self.batches.skipped.items():
-            self.plan.folder.log(stage=self.stage.name, skipped=str(path), reason=reason)
-            print(f"skipped: {reason}", flush=True)
+        """Those that a step would have had; threads have read on, who knows how far."""
+        met = {path for step in range(self.plan.steps) for path in self.batches.paths_of(step)}
+        for path, reason in sorted(dict(self.batches.skipped).items()):
+            if path in met:
+                self.plan.folder.log(stage=self.stage.name, skipped=str(path), reason=reason)
+                print(f"skipped: {reason}", flush=True)

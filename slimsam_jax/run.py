@@ -24,6 +24,7 @@ from slimsam_jax.prune import prune as prune_sam
 from slimsam_jax.recipes import RECIPES, STAGES, Recipe, Stage
 from slimsam_jax.run_folder import RunFolder
 from slimsam_jax.teacher_cache import TeacherCache
+from slimsam_jax.validation import Score, validator
 from slimsam_jax.widths import Budget, Target
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Run:
     batch: int
     dtype: Any
     cache: TeacherCache | None
+    score: Score | None
     folder: RunFolder
     provenance: dict[str, Any]
 
@@ -114,9 +116,10 @@ def prepare(options: Options) -> Run:
     steps = max(1, recipe.passes * len(images) // batch) if options.steps is None else options.steps
     origin = provenance(options, recipe, teacher, images, steps, batch)
     cache = TeacherCache(options.cache, teacher, origin["teacher"]["sha256"]) if options.cache else None
+    score = validator(teacher, val, recipe.validate_by) if steps and sharding.is_main() else None
     folder = RunFolder(options.out, origin, options.resume)
     dtype = compute_dtype(options)
-    return Run(options, recipe, target, teacher, images, val, steps, batch, dtype, cache, folder, origin)
+    return Run(options, recipe, target, teacher, images, val, steps, batch, dtype, cache, score, folder, origin)
 
 
 def check_combinations(options: Options, recipe: Recipe, target: Target) -> None:
@@ -125,6 +128,8 @@ def check_combinations(options: Options, recipe: Recipe, target: Target) -> None
         raise InputError("--budget needs scores that are not negative; add --set normalizer=none")
     if recipe.whole_heads and (options.uniform or target.budget):
         raise InputError("whole_heads goes neither with --uniform nor with --budget: they fix the number of heads")
+    if target.budget and target.budget.kind == "latency" and jax.process_count() > 1:
+        raise InputError("--budget latency is measured by one process; prune with --steps 0 on one first, say")
     if options.cache and (recipe.flip or recipe.crop < 1):
         raise InputError("--cache holds the teacher's embeddings of whole pictures; it goes with neither flip nor crop")
 
@@ -158,10 +163,10 @@ def compute_dtype(options: Options) -> Any:
 
 def slim(run: Run, stage: Stage, previous: Sam) -> Sam:
     """One stage: prune `previous`, distil the result; picks up wherever the folder says it stopped."""
-    student = run.folder.load_model(stage.name, "distilled")
-    if student:
-        return student
-    student = run.folder.load_model(stage.name, "pruned")
+    distilled, student = (run.folder.load_model(stage.name, part) for part in ("distilled", "pruned"))
+    sharding.barrier(f"{stage.name} looked for")  # before anybody writes them
+    if distilled:
+        return distilled
     if not student:
         run.folder.save_model(stage.name, "pruned", prune(run, stage, previous))
         student = run.folder.load_model(stage.name, "pruned")  # in every process the same, to the bit

@@ -8,6 +8,7 @@ from), `steps/` (orbax), `distilled/` (the stage is done).
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,18 +63,18 @@ class RunFolder:
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
 
-    def rewind_log(self, stage: str, step: int) -> list[float]:
+    def rewind_log(self, stage: str, step: int) -> dict[int, float]:
         """Drops the lines of a stage's steps after `step`, which a resumed run writes again.
 
         Returns:
-          The scores of the stage's validations until then.
+          {step: score} of the stage's validations until then.
         """
-        kept = [e for e in self.read_log() if not (e.get("stage") == stage and e.get("step", 0) > step)]
+        kept = [e for e in self.read_log() if not (e.get("stage") == stage and e.get("step", math.inf) > step)]
         if sharding.is_main():
             with checkpoint.replacing(self.path / "log.jsonl") as temporary:
                 temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         sharding.barrier("log read")
-        return [e["score"] for e in kept if e.get("stage") == stage and "score" in e]
+        return {e["step"]: e["score"] for e in kept if e.get("stage") == stage and "score" in e}
 
     def save_model(self, stage: str, part: str, sam: Sam) -> None:
         if sharding.is_main():
@@ -85,12 +86,16 @@ class RunFolder:
         folder = self.work / stage / part
         return checkpoint.load(folder) if (folder / "config.json").exists() else None
 
+    def remove_model(self, stage: str, part: str) -> None:
+        if sharding.is_main():
+            shutil.rmtree(self.work / stage / part, ignore_errors=True)
+
     def steps(self, stage: str) -> Steps:
         return Steps(self.work / stage / "steps")
 
     def finish(self) -> None:
-        """Removes what only a resumption needs."""
-        shutil.rmtree(self.work)
+        """Removes what only a resumption needs, all at once."""
+        shutil.rmtree(self.work.rename(self.path / ".finished"))
 
 
 def _check_same(recorded: dict[str, Any], origin: dict[str, Any], path: Path) -> None:

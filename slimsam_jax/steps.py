@@ -21,17 +21,23 @@ class Steps:
     def __init__(self, folder: Path):
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
-        self.folder = folder
+        self.folder, self.damaged = folder, []
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, notes: Any = None) -> None:
         """Begins to write; the state may be changed or donated as soon as this returns.
+
+        Args:
+          notes: anything that JSON takes, to come back with the state.
 
         Raises:
           RunError: there is no room, or the checkpoint before could not be written.
         """
         self._wait()
         self._check_room(step, state)
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), sums=ocp.args.JsonSave(_checksums(state)))
+        beside = ocp.args.JsonSave({"sums": _checksums(state), "notes": notes})
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), beside=beside)
+        while self.damaged:  # only now that there is something better
+            self.manager.delete(self.damaged.pop())
         try:
             self.manager.save(step, args=items)
         except Exception as error:
@@ -64,21 +70,29 @@ class Steps:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["unknown error"])[0]
         return RunError(f"cannot write the checkpoint of step {step}: {reason}")
 
-    def restore(self, state: TrainState) -> TrainState:
-        """The last state that is undamaged, placed as `state` is; `state` itself if there is none."""
+    def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
+        """The last state that is undamaged, and its notes; None if nothing was ever saved.
+
+        Args:
+          like: shapes and shardings. Not arrays, which would take the memory a second time.
+
+        Raises:
+          RunError: no checkpoint can be read. Nothing is removed then.
+        """
         for step in sorted(self.manager.all_steps(), reverse=True):
-            restored, reason = self._read(step, state)
-            if restored is not None:
+            restored, reason = self._read(step, like)
+            if restored:
                 return restored
+            self.damaged.append(step)
             if sharding.is_main():
                 print(f"the checkpoint of step {step} is damaged ({reason}); going back to the one before", flush=True)
-            self.manager.delete(step)
-        return state
+        if self.damaged:
+            raise RunError(f"no checkpoint in {self.folder} can be read ({reason}); remove it to start the stage anew")
+        return None
 
-    def _read(self, step: int, state: TrainState) -> tuple[TrainState | None, str]:
-        """A state, or None and why not; the same in all processes."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), sums=ocp.args.JsonRestore())
+    def _read(self, step: int, like: TrainState) -> tuple[tuple[TrainState, Any] | None, str]:
+        """A state with its notes, or None, and why not; the same in all processes."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), beside=ocp.args.JsonRestore())
         restored, reason = None, "another process cannot read it"
         try:
             restored = self.manager.restore(step, args=items)
@@ -86,9 +100,9 @@ class Steps:
             reason = (str(error).splitlines() or ["unreadable"])[0][:120]
         if not sharding.all_agree(restored is not None):
             return None, reason
-        if _checksums(restored.state) != restored.sums:
+        if _checksums(restored.state) != restored.beside["sums"]:
             return None, "its numbers are not those that were saved"
-        return restored.state, ""
+        return (restored.state, restored.beside["notes"]), ""
 
     def asked_to_stop(self, step: int) -> bool:
         """Whether one of several processes is being taken away; the same answer in all of them."""
@@ -120,6 +134,11 @@ def _checksum(leaf: jax.Array) -> jax.Array:
     mixed = bits ^ (jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9))  # the place counts, too
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x7FEB352D)
     return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+
+
+def shapes_of(state: TrainState) -> TrainState:
+    """What `Steps.restore` needs to know of a state."""
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
 
 
 @jax.jit

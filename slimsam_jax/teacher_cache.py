@@ -37,27 +37,41 @@ class TeacherCache:
         height, width = teacher.config.image_size
         self.teacher = teacher
         self.folder = folder / f"{teacher_hash[:16]}-{height}x{width}"
+        self._files: dict[Path, Path] = {}  # so that a picture is hashed once
         self.shape = (*teacher.config.grid, teacher.config.out_chans)
 
     def file(self, path: Path) -> Path:
-        with blaming(path), path.open("rb") as picture:
-            return self.folder / f"{hashlib.file_digest(picture, 'sha256').hexdigest()[:32]}.npy"
+        """Where a picture's embedding is, or would be.
+
+        Raises:
+          InputError: the picture cannot be read.
+        """
+        if path not in self._files:
+            with blaming(path), path.open("rb") as picture:
+                name = hashlib.file_digest(picture, "sha256").hexdigest()[:32]
+            self._files[path] = self.folder / f"{name}.npy"
+        return self._files[path]
 
     def read(self, path: Path) -> np.ndarray:
         """A picture's embedding.
 
         Raises:
-          InputError: there is none, or it is damaged.
+          RunError: there is none, or it is damaged.
         """
-        file = self.file(path)
-        with blaming(f"the cached embedding {file} (remove it, and it is computed again)"):
+        try:
+            return self._read(self.file(path))
+        except InputError as error:
+            raise RunError(f"{error}; continue with --resume, and it is computed again") from None
+
+    def _read(self, file: Path) -> np.ndarray:
+        with blaming(f"the cached embedding {file}"):
             embedding = np.load(file, allow_pickle=False)
             if embedding.shape != self.shape or embedding.dtype != np.float16:
                 raise ValueError(f"it is {embedding.dtype}{list(embedding.shape)}")
             return embedding
 
     def fill(self, paths: Sequence[Path]) -> None:
-        """Computes what is missing; each process takes its share. Says beforehand how much room it takes.
+        """Computes what is missing or damaged; each process takes its share. Says beforehand how much room it takes.
 
         Pictures that cannot be read are left out.
 
@@ -65,25 +79,35 @@ class TeacherCache:
           RunError: the disk has no room for it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        missing = [path for path in paths if path.exists() and not self.file(path).exists()]
-        missing = missing[jax.process_index() :: jax.process_count()]
+        share = paths[jax.process_index() :: jax.process_count()]  # of all, not of what is missing at this moment
+        missing = [path for path in share if not self._is_there(path)]
         if not missing:
             return
-        needed = len(missing) * 2 * int(np.prod(self.shape))
+        needed = len(missing) * jax.process_count() * 2 * int(np.prod(self.shape))
         free = shutil.disk_usage(self.folder).free
-        print(
-            f"the teacher's embeddings of {len(missing)} images take {needed / 1e9:.2f} GB in {self.folder}", flush=True
-        )
+        print(f"the teacher's embeddings: about {needed / 1e9:.2f} GB in {self.folder}", flush=True)
         if free < needed:
             raise RunError(f"{self.folder} has {free / 1e9:.2f} GB free; choose another --cache, or none")
         for path in track(missing, "teacher's embeddings"):
             self._compute(path)
 
+    def _is_there(self, path: Path) -> bool:
+        """Whether there is nothing to compute: a whole embedding, or no picture."""
+        try:
+            file = self.file(path)
+        except InputError:
+            return True  # the data stream names it and takes another
+        try:
+            self._read(file)
+        except InputError:
+            return False
+        return True
+
     def _compute(self, path: Path) -> None:
         try:
             image = read_image(path)
         except InputError:
-            return  # the data stream names it and takes another
+            return
         embedding = np.asarray(encode_image(self.teacher, image).embedding.astype(jnp.float16))
         file = self.file(path)
         with writing(file), replacing(file) as temporary, temporary.open("wb") as target:

@@ -28,13 +28,13 @@ class Trainer(NamedTuple):
 
     Attributes:
       step: see `distill.make_step`.
-      state: to start from, on the mesh.
+      state: to start from, on the mesh; None once it has been taken.
       frozen: the parameters that targets are computed with, on the mesh.
       mesh: all devices.
     """
 
     step: Callable[..., tuple[distill.TrainState, dict[str, jax.Array]]]
-    state: distill.TrainState
+    state: distill.TrainState | None
     frozen: dict[str, Any]
     mesh: Mesh
 

@@ -47,7 +47,7 @@ def main(fsdp: int, count: int, out: str, distributed: str | None = None) -> Non
     folder, trainer, losses = Path(out), make_trainer(fsdp), []
     terms = STAGES[0].terms(0, 100, RECIPES["default"])
     with steps.Steps(folder / "steps") as saved:
-        state = saved.restore(trainer.state)
+        state, _ = saved.restore(steps.shapes_of(trainer.state)) or (trainer.state, None)
         for step in range(int(state.step), int(state.step) + count):
             batch = sharding.shard_batch(host_batch(step), trainer.mesh)
             if not losses:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import compress_options
+from test_data import truncated
 
 from converters import from_torch
 from slimsam_jax import cli, compress, distill, steps
@@ -42,6 +45,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, material, tmp_path,
         compress.compress(compress_options(material, tmp_path / "slim", resume=True, seed=7))
     compress.compress(compress_options(material, tmp_path / "slim", resume=True))
     assert_same_run(tmp_path / "slim", finished)
+
+
+def test_broken_pictures_are_named_by_a_resumed_run_too(material, tmp_path, monkeypatch):
+    """Those that were met before it was stopped are in the log as if nothing had happened."""
+    shutil.copytree(material / "images", tmp_path / "images")
+    for name in ("a.jpg", "b.jpg"):
+        truncated(tmp_path / "images" / name)
+    options = compress_options(material, tmp_path / "slim", images=(tmp_path / "images",))
+
+    def step(self, state, number, batch, whole=Distillation.step):
+        if (self.stage.name, number) == ("bottleneck", 4):
+            raise RunError("pulled the plug")
+        return whole(self, state, number, batch)
+
+    compress.compress(dataclasses.replace(options, out=tmp_path / "whole"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Distillation, "step", step)
+        with pytest.raises(RunError, match="plug"):
+            compress.compress(options)
+    compress.compress(dataclasses.replace(options, resume=True))
+    assert_same_run(tmp_path / "slim", tmp_path / "whole")
+    assert (tmp_path / "slim" / "log.jsonl").read_text().count("is not a readable image") == 4
 
 
 def test_sigterm_saves_and_ends_cleanly(finished, material, tmp_path, monkeypatch, capsys):
@@ -74,6 +99,10 @@ def small_state(value: float) -> distill.TrainState:
     return distill.init_state(params, distill.make_optimizer(0.1, 4), ema=0.9)
 
 
+def shapes() -> distill.TrainState:
+    return steps.shapes_of(small_state(0))
+
+
 def test_a_state_that_is_not_finite_is_refused(tmp_path):
     with steps.Steps(tmp_path / "steps") as saved:
         saved.check_finite(1, small_state(1))
@@ -85,7 +114,7 @@ def test_a_state_that_is_not_finite_is_refused(tmp_path):
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capfd, damage):
     with steps.Steps(tmp_path / "steps") as saved:
         for step in (1, 2):
-            saved.save(step, small_state(step))
+            saved.save(step, small_state(step), {"note": step})
     state = tmp_path / "steps" / "2" / "state"
     data = max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(data.read_bytes())
@@ -98,11 +127,27 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capfd, damag
         "removed": data.unlink,
     }[damage]()
     with steps.Steps(tmp_path / "steps") as saved:
-        restored = saved.restore(small_state(0))
+        restored, notes = saved.restore(shapes())
         chex.assert_trees_all_equal(restored, small_state(1))
-        assert saved.manager.all_steps() == [1]
+        assert notes == {"note": 1}
+        saved.save(2, small_state(3))
+    with steps.Steps(tmp_path / "steps") as saved:
+        chex.assert_trees_all_equal(saved.restore(shapes())[0], small_state(3))
     out = capfd.readouterr().out
     assert "checkpoint of step 2 is damaged" in out and out.count("\n") == 1
+
+
+def test_what_cannot_be_read_is_never_removed(tmp_path, monkeypatch):
+    """No memory, a disk that is away for a moment: not a reason to throw checkpoints away."""
+    with steps.Steps(tmp_path / "steps") as saved:
+        assert saved.restore(shapes()) is None
+        saved.save(1, small_state(1))
+    with steps.Steps(tmp_path / "steps") as saved, monkeypatch.context() as patched:
+        patched.setattr(saved.manager, "restore", lambda *_, **__: jnp.ones(()).missing)
+        with pytest.raises(RunError, match="remove it to start the stage anew"):
+            saved.restore(shapes())
+    with steps.Steps(tmp_path / "steps") as saved:
+        chex.assert_trees_all_equal(saved.restore(shapes())[0], small_state(1))
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
@@ -110,7 +155,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
         saved.save(1, small_state(1))
     (tmp_path / "steps" / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     with steps.Steps(tmp_path / "steps") as saved:
-        chex.assert_trees_all_equal(saved.restore(small_state(0)), small_state(1))
+        chex.assert_trees_all_equal(saved.restore(shapes())[0], small_state(1))
 
 
 def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
@@ -123,7 +168,7 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
         for _ in range(3):
             state = bump(state)
     with steps.Steps(tmp_path / "steps") as saved:
-        chex.assert_trees_all_equal(saved.restore(small_state(5)), expected)
+        chex.assert_trees_all_equal(saved.restore(shapes())[0], expected)
 
 
 def test_checksums_see_every_bit_and_order():
@@ -149,10 +194,10 @@ compress(compress_options(Path(sys.argv[1]), out, resume=(out / "checkpoints" / 
 """
     arguments = [str(material), str(out), jax.config.jax_compilation_cache_dir]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    while not (out / "report.json").exists():
+    while not (out / "report.json").exists() or (out / "checkpoints").exists():
         run = subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, stderr=subprocess.PIPE)
         try:
-            _, error = run.communicate(timeout=random.uniform(6, 20) + 4 * kills)
+            _, error = run.communicate(timeout=random.uniform(4, 10) + 6 * kills)
             assert run.returncode == 0, error.decode()
         except subprocess.TimeoutExpired:
             run.send_signal(signal.SIGKILL)

@@ -32,9 +32,13 @@ def start(program: list[str], devices: int = 1) -> subprocess.Popen:
 
 
 def wait_for(*processes: subprocess.Popen) -> None:
-    for process in processes:
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error.decode()[-3000:]
+    try:
+        for process in processes:
+            _, error = process.communicate(timeout=240)
+            assert process.returncode == 0, error.decode()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def free_address() -> str:

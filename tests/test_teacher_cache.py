@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
-from conftest import SQUARE, compress_options, random_sam
+from conftest import SQUARE, compress_options, random_images, random_sam
 from test_data import truncated
 
 from converters import from_torch
-from slimsam_jax import teacher_cache
+from slimsam_jax import teacher_cache, train
 from slimsam_jax.compress import compress
 from slimsam_jax.data import read_image
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.evaluation import encode_image
+from slimsam_jax.recipes import RECIPES, STAGES
 from slimsam_jax.teacher_cache import TeacherCache
 
 
@@ -30,7 +32,7 @@ def test_embeddings_are_computed_once_and_are_the_teachers(material, teacher, tm
     broken = truncated(tmp_path / "images" / "broken.jpg")
     cache = TeacherCache(tmp_path / "cache", teacher, "0123456789abcdef")
     cache.fill([*paths[:4], broken])
-    assert "of 5 images take 0.00 GB" in capsys.readouterr().out
+    assert "about 0.00 GB in" in capsys.readouterr().out
     encoded, encode = [], teacher_cache.encode_image
     monkeypatch.setattr(teacher_cache, "encode_image", lambda *args: encoded.append(1) or encode(*args))
     copies = [tmp_path / "images" / path.name for path in paths]  # the same pictures elsewhere are the same pictures
@@ -47,14 +49,41 @@ def test_what_is_damaged_missing_or_of_another_teacher_is_not_used(material, tea
     path = material / "images" / "0.png"
     cache = TeacherCache(tmp_path, teacher, "0" * 64)
     cache.fill([path])
-    with pytest.raises(InputError, match="cannot be read"):
+    whole = cache.file(path).read_bytes()
+    with pytest.raises(RunError, match="cannot be read"):
         TeacherCache(tmp_path, teacher, "1" * 64).read(path)
     np.save(cache.file(path), np.zeros((2, 2), np.float16))
-    with pytest.raises(InputError, match=r"remove it, and it is computed again.*float16\[2, 2\]"):
+    with pytest.raises(RunError, match=r"float16\[2, 2\].*continue with --resume"):
         cache.read(path)
-    cache.file(path).write_bytes(cache.file(path).read_bytes()[:50])
-    with pytest.raises(InputError, match="remove it, and it is computed again"):
+    cache.file(path).write_bytes(whole[:50])
+    with pytest.raises(RunError, match="computed again"):
         cache.read(path)
+    cache.fill([path])
+    assert cache.file(path).read_bytes() == whole
+
+
+def test_several_processes_leave_nothing_out(material, teacher, tmp_path, monkeypatch):
+    """Each takes its share of all pictures, also when another has written some already."""
+    paths = sorted((material / "images").iterdir())
+    cache = TeacherCache(tmp_path, teacher, "0" * 64)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        cache.fill(paths)
+        assert len(list(cache.folder.iterdir())) == 3 * (index + 1)
+
+
+def test_the_teacher_leaves_the_step(teacher):
+    """Where its embedding alone is wanted: all of the second stage."""
+    trainer = train.make_trainer(teacher, teacher, teacher, STAGES[1], RECIPES["default"], 10)
+    batch = random_images(SQUARE, 1)
+    embedding = np.zeros((1, *SQUARE.grid, SQUARE.out_chans), np.float16)
+    terms = STAGES[1].terms(0, 10, RECIPES["default"])
+    flops = [
+        trainer.step.lower(trainer.state, trainer.frozen, each, terms).cost_analysis()["flops"]
+        for each in (batch, {**batch, "embedding": embedding})
+    ]
+    assert flops[1] < 0.9 * flops[0]
 
 
 def test_a_full_disk_is_told_beforehand(material, teacher, tmp_path, monkeypatch):
@@ -65,7 +94,7 @@ def test_a_full_disk_is_told_beforehand(material, teacher, tmp_path, monkeypatch
 
 
 def test_a_run_with_a_cache_learns_the_same(material, tmp_path):
-    """The teacher leaves the step; what the student learns differs by half precision."""
+    """But for half precision."""
     options = compress_options(material, tmp_path / "with", cache=tmp_path / "cache", steps=3, set=("validations=1",))
     compress(options)
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 6

@@ -7,11 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 from conftest import compress_options
+from test_data import truncated
 
 from converters import from_torch
-from slimsam_jax import distillation, metrics
+from slimsam_jax import metrics, run
 from slimsam_jax.compress import compress
 from slimsam_jax.data import read_image
+from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import compare_models, encode_image
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.validation import validator
@@ -43,11 +45,21 @@ def test_miou_takes_annotations_or_the_teachers_masks(material):
     assert validator(teacher, bare, "miou")(teacher) == 1
 
 
+def test_pictures_that_cannot_be_used_are_left_out(material, tmp_path):
+    teacher, paths = from_torch.load(material / "teacher"), sorted((material / "images").iterdir())
+    broken = truncated(tmp_path / "a.jpg")
+    assert validator(teacher, [broken, *paths], "error")(shaken(teacher)) == validator(teacher, paths, "error")(
+        shaken(teacher)
+    )
+    with pytest.raises(InputError, match=r"no image can be validated on: .*a\.jpg"):
+        validator(teacher, [broken], "error")
+
+
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_best_and_last_are_both_kept(material, tmp_path, monkeypatch, keep):
     """With scores that fall from validation to validation the first is the best."""
     scores = iter(range(0, -100, -1))
-    monkeypatch.setattr(distillation, "validator", lambda *_: lambda sam: float(next(scores)))
+    monkeypatch.setattr(run, "validator", lambda *_: lambda sam: float(next(scores)))
     choices = ("validations=2", f"keep={keep}", "schedule=plateau", "learning_rate=1e-3")
     compress(compress_options(material, tmp_path / "slim", set=choices))
     other = {"best": "last", "last": "best"}[keep]
