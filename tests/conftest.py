@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 
-# Before jax is imported. The suite spends its time in LLVM, which makes small models no faster; what XLA does to
-# the program is as always. XLA_FLAGS= pytest runs what users run.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 
 from pathlib import Path
 

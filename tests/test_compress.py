@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import sys
 
 import chex
@@ -163,14 +162,6 @@ def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
     cli.run(inspect.main)
     out = capsys.readouterr().out
     assert "2 x 12" in out and f"{metrics.encoder_parameters(SQUARE) / 1e6:.3f}" in out
-
-
-def test_broken_images_among_good_ones_are_named_and_skipped(material, tmp_path, capsys):
-    shutil.copytree(material / "images", tmp_path / "images")
-    truncated(tmp_path / "images" / "broken.jpg")
-    compress.compress(compress_options(material, tmp_path / "slim", images=(tmp_path / "images",)))
-    assert "broken.jpg is not a readable image" in capsys.readouterr().out
-    assert "broken.jpg" in (tmp_path / "slim" / "log.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

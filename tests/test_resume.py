@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -47,8 +48,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, material, tmp_path,
     assert_same_run(tmp_path / "slim", finished)
 
 
-def test_broken_pictures_are_named_by_a_resumed_run_too(material, tmp_path, monkeypatch):
-    """Those that were met before it was stopped are in the log as if nothing had happened."""
+def test_broken_pictures_are_named_and_skipped(material, tmp_path, monkeypatch, capsys):
+    """Also those that were met before the run was stopped; each once a stage."""
     shutil.copytree(material / "images", tmp_path / "images")
     for name in ("a.jpg", "b.jpg"):
         truncated(tmp_path / "images" / name)
@@ -59,14 +60,15 @@ def test_broken_pictures_are_named_by_a_resumed_run_too(material, tmp_path, monk
             raise RunError("pulled the plug")
         return whole(self, state, number, batch)
 
-    compress.compress(dataclasses.replace(options, out=tmp_path / "whole"))
     with monkeypatch.context() as patched:
         patched.setattr(Distillation, "step", step)
         with pytest.raises(RunError, match="plug"):
             compress.compress(options)
     compress.compress(dataclasses.replace(options, resume=True))
-    assert_same_run(tmp_path / "slim", tmp_path / "whole")
-    assert (tmp_path / "slim" / "log.jsonl").read_text().count("is not a readable image") == 4
+    log = [json.loads(line) for line in (tmp_path / "slim" / "log.jsonl").read_text().splitlines()]
+    names = [(entry["stage"], Path(entry["skipped"]).name) for entry in log if "skipped" in entry]
+    assert names == [(stage, name) for stage in ("embedding", "bottleneck") for name in ("a.jpg", "b.jpg")]
+    assert "a.jpg is not a readable image" in capsys.readouterr().out
 
 
 def test_sigterm_saves_and_ends_cleanly(finished, material, tmp_path, monkeypatch, capsys):

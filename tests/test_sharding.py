@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from converters import from_torch
-from slimsam_jax import sharding
+from slimsam_jax import metrics, sharding
 
 
 def start(program: list[str], devices: int = 1) -> subprocess.Popen:
@@ -94,27 +94,26 @@ def test_split_parameters_restored_by_two_processes_and_by_one(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_in_two_processes(material, tmp_path):
+def test_the_command_in_two_processes(finished, material, tmp_path):
     """Pruning, validation, checkpoints and report."""
     program = """
 import sys
 from pathlib import Path
 from conftest import compress_options
 from slimsam_jax.compress import compress
-material, out, distributed = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] or None
-changes = {"steps": 2, "set": ("validations=1",), "batch": 4, "importance_images": 4}
-compress(compress_options(material, out, distributed=distributed, **changes))
+compress(compress_options(Path(sys.argv[1]), Path(sys.argv[2]), distributed=sys.argv[3]))
 """
-    address = free_address()
-    run = lambda out, where: start(["-c", program, str(material), str(tmp_path / out), where])
-    wait_for(*(run("two", f"{address},2,{i}") for i in range(2)))
-    wait_for(run("one", ""))
-    one, two = (from_torch.load(tmp_path / name) for name in ("one", "two"))
-    assert one.config == two.config
-    error = lambda name: json.loads((tmp_path / name / "report.json").read_text())["embedding_error"]
-    np.testing.assert_allclose(error("two"), error("one"), rtol=0.05)
-    lines = [(tmp_path / name / "log.jsonl").read_text().count("\n") for name in ("one", "two")]
-    assert lines[0] == lines[1] and sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))
+    address, out = free_address(), tmp_path / "slim"
+    wait_for(*(start(["-c", program, str(material), str(out), f"{address},2,{i}"]) for i in range(2)))
+    one, two = (from_torch.load(folder) for folder in (finished, out))
+    # Noise is drawn for each batch, and batches are as wide as there are devices, so widths may differ by a channel.
+    assert one.config.embed_dim == two.config.embed_dim
+    costs = [metrics.encoder_macs(sam.config).total for sam in (one, two)]
+    np.testing.assert_allclose(costs[1], costs[0], rtol=0.02)
+    errors = [json.loads((folder / "report.json").read_text())["embedding_error"] for folder in (finished, out)]
+    np.testing.assert_allclose(errors[1], errors[0], rtol=0.3)
+    logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (finished, out)]
+    assert len(logs[0]) == len(logs[1]) and sorted(os.listdir(finished)) == sorted(os.listdir(out))
 
 
 @pytest.mark.parametrize(
