@@ -10,7 +10,6 @@ into experiments/README.md.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -87,7 +86,7 @@ def run(teacher: Path, images: Path, val: Path, part: str = "0/1") -> None:
     for row, ratio, seed in plan()[mine::parts]:
         name, settings = ROWS[row]
         recipe = RECIPES[name].change(settings)
-        key = {"row": row, "ratio": ratio, "seed": seed, "recipe": dataclasses.asdict(recipe), "images": IMAGES}
+        key = {"row": row, "ratio": ratio, "seed": seed, "recipe": recipe.pruning, "images": IMAGES}
         if results.find(FILE, key):
             continue
         start = time.perf_counter()

@@ -7,7 +7,7 @@ import difflib
 import math
 import typing
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from slimsam_jax.errors import InputError
 
@@ -155,6 +155,13 @@ class Recipe:
     @property
     def needs_labels(self) -> bool:
         return self.signal == "masks" and self.criterion in ("taylor", "fisher")
+
+    @property
+    def pruning(self) -> dict[str, Any]:
+        """The choices that pruning reads: those before `align_global_attention`."""
+        choices = dataclasses.asdict(self)
+        names = list(choices)
+        return {name: choices[name] for name in names[: names.index("align_global_attention")]}
 
     def change(self, settings: Sequence[str]) -> Recipe:
         """The recipe with fields set by "name=value".

@@ -22,6 +22,7 @@ from slimsam_jax.models import groups as channels
 from slimsam_jax.models.features import run_encoder
 from slimsam_jax.pruning import importance, masks, reference
 from slimsam_jax.pruning.group import Group, Member, check_groups
+from slimsam_jax.recipes import RECIPES
 
 PARAMS = {
     "first": jnp.array([[1.0, -2.0], [3.0, 4.0]]),
@@ -349,3 +350,10 @@ def test_sharded_importance_equals_one_device_and_gathers_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["worst"] < 1e-4 and found["reduces"] and found["gathered"] == []
+
+
+def test_what_pruning_reads_of_a_recipe():
+    """Results of experiments are found again by it, whatever is learnt with afterwards."""
+    choices = RECIPES["default"].pruning
+    assert "criterion" in choices and "keep_logit_scale" in choices
+    assert not {"align_global_attention", "learning_rate", "ema", "keep"} & set(choices)
