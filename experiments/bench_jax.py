@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import Options, Step
-from slimsam_jax import sharding, train
+from slimsam_jax import metrics, sharding, train
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.features import run_encoder
 from slimsam_jax.models.sam import Sam, init
@@ -28,17 +27,11 @@ def make_step(options: Options, slim: Config, previous: Config, teacher: Config)
     cores = f"{len(os.sched_getaffinity(0))} cores"
     where = f"{cores if device.platform == 'cpu' else device.device_kind}, {jnp.dtype(dtype).name}"
     if options.what == "forward":
-        return Step(forward(slim, encode, dtype), 1, peak, where)
+        return Step(forward(slim, encode, dtype), 1, metrics.peak_memory, where)
     if options.what == "importance":
-        return Step(disturbed_gradient(slim, encode), 1, peak, where)
+        return Step(disturbed_gradient(slim, encode), 1, metrics.peak_memory, where)
     models = (slim, previous, teacher) if options.what == "bottleneck-stage" else (previous, teacher, teacher)
-    return Step(distillation(models, options, dtype), options.batch, peak, where)
-
-
-def peak() -> int:
-    """Bytes: of the device if it counts them, else of the process."""
-    statistics = jax.devices()[0].memory_stats() or {}
-    return statistics.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Step(distillation(models, options, dtype), options.batch, metrics.peak_memory, where)
 
 
 def random_model(config: Config, seed: int) -> Sam:

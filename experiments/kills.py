@@ -55,7 +55,7 @@ def killed_run(command: list[str], out: Path, whole: float, kills: int, seed: in
     """Runs to the end; returns how often it was killed. Each attempt has its share of the time, more or less."""
     random, done = np.random.default_rng(seed), 0
     start_up = 25.0
-    while True:
+    while not (out / "report.json").exists() or (out / "checkpoints").exists():
         resume = ["--resume"] if (out / "checkpoints" / "origin.json").exists() else []
         process = subprocess.Popen([*command, *resume], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         try:
@@ -63,7 +63,6 @@ def killed_run(command: list[str], out: Path, whole: float, kills: int, seed: in
             code = process.wait(limit)
             if code:
                 raise SystemExit(f"the run ended with {code}")
-            return done
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -71,6 +70,7 @@ def killed_run(command: list[str], out: Path, whole: float, kills: int, seed: in
             log = out / "log.jsonl"
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
             print(f"kill {done}: {lines[-1] if lines else 'before the first step'}"[:60], flush=True)
+    return done
 
 
 def same(one: Path, other: Path) -> bool:

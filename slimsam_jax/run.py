@@ -129,7 +129,7 @@ def check_combinations(options: Options, recipe: Recipe, target: Target) -> None
     if recipe.whole_heads and (options.uniform or target.budget):
         raise InputError("whole_heads goes neither with --uniform nor with --budget: they fix the number of heads")
     if target.budget and target.budget.kind == "latency" and jax.process_count() > 1:
-        raise InputError("--budget latency is measured by one process; prune with --steps 0 on one first, say")
+        raise InputError("--budget latency is measured by one process; give params= or macs=, or no --distributed")
     if options.cache and (recipe.flip or recipe.crop < 1):
         raise InputError("--cache holds the teacher's embeddings of whole pictures; it goes with neither flip nor crop")
 
