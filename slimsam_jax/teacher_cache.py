@@ -31,12 +31,19 @@ class TeacherCache:
     Args:
       folder: that several teachers may share.
       teacher_hash: sha256 of its weights.
+
+    Raises:
+      InputError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path, teacher: Sam, teacher_hash: str):
         height, width = teacher.config.image_size
         self.teacher = teacher
         self.folder = folder / f"{teacher_hash[:16]}-{height}x{width}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--cache {folder} cannot be made a folder: {error.strerror}") from None
         self._files: dict[Path, Path] = {}  # so that a picture is hashed once
         self.shape = (*teacher.config.grid, teacher.config.out_chans)
 
@@ -78,7 +85,6 @@ class TeacherCache:
         Raises:
           RunError: the disk has no room for it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         share = paths[jax.process_index() :: jax.process_count()]  # of all, not of what is missing at this moment
         missing = [path for path in share if not self._is_there(path)]
         if not missing:

@@ -194,6 +194,7 @@ def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
         (("--set", "signal=masks", "criterion=taylor"), "needs SA-1B .json files"),
         (("--recipe", "taylor", "--set", "whole_heads=true", "--uniform"), "goes neither with --uniform"),
         (("--set", "flip=true", "--cache", "cache"), "goes with neither flip nor crop"),
+        (("--cache", "{root}/val/0.png"), "cannot be made a folder"),
         (("--set", "crop=0"), "crop 0 is not a share"),
         (("--set", "ema=1"), "ema 1 is not the share"),
         (("--set", "clip=-1"), "clip -1.0 must not be negative"),
