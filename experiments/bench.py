@@ -11,6 +11,8 @@ What is timed, for one image:
 - embedding-stage: distilling a student of which the embedding alone is narrow;
 - bottleneck-stage: distilling the slim model (`--preset`) towards the teacher and the embedding-pruned one.
 
+- data: no model, but JPEGs decoded, resized and batched (`bench_data.py`).
+
 Every turn is a process of its own, so that peak memory is that of one side; compilation and the first step are not
 counted. Both sides take the GPU if there is one, else all cores that this process may use.
 """
@@ -60,13 +62,14 @@ class Options:
       preset: the architecture, 1024 px; "small" is the embedded teacher's, 256 px. The stages need a slim one.
       images: timed in each turn, at least.
       turns: of each side.
-      batch: images per step of distillation, ours. The reference takes one after the other, and updates after four.
+      batch: images per step of distillation, ours; the reference takes one after the other, and updates after four.
+        Of data, on both sides.
       attention: how ours computes it (`models/attention.py`).
       compile: forward by `torch.compile` in bfloat16, instead of the reference's eager float32.
       side: "jax" and "torch" are the turns themselves.
     """
 
-    what: Literal["forward", "importance", "embedding-stage", "bottleneck-stage"] = "forward"
+    what: Literal["forward", "importance", "embedding-stage", "bottleneck-stage", "data"] = "forward"
     preset: Literal["vit_b", "vit_l", "vit_h", "vit_p50", "vit_p77", "small", "small_p50"] = "vit_b"
     images: int = 2
     turns: int = 2
@@ -99,6 +102,10 @@ def main(options: Options) -> None:
 
 
 def make_step(options: Options) -> Step:
+    if options.what == "data":
+        from experiments import bench_data
+
+        return bench_data.make_step(options, architectures(options.preset)[0].image_size)
     # Imported here: PyTorch and JAX in one process would share its threads and its memory.
     if options.side == "jax":
         from experiments import bench_jax as side

@@ -22,6 +22,7 @@ from scipy.stats import spearmanr
 from converters.from_torch import load
 from experiments import results
 from slimsam_jax import data, metrics, prune, train
+from slimsam_jax.data.batches import Batches
 from slimsam_jax.evaluation import encode_image
 from slimsam_jax.models import groups
 from slimsam_jax.models.sam import Sam
@@ -36,11 +37,11 @@ ESTIMATORS = {"sum": ("sum", 1), "rms": ("rms", 1), "rms, 4 probes": ("rms", 4)}
 
 def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
     """Measure what is not measured yet."""
-    sam, paths = load(teacher), data.find_images([images])
-    pictures = [data.read_image(path) for path in data.find_images([val])[::4]]
+    sam, paths = load(teacher), data.find([images])
+    pictures = [sample.image() for sample in data.find([val])[::4]]
     wanted = [encode_image(sam, picture).embedding for picture in pictures]
     for seed, name in itertools.product(range(seeds), ESTIMATORS):
-        stream = data.Batches(paths, sam.config.image_size, 1, seed)
+        stream = Batches(paths, sam.config.image_size, 1, seed)
         singles = list(itertools.islice(stream, 2 * max(COUNTS)))
         for count in COUNTS:
             key = {"estimator": name, "images": count, "seed": seed}

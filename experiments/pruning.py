@@ -82,7 +82,7 @@ def run(teacher: Path, images: Path, val: Path, part: str = "0/1") -> None:
       part: i/n: every n-th run, from the i-th.
     """
     mine, parts = map(int, part.split("/"))
-    bench = Bench(load(teacher), data.find_images([images]), data.find_images([val]))
+    bench = Bench(load(teacher), data.find([images]), data.find([val]))
     for row, ratio, seed in plan()[mine::parts]:
         name, settings = ROWS[row]
         recipe = RECIPES[name].change(settings)
@@ -99,9 +99,9 @@ def run(teacher: Path, images: Path, val: Path, part: str = "0/1") -> None:
 class Bench:
     """A teacher with what it takes to prune it and to measure the result; what runs share is computed once."""
 
-    def __init__(self, teacher: Sam, images: list[Path], val: list[Path]):
+    def __init__(self, teacher: Sam, images: list[data.Sample], val: list[data.Sample]):
         self.teacher, self.images = teacher, images
-        self.val = [read_annotated(path) for path in val]
+        self.val = [read_annotated(sample) for sample in val]
         self.wanted = [encode_image(teacher, image).embedding for image, _ in self.val]
         self.gradients: dict[Any, Any] = {}
         self.batches: dict[Any, list[Any]] = {}

@@ -13,11 +13,16 @@ import tyro
 
 from slimsam_jax.errors import InputError, RunError, Stopped
 
+Arguments = Callable[..., Any] | dict[str, Callable[..., Any]]
 
-def run(arguments: Callable[..., Any], command: Callable[[Any], Any] | None = None) -> None:
+
+def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> None:
     """Parses the command line into `arguments`, a function or dataclass, and calls it.
 
     `command` is then called with the result, if given.
+
+    Args:
+      arguments: or {name: function}, for a command with subcommands.
 
     Exit codes: 0 done, 1 a fault while running, 2 bad input (as argparse has it), 130 interrupted, 143
     stopped by SIGTERM.
@@ -28,7 +33,8 @@ def run(arguments: Callable[..., Any], command: Callable[[Any], Any] | None = No
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         check_no_repetition(sys.argv[1:])
-        parsed = tyro.cli(arguments)
+        parse = tyro.extras.subcommand_cli_from_dict if isinstance(arguments, dict) else tyro.cli
+        parsed = parse(arguments, prog=_name())
         if command:
             command(parsed)
     except InputError as error:
@@ -42,6 +48,12 @@ def run(arguments: Callable[..., Any], command: Callable[[Any], Any] | None = No
     except Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(143)  # as the shell names an end by SIGTERM
+
+
+def _name() -> str | None:
+    """How this program is called, if by `python -m`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
 
 
 def check_no_repetition(arguments: list[str]) -> None:

@@ -25,12 +25,12 @@ class Options:
     teacher: Path | None = None
     """The SAM to compress: a .pth in segment_anything layout (fused qkv, or q, k and v apart), a Hugging
     Face SamModel folder, or a model folder of ours. Default: the small SAM in the package."""
-    images: tuple[Path, ...] = ()
-    """Folders of images to learn from, searched recursively; no labels needed. Default: the photographs
-    in the package."""
-    val: tuple[Path, ...] = ()
-    """Folders of images to measure on. An SA-1B .json of the same name beside an image makes it count for
-    mIoU. Default: an eighth of --images, at most 50, held out."""
+    images: tuple[str, ...] = ()
+    """What to learn from, no labels needed: folders, searched recursively, of images and .tar shards; .tar shards
+    themselves; a COCO .json; tfds:DIR. Default: the photographs in the package."""
+    val: tuple[str, ...] = ()
+    """What to measure on, of the same kinds. Annotations (an SA-1B .json of the same name beside an image) make it
+    count for mIoU. Default: an eighth of --images, at most 50, held out."""
     ratio: float | None = None
     """Share of the channels to remove, between 0 and 1 (default 0.5). Parameters and work fall about with its
     square: 0.5 leaves a quarter of the encoder, 0.77 a sixteenth."""
@@ -73,6 +73,10 @@ class Options:
     cache: Path | None = None
     """A folder for the teacher's embeddings of --images (2 MB each at 1024 px): each is computed once, not once an
     epoch. For this teacher only, but any number of runs."""
+    max_broken: float = 0.1
+    """The share of --images that may be unreadable; more stops the run. The others are named and skipped."""
+    strict: bool = False
+    """Stop at the first image that cannot be read."""
     distributed: str | None = None
     """For several processes, each with the same arguments and a shared file system: "auto" on TPU pods and under
     SLURM or MPI; or HOST:PORT,PROCESSES,INDEX, where HOST:PORT is a free port of process 0."""
@@ -91,6 +95,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if not 0 <= self.max_broken <= 1:
+            raise InputError(f"--max-broken {self.max_broken:g} is not a share of the images: between 0 and 1")
         cli.check_seed(self.seed)
         if not self.resume:
             cli.check_empty(self.out)
@@ -99,10 +105,14 @@ class Options:
         """The share of channels to remove, or None if a budget says how much."""
         return 0.5 if self.ratio is None and self.budget is None else self.ratio
 
+    def broken_share(self) -> float:
+        """The share of images that may be unreadable."""
+        return 0.0 if self.strict else self.max_broken
+
     def fixing_the_result(self) -> dict[str, Any]:
         """What a resumed run must share with the run it continues."""
         fields = dataclasses.asdict(self)
-        for name in ("out", "resume", "save_every", "fsdp", "distributed", "attention"):
+        for name in ("out", "resume", "save_every", "fsdp", "distributed", "attention", "max_broken", "strict"):
             del fields[name]
         fields["teacher"] = str(self.teacher) if self.teacher else None
         fields["cache"] = self.cache is not None

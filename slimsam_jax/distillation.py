@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax import data, distill, sharding, stopping, train
+from slimsam_jax import distill, sharding, stopping, train
+from slimsam_jax.data.batches import Batches, flip_and_crop
 from slimsam_jax.errors import RunError, Stopped
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import track
@@ -59,7 +59,7 @@ class Distillation:
             done = int(state.step)
             self.scores = folder.rewind_log(name, done)
             self.batches = self.stream(done)
-            self.batches.skipped.update({Path(path): reason for path, reason in skipped.items()})
+            self.batches.skipped.update(skipped)
             rows = zip(range(done + 1, steps + 1), self.batches, strict=False)
             for step, batch in track(rows, f"{name} stage", steps - done, per_item=self.plan.batch):
                 state = self.step(state, step, batch)
@@ -68,7 +68,7 @@ class Distillation:
                     self.flush()
                     saved.check_finite(step, state)
                     state = self.validate(state, step) if step in self.validated else state
-                    saved.save(step, state, {str(p): reason for p, reason in dict(self.batches.skipped).items()})
+                    saved.save(step, state, dict(self.batches.skipped))
                 if stop:
                     raise Stopped(f"stopped after step {step} of the {name} stage; continue with --resume")
         self.name_skipped()
@@ -83,13 +83,14 @@ class Distillation:
         del state  # not twice in memory
         return saved.restore(like)
 
-    def stream(self, start: int) -> data.Batches:
+    def stream(self, start: int) -> Batches:
         run = self.plan
         part = jax.process_index(), jax.process_count()
-        augment = data.flip_and_crop(run.recipe.flip, run.recipe.crop)
-        extra = (lambda path: {"embedding": run.cache.read(path)}) if run.cache else None
+        augment = flip_and_crop(run.recipe.flip, run.recipe.crop)
+        extra = (lambda sample: {"embedding": run.cache.read(sample)}) if run.cache else None
         size = run.teacher.config.image_size
-        return data.Batches(run.images, size, run.batch, run.options.seed + 1, start, part, augment, extra)
+        limit = run.options.broken_share()
+        return Batches(run.images, size, run.batch, run.options.seed + 1, start, part, augment, extra, limit)
 
     def step(self, state: distill.TrainState, step: int, batch: Any) -> distill.TrainState:
         """Dispatches a step; what the one before has given is read only now, so that the host runs ahead."""
@@ -107,7 +108,7 @@ class Distillation:
         (step, terms), self.pending = self.pending, None
         terms = {name: float(term) for name, term in terms.items()}
         if not np.isfinite(terms["loss"]):
-            names = ", ".join(path.name for path in self.batches.paths_of(step - 1))
+            names = ", ".join(sample.name for sample in self.batches.samples_of(step - 1))
             raise RunError(
                 f"the loss of step {step} is not finite (images {names}); the checkpoint before is kept; {ADVICE}"
             )
@@ -151,8 +152,8 @@ class Distillation:
 
     def name_skipped(self) -> None:
         """Those that a step would have had; threads have read on, who knows how far."""
-        met = {path for step in range(self.plan.steps) for path in self.batches.paths_of(step)}
-        for path, reason in sorted(dict(self.batches.skipped).items()):
-            if path in met:
-                self.plan.folder.log(stage=self.stage.name, skipped=str(path), reason=reason)
+        met = {sample.name for step in range(self.plan.steps) for sample in self.batches.samples_of(step)}
+        for name, reason in sorted(dict(self.batches.skipped).items()):
+            if name in met:
+                self.plan.folder.log(stage=self.stage.name, skipped=name, reason=reason)
                 print(f"skipped: {reason}", flush=True)

@@ -39,6 +39,8 @@ def writing(what: object) -> Iterator[None]:
     """Turns what goes wrong while `what` is written into a RunError; libraries have errors of their own for it."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["unknown error"])[0]
         raise RunError(f"cannot write {what}: {reason}") from None

@@ -24,7 +24,7 @@ def main(
     """
     from converters.from_torch import load
     from slimsam_jax import checkpoint
-    from slimsam_jax.data import find_images
+    from slimsam_jax.data import find
     from slimsam_jax.errors import InputError
     from slimsam_jax.evaluation import mean_iou
     from slimsam_jax.progress import track
@@ -35,7 +35,7 @@ def main(
         cli.check_file(json)
     sam = load(model)
     prompts = ("point", "box") if prompt == "both" else (prompt,)
-    result = mean_iou(sam, track(find_images(data), "evaluate"), prompts)
+    result = mean_iou(sam, track(find(data), "evaluate"), prompts)
     for reason in result["skipped"].values():
         print(f"skipped: {reason}")
     if not result["images"]:

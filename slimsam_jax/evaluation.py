@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from slimsam_jax import metrics
-from slimsam_jax.data import Annotation, read_annotations, read_image
+from slimsam_jax.data import Annotation, Sample
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.prompt_encoder import prompt_points
 from slimsam_jax.models.sam import Sam, decode, encode, resize_and_pad, resize_masks, to_model_frame
@@ -94,41 +94,41 @@ def annotation_ious(sam: Sam, encoded: Encoded, annotations: Sequence[Annotation
     return {kind: float(metrics.iou(predict_masks(sam, encoded, **given[kind])[0], truth).mean()) for kind in prompts}
 
 
-def read_annotated(path: Path) -> tuple[Image.Image, list[Annotation]]:
+def read_annotated(sample: Sample) -> tuple[Image.Image, list[Annotation]]:
     """An image and its annotations ([] without a file of them).
 
     Raises:
       InputError: either cannot be read, or the masks are not of the image's size.
     """
-    image, annotations = read_image(path), read_annotations(path)
+    image, annotations = sample.image(), sample.annotations()
     if annotations and annotations[0].mask.shape != (image.height, image.width):
         raise InputError(
-            f"{path}: its annotations are of size {annotations[0].mask.shape}, the image of {image.size[::-1]}"
+            f"{sample.name}: its annotations are of size {annotations[0].mask.shape}, the image of {image.size[::-1]}"
         )
     return image, annotations
 
 
-def mean_iou(sam: Sam, paths: Iterable[Path], prompts: Sequence[Prompt] = ("point", "box")) -> dict:
-    """mIoU over the annotated images among `paths`.
+def mean_iou(sam: Sam, samples: Iterable[Sample], prompts: Sequence[Prompt] = ("point", "box")) -> dict:
+    """mIoU over the annotated images among `samples`.
 
     Returns:
       {"point": mean over images of the mean over annotations, ..., "images": count,
-      "per_image": {name: {"point": ...}}, "skipped": {path: why it could not be read}};
+      "per_image": {name: {"point": ...}}, "skipped": {name: why it could not be read}};
       no means if no image is annotated.
     """
 
-    def measure(path: Path) -> dict[str, float]:
-        image, annotations = read_annotated(path)
+    def measure(sample: Sample) -> dict[str, float]:
+        image, annotations = read_annotated(sample)
         return annotation_ious(sam, encode_image(sam, image), annotations, prompts) if annotations else {}
 
-    found, skipped = map_readable(measure, paths)
-    stems = Counter(path.stem for path in found)
-    name = lambda path: path.stem if stems[path.stem] == 1 else str(path)
-    per_image = {name(path): ious for path, ious in found.items() if ious}
+    found, skipped = map_readable(measure, samples)
+    stems = Counter(Path(name).stem for name in found)
+    short = lambda name: Path(name).stem if stems[Path(name).stem] == 1 else name
+    per_image = {short(name): ious for name, ious in found.items() if ious}
     return {**_means(per_image.values()), "images": len(per_image), "per_image": per_image, "skipped": skipped}
 
 
-def compare_models(teacher: Sam, slim: Sam, paths: Iterable[Path], side: int = 4) -> dict:
+def compare_models(teacher: Sam, slim: Sam, samples: Iterable[Sample], side: int = 4) -> dict:
     """Measures two models on the same images, encoding each image once with each.
 
     Args:
@@ -142,14 +142,14 @@ def compare_models(teacher: Sam, slim: Sam, paths: Iterable[Path], side: int = 4
           to the variance of the teacher's.
         images, annotated_images: how many.
         teacher, slim: {"point": mIoU, "box": mIoU} over the annotated images; {} of none.
-        skipped: {path: why it could not be read}.
+        skipped: {name: why it could not be read}.
 
     Raises:
       InputError: not one image could be read.
     """
 
-    def measure(path: Path) -> dict[str, Any]:
-        image, annotations = read_annotated(path)
+    def measure(sample: Sample) -> dict[str, Any]:
+        image, annotations = read_annotated(sample)
         encoded = [(sam, encode_image(sam, image)) for sam in (teacher, slim)]
         points = point_grid((image.height, image.width), side)
         one, other = (predict_masks(*pair, points)[0] for pair in encoded)
@@ -162,7 +162,7 @@ def compare_models(teacher: Sam, slim: Sam, paths: Iterable[Path], side: int = 4
             "slim": ious[1],
         }
 
-    found, skipped = map_readable(measure, paths)
+    found, skipped = map_readable(measure, samples)
     if not found:
         raise InputError(f"no image can be compared on: {next(iter(skipped.values()), 'none was given')}")
     annotated = [image for image in found.values() if image["teacher"]]
@@ -181,14 +181,14 @@ def _means(ious: Iterable[dict[str, float]]) -> dict[str, float]:
     return {kind: float(np.mean([image[kind] for image in ious])) for kind in (ious[0] if ious else ())}
 
 
-def map_readable(function: Callable[[Path], Any], paths: Iterable[Path]) -> tuple[dict[Path, Any], dict[str, str]]:
-    """Applies `function` to each path; what raises InputError is left out, with its reason."""
+def map_readable(function: Callable[[Sample], Any], samples: Iterable[Sample]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Applies `function` to each sample: {name: result}; what raises InputError is left out: {name: reason}."""
     found, skipped = {}, {}
-    for path in paths:
+    for sample in samples:
         try:
-            found[path] = function(path)
+            found[sample.name] = function(sample)
         except InputError as error:
-            skipped[str(path)] = str(error)
+            skipped[sample.name] = str(error)
     return found, skipped
 
 

@@ -49,11 +49,11 @@ def main(
         cli.check_file(out)
     from converters.from_torch import load
     from slimsam_jax import study, widths
-    from slimsam_jax.data import find_images
+    from slimsam_jax.data import find
     from slimsam_jax.recipes import RECIPES
 
     choices = RECIPES[recipe].change(set)
-    found = find_images(images) if images else []
+    found = find(images) if images else []
     sam = load(model)
     study.print_blocks(sam.config)
     if not images:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from slimsam_jax.data import Annotation, Batches
+from slimsam_jax.data import Annotation, Sample
+from slimsam_jax.data.batches import Batches
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import read_annotated
 from slimsam_jax.models.config import Config
@@ -23,22 +23,22 @@ from slimsam_jax.recipes import Recipe
 PROMPTS = 4  # annotations per image
 
 
-def annotated(paths: Sequence[Path]) -> list[Path]:
-    """Those with an SA-1B .json beside them.
+def annotated(samples: Sequence[Sample]) -> list[Sample]:
+    """Those with annotations.
 
     Raises:
       InputError: there is none, or not one can be used.
     """
-    found = [path for path in paths if path.with_suffix(".json").exists()]
+    found = [sample for sample in samples if sample.load_annotations]
     reason = "there is none"
-    for path in found:
+    for sample in found:
         try:
-            if read_annotated(path)[1]:
+            if read_annotated(sample)[1]:
                 return found
-            reason = f"{path.with_suffix('.json')} has no annotation"
+            reason = f"{sample.name} has none"
         except InputError as error:
             reason = str(error)
-    raise InputError(f"signal=masks needs SA-1B .json files beside the images: {reason}")
+    raise InputError(f"signal=masks needs annotated images: {reason}")
 
 
 class AnnotatedBatches(Batches):
@@ -48,25 +48,27 @@ class AnnotatedBatches(Batches):
     takes them (a click and the padding point, model frame), "masks" [b, p, 4h, 4w] float32 0..1.
     """
 
-    def __init__(self, paths: Sequence[Path], config: Config, batch: int, seed: int, part: tuple[int, int] = (0, 1)):
+    def __init__(self, samples: Sequence[Sample], config: Config, batch: int, seed: int, part=(0, 1), max_broken=1.0):
         self.config = config
-        super().__init__(annotated(paths), config.image_size, batch, seed, part=part)
+        super().__init__(annotated(samples), config.image_size, batch, seed, part=part, max_broken=max_broken)
 
-    def _read(self, path: Path, random: np.random.Generator) -> dict[str, np.ndarray]:
-        _, annotations = read_annotated(path)
+    def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
+        _, annotations = read_annotated(sample)
         if not annotations:
-            raise InputError(f"{path} has no annotation")
+            raise InputError(f"{sample.name} has no annotation")
         chosen = [annotations[i] for i in np.linspace(0, len(annotations) - 1, PROMPTS).astype(int)]
-        item = super()._read(path, random)
+        item = super()._read(sample, random)
         return item | _prompts(chosen, tuple(item["size"]), self.config)
 
 
-def calibration_stream(recipe: Recipe, paths: Sequence[Path], config: Config, batch: int, seed: int) -> Batches:
+def calibration_stream(
+    recipe: Recipe, samples: Sequence[Sample], config: Config, batch: int, seed: int, max_broken: float = 1.0
+) -> Batches:
     """What a recipe learns from, to cut by: images, with annotations if it reads those; this process's share."""
     part = jax.process_index(), jax.process_count()
     if recipe.needs_labels:
-        return AnnotatedBatches(paths, config, batch, seed, part)
-    return Batches(paths, config.image_size, batch, seed, part=part)
+        return AnnotatedBatches(samples, config, batch, seed, part, max_broken)
+    return Batches(samples, config.image_size, batch, seed, part=part, max_broken=max_broken)
 
 
 def _prompts(chosen: Sequence[Annotation], size: tuple[int, int], config: Config) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slimsam_jax import checkpoint, metrics
-from slimsam_jax.data import read_image
+from slimsam_jax.data import Sample
 from slimsam_jax.evaluation import compare_models, encode_image, predict_masks
 from slimsam_jax.models.latency import encoder_runner, interleaved
 from slimsam_jax.models.sam import Sam
@@ -20,18 +20,18 @@ from slimsam_jax.overlay import draw_masks, draw_prompts
 from slimsam_jax.progress import track
 
 
-def measure(teacher: Sam, slim: Sam, paths: Sequence[Path], dtype: Any = jnp.float32) -> dict[str, Any]:
+def measure(teacher: Sam, slim: Sam, samples: Sequence[Sample], dtype: Any = jnp.float32) -> dict[str, Any]:
     """Every number of the table.
 
     Args:
-      paths: images for mIoU (where an annotation lies beside them) and agreement.
+      samples: images for mIoU (where an annotation lies beside them) and agreement.
       dtype: of the latency measurement; masks are computed in float32.
 
     Returns:
       {"teacher": {...}, "slim": {...}, "agreement": ..., "images": ..., "annotated_images": ...,
-      "skipped": {path: reason}}.
+      "skipped": {name: reason}}.
     """
-    report = compare_models(teacher, slim, track(paths, "measuring"))
+    report = compare_models(teacher, slim, track(samples, "measuring"))
     for name, sam in (("teacher", teacher), ("slim", slim)):
         report[name] = {**size_of(sam), **{f"{kind}_miou": value for kind, value in report[name].items()}}
     runs = [encoder_runner(sam.config, sam.params, dtype) for sam in (teacher, slim)]
@@ -87,23 +87,23 @@ def print_table(report: dict[str, Any]) -> None:
         print(f"not measured: {reason}")
 
 
-def draw(teacher: Sam, slim: Sam, paths: Sequence[Path], log: Sequence[dict[str, Any]], out: Path) -> None:
+def draw(teacher: Sam, slim: Sam, samples: Sequence[Sample], log: Sequence[dict[str, Any]], out: Path) -> None:
     """Writes a PNG: masks of both models for the same prompts, loss curves, widths before and after."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4 * 2 + 3), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(8, 3.2))
-    shown = list(paths[:: max(1, len(paths) // 4)])[:4]
+    shown = list(samples[:: max(1, len(samples) // 4)])[:4]
     axes = above.subplots(2, len(shown), squeeze=False)
-    for column, path in enumerate(shown):
-        image = read_image(path)
+    for column, sample in enumerate(shown):
+        image = sample.image()
         points = np.array([[[0.5, 0.5]], [[0.25, 0.3]], [[0.75, 0.7]], [[0.3, 0.8]]]) * np.array(
             [image.width, image.height]
         )
         for row, (name, sam) in enumerate((("teacher", teacher), ("slim", slim))):
             masks, _ = predict_masks(sam, encode_image(sam, image), points)
             axes[row, column].imshow(draw_prompts(draw_masks(image, masks), points[:, 0]))
-            axes[row, column].set_title(f"{name}: {path.name}", fontsize=9)
+            axes[row, column].set_title(f"{name}: {Path(sample.name).name}", fontsize=9)
             axes[row, column].axis("off")
     left, middle, right = below.subplots(1, 3)
     _plot_losses(left, log)

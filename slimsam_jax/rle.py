@@ -43,3 +43,22 @@ def _run_lengths(counts: str | bytes) -> np.ndarray:
     values[1::2] = np.cumsum(values[1::2])
     values[2::2] = np.cumsum(values[2::2])
     return values
+
+
+def encode(mask: np.ndarray) -> dict[str, Any]:
+    """[h, w] bool -> {"size": [h, w], "counts": compressed string}, character by character as pycocotools does."""
+    flat = np.asarray(mask, bool).T.ravel()
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    start = [0] if flat.size and flat[0] else []  # the first run is of zeros, be it empty
+    runs = np.diff(np.concatenate([[0], start, changes, [flat.size]])).astype(np.int64)
+    return {"size": list(mask.shape), "counts": _pack(runs)}
+
+
+def _pack(runs: np.ndarray) -> str:
+    values = runs.copy()
+    values[3:] -= runs[1:-2]
+    shifted = values[:, None] >> (5 * np.arange(8))  # 35 bits hold any run, one digit more shows where it ends
+    digits, rest = shifted[:, :-1] & 0x1F, shifted[:, 1:]
+    goes_on = np.where(digits & 0x10, rest != -1, rest != 0)
+    used = np.cumsum(~goes_on, axis=1) - ~goes_on == 0  # up to the first digit that does not
+    return (digits + 0x20 * goes_on + 48)[used].astype(np.uint8).tobytes().decode()

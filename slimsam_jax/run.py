@@ -16,6 +16,7 @@ import numpy as np
 
 from converters.from_torch import load
 from slimsam_jax import __version__, checkpoint, data, labels, metrics, report, sharding, train, widths
+from slimsam_jax.data import Sample
 from slimsam_jax.distillation import distil
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.sam import Sam
@@ -39,8 +40,8 @@ class Run:
     recipe: Recipe
     target: Target
     teacher: Sam
-    images: list[Path]
-    val: list[Path]
+    images: list[Sample]
+    val: list[Sample]
     steps: int
     batch: int
     dtype: Any
@@ -78,7 +79,7 @@ def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
     numbers["seconds"] = {**seconds, "measuring": time.perf_counter() - start}
     numbers["peak_memory_gb"] = metrics.peak_memory() / 1e9
     checkpoint.write_json(out / "report.json", {**numbers, "provenance": student.provenance})
-    val = [path for path in run.val if str(path) not in numbers["skipped"]]
+    val = [sample for sample in run.val if sample.name not in numbers["skipped"]]
     report.draw(run.teacher, student, val, run.folder.read_log(), out / "report.png")
     run.folder.finish()
     report.print_table(numbers)
@@ -146,13 +147,13 @@ def batch_size(options: Options) -> int:
     return batch
 
 
-def split_images(options: Options) -> tuple[list[Path], list[Path]]:
-    """Paths to learn from, and paths to measure on."""
-    images = data.find_images(options.images or [data.embedded_images()])
+def split_images(options: Options) -> tuple[list[Sample], list[Sample]]:
+    """Samples to learn from, and samples to measure on."""
+    images = data.find(options.images or [data.embedded_images()])
     if options.val:
-        return images, data.find_images(options.val)
+        return images, data.find(options.val)
     val = images[:: max(8, -(-len(images) // 50))]
-    return [path for path in images if path not in set(val)] or images, val
+    return [sample for sample in images if sample not in set(val)] or images, val
 
 
 def compute_dtype(options: Options) -> Any:
@@ -182,18 +183,20 @@ def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
     count = max(1, min(options.importance_images, len(run.images)) // devices)
 
     def calibration(name: str) -> Iterable[Any]:
-        batches = labels.calibration_stream(run.recipe, run.images, config, devices, options.seed)
+        batches = labels.calibration_stream(
+            run.recipe, run.images, config, devices, options.seed, options.broken_share()
+        )
         return track(train.calibration(batches, count), name, count, per_item=devices)
 
     return prune_sam(previous, stage, run.recipe, run.target, calibration, options.seed, options.uniform)
 
 
 def provenance(
-    options: Options, recipe: Recipe, teacher: Sam, images: list[Path], steps: int, batch: int
+    options: Options, recipe: Recipe, teacher: Sam, images: list[Sample], steps: int, batch: int
 ) -> dict[str, Any]:
     """Where a slim model comes from, for its config.json; a resumed run must agree in all of it."""
     path = Path(options.teacher or data.embedded_teacher())
-    names = "\n".join(str(image) for image in images)
+    names = "\n".join(image.name for image in images)
     packages = ("jax", "flax", "optax", "numpy")
     return {
         "teacher": {"file": path.name, "sha256": checkpoint.sha256(path), "provenance": teacher.provenance},

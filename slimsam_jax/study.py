@@ -16,6 +16,7 @@ from rich.table import Table
 
 from slimsam_jax import data, labels, metrics, prune, train
 from slimsam_jax.checkpoint import replacing
+from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import encode_image, map_readable
 from slimsam_jax.models.config import Config
@@ -62,15 +63,15 @@ class Bench:
       InputError: none of them can be read, or the recipe wants labels and there are none.
     """
 
-    def __init__(self, sam: Sam, recipe: Recipe, images: Sequence[Path], count: int, seed: int):
+    def __init__(self, sam: Sam, recipe: Recipe, images: Sequence[Sample], count: int, seed: int):
         self.sam, self.recipe, self.seed = sam, recipe, seed
         held_out = list(images[::8])[:16]
-        used = [path for path in images if path not in held_out] or held_out
+        used = [sample for sample in images if sample not in held_out] or held_out
         batch = jax.local_device_count()
         data.check_one_is_readable(used)
         stream = labels.calibration_stream(recipe, used, sam.config, batch, seed)
         self.batches = list(itertools.islice(stream, max(1, min(count, len(used)) // batch)))
-        found, skipped = map_readable(data.read_image, held_out)
+        found, skipped = map_readable(Sample.image, held_out)
         if not found:
             raise InputError(f"none of the images to measure on can be read: {next(iter(skipped.values()))}")
         self.pictures = list(found.values())

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax.checkpoint import replacing
-from slimsam_jax.data import read_image
+from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError, RunError, blaming, writing
 from slimsam_jax.evaluation import encode_image
 from slimsam_jax.models.sam import Sam
@@ -44,29 +44,28 @@ class TeacherCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--cache {folder} cannot be made a folder: {error.strerror}") from None
-        self._files: dict[Path, Path] = {}  # so that a picture is hashed once
+        self._files: dict[str, Path] = {}  # so that a picture is hashed once
         self.shape = (*teacher.config.grid, teacher.config.out_chans)
 
-    def file(self, path: Path) -> Path:
+    def file(self, sample: Sample) -> Path:
         """Where a picture's embedding is, or would be.
 
         Raises:
           InputError: the picture cannot be read.
         """
-        if path not in self._files:
-            with blaming(path), path.open("rb") as picture:
-                name = hashlib.file_digest(picture, "sha256").hexdigest()[:32]
-            self._files[path] = self.folder / f"{name}.npy"
-        return self._files[path]
+        if sample.name not in self._files:
+            name = hashlib.sha256(sample.read()).hexdigest()[:32]
+            self._files[sample.name] = self.folder / f"{name}.npy"
+        return self._files[sample.name]
 
-    def read(self, path: Path) -> np.ndarray:
+    def read(self, sample: Sample) -> np.ndarray:
         """A picture's embedding.
 
         Raises:
           RunError: there is none, or it is damaged.
         """
         try:
-            return self._read(self.file(path))
+            return self._read(self.file(sample))
         except InputError as error:
             raise RunError(f"{error}; continue with --resume, and it is computed again") from None
 
@@ -77,7 +76,7 @@ class TeacherCache:
                 raise ValueError(f"it is {embedding.dtype}{list(embedding.shape)}")
             return embedding
 
-    def fill(self, paths: Sequence[Path]) -> None:
+    def fill(self, samples: Sequence[Sample]) -> None:
         """Computes what is missing or damaged; each process takes its share. Says beforehand how much room it takes.
 
         Pictures that cannot be read are left out.
@@ -85,8 +84,8 @@ class TeacherCache:
         Raises:
           RunError: the disk has no room for it.
         """
-        share = paths[jax.process_index() :: jax.process_count()]  # of all, not of what is missing at this moment
-        missing = [path for path in share if not self._is_there(path)]
+        share = samples[jax.process_index() :: jax.process_count()]  # of all, not of what is missing at this moment
+        missing = [sample for sample in share if not self._is_there(sample)]
         if not missing:
             return
         needed = len(missing) * jax.process_count() * 2 * int(np.prod(self.shape))
@@ -94,13 +93,13 @@ class TeacherCache:
         print(f"the teacher's embeddings: about {needed / 1e9:.2f} GB in {self.folder}", flush=True)
         if free < needed:
             raise RunError(f"{self.folder} has {free / 1e9:.2f} GB free; choose another --cache, or none")
-        for path in track(missing, "teacher's embeddings"):
-            self._compute(path)
+        for sample in track(missing, "teacher's embeddings"):
+            self._compute(sample)
 
-    def _is_there(self, path: Path) -> bool:
+    def _is_there(self, sample: Sample) -> bool:
         """Whether there is nothing to compute: a whole embedding, or no picture."""
         try:
-            file = self.file(path)
+            file = self.file(sample)
         except InputError:
             return True  # the data stream names it and takes another
         try:
@@ -109,12 +108,12 @@ class TeacherCache:
             return False
         return True
 
-    def _compute(self, path: Path) -> None:
+    def _compute(self, sample: Sample) -> None:
         try:
-            image = read_image(path)
+            image = sample.image()
         except InputError:
             return
         embedding = np.asarray(encode_image(self.teacher, image).embedding.astype(jnp.float16))
-        file = self.file(path)
+        file = self.file(sample)
         with writing(file), replacing(file) as temporary, temporary.open("wb") as target:
             np.save(target, embedding)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from slimsam_jax import metrics
-from slimsam_jax.data import read_image
+from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import (
     Encoded,
@@ -24,7 +23,7 @@ IMAGES = 50  # as many as the reference validates on
 Score = Callable[[Sam], float]
 
 
-def validator(teacher: Sam, paths: Sequence[Path], measure: str) -> Score:
+def validator(teacher: Sam, samples: Sequence[Sample], measure: str) -> Score:
     """sam -> its score on the first `IMAGES` usable pictures. The teacher's embeddings are computed once and kept.
 
     Args:
@@ -36,25 +35,25 @@ def validator(teacher: Sam, paths: Sequence[Path], measure: str) -> Score:
       InputError: not one picture can be used.
     """
     one = {"error": _embedding_error, "miou": _miou}[measure]
-    known: dict[Path, Encoded] = {}
-    for path in paths:
+    known: dict[Sample, Encoded] = {}
+    for sample in samples:
         try:
-            known[path] = encode_image(teacher, read_annotated(path)[0])
+            known[sample] = encode_image(teacher, read_annotated(sample)[0])
         except InputError as error:
             reason = error
         if len(known) == IMAGES:
             break
     if not known:
         raise InputError(f"no image can be validated on: {reason}")
-    return lambda sam: float(np.mean([one(sam, teacher, path, encoded) for path, encoded in known.items()]))
+    return lambda sam: float(np.mean([one(sam, teacher, sample, encoded) for sample, encoded in known.items()]))
 
 
-def _embedding_error(sam: Sam, teacher: Sam, path: Path, known: Encoded) -> float:
-    return -metrics.relative_error(encode_image(sam, read_image(path)).embedding, known.embedding)
+def _embedding_error(sam: Sam, teacher: Sam, sample: Sample, known: Encoded) -> float:
+    return -metrics.relative_error(encode_image(sam, sample.image()).embedding, known.embedding)
 
 
-def _miou(sam: Sam, teacher: Sam, path: Path, known: Encoded) -> float:
-    image, annotations = read_annotated(path)
+def _miou(sam: Sam, teacher: Sam, sample: Sample, known: Encoded) -> float:
+    image, annotations = read_annotated(sample)
     encoded = encode_image(sam, image)
     if annotations:
         return annotation_ious(sam, encoded, annotations, ("point",))["point"]

@@ -16,6 +16,7 @@ from PIL import Image
 
 from slimsam_jax import checkpoint, compress
 from slimsam_jax.checkpoint import abstract_params
+from slimsam_jax.data import Sample, folder
 from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.sam import Sam
 
@@ -70,6 +71,11 @@ def random_images(config: Config, count: int = 2, seed: int = 0) -> dict[str, np
     sizes = np.full((count, 2), (height, width), np.int32)
     sizes[-1] = (height, width - 5)
     return {"image": random.integers(0, 256, (count, height, width, 3), np.uint8), "size": sizes}
+
+
+def samples(paths) -> list[Sample]:
+    """Of picture files, with the SA-1B .json beside those that have one."""
+    return [folder.sample(path, path.with_suffix(".json").exists()) for path in paths]
 
 
 SQUARE = tiny_config(image_size=(64, 64))

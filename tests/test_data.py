@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -13,6 +15,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco
 
 from slimsam_jax import data, rle
+from slimsam_jax.data import batches
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.models.sam import resize_and_pad, resized_shape, to_model_frame
 
@@ -26,13 +29,16 @@ def test_rle_equals_pycocotools(mask):
     np.testing.assert_array_equal(rle.decode(encoded), mask.astype(bool))
     text = {**encoded, "counts": encoded["counts"].decode()}
     np.testing.assert_array_equal(rle.decode(text), mask.astype(bool))
+    assert rle.encode(mask) == text
 
 
 def test_rle_of_large_masks_and_plain_runs():
     random = np.random.default_rng(0)
     mask = np.zeros((700, 900), np.uint8)
     mask[100:650, 200:880] = random.random((550, 680)) < 0.9
-    np.testing.assert_array_equal(rle.decode(coco.encode(np.asfortranarray(mask))), mask.astype(bool))
+    encoded = coco.encode(np.asfortranarray(mask))
+    np.testing.assert_array_equal(rle.decode(encoded), mask.astype(bool))
+    assert rle.encode(mask)["counts"] == encoded["counts"].decode()
     np.testing.assert_array_equal(rle.decode({"size": [2, 2], "counts": [1, 2, 1]}), [[False, True], [True, False]])
 
 
@@ -65,15 +71,15 @@ def test_images_are_found_at_any_depth(tmp_path):
     for name in ("b.png", "a.JPG", "deep/er/c.webp", "deep/d.bmp", "e.tiff", ".hidden.png"):
         save_image(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
-    found = [str(p.relative_to(tmp_path)) for p in data.find_images([tmp_path, tmp_path / "deep"])]
+    found = [str(Path(p.name).relative_to(tmp_path)) for p in data.find([tmp_path, tmp_path / "deep"])]
     assert sorted(found) == ["a.JPG", "b.png", "deep/d.bmp", "deep/er/c.webp", "e.tiff"]
 
 
 def test_missing_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match="not a folder"):
-        data.find_images([tmp_path / "nothing"])
+        data.find([tmp_path / "nothing"])
     with pytest.raises(InputError, match="holds no images"):
-        data.find_images([tmp_path])
+        data.find([tmp_path])
 
 
 def test_exif_orientation_is_honoured(tmp_path):
@@ -106,27 +112,38 @@ def test_broken_images_are_skipped_and_named(tmp_path):
     good = [save_image(tmp_path / f"{i}.png", seed=i) for i in range(3)]
     bad = [truncated(tmp_path / "cut.jpg"), tmp_path / "text.png"]
     bad[1].write_text("no image at all")
-    batches = data.Batches([*good, *bad], (32, 32), batch=2, seed=0)
+    stream = batches.Batches(samples([*good, *bad]), (32, 32), batch=2, seed=0)
     for _ in range(6):
-        batch = next(batches)
+        batch = next(stream)
         assert batch["image"].shape == (2, 32, 32, 3) and batch["image"].dtype == np.uint8
         np.testing.assert_array_equal(batch["size"], [[21, 32]] * 2)
-    assert set(batches.skipped) == set(bad)
+    assert set(stream.skipped) == set(map(str, bad))
 
 
 def test_nothing_but_broken_images_stops(tmp_path):
-    batches = data.Batches([truncated(tmp_path / "a.jpg"), truncated(tmp_path / "b.jpg")], (32, 32), 1, 0)
+    broken = samples([truncated(tmp_path / "a.jpg"), truncated(tmp_path / "b.jpg")])
     with pytest.raises(RunError, match="none of the 2 images"):
-        next(batches)
+        next(batches.Batches(broken, (32, 32), 1, 0))
+
+
+@pytest.mark.parametrize(("limit", "advice"), [(0.3, "2 of 5 .* more than --max-broken 0.3"), (0, "1 of 5 .*--strict")])
+def test_too_many_broken_images_stop(tmp_path, limit, advice):
+    good = [save_image(tmp_path / f"{i}.png", seed=i) for i in range(3)]
+    bad = [truncated(tmp_path / "a.jpg"), truncated(tmp_path / "b.jpg")]
+    make = lambda limit: batches.Batches(samples([*good, *bad]), (32, 32), 1, 0, max_broken=limit)
+    with pytest.raises(RunError, match=advice):
+        for _ in zip(range(10), make(limit), strict=False):
+            pass
+    assert sum(1 for _ in zip(range(10), make(0.4), strict=False)) == 10
 
 
 def test_batches_follow_from_seed_and_step(tmp_path):
     """Resumed at any step, on one process or three, with a broken picture or without."""
     paths = [save_image(tmp_path / f"{i}.png", seed=i) for i in range(7)]
     truncated(tmp_path / "6.png")
-    augment = data.flip_and_crop(flip=True, crop=0.5)
-    make = lambda seed=0, **kw: data.Batches(paths, (32, 32), batch=6, seed=seed, augment=augment, **kw)
-    first = [next(batches)["image"] for batches in [make()] for _ in range(8)]
+    augment = batches.flip_and_crop(flip=True, crop=0.5)
+    make = lambda seed=0, **kw: batches.Batches(samples(paths), (32, 32), batch=6, seed=seed, augment=augment, **kw)
+    first = [next(stream)["image"] for stream in [make()] for _ in range(8)]
     resumed = make(start=3)
     for expected in first[3:]:
         np.testing.assert_array_equal(next(resumed)["image"], expected)
@@ -139,19 +156,21 @@ def test_batches_follow_from_seed_and_step(tmp_path):
 
 def test_names_of_a_step(tmp_path):
     paths = [save_image(tmp_path / f"{i}.png", seed=i) for i in range(5)]
-    batches = data.Batches(paths, (32, 32), batch=2, seed=0, extra=lambda path: {"number": np.array(int(path.stem))})
+    number = lambda sample: int(Path(sample.name).stem)
+    extra = lambda sample: {"number": np.array(number(sample))}
+    stream = batches.Batches(samples(paths), (32, 32), batch=2, seed=0, extra=extra)
     for step in range(6):
-        assert [int(path.stem) for path in batches.paths_of(step)] == next(batches)["number"].tolist()
+        assert [number(sample) for sample in stream.samples_of(step)] == next(stream)["number"].tolist()
 
 
 def test_flips_and_crops():
     random = np.random.default_rng(0)
     picture = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint32).reshape(40, 60, 3).astype(np.uint8))
-    assert data.flip_and_crop(False, 1.0) is None
-    flip = data.flip_and_crop(True, 1.0)
+    assert batches.flip_and_crop(False, 1.0) is None
+    flip = batches.flip_and_crop(True, 1.0)
     found = {flip(picture, random).tobytes() for _ in range(20)}
     assert found == {picture.tobytes(), ImageOps.mirror(picture).tobytes()}
-    crop = data.flip_and_crop(False, 0.5)
+    crop = batches.flip_and_crop(False, 0.5)
     for _ in range(20):
         width, height = crop(picture, random).size
         assert 30 <= width <= 60 and 20 <= height <= 40
@@ -172,9 +191,10 @@ def write_annotation(path, **changes):
 
 def test_annotations_of_sa1b(tmp_path):
     path = save_image(tmp_path / "sa_1.jpg")
-    assert data.read_annotations(path) == []
+    (bare,) = samples([path])
+    assert bare.annotations() == []
     mask = write_annotation(path)
-    (annotation,) = data.read_annotations(path)
+    (annotation,) = samples([path])[0].annotations()
     np.testing.assert_array_equal(annotation.mask, mask)
     np.testing.assert_array_equal(annotation.point, [6.5, 7.5])
     np.testing.assert_array_equal(annotation.box, [4, 5, 20, 10])
@@ -194,19 +214,19 @@ def test_annotations_of_sa1b(tmp_path):
 def test_damaged_annotations_are_refused(tmp_path, changes):
     path = save_image(tmp_path / "sa_1.jpg")
     write_annotation(path, **changes)
-    with pytest.raises(InputError, match=r"SA-1B annotation .* cannot be read"):
-        data.read_annotations(path)
+    with pytest.raises(InputError, match=r"the annotation of .*sa_1.jpg cannot be read"):
+        samples([path])[0].annotations()
 
 
 def test_embedded_assets_are_whole():
     from converters.from_torch import load
 
-    photos = data.find_images([data.embedded_images()])
+    photos = data.find([data.embedded_images()])
     sources = (data.embedded_images() / "SOURCES.md").read_text()
     assert len(photos) >= 20
-    for path in photos:
-        assert f"| {path.name} " in sources, f"{path.name} has no source"
-        data.read_image(path)
+    for photo in photos:
+        assert f"| {Path(photo.name).name} " in sources, f"{photo.name} has no source"
+        photo.image()
     assert load(data.embedded_teacher()).config.embed_dim == 192
 
 

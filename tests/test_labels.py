@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
-from conftest import random_sam, tiny_config
+from conftest import random_sam, samples, tiny_config
 from PIL import Image
 from test_data import write_annotation
 
 from slimsam_jax import labels
-from slimsam_jax.data import read_annotations
 from slimsam_jax.errors import InputError
 
 CONFIG = tiny_config(image_size=(64, 48))
@@ -22,14 +23,14 @@ def folder(tmp_path):
         pixels = np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
         write_annotation(tmp_path / f"{i}.png")
-    return sorted(tmp_path.glob("*.png"))
+    return samples(sorted(tmp_path.glob("*.png")))
 
 
 def test_batches_carry_clicks_and_masks_in_the_model_frame(folder):
     batch = next(labels.AnnotatedBatches(folder, CONFIG, 2, seed=0))
     assert batch["image"].shape == (2, 64, 48, 3) and batch["masks"].shape == (2, labels.PROMPTS, 16, 12)
     assert batch["points"].shape == (2, labels.PROMPTS, 2, 2) and (batch["labels"] == [1, -1]).all()
-    mask = read_annotations(folder[0])[0].mask  # all are alike: rows 5 to 9 of 20, columns 4 to 19 of 30
+    mask = folder[0].annotations()[0].mask  # all are alike: rows 5 to 9 of 20, columns 4 to 19 of 30
     np.testing.assert_allclose(batch["points"][:, :, 0], np.broadcast_to([6.5 * 48 / 30, 7.5 * 32 / 20], (2, 4, 2)))
     # The picture fills 32 of 64 rows: 8 of the 16 of a mask, which keeps the share of the picture covered.
     np.testing.assert_allclose(batch["masks"][:, :, :8].mean((2, 3)), mask.mean(), atol=0.01)
@@ -60,9 +61,9 @@ def test_a_perfect_mask_costs_nothing_and_an_inverted_one_much(monkeypatch, fold
 
 
 def test_without_annotations_it_is_refused(tmp_path, folder):
-    for path in folder:
-        path.with_suffix(".json").write_text('{"annotations": []}')
-    with pytest.raises(InputError, match=r"json has no annotation"):
+    for sample in folder:
+        Path(sample.name).with_suffix(".json").write_text('{"annotations": []}')
+    with pytest.raises(InputError, match=r"needs annotated images: .*1\.png has none"):
         labels.annotated(folder)
-    with pytest.raises(InputError, match=r"needs SA-1B \.json"):
-        labels.annotated([tmp_path / "a.png"])
+    with pytest.raises(InputError, match="there is none"):
+        labels.annotated(samples([tmp_path / "a.png"]))

@@ -53,7 +53,7 @@ def test_broken_pictures_are_named_and_skipped(material, tmp_path, monkeypatch, 
     shutil.copytree(material / "images", tmp_path / "images")
     for name in ("a.jpg", "b.jpg"):
         truncated(tmp_path / "images" / name)
-    options = compress_options(material, tmp_path / "slim", images=(tmp_path / "images",))
+    options = compress_options(material, tmp_path / "slim", images=(tmp_path / "images",), max_broken=0.5)
 
     def step(self, state, number, batch, whole=Distillation.step):
         if (self.stage.name, number) == ("bottleneck", 4):

@@ -8,13 +8,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import SQUARE, compress_options, random_images, random_sam
+from conftest import SQUARE, compress_options, random_images, random_sam, samples
 from test_data import truncated
 
 from converters import from_torch
 from slimsam_jax import teacher_cache, train
 from slimsam_jax.compress import compress
-from slimsam_jax.data import read_image
 from slimsam_jax.errors import RunError
 from slimsam_jax.evaluation import encode_image
 from slimsam_jax.recipes import RECIPES, STAGES
@@ -27,49 +26,49 @@ def teacher():
 
 
 def test_embeddings_are_computed_once_and_are_the_teachers(material, teacher, tmp_path, monkeypatch, capsys):
-    paths = sorted((material / "images").iterdir())
+    pictures = samples(sorted((material / "images").iterdir()))
     shutil.copytree(material / "images", tmp_path / "images")
     broken = truncated(tmp_path / "images" / "broken.jpg")
     cache = TeacherCache(tmp_path / "cache", teacher, "0123456789abcdef")
-    cache.fill([*paths[:4], broken])
+    cache.fill([*pictures[:4], *samples([broken])])
     assert "about 0.00 GB in" in capsys.readouterr().out
     encoded, encode = [], teacher_cache.encode_image
     monkeypatch.setattr(teacher_cache, "encode_image", lambda *args: encoded.append(1) or encode(*args))
-    copies = [tmp_path / "images" / path.name for path in paths]  # the same pictures elsewhere are the same pictures
+    copies = samples(sorted((tmp_path / "images").glob("*.png")))  # the same pictures elsewhere are the same pictures
     cache.fill(copies)
     assert len(encoded) == 2
-    for path in copies:
-        expected = np.asarray(encode_image(teacher, read_image(path)).embedding)
-        np.testing.assert_allclose(cache.read(path), expected, rtol=1e-3, atol=1e-3)
-        assert cache.read(path).dtype == np.float16
+    for sample in copies:
+        expected = np.asarray(encode_image(teacher, sample.image()).embedding)
+        np.testing.assert_allclose(cache.read(sample), expected, rtol=1e-3, atol=1e-3)
+        assert cache.read(sample).dtype == np.float16
     assert len(list(cache.folder.iterdir())) == 6
 
 
 def test_what_is_damaged_missing_or_of_another_teacher_is_not_used(material, teacher, tmp_path):
-    path = material / "images" / "0.png"
+    (sample,) = samples([material / "images" / "0.png"])
     cache = TeacherCache(tmp_path, teacher, "0" * 64)
-    cache.fill([path])
-    whole = cache.file(path).read_bytes()
+    cache.fill([sample])
+    whole = cache.file(sample).read_bytes()
     with pytest.raises(RunError, match="cannot be read"):
-        TeacherCache(tmp_path, teacher, "1" * 64).read(path)
-    np.save(cache.file(path), np.zeros((2, 2), np.float16))
+        TeacherCache(tmp_path, teacher, "1" * 64).read(sample)
+    np.save(cache.file(sample), np.zeros((2, 2), np.float16))
     with pytest.raises(RunError, match=r"float16\[2, 2\].*continue with --resume"):
-        cache.read(path)
-    cache.file(path).write_bytes(whole[:50])
+        cache.read(sample)
+    cache.file(sample).write_bytes(whole[:50])
     with pytest.raises(RunError, match="computed again"):
-        cache.read(path)
-    cache.fill([path])
-    assert cache.file(path).read_bytes() == whole
+        cache.read(sample)
+    cache.fill([sample])
+    assert cache.file(sample).read_bytes() == whole
 
 
 def test_several_processes_leave_nothing_out(material, teacher, tmp_path, monkeypatch):
     """Each takes its share of all pictures, also when another has written some already."""
-    paths = sorted((material / "images").iterdir())
+    pictures = samples(sorted((material / "images").iterdir()))
     cache = TeacherCache(tmp_path, teacher, "0" * 64)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for index in range(2):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        cache.fill(paths)
+        cache.fill(pictures)
         assert len(list(cache.folder.iterdir())) == 3 * (index + 1)
 
 
@@ -89,7 +88,7 @@ def test_the_teacher_leaves_the_step(teacher):
 def test_a_full_disk_is_told_beforehand(material, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(RunError, match="choose another --cache"):
-        TeacherCache(tmp_path, teacher, "0" * 64).fill(sorted((material / "images").iterdir()))
+        TeacherCache(tmp_path, teacher, "0" * 64).fill(samples(sorted((material / "images").iterdir())))
     assert not list(tmp_path.rglob("*.npy"))
 
 

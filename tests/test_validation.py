@@ -6,13 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import compress_options
+from conftest import compress_options, samples
 from test_data import truncated
 
 from converters import from_torch
 from slimsam_jax import metrics, run
 from slimsam_jax.compress import compress
-from slimsam_jax.data import read_image
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import compare_models, encode_image
 from slimsam_jax.models.sam import Sam
@@ -25,11 +24,11 @@ def shaken(sam: Sam) -> Sam:
 
 
 def test_error_is_that_of_the_embedding(material):
-    teacher, paths = from_torch.load(material / "teacher"), sorted((material / "images").iterdir())
-    score, student = validator(teacher, paths, "error"), shaken(teacher)
+    teacher, pictures = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
+    score, student = validator(teacher, pictures, "error"), shaken(teacher)
     errors = [
-        metrics.relative_error(*(encode_image(sam, read_image(path)).embedding for sam in (student, teacher)))
-        for path in paths
+        metrics.relative_error(*(encode_image(sam, sample.image()).embedding for sam in (student, teacher)))
+        for sample in pictures
     ]
     np.testing.assert_allclose(score(student), -np.mean(errors), rtol=1e-6)
     assert score(teacher) == 0
@@ -37,7 +36,7 @@ def test_error_is_that_of_the_embedding(material):
 
 def test_miou_takes_annotations_or_the_teachers_masks(material):
     teacher = from_torch.load(material / "teacher")
-    annotated, bare = (sorted((material / name).glob("*.png")) for name in ("val", "images"))
+    annotated, bare = (samples(sorted((material / name).glob("*.png"))) for name in ("val", "images"))
     found = compare_models(teacher, shaken(teacher), annotated)
     assert validator(teacher, annotated, "miou")(shaken(teacher)) == pytest.approx(found["slim"]["point"])
     agreement = compare_models(teacher, shaken(teacher), bare)["agreement"]
@@ -46,9 +45,9 @@ def test_miou_takes_annotations_or_the_teachers_masks(material):
 
 
 def test_pictures_that_cannot_be_used_are_left_out(material, tmp_path):
-    teacher, paths = from_torch.load(material / "teacher"), sorted((material / "images").iterdir())
-    broken = truncated(tmp_path / "a.jpg")
-    assert validator(teacher, [broken, *paths], "error")(shaken(teacher)) == validator(teacher, paths, "error")(
+    teacher, pictures = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
+    (broken,) = samples([truncated(tmp_path / "a.jpg")])
+    assert validator(teacher, [broken, *pictures], "error")(shaken(teacher)) == validator(teacher, pictures, "error")(
         shaken(teacher)
     )
     with pytest.raises(InputError, match=r"no image can be validated on: .*a\.jpg"):

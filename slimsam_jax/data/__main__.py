@@ -1,0 +1,61 @@
+"""`python -m slimsam_jax.data check DIR` and `prepare DIR --out DIR`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from slimsam_jax import cli
+
+Locations = Annotated[tuple[str, ...], tyro.conf.Positional]
+
+
+def check(locations: Locations, sheet: Path | None = None) -> None:
+    """Say what a data set holds and what is wrong with it. Exit code 1 if anything is.
+
+    Every picture is decoded and every mask compared with its picture, box and point.
+
+    Args:
+      locations: folders of images or of SA-1B, .tar shards, COCO .json files, tfds:DIR.
+      sheet: also draw some of the images with their masks, points and boxes into this PNG.
+    """
+    from slimsam_jax import checkpoint
+    from slimsam_jax.data import check as checks
+    from slimsam_jax.data import find
+
+    if sheet:
+        cli.check_file(sheet)
+    samples = find(locations)
+    findings = checks.check(samples)
+    print("\n".join(checks.describe(samples, findings)))
+    if sheet:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        with checkpoint.replacing(sheet) as temporary:
+            checks.draw_sheet(samples).save(temporary, format="PNG")
+        print(f"drawn in {sheet}")
+    if any(f.problems for f in findings):
+        sys.exit(1)
+
+
+def prepare(locations: Locations, out: Path) -> None:
+    """Write a TFDS data set (ArrayRecord) in the features of tfds' `segment_anything`. Needs no TensorFlow.
+
+    Args:
+      locations: as for check.
+      out: a new folder; `--images tfds:OUT` reads it.
+    """
+    cli.check_empty(out)
+    from slimsam_jax.data import builder, find
+
+    samples = find(locations)
+    skipped = builder.prepare(samples, out)
+    for reason in skipped.values():
+        print(f"skipped: {reason}")
+    print(f"wrote {len(samples) - len(skipped)} images; read them with tfds:{out}")
+
+
+if __name__ == "__main__":
+    cli.run({"check": check, "prepare": prepare})

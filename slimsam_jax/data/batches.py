@@ -1,0 +1,99 @@
+"""Samples -> batches. uint8 until on the device; decoded in threads ahead of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+from PIL import Image, ImageOps
+
+from slimsam_jax.data.sample import Sample, check_share
+from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.models.sam import resize_and_pad
+
+Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+
+class Batches:
+    """An endless, shuffled stream of batches, in which every step's pictures follow from seed and step alone.
+
+    So a run is resumed by its step number, on any number of processes. Iterating gives
+    {"image": [b, H, W, 3] uint8, "size": [b, 2] int32}, as `sam.preprocess` takes them. In place of a picture
+    that cannot be decoded comes the next one in the list; it is noted in `skipped`, {name: reason}. When more
+    than their share have been, iteration stops with `RunError`.
+
+    Args:
+      batch: pictures in a step, over all processes.
+      start: the step to begin with.
+      part: (i, n): only the i-th of every n pictures, for one of n processes.
+      augment: a picture and a random generator -> a picture.
+      extra: sample -> further arrays of a picture.
+      max_broken: the share of the samples that may be unreadable.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        image_size: tuple[int, int],
+        batch: int,
+        seed: int,
+        start: int = 0,
+        part: tuple[int, int] = (0, 1),
+        augment: Augment | None = None,
+        extra: Callable[[Sample], dict[str, np.ndarray]] | None = None,
+        max_broken: float = 1.0,
+        threads: int = 4,
+    ):
+        self.samples, self.image_size, self.max_broken = list(samples), image_size, max_broken
+        self.skipped: dict[str, str] = {}
+        self.batch, self.augment, self.extra = batch, augment, extra
+        index, parts = part
+        self._order = grain.MapDataset.source(range(len(self.samples))).seed(seed).shuffle().repeat()
+        source = self._order.random_map(self._load)[start * batch :][index::parts]
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch // parts + threads)
+        self._iterator = iter(source.to_iter_dataset(options).batch(batch // parts, drop_remainder=True))
+
+    def samples_of(self, step: int) -> list[Sample]:
+        """The pictures of a step, in all processes; unreadable ones still among them."""
+        return [self.samples[self._order[step * self.batch + i]] for i in range(self.batch)]
+
+    def _load(self, index: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+        for ahead in range(len(self.samples)):
+            sample = self.samples[(index + ahead) % len(self.samples)]
+            if sample.name in self.skipped:
+                continue
+            try:
+                return self._read(sample, random)
+            except InputError as error:
+                self.skipped[sample.name] = str(error)
+                check_share(self.skipped, len(self.samples), self.max_broken)
+        last = next(reversed(self.skipped.values()))
+        raise RunError(f"none of the {len(self.samples)} images can be used; the last: {last}")
+
+    def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
+        picture = sample.image()
+        if self.augment:
+            picture = self.augment(picture, random)
+        image, size = resize_and_pad(picture, self.image_size)
+        return {"image": image, "size": size, **(self.extra(sample) if self.extra else {})}
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterator)
+
+
+def flip_and_crop(flip: bool, crop: float) -> Augment | None:
+    """Mirrors half of the pictures, cuts out rectangles with sides of `crop` to 1 of theirs; None for neither."""
+    if not flip and crop == 1:
+        return None
+
+    def augment(picture: Image.Image, random: np.random.Generator) -> Image.Image:
+        sides = [max(1, round(side * random.uniform(crop, 1))) for side in picture.size]
+        left, top = (random.integers(whole - side + 1) for whole, side in zip(picture.size, sides, strict=True))
+        picture = picture.crop((left, top, left + sides[0], top + sides[1]))
+        return ImageOps.mirror(picture) if flip and random.random() < 0.5 else picture
+
+    return augment

@@ -1,0 +1,136 @@
+"""What a data set holds, and what is wrong with it."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePath
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from slimsam_jax.data.sample import Annotation, Sample
+from slimsam_jax.errors import InputError
+from slimsam_jax.overlay import draw_masks, draw_prompts
+from slimsam_jax.progress import track
+
+SHEET, TILE = 12, 320  # pictures on a sheet, pixels of a side of each
+
+
+class Findings(NamedTuple):
+    """What one sample is.
+
+    Attributes:
+      size: (height, width), or None if the picture cannot be read.
+      masks: how many; None if it is not annotated, or not readably.
+      problems: one line each.
+    """
+
+    size: tuple[int, int] | None
+    masks: int | None
+    problems: list[str]
+
+
+def check(samples: Sequence[Sample], threads: int = 4) -> list[Findings]:
+    """Reads every picture and every annotation."""
+    with ThreadPoolExecutor(threads) as pool:
+        return list(track(pool.map(examine, samples), "check", len(samples)))
+
+
+def examine(sample: Sample) -> Findings:
+    try:
+        picture = sample.image()
+    except InputError as error:
+        return Findings(None, None, [str(error)])
+    size = picture.height, picture.width
+    if not sample.load_annotations:
+        return Findings(size, None, [])
+    try:
+        annotations = sample.annotations()
+    except InputError as error:
+        return Findings(size, None, [str(error)])
+    return Findings(size, len(annotations), [f"{sample.name}: {line}" for line in contradictions(annotations, size)])
+
+
+def contradictions(annotations: Sequence[Annotation], size: tuple[int, int]) -> list[str]:
+    """What in the annotations of a picture of `size` (height, width) cannot be true; one line for each kind of it."""
+    found: dict[str, list[int]] = collections.defaultdict(list)
+    for annotation in annotations:
+        for problem in _contradictions(annotation, size):
+            found[problem].append(annotation.id)
+    repeated = [i for i, count in collections.Counter(a.id for a in annotations).items() if count > 1 and i >= 0]
+    if repeated:
+        found["the same id more than once"] = repeated
+    some = lambda ids: ", ".join(map(str, ids[:3])) + " ..." * (len(ids) > 3)
+    return [f"{problem} (annotation {some(ids)})" for problem, ids in found.items()]
+
+
+def _contradictions(annotation: Annotation, size: tuple[int, int]) -> list[str]:
+    height, width = size
+    mask, (x0, y0, x1, y1), (x, y) = annotation.mask, annotation.box, annotation.point
+    if mask.shape != size:
+        return [f"a mask of {mask.shape[1]} x {mask.shape[0]} pixels, the picture has {width} x {height}"]
+    found = []
+    if not mask.any():
+        found.append("an empty mask")
+    if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+        found.append("a box that leaves the picture")
+    if not (0 <= x <= width and 0 <= y <= height):
+        found.append("a point outside of the picture")
+    if mask.any() and not _holds(annotation):
+        found.append("a box that does not hold its mask")
+    return found
+
+
+def _holds(annotation: Annotation) -> bool:
+    """Whether the mask lies in its box, give or take a pixel: formats count the last one or not."""
+    rows, columns = (np.flatnonzero(annotation.mask.any(axis)) for axis in (1, 0))
+    x0, y0, x1, y1 = annotation.box
+    return x0 - 1 <= columns[0] and y0 - 1 <= rows[0] and columns[-1] <= x1 + 1 and rows[-1] <= y1 + 1
+
+
+def describe(samples: Sequence[Sample], findings: Sequence[Findings]) -> list[str]:
+    """The findings as lines to print: counts first, then every problem."""
+    sizes = [f.size for f in findings if f.size]
+    masks = [f.masks for f in findings if f.masks is not None]
+    kinds = collections.Counter(PurePath(sample.name).suffix.lower() or "in TFDS" for sample in samples)
+    lines = [f"images: {len(samples)} ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})"]
+    if sizes:
+        areas = sorted(sizes, key=math.prod)
+        smallest, middle, largest = (f"{w} x {h}" for h, w in (areas[0], areas[len(areas) // 2], areas[-1]))
+        lines.append(f"pixels: {smallest} to {largest}, median {middle}")
+    lines.append(f"annotated: {len(masks)} images with {sum(masks)} masks" if masks else "annotated: none")
+    problems = [problem for f in findings for problem in f.problems]
+    concerned = sum(bool(f.problems) for f in findings)
+    lines.append(f"problems: {f'in {concerned} images' if problems else 'none'}")
+    return lines + [f"  {problem}" for problem in problems]
+
+
+def draw_sheet(samples: Sequence[Sample]) -> Image.Image:
+    """Up to `SHEET` pictures, spread over the samples, with their masks, points and boxes; unreadable ones left out."""
+    chosen = [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, SHEET).astype(int))]
+    tiles = [tile for sample in chosen if (tile := _tile(sample))]
+    columns = min(4, max(1, len(tiles)))
+    sheet = Image.new("RGB", (columns * TILE, max(1, -(-len(tiles) // columns)) * TILE), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % columns * TILE, i // columns * TILE))
+    return sheet
+
+
+def _tile(sample: Sample) -> Image.Image | None:
+    try:
+        picture = sample.image()
+    except InputError:
+        return None
+    try:
+        annotations = [a for a in sample.annotations() if a.mask.shape == (picture.height, picture.width)]
+    except InputError:
+        annotations = []
+    largest_first = sorted(annotations, key=lambda a: -a.mask.sum())
+    picture = draw_masks(picture, np.array([a.mask for a in largest_first]))
+    picture = draw_prompts(picture, [a.point for a in annotations], [a.box for a in annotations])
+    picture.thumbnail((TILE - 4, TILE - 4))
+    return picture

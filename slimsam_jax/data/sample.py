@@ -1,0 +1,175 @@
+"""One picture and what is annotated in it, wherever they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from slimsam_jax import rle
+from slimsam_jax.errors import InputError, RunError, blaming
+
+
+class Annotation(NamedTuple):
+    """One mask, in the picture's own pixels.
+
+    Attributes:
+      id: as the file says; -1 if it does not.
+      mask: [h, w] bool.
+      box: (x0, y0, x1, y1), from `bbox`'s x, y, width, height.
+      point: (x, y), the first of SA-1B's `point_coords`; the deepest one where the format has none (COCO).
+      crop_box: (x0, y0, x1, y1), the part of the picture that SA-1B's generator was shown.
+    """
+
+    id: int
+    mask: np.ndarray
+    box: np.ndarray
+    point: np.ndarray
+    crop_box: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A picture that can be read. Two of the same name are the same.
+
+    Attributes:
+      name: what messages and results call it: its path, or shard.tar/path, or DIR/split/number.
+      load: gives the encoded picture.
+      load_annotations: gives the annotations' fields, as SA-1B's JSON has them; None if there are none.
+      image_id: COCO's, by which detections refer to it.
+    """
+
+    name: str
+    load: Callable[[], bytes] = dataclasses.field(compare=False, repr=False)
+    load_annotations: Callable[[], list[dict[str, Any]]] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
+    image_id: int | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def read(self) -> bytes:
+        """The encoded picture.
+
+        Raises:
+          InputError: it is missing or cut short.
+        """
+        with blaming(self.name):
+            return self.load()
+
+    def image(self) -> Image.Image:
+        """The picture, as `decode` gives it.
+
+        Raises:
+          InputError: missing or not decodable.
+        """
+        return decode(self.read(), self.name)
+
+    def annotations(self) -> list[Annotation]:
+        """Its annotations, masks of one size.
+
+        Raises:
+          InputError: they are there, but cannot be read.
+        """
+        if not self.load_annotations:
+            return []
+        with blaming(f"the annotation of {self.name}"):
+            annotations = [parse(fields) for fields in self.load_annotations()]
+            if len({a.mask.shape for a in annotations}) > 1:
+                raise ValueError("its masks are of different sizes")
+            return annotations
+
+
+def parse(fields: dict[str, Any]) -> Annotation:
+    """An annotation from the fields of SA-1B's JSON.
+
+    Raises:
+      ValueError, KeyError, TypeError: it is damaged.
+    """
+    mask = rle.decode(fields["segmentation"])
+    box = corners(fields["bbox"])
+    crop_box = corners(fields.get("crop_box", [0, 0, mask.shape[1], mask.shape[0]]))
+    given = fields.get("point_coords")
+    point = deepest_point(mask) if given is None else np.asarray(given, np.float64).reshape(-1, 2)[0]
+    if not np.isfinite(point).all():
+        raise ValueError("a point that is none")
+    return Annotation(int(fields.get("id", -1)), mask, box, point, crop_box)
+
+
+def corners(bbox: Sequence[float]) -> np.ndarray:
+    """x, y, width, height -> x0, y0, x1, y1.
+
+    Raises:
+      ValueError: not a box.
+    """
+    x, y, width, height = map(float, bbox)
+    if not (np.isfinite([x, y, width, height]).all() and width >= 0 and height >= 0):
+        raise ValueError("a box that is none")
+    return np.array([x, y, x + width, y + height])
+
+
+def deepest_point(mask: np.ndarray) -> np.ndarray:
+    """(x, y) of the centre of the pixel farthest from the mask's outside, of which the picture's border is part.
+
+    Args:
+      mask: [h, w] bool. The first of equals, by rows; the middle of the picture if the mask is empty.
+    """
+    from scipy.ndimage import distance_transform_edt  # slow to import, and rarely needed
+
+    if not mask.any():
+        return np.array(mask.shape[::-1]) / 2
+    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    row, column = np.unravel_index(depth.argmax(), mask.shape)
+    return np.array([column + 0.5, row + 0.5])
+
+
+def decode(content: bytes, name: object) -> Image.Image:
+    """Decodes a picture as 8-bit RGB, upright (EXIF), as `cv2.imread` would give it.
+
+    Raises:
+      InputError: not a picture, or damaged.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            return image.convert("RGB")
+    except Exception as error:  # decoders have errors of many kinds for damaged files
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"{name} is not a readable image: {reason}") from None
+
+
+def read_image(path: Path | str) -> Image.Image:
+    """Opens and decodes a picture file, as `decode`.
+
+    Raises:
+      InputError: missing or not decodable.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} does not exist" if not Path(path).exists() else f"{path}: {error.strerror}") from None
+    return decode(content, path)
+
+
+def check_one_is_readable(samples: Sequence[Sample]) -> None:
+    """Raises InputError if not a single image can be decoded."""
+    for sample in samples:
+        try:
+            sample.image()
+            return
+        except InputError as error:
+            last = error
+    raise InputError(f"none of the {len(samples)} images can be read, so there is nothing to work on; the last: {last}")
+
+
+def check_share(skipped: Mapping[str, str], total: int, limit: float) -> None:
+    """Raises RunError if more than `limit` of `total` images are among the `skipped`, {name: reason}."""
+    if len(skipped) > limit * total:
+        last = next(reversed(skipped.values()))
+        share = f"more than --max-broken {limit:g}" if limit else "and --strict allows none"
+        raise RunError(f"{len(skipped)} of {total} images cannot be used, {share}; the last: {last}")

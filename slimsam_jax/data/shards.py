@@ -1,0 +1,61 @@
+"""Tar shards, as SA-1B is published: read in place, by the offsets that one walk over the headers finds."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from slimsam_jax.data.folder import SUFFIXES as IMAGES
+from slimsam_jax.data.sample import Sample
+from slimsam_jax.errors import InputError
+
+SUFFIXES = (".tar", ".tgz", ".gz")  # the compressed ones to be refused with a reason
+
+
+def samples(path: Path) -> list[Sample]:
+    """All pictures of a shard, sorted by name. One that a truncated shard cuts in two is among them; it fails alone.
+
+    Raises:
+      InputError: not a tar, or a compressed one, in which nothing has an offset.
+    """
+    members = _members(path)
+    pictures = sorted(name for name in members if PurePosixPath(name).suffix.lower() in IMAGES)
+    return [_sample(path, name, members) for name in pictures]
+
+
+def _sample(path: Path, name: str, members: dict[str, tuple[int, int]]) -> Sample:
+    beside = members.get(str(PurePosixPath(name).with_suffix(".json")))
+    load = functools.partial(_annotations, path, *beside) if beside else None
+    return Sample(f"{path}/{name}", functools.partial(_read, path, *members[name]), load)
+
+
+def _members(path: Path) -> dict[str, tuple[int, int]]:
+    """{name: (offset, size)} of the files in a tar, as far as it goes."""
+    members: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isreg() and not PurePosixPath(member.name).name.startswith("."):
+                    members[str(PurePosixPath(member.name))] = member.offset_data, member.size
+    except tarfile.TarError as error:
+        if not members:
+            raise InputError(
+                f"{path} is not an uncompressed tar ({error}); unpack it with gunzip if it is packed"
+            ) from None
+    return members
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        content = file.read(size)
+    if len(content) < size:
+        raise ValueError(f"the tar ends {size - len(content)} bytes before it does")
+    return content
+
+
+def _annotations(path: Path, offset: int, size: int) -> list[dict[str, Any]]:
+    return json.loads(_read(path, offset, size))["annotations"]
