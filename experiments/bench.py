@@ -65,6 +65,7 @@ class Options:
       batch: images per step of distillation, ours; the reference takes one after the other, and updates after four.
         Of data, on both sides.
       attention: how ours computes it (`models/attention.py`).
+      cached: the teacher's embeddings come from disk (`--cache`), ours; the reference cannot.
       compile: forward by `torch.compile` in bfloat16, instead of the reference's eager float32.
       side: "jax" and "torch" are the turns themselves.
     """
@@ -75,6 +76,7 @@ class Options:
     turns: int = 2
     batch: int = 4
     attention: Form = "auto"
+    cached: bool = False
     compile: bool = False
     side: Literal["both", "jax", "torch"] = "both"
 
@@ -132,9 +134,11 @@ def timed(step: Step, images: int) -> dict[str, float | str]:
 def compare(options: Options) -> None:
     """The two sides in turn, then the ratios of neighbours."""
     flags = [
-        f"--{name}={value}" for name, value in dataclasses.asdict(options).items() if name not in ("compile", "side")
+        f"--{name}={value}"
+        for name, value in dataclasses.asdict(options).items()
+        if name not in ("cached", "compile", "side")
     ]
-    flags += ["--compile"] * options.compile
+    flags += ["--cached"] * options.cached + ["--compile"] * options.compile
     found: dict[str, list[dict]] = {"jax": [], "torch": []}
     for _ in range(options.turns):
         for side, results in found.items():

@@ -70,6 +70,8 @@ def distillation(models: tuple[Config, Config, Config], options: Options, dtype:
     steps = 10**6  # so that progress stays where all terms count
     trainer = train.make_trainer(*sams, stage, RECIPES["default"], steps, dtype, attention=options.attention)
     weights, batch = stage.terms(0, steps, RECIPES["default"]), pictures(models[0], options.batch)
+    if options.cached:
+        batch["embedding"] = np.zeros((options.batch, *models[0].grid, models[0].out_chans), np.float16)
     state = trainer.state
 
     def run() -> None:

@@ -191,7 +191,7 @@ def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
         (("--set", "multiple=40"), "choose a smaller multiple"),
         (("--set", "multiple=4", "--set", "least=0.1"), "--set is given twice"),
         (("--recipe", "slimsam", "--ratio", "0.95"), "leaves nothing of the embedding"),
-        (("--set", "signal=masks", "criterion=taylor"), "needs SA-1B .json files"),
+        (("--set", "signal=masks", "criterion=taylor"), "needs annotated images"),
         (("--recipe", "taylor", "--set", "whole_heads=true", "--uniform"), "goes neither with --uniform"),
         (("--set", "flip=true", "--cache", "cache"), "goes with neither flip nor crop"),
         (("--cache", "{root}/val/0.png"), "cannot be made a folder"),
