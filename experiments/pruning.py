@@ -23,7 +23,7 @@ import tyro
 from converters.from_torch import load
 from experiments import results
 from slimsam_jax import data, labels, metrics, prune, train
-from slimsam_jax.evaluation import annotation_ious, encode_image, read_annotated
+from slimsam_jax.evaluation import encode_image, read_annotated, single_mask_iou
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.recipes import RECIPES, STAGES, Recipe
 from slimsam_jax.widths import Target
@@ -139,7 +139,7 @@ class Bench:
         for (image, masks), wanted in zip(self.val, self.wanted, strict=True):
             encoded = encode_image(slim, image)
             errors.append(metrics.relative_error(encoded.embedding, wanted))
-            ious.append(annotation_ious(slim, encoded, masks, ("point",))["point"])
+            ious.append(single_mask_iou(slim, encoded, masks))
         macs = metrics.encoder_macs(slim.config)
         return {
             "error": float(np.mean(errors)),

@@ -1,50 +1,98 @@
-"""mIoU of a model on annotated images. `python -m slimsam_jax.evaluate --model M --data D`."""
+"""How good models are on annotated images. `python -m slimsam_jax.evaluate --model A B --data D`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from slimsam_jax import cli
+from slimsam_jax.errors import InputError
+
+Protocol = Literal["point", "point-center", "box", "box-noisy", "clicks", "agreement"]
 
 
 def main(
-    model: Path, data: tuple[Path, ...], prompt: Literal["point", "box", "both"] = "both", json: Path | None = None
-):
-    """Measure the mIoU of a SAM by SlimSAM's protocol.
+    model: tuple[Path, ...],
+    data: tuple[Path, ...],
+    protocol: tuple[Protocol, ...] = ("point", "box"),
+    clicks: int = 10,
+    seed: int = 0,
+    resamples: int = 10_000,
+    json: Path | None = None,
+    markdown: Path | None = None,
+    figure: Path | None = None,
+) -> None:
+    """Measure SAMs on the same images, and how much they differ.
 
-    Each annotation of an image gives one prompt; the single mask (multimask_output=False)
-    is compared with it at the original size. Mean over annotations, then over images.
+    Each annotation of an image gives one prompt; the mask is compared with it at the image's own size. Mean over
+    annotations, then over images. Intervals are 95 % bootstrap intervals over images; of all models but the first
+    also of the difference to the first, paired by image.
 
     Args:
-      model: a model folder, a .pth, or a Hugging Face SamModel folder.
+      model: model folders, .pth files, or Hugging Face SamModel folders.
       data: folders of images with SA-1B .json files of the same names beside them.
-      prompt: the annotation's point, its box, or one after the other.
-      json: also write the numbers, per image too, to this file.
+      protocol: the annotation's own point (SlimSAM's protocol), the pixel deepest inside its mask, its box, its box
+        with noise, clicks that correct the mask before, or agreement with the first model's masks for a grid of
+        points, which needs no annotations.
+      clicks: how many, for --protocol clicks.
+      seed: of the noise on boxes and of the intervals.
+      resamples: for the intervals.
+      json: write all numbers, per image too, with the hashes of models and data.
+      markdown: write the table.
+      figure: write a PNG: each image's score of one model against the first's, and masks of the worst images.
     """
+    _check(model, data, protocol, clicks, seed, resamples, (json, markdown, figure))
     from converters.from_torch import load
-    from slimsam_jax import checkpoint
-    from slimsam_jax.data import find
-    from slimsam_jax.errors import InputError
-    from slimsam_jax.evaluation import mean_iou
-    from slimsam_jax.progress import track
+    from slimsam_jax.data import find_images
+    from slimsam_jax.evaluation import Protocols, figures, measure_models, statistics, tables
 
-    if not data:
-        raise InputError("--data needs at least one folder")
-    if json:
-        cli.check_file(json)
-    sam = load(model)
-    prompts = ("point", "box") if prompt == "both" else (prompt,)
-    result = mean_iou(sam, track(find(data), "evaluate"), prompts)
-    for reason in result["skipped"].values():
+    names, sams = _names(model), [load(path) for path in model]
+    protocols = Protocols(tuple(dict.fromkeys(protocol)), clicks=clicks, seed=seed)
+    measured = measure_models(sams, find_images(data), protocols)
+    for reason in measured.skipped.values():
         print(f"skipped: {reason}")
-    if not result["images"]:
-        reason = next(iter(result["skipped"].values()), "none has an SA-1B .json of its name beside it")
-        raise InputError(f"no image in {', '.join(map(str, data))} can be measured on: {reason}")
-    for kind in prompts:
-        print(f"{kind:6s} mIoU {result[kind]:.5f}  ({result['images']} images)")
+    summary = statistics.summarise(list(measured.scores.values()), seed, resamples)
+    tables.print_table(names, summary)
+    print(f"{len(measured.scores)} images")
     if json:
-        checkpoint.write_json(json, {"model": str(model), "provenance": sam.provenance, **result})
+        tables.write_json(json, names, model, sams, measured, protocols, summary, resamples)
+    if markdown:
+        tables.write_markdown(markdown, names, summary)
+    if figure:
+        figures.draw(names, sams, measured, protocols, figure)
+
+
+def _check(
+    model: Sequence[Path],
+    data: Sequence[Path],
+    protocol: Sequence[str],
+    clicks: int,
+    seed: int,
+    resamples: int,
+    outputs: Sequence[Path | None],
+) -> None:
+    """Raises InputError for what cannot be measured, before anything heavy is imported."""
+    for name, values in (("--model", model), ("--data", data), ("--protocol", protocol)):
+        if not values:
+            raise InputError(f"{name} needs at least one value")
+    if len(set(model)) < len(model):
+        raise InputError("--model has a model twice")
+    if "agreement" in protocol and len(model) < 2:
+        raise InputError("--protocol agreement needs at least two models: it compares with the first")
+    for name, value, least in (("--clicks", clicks, 1), ("--resamples", resamples, 1)):
+        if value < least:
+            raise InputError(f"{name} {value} must be at least {least}")
+    cli.check_seed(seed)
+    for path in outputs:
+        if path:
+            cli.check_file(path)
+
+
+def _names(models: Sequence[Path]) -> list[str]:
+    """What the columns are called: names of files or folders, or all of the paths where those are the same."""
+    names = [path.name or str(path) for path in models]
+    return names if len(set(names)) == len(names) else [str(path) for path in models]
 
 
 if __name__ == "__main__":

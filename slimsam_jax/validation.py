@@ -9,14 +9,7 @@ import numpy as np
 from slimsam_jax import metrics
 from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import (
-    Encoded,
-    annotation_ious,
-    encode_image,
-    point_grid,
-    predict_masks,
-    read_annotated,
-)
+from slimsam_jax.evaluation import Encoded, agreement, encode_image, read_annotated, single_mask_iou
 from slimsam_jax.models.sam import Sam
 
 IMAGES = 50  # as many as the reference validates on
@@ -56,7 +49,5 @@ def _miou(sam: Sam, teacher: Sam, sample: Sample, known: Encoded) -> float:
     image, annotations = read_annotated(sample)
     encoded = encode_image(sam, image)
     if annotations:
-        return annotation_ious(sam, encoded, annotations, ("point",))["point"]
-    points = point_grid(known.original_size, side=4)
-    masks = (predict_masks(*pair, points)[0] for pair in ((sam, encoded), (teacher, known)))
-    return float(metrics.iou(*masks).mean())
+        return single_mask_iou(sam, encoded, annotations)
+    return float(agreement([(teacher, known), (sam, encoded)], grid=4)[1].mean())

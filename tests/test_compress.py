@@ -16,7 +16,7 @@ from PIL import Image
 from test_data import truncated
 
 from converters import from_torch, to_torch
-from slimsam_jax import checkpoint, cli, compress, evaluate, inspect, metrics, predict, report
+from slimsam_jax import checkpoint, cli, compress, inspect, metrics, predict, report
 from slimsam_jax.compress import Options
 from slimsam_jax.recipes import RECIPES, STAGES
 from slimsam_jax.widths import Budget, even_cut
@@ -280,16 +280,6 @@ def test_numbers_that_are_not_finite_stop_the_run(material, tmp_path, monkeypatc
     arguments = ("--teacher", tmp_path / "teacher", *arguments[2:])
     code, error = run(compress, *arguments, tmp_path / "out2", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2 and "pos_embed holds integers, or values that are not finite" in error
-
-
-def test_evaluate_command(material, tmp_path, monkeypatch, capsys):
-    arguments = ("--model", material / "teacher", "--data", material / "val", "--json", tmp_path / "x.json")
-    code, _ = run(evaluate, *arguments, monkeypatch=monkeypatch, capsys=capsys)
-    result = json.loads((tmp_path / "x.json").read_text())
-    assert code == 0 and result["images"] == 2 and set(result["per_image"]) == {"0", "1"}
-    arguments = ("--model", material / "teacher", "--data", material / "images")
-    code, error = run(evaluate, *arguments, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 2 and "none has an SA-1B .json" in error
 
 
 def test_predict_command(material, tmp_path, monkeypatch, capsys):

@@ -26,13 +26,14 @@ class MaskDecoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, embedding, image_pe, sparse, dense):
+    def __call__(self, embedding, image_pe, sparse, dense, present=None):
         """Predicts all masks of p prompts on one image.
 
         Args:
           embedding: [h, w, C] image embedding.
           image_pe: [h, w, C] from `PromptEncoder.dense_positions`.
           sparse, dense: from `PromptEncoder`.
+          present: [p, n] bool, False for tokens of `sparse` that fill up and shall change nothing; None for all.
 
         Returns:
           masks: [p, 1 + multimask_outputs, 4h, 4w] logits; index 0 is the single-mask output.
@@ -46,9 +47,11 @@ class MaskDecoder(nn.Module):
 
         learnt = jnp.concatenate([iou_token, mask_tokens])
         tokens = jnp.concatenate([jnp.tile(learnt[None], (prompts, 1, 1)), sparse], axis=1)
-        image = jnp.broadcast_to(embedding + dense, (prompts, h, w, width)).reshape(prompts, h * w, width)
+        if present is not None:
+            present = jnp.concatenate([jnp.ones((prompts, 1 + outputs), bool), present], axis=1)
+        image = (embedding + dense).reshape(-1, h * w, width)  # once, until the first tokens attend to it
         transformer = TwoWayTransformer(c.decoder_depth, c.decoder_heads, c.decoder_mlp_dim, name="transformer")
-        tokens, image = transformer(image, image_pe.reshape(1, h * w, width), tokens)
+        tokens, image = transformer(image, image_pe.reshape(1, h * w, width), tokens, present)
 
         upscaled = self.upscale(image.reshape(prompts, h, w, width))
         hyper = [

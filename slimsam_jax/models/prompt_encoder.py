@@ -10,6 +10,7 @@ import numpy as np
 from slimsam_jax.models.config import Config
 
 NOT_A_POINT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 2, 3  # besides 0, background, and 1, foreground
+ABSENT = -2  # fills prompts up to one length; `sam.decode` passes it by, where "not a point" is a token to the original
 
 
 class PromptEncoder(nn.Module):
@@ -37,7 +38,7 @@ class PromptEncoder(nn.Module):
         Args:
           points: [p, n, 2] (x, y) in pixels of the model frame; box corners are points too
             (see `prompt_points`), n may be 0.
-          labels: [p, n] int: -1 not a point, 0 background, 1 foreground, 2 and 3 the
+          labels: [p, n] int: -2 absent, -1 not a point, 0 background, 1 foreground, 2 and 3 the
             top-left and bottom-right corner of a box.
           masks: [p, 4h, 4w, 1] logits of a previous mask, or None.
 

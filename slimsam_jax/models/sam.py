@@ -15,12 +15,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 from PIL import Image
 
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.image_encoder import ImageEncoder
 from slimsam_jax.models.mask_decoder import MaskDecoder
-from slimsam_jax.models.prompt_encoder import PromptEncoder
+from slimsam_jax.models.prompt_encoder import ABSENT, PromptEncoder
 
 Params = dict[str, Any]
 
@@ -95,7 +96,8 @@ def _decode(config: Config, params: Params, embedding, points, labels, masks):
     prompt_encoder = nn.apply(lambda m: (m(points, labels, masks), m.dense_positions()), PromptEncoder(config))
     with jax.default_matmul_precision("highest"):  # positions are phases of many turns: they bear no rounding
         (sparse, dense), positions = prompt_encoder({"params": params["prompt_encoder"]})
-        return MaskDecoder(config).apply({"params": params["mask_decoder"]}, embedding, positions, sparse, dense)
+        inputs = (embedding, positions, sparse, dense, labels != ABSENT)
+        return MaskDecoder(config).apply({"params": params["mask_decoder"]}, *inputs)
 
 
 def preprocess(config: Config, images: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -153,8 +155,8 @@ def resize_masks(config: Config, masks: np.ndarray, size: tuple[int, int], origi
     """Low-resolution logits -> logits in the original frame.
 
     The original enlarges to the model frame, crops the padding and resizes again, all
-    bilinear. Each is linear and separable, so the two become one matrix per axis, which
-    costs a hundredth and compiles nothing per picture size.
+    bilinear. Each is linear and separable, so the two become one matrix per axis, of
+    three weights a row, which costs a fraction and compiles nothing per picture size.
 
     Args:
       masks: [..., 4h, 4w] logits from `decode`.
@@ -162,12 +164,19 @@ def resize_masks(config: Config, masks: np.ndarray, size: tuple[int, int], origi
     Returns:
       [..., h0, w0] float32; a mask is where they exceed 0.
     """
-    rows, columns = (
-        bilinear_matrix(size[i], original_size[i])
-        @ bilinear_matrix(masks.shape[i - 2], config.image_size[i])[: size[i]]
-        for i in (0, 1)
-    )
-    return rows @ np.asarray(masks, np.float32) @ columns.T
+    rows, columns = (_enlarging(masks.shape[i - 2], config.image_size[i], size[i], original_size[i]) for i in (0, 1))
+    masks = np.asarray(masks, np.float32)
+    enlarged = np.empty((*masks.shape[:-2], *original_size), np.float32)
+    for index in np.ndindex(masks.shape[:-2]):
+        enlarged[index] = rows @ np.ascontiguousarray((columns @ np.ascontiguousarray(masks[index].T)).T)
+    return enlarged
+
+
+@functools.lru_cache(maxsize=32)
+def _enlarging(source: int, frame: int, size: int, original: int) -> scipy.sparse.csr_array:
+    """[original, source]: one axis of a mask from the decoder to the model frame, and `size` of that to the picture."""
+    to_frame, to_picture = bilinear_matrix(source, frame)[:size], bilinear_matrix(size, original)
+    return scipy.sparse.csr_array(scipy.sparse.csr_array(to_picture) @ scipy.sparse.csr_array(to_frame))
 
 
 @functools.lru_cache(maxsize=32)

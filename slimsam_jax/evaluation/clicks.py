@@ -1,0 +1,69 @@
+"""Interactive segmentation: a user who corrects the mask, click by click.
+
+The first click is the deepest point of the object; each further one the deepest point of what is wrong, on the object
+where the mask misses some of it and as background where it covers too much (RITM, Sofiiuk et al. 2021). The decoder
+gets all clicks so far and its previous mask, as in SAM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from slimsam_jax import metrics
+from slimsam_jax.data import Annotation
+from slimsam_jax.evaluation.masks import Encoded, Prompts, decode_prompts, original_masks
+from slimsam_jax.evaluation.prompts import deepest
+from slimsam_jax.models.prompt_encoder import ABSENT, NOT_A_POINT
+from slimsam_jax.models.sam import Sam
+
+TARGETS = (0.85, 0.9)  # IoU; the field's
+
+
+def click_scores(sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], clicks: int) -> dict[str, float]:
+    """Means over an image's annotations: {"iou_1": IoU after the first click, ..., "noc_85": clicks to get there, ...}.
+
+    A target that is never reached counts as `clicks`.
+    """
+    ious = click_ious(sam, encoded, annotations, clicks)
+    found = {f"iou_{k + 1}": float(ious[:, k].mean()) for k in range(clicks)}
+    return found | {f"noc_{round(100 * target)}": float(clicks_to(ious, target).mean()) for target in TARGETS}
+
+
+def clicks_to(ious: np.ndarray, target: float) -> np.ndarray:
+    """[p, clicks] IoU after each -> [p] clicks until the target is first reached, or all of them."""
+    reached = ious >= target
+    return np.where(reached.any(1), reached.argmax(1) + 1.0, ious.shape[1])
+
+
+def click_ious(sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], clicks: int) -> np.ndarray:
+    """[p, clicks] IoU of the single mask. All annotations advance together; a mask without a fault stays as it is."""
+    truth = [a.mask for a in annotations]
+    prompts = _no_clicks(len(truth), clicks)
+    masks, low, ious = [np.zeros_like(mask) for mask in truth], None, np.zeros((len(truth), clicks))
+    for k in range(clicks):
+        open_ = [_add_click(prompts, i, k, masks[i], truth[i]) for i in range(len(truth))]
+        new, _ = decode_prompts(sam, encoded, prompts, low)
+        low = new[:, 0] if low is None else np.where(np.array(open_)[:, None, None], new[:, 0], low)
+        masks = list(original_masks(sam, encoded, low))
+        ious[:, k] = [metrics.iou(mask, wanted) for mask, wanted in zip(masks, truth, strict=True)]
+    return ious
+
+
+def _no_clicks(count: int, clicks: int) -> Prompts:
+    """Prompts with room for so many clicks: one shape, and so one compilation, for any number of them."""
+    labels = np.full((count, clicks + 1), ABSENT, np.int32)
+    labels[:, -1] = NOT_A_POINT  # the original ends clicks without a box so
+    return Prompts(np.zeros((count, clicks + 1, 2)), labels)
+
+
+def _add_click(prompts: Prompts, i: int, k: int, mask: np.ndarray, truth: np.ndarray) -> bool:
+    """Puts the k-th click of prompt i where its mask is most wrong; False if it is wrong nowhere."""
+    taken = prompts.points[i, :k]
+    (missed, depth), (surplus, other) = deepest(truth & ~mask, taken), deepest(mask & ~truth, taken)
+    if max(depth, other) == 0:
+        return False
+    prompts.points[i, k] = missed if depth >= other else surplus
+    prompts.labels[i, k] = 1 if depth >= other else 0
+    return True

@@ -1,0 +1,87 @@
+"""The picture of an evaluation: scores of one model against another's, and the images where it did worst."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from slimsam_jax import checkpoint
+from slimsam_jax.data import Annotation
+from slimsam_jax.evaluation.masks import Prompts, clicks_at, decode_prompts, encode_image, original_masks, point_grid
+from slimsam_jax.evaluation.models import Measured
+from slimsam_jax.evaluation.prompts import PROMPTS
+from slimsam_jax.evaluation.reading import read_annotated
+from slimsam_jax.evaluation.scores import Protocols
+from slimsam_jax.models.sam import Sam
+from slimsam_jax.overlay import draw_masks
+
+WORST = 4
+MASKS = 6  # drawn per image, the largest
+
+
+def draw(names: Sequence[str], sams: Sequence[Sam], measured: Measured, protocols: Protocols, out: Path) -> None:
+    """Writes a PNG. Above, each image's score by the first protocol; below, the images that lost most, as masks.
+
+    With one model: its scores in order, and its worst images beside their annotations.
+    """
+    from matplotlib.figure import Figure
+
+    protocol = protocols.names[0]
+    key = f"{protocol}/{'iou_1' if protocol == 'clicks' else 'iou'}"
+    images = [name for name, scores in measured.scores.items() if key in scores[0]]
+    values = np.array([[model[key] for model in measured.scores[name]] for name in images]).T
+    figure = Figure(figsize=(13, 11), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(4, 7))
+    _scatter(above.subplots(1, max(1, len(sams) - 1), squeeze=False)[0], names, values, label=f"{protocol} IoU")
+    loss = (values[:1] - values[1:]) if len(sams) > 1 else 1 - values
+    worst = np.argsort(-loss.max(axis=0), kind="stable")[:WORST]
+    axes = below.subplots(2, len(worst), squeeze=False)
+    for column, i in zip(axes.T, worst, strict=True):
+        image, annotations = read_annotated(measured.paths[images[i]])
+        prompts = _prompts(annotations, protocols, (image.height, image.width), images[i])
+        if len(sams) == 1:
+            truth = np.stack([annotations[k].mask for k in largest(annotations)])
+            _show(column[0], f"{images[i]}: annotations", image, truth)
+        shown = [0, int(loss[:, i].argmax()) + 1] if len(sams) > 1 else [0]
+        for axis, model in zip(column[-len(shown) :], shown, strict=True):
+            encoded = encode_image(sams[model], image)
+            masks = original_masks(sams[model], encoded, decode_prompts(sams[model], encoded, prompts)[0][:, 0])
+            _show(axis, f"{images[i]}: {names[model]}, {values[model, i]:.3f}", image, masks)
+    with checkpoint.replacing(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def _scatter(axes: Sequence[Any], names: Sequence[str], values: np.ndarray, label: str) -> None:
+    """values: [models, images]."""
+    if len(values) == 1:
+        axes[0].plot(np.sort(values[0]), ".")
+        axes[0].set(xlabel="images, in order", ylabel=f"{label} of {names[0]}")
+        return
+    for axis, name, other in zip(axes, names[1:], values[1:], strict=True):
+        axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        axis.plot(values[0], other, ".")
+        axis.set(xlabel=f"{label} of {names[0]}", ylabel=f"{label} of {name}", aspect="equal")
+
+
+def _show(axis: Any, title: str, image: Image.Image, masks: np.ndarray) -> None:
+    axis.imshow(draw_masks(image, masks))
+    axis.set_title(title, fontsize=8)
+    axis.axis("off")
+
+
+def _prompts(annotations: Sequence[Annotation], protocols: Protocols, size: tuple[int, int], name: str) -> Prompts:
+    """Of the first protocol, for the largest objects; of clicks the first one."""
+    protocol = protocols.names[0]
+    if protocol == "agreement":
+        return clicks_at(point_grid(size, protocols.grid)[:MASKS, 0])
+    prompts = PROMPTS["point-center" if protocol == "clicks" else protocol](annotations, protocols.seed_of(name))
+    return Prompts(*(array[largest(annotations)] for array in prompts))
+
+
+def largest(annotations: Sequence[Annotation]) -> np.ndarray:
+    """Indices of the annotations to draw, small ones last."""
+    return np.argsort([-a.mask.sum() for a in annotations], kind="stable")[:MASKS]

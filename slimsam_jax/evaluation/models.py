@@ -1,0 +1,112 @@
+"""Several models on the same images: each image is read once, and encoded once by each model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slimsam_jax import metrics
+from slimsam_jax.errors import InputError
+from slimsam_jax.evaluation.masks import encode_image
+from slimsam_jax.evaluation.reading import digest, digest_of_all, map_readable, read_annotated, short_names
+from slimsam_jax.evaluation.scores import Protocols, Scores, agreement, image_scores, single_mask_iou
+from slimsam_jax.models.sam import Sam
+from slimsam_jax.progress import track
+
+
+class Measured(NamedTuple):
+    """What models scored on each image.
+
+    Attributes:
+      paths: {image name: where it lies}, of those that were measured on.
+      scores: {image name: scores of each model}, see `image_scores`.
+      digest: sha256 of the images and annotations, see `reading.digest`.
+      skipped: {path: why it could not be read}.
+    """
+
+    paths: dict[str, Path]
+    scores: dict[str, list[Scores]]
+    digest: str
+    skipped: dict[str, str]
+
+
+def measure_models(sams: Sequence[Sam], paths: Sequence[Path], protocols: Protocols) -> Measured:
+    """Measures models by all protocols that an image allows; images that allow none are left out.
+
+    Raises:
+      InputError: no image is left.
+    """
+    names = short_names(paths)
+
+    def measure(path: Path) -> tuple[list[Scores], str] | None:
+        image, annotations = read_annotated(path)
+        if not annotations and "agreement" not in protocols.names:
+            return None
+        encoded = [encode_image(sam, image) for sam in sams]
+        scores = image_scores(sams, encoded, annotations, names[path], protocols)
+        return scores, digest(names[path], image, annotations)
+
+    found, skipped = map_readable(measure, track(paths, "evaluate"))
+    usable = {path: result for path, result in found.items() if result}
+    if not usable:
+        reason = next(iter(skipped.values()), "none has an SA-1B .json of its name beside it")
+        raise InputError(f"no image can be measured on: {reason}")
+    return Measured(
+        {names[path]: path for path in usable},
+        {names[path]: scores for path, (scores, _) in usable.items()},
+        digest_of_all(sha for _, sha in usable.values()),
+        skipped,
+    )
+
+
+def compare_models(teacher: Sam, slim: Sam, paths: Iterable[Path], side: int = 4) -> dict[str, Any]:
+    """Measures two models on the same images by what takes little time.
+
+    Args:
+      side: agreement is over a regular grid of side x side points.
+
+    Returns:
+      A dict of
+        agreement: mean over images of the mean IoU between the two models' masks for the same
+          points; needs no labels.
+        embedding_error: mean over images of the squared error of the slim embedding, relative
+          to the variance of the teacher's.
+        images, annotated_images: how many.
+        teacher, slim: {"point": mIoU, "box": mIoU} over the annotated images; {} of none.
+        skipped: {path: why it could not be read}.
+
+    Raises:
+      InputError: not one image could be read.
+    """
+
+    def measure(path: Path) -> dict[str, Any]:
+        image, annotations = read_annotated(path)
+        pairs = [(sam, encode_image(sam, image)) for sam in (teacher, slim)]
+        kinds = ("point", "box") if annotations else ()
+        ious = [{kind: single_mask_iou(*pair, annotations, kind) for kind in kinds} for pair in pairs]
+        wanted, found = (encoded.embedding for _, encoded in pairs)
+        return {
+            "agreement": float(agreement(pairs, side)[1].mean()),
+            "embedding_error": metrics.relative_error(found, wanted),
+            "teacher": ious[0],
+            "slim": ious[1],
+        }
+
+    found, skipped = map_readable(measure, paths)
+    if not found:
+        raise InputError(f"no image can be compared on: {next(iter(skipped.values()), 'none was given')}")
+    annotated = [image for image in found.values() if image["teacher"]]
+    mean = lambda images, key: float(np.mean([image[key] for image in images]))
+    return {
+        **{key: mean(found.values(), key) for key in ("agreement", "embedding_error")},
+        "images": len(found),
+        "annotated_images": len(annotated),
+        **{
+            name: {kind: mean([image[name] for image in annotated], kind) for kind in ("point", "box") if annotated}
+            for name in ("teacher", "slim")
+        },
+        "skipped": skipped,
+    }

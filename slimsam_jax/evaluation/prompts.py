@@ -1,0 +1,78 @@
+"""Protocols: what a user would have pointed at, from the annotations of an image.
+
+Each takes annotations and a seed of the image's own and gives one prompt per annotation, in pixels of the original
+frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from slimsam_jax import metrics
+from slimsam_jax.data import Annotation
+from slimsam_jax.evaluation.masks import Prompts, clicks_at
+from slimsam_jax.models.prompt_encoder import prompt_points
+
+NOISE, MOST_NOISE = 0.1, 20.0  # of a box's side, and pixels: Segment Anything (Kirillov et al. 2023), appendix A
+
+Seed = tuple[int, ...]
+
+
+def point(annotations: Sequence[Annotation], seed: Seed = ()) -> Prompts:
+    """SlimSAM's: the point that the annotation itself comes with."""
+    return clicks_at(np.stack([a.point for a in annotations]))
+
+
+def point_center(annotations: Sequence[Annotation], seed: Seed = ()) -> Prompts:
+    """The pixel deepest inside the mask."""
+    return clicks_at(np.stack([deepest(a.mask)[0] for a in annotations]))
+
+
+def box(annotations: Sequence[Annotation], seed: Seed = ()) -> Prompts:
+    return Prompts(*prompt_points(boxes=np.stack([a.box for a in annotations])))
+
+
+def box_noisy(annotations: Sequence[Annotation], seed: Seed = ()) -> Prompts:
+    """A box as somebody draws it by hand. An annotation's noise depends on nothing but the seed and its id."""
+    return Prompts(*prompt_points(boxes=np.stack([_noisy(a, (*seed, i)) for i, a in enumerate(annotations)])))
+
+
+def _noisy(annotation: Annotation, seed: Seed) -> np.ndarray:
+    """The annotation's box with a normal error on each coordinate, inside the image."""
+    sides = np.tile(annotation.box[2:] - annotation.box[:2], 2)
+    noise = np.random.default_rng(seed).normal(0, NOISE * sides).clip(-MOST_NOISE, MOST_NOISE)
+    height, width = annotation.mask.shape
+    return (annotation.box + noise).clip(0, [width, height, width, height])
+
+
+PROMPTS: dict[str, Callable[[Sequence[Annotation], Seed], Prompts]] = {
+    "point": point,
+    "point-center": point_center,
+    "box": box,
+    "box-noisy": box_noisy,
+}
+
+
+def deepest(region: np.ndarray, taken: Sequence[np.ndarray] = ()) -> tuple[np.ndarray, float]:
+    """The pixel of a region farthest from everything outside it; the image's border is outside.
+
+    Args:
+      region: [h, w] bool.
+      taken: pixels (x, y) that shall not be chosen.
+
+    Returns:
+      (x, y) and its Euclidean distance in pixels to the nearest pixel outside; ((0, 0), 0.0) of an empty region.
+    """
+    if not region.any():
+        return np.zeros(2), 0.0
+    rows, columns = window = metrics.extent(region)
+    corner = np.array([columns.start, rows.start])
+    depth = ndimage.distance_transform_edt(np.pad(region[window], 1))[1:-1, 1:-1]
+    for x, y in np.asarray(taken, int).reshape(-1, 2) - corner:
+        if 0 <= y < depth.shape[0] and 0 <= x < depth.shape[1]:
+            depth[y, x] = 0
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return np.array([x, y]) + corner.astype(float), float(depth[y, x])

@@ -1,0 +1,124 @@
+"""What is measured of one image: protocol -> per annotation -> mean of the image."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from slimsam_jax import metrics
+from slimsam_jax.data import Annotation
+from slimsam_jax.evaluation.clicks import click_scores
+from slimsam_jax.evaluation.masks import Encoded, Prompts, clicks_at, decode_prompts, original_masks, point_grid
+from slimsam_jax.evaluation.prompts import PROMPTS
+from slimsam_jax.models.sam import Sam
+
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, pixels of a mask
+LABELLED = (*PROMPTS, "clicks")  # protocols that need annotations
+
+Scores = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocols:
+    """What to measure, and its choices.
+
+    Attributes:
+      names: of `LABELLED`, or "agreement".
+      clicks: per annotation, for "clicks".
+      grid: "agreement" is over grid x grid points.
+      seed: of the noise on boxes.
+    """
+
+    names: tuple[str, ...] = ("point", "box")
+    clicks: int = 10
+    grid: int = 4
+    seed: int = 0
+
+    def seed_of(self, name: str) -> tuple[int, int]:
+        """An image's own, so that its noise does not depend on the images before it."""
+        return self.seed, zlib.crc32(name.encode())
+
+
+def image_scores(
+    sams: Sequence[Sam], encoded: Sequence[Encoded], annotations: Sequence[Annotation], name: str, protocols: Protocols
+) -> list[Scores]:
+    """All that is measured of an image, for each of several models: {"point/iou": mean over annotations, ...}.
+
+    Args:
+      encoded: the image, by each model.
+      annotations: [] leaves out the protocols that need them.
+      name: the image's; its noise on boxes follows from it and the seed.
+    """
+    pairs = list(zip(sams, encoded, strict=True))
+    areas = np.array([a.mask.sum() for a in annotations])
+    found: list[Scores] = [{} for _ in sams]
+    for protocol in protocols.names:
+        if protocol == "agreement":
+            each = [{"iou": float(ious.mean())} for ious in agreement(pairs, protocols.grid)]
+        elif not annotations:
+            continue
+        elif protocol == "clicks":
+            each = [click_scores(*pair, annotations, protocols.clicks) for pair in pairs]
+        else:
+            prompts = PROMPTS[protocol](annotations, protocols.seed_of(name))
+            each = [means_by_size(prompt_scores(*pair, annotations, prompts), areas) for pair in pairs]
+        for scores, new in zip(found, each, strict=True):
+            scores |= {f"{protocol}/{measure}": value for measure, value in new.items()}
+    return found
+
+
+def means_by_size(values: dict[str, np.ndarray], areas: np.ndarray) -> Scores:
+    """Means over annotations, and of "iou" also over those of each size that there is."""
+    found = {measure: float(each.mean()) for measure, each in values.items()}
+    for size, (least, most) in SIZES.items():
+        chosen = (areas >= least) & (areas < most)
+        if chosen.any():
+            found[f"iou_{size}"] = float(values["iou"][chosen].mean())
+    return found
+
+
+def prompt_scores(
+    sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], prompts: Prompts
+) -> dict[str, np.ndarray]:
+    """IoU and boundary IoU [p] of one prompt per annotation.
+
+    Three choices among the outputs: the single mask (`multimask_output=False`), the best of the others by predicted
+    IoU, and the best of them by true IoU (oracle).
+    """
+    low, predicted = decode_prompts(sam, encoded, prompts)
+    overlaps = [_overlaps(sam, encoded, logits, a.mask) for logits, a in zip(low, annotations, strict=True)]
+    iou, boundary = (np.stack(each) for each in zip(*overlaps, strict=True))
+    rows = np.arange(len(iou))
+    choices = {"": 0, "_best": 1 + predicted[:, 1:].argmax(1), "_oracle": 1 + iou[:, 1:].argmax(1)}
+    return {
+        f"{measure}{suffix}": values[rows, chosen]
+        for measure, values in (("iou", iou), ("boundary", boundary))
+        for suffix, chosen in choices.items()
+    }
+
+
+def _overlaps(sam: Sam, encoded: Encoded, low: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """IoU and boundary IoU of one prompt's outputs [outputs, 4h, 4w]."""
+    masks = original_masks(sam, encoded, low)
+    return metrics.iou(masks, truth[None]), metrics.boundary_iou(masks, truth[None])
+
+
+def single_mask_iou(sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], protocol: str = "point") -> float:
+    """Mean over annotations of the single mask's IoU: all that is wanted while a model is learning."""
+    low, _ = decode_prompts(sam, encoded, PROMPTS[protocol](annotations, ()))
+    masks = (original_masks(sam, encoded, logits[0]) for logits in low)
+    return float(np.mean([metrics.iou(mask, a.mask) for mask, a in zip(masks, annotations, strict=True)]))
+
+
+def agreement(pairs: Sequence[tuple[Sam, Encoded]], grid: int) -> list[np.ndarray]:
+    """IoU [grid * grid] of each model's single masks with the first model's, for the same points."""
+    prompts = clicks_at(point_grid(pairs[0][1].original_size, grid)[:, 0])
+    low = [decode_prompts(*pair, prompts)[0][:, 0] for pair in pairs]
+    ious = []
+    for logits in zip(*low, strict=True):  # point by point: one mask per model in memory
+        masks = np.stack([original_masks(*pair, one) for pair, one in zip(pairs, logits, strict=True)])
+        ious.append(metrics.iou(masks, masks[:1]))
+    return list(np.stack(ious, axis=1))

@@ -1,0 +1,113 @@
+"""The numbers of an evaluation: on the terminal, as Markdown, as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from slimsam_jax import checkpoint
+from slimsam_jax.evaluation.models import Measured
+from slimsam_jax.evaluation.scores import Protocols
+from slimsam_jax.evaluation.statistics import LEVEL
+from slimsam_jax.models.sam import Sam
+
+Summary = dict[str, list[dict[str, Any]]]  # of statistics.summarise
+
+LABELS = {
+    "iou": "mIoU",
+    "iou_best": "mIoU, best predicted",
+    "iou_oracle": "mIoU, oracle",
+    "boundary": "boundary IoU",
+    "boundary_best": "boundary IoU, best predicted",
+    "boundary_oracle": "boundary IoU, oracle",
+    "iou_small": "mIoU, small",
+    "iou_medium": "mIoU, medium",
+    "iou_large": "mIoU, large",
+}
+
+
+def label(key: str, images: int, most: int) -> str:
+    """What a row is called; with its number of images, if it has fewer than others."""
+    protocol, measure = key.split("/")
+    if protocol == "clicks":
+        kind, count = measure.split("_")
+        text = f"mIoU after click {count}" if kind == "iou" else f"clicks to IoU 0.{count}"
+    else:
+        text = LABELS.get(measure, measure)
+    return f"{protocol} {text}" + (f" ({images} images)" if images < most else "")
+
+
+def rows(summary: Summary) -> list[list[str]]:
+    """[[label, a cell per model], ...]."""
+    most = max(models[0]["images"] for models in summary.values())
+    return [
+        [label(key, models[0]["images"], most), *(cell(key, model) for model in models)]
+        for key, models in summary.items()
+    ]
+
+
+def cell(key: str, model: dict[str, Any]) -> str:
+    """ "57.12 (55.30 to 58.91)", or, beside another model, "57.11, -0.01 (-0.05 to +0.03)"."""
+    measure = key.split("/")[1]
+    scale = 1 if measure.startswith("noc") else 100
+    text = f"{scale * model['mean']:.2f}"
+    if "difference" in model:
+        low, high = model["difference_interval"]
+        return f"{text}, {scale * model['difference']:+.2f} ({scale * low:+.2f} to {scale * high:+.2f})"
+    if "interval" in model:
+        low, high = model["interval"]
+        return f"{text} ({scale * low:.2f} to {scale * high:.2f})"
+    return text
+
+
+def print_table(names: Sequence[str], summary: Summary) -> None:
+    table = Table("per cent (95 % interval)", *names)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows(summary):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def markdown(names: Sequence[str], summary: Summary) -> str:
+    header = ["per cent (95 % interval)", *names]
+    lines = [header, ["---"] + ["---:"] * len(names), *rows(summary)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_markdown(path: Path, names: Sequence[str], summary: Summary) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.replacing(path) as temporary:
+        temporary.write_text(markdown(names, summary))
+
+
+def write_json(
+    path: Path,
+    names: Sequence[str],
+    models: Sequence[Path],
+    sams: Sequence[Sam],
+    measured: Measured,
+    protocols: Protocols,
+    summary: Summary,
+    resamples: int,
+) -> None:
+    """Everything that it takes to compare with these numbers later, and to make them again."""
+    described = zip(names, models, sams, strict=True)
+    content = {
+        "models": {
+            name: {"path": str(model), "sha256": checkpoint.sha256(model), "provenance": sam.provenance}
+            for name, model, sam in described
+        },
+        "data": {"images": len(measured.scores), "sha256": measured.digest, "skipped": measured.skipped},
+        "protocols": dataclasses.asdict(protocols),
+        "bootstrap": {"resamples": resamples, "level": LEVEL / 100},
+        "results": {key: dict(zip(names, each, strict=True)) for key, each in summary.items()},
+        "per_image": {image: dict(zip(names, scores, strict=True)) for image, scores in measured.scores.items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(path, content)
