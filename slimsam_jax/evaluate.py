@@ -15,7 +15,9 @@ Protocol = Literal["point", "point-center", "box", "box-noisy", "clicks", "agree
 def main(
     model: tuple[Path, ...],
     data: tuple[Path, ...],
-    protocol: tuple[Protocol, ...] = ("point", "box"),
+    protocol: tuple[Protocol, ...] | None = None,
+    boxes: Path | None = None,
+    annotations: Path | None = None,
     clicks: int = 10,
     seed: int = 0,
     resamples: int = 10_000,
@@ -32,9 +34,11 @@ def main(
     Args:
       model: model folders, .pth files, or Hugging Face SamModel folders.
       data: folders of images with SA-1B .json files of the same names beside them.
-      protocol: the annotation's own point (SlimSAM's protocol), the pixel deepest inside its mask, its box, its box
+      protocol: what a prompt is (default: point box, or with --boxes none): the annotation's own point (SlimSAM's protocol), the pixel deepest inside its mask, its box, its box
         with noise, clicks that correct the mask before, or agreement with the first model's masks for a grid of
         points, which needs no annotations.
+      boxes: boxes of a detector as prompts, a file in COCO's results format: COCO AP (needs pycocotools).
+      annotations: the ground truth for --boxes, in COCO's format; its images lie in --data.
       clicks: how many, for --protocol clicks.
       seed: of the noise on boxes and of the intervals.
       resamples: for the intervals.
@@ -42,19 +46,26 @@ def main(
       markdown: write the table.
       figure: write a PNG: each image's score of one model against the first's, and masks of the worst images.
     """
+    if protocol is None:
+        protocol = () if boxes else ("point", "box")
     _check(model, data, protocol, clicks, seed, resamples, (json, markdown, figure))
+    _check_boxes(boxes, annotations, protocol, figure)
     from converters.from_torch import load
     from slimsam_jax.data import find_images
-    from slimsam_jax.evaluation import Protocols, figures, measure_models, statistics, tables
+    from slimsam_jax.evaluation import Protocols, detections, figures, measure_models, statistics, tables
 
     names, sams = _names(model), [load(path) for path in model]
     protocols = Protocols(tuple(dict.fromkeys(protocol)), clicks=clicks, seed=seed)
-    measured = measure_models(sams, find_images(data), protocols)
-    for reason in measured.skipped.values():
+    summary, skipped, measured = {}, {}, None
+    if protocol:
+        measured = measure_models(sams, find_images(data), protocols)
+        summary, skipped = statistics.summarise(list(measured.scores.values()), seed, resamples), measured.skipped
+    if boxes:
+        found, left_out = detections.measure_boxes(sams, boxes, annotations, data)
+        summary, skipped = summary | found, skipped | left_out
+    for reason in skipped.values():
         print(f"skipped: {reason}")
-    summary = statistics.summarise(list(measured.scores.values()), seed, resamples)
     tables.print_table(names, summary)
-    print(f"{len(measured.scores)} images")
     if json:
         tables.write_json(json, names, model, sams, measured, protocols, summary, resamples)
     if markdown:
@@ -73,7 +84,7 @@ def _check(
     outputs: Sequence[Path | None],
 ) -> None:
     """Raises InputError for what cannot be measured, before anything heavy is imported."""
-    for name, values in (("--model", model), ("--data", data), ("--protocol", protocol)):
+    for name, values in (("--model", model), ("--data", data)):
         if not values:
             raise InputError(f"{name} needs at least one value")
     if len(set(model)) < len(model):
@@ -87,6 +98,17 @@ def _check(
     for path in outputs:
         if path:
             cli.check_file(path)
+
+
+def _check_boxes(
+    boxes: Path | None, annotations: Path | None, protocol: Sequence[str], figure: Path | None
+) -> None:
+    if (boxes is None) != (annotations is None):
+        raise InputError("--boxes and --annotations (the ground truth, in COCO's format) need each other")
+    if not boxes and not protocol:
+        raise InputError("--protocol needs at least one value")
+    if figure and not protocol:
+        raise InputError("--figure needs a --protocol: AP has no score per image to draw")
 
 
 def _names(models: Sequence[Path]) -> list[str]:

@@ -28,6 +28,12 @@ LABELS = {
     "iou_small": "mIoU, small",
     "iou_medium": "mIoU, medium",
     "iou_large": "mIoU, large",
+    "ap": "AP",
+    "ap_50": "AP50",
+    "ap_75": "AP75",
+    "ap_small": "AP, small",
+    "ap_medium": "AP, medium",
+    "ap_large": "AP, large",
 }
 
 
@@ -38,7 +44,8 @@ def label(key: str, images: int, most: int) -> str:
         kind, count = measure.split("_")
         text = f"mIoU after click {count}" if kind == "iou" else f"clicks to IoU 0.{count}"
     else:
-        text = LABELS.get(measure, measure)
+        choice = ", best predicted" if measure.startswith("ap") and measure.endswith("_best") else ""
+        text = LABELS[measure.removesuffix("_best") if choice else measure] + choice
     return f"{protocol} {text}" + (f" ({images} images)" if images < most else "")
 
 
@@ -56,13 +63,13 @@ def cell(key: str, model: dict[str, Any]) -> str:
     measure = key.split("/")[1]
     scale = 1 if measure.startswith("noc") else 100
     text = f"{scale * model['mean']:.2f}"
-    if "difference" in model:
+    if "difference_interval" in model:
         low, high = model["difference_interval"]
         return f"{text}, {scale * model['difference']:+.2f} ({scale * low:+.2f} to {scale * high:+.2f})"
     if "interval" in model:
         low, high = model["interval"]
         return f"{text} ({scale * low:.2f} to {scale * high:.2f})"
-    return text
+    return f"{text}, {scale * model['difference']:+.2f}" if "difference" in model else text
 
 
 def print_table(names: Sequence[str], summary: Summary) -> None:
