@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from slimsam_jax import cli
 from slimsam_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from slimsam_jax.models.sam import Sam
 
 Protocol = Literal["point", "point-center", "box", "box-noisy", "clicks", "agreement"]
 
 
 def main(
     model: tuple[Path, ...],
-    data: tuple[Path, ...],
+    data: tuple[str, ...],
     protocol: tuple[Protocol, ...] | None = None,
     boxes: Path | None = None,
-    annotations: Path | None = None,
     clicks: int = 10,
     seed: int = 0,
     resamples: int = 10_000,
@@ -29,16 +31,16 @@ def main(
 
     Each annotation of an image gives one prompt; the mask is compared with it at the image's own size. Mean over
     annotations, then over images. Intervals are 95 % bootstrap intervals over images; of all models but the first
-    also of the difference to the first, paired by image.
+    they are of the difference to the first, paired by image.
 
     Args:
       model: model folders, .pth files, or Hugging Face SamModel folders.
-      data: folders of images with SA-1B .json files of the same names beside them.
-      protocol: what a prompt is (default: point box, or with --boxes none): the annotation's own point (SlimSAM's protocol), the pixel deepest inside its mask, its box, its box
-        with noise, clicks that correct the mask before, or agreement with the first model's masks for a grid of
-        points, which needs no annotations.
-      boxes: boxes of a detector as prompts, a file in COCO's results format: COCO AP (needs pycocotools).
-      annotations: the ground truth for --boxes, in COCO's format; its images lie in --data.
+      data: images with annotations: folders in SA-1B's layout, .tar shards, a COCO .json, tfds:DIR.
+      protocol: what a prompt is: the annotation's own point (SlimSAM's protocol), the pixel deepest inside its mask,
+        its box, its box with noise, or clicks that correct the mask before them; or agreement with the first model's
+        masks for a grid of points, which needs no annotations. Default: point box, or with --boxes none.
+      boxes: a detector's boxes as prompts, in COCO's results format: COCO AP. Needs pycocotools, and a COCO .json as
+        --data.
       clicks: how many, for --protocol clicks.
       seed: of the noise on boxes and of the intervals.
       resamples: for the intervals.
@@ -48,26 +50,35 @@ def main(
     """
     if protocol is None:
         protocol = () if boxes else ("point", "box")
-    _check(model, data, protocol, clicks, seed, resamples, (json, markdown, figure))
-    _check_boxes(boxes, annotations, protocol, figure)
+    _check(model, data, protocol, boxes, figure)
+    _check_numbers(clicks, seed, resamples)
+    for path in (json, markdown, figure):
+        if path:
+            cli.check_file(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
     from converters.from_torch import load
-    from slimsam_jax.data import find_images
+    from slimsam_jax.checkpoint import sha256, write_json
+    from slimsam_jax.data import find
     from slimsam_jax.evaluation import Protocols, detections, figures, measure_models, statistics, tables
 
-    names, sams = _names(model), [load(path) for path in model]
+    names, samples = _names(model), find(data)
+    found = detections.read_boxes(boxes) if boxes else None
+    truth = detections.read_truth(Path(data[0]).expanduser(), found) if boxes else None
+    sams = [load(path) for path in model]
     protocols = Protocols(tuple(dict.fromkeys(protocol)), clicks=clicks, seed=seed)
-    summary, skipped, measured = {}, {}, None
-    if protocol:
-        measured = measure_models(sams, find_images(data), protocols)
-        summary, skipped = statistics.summarise(list(measured.scores.values()), seed, resamples), measured.skipped
+    measured = measure_models(sams, samples, protocols, found)
+    summary = statistics.summarise(list(measured.scores.values()), seed, resamples)
     if boxes:
-        found, left_out = detections.measure_boxes(sams, boxes, annotations, data)
-        summary, skipped = summary | found, skipped | left_out
-    for reason in skipped.values():
+        ids = [sample.image_id for sample in measured.samples.values()]
+        summary |= detections.precisions(truth, list(measured.results.values()), ids)
+    for reason in measured.skipped.values():
         print(f"skipped: {reason}")
     tables.print_table(names, summary)
+    print(f"{len(measured.samples)} images")
     if json:
-        tables.write_json(json, names, model, sams, measured, protocols, summary, resamples)
+        models = {name: _described(*pair) for name, *pair in zip(names, model, sams, strict=True)}
+        numbers = tables.as_json(names, measured, protocols, summary)
+        write_json(json, {"models": models, "boxes": boxes and sha256(boxes), "resamples": resamples, **numbers})
     if markdown:
         tables.write_markdown(markdown, names, summary)
     if figure:
@@ -75,40 +86,33 @@ def main(
 
 
 def _check(
-    model: Sequence[Path],
-    data: Sequence[Path],
-    protocol: Sequence[str],
-    clicks: int,
-    seed: int,
-    resamples: int,
-    outputs: Sequence[Path | None],
+    model: Sequence[Path], data: Sequence[str], protocol: Sequence[str], boxes: Path | None, figure: Path | None
 ) -> None:
-    """Raises InputError for what cannot be measured, before anything heavy is imported."""
-    for name, values in (("--model", model), ("--data", data)):
+    """Raises InputError for what does not go together."""
+    for name, values in (("--model", model), ("--data", data), ("--protocol", protocol or boxes)):
         if not values:
             raise InputError(f"{name} needs at least one value")
     if len(set(model)) < len(model):
         raise InputError("--model has a model twice")
     if "agreement" in protocol and len(model) < 2:
         raise InputError("--protocol agreement needs at least two models: it compares with the first")
-    for name, value, least in (("--clicks", clicks, 1), ("--resamples", resamples, 1)):
-        if value < least:
-            raise InputError(f"{name} {value} must be at least {least}")
-    cli.check_seed(seed)
-    for path in outputs:
-        if path:
-            cli.check_file(path)
-
-
-def _check_boxes(
-    boxes: Path | None, annotations: Path | None, protocol: Sequence[str], figure: Path | None
-) -> None:
-    if (boxes is None) != (annotations is None):
-        raise InputError("--boxes and --annotations (the ground truth, in COCO's format) need each other")
-    if not boxes and not protocol:
-        raise InputError("--protocol needs at least one value")
+    if boxes and (len(data) > 1 or not data[0].endswith(".json")):
+        raise InputError("--boxes needs one COCO .json as --data: the ground truth that the boxes are of")
     if figure and not protocol:
         raise InputError("--figure needs a --protocol: AP has no score per image to draw")
+
+
+def _check_numbers(clicks: int, seed: int, resamples: int) -> None:
+    for name, value in (("--clicks", clicks), ("--resamples", resamples)):
+        if value < 1:
+            raise InputError(f"{name} {value} must be at least 1")
+    cli.check_seed(seed)
+
+
+def _described(path: Path, sam: Sam) -> dict[str, Any]:
+    from slimsam_jax.checkpoint import sha256
+
+    return {"path": str(path), "sha256": sha256(path), "provenance": sam.provenance}
 
 
 def _names(models: Sequence[Path]) -> list[str]:

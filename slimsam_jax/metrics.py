@@ -14,6 +14,7 @@ import numpy as np
 
 from slimsam_jax.models.config import Config, tokens
 from slimsam_jax.models.sam import init
+from slimsam_jax.regions import extent
 
 
 def iou(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -38,17 +39,6 @@ def boundary(mask: np.ndarray, distance: int) -> np.ndarray:
     """What so many erosions by 3 x 3 take away from boolean masks [..., h, w]; beyond the edges all is eroded."""
     padded = np.pad(mask, [(0, 0)] * (mask.ndim - 2) + [(distance, distance)] * 2)
     return mask & ~_all_of_window(_all_of_window(padded, 2 * distance + 1, -1), 2 * distance + 1, -2)
-
-
-def extent(*masks: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns of the smallest window that all of the masks [..., h, w] lie in; empty if they are."""
-
-    def span(used: np.ndarray) -> slice:
-        found = np.flatnonzero(used)
-        return slice(found[0], found[-1] + 1) if len(found) else slice(0, 0)
-
-    flat = [mask.reshape(-1, *mask.shape[-2:]) for mask in masks]
-    return tuple(span(np.logical_or.reduce([m.any((0, axis)) for m in flat])) for axis in (2, 1))
 
 
 def _all_of_window(mask: np.ndarray, length: int, axis: int) -> np.ndarray:

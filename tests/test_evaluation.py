@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import random_sam, shared, tiny_config
+from conftest import random_sam, samples, shared, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -18,8 +18,8 @@ from scipy import ndimage
 from test_data import save_image, truncated, write_annotation
 
 from converters.from_torch import load
-from slimsam_jax import cli, evaluate, evaluation, metrics
-from slimsam_jax.data import Annotation, find_images
+from slimsam_jax import cli, evaluate, evaluation, metrics, regions
+from slimsam_jax.data import Annotation, find
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import clicks, prompts, scores, statistics, tables
 from slimsam_jax.models import sam as models
@@ -27,10 +27,10 @@ from slimsam_jax.models import sam as models
 MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=30))
 
 
-def annotation(mask: np.ndarray, point=(0, 0)) -> Annotation:
-    rows, columns = metrics.extent(mask)
+def annotation(mask: np.ndarray, point=(0, 0), id=-1) -> Annotation:
+    rows, columns = regions.extent(mask)
     box = (columns.start, rows.start, columns.stop, rows.stop)
-    return Annotation(np.array(point, float), np.array(box, float), mask)
+    return Annotation(id, mask, np.array(box, float), np.array(point, float), np.array(box, float))
 
 
 def rectangle(shape, top, left, bottom, right) -> np.ndarray:
@@ -65,19 +65,18 @@ def test_scores_of_masks_equal_counting_pixels(mask, random):
         assert found == ((a & b).sum() / (a | b).sum() if (a | b).any() else 1)
 
 
-def test_deepest_point_by_hand():
-    mask = rectangle((9, 12), 1, 2, 6, 7)  # 5 x 5: its middle is 3 pixels from the nearest outside
-    assert prompts.deepest(mask)[0].tolist() == [4, 3] and prompts.deepest(mask)[1] == 3
+def test_depth_by_hand():
+    """Where the middle of a square is, tests/test_sources.py has."""
+    assert regions.deepest(rectangle((9, 12), 1, 2, 6, 7))[1] == 3
     corner = rectangle((9, 12), 0, 0, 3, 3)  # the border counts as outside
-    assert prompts.deepest(corner)[0].tolist() == [1, 1] and prompts.deepest(corner)[1] == 2
-    assert prompts.deepest(corner, taken=[[1, 1]])[1] == 1
-    assert prompts.deepest(np.zeros((3, 3), bool))[1] == 0
+    assert regions.deepest(corner)[0].tolist() == [1.5, 1.5] and regions.deepest(corner)[1] == 2
+    assert regions.deepest(corner, taken=[[1.5, 1.5]])[1] == 1
 
 
 @settings(max_examples=100, deadline=None)
 @given(MASKS.filter(np.any))
 def test_no_pixel_is_deeper_than_the_deepest(mask):
-    (x, y), depth = prompts.deepest(mask)
+    (x, y), depth = regions.deepest(mask)
     outside = np.argwhere(~np.pad(mask, 1)) - 1
     depths = [np.hypot(*(outside - pixel).T).min() for pixel in np.argwhere(mask)]
     assert mask[int(y), int(x)] and depth == pytest.approx(max(depths))
@@ -127,7 +126,7 @@ def test_clicks_correct_what_is_wrong(monkeypatch, tiny_sam):
     ious = clicks.click_ious(tiny_sam, None, [annotation(truth)], 4)
     np.testing.assert_allclose(ious, [[81 / 130, 56 / 81, 1, 1]])  # a mask without a fault stays
     points, labels, previous = given_[2]
-    assert points[0, :3].tolist() == [[4, 4], [13, 15], [2, 2]] and labels[0].tolist() == [1, 0, 1, -2, -1]
+    assert points[0, :3].tolist() == [[4.5, 4.5], [13.5, 15.5], [2.5, 2.5]] and labels[0].tolist() == [1, 0, 1, -2, -1]
     assert given_[0][2] is None and np.array_equal(previous[0] > 0, truth & ~rectangle((20, 20), 0, 0, 5, 5))
 
 
@@ -214,7 +213,7 @@ def test_scores_equal_the_original_on_real_photographs():
     teacher = load(shared("teacher/sam_small_256.pth"))
     expected = json.loads(shared("teacher/bsds_val_per_image.json").read_text())
     measured = evaluation.measure_models(
-        [teacher], find_images([shared("data/bsds_val")]), evaluation.Protocols(("point", "box"))
+        [teacher], find([shared("data/bsds_val")]), evaluation.Protocols(("point", "box"))
     )
     assert set(measured.scores) == set(expected["per_image"]) and len(measured.scores) == 100
     for kind in ("point", "box"):
@@ -238,14 +237,14 @@ def pictures(tmp_path_factory):
 def test_models_are_measured_on_what_can_be_read(pictures):
     sams = [random_sam(tiny_config(), seed) for seed in (0, 1)]
     names = (*scores.LABELLED, "agreement")
-    measured = evaluation.measure_models(sams, find_images([pictures]), evaluation.Protocols(names, clicks=2))
+    measured = evaluation.measure_models(sams, find([pictures]), evaluation.Protocols(names, clicks=2))
     assert set(measured.scores) == {"0", "1", "2"} and "3.jpg" in next(iter(measured.skipped))
     one, other = measured.scores["0"]
     assert one["agreement/iou"] == 1 > other["agreement/iou"]
     assert one["clicks/iou_1"] == one["point-center/iou"]  # the same click
     assert one["box/iou_oracle"] >= one["box/iou_best"]
     assert set(measured.scores["2"][0]) == {"agreement/iou"}  # it has no annotations
-    again = evaluation.measure_models(sams[1:], find_images([pictures])[::-1], evaluation.Protocols(names, clicks=2))
+    again = evaluation.measure_models(sams[1:], find([pictures])[::-1], evaluation.Protocols(names, clicks=2))
     assert again.digest == measured.digest
     alone = {key: value for key, value in again.scores["0"][0].items() if key != "agreement/iou"}
     assert alone == {key: value for key, value in other.items() if key != "agreement/iou"}
@@ -256,7 +255,9 @@ def test_digest_tells_data_apart(pictures, tmp_path):
     for seed, name in ((0, "a"), (1, "a"), (0, "b")):
         path = save_image(tmp_path / str(seed) / name / f"{name}.png", seed=seed)
         write_annotation(path)
-        measured = evaluation.measure_models([random_sam(tiny_config())], [path], evaluation.Protocols(("box",)))
+        measured = evaluation.measure_models(
+            [random_sam(tiny_config())], samples([path]), evaluation.Protocols(("box",))
+        )
         digests.add(measured.digest)
     assert len(digests) == 3
 
@@ -296,7 +297,7 @@ def test_command_writes_table_json_and_figure(material, tmp_path, monkeypatch, c
 def test_one_line_for_bad_input(material, tmp_path, monkeypatch, capsys):
     good = {"--model": material / "teacher", "--data": material / "val"}
     for changes, message in (
-        ({"--data": material / "images"}, "none has an SA-1B .json"),
+        ({"--data": material / "images"}, "none is annotated"),
         ({"--data": tmp_path / "no"}, "is not a folder of images"),
         ({"--model": tmp_path / "no"}, "no"),
         ({"--protocol": "agreement"}, "needs at least two models"),
@@ -321,4 +322,4 @@ def test_a_model_given_twice_is_refused(material, monkeypatch, capsys):
 
 def test_compare_models_refuses_what_cannot_be_read(tmp_path, tiny_sam):
     with pytest.raises(InputError, match=r"no image can be compared on: .*a\.jpg"):
-        evaluation.compare_models(tiny_sam, tiny_sam, [truncated(tmp_path / "a.jpg")])
+        evaluation.compare_models(tiny_sam, tiny_sam, samples([truncated(tmp_path / "a.jpg")]))

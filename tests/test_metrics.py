@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import random_sam, shared, tiny_config
+from conftest import random_sam, samples, shared, tiny_config
 from PIL import Image
 
 from slimsam_jax import evaluation, metrics
@@ -63,9 +63,9 @@ def test_a_model_agrees_with_itself_alone(tmp_path):
     sam, other = random_sam(tiny_config()), random_sam(tiny_config(), 1)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    same = evaluation.compare_models(sam, sam, [tmp_path / "x.png"])
+    same = evaluation.compare_models(sam, sam, samples([tmp_path / "x.png"]))
     assert same["agreement"] == 1 and same["embedding_error"] == 0 and same["annotated_images"] == 0
-    assert evaluation.compare_models(sam, other, [tmp_path / "x.png"])["agreement"] < 0.9
+    assert evaluation.compare_models(sam, other, samples([tmp_path / "x.png"]))["agreement"] < 0.9
 
 
 def test_the_number_of_prompts_does_not_change_a_mask(tmp_path, tiny_sam):

@@ -16,7 +16,7 @@ from conftest import samples
 from pycocotools import mask as pycoco
 from test_data import save_image, truncated, write_annotation
 
-from slimsam_jax import data
+from slimsam_jax import data, regions
 from slimsam_jax.data import builder
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.errors import InputError
@@ -177,7 +177,7 @@ def test_other_things_are_refused(everywhere, tmp_path):
 def test_deepest_point_by_hand():
     mask = np.zeros((9, 12), bool)
     mask[:5, 2:7] = True  # 5 x 5 at the upper border, which counts as outside
-    np.testing.assert_array_equal(data.sample.deepest_point(mask), [4.5, 2.5])
+    np.testing.assert_array_equal(regions.deepest(mask)[0], [4.5, 2.5])
     mask[7, 11] = True
-    np.testing.assert_array_equal(data.sample.deepest_point(mask), [4.5, 2.5])
-    np.testing.assert_array_equal(data.sample.deepest_point(np.zeros((4, 6), bool)), [3, 2])
+    np.testing.assert_array_equal(regions.deepest(mask)[0], [4.5, 2.5])
+    np.testing.assert_array_equal(regions.deepest(np.zeros((4, 6), bool))[0], [3, 2])

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from slimsam_jax import rle
 from slimsam_jax.errors import InputError, RunError, blaming
+from slimsam_jax.regions import deepest
 
 
 class Annotation(NamedTuple):
@@ -93,7 +94,7 @@ def parse(fields: dict[str, Any]) -> Annotation:
     box = corners(fields["bbox"])
     crop_box = corners(fields.get("crop_box", [0, 0, mask.shape[1], mask.shape[0]]))
     given = fields.get("point_coords")
-    point = deepest_point(mask) if given is None else np.asarray(given, np.float64).reshape(-1, 2)[0]
+    point = deepest(mask)[0] if given is None else np.asarray(given, np.float64).reshape(-1, 2)[0]
     if not np.isfinite(point).all():
         raise ValueError("a point that is none")
     return Annotation(int(fields.get("id", -1)), mask, box, point, crop_box)
@@ -109,21 +110,6 @@ def corners(bbox: Sequence[float]) -> np.ndarray:
     if not (np.isfinite([x, y, width, height]).all() and width >= 0 and height >= 0):
         raise ValueError("a box that is none")
     return np.array([x, y, x + width, y + height])
-
-
-def deepest_point(mask: np.ndarray) -> np.ndarray:
-    """(x, y) of the centre of the pixel farthest from the mask's outside, of which the picture's border is part.
-
-    Args:
-      mask: [h, w] bool. The first of equals, by rows; the middle of the picture if the mask is empty.
-    """
-    from scipy.ndimage import distance_transform_edt  # slow to import, and rarely needed
-
-    if not mask.any():
-        return np.array(mask.shape[::-1]) / 2
-    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    row, column = np.unravel_index(depth.argmax(), mask.shape)
-    return np.array([column + 0.5, row + 0.5])
 
 
 def decode(content: bytes, name: object) -> Image.Image:

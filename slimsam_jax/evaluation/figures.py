@@ -41,7 +41,7 @@ def draw(names: Sequence[str], sams: Sequence[Sam], measured: Measured, protocol
     worst = np.argsort(-loss.max(axis=0), kind="stable")[:WORST]
     axes = below.subplots(2, len(worst), squeeze=False)
     for column, i in zip(axes.T, worst, strict=True):
-        image, annotations = read_annotated(measured.paths[images[i]])
+        image, annotations = read_annotated(measured.samples[images[i]])
         prompts = _prompts(annotations, protocols, (image.height, image.width), images[i])
         if len(sams) == 1:
             truth = np.stack([annotations[k].mask for k in largest(annotations)])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from slimsam_jax import metrics
+from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError
+from slimsam_jax.evaluation.detections import Boxes, Results, segment
 from slimsam_jax.evaluation.masks import encode_image
 from slimsam_jax.evaluation.reading import digest, digest_of_all, map_readable, read_annotated, short_names
 from slimsam_jax.evaluation.scores import Protocols, Scores, agreement, image_scores, single_mask_iou
@@ -18,51 +19,57 @@ from slimsam_jax.progress import track
 
 
 class Measured(NamedTuple):
-    """What models scored on each image.
+    """What models scored on each image, by its short name.
 
     Attributes:
-      paths: {image name: where it lies}, of those that were measured on.
-      scores: {image name: scores of each model}, see `image_scores`.
+      samples: {image: where it comes from}, of those that were measured on.
+      scores: {image: scores of each model}, see `image_scores`.
+      results: {image: masks of a detector's boxes by each model}, see `detections.segment`; {} without boxes.
       digest: sha256 of the images and annotations, see `reading.digest`.
-      skipped: {path: why it could not be read}.
+      skipped: {name: why it could not be read}.
     """
 
-    paths: dict[str, Path]
+    samples: dict[str, Sample]
     scores: dict[str, list[Scores]]
+    results: dict[str, list[Results]]
     digest: str
     skipped: dict[str, str]
 
 
-def measure_models(sams: Sequence[Sam], paths: Sequence[Path], protocols: Protocols) -> Measured:
+def measure_models(
+    sams: Sequence[Sam], samples: Sequence[Sample], protocols: Protocols, boxes: Boxes | None = None
+) -> Measured:
     """Measures models by all protocols that an image allows; images that allow none are left out.
+
+    Args:
+      boxes: of a detector, to segment as well.
 
     Raises:
       InputError: no image is left.
     """
-    names = short_names(paths)
+    names = short_names(samples)
 
-    def measure(path: Path) -> tuple[list[Scores], str] | None:
-        image, annotations = read_annotated(path)
-        if not annotations and "agreement" not in protocols.names:
+    def measure(sample: Sample) -> tuple[list[Scores], list[Results], str] | None:
+        image, annotations = read_annotated(sample)
+        if not annotations and "agreement" not in protocols.names and boxes is None:
             return None
         encoded = [encode_image(sam, image) for sam in sams]
-        scores = image_scores(sams, encoded, annotations, names[path], protocols)
-        return scores, digest(names[path], image, annotations)
+        scores = image_scores(sams, encoded, annotations, names[sample], protocols)
+        found = boxes.get(sample.image_id, []) if boxes else []
+        results = [segment(sam, e, sample.image_id, found) for sam, e in zip(sams, encoded, strict=True)]
+        return scores, results, digest(names[sample], image, annotations)
 
-    found, skipped = map_readable(measure, track(paths, "evaluate"))
-    usable = {path: result for path, result in found.items() if result}
+    found, skipped = map_readable(measure, track(samples, "evaluate"))
+    usable = {sample: result for sample, result in found.items() if result}
     if not usable:
-        reason = next(iter(skipped.values()), "none has an SA-1B .json of its name beside it")
-        raise InputError(f"no image can be measured on: {reason}")
-    return Measured(
-        {names[path]: path for path in usable},
-        {names[path]: scores for path, (scores, _) in usable.items()},
-        digest_of_all(sha for _, sha in usable.values()),
-        skipped,
-    )
+        raise InputError(f"no image can be measured on: {next(iter(skipped.values()), 'none is annotated')}")
+    scores, results, digests = zip(*usable.values(), strict=True)
+    short = [names[sample] for sample in usable]
+    by_name = lambda values: dict(zip(short, values, strict=True))
+    return Measured(by_name(usable), by_name(scores), by_name(results), digest_of_all(digests), skipped)
 
 
-def compare_models(teacher: Sam, slim: Sam, paths: Iterable[Path], side: int = 4) -> dict[str, Any]:
+def compare_models(teacher: Sam, slim: Sam, samples: Iterable[Sample], side: int = 4) -> dict[str, Any]:
     """Measures two models on the same images by what takes little time.
 
     Args:
@@ -76,14 +83,14 @@ def compare_models(teacher: Sam, slim: Sam, paths: Iterable[Path], side: int = 4
           to the variance of the teacher's.
         images, annotated_images: how many.
         teacher, slim: {"point": mIoU, "box": mIoU} over the annotated images; {} of none.
-        skipped: {path: why it could not be read}.
+        skipped: {name: why it could not be read}.
 
     Raises:
       InputError: not one image could be read.
     """
 
-    def measure(path: Path) -> dict[str, Any]:
-        image, annotations = read_annotated(path)
+    def measure(sample: Sample) -> dict[str, Any]:
+        image, annotations = read_annotated(sample)
         pairs = [(sam, encode_image(sam, image)) for sam in (teacher, slim)]
         kinds = ("point", "box") if annotations else ()
         ious = [{kind: single_mask_iou(*pair, annotations, kind) for kind in kinds} for pair in pairs]
@@ -95,7 +102,7 @@ def compare_models(teacher: Sam, slim: Sam, paths: Iterable[Path], side: int = 4
             "slim": ious[1],
         }
 
-    found, skipped = map_readable(measure, paths)
+    found, skipped = map_readable(measure, samples)
     if not found:
         raise InputError(f"no image can be compared on: {next(iter(skipped.values()), 'none was given')}")
     annotated = [image for image in found.values() if image["teacher"]]

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import ndimage
 
-from slimsam_jax import metrics
 from slimsam_jax.data import Annotation
 from slimsam_jax.evaluation.masks import Prompts, clicks_at
 from slimsam_jax.models.prompt_encoder import prompt_points
+from slimsam_jax.regions import deepest
 
 NOISE, MOST_NOISE = 0.1, 20.0  # of a box's side, and pixels: Segment Anything (Kirillov et al. 2023), appendix A
 
@@ -36,8 +35,10 @@ def box(annotations: Sequence[Annotation], seed: Seed = ()) -> Prompts:
 
 
 def box_noisy(annotations: Sequence[Annotation], seed: Seed = ()) -> Prompts:
-    """A box as somebody draws it by hand. An annotation's noise depends on nothing but the seed and its id."""
-    return Prompts(*prompt_points(boxes=np.stack([_noisy(a, (*seed, i)) for i, a in enumerate(annotations)])))
+    """A box as somebody draws it by hand. An annotation's noise follows from the seed and its id (else its index)."""
+    numbers = [index if a.id < 0 else a.id for index, a in enumerate(annotations)]
+    boxes = [_noisy(a, (*seed, number)) for a, number in zip(annotations, numbers, strict=True)]
+    return Prompts(*prompt_points(boxes=np.stack(boxes)))
 
 
 def _noisy(annotation: Annotation, seed: Seed) -> np.ndarray:
@@ -54,25 +55,3 @@ PROMPTS: dict[str, Callable[[Sequence[Annotation], Seed], Prompts]] = {
     "box": box,
     "box-noisy": box_noisy,
 }
-
-
-def deepest(region: np.ndarray, taken: Sequence[np.ndarray] = ()) -> tuple[np.ndarray, float]:
-    """The pixel of a region farthest from everything outside it; the image's border is outside.
-
-    Args:
-      region: [h, w] bool.
-      taken: pixels (x, y) that shall not be chosen.
-
-    Returns:
-      (x, y) and its Euclidean distance in pixels to the nearest pixel outside; ((0, 0), 0.0) of an empty region.
-    """
-    if not region.any():
-        return np.zeros(2), 0.0
-    rows, columns = window = metrics.extent(region)
-    corner = np.array([columns.start, rows.start])
-    depth = ndimage.distance_transform_edt(np.pad(region[window], 1))[1:-1, 1:-1]
-    for x, y in np.asarray(taken, int).reshape(-1, 2) - corner:
-        if 0 <= y < depth.shape[0] and 0 <= x < depth.shape[1]:
-            depth[y, x] = 0
-    y, x = np.unravel_index(depth.argmax(), depth.shape)
-    return np.array([x, y]) + corner.astype(float), float(depth[y, x])

@@ -11,39 +11,42 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from slimsam_jax.data import Annotation, read_annotations, read_image
+from slimsam_jax.data import Annotation, Sample
 from slimsam_jax.errors import InputError
 
 
-def read_annotated(path: Path) -> tuple[Image.Image, list[Annotation]]:
-    """An image and its annotations ([] without a file of them).
+def read_annotated(sample: Sample) -> tuple[Image.Image, list[Annotation]]:
+    """An image and its annotations ([] if it has none).
 
     Raises:
       InputError: either cannot be read, or the masks are not of the image's size.
     """
-    image, annotations = read_image(path), read_annotations(path)
+    image, annotations = sample.image(), sample.annotations()
     if annotations and annotations[0].mask.shape != (image.height, image.width):
         raise InputError(
-            f"{path}: its annotations are of size {annotations[0].mask.shape}, the image of {image.size[::-1]}"
+            f"{sample.name}: its annotations are of size {annotations[0].mask.shape}, the image of {image.size[::-1]}"
         )
     return image, annotations
 
 
-def map_readable(function: Callable[[Path], Any], paths: Iterable[Path]) -> tuple[dict[Path, Any], dict[str, str]]:
-    """Applies `function` to each path; what raises InputError is left out, with its reason."""
+def map_readable(
+    function: Callable[[Sample], Any], samples: Iterable[Sample]
+) -> tuple[dict[Sample, Any], dict[str, str]]:
+    """Applies `function` to each sample: {sample: result}; what raises InputError is left out: {name: reason}."""
     found, skipped = {}, {}
-    for path in paths:
+    for sample in samples:
         try:
-            found[path] = function(path)
+            found[sample] = function(sample)
         except InputError as error:
-            skipped[str(path)] = str(error)
+            skipped[sample.name] = str(error)
     return found, skipped
 
 
-def short_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """The stem of each path, or all of it where stems are the same."""
-    stems = Counter(path.stem for path in paths)
-    return {path: path.stem if stems[path.stem] == 1 else str(path) for path in paths}
+def short_names(samples: Sequence[Sample]) -> dict[Sample, str]:
+    """The stem of each name, or all of it where stems are the same."""
+    stems = Counter(Path(sample.name).stem for sample in samples)
+    short = lambda name: Path(name).stem if stems[Path(name).stem] == 1 else name
+    return {sample: short(sample.name) for sample in samples}
 
 
 def digest(name: str, image: Image.Image, annotations: Sequence[Annotation]) -> str:

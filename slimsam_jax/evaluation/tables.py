@@ -13,8 +13,6 @@ from rich.table import Table
 from slimsam_jax import checkpoint
 from slimsam_jax.evaluation.models import Measured
 from slimsam_jax.evaluation.scores import Protocols
-from slimsam_jax.evaluation.statistics import LEVEL
-from slimsam_jax.models.sam import Sam
 
 Summary = dict[str, list[dict[str, Any]]]  # of statistics.summarise
 
@@ -88,33 +86,16 @@ def markdown(names: Sequence[str], summary: Summary) -> str:
 
 
 def write_markdown(path: Path, names: Sequence[str], summary: Summary) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.replacing(path) as temporary:
         temporary.write_text(markdown(names, summary))
 
 
-def write_json(
-    path: Path,
-    names: Sequence[str],
-    models: Sequence[Path],
-    sams: Sequence[Sam],
-    measured: Measured,
-    protocols: Protocols,
-    summary: Summary,
-    resamples: int,
-) -> None:
-    """Everything that it takes to compare with these numbers later, and to make them again."""
-    described = zip(names, models, sams, strict=True)
-    content = {
-        "models": {
-            name: {"path": str(model), "sha256": checkpoint.sha256(model), "provenance": sam.provenance}
-            for name, model, sam in described
-        },
-        "data": {"images": len(measured.scores), "sha256": measured.digest, "skipped": measured.skipped},
+def as_json(names: Sequence[str], measured: Measured, protocols: Protocols, summary: Summary) -> dict[str, Any]:
+    """All numbers, and what it takes to make them again."""
+    by_model = lambda values: dict(zip(names, values, strict=True))
+    return {
+        "data": {"images": len(measured.samples), "sha256": measured.digest, "skipped": measured.skipped},
         "protocols": dataclasses.asdict(protocols),
-        "bootstrap": {"resamples": resamples, "level": LEVEL / 100},
-        "results": {key: dict(zip(names, each, strict=True)) for key, each in summary.items()},
-        "per_image": {image: dict(zip(names, scores, strict=True)) for image, scores in measured.scores.items()},
+        "results": {key: by_model(each) for key, each in summary.items()},
+        "per_image": {image: by_model(scores) for image, scores in measured.scores.items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(path, content)
