@@ -9,8 +9,8 @@ What is timed, for one image:
 - forward: the encoder.
 - importance: the disturbed gradient. SlimSAM runs a teacher beside the student; ours needs none.
 - embedding-stage: distilling a student of which the embedding alone is narrow;
-- bottleneck-stage: distilling the slim model (`--preset`) towards the teacher and the embedding-pruned one.
-
+- bottleneck-stage: distilling the slim model (`--preset`) towards the teacher and the embedding-pruned one;
+- evaluation: mIoU by point and by box of 19 annotations (`bench_evaluation.py`);
 - data: no model, but JPEGs decoded, resized and batched (`bench_data.py`).
 
 Every turn is a process of its own, so that peak memory is that of one side; compilation and the first step are not
@@ -70,7 +70,7 @@ class Options:
       side: "jax" and "torch" are the turns themselves.
     """
 
-    what: Literal["forward", "importance", "embedding-stage", "bottleneck-stage", "data"] = "forward"
+    what: Literal["forward", "importance", "embedding-stage", "bottleneck-stage", "evaluation", "data"] = "forward"
     preset: Literal["vit_b", "vit_l", "vit_h", "vit_p50", "vit_p77", "small", "small_p50"] = "vit_b"
     images: int = 2
     turns: int = 2
@@ -108,6 +108,10 @@ def make_step(options: Options) -> Step:
         from experiments import bench_data
 
         return bench_data.make_step(options, architectures(options.preset)[0].image_size)
+    if options.what == "evaluation":
+        from experiments import bench_evaluation
+
+        return bench_evaluation.make_step(options, architectures(options.preset)[0])
     # Imported here: PyTorch and JAX in one process would share its threads and its memory.
     if options.side == "jax":
         from experiments import bench_jax as side

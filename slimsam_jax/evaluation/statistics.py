@@ -31,6 +31,8 @@ def summarise(scores: Sequence[Sequence[Scores]], seed: int, resamples: int = RE
     difference is paired.
     """
     keys, table = as_table(scores)
+    if not keys:
+        return {}
     differences = table - table[:1]
     both = np.concatenate([table, differences])
     images, columns = table.shape[1], len(keys)

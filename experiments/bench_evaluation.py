@@ -1,0 +1,83 @@
+"""Both sides of `bench.py --what evaluation`: mIoU by point and by box of a picture with annotations.
+
+Ours is what `slimsam_jax.evaluate` does for the single mask; PyTorch's is `SamPredictor`, which encodes the picture once
+and is then asked for one mask at a time, and IoU by numpy as in SlimSAM's validation (prune_distill_step1.py:24-31).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from experiments.bench import Options, Step
+from slimsam_jax.data import Annotation
+from slimsam_jax.models.config import Config
+
+ANNOTATIONS = 19  # as many as BSDS500 has a picture; SA-1B has a hundred
+SIZE = (1.25, 1.88)  # of the picture, over the model's: 321 x 481 for 256 px
+
+
+def make_step(options: Options, config: Config) -> Step:
+    size = tuple(round(ratio * side) for ratio, side in zip(SIZE, config.image_size, strict=True))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    side = ours if options.side == "jax" else original
+    run, peak = side(config, image, annotations(size))
+    return Step(run, 1, peak, f"{len(os.sched_getaffinity(0))} cores, {ANNOTATIONS} annotations")
+
+
+def annotations(size: tuple[int, int]) -> list[Annotation]:
+    """Ellipses of all sizes, anywhere."""
+    random, made = np.random.default_rng(0), []
+    y, x = np.mgrid[: size[0], : size[1]]
+    for number in range(ANNOTATIONS):
+        centre, radii = random.uniform(0.2, 0.8, 2) * size, random.uniform(0.02, 0.2, 2) * size
+        mask = ((y - centre[0]) / radii[0]) ** 2 + ((x - centre[1]) / radii[1]) ** 2 <= 1
+        box = np.concatenate([(centre - radii)[::-1], (centre + radii)[::-1]])
+        made.append(Annotation(number, mask, box, centre[::-1], box))
+    return made
+
+
+def ours(config: Config, image: Image.Image, truth: list[Annotation]) -> tuple[Callable[[], object], Callable[[], int]]:
+    from experiments.bench_jax import random_model
+    from slimsam_jax import metrics
+    from slimsam_jax.evaluation import encode_image, single_mask_iou
+
+    sam = random_model(config, 0)
+
+    def run() -> list[float]:
+        encoded = encode_image(sam, image)
+        return [single_mask_iou(sam, encoded, truth, kind) for kind in ("point", "box")]
+
+    return run, metrics.peak_memory
+
+
+def original(
+    config: Config, image: Image.Image, truth: list[Annotation]
+) -> tuple[Callable[[], object], Callable[[], int]]:
+    import torch
+
+    from experiments.bench_torch import peak
+    from slimsam_jax.models.sam import resized_shape
+    from tests.peers import segment_anything, stock_sam
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    predictor = segment_anything().SamPredictor(stock_sam(config).to(device))
+    size = (image.height, image.width)
+    height, width = resized_shape(size, config.image_size)
+
+    def run() -> list[float]:
+        pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
+        predictor.set_torch_image(torch.from_numpy(pixels).to(device).permute(2, 0, 1)[None], size)
+        points = [{"point_coords": a.point[None], "point_labels": np.array([1])} for a in truth]
+        prompts = zip(points + [{"box": a.box} for a in truth], truth + truth, strict=True)
+        return [overlap(predictor.predict(**prompt, multimask_output=False)[0][0], a.mask) for prompt, a in prompts]
+
+    return run, lambda: peak(device)
+
+
+def overlap(mask: np.ndarray, truth: np.ndarray) -> float:
+    return np.logical_and(mask, truth).sum() / max(1, np.logical_or(mask, truth).sum())
