@@ -18,7 +18,7 @@ Protocol = Literal["point", "point-center", "box", "box-noisy", "clicks", "agree
 def main(
     model: tuple[Path, ...],
     data: tuple[str, ...],
-    protocol: tuple[Protocol, ...] | None = None,
+    protocol: tuple[Protocol, ...] = (),
     boxes: Path | None = None,
     clicks: int = 10,
     seed: int = 0,
@@ -48,8 +48,8 @@ def main(
       markdown: write the table.
       figure: write a PNG: each image's score of one model against the first's, and masks of the worst images.
     """
-    if protocol is None:
-        protocol = () if boxes else ("point", "box")
+    if not protocol and not boxes:
+        protocol = ("point", "box")
     _check(model, data, protocol, boxes, figure)
     _check_numbers(clicks, seed, resamples)
     for path in (json, markdown, figure):
@@ -76,9 +76,8 @@ def main(
     tables.print_table(names, summary)
     print(f"{len(measured.samples)} images")
     if json:
-        models = {name: _described(*pair) for name, *pair in zip(names, model, sams, strict=True)}
-        numbers = tables.as_json(names, measured, protocols, summary)
-        write_json(json, {"models": models, "boxes": boxes and sha256(boxes), "resamples": resamples, **numbers})
+        made_by = {"models": _described(names, model, sams), "boxes": boxes and sha256(boxes), "resamples": resamples}
+        write_json(json, made_by | tables.as_json(names, measured, protocols, summary))
     if markdown:
         tables.write_markdown(markdown, names, summary)
     if figure:
@@ -89,7 +88,7 @@ def _check(
     model: Sequence[Path], data: Sequence[str], protocol: Sequence[str], boxes: Path | None, figure: Path | None
 ) -> None:
     """Raises InputError for what does not go together."""
-    for name, values in (("--model", model), ("--data", data), ("--protocol", protocol or boxes)):
+    for name, values in (("--model", model), ("--data", data)):
         if not values:
             raise InputError(f"{name} needs at least one value")
     if len(set(model)) < len(model):
@@ -109,10 +108,13 @@ def _check_numbers(clicks: int, seed: int, resamples: int) -> None:
     cli.check_seed(seed)
 
 
-def _described(path: Path, sam: Sam) -> dict[str, Any]:
+def _described(names: Sequence[str], paths: Sequence[Path], sams: Sequence[Sam]) -> dict[str, dict[str, Any]]:
     from slimsam_jax.checkpoint import sha256
 
-    return {"path": str(path), "sha256": sha256(path), "provenance": sam.provenance}
+    return {
+        name: {"path": str(path), "sha256": sha256(path), "provenance": sam.provenance}
+        for name, path, sam in zip(names, paths, sams, strict=True)
+    }
 
 
 def _names(models: Sequence[Path]) -> list[str]:

@@ -30,8 +30,9 @@ def draw(names: Sequence[str], sams: Sequence[Sam], measured: Measured, protocol
     """
     from matplotlib.figure import Figure
 
-    protocol = protocols.names[0]
-    key = f"{protocol}/{'iou_1' if protocol == 'clicks' else 'iou'}"
+    measures = {name: f"{name}/{'iou_1' if name == 'clicks' else 'iou'}" for name in protocols.names}
+    known = {key for scores in measured.scores.values() for key in scores[0]}
+    protocol, key = next((name, key) for name, key in measures.items() if key in known)
     images = [name for name, scores in measured.scores.items() if key in scores[0]]
     values = np.array([[model[key] for model in measured.scores[name]] for name in images]).T
     figure = Figure(figsize=(13, 11), layout="constrained")
@@ -39,17 +40,15 @@ def draw(names: Sequence[str], sams: Sequence[Sam], measured: Measured, protocol
     _scatter(above.subplots(1, max(1, len(sams) - 1), squeeze=False)[0], names, values, label=f"{protocol} IoU")
     loss = (values[:1] - values[1:]) if len(sams) > 1 else 1 - values
     worst = np.argsort(-loss.max(axis=0), kind="stable")[:WORST]
-    axes = below.subplots(2, len(worst), squeeze=False)
-    for column, i in zip(axes.T, worst, strict=True):
+    for column, i in zip(below.subplots(2, len(worst), squeeze=False).T, worst, strict=True):
         image, annotations = read_annotated(measured.samples[images[i]])
-        prompts = _prompts(annotations, protocols, (image.height, image.width), images[i])
-        if len(sams) == 1:
+        prompts = _prompts(annotations, protocol, protocols, images[i], (image.height, image.width))
+        shown = [0, int(loss[:, i].argmax()) + 1] if len(sams) > 1 else [0]
+        if len(shown) == 1:
             truth = np.stack([annotations[k].mask for k in largest(annotations)])
             _show(column[0], f"{images[i]}: annotations", image, truth)
-        shown = [0, int(loss[:, i].argmax()) + 1] if len(sams) > 1 else [0]
         for axis, model in zip(column[-len(shown) :], shown, strict=True):
-            encoded = encode_image(sams[model], image)
-            masks = original_masks(sams[model], encoded, decode_prompts(sams[model], encoded, prompts)[0][:, 0])
+            masks = _masks(sams[model], image, prompts)
             _show(axis, f"{images[i]}: {names[model]}, {values[model, i]:.3f}", image, masks)
     with checkpoint.replacing(out) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
@@ -67,15 +66,21 @@ def _scatter(axes: Sequence[Any], names: Sequence[str], values: np.ndarray, labe
         axis.set(xlabel=f"{label} of {names[0]}", ylabel=f"{label} of {name}", aspect="equal")
 
 
+def _masks(sam: Sam, image: Image.Image, prompts: Prompts) -> np.ndarray:
+    encoded = encode_image(sam, image)
+    return original_masks(sam, encoded, decode_prompts(sam, encoded, prompts)[0][:, 0])
+
+
 def _show(axis: Any, title: str, image: Image.Image, masks: np.ndarray) -> None:
     axis.imshow(draw_masks(image, masks))
     axis.set_title(title, fontsize=8)
     axis.axis("off")
 
 
-def _prompts(annotations: Sequence[Annotation], protocols: Protocols, size: tuple[int, int], name: str) -> Prompts:
-    """Of the first protocol, for the largest objects; of clicks the first one."""
-    protocol = protocols.names[0]
+def _prompts(
+    annotations: Sequence[Annotation], protocol: str, protocols: Protocols, name: str, size: tuple[int, int]
+) -> Prompts:
+    """Those that the largest objects of an image were measured with; of clicks the first one."""
     if protocol == "agreement":
         return clicks_at(point_grid(size, protocols.grid)[:MASKS, 0])
     prompts = PROMPTS["point-center" if protocol == "clicks" else protocol](annotations, protocols.seed_of(name))
