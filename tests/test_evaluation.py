@@ -294,6 +294,12 @@ def test_command_writes_table_json_and_figure(material, tmp_path, monkeypatch, c
         assert drawn.size == (1300, 1100)
 
 
+def test_figure_of_one_model(material, tmp_path, monkeypatch, capsys):
+    arguments = ("--model", material / "teacher", "--data", material / "val", "--protocol", "clicks", "--clicks", "1")
+    code, text, error = run_command(monkeypatch, capsys, *arguments, "--figure", tmp_path / "x.png")
+    assert code == 0 and "mIoU after click 1" in text and (tmp_path / "x.png").stat().st_size > 10_000, error
+
+
 def test_one_line_for_bad_input(material, tmp_path, monkeypatch, capsys):
     good = {"--model": material / "teacher", "--data": material / "val"}
     for changes, message in (
