@@ -120,10 +120,11 @@ def decode(content: bytes, name: object) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would take longer than decoding
             if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # decoders have errors of many kinds for damaged files
         reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"{name} is not a readable image: {reason}") from None
