@@ -95,6 +95,11 @@ def check_seed(seed: int) -> None:
         raise InputError(f"--seed {seed} must be between 0 and {2**31 - 1}")
 
 
+def check_share(max_broken: float) -> None:
+    if not 0 <= max_broken <= 1:
+        raise InputError(f"--max-broken {max_broken:g} is not a share of the images: between 0 and 1")
+
+
 def check_empty(folder: Path) -> None:
     """Raises InputError unless `folder` can become an output folder: absent, or an empty folder."""
     if folder.exists() and not folder.is_dir():

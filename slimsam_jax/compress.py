@@ -95,8 +95,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
-        if not 0 <= self.max_broken <= 1:
-            raise InputError(f"--max-broken {self.max_broken:g} is not a share of the images: between 0 and 1")
+        cli.check_share(self.max_broken)
         cli.check_seed(self.seed)
         if not self.resume:
             cli.check_empty(self.out)

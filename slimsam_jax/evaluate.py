@@ -23,6 +23,8 @@ def main(
     clicks: int = 10,
     seed: int = 0,
     resamples: int = 10_000,
+    max_broken: float = 0.1,
+    strict: bool = False,
     json: Path | None = None,
     markdown: Path | None = None,
     figure: Path | None = None,
@@ -44,6 +46,8 @@ def main(
       clicks: how many, for --protocol clicks.
       seed: of the noise on boxes and of the intervals.
       resamples: for the intervals.
+      max_broken: the share of images that may be unreadable; more stop the evaluation. The others are named.
+      strict: stop at the first image that cannot be read.
       json: write all numbers, per image too, with the hashes of models and data.
       markdown: write the table.
       figure: write a PNG: each image's score of one model against the first's, and masks of the worst images.
@@ -52,6 +56,7 @@ def main(
         protocol = ("point", "box")
     _check(model, data, protocol, boxes, figure)
     _check_numbers(clicks, seed, resamples)
+    cli.check_share(max_broken)
     for path in (json, markdown, figure):
         if path:
             cli.check_file(path)
@@ -66,7 +71,7 @@ def main(
     truth = detections.read_truth(Path(data[0]).expanduser(), found) if boxes else None
     sams = [load(path) for path in model]
     protocols = Protocols(tuple(dict.fromkeys(protocol)), clicks=clicks, seed=seed)
-    measured = measure_models(sams, samples, protocols, found)
+    measured = measure_models(sams, samples, protocols, found, 0.0 if strict else max_broken)
     summary = statistics.summarise(list(measured.scores.values()), seed, resamples)
     if boxes:
         ids = [sample.image_id for sample in measured.samples.values()]

@@ -20,7 +20,7 @@ from test_data import save_image, truncated, write_annotation
 from converters.from_torch import load
 from slimsam_jax import cli, evaluate, evaluation, metrics, regions
 from slimsam_jax.data import Annotation, find
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.evaluation import clicks, prompts, scores, statistics, tables
 from slimsam_jax.models import sam as models
 
@@ -248,6 +248,8 @@ def test_models_are_measured_on_what_can_be_read(pictures):
     assert again.digest == measured.digest
     alone = {key: value for key, value in again.scores["0"][0].items() if key != "agreement/iou"}
     assert alone == {key: value for key, value in other.items() if key != "agreement/iou"}
+    with pytest.raises(RunError, match=r"1 of 4 images cannot be used, more than --max-broken 0\.2"):
+        evaluation.measure_models(sams[1:], find([pictures]), evaluation.Protocols(("point",)), max_broken=0.2)
 
 
 def test_digest_tells_data_apart(pictures, tmp_path):
@@ -316,7 +318,9 @@ def test_one_line_for_bad_input(material, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken").mkdir()
     truncated(tmp_path / "broken" / "a.jpg")
     code, _, error = run_command(monkeypatch, capsys, "--model", material / "teacher", "--data", tmp_path / "broken")
-    assert code == 2 and "a.jpg" in error.splitlines()[-1]
+    assert (
+        code == 1 and "1 of 1 images cannot be used, more than --max-broken 0.1; the last: " in error.splitlines()[-1]
+    )
 
 
 def test_a_model_given_twice_is_refused(material, monkeypatch, capsys):

@@ -37,15 +37,21 @@ class Measured(NamedTuple):
 
 
 def measure_models(
-    sams: Sequence[Sam], samples: Sequence[Sample], protocols: Protocols, boxes: Boxes | None = None
+    sams: Sequence[Sam],
+    samples: Sequence[Sample],
+    protocols: Protocols,
+    boxes: Boxes | None = None,
+    max_broken: float = 1.0,
 ) -> Measured:
     """Measures models by all protocols that an image allows; images that allow none are left out.
 
     Args:
       boxes: of a detector, to segment as well.
+      max_broken: the share of the samples that may be unreadable.
 
     Raises:
       InputError: no image is left.
+      RunError: more are unreadable.
     """
     names = short_names(samples)
 
@@ -59,7 +65,7 @@ def measure_models(
         results = [segment(sam, e, sample.image_id, found) for sam, e in zip(sams, encoded, strict=True)]
         return scores, results, digest(names[sample], image, annotations)
 
-    found, skipped = map_readable(measure, track(samples, "evaluate"))
+    found, skipped = map_readable(measure, track(samples, "evaluate"), len(samples), max_broken)
     usable = {sample: result for sample, result in found.items() if result}
     if not usable:
         raise InputError(f"no image can be measured on: {next(iter(skipped.values()), 'none is annotated')}")

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from slimsam_jax.data import Annotation, Sample
+from slimsam_jax.data.sample import check_share
 from slimsam_jax.errors import InputError
 
 
@@ -30,15 +31,21 @@ def read_annotated(sample: Sample) -> tuple[Image.Image, list[Annotation]]:
 
 
 def map_readable(
-    function: Callable[[Sample], Any], samples: Iterable[Sample]
+    function: Callable[[Sample], Any], samples: Iterable[Sample], total: int = 0, max_broken: float = 1.0
 ) -> tuple[dict[Sample, Any], dict[str, str]]:
-    """Applies `function` to each sample: {sample: result}; what raises InputError is left out: {name: reason}."""
+    """Applies `function` to each sample: {sample: result}; what raises InputError is left out: {name: reason}.
+
+    Raises:
+      RunError: that is more than a share `max_broken` of `total` samples.
+    """
     found, skipped = {}, {}
     for sample in samples:
         try:
             found[sample] = function(sample)
         except InputError as error:
             skipped[sample.name] = str(error)
+            if max_broken < 1:
+                check_share(skipped, total, max_broken)
     return found, skipped
 
 
