@@ -47,11 +47,19 @@ def _run_lengths(counts: str | bytes) -> np.ndarray:
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
     """[h, w] bool -> {"size": [h, w], "counts": compressed string}, character by character as pycocotools does."""
+    return {"size": list(mask.shape), "counts": _pack(_runs(mask))}
+
+
+def encode_uncompressed(mask: np.ndarray) -> dict[str, Any]:
+    """[h, w] bool -> {"size": [h, w], "counts": list of run lengths}."""
+    return {"size": list(mask.shape), "counts": _runs(mask).tolist()}
+
+
+def _runs(mask: np.ndarray) -> np.ndarray:
     flat = np.asarray(mask, bool).T.ravel()
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     start = [0] if flat.size and flat[0] else []  # the first run is of zeros, be it empty
-    runs = np.diff(np.concatenate([[0], start, changes, [flat.size]])).astype(np.int64)
-    return {"size": list(mask.shape), "counts": _pack(runs)}
+    return np.diff(np.concatenate([[0], start, changes, [flat.size]])).astype(np.int64)
 
 
 def _pack(runs: np.ndarray) -> str:

@@ -109,10 +109,14 @@ def describe(samples: Sequence[Sample], findings: Sequence[Findings]) -> list[st
     return lines + [f"  {problem}" for problem in problems]
 
 
-def draw_sheet(samples: Sequence[Sample]) -> Image.Image:
-    """Up to `SHEET` pictures, spread over the samples, with their masks, points and boxes; unreadable ones left out."""
+def draw_sheet(samples: Sequence[Sample], prompts: bool = True) -> Image.Image:
+    """Up to `SHEET` pictures, spread over the samples, with their masks; unreadable ones are left out.
+
+    Args:
+      prompts: also points and boxes.
+    """
     chosen = [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, SHEET).astype(int))]
-    tiles = [tile for sample in chosen if (tile := _tile(sample))]
+    tiles = [tile for sample in chosen if (tile := _tile(sample, prompts))]
     columns = min(4, max(1, len(tiles)))
     sheet = Image.new("RGB", (columns * TILE, max(1, -(-len(tiles) // columns)) * TILE), "white")
     for i, tile in enumerate(tiles):
@@ -120,7 +124,7 @@ def draw_sheet(samples: Sequence[Sample]) -> Image.Image:
     return sheet
 
 
-def _tile(sample: Sample) -> Image.Image | None:
+def _tile(sample: Sample, prompts: bool) -> Image.Image | None:
     try:
         picture = sample.image()
     except InputError:
@@ -131,6 +135,7 @@ def _tile(sample: Sample) -> Image.Image | None:
         annotations = []
     largest_first = sorted(annotations, key=lambda a: -a.mask.sum())
     picture = draw_masks(picture, np.array([a.mask for a in largest_first]))
-    picture = draw_prompts(picture, [a.point for a in annotations], [a.box for a in annotations])
+    if prompts:
+        picture = draw_prompts(picture, [a.point for a in annotations], [a.box for a in annotations])
     picture.thumbnail((TILE - 4, TILE - 4))
     return picture

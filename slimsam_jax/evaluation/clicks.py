@@ -13,7 +13,7 @@ import numpy as np
 
 from slimsam_jax import metrics
 from slimsam_jax.data import Annotation
-from slimsam_jax.evaluation.masks import Encoded, Prompts, decode_prompts, original_masks
+from slimsam_jax.inference.masks import Encoded, Prompts, decode_prompts, original_masks
 from slimsam_jax.models.prompt_encoder import ABSENT, NOT_A_POINT
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.regions import deepest

@@ -17,7 +17,7 @@ import numpy as np
 from slimsam_jax import rle
 from slimsam_jax.data.sample import corners
 from slimsam_jax.errors import InputError, blaming
-from slimsam_jax.evaluation.masks import Encoded, Prompts, decode_prompts, original_masks
+from slimsam_jax.inference.masks import Encoded, Prompts, decode_prompts, original_masks
 from slimsam_jax.models.prompt_encoder import prompt_points
 from slimsam_jax.models.sam import Sam
 

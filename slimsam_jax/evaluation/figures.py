@@ -11,11 +11,11 @@ from PIL import Image
 
 from slimsam_jax import checkpoint
 from slimsam_jax.data import Annotation
-from slimsam_jax.evaluation.masks import Prompts, clicks_at, decode_prompts, encode_image, original_masks, point_grid
 from slimsam_jax.evaluation.models import Measured
 from slimsam_jax.evaluation.prompts import PROMPTS
 from slimsam_jax.evaluation.reading import read_annotated
 from slimsam_jax.evaluation.scores import Protocols
+from slimsam_jax.inference.masks import Prompts, clicks_at, decode_prompts, encode_image, original_masks, point_grid
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.overlay import draw_masks
 

@@ -11,9 +11,9 @@ from slimsam_jax import metrics
 from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation.detections import Boxes, Results, segment
-from slimsam_jax.evaluation.masks import encode_image
 from slimsam_jax.evaluation.reading import digest, digest_of_all, map_readable, read_annotated, short_names
 from slimsam_jax.evaluation.scores import Protocols, Scores, agreement, image_scores, single_mask_iou
+from slimsam_jax.inference.masks import encode_image
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import track
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from slimsam_jax.data import Annotation
-from slimsam_jax.evaluation.masks import Prompts, clicks_at
+from slimsam_jax.inference.masks import Prompts, clicks_at
 from slimsam_jax.models.prompt_encoder import prompt_points
 from slimsam_jax.regions import deepest
 

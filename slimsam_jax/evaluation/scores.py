@@ -11,8 +11,8 @@ import numpy as np
 from slimsam_jax import metrics
 from slimsam_jax.data import Annotation
 from slimsam_jax.evaluation.clicks import click_scores
-from slimsam_jax.evaluation.masks import Encoded, Prompts, clicks_at, decode_prompts, original_masks, point_grid
 from slimsam_jax.evaluation.prompts import PROMPTS
+from slimsam_jax.inference.masks import Encoded, Prompts, clicks_at, decode_prompts, original_masks, point_grid
 from slimsam_jax.models.sam import Sam
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, pixels of a mask

@@ -27,10 +27,10 @@ class MaskDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, embedding, image_pe, sparse, dense, present=None):
-        """Predicts all masks of p prompts on one image.
+        """Predicts all masks of p prompts.
 
         Args:
-          embedding: [h, w, C] image embedding.
+          embedding: [h, w, C] embedding of the one image, or [p, h, w, C] of each prompt's.
           image_pe: [h, w, C] from `PromptEncoder.dense_positions`.
           sparse, dense: from `PromptEncoder`.
           present: [p, n] bool, False for tokens of `sparse` that fill up and shall change nothing; None for all.

@@ -32,7 +32,7 @@ class PromptEncoder(nn.Module):
         self.mask_downscaling_4 = nn.LayerNorm(epsilon=1e-6)
         self.mask_downscaling_6 = conv(c.out_chans, 1)
 
-    def __call__(self, points: jax.Array, labels: jax.Array, masks: jax.Array | None = None):
+    def __call__(self, points: jax.Array, labels: jax.Array, masks: jax.Array | None = None, masked=None):
         """Encodes p prompts of n points each.
 
         Args:
@@ -41,11 +41,12 @@ class PromptEncoder(nn.Module):
           labels: [p, n] int: -2 absent, -1 not a point, 0 background, 1 foreground, 2 and 3 the
             top-left and bottom-right corner of a box.
           masks: [p, 4h, 4w, 1] logits of a previous mask, or None.
+          masked: [p] bool, which prompts `masks` counts for; None for all.
 
         Returns:
           sparse: [p, n, C] tokens; dense: [p, h, w, C] ([1, 1, 1, C] without a mask).
         """
-        return self.sparse(points, labels), self.dense(masks)
+        return self.sparse(points, labels), self.dense(masks, masked)
 
     def sparse(self, points: jax.Array, labels: jax.Array) -> jax.Array:
         height, width = self.config.image_size
@@ -54,13 +55,15 @@ class PromptEncoder(nn.Module):
         kind = jnp.concatenate(self.point_embeddings)[jnp.clip(labels, 0, 3)]
         return jnp.where(real, encoded + kind, self.not_a_point_embed)
 
-    def dense(self, masks: jax.Array | None) -> jax.Array:
+    def dense(self, masks: jax.Array | None, masked: jax.Array | None = None) -> jax.Array:
+        without = self.no_mask_embed[:, None, None, :]
         if masks is None:
-            return self.no_mask_embed[:, None, None, :]
+            return without
         gelu = lambda x: jax.nn.gelu(x, approximate=False)
         x = gelu(self.mask_downscaling_1(self.mask_downscaling_0(masks)))
         x = gelu(self.mask_downscaling_4(self.mask_downscaling_3(x)))
-        return self.mask_downscaling_6(x)
+        x = self.mask_downscaling_6(x)
+        return x if masked is None else jnp.where(masked[:, None, None, None], x, without)
 
     def encode_positions(self, coordinates: jax.Array) -> jax.Array:
         """Random Fourier features of (x, y) in 0..1: [..., 2] -> [..., C]."""

@@ -75,12 +75,14 @@ def encode(config: Config, params: Params, images: jax.Array, sizes: jax.Array, 
         return ImageEncoder(config, dtype).apply({"params": params["image_encoder"]}, pixels)[0]
 
 
-def decode(config: Config, params: Params, embedding: jax.Array, points: jax.Array, labels: jax.Array, masks=None):
-    """Decodes p prompts on one image. One compilation per (p, n), shared by a teacher and its slim models.
+def decode(
+    config: Config, params: Params, embedding: jax.Array, points: jax.Array, labels: jax.Array, masks=None, masked=None
+):
+    """Decodes p prompts. One compilation per (p, n), shared by a teacher and its slim models.
 
     Args:
-      embedding: [h, w, C], one image's.
-      points, labels, masks: as `PromptEncoder` takes them, from `prompt_points`.
+      embedding: [h, w, C], one image's, or [p, h, w, C], that of each prompt.
+      points, labels, masks, masked: as `PromptEncoder` takes them, from `prompt_points`.
 
     Returns:
       masks: [p, 1 + multimask_outputs, 4h, 4w] logits; the original's `multimask_output=False`
@@ -88,12 +90,12 @@ def decode(config: Config, params: Params, embedding: jax.Array, points: jax.Arr
       iou: [p, 1 + multimask_outputs] predicted IoU.
     """
     parts = {name: params[name] for name in ("prompt_encoder", "mask_decoder")}
-    return _decode(dataclasses.replace(config, embed_dim=0, blocks=()), parts, embedding, points, labels, masks)
+    return _decode(dataclasses.replace(config, embed_dim=0, blocks=()), parts, embedding, points, labels, masks, masked)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _decode(config: Config, params: Params, embedding, points, labels, masks):
-    prompt_encoder = nn.apply(lambda m: (m(points, labels, masks), m.dense_positions()), PromptEncoder(config))
+def _decode(config: Config, params: Params, embedding, points, labels, masks, masked):
+    prompt_encoder = nn.apply(lambda m: (m(points, labels, masks, masked), m.dense_positions()), PromptEncoder(config))
     with jax.default_matmul_precision("highest"):  # positions are phases of many turns: they bear no rounding
         (sparse, dense), positions = prompt_encoder({"params": params["prompt_encoder"]})
         inputs = (embedding, positions, sparse, dense, labels != ABSENT)
@@ -164,7 +166,7 @@ def resize_masks(config: Config, masks: np.ndarray, size: tuple[int, int], origi
     Returns:
       [..., h0, w0] float32; a mask is where they exceed 0.
     """
-    rows, columns = (_enlarging(masks.shape[i - 2], config.image_size[i], size[i], original_size[i]) for i in (0, 1))
+    rows, columns = (enlarging(masks.shape[i - 2], config.image_size[i], size[i], original_size[i]) for i in (0, 1))
     masks = np.asarray(masks, np.float32)
     enlarged = np.empty((*masks.shape[:-2], *original_size), np.float32)
     for index in np.ndindex(masks.shape[:-2]):
@@ -173,7 +175,7 @@ def resize_masks(config: Config, masks: np.ndarray, size: tuple[int, int], origi
 
 
 @functools.lru_cache(maxsize=32)
-def _enlarging(source: int, frame: int, size: int, original: int) -> scipy.sparse.csr_array:
+def enlarging(source: int, frame: int, size: int, original: int) -> scipy.sparse.csr_array:
     """[original, source]: one axis of a mask from the decoder to the model frame, and `size` of that to the picture."""
     to_frame, to_picture = bilinear_matrix(source, frame)[:size], bilinear_matrix(size, original)
     return scipy.sparse.csr_array(scipy.sparse.csr_array(to_picture) @ scipy.sparse.csr_array(to_frame))

@@ -58,7 +58,7 @@ def decode_prompts(
     """
     points = to_model_frame(prompts.points, encoded.size, encoded.original_size)
     found = []
-    for index, count in _padded(len(points)):
+    for index, count in padded(len(points)):
         previous = None if masks is None else masks[index][..., None]
         outputs = decode(sam.config, sam.params, encoded.embedding, points[index], prompts.labels[index], previous)
         found.append([np.asarray(array)[:count] for array in outputs])
@@ -66,7 +66,7 @@ def decode_prompts(
     return np.concatenate(low), np.concatenate(scores)
 
 
-def _padded(count: int) -> Iterator[tuple[np.ndarray, int]]:
+def padded(count: int) -> Iterator[tuple[np.ndarray, int]]:
     """Splits `count` prompts over buckets: (indices, padded by repetition to a bucket's size; how many are real)."""
     buckets = BUCKETS if jax.default_backend() == "cpu" else ACCELERATOR_BUCKETS
     start = 0

@@ -1,0 +1,117 @@
+"""All masks of many pictures. `python -m slimsam_jax.everything --model M --images D --out masks.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimsam_jax import cli
+from slimsam_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from slimsam_jax.data import Sample
+    from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Find all masks of pictures and write them in COCO's format.
+
+    A grid of points is asked; masks that the model itself thinks poor, or that change much with the threshold, are
+    dropped, and so are duplicates. The file can be read again by `evaluate --data` and `data check`.
+    """
+
+    model: Path
+    """A model folder, a .pth, or a Hugging Face SamModel folder."""
+    images: tuple[str, ...]
+    """Folders of images, .tar shards, COCO .json files, tfds:DIR."""
+    out: Path
+    """The COCO .json to write."""
+    sheet: Path | None = None
+    """Also draw some of the images with their masks into this PNG."""
+    points_per_side: int = 32
+    """Of the grid of points."""
+    points_per_batch: int = 64
+    """Decoded together."""
+    pred_iou_thresh: float = 0.88
+    """The model's own estimate that a mask must exceed; a small SAM may need less."""
+    stability_score_thresh: float = 0.95
+    """The least stability of a mask."""
+    box_nms_thresh: float = 0.7
+    """Box IoU from which the worse of two masks is a duplicate."""
+    crop_n_layers: int = 0
+    """1: also in 4 overlapping crops, 2: and in 16."""
+    crop_n_points_downscale_factor: int = 1
+    """By which the points per side fall from layer to layer of crops."""
+    min_mask_region_area: int = 0
+    """Holes and islands of fewer pixels are filled and dropped."""
+    hierarchical: bool = False
+    """Ask few points first, and of the others those that nothing covers: faster (TinySAM)."""
+
+
+def everything(options: Options) -> None:
+    """Searches every picture; those that cannot be read are named and left out.
+
+    Raises:
+      InputError: bad options or files, or not one picture could be read.
+    """
+    for path in (options.out, options.sheet):
+        if path:
+            cli.check_file(path)
+    from converters.from_torch import load
+    from slimsam_jax.checkpoint import write_json
+    from slimsam_jax.data import find
+    from slimsam_jax.evaluation import map_readable
+    from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
+    from slimsam_jax.progress import track
+
+    samples, fields = find(options.images), dataclasses.asdict(options)
+    for name in ("model", "images", "out", "sheet"):
+        del fields[name]
+    generator = SamAutomaticMaskGenerator(load(options.model), output_mode="coco_rle", **fields)
+    found, skipped = map_readable(lambda sample: search(generator, sample), track(samples, "everything"))
+    for reason in skipped.values():
+        print(f"skipped: {reason}")
+    if not found:
+        raise InputError(f"not one of the {len(samples)} images can be read")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    content = as_coco(found)
+    write_json(options.out, content)
+    print(f"wrote {options.out}: {len(content['annotations'])} masks of {len(found)} images")
+    if options.sheet:
+        draw(found, options.sheet)
+
+
+def search(generator: SamAutomaticMaskGenerator, sample: Sample) -> dict[str, Any]:
+    """{"size": (height, width), "masks": records}."""
+    picture = sample.image()
+    return {"size": (picture.height, picture.width), "masks": generator.generate(picture)}
+
+
+def as_coco(found: dict[Sample, dict[str, Any]]) -> dict[str, Any]:
+    """{sample: what `search` found} as COCO: images and annotations numbered from 1, one category."""
+    images, annotations = [], []
+    for number, (sample, result) in enumerate(found.items(), 1):
+        height, width = result["size"]
+        images.append({"id": number, "file_name": str(Path(sample.name).absolute()), "height": height, "width": width})
+        for record in result["masks"]:
+            ids = {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}
+            annotations.append({**ids, **record})
+    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]}
+
+
+def draw(found: dict[Sample, dict[str, Any]], out: Path) -> None:
+    """Pictures with what was found in them."""
+    from slimsam_jax.checkpoint import replacing
+    from slimsam_jax.data.check import draw_sheet
+
+    made = [dataclasses.replace(s, load_annotations=lambda r=result: r["masks"]) for s, result in found.items()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary:
+        draw_sheet(made, prompts=False).save(temporary, format="PNG")
+    print(f"drawn in {out}")
+
+
+if __name__ == "__main__":
+    cli.run(Options, everything)

@@ -1,0 +1,181 @@
+"""All masks of a picture: `segment_anything`'s `SamAutomaticMaskGenerator`, and TinySAM's hierarchical strategy.
+
+A grid of points is decoded in batches; what the model thinks poor is dropped before anything is enlarged, the rest is
+enlarged, measured and packed to bits on the device, and only what survives suppression is unpacked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from slimsam_jax import rle
+from slimsam_jax.errors import InputError
+from slimsam_jax.inference import amg
+from slimsam_jax.inference.candidates import Candidates, concatenate, enlarge, unpack
+from slimsam_jax.inference.masks import Encoded, clicks_at, decode_prompts
+from slimsam_jax.inference.predictor import AnyImage, as_picture, encode_images
+from slimsam_jax.models.sam import Sam
+
+COVERED = 8.5  # logit from which TinySAM takes a point for explained
+
+
+@dataclasses.dataclass(frozen=True)
+class SamAutomaticMaskGenerator:
+    """Finds the masks of whole pictures. Fields as the original's, with its defaults, which suit SAM-H.
+
+    Attributes:
+      sam: the model.
+      points_per_side: of the grid; or None and `point_grids`.
+      points_per_batch: decoded together.
+      pred_iou_thresh: the model's own estimate that a mask must exceed.
+      stability_score_thresh: the least IoU of a mask cut at logits above and below 0 by `stability_score_offset`.
+      box_nms_thresh: box IoU from which the worse of two masks is a duplicate.
+      crop_n_layers: 1: also in 4 crops, 2: and in 16, ...
+      crop_nms_thresh: as box_nms_thresh, between crops, the smaller crop being the better.
+      crop_overlap_ratio: of the shorter side, by which the first crops overlap.
+      crop_n_points_downscale_factor: by which points_per_side falls from layer to layer.
+      point_grids: [n, 2] (x, y) in 0..1 for each layer.
+      min_mask_region_area: holes and islands of fewer pixels are filled and dropped; 0 for none.
+      output_mode: "binary_mask" [h0, w0] bool, "uncompressed_rle" or "coco_rle".
+      hierarchical: a sixteenth of the points first; of the others only those that no mask found so far covers with
+        logits over 8.5 (TinySAM, Shu et al., AAAI 2025, section 3.4; there the first points lie beside the grid, here
+        they are of it, so that no point is asked that the flat strategy would not ask).
+    """
+
+    sam: Sam
+    points_per_side: int | None = 32
+    points_per_batch: int = 64
+    pred_iou_thresh: float = 0.88
+    stability_score_thresh: float = 0.95
+    stability_score_offset: float = 1.0
+    box_nms_thresh: float = 0.7
+    crop_n_layers: int = 0
+    crop_nms_thresh: float = 0.7
+    crop_overlap_ratio: float = 512 / 1500
+    crop_n_points_downscale_factor: int = 1
+    point_grids: Sequence[np.ndarray] | None = None
+    min_mask_region_area: int = 0
+    output_mode: Literal["binary_mask", "uncompressed_rle", "coco_rle"] = "binary_mask"
+    hierarchical: bool = False
+
+    def __post_init__(self):
+        if (self.points_per_side is None) == (self.point_grids is None):
+            raise InputError("give either points_per_side or point_grids")
+        if self.hierarchical and self.point_grids is not None:
+            raise InputError("hierarchical refines a regular grid: give points_per_side, not point_grids")
+        if self.point_grids is not None and len(self.point_grids) <= self.crop_n_layers:
+            raise InputError(f"{len(self.point_grids)} point_grids for {self.crop_n_layers + 1} layers of crops")
+        if self.output_mode not in ENCODE:
+            raise InputError(f"output_mode {self.output_mode!r} is none of {', '.join(ENCODE)}")
+        if (self.points_per_side or 1) < 1 or self.points_per_batch < 1 or self.crop_n_layers < 0:
+            raise InputError("points_per_side and points_per_batch must be at least 1, crop_n_layers at least 0")
+
+    def generate(self, image: AnyImage) -> list[dict[str, Any]]:
+        """The masks of a picture, best first; [] if there are none.
+
+        Returns:
+          A dict of each: segmentation (see `output_mode`), area in pixels, bbox (x, y, width, height of the box
+          between the outermost pixels), predicted_iou, point_coords [[x, y]], stability_score, crop_box (x, y,
+          width, height).
+
+        Raises:
+          InputError: not a picture.
+        """
+        picture = np.asarray(as_picture(image))
+        size = picture.shape[:2]
+        crops = amg.generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
+        found = concatenate([self._of_crop(picture, crop_box, layer) for crop_box, layer in crops])
+        if len(crops) > 1:
+            found = found.take(amg.nms(found.boxes, 1 / amg.box_area(found.crop_boxes), self.crop_nms_thresh))
+        masks = [unpack(found, i, size) for i in range(len(found.bits))]
+        if self.min_mask_region_area and masks:
+            found, masks = self._without_small_regions(found, masks)
+        return [_record(found, i, mask, self.output_mode) for i, mask in enumerate(masks)]
+
+    def _of_crop(self, picture: np.ndarray, crop_box: np.ndarray, layer: int) -> Candidates:
+        x0, y0, x1, y1 = crop_box
+        (encoded,) = encode_images(self.sam, [picture[y0:y1, x0:x1]])
+        search = functools.partial(self._at_points, encoded, crop_box, picture.shape[:2])
+        if self.hierarchical:
+            found = self._coarse_to_fine(encoded, search, layer)
+        else:
+            found = search(self._grid(layer).reshape(-1, 2) * (x1 - x0, y1 - y0))[0]
+        return found.take(amg.nms(found.boxes, found.predicted_iou, self.box_nms_thresh))
+
+    def _grid(self, layer: int) -> np.ndarray:
+        """(x, y) in 0..1: [rows, columns, 2], or [n, 2] if they were given."""
+        if self.point_grids is not None:
+            return np.asarray(self.point_grids[layer], float)
+        side = max(1, int(self.points_per_side / self.crop_n_points_downscale_factor**layer))
+        return amg.build_point_grid(side).reshape(side, side, 2)
+
+    def _coarse_to_fine(self, encoded: Encoded, search: Any, layer: int) -> Candidates:
+        height, width = encoded.original_size
+        grid = self._grid(layer) * (width, height)
+        first = np.zeros(grid.shape[:2], bool)
+        first[min(1, len(grid) - 1) :: 4, min(1, len(grid) - 1) :: 4] = True
+        coarse, low = search(grid[first])
+        covered = _covered(self.sam, encoded, low)
+        rest = grid[~first]
+        x, y = rest.astype(int).T
+        fine, _ = search(rest[~covered[y, x]])
+        return concatenate([coarse, fine])
+
+    def _at_points(self, encoded: Encoded, crop_box: np.ndarray, size: tuple[int, int], points: np.ndarray):
+        """The masks that pass the filters at [n, 2] points of a crop, and their [m, 4h, 4w] logits."""
+        found, lows = [], []
+        for start in range(0, max(1, len(points)), self.points_per_batch):
+            some = points[start : start + self.points_per_batch]
+            low, scores = decode_prompts(self.sam, encoded, clicks_at(some)) if len(some) else self._nothing()
+            low, scores = low[:, 1:].reshape(-1, *low.shape[2:]), scores[:, 1:].ravel()
+            asked = np.repeat(some, len(scores) // max(1, len(some)), axis=0)
+            good = np.flatnonzero((scores > self.pred_iou_thresh) | (self.pred_iou_thresh <= 0))
+            bits, boxes, areas, stability = enlarge(self.sam, encoded, low[good], self.stability_score_offset)
+            boxes = boxes + np.tile(crop_box[:2], 2)
+            crops = np.tile(crop_box, (len(good), 1))
+            batch = Candidates(list(bits), boxes, areas, scores[good], stability, asked[good] + crop_box[:2], crops)
+            keep = (stability >= self.stability_score_thresh) & ~amg.is_box_near_crop_edge(boxes, crop_box, size)
+            found.append(batch.take(np.flatnonzero(keep)))
+            lows.append(low[good][keep])
+        return concatenate(found), np.concatenate(lows)
+
+    def _nothing(self) -> tuple[np.ndarray, np.ndarray]:
+        outputs, (h, w) = 1 + self.sam.config.multimask_outputs, self.sam.config.grid
+        return np.zeros((0, outputs, 4 * h, 4 * w), np.float32), np.zeros((0, outputs), np.float32)
+
+    def _without_small_regions(self, found: Candidates, masks: list[np.ndarray]):
+        """Masks that were changed give way to those that were not, where they are duplicates."""
+        cleaned = [amg.remove_small_regions(mask, self.min_mask_region_area) for mask in masks]
+        masks, changed = [mask for mask, _ in cleaned], np.array([changed for _, changed in cleaned])
+        boxes = np.stack([amg.mask_to_box(mask) for mask in masks])
+        keep = amg.nms(boxes, 1.0 - changed, max(self.box_nms_thresh, self.crop_nms_thresh))
+        found = found._replace(boxes=boxes, areas=np.array([mask.sum() for mask in masks]))
+        return found.take(keep), [masks[i] for i in keep]
+
+
+def _covered(sam: Sam, encoded: Encoded, low: np.ndarray) -> np.ndarray:
+    """[h0, w0] bool: where any of the masks is sure."""
+    bits = enlarge(sam, encoded, low, threshold=COVERED)[0]
+    together = np.bitwise_or.reduce(bits, axis=0) if len(bits) else np.zeros(bits.shape[1:], np.uint8)
+    return np.unpackbits(together, axis=-1, count=encoded.original_size[1]).astype(bool)
+
+
+ENCODE = {"binary_mask": np.asarray, "uncompressed_rle": rle.encode_uncompressed, "coco_rle": rle.encode}
+
+
+def _record(found: Candidates, index: int, mask: np.ndarray, mode: str) -> dict[str, Any]:
+    (x0, y0, x1, y1), (left, top, right, bottom) = found.boxes[index].tolist(), found.crop_boxes[index].tolist()
+    return {
+        "segmentation": ENCODE[mode](mask),
+        "area": int(found.areas[index]),
+        "bbox": [x0, y0, x1 - x0, y1 - y0],
+        "predicted_iou": float(found.predicted_iou[index]),
+        "point_coords": [found.points[index].tolist()],
+        "stability_score": float(found.stability[index]),
+        "crop_box": [left, top, right - left, bottom - top],
+    }

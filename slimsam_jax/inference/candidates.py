@@ -1,0 +1,102 @@
+"""Masks of a picture while it is searched for them: enlarged, measured and packed to bits on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slimsam_jax.inference.masks import Encoded, padded
+from slimsam_jax.models.sam import Sam, enlarging
+
+FRAME = 256  # pictures are enlarged into frames of multiples of this, so that few sizes are compiled
+
+
+class Candidates(NamedTuple):
+    """n masks on a picture.
+
+    Attributes:
+      bits: [n, h, ceil(w / 8)] uint8, rows of the crop they were found in, packed.
+      boxes: [n, 4] x0, y0, x1, y1 in the picture's frame, all within the mask.
+      areas: [n] pixels.
+      predicted_iou, stability: [n].
+      points: [n, 2] (x, y), what was asked.
+      crop_boxes: [n, 4], x1 and y1 just outside.
+    """
+
+    bits: list[np.ndarray]
+    boxes: np.ndarray
+    areas: np.ndarray
+    predicted_iou: np.ndarray
+    stability: np.ndarray
+    points: np.ndarray
+    crop_boxes: np.ndarray
+
+    def take(self, index: np.ndarray) -> Candidates:
+        return Candidates([self.bits[i] for i in index], *(array[index] for array in self[1:]))
+
+
+def concatenate(parts: Sequence[Candidates]) -> Candidates:
+    bits = [each for part in parts for each in part.bits]
+    return Candidates(bits, *(np.concatenate(arrays) for arrays in zip(*(part[1:] for part in parts), strict=True)))
+
+
+def enlarge(sam: Sam, encoded: Encoded, low: np.ndarray, offset: float = 1.0, threshold: float = 0.0):
+    """Brings logits into the picture's frame, measures them, and packs the masks.
+
+    Args:
+      low: [n, 4h, 4w] logits.
+      offset: of stability.
+      threshold: a mask is where logits exceed it.
+
+    Returns:
+      bits [n, h0, ceil(w0 / 8)], boxes [n, 4] (zeros of an empty mask), areas [n], stability [n] (0 of an empty one).
+    """
+    height, width = encoded.original_size
+    frame = tuple(-(-side // FRAME) * FRAME for side in encoded.original_size)
+    rows, columns = (_matrix(sam, encoded, axis, frame[axis]) for axis in (0, 1))
+    found = []
+    for index, count in padded(len(low)):
+        outputs = _enlarge(low[index], rows, columns, np.array(encoded.original_size), threshold, offset)
+        found.append([np.asarray(array)[:count] for array in outputs])
+    if not found:
+        empty = np.zeros((0, height, -(-width // 8)), np.uint8), np.zeros((0, 4), int)
+        return *empty, np.zeros(0, int), np.zeros(0)
+    bits, boxes, areas, inner, outer = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    return bits[:, :height, : -(-width // 8)], boxes, areas, inner / np.maximum(outer, 1)
+
+
+def _matrix(sam: Sam, encoded: Encoded, axis: int, frame: int) -> np.ndarray:
+    """[frame, 4h or 4w] weights of one axis, zero beyond the picture."""
+    source, side = 4 * sam.config.grid[axis], encoded.original_size[axis]
+    weights = enlarging(source, sam.config.image_size[axis], encoded.size[axis], side)
+    return np.pad(weights.toarray(), ((0, frame - side), (0, 0)))
+
+
+@jax.jit
+def _enlarge(low, rows, columns, size, threshold, offset):
+    logits = jnp.einsum("yi,nij,xj->nyx", rows, low, columns)
+    inside = (jnp.arange(len(rows)) < size[0])[:, None] & (jnp.arange(len(columns)) < size[1])
+    count = lambda mask: mask.sum((1, 2), dtype=jnp.int32)
+    mask = (logits > threshold) & inside
+    boxes = jnp.stack([_edge(mask.any(1)), _edge(mask.any(2)), _edge(mask.any(1), True), _edge(mask.any(2), True)], 1)
+    inner, outer = (count((logits > threshold + sign * offset) & inside) for sign in (1, -1))
+    return jnp.packbits(mask, axis=-1), boxes, count(mask), inner, outer
+
+
+def _edge(used: jax.Array, last: bool = False) -> jax.Array:
+    """[n, side] bool -> [n], the first or last that is true; 0 if none is."""
+    if last:
+        return jnp.where(used.any(1), used.shape[1] - 1 - used[:, ::-1].argmax(1), 0)
+    return used.argmax(1)
+
+
+def unpack(found: Candidates, index: int, size: tuple[int, int]) -> np.ndarray:
+    """[h0, w0] bool, in the whole picture."""
+    x0, y0, x1, y1 = found.crop_boxes[index]
+    mask = np.zeros(size, bool)
+    mask[y0:y1, x0:x1] = np.unpackbits(found.bits[index], axis=-1, count=x1 - x0)
+    return mask

@@ -1,0 +1,171 @@
+"""`segment_anything`'s `SamPredictor` for any model of ours; and many images with mixed prompts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from slimsam_jax.data import read_image
+from slimsam_jax.errors import InputError
+from slimsam_jax.inference.masks import Encoded, padded
+from slimsam_jax.inference.prompts import Prompt, decode_mixed
+from slimsam_jax.models.sam import Sam, encode, resize_and_pad, resize_masks
+
+AnyImage = str | Path | Image.Image | np.ndarray
+
+
+class Prediction(NamedTuple):
+    """The masks of one prompt: C = 3, or 1 if `multimask_output` is false.
+
+    Attributes:
+      masks: [C, h0, w0] bool, or float32 logits, in the picture's frame.
+      iou_predictions: [C].
+      low_res_masks: [C, 4h, 4w] float32 logits, to be given back as `mask_input`.
+    """
+
+    masks: np.ndarray
+    iou_predictions: np.ndarray
+    low_res_masks: np.ndarray
+
+
+class SamPredictor:
+    """One picture, then any number of prompts; the picture is encoded once.
+
+    Compiles once for the encoder, and once for each bucket of prompts and tokens.
+    """
+
+    mask_threshold = 0.0
+    image_format = "RGB"
+
+    def __init__(self, sam: Sam):
+        self.model = sam
+        self.reset_image()
+
+    def set_image(self, image: AnyImage, image_format: str = "RGB") -> None:
+        """Encodes a picture.
+
+        Args:
+          image: a path, a PIL image, or [h0, w0, 3] uint8.
+          image_format: of an array: "RGB" or "BGR".
+
+        Raises:
+          InputError: not a picture.
+        """
+        if image_format not in ("RGB", "BGR"):
+            raise InputError(f"image_format {image_format!r} is neither RGB nor BGR")
+        if image_format == "BGR" and isinstance(image, np.ndarray):
+            image = np.ascontiguousarray(image[..., ::-1])
+        (self.encoded,) = encode_images(self.model, [image])
+
+    def predict(
+        self,
+        point_coords=None,
+        point_labels=None,
+        box=None,
+        mask_input=None,
+        multimask_output=True,
+        return_logits=False,
+    ) -> Prediction:
+        """Masks for one prompt on the picture; arguments as in `Prompt`.
+
+        Args:
+          multimask_output: three masks of different extent, which suits an ambiguous prompt such as one point.
+          return_logits: masks as logits instead of bool.
+
+        Raises:
+          InputError: no picture is set, or the prompt is none.
+        """
+        prompt = Prompt(point_coords, point_labels, box, mask_input)
+        return predict(self.model, [self._encoded()], [[prompt]], multimask_output, return_logits)[0][0]
+
+    def predict_batch(
+        self,
+        images: Sequence[AnyImage],
+        prompts: Sequence[Sequence[Prompt]],
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> list[list[Prediction]]:
+        """Masks for all prompts of many pictures, of mixed kinds and numbers; leaves the picture set alone.
+
+        Args:
+          prompts: those of each picture.
+
+        Raises:
+          InputError: not as many lists of prompts as pictures, or one of them is none.
+        """
+        return predict(self.model, encode_images(self.model, images), prompts, multimask_output, return_logits)
+
+    def get_image_embedding(self) -> np.ndarray:
+        """[1, C, h, w] float32, as the original gives it."""
+        return np.asarray(self._encoded().embedding).transpose(2, 0, 1)[None]
+
+    def reset_image(self) -> None:
+        self.encoded: Encoded | None = None
+
+    @property
+    def is_image_set(self) -> bool:
+        return self.encoded is not None
+
+    def _encoded(self) -> Encoded:
+        if self.encoded is None:
+            raise InputError("no picture is set; call set_image first")
+        return self.encoded
+
+
+def encode_images(sam: Sam, images: Sequence[AnyImage]) -> list[Encoded]:
+    """Encodes pictures of any sizes, in batches of few sizes."""
+    pictures = [as_picture(image) for image in images]
+    frames = [resize_and_pad(picture, sam.config.image_size) for picture in pictures]
+    found: list[Encoded] = []
+    for index, count in padded(len(frames)):
+        pixels, sizes = (np.stack([frames[i][part] for i in index]) for part in (0, 1))
+        embeddings = encode(sam.config, sam.params, pixels, sizes)
+        for i in range(count):
+            picture = pictures[index[i]]
+            found.append(Encoded(embeddings[i], tuple(map(int, sizes[i])), (picture.height, picture.width)))
+    return found
+
+
+def as_picture(image: AnyImage) -> Image.Image:
+    """An RGB PIL image from whatever holds one.
+
+    Raises:
+      InputError: it does not.
+    """
+    if isinstance(image, str | Path):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise InputError(f"an image is uint8 [height, width, 3], and this is {array.dtype} {list(array.shape)}")
+    return Image.fromarray(array)
+
+
+def predict(
+    sam: Sam,
+    encoded: Sequence[Encoded],
+    prompts: Sequence[Sequence[Prompt]],
+    multimask_output: bool = True,
+    return_logits: bool = False,
+) -> list[list[Prediction]]:
+    """Decodes the prompts of all pictures together.
+
+    Raises:
+      InputError: not as many lists of prompts as pictures, or one of them is none.
+    """
+    if len(encoded) != len(prompts):
+        raise InputError(f"{len(encoded)} images and {len(prompts)} lists of prompts: one list for each image")
+    flat = [(each, prompt) for each, of_image in zip(encoded, prompts, strict=True) for prompt in of_image]
+    outputs = slice(1, None) if multimask_output else slice(0, 1)
+    decoded = iter(decode_mixed(sam, [each for each, _ in flat], [prompt for _, prompt in flat]))
+
+    def finished(each: Encoded, low: np.ndarray, scores: np.ndarray) -> Prediction:
+        masks = resize_masks(sam.config, low[outputs], each.size, each.original_size)
+        return Prediction(masks if return_logits else masks > 0, scores[outputs], low[outputs])
+
+    return [[finished(each, *next(decoded)) for _ in of_image] for each, of_image in zip(encoded, prompts, strict=True)]

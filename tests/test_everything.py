@@ -1,0 +1,291 @@
+"""All masks of a picture, against the original generator; its parts by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import peers
+import pytest
+import torch
+from conftest import SQUARE, random_sam, shared
+from PIL import Image
+from test_data import save_image, truncated
+from test_predictor import Original, picture
+
+from converters.from_torch import from_state_dict, load
+from slimsam_jax import data, everything, metrics, rle
+from slimsam_jax.checkpoint import save
+from slimsam_jax.errors import InputError
+from slimsam_jax.evaluation import encode_image
+from slimsam_jax.inference import amg
+from slimsam_jax.inference import automatic_mask_generator as generators
+from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
+from slimsam_jax.inference.candidates import enlarge
+from slimsam_jax.inference.masks import clicks_at, decode_prompts
+from slimsam_jax.models.sam import resize_masks
+
+GRID = [np.zeros((1, 2))]
+
+
+def original_generator(stock, **fields):
+    """The original's, with what torchvision would give it."""
+    peers.segment_anything()
+    from segment_anything import automatic_mask_generator as module
+
+    def batched_nms(boxes, scores, _, iou_threshold):
+        return torch.as_tensor(brute_nms(boxes.numpy(), scores.numpy(), iou_threshold), dtype=torch.long)
+
+    module.batched_nms = batched_nms
+    module.box_area = lambda boxes: (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    generator = module.SamAutomaticMaskGenerator(stock, **fields)
+    driven = Original(stock)
+    generator.predictor.set_image = lambda image: (
+        driven.set_image(image),
+        vars(generator.predictor).update({k: v for k, v in vars(driven.predictor).items() if k not in ("transform",)}),
+    )
+    return generator
+
+
+def brute_nms(boxes, scores, threshold):
+    """Box by box, in Python."""
+    kept = []
+    for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
+        if all(box_iou(boxes[i], boxes[j]) <= threshold for j in kept):
+            kept.append(i)
+    return kept
+
+
+def box_iou(one, other) -> float:
+    sides = [max(0, min(one[2 + k], other[2 + k]) - max(one[k], other[k])) for k in (0, 1)]
+    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])
+    shared_area = sides[0] * sides[1]
+    union = area(one) + area(other) - shared_area
+    return shared_area / union if union else 0.0
+
+
+def matched(found, wanted, least: float = 0.9) -> float:
+    """Share of the masks of one list that have a partner in the other."""
+    if not found:
+        return 1.0
+    best = lambda mask: max((float(metrics.iou(mask, other["segmentation"])) for other in wanted), default=0)
+    return float(np.mean([best(each["segmentation"]) > least for each in found]))
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return peers.stock_sam(SQUARE)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2},
+        {"box_nms_thresh": 0.95, "stability_score_offset": 2e-3, "points_per_batch": 7},
+    ],
+    ids=str,
+)
+def test_records_equal_the_originals(stock, fields):
+    sam = from_state_dict(peers.state_dict(stock))
+    image = picture(3, 40, 60)
+    clicks = clicks_at(np.array([[9.0, 9.0], [30.0, 20.0]]))
+    scores = decode_prompts(sam, encode_image(sam, Image.fromarray(image)), clicks)[1][:, 1:]
+    thresholds = {"pred_iou_thresh": float(np.quantile(scores, 0.3)), "stability_score_thresh": 0.3}
+    small = {"stability_score_offset": 1e-3, "box_nms_thresh": 0.98}  # of random weights logits are small, masks alike
+    fields = {"points_per_side": 6, **small, **thresholds, **fields}
+    found = SamAutomaticMaskGenerator(sam, **fields).generate(image)
+    wanted = original_generator(stock, **fields).generate(image)
+    assert len(found) == len(wanted) >= 2
+    for one, other in zip(found, wanted, strict=True):
+        assert one.keys() == other.keys()
+        assert one["crop_box"] == other["crop_box"]
+        np.testing.assert_allclose(one["point_coords"], other["point_coords"])
+        assert metrics.iou(one["segmentation"], other["segmentation"]) > 0.98
+        for name in ("predicted_iou", "stability_score"):
+            assert one[name] == pytest.approx(other[name], abs=0.01)
+        assert np.abs(np.subtract(one["bbox"], other["bbox"])).max() <= 1
+        assert one["area"] == one["segmentation"].sum()
+
+
+def test_enlarged_masks_equal_resized_logits():
+    sam = random_sam(SQUARE)
+    encoded = encode_image(sam, Image.fromarray(picture(0, 70, 33)))
+    low = np.random.default_rng(0).standard_normal((5, 16, 16)).astype(np.float32)
+    low[4] = -3
+    bits, boxes, areas, stability = enlarge(sam, encoded, low, offset=0.5)
+    logits = resize_masks(sam.config, low, encoded.size, encoded.original_size)
+    masks = np.unpackbits(bits, axis=-1, count=33).astype(bool)
+    np.testing.assert_array_equal(masks, logits > 0)
+    np.testing.assert_array_equal(areas, (logits > 0).sum((1, 2)))
+    np.testing.assert_array_equal(boxes, [amg.mask_to_box(mask) for mask in masks])
+    np.testing.assert_allclose(stability[:4], ((logits > 0.5).sum((1, 2)) / (logits > -0.5).sum((1, 2)))[:4])
+    assert stability[4] == 0 and not boxes[4].any()
+    assert enlarge(sam, encoded, low[:0])[0].shape == (0, 70, 5)
+
+
+def test_the_three_output_modes_say_the_same():
+    sam, image = random_sam(SQUARE), picture(3, 40, 60)
+    fields = {"points_per_side": 4, "pred_iou_thresh": -9.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
+    modes = ("binary_mask", "uncompressed_rle", "coco_rle")
+    found = [SamAutomaticMaskGenerator(sam, output_mode=mode, **fields).generate(image) for mode in modes]
+    assert len(found[0]) > 1
+    for binary, plain, packed in zip(*found, strict=True):
+        np.testing.assert_array_equal(rle.decode(plain["segmentation"]), binary["segmentation"])
+        np.testing.assert_array_equal(rle.decode(packed["segmentation"]), binary["segmentation"])
+        json.dumps(packed)
+
+
+def test_a_picture_with_nothing_in_it_gives_nothing():
+    for fields in ({}, {"hierarchical": True}, {"crop_n_layers": 1}, {"min_mask_region_area": 9}):
+        generator = SamAutomaticMaskGenerator(random_sam(SQUARE), 4, pred_iou_thresh=99.0, **fields)
+        assert generator.generate(np.zeros((30, 40, 3), np.uint8)) == []
+
+
+def test_hierarchical_asks_each_point_of_the_grid_once_or_not_at_all(monkeypatch):
+    """Whatever is covered: nothing, one half, everything."""
+    sam, image = random_sam(SQUARE), picture(3, 40, 60)
+    asked = []
+    search = SamAutomaticMaskGenerator._at_points
+
+    def watch(self, encoded, crop_box, size, points):
+        asked.append(points)
+        return search(self, encoded, crop_box, size, points)
+
+    monkeypatch.setattr(SamAutomaticMaskGenerator, "_at_points", watch)
+    grid = amg.build_point_grid(8) * (60, 40)
+    for width, expected in ((0, 64), (30, 34), (60, 4)):
+        asked.clear()
+        covered = np.zeros((40, 60), bool)
+        covered[:, :width] = True
+        monkeypatch.setattr(generators, "_covered", lambda *_, covered=covered: covered)
+        SamAutomaticMaskGenerator(sam, 8, hierarchical=True).generate(image)
+        points = {tuple(point) for point in np.concatenate(asked)}
+        assert len(asked[0]) == 4 and len(points) == sum(map(len, asked)) == expected
+        assert points <= {tuple(point) for point in grid}
+
+
+def test_covered_is_where_a_mask_is_sure():
+    sam = random_sam(SQUARE)
+    encoded = encode_image(sam, Image.fromarray(picture(0, 64, 64)))
+    low = np.full((2, 16, 16), -9.0, np.float32)
+    low[0, :4], low[1, 8:, 8:] = 20, 8
+    covered = generators._covered(sam, encoded, low)
+    assert covered[:8].all() and not covered[20:].any() and not generators._covered(sam, encoded, low[:0]).any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_suppression_equals_brute_force(seed):
+    random = np.random.default_rng(seed)
+    corners = random.integers(0, 20, (40, 2, 2))
+    boxes = np.concatenate([corners.min(1), corners.max(1)], axis=1)
+    scores = random.random(40).round(1)  # with ties
+    for threshold in (0.0, 0.3, 0.7):
+        assert amg.nms(boxes, scores, threshold).tolist() == brute_nms(boxes, scores, threshold)
+    assert amg.nms(boxes[:0], scores[:0], 0.5).shape == (0,)
+
+
+@pytest.mark.parametrize("size", [(100, 150), (33, 20), (1200, 1800)])
+def test_crops_and_grids_equal_the_originals(size):
+    peers.segment_anything()
+    from segment_anything.utils import amg as original
+
+    for layers in range(3):
+        boxes, numbers = original.generate_crop_boxes(size, layers, 512 / 1500)
+        found = amg.generate_crop_boxes(size, layers, 512 / 1500)
+        assert [box.tolist() for box, _ in found] == boxes and [layer for _, layer in found] == numbers
+    for count in (1, 5, 32):
+        np.testing.assert_allclose(amg.build_point_grid(count), original.build_point_grid(count))
+
+
+def test_small_regions_by_hand():
+    mask = np.zeros((12, 12), bool)
+    mask[1:9, 1:9] = True
+    mask[3:5, 3:5] = False  # a hole of 4
+    mask[11, 10:] = True  # an island of 2
+    cleaned, changed = amg.remove_small_regions(mask, 5)
+    assert changed and cleaned[1:9, 1:9].all() and cleaned.sum() == 64
+    same, changed = amg.remove_small_regions(cleaned, 5)
+    assert not changed and (same == cleaned).all()
+    kept, changed = amg.remove_small_regions(np.eye(12, dtype=bool)[:4], 30)  # touching by corners is one region
+    assert kept.sum() in (4, 48)
+    two = np.zeros((40, 40), bool)
+    two[:2, :2] = two[10:13, 10:13] = True
+    largest, changed = amg.remove_small_regions(two, 100)
+    assert changed and largest.sum() == 9
+
+
+def test_small_regions_are_cleaned_and_duplicates_go():
+    sam, image = random_sam(SQUARE), picture(3, 40, 60)
+    fields = {"points_per_side": 4, "pred_iou_thresh": -9.0, "stability_score_thresh": 0.0, "box_nms_thresh": 0.95}
+    found = SamAutomaticMaskGenerator(sam, min_mask_region_area=60, **fields).generate(image)
+    assert found
+    for record in found:
+        assert not amg.remove_small_regions(record["segmentation"], 60)[1]
+        x, y, w, h = record["bbox"]
+        assert [x, y, x + w, y + h] == amg.mask_to_box(record["segmentation"]).tolist()
+        assert record["area"] == record["segmentation"].sum()
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"points_per_side": None}, "either points_per_side or point_grids"),
+        ({"point_grids": GRID}, "either points_per_side or point_grids"),
+        ({"points_per_side": None, "point_grids": GRID, "hierarchical": True}, "refines a regular grid"),
+        (
+            {"points_per_side": None, "point_grids": GRID, "crop_n_layers": 1},
+            "1 point_grids for 2 layers",
+        ),
+        ({"output_mode": "png"}, "output_mode 'png' is none of binary_mask"),
+        ({"points_per_batch": 0}, "must be at least 1"),
+    ],
+    ids=str,
+)
+def test_bad_fields_are_refused(fields, line):
+    with pytest.raises(InputError, match=line):
+        SamAutomaticMaskGenerator(random_sam(SQUARE), **fields)
+
+
+def test_the_command_writes_coco_that_is_read_again(tmp_path, capsys):
+    save(random_sam(SQUARE), tmp_path / "model")
+    for i in range(2):
+        save_image(tmp_path / "in" / f"{i}.png", 40, 60, seed=i)
+    truncated(tmp_path / "in" / "9.jpg")
+    fields = {"points_per_side": 4, "pred_iou_thresh": -9.0, "stability_score_thresh": 0.0}
+    options = everything.Options(
+        tmp_path / "model", (str(tmp_path / "in"),), tmp_path / "out" / "m.json", tmp_path / "s.png", **fields
+    )
+    everything.everything(options)
+    out = capsys.readouterr().out
+    assert "9.jpg is not a readable image" in out and "masks of 2 images" in out
+    assert np.asarray(Image.open(tmp_path / "s.png")).std() > 10
+    samples = data.find([tmp_path / "out" / "m.json"])
+    assert [len(sample.annotations()) > 0 for sample in samples] == [True, True]
+    assert samples[0].annotations()[0].mask.shape == (40, 60)
+    (tmp_path / "none").mkdir()
+    truncated(tmp_path / "none" / "9.jpg")
+    with pytest.raises(InputError, match="not one of the 1 images can be read"):
+        everything.everything(
+            everything.Options(tmp_path / "model", (str(tmp_path / "none"),), tmp_path / "n.json", **fields)
+        )
+    assert not (tmp_path / "n.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["truck.jpg", "dog.jpg", "groceries.jpg"])
+def test_real_photographs(name):
+    """Nearly every mask of the original has a partner, and the other way round; most survive the hierarchical way."""
+    path = shared("teacher/sam_small_256.pth")
+    sam = load(path)
+    stock = peers.stock_sam(sam.config)
+    stock.load_state_dict(torch.load(path, weights_only=True))
+    photo = Image.open(shared(f"data/photos/{name}")).convert("RGB")
+    photo.thumbnail((800, 800))
+    image, fields = np.asarray(photo), {"points_per_side": 16, "pred_iou_thresh": 0.35, "stability_score_thresh": 0.55}
+    found = SamAutomaticMaskGenerator(sam, **fields).generate(image)
+    wanted = original_generator(stock, **fields).generate(image)
+    assert len(wanted) > 3
+    assert matched(wanted, found) >= 0.98 and matched(found, wanted) >= 0.98
+    fewer = SamAutomaticMaskGenerator(sam, hierarchical=True, **fields).generate(image)
+    assert len(fewer) <= len(found)
