@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from safetensors.numpy import save_file
 from tyro.conf import Positional
 
-from converters import huggingface
+from converters import huggingface, model_card
 from converters.from_torch import load
 from converters.mapping import fuse_qkv, rows
 from slimsam_jax import cli
 from slimsam_jax.errors import InputError, writing
+from slimsam_jax.models.config import GLOBAL, Config
 
 if TYPE_CHECKING:
     from slimsam_jax.models.sam import Sam
@@ -53,42 +55,121 @@ def save_sam(sam: Sam, path: Path) -> None:
         torch.save(tensors, temporary)
 
 
-def save_huggingface(sam: Sam, folder: Path) -> None:
-    """Writes a folder for `SamModel.from_pretrained`; needs neither torch nor transformers."""
+def save_huggingface(sam: Sam, folder: Path, card: str | None = None) -> None:
+    """Writes a folder for `SamModel.from_pretrained`; needs neither torch nor transformers.
+
+    Args:
+      card: the text of its README.md; None writes none.
+    """
     from slimsam_jax import checkpoint
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     state = {huggingface.to_huggingface(name): array for name, array in to_state_dict(sam).items()}
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        with writing(folder):
-            save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+        weights = temporary / "model.safetensors"
+        with (
+            writing(folder),
+            checkpoint.replacing(weights) as file,
+        ):  # for its permissions: safetensors lets nobody else read
+            save_file(state, file, metadata={"format": "pt"})
         checkpoint.write_json(temporary / "config.json", huggingface.description(sam.config))
         checkpoint.write_json(temporary / "preprocessor_config.json", huggingface.preprocessor(sam.config))
+        if card is not None:
+            (temporary / "README.md").write_text(card)
         temporary.chmod(0o755)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def main(source: Positional[Path], destination: Positional[Path], format: Literal["sam", "hf"] = "sam") -> None:
+def encoder_arguments(config: Config) -> dict[str, Any]:
+    """What a stock `ImageEncoderViT` of a uniform model is constructed with, besides norm_layer."""
+    block, windows = config.blocks[0], {b.window for b in config.blocks} - {GLOBAL}
+    ratio = block.mlp_dim / config.embed_dim
+    if int(config.embed_dim * ratio) < block.mlp_dim:  # stock code multiplies and rounds down
+        ratio = math.nextafter(ratio, math.inf)
+    return {
+        "img_size": config.image_size[0],
+        "patch_size": config.patch_size,
+        "embed_dim": config.embed_dim,
+        "depth": len(config.blocks),
+        "num_heads": block.heads,
+        "mlp_ratio": ratio,
+        "out_chans": config.out_chans,
+        "use_rel_pos": True,
+        "window_size": next(iter(windows), 0),
+        "global_attn_indexes": tuple(i for i, b in enumerate(config.blocks) if b.window == GLOBAL),
+    }
+
+
+def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
+    """`sam`, if stock code can hold it, else its padded twin.
+
+    Raises:
+      InputError: stock code can hold neither, or padding would be needed and `pad` is False.
+    """
+    from converters.padding import pad_to_uniform
+
+    if len(set(sam.config.image_size)) > 1:
+        height, width = sam.config.image_size
+        raise InputError(
+            f"stock {format} models take square images, and those of {source} have {height} x {width} pixels"
+        )
+    if sam.config.uniform:
+        return sam
+    if not pad:
+        raise InputError(
+            f"stock {format} models have equal blocks and heads * head_dim == embed_dim, and {source} has not; "
+            "--pad-to-uniform writes an exact but larger twin, compress --uniform makes a model that needs none, and "
+            "converters/slim_sam_torch.py loads this one as it is"
+        )
+    return pad_to_uniform(sam)
+
+
+def describe_padding(before: Config, after: Config) -> str:
+    """What padding costs, in a line."""
+    from slimsam_jax import metrics
+
+    block = after.blocks[0]
+    parameters = [metrics.sam_parameters(config) / 1e6 for config in (before, after)]
+    macs = [metrics.encoder_macs(config).total / 1e9 for config in (before, after)]
+    return (
+        f"padded with zeros: embedding {before.embed_dim} -> {after.embed_dim}, all blocks {block.heads} heads of "
+        f"{block.head_dim} and {block.mlp_dim} MLP channels; parameters {parameters[0]:.2f} -> {parameters[1]:.2f} M, "
+        f"encoder MACs {macs[0]:.2f} -> {macs[1]:.2f} G"
+    )
+
+
+def main(
+    source: Positional[Path],
+    destination: Positional[Path],
+    format: Literal["sam", "hf"] = "sam",
+    pad_to_uniform: bool = False,
+) -> None:
     """Convert a model folder into a PyTorch checkpoint or a Hugging Face folder.
 
     Args:
       source: a model folder of ours (or anything else that loads).
       destination: the .pth file (sam) or folder (hf) to write; must not exist.
       format: sam for stock segment_anything, hf for transformers' SamModel.
+      pad_to_uniform: give a model whose blocks differ an exact twin with equal ones, larger by zeros.
     """
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise InputError(f"{destination} exists already; choose another name or remove it")
-    sam = load(source)
-    if not sam.config.uniform or len(set(sam.config.image_size)) > 1:
-        raise InputError(
-            f"stock {format} models have equal blocks, heads * head_dim == embed_dim and square images, and {source} "
-            "has not; compress with --uniform to get such a model"
-        )
-    {"sam": save_sam, "hf": save_huggingface}[format](sam, destination)
+    original = load(source)
+    sam = fit_to_stock(original, source, format, pad_to_uniform)
+    if format == "sam":
+        save_sam(sam, destination)
+    else:
+        card = model_card.text(sam, original, destination.name, source)
+        save_huggingface(sam, destination, card)
+    if sam.config != original.config:
+        print(describe_padding(original.config, sam.config))
     print(f"wrote {destination}")
+    if format == "sam":
+        arguments = ", ".join(f"{name}={value!r}" for name, value in encoder_arguments(sam.config).items())
+        print(f"for ImageEncoderViT({arguments}, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))")
 
 
 if __name__ == "__main__":

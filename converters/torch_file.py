@@ -83,6 +83,7 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): lambda array, *_: array,
+            ("torch._utils", "_rebuild_parameter_with_state"): lambda array, *_: array,
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch", "Size"): tuple,
             ("builtins", "set"): set,

@@ -1,0 +1,160 @@
+"""The `README.md` of a Hugging Face folder: what the model is, how to load it, what it reached, where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimsam_jax.errors import blaming
+
+if TYPE_CHECKING:
+    from slimsam_jax.models.sam import Sam
+
+CARD = """---
+library_name: transformers
+pipeline_tag: mask-generation
+tags:
+- segment-anything
+- sam
+- slimsam
+- model-compression
+---
+
+# {name}
+
+{summary}
+
+## Use it
+
+```python
+import torch
+from PIL import Image
+from transformers import SamModel, SamProcessor
+
+model, processor = SamModel.from_pretrained("{name}"), SamProcessor.from_pretrained("{name}")
+image = Image.open("picture.jpg").convert("RGB")
+inputs = processor(image, input_points=[[[image.width / 2, image.height / 2]]], return_tensors="pt")
+with torch.no_grad():
+    outputs = model(**inputs)
+masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])[0]
+```
+
+`masks` are three for the point; `outputs.iou_scores` is how good the model thinks they are.
+{numbers}
+## Where it comes from
+
+{origin}
+
+## Licence
+
+The code, slimsam_jax, is Apache-2.0. The weights derive from those of `{teacher}`
+and stay under their licence (Meta's own Segment Anything checkpoints are Apache-2.0). The pictures that they learned
+from have terms of their own.
+"""
+
+
+def text(sam: Sam, original: Sam, name: str, folder: Path) -> str:
+    """The card.
+
+    Args:
+      sam: what is published.
+      original: what it was padded from, or `sam` itself.
+      name: of the folder that it is published in.
+      folder: where `original` was read from; numbers come from a `report.json` there.
+
+    Raises:
+      InputError: the report or the provenance is damaged.
+    """
+    with blaming(f"the provenance of {folder}"):
+        parts = {"origin": origin(original.provenance), "teacher": teacher(original.provenance)}
+    return CARD.format(name=name, summary=summary(sam, original), numbers=numbers(folder, sam, original), **parts)
+
+
+def summary(sam: Sam, original: Sam) -> str:
+    """Size and frame, and what padding has to do with them."""
+    from slimsam_jax import metrics
+
+    macs = lambda each: f"{metrics.encoder_macs(each.config).total / 1e9:.2f} G"
+    size = lambda each: f"{metrics.sam_parameters(each.config) / 1e6:.2f} M"
+    side = sam.config.image_size[0]
+    words = f"A Segment Anything model for images of {side} x {side} pixels: {size(sam)} parameters, "
+    words += f"{macs(sam)}\nmultiply-accumulates in the image encoder."
+    if "options" in original.provenance:
+        words += "\nMade slim with slimsam_jax, a JAX version of [SlimSAM](https://arxiv.org/abs/2312.05284)."
+    if sam.config != original.config:
+        words += (
+            "\nIts blocks differ in width, which `transformers` cannot express, so they are padded with zeros to equal "
+            f"ones:\nit gives what the unpadded model of {size(original)} parameters and {macs(original)} gives."
+        )
+    return words
+
+
+def numbers(folder: Path, sam: Sam, original: Sam) -> str:
+    """A section with the table of the run that made `original`; empty if no `report.json` beside it tells of that."""
+    path = folder / "report.json"
+    if not path.is_file():
+        return ""
+    with blaming(path):
+        report = json.loads(path.read_text())
+        if report["provenance"] != original.provenance:
+            return ""
+        return _table(report, "" if sam.config == original.config else ", before padding")
+
+
+def _table(report: dict[str, Any], when: str) -> str:
+    from slimsam_jax.report import ROWS
+
+    lines = ["", "## Numbers", "", "| | teacher | slim |", "|---|---|---|"]
+    for key, label, cell in ROWS:
+        if key in report["teacher"]:
+            lines.append(f"| {label} | {cell(report['teacher'][key])} | {cell(report['slim'][key])} |")
+    lines.append(f"| agreement with the teacher's masks | | {100 * report['agreement']:.2f} % |")
+    annotated = f"{report['annotated_images']} of them with annotations"
+    lines += ["", f"Measured by the run that made it{when}, on {report['images']} images, {annotated}.", ""]
+    return "\n".join(lines)
+
+
+def origin(provenance: dict[str, Any]) -> str:
+    """Teacher, pictures, command and versions, as far as they are known."""
+    digest = lambda source: f" (sha256 `{source['sha256']}`)" if "sha256" in source else ""
+    if "options" not in provenance:
+        return f"Converted from `{teacher(provenance)}`{digest(provenance)}."
+    count, versions = provenance["images"]["count"], provenance["versions"].items()
+    return (
+        f"Compressed from `{teacher(provenance)}`{digest(provenance['teacher'])} with\n{count} images:\n\n"
+        f"```\n{command(provenance['options'])}\n```\n\n"
+        f"with {', '.join(f'{name} {version}' for name, version in versions)}."
+    )
+
+
+def teacher(provenance: dict[str, Any]) -> str:
+    """The file that the weights derive from."""
+    if "options" in provenance:
+        return provenance["teacher"]["file"]
+    return str(provenance.get("source", "an unnamed file"))
+
+
+def command(options: dict[str, Any]) -> str:
+    """The command line of a run. Of paths the last part: how a machine is laid out is nobody's business."""
+    from slimsam_jax.compress import Options
+
+    usual = {field.name: field.default for field in dataclasses.fields(Options)}
+    words = ["python", "-m", "slimsam_jax.compress"]
+    for name, value in options.items():
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        if name == "cache" or value is None or value == usual.get(name) or not values:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            paths = name in ("teacher", "images", "val")
+            words += [_last_part(str(each)) if paths else str(each) for each in values]
+    return shlex.join(words)
+
+
+def _last_part(path: str) -> str:
+    """`tfds:data/prepared` -> `tfds:prepared`, `data/images` -> `images`."""
+    kind, colon, rest = path.rpartition(":")
+    return kind + colon + Path(rest).name

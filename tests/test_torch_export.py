@@ -1,0 +1,366 @@
+"""Out to PyTorch and Hugging Face: every road gives the same mask, models with unequal blocks included."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import itertools
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_sam, tiny_config
+from peers import segment_anything, state_dict, stock_sam
+from PIL import Image
+
+from converters import from_torch, model_card, to_torch
+from converters.padding import pad_to_uniform, uniform_config
+from slimsam_jax import checkpoint, data, metrics
+from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.evaluation import encode_image, predict_masks
+from slimsam_jax.models.config import GLOBAL, Block
+from slimsam_jax.models.image_encoder import ImageEncoder
+
+SQUARE = tiny_config(image_size=(64, 64))
+# As pruning leaves it: heads, channels and MLPs differ, and the embedding fits none of them.
+UNEVEN = dataclasses.replace(SQUARE, embed_dim=13, blocks=(Block(2, 5, 17, 3), Block(3, 8, 40, GLOBAL)))
+RANDOM = np.random.default_rng(0)
+PICTURE = RANDOM.integers(0, 256, (40, 52, 3), np.uint8)
+POINT = np.array([[30.0, 12.0]])
+
+
+@pytest.fixture(scope="module")
+def slim_sam_torch():
+    segment_anything()  # without torchvision
+    from converters import slim_sam_torch
+
+    return slim_sam_torch
+
+
+@pytest.fixture()
+def uneven(tmp_path):
+    """A model folder."""
+    checkpoint.save(random_sam(UNEVEN, 1), tmp_path / "uneven")
+    return tmp_path / "uneven"
+
+
+def embed(sam, images: np.ndarray) -> np.ndarray:
+    return np.asarray(ImageEncoder(sam.config).apply({"params": sam.params["image_encoder"]}, images)[0])
+
+
+def embed_torch(encoder, images: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return encoder(torch.from_numpy(images).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+
+
+def assert_close(found, expected):
+    """Within 1e-5 of the largest value."""
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+# ---------------------------------------------------------------------------------------- padding
+
+
+@pytest.mark.parametrize("embed_dim", [13, 24, 40])
+def test_padded_twin_is_exact(embed_dim):
+    """Narrower and wider than its heads, and just as wide, when nothing needs widening."""
+    sam = random_sam(dataclasses.replace(UNEVEN, embed_dim=embed_dim), embed_dim)
+    twin = pad_to_uniform(sam)
+    assert twin.config.uniform and twin.config.embed_dim == max(24, -(-embed_dim // 3) * 3)
+    assert_close(embed(twin, images := normal(2, 64, 64, 3)), embed(sam, images))
+
+
+def normal(*shape) -> np.ndarray:
+    return RANDOM.standard_normal(shape).astype(np.float32)
+
+
+def test_a_uniform_model_is_its_own_twin():
+    sam = random_sam(SQUARE)
+    assert pad_to_uniform(sam).config == SQUARE
+    assert_close(embed(pad_to_uniform(sam), images := normal(1, 64, 64, 3)), embed(sam, images))
+
+
+def test_windows_of_two_sizes_have_no_twin():
+    blocks = (*UNEVEN.blocks, dataclasses.replace(UNEVEN.blocks[0], window=2))
+    with pytest.raises(InputError, match="2, 3 tokens wide"):
+        uniform_config(dataclasses.replace(UNEVEN, blocks=blocks))
+
+
+def test_stock_code_finds_the_width_of_the_mlp():
+    """It multiplies by a ratio and rounds down."""
+    for embed_dim, mlp_dim in itertools.product(range(1, 60), range(1, 80)):
+        block = dataclasses.replace(SQUARE.blocks[0], mlp_dim=mlp_dim)
+        config = dataclasses.replace(SQUARE, embed_dim=embed_dim, blocks=(block,))
+        assert int(embed_dim * to_torch.encoder_arguments(config)["mlp_ratio"]) == mlp_dim
+
+
+# ----------------------------------------------------------------------- the same mask on all roads
+
+
+def masks_of_ours(source: Path) -> np.ndarray:
+    """[3, h, w] of POINT."""
+    sam = from_torch.load(source)
+    encoded = encode_image(sam, Image.fromarray(PICTURE))
+    return np.stack([predict_masks(sam, encoded, POINT[None], mask=mask)[0][0] for mask in (1, 2, 3)])
+
+
+def masks_of_predictor(sam, monkeypatch) -> np.ndarray:
+    """By the stock SamPredictor, with Pillow for torchvision's resizing."""
+    from segment_anything.utils import transforms
+
+    monkeypatch.setattr(transforms, "to_pil_image", Image.fromarray)
+    resize = lambda image, size: image.resize(size[::-1], Image.Resampling.BILINEAR)
+    monkeypatch.setattr(transforms, "resize", resize)
+    predictor = segment_anything().SamPredictor(sam)
+    predictor.set_image(PICTURE)
+    return predictor.predict(POINT, np.array([1]))[0]
+
+
+def masks_of_pth(path: Path, config, monkeypatch) -> np.ndarray:
+    """Loaded strictly into the stock encoder that `encoder_arguments` describe."""
+    norm = partial(torch.nn.LayerNorm, eps=1e-6)
+    sam = stock_sam(config)
+    encoder = segment_anything().modeling.ImageEncoderViT(**to_torch.encoder_arguments(config), norm_layer=norm)
+    sam.image_encoder = encoder.eval()
+    sam.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    return masks_of_predictor(sam, monkeypatch)
+
+
+def masks_of_huggingface(folder: Path) -> np.ndarray:
+    from transformers import SamModel, SamProcessor
+
+    model, processor = SamModel.from_pretrained(folder), SamProcessor.from_pretrained(folder)
+    inputs = processor(Image.fromarray(PICTURE), input_points=[POINT.tolist()], return_tensors="pt")
+    with torch.no_grad():
+        low = model.eval()(**inputs).pred_masks
+    return processor.post_process_masks(low, inputs["original_sizes"], inputs["reshaped_input_sizes"])[0][0].numpy()
+
+
+def assert_all_roads_agree(model: Path, tmp_path: Path, slim_sam_torch, monkeypatch) -> None:
+    expected = masks_of_ours(model)
+    assert 0.01 < expected.mean() < 0.99  # an empty mask would agree with anything
+    to_torch.main(model, tmp_path / "out.pth", "sam", pad_to_uniform=True)
+    to_torch.main(model, tmp_path / "hf", "hf", pad_to_uniform=True)
+    config = uniform_config(from_torch.load(model).config)
+    found = {
+        "back": masks_of_ours(tmp_path / "out.pth"),
+        "back from hf": masks_of_ours(tmp_path / "hf"),
+        "pth": masks_of_pth(tmp_path / "out.pth", config, monkeypatch),
+        "hf": masks_of_huggingface(tmp_path / "hf"),
+        "standalone": masks_of_predictor(slim_sam_torch.load(model), monkeypatch),
+    }
+    for road, masks in found.items():
+        assert metrics.iou(masks, expected).min() > 0.999, road
+
+
+def test_all_roads_give_the_same_masks(uneven, tmp_path, slim_sam_torch, monkeypatch):
+    assert_all_roads_agree(uneven, tmp_path, slim_sam_torch, monkeypatch)
+
+
+@pytest.mark.slow
+def test_all_roads_give_the_same_masks_from_a_slimmed_pth(tmp_path, slim_sam_torch, monkeypatch):
+    """`.pth` -> ours -> slim -> `.pth`, Hugging Face, standalone, with the small SAM of the package."""
+    from slimsam_jax import compress
+
+    to_torch.main(data.embedded_teacher(), tmp_path / "teacher.pth")
+    from_torch.main(tmp_path / "teacher.pth", tmp_path / "teacher")
+    options = {"teacher": tmp_path / "teacher.pth", "steps": 0, "importance_images": 4, "out": tmp_path / "slim"}
+    compress.compress(compress.Options(**options, ratio=0.6, set=("whole_heads=true",), recipe="taylor"))
+    slim = from_torch.load(tmp_path / "slim").config
+    assert not slim.uniform and len({block.heads for block in slim.blocks}) > 1
+    picture = Image.open(data.embedded_images() / "dog.jpg").convert("RGB")
+    monkeypatch.setattr(f"{__name__}.PICTURE", np.asarray(picture))
+    monkeypatch.setattr(f"{__name__}.POINT", np.array([[picture.width / 2, picture.height / 2]]))
+    for model in ("teacher", "slim"):
+        (tmp_path / "out" / model).mkdir(parents=True)
+        assert_all_roads_agree(tmp_path / model, tmp_path / "out" / model, slim_sam_torch, monkeypatch)
+
+
+# -------------------------------------------------------------------------------- standalone PyTorch
+
+
+def test_standalone_has_the_stock_names_and_our_values(uneven, slim_sam_torch):
+    sam, model = from_torch.load(uneven), slim_sam_torch.load(uneven)
+    expected, found = to_torch.to_state_dict(sam), state_dict(model)
+    assert set(found) == set(expected)
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    assert_close(embed_torch(model.image_encoder, images := normal(2, 64, 64, 3)), embed(sam, images))
+    assert (model.pixel_mean.flatten().numpy() == np.float32(sam.config.pixel_mean)).all() and not model.training
+
+
+def test_standalone_equals_the_teacher(slim_sam_torch):
+    folder = data.embedded_teacher()
+    images = normal(1, 256, 256, 3)
+    expected = embed(from_torch.load(folder), images)
+    assert_close(embed_torch(slim_sam_torch.load(folder).image_encoder, images), expected)
+
+
+def test_standalone_is_read_back(uneven, slim_sam_torch, tmp_path):
+    """Fine-tuned in PyTorch, a model comes back by its state dict, unequal widths and all."""
+    torch.save(slim_sam_torch.load(uneven).state_dict(), tmp_path / "tuned.pth")
+    assert from_torch.load(tmp_path / "tuned.pth").config == UNEVEN
+
+
+def test_standalone_needs_nothing_of_ours(slim_sam_torch):
+    tree = ast.parse(Path(slim_sam_torch.__file__).read_text())
+    froms = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names = froms | {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    roots = {name.partition(".")[0] for name in names}
+    assert roots == {
+        "__future__",
+        "json",
+        "re",
+        "functools",
+        "pathlib",
+        "typing",
+        "torch",
+        "safetensors",
+        "segment_anything",
+    }
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no weights", "truncated", "format", "other shapes", "rectangle"])
+def test_standalone_refuses_in_one_line(uneven, slim_sam_torch, damage):
+    weights, config = uneven / "model.safetensors", uneven / "config.json"
+    description = json.loads(config.read_text())
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "format":
+        description["format"] = "another"
+    elif damage == "other shapes":
+        description["architecture"]["blocks"][0]["mlp_dim"] += 1
+    elif damage == "rectangle":
+        description["architecture"]["image_size"] = [64, 48]
+    config.write_text(json.dumps(description))
+    folder = uneven / "nothing" if damage == "no folder" else uneven
+    with pytest.raises(ValueError, match=f"^{re.escape(str(folder))} cannot be loaded: .") as caught:
+        slim_sam_torch.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def test_bad_input_writes_nothing(uneven, tmp_path):
+    checkpoint.save(random_sam(dataclasses.replace(UNEVEN, image_size=(64, 48))), tmp_path / "rectangle")
+    for format in ("sam", "hf"):
+        with pytest.raises(InputError, match="--pad-to-uniform"):
+            to_torch.main(uneven, tmp_path / "out", format)
+        with pytest.raises(InputError, match="64 x 48 pixels"):
+            to_torch.main(tmp_path / "rectangle", tmp_path / "out", format, pad_to_uniform=True)
+    (uneven / "report.json").write_text("{}")
+    with pytest.raises(InputError, match=r"report\.json cannot be read"):
+        to_torch.main(uneven, tmp_path / "out", "hf", pad_to_uniform=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rectangle", "uneven"]
+
+
+def test_a_full_disk_leaves_nothing(uneven, tmp_path, monkeypatch):
+    def full(tensors, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(to_torch, "save_file", full)
+    monkeypatch.setattr(torch, "save", full)
+    for format in ("sam", "hf"):
+        with pytest.raises(RunError, match="No space"):
+            to_torch.main(uneven, tmp_path / "out", format, pad_to_uniform=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["uneven"]
+
+
+def test_padding_says_what_it_costs(uneven, tmp_path, capsys):
+    to_torch.main(uneven, tmp_path / "out.pth", "sam", pad_to_uniform=True)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "embedding 13 -> 24, all blocks 3 heads of 8 and 40 MLP channels; parameters 0.0" in line
+    to_torch.main(tmp_path / "out.pth", tmp_path / "again.pth", "sam", pad_to_uniform=True)
+    assert "padded" not in capsys.readouterr().out
+    assert state_equal(tmp_path / "out.pth", tmp_path / "again.pth")
+
+
+def state_equal(one: Path, other: Path) -> bool:
+    a, b = (torch.load(path, weights_only=True) for path in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------------------------- Hugging Face
+
+
+REPORT = {
+    "teacher": {"encoder_parameters": 4406464, "point_miou": 0.3931},
+    "slim": {"encoder_parameters": 829683, "point_miou": 0.39154},
+    "agreement": 0.9478,
+    "images": 100,
+    "annotated_images": 99,
+    "provenance": {
+        "teacher": {"file": "teacher.pth", "sha256": "1a85"},
+        "images": {"count": 200},
+        "options": {"teacher": "/machine/teacher.pth", "images": ["/machine/photos"], "ratio": 0.77},
+        "versions": {"slimsam_jax": "0.1.0", "jax": "0.10.2"},
+    },
+}
+
+
+def test_the_card_tells_what_the_run_reached(tmp_path):
+    from huggingface_hub import ModelCard
+
+    sam = dataclasses.replace(random_sam(UNEVEN), provenance=REPORT["provenance"])
+    checkpoint.save(sam, tmp_path / "slim")
+    (tmp_path / "slim" / "report.json").write_text(json.dumps(REPORT))
+    to_torch.main(tmp_path / "slim", tmp_path / "hf", "hf", pad_to_uniform=True)
+    card = ModelCard.load(tmp_path / "hf" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "mask-generation"
+    for text in (
+        "| encoder parameters | 4.41 M | 0.83 M |\n| point mIoU | 39.31 % | 39.15 % |\n| agreement with the teacher",
+        "Measured by the run that made it, before padding, on 100 images, 99 of them with annotations.",
+        "python -m slimsam_jax.compress --teacher teacher.pth --images photos --ratio 0.77",
+        "Compressed from `teacher.pth` (sha256 `1a85`) with\n200 images:",
+        "slimsam_jax 0.1.0, jax 0.10.2",
+    ):
+        assert text in card.text
+    assert "machine" not in card.text
+
+
+def test_the_card_of_what_no_run_of_ours_made(tmp_path, uneven):
+    """No report, or the report of another model: no numbers."""
+    for name in ("hf", "hf again"):
+        to_torch.main(uneven, tmp_path / name, "hf", pad_to_uniform=True)
+        text = (tmp_path / name / "README.md").read_text()
+        assert "## Numbers" not in text and "Converted from `random`." in text and "Made slim" not in text
+        (uneven / "report.json").write_text(json.dumps(REPORT))
+
+
+@pytest.mark.slow
+def test_the_card_understands_the_report_of_a_run(finished, tmp_path):
+    to_torch.main(finished, tmp_path / "hf", "hf", pad_to_uniform=True)
+    text = (tmp_path / "hf" / "README.md").read_text()
+    report = json.loads((finished / "report.json").read_text())
+    assert f"| {100 * report['teacher']['point_miou']:.2f} % | {100 * report['slim']['point_miou']:.2f} % |" in text
+    assert "python -m slimsam_jax.compress --teacher teacher --images images --val val" in text
+    assert str(finished.parent) not in text and "None" not in text
+    assert all(len(line) <= 120 or line.startswith("python") for line in text.splitlines())
+
+
+def test_the_card_keeps_a_command_without_its_machine():
+    options = {"teacher": "/data/sam b.pth", "images": ["tfds:/data/prepared", "/x/sa_0.tar"], "uniform": True}
+    options |= {"ratio": 0.77, "budget": None, "set": ["multiple=8"], "cache": True, "seed": 0}
+    expected = "python -m slimsam_jax.compress --teacher 'sam b.pth' --images tfds:prepared sa_0.tar --uniform"
+    assert model_card.command(options) == f"{expected} --ratio 0.77 --set multiple=8"
+
+
+def test_the_example_of_the_card_runs(uneven, tmp_path, monkeypatch):
+    from transformers import AutoModelForMaskGeneration, AutoProcessor
+
+    to_torch.main(uneven, tmp_path / "hf", "hf", pad_to_uniform=True)
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(PICTURE).save("picture.jpg")
+    example = re.search(r"```python\n(.*?)```", (tmp_path / "hf" / "README.md").read_text(), re.DOTALL)[1]
+    exec(example, names := {})
+    assert names["masks"].shape == (1, 3, *PICTURE.shape[:2])
+    assert type(AutoModelForMaskGeneration.from_pretrained("hf")).__name__ == "SamModel"
+    assert type(AutoProcessor.from_pretrained("hf")).__name__ == "SamProcessor"
