@@ -1,0 +1,222 @@
+"""Ours -> ONNX, checked against JAX. `python -m converters.to_onnx MODEL FOLDER --layout sam|transformers_js`."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from tyro.conf import Positional
+
+from converters import huggingface
+from slimsam_jax import cli
+from slimsam_jax.errors import InputError, RunError, writing
+
+if TYPE_CHECKING:
+    import onnx
+
+    from converters.onnx_check import Errors, Reference
+    from slimsam_jax.models.config import Config
+    from slimsam_jax.models.sam import Sam
+
+# What needs JAX or onnx is imported where it is used: --help should not wait for it.
+
+Dtype = Literal["float32", "float16", "int8"]
+Layout = Literal["sam", "transformers_js"]
+SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # transformers.js's
+STEMS = {
+    "sam": ("encoder", "decoder"),
+    "transformers_js": ("onnx/vision_encoder", "onnx/prompt_encoder_mask_decoder"),
+}
+LARGEST_ERROR = 1e-3  # of float32; rounding gives 1e-5 at most, a wrong graph 1e-1
+LARGEST_FILE = 2**31 - 2**20  # protobuf's limit; what is larger keeps its arrays in a second file
+
+
+def models(sam: Sam, layout: Layout, dtype: Any, return_single_mask: bool = False) -> list[onnx.ModelProto]:
+    """Encoder and decoder, `dtype` np.float32 or np.float16."""
+    import flax.traverse_util
+
+    from converters import onnx_layouts
+
+    flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
+    params = {path: np.asarray(array) for path, array in flat.items()}
+    if layout == "sam":
+        decoder = onnx_layouts.sam_decoder(sam.config, params, dtype, return_single_mask)
+        return [onnx_layouts.sam_encoder(sam.config, params, dtype), decoder]
+    makers = onnx_layouts.vision_encoder, onnx_layouts.prompt_encoder_mask_decoder
+    return [make(sam.config, params, dtype) for make in makers]
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Writes and checks one model; arrays that exceed protobuf's limit go into `path` + "_data"."""
+    import onnx
+
+    large = model.ByteSize() > LARGEST_FILE
+    apart = {"save_as_external_data": True, "location": f"{path.name}_data", "size_threshold": 1024} if large else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path.name):
+        onnx.save_model(model, path, **apart)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def quantize(source: Path, target: Path) -> None:
+    """Weights of the linear layers as int8, per output channel; activations to uint8 as they come (dynamic).
+
+    Convolutions, positions and the products inside attention stay float32: they are few weights or none.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    nodes = onnx.load(source, load_external_data=False).graph.node
+    linear = [node.name for node in nodes if node.op_type == "MatMul" and node.input[1].endswith("/kernel")]
+    logging.disable(logging.WARNING)  # it recommends a pass that only models of torch need
+    try:
+        with writing(target.name):
+            quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8, nodes_to_quantize=linear)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def write(sam: Sam, folder: Path, layout: Layout, dtype: Dtype, return_single_mask: bool = False) -> list[Path]:
+    """Writes encoder and decoder in one dtype; int8 is made of the float32 files, which must be there."""
+    paths = [folder / f"{stem}{SUFFIXES[dtype]}.onnx" for stem in STEMS[layout]]
+    if dtype == "int8":
+        for stem, path in zip(STEMS[layout], paths, strict=True):
+            quantize(folder / f"{stem}.onnx", path)
+    else:
+        for model, path in zip(models(sam, layout, np.dtype(dtype), return_single_mask), paths, strict=True):
+            save(model, path)
+    return paths
+
+
+def measure(expected: Reference, layout: Layout, paths: list[Path], return_single_mask: bool = False) -> Errors:
+    """Compares encoder and decoder with JAX; see `onnx_check.Errors`."""
+    from converters import onnx_check
+
+    if layout == "sam":
+        return onnx_check.compare_sam(expected, *paths, return_single_mask)
+    return onnx_check.compare_transformers_js(expected, *paths)
+
+
+def describe(config: Config, folder: Path) -> None:
+    """Writes the two files that transformers.js reads, with all widths of models whose blocks are not alike."""
+    from slimsam_jax import checkpoint
+
+    fields = huggingface.description(config)
+    if not config.uniform:
+        for name in ("num_attention_heads", "mlp_dim", "mlp_ratio"):  # true of the first block only
+            del fields["vision_config"][name]
+    fields["slimsam_jax"] = config.to_json()
+    external = {path.name.removesuffix("_data"): True for path in (folder / "onnx").glob("*.onnx_data")}
+    if external:
+        fields["transformers.js_config"] = {"use_external_data_format": external}
+    checkpoint.write_json(folder / "config.json", fields)
+    checkpoint.write_json(folder / "preprocessor_config.json", huggingface.preprocessor(config))
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `folder` on success, and is removed on failure."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def export(
+    sam: Sam, folder: Path, layout: Layout, dtypes: tuple[Dtype, ...], picture: Any, return_single_mask: bool = False
+) -> None:
+    """Writes the folder and prints errors and sizes.
+
+    Raises:
+      RunError: float32 differs from JAX by more than `LARGEST_ERROR`, or a value is not finite; nothing is written.
+    """
+    from converters import onnx_check
+
+    expected = onnx_check.reference(sam, picture)
+    lines = []
+    with new_folder(folder) as temporary:
+        for dtype in ("float32", *(d for d in dtypes if d != "float32")):  # float32 proves the graph
+            paths = write(sam, temporary, layout, dtype, return_single_mask)
+            found = measure(expected, layout, paths, return_single_mask)
+            if dtype == "float32" and max(found[:3]) > LARGEST_ERROR:
+                raise RunError(f"the ONNX model differs from JAX: {summary(found)}; nothing is written")
+            lines += [f"{dtype}: {summary(found)}", *(f"  {describe_file(path, temporary)}" for path in paths)]
+        if "float32" not in dtypes:
+            lines = lines[3:]
+            for stem in STEMS[layout]:
+                for path in (temporary / f"{stem}.onnx").parent.glob(f"{Path(stem).name}.onnx*"):
+                    path.unlink()
+        if layout == "transformers_js":
+            describe(sam.config, temporary)
+    print("\n".join(lines))
+
+
+def summary(found: Errors) -> str:
+    return (
+        f"largest error relative to the largest value: embedding {found.embedding:.1e}, masks {found.masks:.1e}, "
+        f"IoU {found.iou:.1e}; masks agree to {100 * found.agreement:.2f} %"
+    )
+
+
+def describe_file(path: Path, root: Path) -> str:
+    size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
+    return f"{path.relative_to(root)}  {size / 1e6:.2f} MB"
+
+
+def main(
+    source: Positional[Path],
+    folder: Positional[Path],
+    layout: Layout = "sam",
+    dtype: tuple[Dtype, ...] = ("float32",),
+    return_single_mask: bool = False,
+    image: Path | None = None,
+) -> None:
+    """Convert a model into ONNX files, and check them against JAX with onnxruntime.
+
+    Blocks need not be alike, nor pictures square. In the layout sam, encoder.onnx takes uint8 pictures
+    [b, 3, height, width] scaled to fit the model (as ResizeLongestSide does), and normalises and pads
+    them itself; decoder.onnx has the signature of Meta's SamOnnxModel. The layout transformers_js is a
+    folder for SamModel.from_pretrained of transformers.js.
+
+    Args:
+      source: a model folder, a .pth, or a Hugging Face SamModel folder.
+      folder: the folder to write; must not exist or be empty.
+      layout: sam for Meta's tools, transformers_js for the browser.
+      dtype: one or several. float16 keeps residual stream, LayerNorm, softmax and positions in float32;
+        int8 quantizes the weights of linear layers, and their inputs as they come.
+      return_single_mask: of the layout sam: the decoder chooses one of its masks, as Meta's option does.
+      image: the picture to check with; one of ours if not given.
+    """
+    cli.check_empty(folder)
+    if layout != "sam" and return_single_mask:
+        raise InputError("--return-single-mask belongs to --layout sam; transformers.js chooses by itself")
+    if len(set(dtype)) != len(dtype) or not dtype:
+        raise InputError(f"--dtype {' '.join(dtype)}: give at least one, and each once")
+    missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"writing ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    from converters.from_torch import load
+    from slimsam_jax import data
+
+    picture = data.read_image(image or data.embedded_images() / "dog.jpg")
+    sam = load(source)
+    if layout == "transformers_js" and len(set(sam.config.image_size)) > 1:
+        height, width = sam.config.image_size
+        raise InputError(f"transformers.js pads pictures to squares, and {source} takes {height} x {width}; use sam")
+    export(sam, folder, layout, dtype, picture, return_single_mask)
+    print(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
