@@ -205,7 +205,7 @@ def main(
         raise InputError(f"--dtype {' '.join(dtype)}: give at least one, and each once")
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"writing ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise InputError(f"writing ONNX needs {' and '.join(missing)}: pip install onnx onnxruntime")
     from converters.from_torch import load
     from slimsam_jax import data
 
