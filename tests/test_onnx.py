@@ -253,17 +253,15 @@ def test_command(tmp_path, capsys):
 
 def test_command_for_transformers_js(tmp_path, capsys):
     blocks = (dataclasses.replace(SQUARE.blocks[0], mlp_dim=8), SQUARE.blocks[1])
-    uneven = dataclasses.replace(SQUARE, blocks=blocks)
-    for name, config, dtype in (("even", SQUARE, "float16"), ("uneven", uneven, "int8")):
-        model, out = write_model(tmp_path / name, config), tmp_path / f"{name}_js"
-        convert(model, out, "--layout", "transformers_js", "--dtype", dtype)
-        suffix = to_onnx.SUFFIXES[dtype]
-        stems = {"vision_encoder", "prompt_encoder_mask_decoder"}
-        assert {p.name for p in (out / "onnx").iterdir()} == {f"{stem}{suffix}.onnx" for stem in stems}
-        assert {p.name for p in out.iterdir()} == {"onnx", "config.json", "preprocessor_config.json"}
-        described = json.loads((out / "config.json").read_text())
-        assert described["model_type"] == "sam" and described["slimsam_jax"]["blocks"][0]["mlp_dim"] in (8, 40)
-        assert ("mlp_dim" in described["vision_config"]) == (config is SQUARE)
+    model, out = write_model(tmp_path / "m", dataclasses.replace(SQUARE, blocks=blocks)), tmp_path / "out"
+    convert(model, out, "--layout", "transformers_js", "--dtype", "float16", "int8")
+    stems = ("vision_encoder", "prompt_encoder_mask_decoder")
+    names = {f"{stem}{suffix}.onnx" for stem in stems for suffix in ("_fp16", "_quantized")}
+    assert {p.name for p in (out / "onnx").iterdir()} == names
+    assert {p.name for p in out.iterdir()} == {"onnx", "config.json", "preprocessor_config.json"}
+    described = json.loads((out / "config.json").read_text())
+    assert described["model_type"] == "sam" and "mlp_dim" not in described["vision_config"]
+    assert [block["mlp_dim"] for block in described["slimsam_jax"]["blocks"]] == [8, 40]
     assert "float32" not in capsys.readouterr().out
 
 
@@ -274,6 +272,7 @@ def test_models_beyond_protobufs_limit_keep_arrays_apart(tmp_path, monkeypatch):
     names = {p.name for p in (tmp_path / "out" / "onnx").iterdir()}
     assert {"vision_encoder.onnx", "vision_encoder.onnx_data", "vision_encoder_quantized.onnx"} <= names
     described = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert described["vision_config"]["mlp_dim"] == 40
     external = {"vision_encoder.onnx": True, "prompt_encoder_mask_decoder.onnx": True}
     assert described["transformers.js_config"] == {"use_external_data_format": external}
 
