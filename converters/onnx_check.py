@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,10 +84,12 @@ def reference(sam: Sam, picture: Image.Image) -> Reference:
     return Reference(sam.config, frame, (height, width), original_size, np.asarray(embedding), pixels, prompts)
 
 
-def session(path: Path) -> onnxruntime.InferenceSession:
+def session(model: Path | bytes) -> onnxruntime.InferenceSession:
+    """On the CPUs that this process may use; left to itself, onnxruntime binds threads to all that there are."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # its warnings are about its own optimisations
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    options.log_severity_level = 4  # its warnings are about its own optimisations, and what it logs it also raises
+    options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def compare_sam(expected: Reference, encoder: Path, decoder: Path, return_single_mask: bool = False) -> Errors:

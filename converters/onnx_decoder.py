@@ -17,7 +17,8 @@ TORCH_EPSILON = 1e-5  # of the two-way transformer's norms; 1e-6 everywhere else
 def prompt_tokens(g: Graph, config: Config, points: str, labels: str) -> str:
     """points [p, n, 2] (x, y) in pixels of the model frame, labels int64 [p, n] -> [p, n, C].
 
-    Labels are those of `PromptEncoder`; below -1, where the original has nothing, the token is zero, as in `SamModel`.
+    Labels are those of `PromptEncoder` but for ABSENT, which neither contract knows: below -1 the token is zero, which
+    is not absent, as `SamModel` has it for -10.
     """
     height, width = config.image_size
     encoded = encode_positions(g, g.op("Div", g.add(points, np.float32(0.5)), np.float32([width, height])))

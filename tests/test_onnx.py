@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from conftest import random_images, random_sam, shared, tiny_config
@@ -54,7 +53,7 @@ def sessions(sam, layout="sam", dtype=np.float32, **options):
     found = []
     for model in to_onnx.models(sam, layout, dtype, **options):
         onnx.checker.check_model(model, full_check=True)
-        run = onnxruntime.InferenceSession(model.SerializeToString()).run
+        run = onnx_check.session(model.SerializeToString()).run
         found.append(lambda run=run, **inputs: run(None, inputs))
     return found
 
