@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,19 +118,6 @@ def describe(config: Config, folder: Path) -> None:
     checkpoint.write_json(folder / "preprocessor_config.json", huggingface.preprocessor(config))
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `folder` on success, and is removed on failure."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def export(
     sam: Sam, folder: Path, layout: Layout, dtypes: tuple[Dtype, ...], picture: Any, return_single_mask: bool = False
 ) -> None:
@@ -144,10 +127,11 @@ def export(
       RunError: float32 differs from JAX by more than `LARGEST_ERROR`, or a value is not finite; nothing is written.
     """
     from converters import onnx_check
+    from slimsam_jax import checkpoint
 
     expected = onnx_check.reference(sam, picture)
     lines = []
-    with new_folder(folder) as temporary:
+    with checkpoint.new_folder(folder) as temporary:
         for dtype in ("float32", *(d for d in dtypes if d != "float32")):  # float32 proves the graph
             paths = write(sam, temporary, layout, dtype, return_single_mask)
             found = measure(expected, layout, paths, return_single_mask)

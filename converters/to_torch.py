@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,24 +61,16 @@ def save_huggingface(sam: Sam, folder: Path, card: str | None = None) -> None:
     """
     from slimsam_jax import checkpoint
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     state = {huggingface.to_huggingface(name): array for name, array in to_state_dict(sam).items()}
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with checkpoint.new_folder(folder) as temporary:
         weights = temporary / "model.safetensors"
-        with (
-            writing(folder),
-            checkpoint.replacing(weights) as file,
-        ):  # for its permissions: safetensors lets nobody else read
+        # Replaced for its permissions: safetensors lets nobody else read what it writes.
+        with writing(folder), checkpoint.replacing(weights) as file:
             save_file(state, file, metadata={"format": "pt"})
         checkpoint.write_json(temporary / "config.json", huggingface.description(sam.config))
         checkpoint.write_json(temporary / "preprocessor_config.json", huggingface.preprocessor(sam.config))
         if card is not None:
             (temporary / "README.md").write_text(card)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def encoder_arguments(config: Config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from slimsam_jax.errors import InputError
 if TYPE_CHECKING:
     from slimsam_jax.models.sam import Sam
 
-Protocol = Literal["point", "point-center", "box", "box-noisy", "clicks", "agreement"]
+Protocol = Literal["point", "point-center", "box", "box-noisy", "clicks", "everything", "agreement"]
 
 
 def main(
@@ -21,6 +21,7 @@ def main(
     protocol: tuple[Protocol, ...] = (),
     boxes: Path | None = None,
     clicks: int = 10,
+    points_per_side: int = 32,
     seed: int = 0,
     resamples: int = 10_000,
     max_broken: float = 0.1,
@@ -39,11 +40,13 @@ def main(
       model: model folders, .pth files, or Hugging Face SamModel folders.
       data: images with annotations: folders in SA-1B's layout, .tar shards, a COCO .json, tfds:DIR.
       protocol: what a prompt is: the annotation's own point (SlimSAM's protocol), the pixel deepest inside its mask,
-        its box, its box with noise, or clicks that correct the mask before them; or agreement with the first model's
+        its box, its box with noise, or clicks that correct the mask before them; or everything: average recall of the
+        first 10, 100 and 1000 masks of everything mode, which takes long; or agreement with the first model's
         masks for a grid of points, which needs no annotations. Default: point box, or with --boxes none.
       boxes: a detector's boxes as prompts, in COCO's results format: COCO AP. Needs pycocotools, and a COCO .json as
         --data.
       clicks: how many, for --protocol clicks.
+      points_per_side: of the grid for --protocol everything.
       seed: of the noise on boxes and of the intervals.
       resamples: for the intervals.
       max_broken: the share of images that may be unreadable; more stop the evaluation. The others are named.
@@ -55,7 +58,7 @@ def main(
     if not protocol and not boxes:
         protocol = ("point", "box")
     _check(model, data, protocol, boxes, figure)
-    _check_numbers(clicks, seed, resamples)
+    _check_numbers(clicks, points_per_side, seed, resamples)
     cli.check_share(max_broken)
     for path in (json, markdown, figure):
         if path:
@@ -70,7 +73,7 @@ def main(
     found = detections.read_boxes(boxes) if boxes else None
     truth = detections.read_truth(Path(data[0]).expanduser(), found) if boxes else None
     sams = [load(path) for path in model]
-    protocols = Protocols(tuple(dict.fromkeys(protocol)), clicks=clicks, seed=seed)
+    protocols = Protocols(tuple(dict.fromkeys(protocol)), clicks=clicks, points_per_side=points_per_side, seed=seed)
     measured = measure_models(sams, samples, protocols, found, 0.0 if strict else max_broken)
     summary = statistics.summarise(list(measured.scores.values()), seed, resamples)
     if boxes:
@@ -106,8 +109,8 @@ def _check(
         raise InputError("--figure needs a --protocol: AP has no score per image to draw")
 
 
-def _check_numbers(clicks: int, seed: int, resamples: int) -> None:
-    for name, value in (("--clicks", clicks), ("--resamples", resamples)):
+def _check_numbers(clicks: int, points_per_side: int, seed: int, resamples: int) -> None:
+    for name, value in (("--clicks", clicks), ("--points-per-side", points_per_side), ("--resamples", resamples)):
         if value < 1:
             raise InputError(f"{name} {value} must be at least 1")
     cli.check_seed(seed)

@@ -6,6 +6,9 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
+# Many tests compile the same small models; workers and the processes that tests start share what they compiled.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="slimsam-jax-tests-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 from pathlib import Path
 
@@ -19,11 +22,6 @@ from slimsam_jax.checkpoint import abstract_params
 from slimsam_jax.data import Sample, folder
 from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.sam import Sam
-
-# Many tests compile the same small models.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="slimsam-jax-tests-"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
 
 # Golden vectors from the original code and a trained checkpoint. Too large for the repository (40 MB); they lie
 # beside a developer's checkout. Parity with the original packages (tests/peers.py) needs none of them.
@@ -71,6 +69,13 @@ def random_images(config: Config, count: int = 2, seed: int = 0) -> dict[str, np
     sizes = np.full((count, 2), (height, width), np.int32)
     sizes[-1] = (height, width - 5)
     return {"image": random.integers(0, 256, (count, height, width, 3), np.uint8), "size": sizes}
+
+
+def pytest_collection_modifyitems(items):
+    """What needs the finished run goes to one worker, so that it is made once."""
+    for item in items:
+        if "finished" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("finished"))
 
 
 def samples(paths) -> list[Sample]:

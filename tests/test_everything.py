@@ -119,9 +119,10 @@ def test_enlarged_masks_equal_resized_logits():
     np.testing.assert_array_equal(masks, logits > 0)
     np.testing.assert_array_equal(areas, (logits > 0).sum((1, 2)))
     np.testing.assert_array_equal(boxes, [amg.mask_to_box(mask) for mask in masks])
-    np.testing.assert_allclose(stability[:4], ((logits > 0.5).sum((1, 2)) / (logits > -0.5).sum((1, 2)))[:4])
+    high, low = ((logits[:4] > cut).sum((1, 2)) for cut in (0.5, -0.5))
+    np.testing.assert_allclose(stability[:4], high / low)
     assert stability[4] == 0 and not boxes[4].any()
-    assert enlarge(sam, encoded, low[:0])[0].shape == (0, 70, 5)
+    assert enlarge(sam, encoded, np.zeros((0, 16, 16)))[0].shape == (0, 70, 5)
 
 
 def test_the_three_output_modes_say_the_same():
@@ -273,7 +274,7 @@ def test_the_command_writes_coco_that_is_read_again(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["truck.jpg", "dog.jpg", "groceries.jpg"])
+@pytest.mark.parametrize("name", ["truck.jpg", "groceries.jpg"])
 def test_real_photographs(name):
     """Nearly every mask of the original has a partner, and the other way round; most survive the hierarchical way."""
     path = shared("teacher/sam_small_256.pth")
@@ -281,7 +282,7 @@ def test_real_photographs(name):
     stock = peers.stock_sam(sam.config)
     stock.load_state_dict(torch.load(path, weights_only=True))
     photo = Image.open(shared(f"data/photos/{name}")).convert("RGB")
-    photo.thumbnail((800, 800))
+    photo.thumbnail((512, 512))
     image, fields = np.asarray(photo), {"points_per_side": 16, "pred_iou_thresh": 0.35, "stability_score_thresh": 0.55}
     found = SamAutomaticMaskGenerator(sam, **fields).generate(image)
     wanted = original_generator(stock, **fields).generate(image)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import samples
+from conftest import SQUARE, random_sam, samples
 from pycocotools import mask as pycoco
 from test_data import save_image, truncated, write_annotation
 
@@ -20,6 +20,7 @@ from slimsam_jax import data, regions
 from slimsam_jax.data import builder
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.errors import InputError
+from slimsam_jax.evaluation import Protocols, measure_models
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,15 @@ def test_every_source_gives_the_same(everywhere, kind):
     for batch, other in zip(Batches(expected, (64, 48), 2, 0), Batches(found, (64, 48), 2, 0), strict=False):
         np.testing.assert_array_equal(batch["image"], other["image"])
         break
+
+
+def test_every_source_gives_the_same_numbers(everywhere):
+    sam, protocols = random_sam(SQUARE), Protocols(("point", "box", "point-center"))
+    scores = {kind: measure_models([sam], data.find([place]), protocols).scores for kind, place in everywhere.items()}
+    expected = list(scores.pop("folder").values())
+    assert len(expected) == 4 and all(0 < image[0]["point/iou"] < 1 for image in expected)
+    for kind, found in scores.items():
+        assert list(found.values()) == expected, kind
 
 
 def test_preparing_needs_no_tensorflow(everywhere):

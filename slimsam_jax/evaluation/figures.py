@@ -19,6 +19,7 @@ from slimsam_jax.inference.masks import Prompts, clicks_at, decode_prompts, enco
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.overlay import draw_masks
 
+SHOWN = {"clicks": "iou_1", "everything": "ar_1000"}  # of what is measured by a protocol; else IoU
 WORST = 4
 MASKS = 6  # drawn per image, the largest
 
@@ -30,7 +31,7 @@ def draw(names: Sequence[str], sams: Sequence[Sam], measured: Measured, protocol
     """
     from matplotlib.figure import Figure
 
-    measures = {name: f"{name}/{'iou_1' if name == 'clicks' else 'iou'}" for name in protocols.names}
+    measures = {name: f"{name}/{SHOWN.get(name, 'iou')}" for name in protocols.names}
     known = {key for scores in measured.scores.values() for key in scores[0]}
     protocol, key = next((name, key) for name, key in measures.items() if key in known)
     images = [name for name, scores in measured.scores.items() if key in scores[0]]
@@ -80,10 +81,10 @@ def _show(axis: Any, title: str, image: Image.Image, masks: np.ndarray) -> None:
 def _prompts(
     annotations: Sequence[Annotation], protocol: str, protocols: Protocols, name: str, size: tuple[int, int]
 ) -> Prompts:
-    """Those that the largest objects of an image were measured with; of clicks the first one."""
+    """Those that the largest objects of an image were measured with; of clicks the first one, and of everything too."""
     if protocol == "agreement":
         return clicks_at(point_grid(size, protocols.grid)[:MASKS, 0])
-    prompts = PROMPTS["point-center" if protocol == "clicks" else protocol](annotations, protocols.seed_of(name))
+    prompts = PROMPTS["point-center" if protocol in SHOWN else protocol](annotations, protocols.seed_of(name))
     return Prompts(*(array[largest(annotations)] for array in prompts))
 
 

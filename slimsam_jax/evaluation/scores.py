@@ -12,11 +12,12 @@ from slimsam_jax import metrics
 from slimsam_jax.data import Annotation
 from slimsam_jax.evaluation.clicks import click_scores
 from slimsam_jax.evaluation.prompts import PROMPTS
+from slimsam_jax.evaluation.proposals import proposal_scores
 from slimsam_jax.inference.masks import Encoded, Prompts, clicks_at, decode_prompts, original_masks, point_grid
 from slimsam_jax.models.sam import Sam
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, pixels of a mask
-LABELLED = (*PROMPTS, "clicks")  # protocols that need annotations
+LABELLED = (*PROMPTS, "clicks", "everything")  # protocols that need annotations
 
 Scores = dict[str, float]
 
@@ -29,12 +30,14 @@ class Protocols:
       names: of `LABELLED`, or "agreement".
       clicks: per annotation, for "clicks".
       grid: "agreement" is over grid x grid points.
+      points_per_side: asked for "everything"; Segment Anything takes 64.
       seed: of the noise on boxes.
     """
 
     names: tuple[str, ...] = ("point", "box")
     clicks: int = 10
     grid: int = 4
+    points_per_side: int = 32
     seed: int = 0
 
     def seed_of(self, name: str) -> tuple[int, int]:
@@ -60,6 +63,8 @@ def image_scores(
             each = [{"iou": float(ious.mean())} for ious in agreement(pairs, protocols.grid)]
         elif not annotations:
             continue
+        elif protocol == "everything":
+            each = [proposal_scores(*pair, annotations, protocols.points_per_side) for pair in pairs]
         elif protocol == "clicks":
             each = [click_scores(*pair, annotations, protocols.clicks) for pair in pairs]
         else:

@@ -41,6 +41,8 @@ def label(key: str, images: int, most: int) -> str:
     if protocol == "clicks":
         kind, count = measure.split("_")
         text = f"mIoU after click {count}" if kind == "iou" else f"clicks to IoU 0.{count}"
+    elif protocol == "everything":
+        text = f"AR@{measure.removeprefix('ar_')}"
     else:
         choice = ", best predicted" if measure.startswith("ap") and measure.endswith("_best") else ""
         text = LABELS[measure.removesuffix("_best") if choice else measure] + choice

@@ -100,11 +100,19 @@ class SamAutomaticMaskGenerator:
     def _of_crop(self, picture: np.ndarray, crop_box: np.ndarray, layer: int) -> Candidates:
         x0, y0, x1, y1 = crop_box
         (encoded,) = encode_images(self.sam, [picture[y0:y1, x0:x1]])
-        search = functools.partial(self._at_points, encoded, crop_box, picture.shape[:2])
+        return self.candidates(encoded, crop_box, layer, picture.shape[:2])
+
+    def candidates(
+        self, encoded: Encoded, crop_box: np.ndarray | None = None, layer: int = 0, size: tuple[int, int] | None = None
+    ) -> Candidates:
+        """What is found in a picture that is encoded already, best first; or in a crop of one of `size`."""
+        height, width = encoded.original_size
+        crop_box = np.array([0, 0, width, height]) if crop_box is None else crop_box
+        search = functools.partial(self._at_points, encoded, crop_box, size or encoded.original_size)
         if self.hierarchical:
             found = self._coarse_to_fine(encoded, search, layer)
         else:
-            found = search(self._grid(layer).reshape(-1, 2) * (x1 - x0, y1 - y0))[0]
+            found = search(self._grid(layer).reshape(-1, 2) * (width, height))[0]
         return found.take(amg.nms(found.boxes, found.predicted_iou, self.box_nms_thresh))
 
     def _grid(self, layer: int) -> np.ndarray:

@@ -1,0 +1,58 @@
+"""Everything mode against annotations: which share of the objects is among the first k masks.
+
+As Segment Anything evaluates proposals (Kirillov et al. 2023, section 7.3, appendix D.3): no thresholds, box NMS 0.9,
+ranked by the mean of predicted IoU and stability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from slimsam_jax import metrics
+from slimsam_jax.data import Annotation
+from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
+from slimsam_jax.inference.candidates import unpack
+from slimsam_jax.inference.masks import Encoded
+from slimsam_jax.models.sam import Sam
+
+COUNTS = (10, 100, 1000)
+THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
+
+
+def proposal_scores(
+    sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], points_per_side: int
+) -> dict[str, float]:
+    """{"ar_10": average recall of an image's annotations by the first ten masks, ...}."""
+    generator = SamAutomaticMaskGenerator(
+        sam, points_per_side, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.9
+    )
+    found = generator.candidates(encoded)
+    found = found.take(np.argsort(-(found.predicted_iou + found.stability), kind="stable")[: COUNTS[-1]])
+    truth = np.stack([a.mask for a in annotations])
+    ious = [metrics.iou(unpack(found, i, encoded.original_size)[None], truth) for i in range(len(found.bits))]
+    return average_recall(np.array(ious).reshape(-1, len(truth)))
+
+
+def average_recall(ious: np.ndarray) -> dict[str, float]:
+    """COCO's average recall at each of `COUNTS`, for one image.
+
+    Args:
+      ious: [masks, annotations], the best mask first.
+    """
+    ranks = np.stack([_matched(ious, threshold) for threshold in THRESHOLDS])
+    return {f"ar_{count}": float((ranks < count).mean()) for count in COUNTS}
+
+
+def _matched(ious: np.ndarray, threshold: float) -> np.ndarray:
+    """[annotations], the number of the mask that each is matched by, infinite if by none.
+
+    Each mask takes the annotation that it overlaps most of those that no mask before it has taken.
+    """
+    ranks = np.full(ious.shape[1], np.inf)
+    for rank, row in enumerate(ious):
+        best = np.where(np.isinf(ranks), row, -1).argmax()
+        if np.isinf(ranks[best]) and row[best] >= threshold:
+            ranks[best] = rank
+    return ranks
