@@ -1,0 +1,203 @@
+// The page: where pictures come from, what is clicked, and who is asked.
+
+import { iou, Panel, shownSize } from "./panel.js";
+
+const element = (id) => document.getElementById(id);
+const worker = new Worker("inference.js", { type: "module" });
+const waiting = new Map();
+const DRAG = 5; // pixels of the screen from which a click is a box
+
+let panels = [];
+let shown = null; // [height, width] of the picture as shown, once both encoders have seen it
+let points = [];
+let box = null;
+let pending = false; // the prompts have changed since they were asked
+let asking = false;
+let newest = 0; // number of the last picture asked for
+
+worker.onmessage = ({ data: { id, result, error } }) => {
+  const { resolve, reject } = waiting.get(id);
+  waiting.delete(id);
+  if (error) reject(new Error(error));
+  else resolve(result);
+};
+worker.onerror = () => say("error", "The worker with onnxruntime-web did not start; the browser's console says why.");
+
+function ask(task, options) {
+  return new Promise((resolve, reject) => {
+    const id = crypto.randomUUID();
+    waiting.set(id, { resolve, reject });
+    worker.postMessage({ id, task, options });
+  });
+}
+
+/** `state` is loading, ready, busy or error. */
+function say(state, text) {
+  document.documentElement.dataset.state = state;
+  element("status").textContent = text;
+}
+
+async function guarded(what, run) {
+  try {
+    await run();
+  } catch (error) {
+    say("error", `${what}: ${error.message}`);
+  }
+}
+
+async function get(url) {
+  const answer = await fetch(url);
+  if (!answer.ok) throw new Error(`${url} is answered with ${answer.status}`);
+  return answer;
+}
+
+async function start() {
+  const { models, photos, threads } = await (await get("models.json")).json();
+  panels = models.map((model, index) => new Panel(element("panels"), model, index));
+  panels.forEach((panel) => listen(panel));
+  for (const [index, { name, encoder, decoder, image_size }] of models.entries()) {
+    say("loading", `Loading ${name} (${index + 1} of ${models.length})`);
+    await ask("load", { encoder, decoder, imageSize: image_size, threads });
+  }
+  element("photos").append(...photos.map((name) => new Option(name.replace(/\.[^.]*$/, "").replaceAll("_", " "), name)));
+  await choosePhoto();
+}
+
+async function choosePhoto() {
+  const name = element("photos").value;
+  await setPicture(await (await get(`photos/${name}`)).blob());
+}
+
+async function setPicture(blob) {
+  const number = ++newest;
+  const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" }).catch(() => {
+    throw new Error("this browser cannot read it as a picture");
+  });
+  if (number !== newest) return;
+  const { width, height } = bitmap;
+  const context = new OffscreenCanvas(width, height).getContext("2d", { alpha: false });
+  context.drawImage(bitmap, 0, 0);
+  const { data: pixels } = context.getImageData(0, 0, width, height);
+  const size = shownSize(height, width);
+  shown = null;
+  [points, box, pending] = [[], null, false];
+  panels.forEach((panel) => panel.show(bitmap, size));
+  await ask("setPicture", { pixels, size: [height, width], shown: size });
+  if (await encode(number)) shown = size;
+}
+
+/** Runs all encoders; false if another picture came meanwhile. */
+async function encode(number) {
+  for (const [model, panel] of panels.entries()) {
+    say("busy", `Encoding (${model + 1} of ${panels.length})`);
+    const { ms } = await ask("encode", { model });
+    if (number !== newest) return false;
+    panel.say("encoder", milliseconds(ms));
+  }
+  say("ready", "Click on an object.");
+  return true;
+}
+
+const milliseconds = (ms) => `${ms.toFixed(ms < 100 ? 1 : 0)} ms`;
+
+/** Asks all decoders about the prompts as they are now, and once more if they change meanwhile. */
+async function decode() {
+  pending = true;
+  if (asking || !shown) return;
+  asking = true;
+  try {
+    while (pending && shown) {
+      pending = false;
+      await decodeOnce(newest);
+    }
+  } finally {
+    asking = false;
+  }
+}
+
+async function decodeOnce(number) {
+  panels.forEach((panel) => panel.drawPrompts(points, box));
+  if (!points.length && !box) {
+    panels.forEach((panel) => panel.clear());
+    return say("ready", "Click on an object.");
+  }
+  say("busy", "Decoding");
+  const which = element("which").value;
+  for (const [model, panel] of panels.entries()) {
+    const { ms, mask, score } = await ask("decode", { model, points, box, which });
+    if (number !== newest) return;
+    panel.drawMask(mask);
+    panel.say("decoder", milliseconds(ms));
+    panel.say("predicted IoU", score.toFixed(3));
+    panel.say("mask", `${((100 * mask.reduce((a, b) => a + b, 0)) / mask.length).toFixed(1)} % of the picture`);
+    if (model) panel.say("agreement", `IoU ${iou(panels[0].mask, mask).toFixed(3)} with the first model's mask`);
+  }
+  say("ready", "Click again to correct the mask.");
+}
+
+/** Clicks and drags on a panel's picture. */
+function listen({ stack, picture }) {
+  let from = null;
+  const at = (event) => {
+    const frame = picture.getBoundingClientRect();
+    const inside = (value, most) => Math.min(Math.max(value, 0), most);
+    const x = inside(((event.clientX - frame.left) * picture.width) / frame.width, picture.width);
+    return { x, y: inside(((event.clientY - frame.top) * picture.height) / frame.height, picture.height) };
+  };
+  const boxTo = (event) => {
+    const [one, other] = [at(from), at(event)];
+    return [Math.min(one.x, other.x), Math.min(one.y, other.y), Math.max(one.x, other.x), Math.max(one.y, other.y)];
+  };
+  const isDrag = (event) => Math.hypot(event.clientX - from.clientX, event.clientY - from.clientY) >= DRAG;
+  stack.addEventListener("pointerdown", (event) => {
+    if (event.button !== 0 || !shown) return;
+    stack.setPointerCapture(event.pointerId);
+    from = event;
+  });
+  stack.addEventListener("pointermove", (event) => {
+    if (from && isDrag(event)) panels.forEach((panel) => panel.drawPrompts(points, boxTo(event)));
+  });
+  stack.addEventListener("pointerup", (event) => {
+    if (from && shown) {
+      if (isDrag(event)) box = boxTo(event);
+      else points = [...points, { ...at(event), label: event.shiftKey ? 0 : 1 }];
+    }
+    from = null;
+    guarded("Decoding failed", decode);
+  });
+  stack.addEventListener("pointercancel", () => {
+    from = null;
+    panels.forEach((panel) => panel.drawPrompts(points, box));
+  });
+}
+
+const usePicture = (run) => guarded("The picture cannot be used", run);
+element("photos").addEventListener("change", () => usePicture(choosePhoto));
+element("file").addEventListener("change", ({ target }) => target.files[0] && usePicture(() => setPicture(target.files[0])));
+element("which").addEventListener("change", () => guarded("Decoding failed", decode));
+element("again").addEventListener("click", () =>
+  guarded("Encoding failed", async () => {
+    if (shown && (await encode(newest))) await decode();
+  }));
+element("clear").addEventListener("click", () => {
+  [points, box] = [[], null];
+  guarded("Decoding failed", decode);
+});
+element("undo").addEventListener("click", () => {
+  if (points.length) points = points.slice(0, -1);
+  else box = null;
+  guarded("Decoding failed", decode);
+});
+addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.add("dropping");
+});
+addEventListener("dragleave", () => document.body.classList.remove("dropping"));
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dropping");
+  const file = event.dataTransfer.files[0];
+  if (file) usePicture(() => setPicture(file));
+});
+
+guarded("The page did not start", start);

@@ -1,0 +1,181 @@
+"""A page to click on: models side by side in the browser. `python -m slimsam_jax.demo --model slim --against sam.pth`.
+
+The models are exported to ONNX and run in the browser, on onnxruntime-web; nothing is computed here, and no picture
+leaves the browser.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from slimsam_jax import cli
+from slimsam_jax.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from slimsam_jax.models.sam import Sam
+
+# What needs JAX or onnx is imported where it is used: --help should not wait for it.
+
+Dtype = Literal["float32", "float16", "int8"]
+RUNTIME = "onnxruntime-web@^1.30"
+LARGEST_FILE = 2**31 - 1  # bytes; browsers hold no larger array, and our models are then in two files
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimsam_jax"
+
+
+def install_runtime(folder: Path) -> None:
+    """Fetches onnxruntime-web into `folder`, by npm.
+
+    Raises:
+      InputError: there is no npm.
+      RunError: npm failed.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise InputError("npm is not installed, and onnxruntime-web comes with it; install Node.js first")
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [npm, "install", RUNTIME, "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if line.strip()), f"exit code {done.returncode}")
+        raise RunError(f"npm could not install onnxruntime-web: {reason}")
+    print(f"installed {RUNTIME} in {folder}")
+
+
+def find_runtime(folder: Path) -> Path:
+    """The folder `dist` of onnxruntime-web in `folder`.
+
+    Raises:
+      InputError: it is not there.
+    """
+    from slimsam_jax.demo_server import RUNTIME_FILES
+
+    dist = folder / "node_modules" / "onnxruntime-web" / "dist"
+    if not all((dist / name).is_file() for name in RUNTIME_FILES):
+        option = "" if folder == default_cache() else f" --cache {folder}"
+        raise InputError(
+            f"the page needs onnxruntime-web, which is not in {folder}: python -m slimsam_jax.demo --install{option}"
+            f" (or npm install {RUNTIME} --prefix {folder})"
+        )
+    return dist
+
+
+def fingerprint(sam: Sam, dtype: Dtype) -> str:
+    """Changes with the weights, the architecture, the dtype, and the code that writes ONNX."""
+    import flax.traverse_util
+    import numpy as np
+
+    import converters
+
+    digest = hashlib.sha256(json.dumps([sam.config.to_json(), dtype]).encode())
+    for path, array in sorted(flax.traverse_util.flatten_dict(sam.params, sep="/").items()):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(array))
+    for source in sorted(Path(converters.__file__).parent.glob("*onnx*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def exported(sam: Sam, dtype: Dtype, cache: Path) -> tuple[Path, Path]:
+    """encoder.onnx and decoder.onnx of a model, written only if the cache has none of this model.
+
+    Raises:
+      InputError: too large for a browser.
+    """
+    from converters import to_onnx
+    from slimsam_jax import data
+
+    folder = cache / "onnx" / fingerprint(sam, dtype)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        picture = data.read_image(data.embedded_images() / "dog.jpg")
+        to_onnx.export(sam, folder, "sam", (dtype,), picture)
+    encoder, decoder = (folder / f"{stem}{to_onnx.SUFFIXES[dtype]}.onnx" for stem in to_onnx.STEMS["sam"])
+    if any(folder.glob("*.onnx_data")) or encoder.stat().st_size > LARGEST_FILE:
+        raise InputError(f"the encoder is too large for a browser in {dtype}; try --dtype float16 or int8")
+    return encoder, decoder
+
+
+def describe(name: str, sam: Sam, files: tuple[Path, Path]) -> dict[str, Any]:
+    """What the page says of a model, and needs to know of it."""
+    from slimsam_jax import metrics
+
+    return {
+        "name": name,
+        "image_size": sam.config.image_size,
+        "parameters": metrics.sam_parameters(sam.config),
+        "encoder_macs": metrics.encoder_macs(sam.config).total,
+        "bytes": sum(path.stat().st_size for path in files),
+    }
+
+
+def prepare(paths: tuple[Path, ...], dtype: Dtype, cache: Path) -> list[tuple[dict[str, Any], tuple[Path, Path]]]:
+    """Reads the models and exports them: what the page says of each, and its two files."""
+    from converters.from_torch import load
+
+    found = []
+    for path in paths:
+        sam = load(path)
+        print(f"{path}:", flush=True)
+        files = exported(sam, dtype, cache)
+        print(f"  in {files[0].parent}", flush=True)
+        found.append((describe(path.name or str(path), sam, files), files))
+    return found
+
+
+def main(
+    model: Path | None = None,
+    against: tuple[Path, ...] = (),
+    port: int = 8000,
+    dtype: Dtype = "float32",
+    threads: int = 1,
+    cache: Path | None = None,
+    install: bool = False,
+) -> None:
+    """Serve a page on this machine on which to click on pictures and see the masks of models side by side.
+
+    The models run in the browser, which shows their masks, predicted IoU and milliseconds.
+
+    Args:
+      model: a model folder, a .pth, or a Hugging Face SamModel folder; the small SAM that ships with us if not given.
+      against: one or more models to compare it with.
+      port: of 127.0.0.1; 0 for any that is free.
+      dtype: of the exported models.
+      threads: of onnxruntime-web; with 1, times compare best.
+      cache: the folder for exported models and onnxruntime-web; slimsam_jax in the user's cache folder if not given.
+      install: fetch onnxruntime-web with npm (140 MB) before anything else, once; without --model, nothing else.
+    """
+    cache = cache or default_cache()
+    if threads < 1:
+        raise InputError(f"--threads {threads} must be at least 1")
+    if install:
+        install_runtime(cache)
+        if model is None and not against:
+            return
+    runtime = find_runtime(cache)
+    missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"writing ONNX needs {' and '.join(missing)}: pip install onnx onnxruntime")
+    from slimsam_jax import data, demo_server
+
+    with demo_server.make_server({}, port) as server:  # before the export, which may take minutes
+        models = prepare((model or data.embedded_teacher(), *against), dtype, cache)
+        server.RequestHandlerClass.served = demo_server.page_files(models, runtime, threads)
+        print(f"open http://{demo_server.HOST}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("stopped")
+
+
+if __name__ == "__main__":
+    cli.run(main)
