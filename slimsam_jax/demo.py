@@ -167,9 +167,9 @@ def main(
         raise InputError(f"writing ONNX needs {' and '.join(missing)}: pip install onnx onnxruntime")
     from slimsam_jax import data, demo_server
 
-    with demo_server.make_server({}, port) as server:  # before the export, which may take minutes
+    with demo_server.Server(port) as server:  # before the export, which may take minutes
         models = prepare((model or data.embedded_teacher(), *against), dtype, cache)
-        server.RequestHandlerClass.served = demo_server.page_files(models, runtime, threads)
+        server.files = demo_server.page_files(models, runtime, threads)
         print(f"open http://{demo_server.HOST}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
         try:
             server.serve_forever()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -58,31 +59,28 @@ def page_files(models: Sequence[tuple[dict[str, Any], Sequence[Path]]], runtime:
     return {**files, "/models.json": json.dumps(content).encode()}
 
 
-def make_server(files: Files, port: int) -> ThreadingHTTPServer:
-    """A server of these files, listening but not yet serving.
-
-    Args:
-      port: 0 for any that is free.
+class Server(ThreadingHTTPServer):
+    """Listens on `port` of this machine from the start, 0 for any that is free; set `files` before it serves.
 
     Raises:
       InputError: the port cannot be used.
     """
 
-    class Handler(_Handler):
-        served = files
+    files: Files = MappingProxyType({})
 
-    try:
-        return ThreadingHTTPServer((HOST, port), Handler)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"--port {port} cannot be used: {reason}; try another one, or 0 for any") from None
+    def __init__(self, port: int):
+        try:
+            super().__init__((HOST, port), _Handler)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"--port {port} cannot be used: {reason}; try another one, or 0 for any") from None
 
 
 class _Handler(BaseHTTPRequestHandler):
     """Looks paths up in a table, so there is nothing outside it to be reached."""
 
     protocol_version = "HTTP/1.1"
-    served: Files = {}
+    server: Server
 
     def do_GET(self) -> None:
         self._answer(with_content=True)
@@ -93,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, with_content: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         try:
-            found = self.served.get(path)
+            found = self.server.files.get(path)
             if found is None:
                 self.send_error(404)
             elif isinstance(found, bytes):

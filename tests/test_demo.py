@@ -1,0 +1,364 @@
+"""The page to click on: its server by itself, and the page in headless Chromium."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import http.client
+import json
+import os
+import subprocess
+import sys
+import threading
+from urllib.request import urlopen
+
+import chromium
+import flax.traverse_util
+import numpy as np
+import pytest
+from conftest import SQUARE, random_sam
+from PIL import Image
+
+from slimsam_jax import checkpoint, cli, demo, demo_server, metrics
+from slimsam_jax.data import embedded_images, embedded_teacher, read_image
+from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.inference.predictor import SamPredictor
+from slimsam_jax.models.sam import Sam, resize_and_pad
+
+BLOCKS = (dataclasses.replace(SQUARE.blocks[0], mlp_dim=8), SQUARE.blocks[1])
+PHOTO = "dog.jpg"
+
+
+def run(*arguments) -> None:
+    """The command, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["demo", *map(str, arguments)])
+        cli.run(demo.main)
+
+
+def serving(files: demo_server.Files):
+    server = demo_server.Server(0)
+    server.files = files
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache folder with files that have the names of onnxruntime-web's."""
+    folder = tmp_path_factory.mktemp("cache")
+    dist = folder / "node_modules" / "onnxruntime-web" / "dist"
+    dist.mkdir(parents=True)
+    for name in demo_server.RUNTIME_FILES:
+        (dist / name).write_bytes(name.encode())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    checkpoint.save(random_sam(SQUARE), folder / "teacher")
+    checkpoint.save(random_sam(dataclasses.replace(SQUARE, blocks=BLOCKS), 1), folder / "slim")
+    return folder / "slim", folder / "teacher"
+
+
+@pytest.fixture(scope="module")
+def served(cache, models):
+    """(port, what was exported) of a server of two models."""
+    prepared = demo.prepare(models, "float32", cache)
+    server = serving(demo_server.page_files(prepared, demo.find_runtime(cache), threads=1))
+    yield server.server_port, prepared
+    server.shutdown()
+    server.server_close()
+
+
+def request(port: int, path: str, method: str = "GET") -> tuple[http.client.HTTPResponse, bytes]:
+    """Sends the path as it is, dots and all."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request(method, path)
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer, content
+
+
+def test_the_server_has_the_page_the_models_and_the_runtime(served):
+    port, prepared = served
+    described = json.loads(request(port, "/models.json")[1])
+    assert [model["name"] for model in described["models"]] == ["slim", "teacher"] and described["threads"] == 1
+    for fields, (_, files) in zip(described["models"], prepared, strict=True):
+        assert fields["image_size"] == [64, 64]
+        assert fields["bytes"] == sum(path.stat().st_size for path in files)
+        assert [request(port, fields[part])[1] for part in ("encoder", "decoder")] == [p.read_bytes() for p in files]
+    assert PHOTO in described["photos"]
+    for path, kind, part in (
+        ("/", "text/html; charset=utf-8", b'src="demo.js"'),
+        ("/demo.js?again", "text/javascript; charset=utf-8", b"models.json"),
+        ("/ort/ort.wasm.min.mjs", "text/javascript; charset=utf-8", b"ort.wasm.min.mjs"),
+        ("/ort/ort-wasm-simd-threaded.wasm", "application/wasm", b"ort-wasm-simd-threaded.wasm"),
+        (f"/photos/{PHOTO}", "image/jpeg", (embedded_images() / PHOTO).read_bytes()),
+    ):
+        answer, content = request(port, path)
+        assert answer.status == 200 and answer.headers["Content-Type"] == kind and part in content
+        assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        head, nothing = request(port, path, "HEAD")
+        assert head.headers["Content-Length"] == str(len(content)) and nothing == b""
+
+
+def test_the_page_names_only_files_that_are_served(served):
+    """What a browser would load: scripts of the page, and modules that scripts import."""
+    port, _ = served
+    for script in ("demo.js", "panel.js", "inference.js", "resize.js"):
+        content = request(port, f"/{script}")[1].decode()
+        imported = [line.split('"')[1] for line in content.splitlines() if line.startswith("import ")]
+        assert all(request(port, f"/{name.removeprefix('./')}")[0].status == 200 for name in imported)
+        assert "http://" not in content and "https://" not in content
+
+
+@pytest.mark.parametrize(
+    "path",
+    (
+        "/../demo.py",
+        "/%2e%2e/demo.py",
+        "/photos/../../demo.py",
+        "/photos/..%2f..%2fdemo.py",
+        "//etc/passwd",
+        "/etc/passwd",
+        "/photos/",
+        "/photos/SOURCES.md",
+        "/ort/ort.min.js",
+        "/models/2/encoder.onnx",
+        "/index.html%00",
+        "",
+    ),
+)
+def test_nothing_else_is_served(served, path):
+    answer, content = request(served[0], path or "http://127.0.0.1/none")
+    assert answer.status == 404 and b"import" not in content and b"root:" not in content
+
+
+def test_only_this_machine_is_listened_to(served):
+    server = demo_server.Server(0)
+    assert server.server_address[0] == "127.0.0.1"
+    server.server_close()
+
+
+def test_a_model_is_exported_once(served, cache, models, capsys):
+    _, prepared = served
+    written = {path: path.stat().st_mtime_ns for _, files in prepared for path in files}
+    again = demo.prepare(models, "float32", cache)
+    assert again == prepared and "largest error" not in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for _, files in again for path in files} == written
+    sam = checkpoint.load(models[0])
+    others = (
+        (sam, "int8"),
+        (random_sam(sam.config, 5), "float32"),
+        (Sam(dataclasses.replace(sam.config, pixel_std=(1.0, 2.0, 3.0)), sam.params, {}), "float32"),
+    )
+    assert len({demo.fingerprint(sam, "float32"), *(demo.fingerprint(*other) for other in others)}) == 4
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, cache, models, capsys, monkeypatch):
+    taken = demo_server.Server(0)
+    for arguments, part in (
+        (("--cache", tmp_path / "none"), "demo --install --cache"),
+        (("--cache", cache, "--port", taken.server_port), "cannot be used"),
+        (("--cache", cache, "--port", "70000"), "--port 70000 cannot be used"),
+        (("--cache", cache, "--port", "0", "--threads", "0"), "--threads 0"),
+        (("--cache", cache, "--port", "0", "--model", tmp_path / "absent"), "does not exist"),
+        (("--cache", cache, "--port", "0", "--model", models[0], "--against", tmp_path / "absent"), "does not exist"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(*arguments)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and part in error
+    taken.server_close()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(demo, "LARGEST_FILE", 1000)
+    with pytest.raises(InputError, match="too large for a browser in float32"):
+        demo.prepare(models[:1], "float32", cache)
+
+
+def test_installing_needs_npm_and_says_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="npm is not installed"):
+        demo.install_runtime(tmp_path / "cache")
+    npm = tmp_path / "npm"
+    npm.write_text("#!/bin/sh\necho 'npm error no network' >&2\nexit 1\n")
+    npm.chmod(0o755)
+    with pytest.raises(RunError, match="npm error no network"):
+        demo.install_runtime(tmp_path / "cache")
+
+
+def test_the_command_serves_until_it_is_interrupted(cache, models):
+    arguments = ("--model", models[0], "--against", models[1], "--port", "0", "--cache", cache)
+    command = [sys.executable, "-m", "slimsam_jax.demo", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+        try:
+            url = next(line.split()[1] for line in process.stdout if line.startswith("open http://127.0.0.1:"))
+            assert len(json.load(urlopen(f"{url}models.json", timeout=10))["models"]) == 2
+            process.send_signal(2)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+def narrower(sam: Sam) -> Sam:
+    """Without every eighth hidden unit of the first block's MLP."""
+    flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
+    (first,) = (path for path in flat if "blocks_0/" in path and path.endswith("mlp/lin1/kernel"))
+    stem = first.removesuffix("lin1/kernel")
+    kept = np.flatnonzero(np.arange(sam.config.blocks[0].mlp_dim) % 8)
+    for name, axis in (("lin1/kernel", 1), ("lin1/bias", 0), ("lin2/kernel", 0)):
+        flat[stem + name] = np.take(flat[stem + name], kept, axis)
+    blocks = (dataclasses.replace(sam.config.blocks[0], mlp_dim=len(kept)), *sam.config.blocks[1:])
+    params = flax.traverse_util.unflatten_dict(flat, sep="/")
+    return Sam(dataclasses.replace(sam.config, blocks=blocks), params, {})
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """The small SAM, and one that is not uniform."""
+    teacher = checkpoint.load(embedded_teacher())
+    return narrower(teacher), teacher
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, pair):
+    """The page in Chromium, with two models loaded and a photograph encoded by both."""
+    if chromium.executable() is None:
+        pytest.skip("needs Chromium: apt install chromium")
+    try:
+        runtime = demo.find_runtime(demo.default_cache())
+    except InputError as error:
+        pytest.skip(str(error))
+    root = tmp_path_factory.mktemp("page")
+    for name, sam in zip(("slim", "teacher"), pair, strict=True):
+        checkpoint.save(sam, root / name)
+    prepared = demo.prepare((root / "slim", root / "teacher"), "float32", root / "cache")
+    server = serving(demo_server.page_files(prepared, runtime, threads=1))
+    with chromium.page(root / "profile") as tab:
+        tab.call("Page.navigate", url=f"http://127.0.0.1:{server.server_port}/")
+        tab.wait_for(SETTLED)
+        yield tab
+    server.shutdown()
+    server.server_close()
+
+
+SETTLED = "['ready', 'error'].includes(document.documentElement.dataset.state)"
+MASK = """(() => {
+  const canvas = document.querySelectorAll('canvas.mask')[%d];
+  const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+  const bytes = Uint8Array.from({ length: data.length / 4 }, (_, i) => data[4 * i + 3] ? 1 : 0);
+  let text = '';
+  for (let i = 0; i < bytes.length; i += 4096) text += String.fromCharCode(...bytes.subarray(i, i + 4096));
+  return { size: [canvas.height, canvas.width], bytes: btoa(text) };
+})()"""
+FRAME = """(() => {
+  document.querySelector('.stack').scrollIntoView({ block: 'center' });
+  const { left, top, width } = document.querySelector('.stack').getBoundingClientRect();
+  return [left, top, document.querySelector('canvas.picture').width / width];
+})()"""
+
+
+def choose(tab: chromium.Page, photo: str) -> None:
+    """Takes one of our photographs."""
+    change = f"s => {{ s.value = '{photo}'; s.dispatchEvent(new Event('change')); }}"
+    tab.evaluate(f"({change})(document.getElementById('photos'))")
+    tab.wait_for(f"document.documentElement.dataset.state == 'ready' && {DRAWN % 0}")
+
+
+DRAWN = "document.querySelectorAll('[data-value=decoder]')[%d].textContent == '–'"
+
+
+def on_screen(tab: chromium.Page, *wanted: tuple[float, float]) -> tuple[list, list]:
+    """Whole pixels of the screen nearest to points of the picture; and the points that these are."""
+    left, top, scale = tab.evaluate(FRAME)
+    screen = [(round(x / scale + left), round(y / scale + top)) for x, y in wanted]
+    return screen, [((x - left) * scale, (y - top) * scale) for x, y in screen]
+
+
+def masks(tab: chromium.Page) -> list[np.ndarray]:
+    """What is drawn, of both models, once it is."""
+    tab.wait_for("document.documentElement.dataset.state != 'busy'")
+    assert tab.evaluate("document.documentElement.dataset.state") == "ready", tab.evaluate(chromium.TEXT)
+    found = [tab.evaluate(MASK % index) for index in range(2)]
+    return [np.frombuffer(base64.b64decode(m["bytes"]), np.uint8).reshape(m["size"]) > 0 for m in found]
+
+
+def said(tab: chromium.Page, name: str) -> list[str]:
+    return tab.evaluate(f"[...document.querySelectorAll('[data-value=\"{name}\"]')].map(e => e.textContent)")
+
+
+def assert_agree(found, pair, photo=PHOTO, **prompt):
+    """Each model's mask with `SamPredictor`'s; the predicted IoU that it gives."""
+    scores = []
+    for mask, sam in zip(found, pair, strict=True):
+        predictor = SamPredictor(sam)
+        predictor.set_image(embedded_images() / photo)
+        wanted, iou, _ = predictor.predict(**prompt, multimask_output=False)
+        assert wanted.any() and metrics.iou(mask, wanted[0]) > 0.999
+        scores.append(f"{iou[0]:.3f}")
+    return scores
+
+
+@pytest.mark.slow
+def test_a_click_shows_the_masks_of_both_models(page, pair, tmp_path):
+    choose(page, PHOTO)
+    picture = read_image(embedded_images() / PHOTO)
+    (place,), (point,) = on_screen(page, (picture.width / 2, picture.height / 2))
+    page.drag(place)
+    found = masks(page)
+    scores = assert_agree(found, pair, point_coords=[point], point_labels=[1])
+    assert np.allclose([float(s) for s in said(page, "predicted IoU")], [float(s) for s in scores], atol=2e-3)
+    assert all(value.endswith(" ms") for name in ("encoder", "decoder") for value in said(page, name))
+    assert said(page, "agreement")[1].startswith(f"IoU {metrics.iou(*found):.3f}")
+    (place,), (background,) = on_screen(page, (5, 5))
+    page.drag(place, shift=True)
+    assert_agree(masks(page), pair, point_coords=[point, background], point_labels=[1, 0])
+    page.evaluate("document.getElementById('undo').click()")
+    assert [np.array_equal(a, b) for a, b in zip(masks(page), found, strict=True)] == [True, True]
+    page.screenshot(tmp_path / "page.png")
+    assert Image.open(tmp_path / "page.png").width > 1000
+
+
+@pytest.mark.slow
+def test_a_dragged_box_shows_the_masks_of_both_models(page, pair):
+    choose(page, "chelsea_cat.jpg")
+    picture = read_image(embedded_images() / "chelsea_cat.jpg")
+    ends = (picture.width / 4, picture.height / 5), (picture.width * 0.8, picture.height * 0.9)
+    screen, corners = on_screen(page, *ends)
+    page.drag(screen[1], screen[0])
+    found = masks(page)
+    assert_agree(found, pair, "chelsea_cat.jpg", box=np.ravel(corners))
+    page.evaluate("document.getElementById('clear').click()")
+    assert not any(mask.any() for mask in masks(page))
+
+
+@pytest.mark.slow
+def test_a_file_is_taken_and_what_is_no_picture_is_refused(page, tmp_path):
+    choose(page, PHOTO)
+    Image.new("RGB", (3000, 1500), (200, 30, 30)).save(tmp_path / "large.png")
+    (tmp_path / "words.jpg").write_text("no picture")
+    root = page.call("DOM.getDocument")["root"]["nodeId"]
+    file = page.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
+    page.call("DOM.setFileInputFiles", nodeId=file, files=[str(tmp_path / "large.png")])
+    page.wait_for("document.querySelector('canvas.picture').width == 1200")
+    page.wait_for(SETTLED)
+    page.drag(*on_screen(page, (600, 300))[0])
+    assert masks(page)[0].shape == (600, 1200)
+    page.call("DOM.setFileInputFiles", nodeId=file, files=[str(tmp_path / "words.jpg")])
+    page.wait_for("document.documentElement.dataset.state == 'error'")
+    assert "cannot read it as a picture" in page.evaluate("document.getElementById('status').textContent")
+
+
+@pytest.mark.slow
+def test_pictures_are_scaled_as_pillow_does(page):
+    random = np.random.default_rng(0)
+    for size, target in (((37, 53), (256, 256)), ((300, 211), (64, 48)), ((5, 400), (1, 80)), ((64, 40), (64, 64))):
+        pixels = random.integers(0, 256, (*size, 3), np.uint8)
+        wanted, (height, width) = resize_and_pad(pixels, target)
+        rgba = np.dstack([pixels, np.full(size, 255, np.uint8)]).ravel().tolist()
+        arguments = f"Uint8Array.from({rgba}), {list(size)}, fit({list(size)}, {list(target)})"
+        found = page.evaluate(f"import('/resize.js').then(({{ fit, resize }}) => [...resize({arguments})])")
+        assert np.array_equal(np.reshape(found, (3, height, width)), wanted[:height, :width].transpose(2, 0, 1))
