@@ -115,9 +115,11 @@ def page(profile: Path) -> Iterator[Page]:
     os.close(theirs_in)
     os.close(theirs_out)
     try:
-        yield Page(process, ours_out, ours_in)
+        tab = Page(process, ours_out, ours_in)
+        yield tab
+        tab.call("Browser.close")
     finally:
-        os.close(ours_out)  # upon which it leaves
+        os.close(ours_out)
         os.close(ours_in)
         _end(process)
 

@@ -63,14 +63,13 @@ async function start() {
   await choosePhoto();
 }
 
-async function choosePhoto() {
-  const name = element("photos").value;
-  await setPicture(await (await get(`photos/${name}`)).blob());
-}
+const choosePhoto = () => setPicture(get(`photos/${element("photos").value}`).then((answer) => answer.blob()));
 
-async function setPicture(blob) {
+/** Shows a picture, a Blob or the promise of one, and has it encoded; until it is read, the old one stays. */
+async function setPicture(source) {
   const number = ++newest;
-  const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" }).catch(() => {
+  say("busy", "Reading the picture");
+  const bitmap = await createImageBitmap(await source, { colorSpaceConversion: "none" }).catch(() => {
     throw new Error("this browser cannot read it as a picture");
   });
   if (number !== newest) return;
