@@ -19,13 +19,15 @@ from slimsam_jax import cli
 from slimsam_jax.errors import InputError, RunError
 
 if TYPE_CHECKING:
+    from slimsam_jax.demo_server import Server
     from slimsam_jax.models.sam import Sam
 
 # What needs JAX or onnx is imported where it is used: --help should not wait for it.
 
 Dtype = Literal["float32", "float16", "int8"]
 RUNTIME = "onnxruntime-web@^1.30"
-LARGEST_FILE = 2**31 - 1  # bytes; browsers hold no larger array, and our models are then in two files
+BYTES = {"float32": 4, "float16": 2, "int8": 1}  # of a weight
+LARGEST_FILE = 2**31 - 2**24  # bytes; browsers hold no larger array
 
 
 def default_cache() -> Path:
@@ -85,12 +87,18 @@ def fingerprint(sam: Sam, dtype: Dtype) -> str:
     return digest.hexdigest()[:16]
 
 
-def exported(sam: Sam, dtype: Dtype, cache: Path) -> tuple[Path, Path]:
-    """encoder.onnx and decoder.onnx of a model, written only if the cache has none of this model.
+def check_size(sam: Sam, dtype: Dtype) -> None:
+    """Raises InputError if the encoder is too large for a browser, before it is exported for minutes."""
+    from slimsam_jax import metrics
 
-    Raises:
-      InputError: too large for a browser.
-    """
+    if metrics.encoder_parameters(sam.config) * BYTES[dtype] > LARGEST_FILE:
+        smaller = " or ".join(other for other in BYTES if BYTES[other] < BYTES[dtype])
+        advice = f"try --dtype {smaller}" if smaller else "take a smaller model"
+        raise InputError(f"the encoder is too large for a browser in {dtype}; {advice}")
+
+
+def exported(sam: Sam, dtype: Dtype, cache: Path) -> tuple[Path, Path]:
+    """encoder.onnx and decoder.onnx of a model, written only if the cache has none of this model."""
     from converters import to_onnx
     from slimsam_jax import data
 
@@ -100,8 +108,6 @@ def exported(sam: Sam, dtype: Dtype, cache: Path) -> tuple[Path, Path]:
         picture = data.read_image(data.embedded_images() / "dog.jpg")
         to_onnx.export(sam, folder, "sam", (dtype,), picture)
     encoder, decoder = (folder / f"{stem}{to_onnx.SUFFIXES[dtype]}.onnx" for stem in to_onnx.STEMS["sam"])
-    if any(folder.glob("*.onnx_data")) or encoder.stat().st_size > LARGEST_FILE:
-        raise InputError(f"the encoder is too large for a browser in {dtype}; try --dtype float16 or int8")
     return encoder, decoder
 
 
@@ -119,12 +125,17 @@ def describe(name: str, sam: Sam, files: tuple[Path, Path]) -> dict[str, Any]:
 
 
 def prepare(paths: tuple[Path, ...], dtype: Dtype, cache: Path) -> list[tuple[dict[str, Any], tuple[Path, Path]]]:
-    """Reads the models and exports them: what the page says of each, and its two files."""
+    """Reads the models and exports them: what the page says of each, and its two files.
+
+    Raises:
+      InputError: not a model, or one that is too large for a browser.
+    """
     from converters.from_torch import load
 
     found = []
     for path in paths:
         sam = load(path)
+        check_size(sam, dtype)
         print(f"{path}:", flush=True)
         files = exported(sam, dtype, cache)
         print(f"  in {files[0].parent}", flush=True)
@@ -170,11 +181,17 @@ def main(
     with demo_server.Server(port) as server:  # before the export, which may take minutes
         models = prepare((model or data.embedded_teacher(), *against), dtype, cache)
         server.files = demo_server.page_files(models, runtime, threads)
-        print(f"open http://{demo_server.HOST}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print("stopped")
+        serve(server)
+
+
+def serve(server: Server) -> None:
+    """Until Ctrl-C."""
+    host, port = server.server_address
+    print(f"open http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("stopped")
 
 
 if __name__ == "__main__":

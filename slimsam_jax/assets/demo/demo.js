@@ -59,7 +59,8 @@ async function start() {
     say("loading", `Loading ${name} (${index + 1} of ${models.length})`);
     await ask("load", { encoder, decoder, imageSize: image_size, threads });
   }
-  element("photos").append(...photos.map((name) => new Option(name.replace(/\.[^.]*$/, "").replaceAll("_", " "), name)));
+  const title = (name) => name.replace(/\.[^.]*$/, "").replaceAll("_", " ");
+  element("photos").append(...photos.map((name) => new Option(title(name), name)));
   await choosePhoto();
 }
 
@@ -134,45 +135,57 @@ async function decodeOnce(number) {
   say("ready", "Click again to correct the mask.");
 }
 
+/** Where on the picture in `canvas` an event of the mouse is. */
+function at(event, canvas) {
+  const frame = canvas.getBoundingClientRect();
+  const inside = (value, most) => Math.min(Math.max(value, 0), most);
+  return {
+    x: inside(((event.clientX - frame.left) * canvas.width) / frame.width, canvas.width),
+    y: inside(((event.clientY - frame.top) * canvas.height) / frame.height, canvas.height),
+  };
+}
+
+/** [x0, y0, x1, y1] between two events. */
+function boxBetween(from, to, canvas) {
+  const [one, other] = [at(from, canvas), at(to, canvas)];
+  return [Math.min(one.x, other.x), Math.min(one.y, other.y), Math.max(one.x, other.x), Math.max(one.y, other.y)];
+}
+
 /** Clicks and drags on a panel's picture. */
 function listen({ stack, picture }) {
   let from = null;
-  const at = (event) => {
-    const frame = picture.getBoundingClientRect();
-    const inside = (value, most) => Math.min(Math.max(value, 0), most);
-    const x = inside(((event.clientX - frame.left) * picture.width) / frame.width, picture.width);
-    return { x, y: inside(((event.clientY - frame.top) * picture.height) / frame.height, picture.height) };
-  };
-  const boxTo = (event) => {
-    const [one, other] = [at(from), at(event)];
-    return [Math.min(one.x, other.x), Math.min(one.y, other.y), Math.max(one.x, other.x), Math.max(one.y, other.y)];
-  };
   const isDrag = (event) => Math.hypot(event.clientX - from.clientX, event.clientY - from.clientY) >= DRAG;
+  const draw = (shownBox) => panels.forEach((panel) => panel.drawPrompts(points, shownBox));
   stack.addEventListener("pointerdown", (event) => {
     if (event.button !== 0 || !shown) return;
     stack.setPointerCapture(event.pointerId);
     from = event;
   });
   stack.addEventListener("pointermove", (event) => {
-    if (from && isDrag(event)) panels.forEach((panel) => panel.drawPrompts(points, boxTo(event)));
+    if (from && shown && isDrag(event)) draw(boxBetween(from, event, picture));
   });
   stack.addEventListener("pointerup", (event) => {
     if (from && shown) {
-      if (isDrag(event)) box = boxTo(event);
-      else points = [...points, { ...at(event), label: event.shiftKey ? 0 : 1 }];
+      if (isDrag(event)) box = boxBetween(from, event, picture);
+      else points = [...points, { ...at(event, picture), label: event.shiftKey ? 0 : 1 }];
     }
     from = null;
     guarded("Decoding failed", decode);
   });
   stack.addEventListener("pointercancel", () => {
     from = null;
-    panels.forEach((panel) => panel.drawPrompts(points, box));
+    draw(box);
   });
 }
 
 const usePicture = (run) => guarded("The picture cannot be used", run);
+const useFile = (file) => {
+  if (!file) return;
+  element("photos").selectedIndex = -1;
+  usePicture(() => setPicture(file));
+};
 element("photos").addEventListener("change", () => usePicture(choosePhoto));
-element("file").addEventListener("change", ({ target }) => target.files[0] && usePicture(() => setPicture(target.files[0])));
+element("file").addEventListener("change", ({ target }) => useFile(target.files[0]));
 element("which").addEventListener("change", () => guarded("Decoding failed", decode));
 element("again").addEventListener("click", () =>
   guarded("Encoding failed", async () => {
@@ -195,8 +208,7 @@ addEventListener("dragleave", () => document.body.classList.remove("dropping"));
 addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  const file = event.dataTransfer.files[0];
-  if (file) usePicture(() => setPicture(file));
+  useFile(event.dataTransfer.files[0]);
 });
 
 guarded("The page did not start", start);

@@ -1,6 +1,7 @@
 // One model's side: the picture, its mask over it, the prompts over both, and what there is to read.
 
 const COLOURS = [[30, 144, 255], [255, 120, 20], [40, 180, 90], [200, 60, 200]];
+const KEPT = ["model", "encoder"]; // what is said whatever the prompt
 const LONGEST = 1200; // pixels of the longer side that are shown and masked; a phone's pictures have four times as many
 
 /** [height, width] that a picture is shown at. */
@@ -25,7 +26,8 @@ export class Panel {
     const title = caption.appendChild(document.createElement("strong"));
     title.textContent = model.name;
     title.style.borderBottom = `3px solid rgb(${this.colour})`;
-    this.values = this.list(caption, ["model", "encoder", "decoder", "predicted IoU", "mask", "agreement"]);
+    const names = ["model", "encoder", "decoder", "predicted IoU", "mask", ...(index ? ["agreement"] : [])];
+    this.values = this.list(caption, names);
     const macs = `${(model.encoder_macs / 1e9).toFixed(2)} G MACs in the encoder`;
     const size = `${(model.bytes / 1e6).toFixed(1)} MB`;
     this.say("model", `${(model.parameters / 1e6).toFixed(2)} M parameters, ${macs}, ${size}`);
@@ -59,7 +61,7 @@ export class Panel {
     for (const canvas of [this.overlay, this.prompts]) {
       canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
     }
-    for (const name of ["decoder", "predicted IoU", "mask", "agreement"]) this.say(name, "–");
+    for (const name of Object.keys(this.values)) if (!KEPT.includes(name)) this.say(name, "–");
     this.mask = null;
   }
 
