@@ -138,7 +138,7 @@ def _umask() -> int:
 
 def sha256(path: Path | str) -> str:
     """Of a file, or of a model folder's weights."""
-    path, digest = Path(path), hashlib.sha256()
+    path, digest = Path(path).expanduser(), hashlib.sha256()
     weights = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin")] if path.is_dir() else [path]
     for part in weights:
         with part.open("rb") as file:

@@ -76,7 +76,7 @@ class Options:
     max_broken: float = 0.1
     """The share of --images that may be unreadable; more stops the run. The others are named and skipped."""
     strict: bool = False
-    """Stop at the first image that cannot be read."""
+    """Stop at the first of --images that cannot be read."""
     distributed: str | None = None
     """For several processes, each with the same arguments and a shared file system: "auto" on TPU pods and under
     SLURM or MPI; or HOST:PORT,PROCESSES,INDEX, where HOST:PORT is a free port of process 0."""

@@ -19,7 +19,8 @@ class Options:
     """Find all masks of pictures and write them in COCO's format.
 
     A grid of points is asked; masks that the model itself thinks poor, or that change much with the threshold, are
-    dropped, and so are duplicates. The file can be read again by `evaluate --data` and `data check`.
+    dropped, and so are duplicates. Of images that are files of their own it can be read again by `evaluate
+    --data` and `data check`.
     """
 
     model: Path

@@ -48,9 +48,11 @@ class AnnotatedBatches(Batches):
     takes them (a click and the padding point, model frame), "masks" [b, p, 4h, 4w] float32 0..1.
     """
 
-    def __init__(self, samples: Sequence[Sample], config: Config, batch: int, seed: int, part=(0, 1), max_broken=1.0):
+    def __init__(
+        self, samples: Sequence[Sample], config: Config, batch: int, seed: int, part: tuple[int, int] = (0, 1)
+    ):
         self.config = config
-        super().__init__(annotated(samples), config.image_size, batch, seed, part=part, max_broken=max_broken)
+        super().__init__(annotated(samples), config.image_size, batch, seed, part=part)
 
     def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
         _, annotations = read_annotated(sample)
@@ -67,7 +69,8 @@ def calibration_stream(
     """What a recipe learns from, to cut by: images, with annotations if it reads those; this process's share."""
     part = jax.process_index(), jax.process_count()
     if recipe.needs_labels:
-        return AnnotatedBatches(samples, config, batch, seed, part, max_broken)
+        # Pictures without annotations are passed over, too, and are not broken: distillation counts those.
+        return AnnotatedBatches(samples, config, batch, seed, part)
     return Batches(samples, config.image_size, batch, seed, part=part, max_broken=max_broken)
 
 

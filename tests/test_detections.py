@@ -121,12 +121,13 @@ def test_clicks_equal_those_of_the_original_predictor():
     assert len({tuple(point) for point in prompts.points[0, :5]}) == 5
 
 
-def test_average_precision_by_hand(tmp_path):
+@pytest.mark.parametrize("given", [{"area": 1600, "iscrowd": 0}, {}], ids=["whole", "without area"])
+def test_average_precision_by_hand(tmp_path, given):
     """Of two objects of one category, one is found exactly, with the higher score; the other's mask is elsewhere."""
     masks = np.zeros((3, 100, 100), bool)
     masks[0, :40, :40], masks[1, 60:, 60:], masks[2, 50:52, :5] = True, True, True
     annotations = [
-        {"id": i + 1, "image_id": 7, "category_id": 1, "area": 1600, "iscrowd": 0, "bbox": [0, 0, 40, 40]}
+        {"id": i + 1, "image_id": 7, "category_id": 1, "bbox": [0, 0, 40, 40], **given}
         | {"segmentation": rle.encode(mask)}
         for i, mask in enumerate(masks[:2])
     ]

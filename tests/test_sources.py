@@ -83,8 +83,10 @@ def test_every_source_gives_the_same(everywhere, kind):
 
 
 def test_every_source_gives_the_same_numbers(everywhere):
-    sam, protocols = random_sam(SQUARE), Protocols(("point", "box", "point-center"))
-    scores = {kind: measure_models([sam], data.find([place]), protocols).scores for kind, place in everywhere.items()}
+    sam, protocols = random_sam(SQUARE), Protocols(("point", "box", "point-center", "box-noisy"))
+    measured = {kind: measure_models([sam], data.find([place]), protocols) for kind, place in everywhere.items()}
+    assert len({each.digest for each in measured.values()}) == 1
+    scores = {kind: each.scores for kind, each in measured.items()}
     expected = list(scores.pop("folder").values())
     assert len(expected) == 4 and all(0 < image[0]["point/iou"] < 1 for image in expected)
     for kind, found in scores.items():
@@ -112,6 +114,18 @@ def test_what_cannot_be_prepared_is_named(sa1b, tmp_path):
     assert list(skipped) == [str(bad)] and len(data.find([f"tfds:{tmp_path / 'out'}"])) == 5
     with pytest.raises(InputError, match="no image can be used"):
         builder.prepare(samples([bad]), tmp_path / "none")
+    assert not (tmp_path / "none").exists() and {p.name for p in tmp_path.iterdir()} == {"sa_9.jpg", "out"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sa1b"]
+
+
+def test_odd_names_and_annotations_without_ids_can_be_prepared(tmp_path):
+    path = save_image(tmp_path / "in" / "20231122185736123456.jpg")
+    write_annotation(path)
+    fields = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({"annotations": fields["annotations"] * 2}))
+    assert not builder.prepare(data.find([tmp_path / "in"]), tmp_path / "out")
+    (sample,) = data.find([f"tfds:{tmp_path / 'out'}"])
+    assert [annotation.id for annotation in sample.annotations()] == [0, 1]
 
 
 def test_folders_may_hold_shards_and_coco(everywhere, tmp_path):
@@ -161,10 +175,25 @@ def test_a_truncated_tar_gives_what_is_whole(everywhere, tmp_path):
         cut = next(m for m in tar if m.name.endswith("sa_12.jpg"))
     (tmp_path / "cut.tar").write_bytes(whole[: cut.offset_data + 100])
     found = data.find([tmp_path / "cut.tar"])
-    assert [Path(s.name).name for s in found] == ["sa_10.jpg", "sa_11.jpg", "sa_12.jpg"]
+    assert [Path(s.name).name for s in found[:3]] == ["sa_10.jpg", "sa_11.jpg", "sa_12.jpg"] and len(found) == 4
     found[1].image(), found[1].annotations()
     with pytest.raises(InputError, match=r"cut.tar/sa_12.jpg cannot be read .*the tar ends \d+ bytes before it"):
         found[2].image()
+
+
+@pytest.mark.parametrize("where", ["between files", "in a header", "checksum"])
+def test_a_damaged_tar_says_that_something_is_lost(everywhere, tmp_path, where):
+    whole = bytearray(everywhere["tar"].read_bytes())
+    with tarfile.open(everywhere["tar"]) as tar:
+        header = next(m for m in tar if m.name.endswith("sa_11.json")).offset
+    if where == "checksum":
+        whole[header + 148 : header + 156] = b"damaged!"
+    end = {"between files": header, "in a header": header + 100, "checksum": len(whole)}[where]
+    (tmp_path / "cut.tar").write_bytes(whole[:end])
+    *found, rest = data.find([tmp_path / "cut.tar"])
+    assert [Path(s.name).name for s in found] == ["sa_10.jpg", "sa_11.jpg"]
+    with pytest.raises(InputError, match=rf"from byte {header} on cannot be read .*whatever follows is lost"):
+        rest.image()
 
 
 def test_other_things_are_refused(everywhere, tmp_path):

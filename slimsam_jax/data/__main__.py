@@ -16,7 +16,7 @@ Locations = Annotated[tuple[str, ...], tyro.conf.Positional]
 def check(locations: Locations, sheet: Path | None = None) -> None:
     """Say what a data set holds and what is wrong with it. Exit code 1 if anything is.
 
-    Every picture is decoded and every mask compared with its picture, box and point.
+    Every picture is decoded and every mask compared with its picture and its box.
 
     Args:
       locations: folders of images or of SA-1B, .tar shards, COCO .json files, tfds:DIR.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from slimsam_jax import rle
+from slimsam_jax.checkpoint import new_folder
 from slimsam_jax.data.sample import Annotation, Sample, parse
 from slimsam_jax.errors import InputError, blaming, writing
 from slimsam_jax.progress import track
@@ -32,10 +34,13 @@ def prepare(samples: Sequence[Sample], out: Path) -> dict[str, str]:
       InputError: not one can be used.
       RunError: the folder cannot be written.
     """
-    builder = Sa1b(samples, data_dir=out, file_format="array_record")
     tfds.disable_progress_bar()
-    with writing(out), contextlib.redirect_stdout(None):  # it talks of downloads
-        builder.download_and_prepare()
+    with new_folder(out) as folder:
+        builder = Sa1b(samples, data_dir=folder, file_format="array_record")
+        downloads = folder / "downloads"  # made for nothing
+        with writing(out), contextlib.redirect_stdout(None):  # it talks of downloads
+            builder.download_and_prepare(download_dir=downloads)
+        shutil.rmtree(downloads, ignore_errors=True)
     return builder.skipped
 
 
@@ -91,19 +96,20 @@ def record(sample: Sample, index: int) -> dict[str, Any]:
     """
     content, picture = sample.read(), sample.image()
     digits = re.search(r"\d+$", PurePath(sample.name).stem)
+    number = int(digits.group()) if digits else index
     image = {
         "content": io.BytesIO(content),
         "file_name": PurePath(sample.name).name,
         "height": picture.height,
         "width": picture.width,
-        "image_id": int(digits.group()) if digits else index,
+        "image_id": number if number < 2**64 else index,
     }
     with blaming(f"the annotation of {sample.name}"):
         rows = sample.load_annotations() if sample.load_annotations else []
-        return {"image": image, "annotations": [_annotation(fields, picture.size) for fields in rows]}
+        return {"image": image, "annotations": [_annotation(fields, i, picture.size) for i, fields in enumerate(rows)]}
 
 
-def _annotation(fields: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+def _annotation(fields: dict[str, Any], index: int, size: tuple[int, int]) -> dict[str, Any]:
     parsed = parse(fields)
     if parsed.mask.shape != size[::-1]:
         raise ValueError(f"a mask of size {parsed.mask.shape}, the picture of {size[::-1]}")
@@ -111,7 +117,7 @@ def _annotation(fields: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]
         "area": int(fields.get("area", parsed.mask.sum())),
         "bbox": _share(parsed.box, size),
         "crop_box": _share(parsed.crop_box, size),
-        "id": max(0, parsed.id),
+        "id": parsed.id if parsed.id >= 0 else index,
         "point_coords": parsed.point[None],
         "predicted_iou": float(fields.get("predicted_iou", 0)),
         "segmentation": _segmentation(parsed),

@@ -95,8 +95,8 @@ def _holds(annotation: Annotation) -> bool:
 def describe(samples: Sequence[Sample], findings: Sequence[Findings]) -> list[str]:
     """The findings as lines to print: counts first, then every problem."""
     sizes = [f.size for f in findings if f.size]
-    masks = [f.masks for f in findings if f.masks is not None]
-    kinds = collections.Counter(PurePath(sample.name).suffix.lower() or "in TFDS" for sample in samples)
+    masks = [f.masks for f in findings if f.masks]
+    kinds = collections.Counter(PurePath(sample.name).suffix.lower() or "without suffix" for sample in samples)
     lines = [f"images: {len(samples)} ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})"]
     if sizes:
         areas = sorted(sizes, key=math.prod)

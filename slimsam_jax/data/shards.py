@@ -16,14 +16,28 @@ SUFFIXES = (".tar", ".tgz", ".gz")  # the compressed ones to be refused with a r
 
 
 def samples(path: Path) -> list[Sample]:
-    """All pictures of a shard, sorted by name. One that a truncated shard cuts in two is among them; it fails alone.
+    """All pictures of a shard, sorted by name. What is lost of a cut or damaged shard is a last sample, which fails.
 
     Raises:
       InputError: not a tar, or a compressed one, in which nothing has an offset.
     """
-    members = _members(path)
+    members, end = _members(path)
     pictures = sorted(name for name in members if PurePosixPath(name).suffix.lower() in IMAGES)
-    return [_sample(path, name, members) for name in pictures]
+    found = [_sample(path, name, members) for name in pictures]
+    if not _is_end(path, end):
+        found.append(Sample(f"{path} from byte {end} on", _lost))
+    return found
+
+
+def _is_end(path: Path, offset: int) -> bool:
+    """Whether there is the block of zeros that ends a tar."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+
+
+def _lost() -> bytes:
+    raise ValueError("the tar ends or is damaged there; whatever follows is lost")
 
 
 def _sample(path: Path, name: str, members: dict[str, tuple[int, int]]) -> Sample:
@@ -32,20 +46,22 @@ def _sample(path: Path, name: str, members: dict[str, tuple[int, int]]) -> Sampl
     return Sample(f"{path}/{name}", functools.partial(_read, path, *members[name]), load)
 
 
-def _members(path: Path) -> dict[str, tuple[int, int]]:
-    """{name: (offset, size)} of the files in a tar, as far as it goes."""
+def _members(path: Path) -> tuple[dict[str, tuple[int, int]], int]:
+    """{name: (offset, size)} of the files in a tar, as far as it goes, and the offset where it ends."""
     members: dict[str, tuple[int, int]] = {}
+    end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.isreg() and not PurePosixPath(member.name).name.startswith("."):
                     members[str(PurePosixPath(member.name))] = member.offset_data, member.size
+                end = tar.offset
     except tarfile.TarError as error:
         if not members:
             raise InputError(
                 f"{path} is not an uncompressed tar ({error}); unpack it with gunzip if it is packed"
             ) from None
-    return members
+    return members, end
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:

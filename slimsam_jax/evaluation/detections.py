@@ -64,7 +64,13 @@ def read_truth(path: Path, boxes: Boxes) -> Any:
     except ImportError:
         raise InputError("--boxes needs pycocotools: pip install 'slimsam_jax[coco]'") from None
     with blaming(f"the COCO file {path}"), contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(path))
+        truth = COCO()
+        truth.dataset = json.loads(path.read_bytes())
+        truth.dataset.setdefault("info", {})  # which some versions of pycocotools ask for
+        truth.createIndex()
+        for annotation in truth.anns.values():  # what may be left out elsewhere, and COCOeval reads
+            annotation.setdefault("iscrowd", 0)
+            annotation.setdefault("area", float(truth.annToMask(annotation).sum()))
     if not truth.cats or not truth.anns:
         raise InputError(f"{path} has no categories or no annotations to compare masks with")
     if not set(boxes) & set(truth.imgs):

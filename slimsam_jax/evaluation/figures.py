@@ -38,12 +38,17 @@ def draw(names: Sequence[str], sams: Sequence[Sam], measured: Measured, protocol
     values = np.array([[model[key] for model in measured.scores[name]] for name in images]).T
     figure = Figure(figsize=(13, 11), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(4, 7))
-    _scatter(above.subplots(1, max(1, len(sams) - 1), squeeze=False)[0], names, values, label=f"{protocol} IoU")
+    _scatter(
+        above.subplots(1, max(1, len(sams) - 1), squeeze=False)[0],
+        names,
+        values,
+        label="AR@1000" if protocol == "everything" else f"{protocol} IoU",
+    )
     loss = (values[:1] - values[1:]) if len(sams) > 1 else 1 - values
     worst = np.argsort(-loss.max(axis=0), kind="stable")[:WORST]
     for column, i in zip(below.subplots(2, len(worst), squeeze=False).T, worst, strict=True):
         image, annotations = read_annotated(measured.samples[images[i]])
-        prompts = _prompts(annotations, protocol, protocols, images[i], (image.height, image.width))
+        prompts = _prompts(annotations, protocol, protocols, (image.height, image.width))
         shown = [0, int(loss[:, i].argmax()) + 1] if len(sams) > 1 else [0]
         if len(shown) == 1:
             truth = np.stack([annotations[k].mask for k in largest(annotations)])
@@ -78,13 +83,11 @@ def _show(axis: Any, title: str, image: Image.Image, masks: np.ndarray) -> None:
     axis.axis("off")
 
 
-def _prompts(
-    annotations: Sequence[Annotation], protocol: str, protocols: Protocols, name: str, size: tuple[int, int]
-) -> Prompts:
+def _prompts(annotations: Sequence[Annotation], protocol: str, protocols: Protocols, size: tuple[int, int]) -> Prompts:
     """Those that the largest objects of an image were measured with; of clicks the first one, and of everything too."""
     if protocol == "agreement":
         return clicks_at(point_grid(size, protocols.grid)[:MASKS, 0])
-    prompts = PROMPTS["point-center" if protocol in SHOWN else protocol](annotations, protocols.seed_of(name))
+    prompts = PROMPTS["point-center" if protocol in SHOWN else protocol](annotations, protocols.seed)
     return Prompts(*(array[largest(annotations)] for array in prompts))
 
 

@@ -60,10 +60,10 @@ def measure_models(
         if not annotations and "agreement" not in protocols.names and boxes is None:
             return None
         encoded = [encode_image(sam, image) for sam in sams]
-        scores = image_scores(sams, encoded, annotations, names[sample], protocols)
+        scores = image_scores(sams, encoded, annotations, protocols)
         found = boxes.get(sample.image_id, []) if boxes else []
         results = [segment(sam, e, sample.image_id, found) for sam, e in zip(sams, encoded, strict=True)]
-        return scores, results, digest(names[sample], image, annotations)
+        return scores, results, digest(image, annotations)
 
     found, skipped = map_readable(measure, track(samples, "evaluate"), len(samples), max_broken)
     usable = {sample: result for sample, result in found.items() if result}

@@ -1,6 +1,6 @@
 """Protocols: what a user would have pointed at, from the annotations of an image.
 
-Each takes annotations and a seed of the image's own and gives one prompt per annotation, in pixels of the original
+Each takes annotations and a seed, and gives one prompt per annotation, in pixels of the original
 frame.
 """
 
@@ -17,39 +17,41 @@ from slimsam_jax.regions import deepest
 
 NOISE, MOST_NOISE = 0.1, 20.0  # of a box's side, and pixels: Segment Anything (Kirillov et al. 2023), appendix A
 
-Seed = tuple[int, ...]
 
-
-def point(annotations: Sequence[Annotation], seed: Seed = ()) -> Prompts:
+def point(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
     """SlimSAM's: the point that the annotation itself comes with."""
     return clicks_at(np.stack([a.point for a in annotations]))
 
 
-def point_center(annotations: Sequence[Annotation], seed: Seed = ()) -> Prompts:
+def point_center(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
     """The pixel deepest inside the mask."""
     return clicks_at(np.stack([deepest(a.mask)[0] for a in annotations]))
 
 
-def box(annotations: Sequence[Annotation], seed: Seed = ()) -> Prompts:
+def box(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
     return Prompts(*prompt_points(boxes=np.stack([a.box for a in annotations])))
 
 
-def box_noisy(annotations: Sequence[Annotation], seed: Seed = ()) -> Prompts:
-    """A box as somebody draws it by hand. An annotation's noise follows from the seed and its id (else its index)."""
+def box_noisy(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
+    """A box as somebody draws it by hand. The noise follows from seed, annotation's id (else its index) and box."""
     numbers = [index if a.id < 0 else a.id for index, a in enumerate(annotations)]
-    boxes = [_noisy(a, (*seed, number)) for a, number in zip(annotations, numbers, strict=True)]
+    boxes = [_noisy(a, (seed, number)) for a, number in zip(annotations, numbers, strict=True)]
     return Prompts(*prompt_points(boxes=np.stack(boxes)))
 
 
-def _noisy(annotation: Annotation, seed: Seed) -> np.ndarray:
+def _noisy(annotation: Annotation, seed: tuple[int, int]) -> np.ndarray:
     """The annotation's box with a normal error on each coordinate, inside the image."""
     sides = np.tile(annotation.box[2:] - annotation.box[:2], 2)
-    noise = np.random.default_rng(seed).normal(0, NOISE * sides).clip(-MOST_NOISE, MOST_NOISE)
+    noise = (
+        np.random.default_rng((*seed, *np.abs(annotation.box).astype(int)))
+        .normal(0, NOISE * sides)
+        .clip(-MOST_NOISE, MOST_NOISE)
+    )
     height, width = annotation.mask.shape
     return (annotation.box + noise).clip(0, [width, height, width, height])
 
 
-PROMPTS: dict[str, Callable[[Sequence[Annotation], Seed], Prompts]] = {
+PROMPTS: dict[str, Callable[..., Prompts]] = {
     "point": point,
     "point-center": point_center,
     "box": box,

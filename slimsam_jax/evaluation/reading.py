@@ -56,9 +56,9 @@ def short_names(samples: Sequence[Sample]) -> dict[Sample, str]:
     return {sample: short(sample.name) for sample in samples}
 
 
-def digest(name: str, image: Image.Image, annotations: Sequence[Annotation]) -> str:
-    """sha256 of what was measured on, however it is stored: name, pixels, and annotations as they were understood."""
-    found = hashlib.sha256(f"{name} {image.size}".encode())
+def digest(image: Image.Image, annotations: Sequence[Annotation]) -> str:
+    """sha256 of what was measured on, however it is stored: pixels, and annotations as they were understood."""
+    found = hashlib.sha256(str(image.size).encode())
     found.update(np.asarray(image).tobytes())
     for annotation in annotations:
         found.update(annotation.point.astype(np.float64).tobytes() + annotation.box.astype(np.float64).tobytes())

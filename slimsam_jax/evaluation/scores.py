@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,20 +39,15 @@ class Protocols:
     points_per_side: int = 32
     seed: int = 0
 
-    def seed_of(self, name: str) -> tuple[int, int]:
-        """An image's own, so that its noise does not depend on the images before it."""
-        return self.seed, zlib.crc32(name.encode())
-
 
 def image_scores(
-    sams: Sequence[Sam], encoded: Sequence[Encoded], annotations: Sequence[Annotation], name: str, protocols: Protocols
+    sams: Sequence[Sam], encoded: Sequence[Encoded], annotations: Sequence[Annotation], protocols: Protocols
 ) -> list[Scores]:
     """All that is measured of an image, for each of several models: {"point/iou": mean over annotations, ...}.
 
     Args:
       encoded: the image, by each model.
       annotations: [] leaves out the protocols that need them.
-      name: the image's; its noise on boxes follows from it and the seed.
     """
     pairs = list(zip(sams, encoded, strict=True))
     areas = np.array([a.mask.sum() for a in annotations])
@@ -68,7 +62,7 @@ def image_scores(
         elif protocol == "clicks":
             each = [click_scores(*pair, annotations, protocols.clicks) for pair in pairs]
         else:
-            prompts = PROMPTS[protocol](annotations, protocols.seed_of(name))
+            prompts = PROMPTS[protocol](annotations, protocols.seed)
             each = [means_by_size(prompt_scores(*pair, annotations, prompts), areas) for pair in pairs]
         for scores, new in zip(found, each, strict=True):
             scores |= {f"{protocol}/{measure}": value for measure, value in new.items()}
@@ -113,7 +107,7 @@ def _overlaps(sam: Sam, encoded: Encoded, low: np.ndarray, truth: np.ndarray) ->
 
 def single_mask_iou(sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], protocol: str = "point") -> float:
     """Mean over annotations of the single mask's IoU: all that is wanted while a model is learning."""
-    low, _ = decode_prompts(sam, encoded, PROMPTS[protocol](annotations, ()))
+    low, _ = decode_prompts(sam, encoded, PROMPTS[protocol](annotations))
     masks = (original_masks(sam, encoded, logits[0]) for logits in low)
     return float(np.mean([metrics.iou(mask, a.mask) for mask, a in zip(masks, annotations, strict=True)]))
 

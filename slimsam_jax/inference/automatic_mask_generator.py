@@ -72,8 +72,11 @@ class SamAutomaticMaskGenerator:
             raise InputError(f"{len(self.point_grids)} point_grids for {self.crop_n_layers + 1} layers of crops")
         if self.output_mode not in ENCODE:
             raise InputError(f"output_mode {self.output_mode!r} is none of {', '.join(ENCODE)}")
-        if (self.points_per_side or 1) < 1 or self.points_per_batch < 1 or self.crop_n_layers < 0:
-            raise InputError("points_per_side and points_per_batch must be at least 1, crop_n_layers at least 0")
+        for name in ("points_per_side", "points_per_batch", "crop_n_points_downscale_factor"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name} {value} must be at least 1")
+        if self.crop_n_layers < 0:
+            raise InputError(f"crop_n_layers {self.crop_n_layers} must not be negative")
 
     def generate(self, image: AnyImage) -> list[dict[str, Any]]:
         """The masks of a picture, best first; [] if there are none.
@@ -89,6 +92,7 @@ class SamAutomaticMaskGenerator:
         picture = np.asarray(as_picture(image))
         size = picture.shape[:2]
         crops = amg.generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
+        crops = [(box, layer) for box, layer in crops if (box[2:] > box[:2]).all()]  # of a tiny picture some are empty
         found = concatenate([self._of_crop(picture, crop_box, layer) for crop_box, layer in crops])
         if len(crops) > 1:
             found = found.take(amg.nms(found.boxes, 1 / amg.box_area(found.crop_boxes), self.crop_nms_thresh))
@@ -135,7 +139,7 @@ class SamAutomaticMaskGenerator:
         return concatenate([coarse, fine])
 
     def _at_points(self, encoded: Encoded, crop_box: np.ndarray, size: tuple[int, int], points: np.ndarray):
-        """The masks that pass the filters at [n, 2] points of a crop, and their [m, 4h, 4w] logits."""
+        """The masks that pass the filters at [n, 2] points of a crop, and if hierarchical their [m, 4h, 4w] logits."""
         found, lows = [], []
         for start in range(0, max(1, len(points)), self.points_per_batch):
             some = points[start : start + self.points_per_batch]
@@ -149,8 +153,9 @@ class SamAutomaticMaskGenerator:
             batch = Candidates(list(bits), boxes, areas, scores[good], stability, asked[good] + crop_box[:2], crops)
             keep = (stability >= self.stability_score_thresh) & ~amg.is_box_near_crop_edge(boxes, crop_box, size)
             found.append(batch.take(np.flatnonzero(keep)))
-            lows.append(low[good][keep])
-        return concatenate(found), np.concatenate(lows)
+            if self.hierarchical:
+                lows.append(low[good][keep])
+        return concatenate(found), np.concatenate(lows) if lows else None
 
     def _nothing(self) -> tuple[np.ndarray, np.ndarray]:
         outputs, (h, w) = 1 + self.sam.config.multimask_outputs, self.sam.config.grid

@@ -78,7 +78,8 @@ def _matrix(sam: Sam, encoded: Encoded, axis: int, frame: int) -> np.ndarray:
 
 @jax.jit
 def _enlarge(low, rows, columns, size, threshold, offset):
-    logits = jnp.einsum("yi,nij,xj->nyx", rows, low, columns)
+    with jax.default_matmul_precision("highest"):  # edges of masks bear no rounding
+        logits = jnp.einsum("yi,nij,xj->nyx", rows, low, columns)
     inside = (jnp.arange(len(rows)) < size[0])[:, None] & (jnp.arange(len(columns)) < size[1])
     count = lambda mask: mask.sum((1, 2), dtype=jnp.int32)
     mask = (logits > threshold) & inside
