@@ -16,6 +16,7 @@ from slimsam_jax.data.sample import Annotation, Sample
 from slimsam_jax.errors import InputError
 from slimsam_jax.overlay import draw_masks, draw_prompts
 from slimsam_jax.progress import track
+from slimsam_jax.regions import extent
 
 SHEET, TILE = 12, 320  # pictures on a sheet, pixels of a side of each
 
@@ -87,9 +88,9 @@ def _contradictions(annotation: Annotation, size: tuple[int, int]) -> list[str]:
 
 def _holds(annotation: Annotation) -> bool:
     """Whether the mask lies in its box, give or take a pixel: formats count the last one or not."""
-    rows, columns = (np.flatnonzero(annotation.mask.any(axis)) for axis in (1, 0))
+    rows, columns = extent(annotation.mask)
     x0, y0, x1, y1 = annotation.box
-    return x0 - 1 <= columns[0] and y0 - 1 <= rows[0] and columns[-1] <= x1 + 1 and rows[-1] <= y1 + 1
+    return x0 - 1 <= columns.start and y0 - 1 <= rows.start and columns.stop <= x1 + 2 and rows.stop <= y1 + 2
 
 
 def describe(samples: Sequence[Sample], findings: Sequence[Findings]) -> list[str]:
