@@ -17,7 +17,8 @@ from slimsam_jax.models.config import Config
 from slimsam_jax.models.features import run_encoder
 from slimsam_jax.models.sam import Sam, init
 from slimsam_jax.pruning import importance
-from slimsam_jax.recipes import RECIPES, STAGES
+from slimsam_jax.recipes import RECIPES
+from slimsam_jax.stages import STAGES
 
 
 def make_step(options: Options, slim: Config, previous: Config, teacher: Config) -> Step:

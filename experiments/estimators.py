@@ -27,7 +27,8 @@ from slimsam_jax.evaluation import encode_image
 from slimsam_jax.models import groups
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.pruning import importance
-from slimsam_jax.recipes import RECIPES, STAGES
+from slimsam_jax.recipes import RECIPES
+from slimsam_jax.stages import STAGES
 from slimsam_jax.widths import Target
 
 FILE = results.FOLDER / "estimators.jsonl"

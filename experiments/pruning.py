@@ -25,7 +25,8 @@ from experiments import results
 from slimsam_jax import data, labels, metrics, prune, train
 from slimsam_jax.evaluation import encode_image, read_annotated, single_mask_iou
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.recipes import RECIPES, STAGES, Recipe
+from slimsam_jax.recipes import RECIPES, Recipe
+from slimsam_jax.stages import STAGES
 from slimsam_jax.widths import Target
 
 FILE = results.FOLDER / "pruning.jsonl"

@@ -51,6 +51,8 @@ class Options:
     slimsam: 20, as in the paper)."""
     batch: int | None = None
     """Images per step, a multiple of the number of devices. Default: 4, or as many more as that takes."""
+    limit: int | None = None
+    """Learn from so many of --images only, drawn by --seed: 10000 of SA-1B's 11 million are the paper's."""
     importance_images: int = 100
     """Images that importance or statistics are estimated from, before each pruning."""
     seed: int = 0
@@ -91,7 +93,7 @@ class Options:
             raise InputError(f"--ratio {self.ratio:g} is not the share of channels to remove: 0 < ratio < 1")
         if self.steps is not None and self.steps < 0:
             raise InputError(f"--steps {self.steps} must not be negative")
-        for name in ("batch", "importance_images", "save_every", "accumulate", "fsdp"):
+        for name in ("batch", "limit", "importance_images", "save_every", "accumulate", "fsdp"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")

@@ -66,7 +66,7 @@ def distillation_loss(student: Features, target: Features, weights: Weights, rel
 
 
 def make_step(
-    forward: Callable[[Tree, Tree], Features],
+    forward: Callable[[Tree, Tree, Tree], Features],
     target: Callable[[Tree, Tree], Features],
     optimizer: optax.GradientTransformation,
     relative: bool = False,
@@ -78,7 +78,7 @@ def make_step(
     """Builds the compiled training step.
 
     Args:
-      forward: (student's params, batch) -> features.
+      forward: (student's params, frozen params, batch) -> features.
       target: (frozen params, batch) -> features of the same keys.
       optimizer: optax.
       relative: see `mse`.
@@ -97,7 +97,7 @@ def make_step(
         wanted = jax.lax.stop_gradient(target(frozen, batch))
 
         def loss_fn(params):
-            loss, terms = distillation_loss(forward(params, batch), wanted, weights, relative)
+            loss, terms = distillation_loss(forward(params, frozen, batch), wanted, weights, relative)
             return loss, {"loss": loss, **terms}
 
         grads, terms = jax.grad(loss_fn, has_aux=True)(params)

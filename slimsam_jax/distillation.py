@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax import distill, sharding, stopping, train
+from slimsam_jax import distill, labels, sharding, stopping, train
+from slimsam_jax.data import Sample
 from slimsam_jax.data.batches import Batches, flip_and_crop
 from slimsam_jax.errors import RunError, Stopped
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import track
-from slimsam_jax.recipes import STAGES, Stage
+from slimsam_jax.stages import Stage
 from slimsam_jax.steps import Steps, shapes_of
 
 if TYPE_CHECKING:
     from slimsam_jax.run import Run
 
+# Up to so many steps, compiling a second program without the terms that have faded takes longer than it saves.
+SHORT = 500
 # Models of best validations that are kept, so that a run which falls back by a damaged checkpoint finds its best.
 BESTS = 3
 ADVICE = "another --seed, --batch, --dtype or learning_rate may help"
@@ -45,15 +49,16 @@ class Distillation:
     def __init__(self, run: Run, stage: Stage, student: Sam, previous: Sam):
         options = run.options
         self.plan, self.stage, self.student = run, stage, student
+        self.steps = stage.steps(run.steps)
         how = (run.dtype, options.accumulate, options.fsdp, options.attention)
-        self.trainer = train.make_trainer(student, previous, run.teacher, stage, run.recipe, run.steps, *how)
-        count = min(run.recipe.validations, run.steps)
-        self.validated = {math.ceil((i + 1) * run.steps / count) for i in range(count)}
-        self.logged = {*range(0, run.steps, max(1, run.steps // 100)), run.steps}
+        self.trainer = train.make_trainer(student, previous, run.teacher, stage, run.recipe, self.steps, *how)
+        count = min(run.recipe.validations, self.steps)
+        self.validated = {math.ceil((i + 1) * self.steps / count) for i in range(count)}
+        self.logged = {*range(0, self.steps, max(1, self.steps // 100)), self.steps}
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def run(self) -> Sam:
-        folder, steps, name = self.plan.folder, self.plan.steps, self.stage.name
+        folder, steps, name = self.plan.folder, self.steps, self.stage.name
         with stopping.on_request() as stop_asked, folder.steps(name) as saved:
             state, skipped = self.start(saved)
             done = int(state.step)
@@ -63,7 +68,7 @@ class Distillation:
             rows = zip(range(done + 1, steps + 1), self.batches, strict=False)
             for step, batch in track(rows, f"{name} stage", steps - done, per_item=self.plan.batch):
                 state = self.step(state, step, batch)
-                stop = saved.asked_to_stop(STAGES.index(self.stage) * steps + step) or stop_asked()
+                stop = saved.asked_to_stop(self.plan.steps_before(self.stage) + step) or stop_asked()
                 if stop or step in self.validated or step % self.plan.options.save_every == 0:
                     self.flush()
                     saved.check_finite(step, state)
@@ -87,19 +92,31 @@ class Distillation:
         run = self.plan
         part = jax.process_index(), jax.process_count()
         augment = flip_and_crop(run.recipe.flip, run.recipe.crop)
-        extra = (lambda sample: {"embedding": run.cache.read(sample)}) if run.cache else None
         size = run.teacher.config.image_size
         limit = run.options.broken_share()
-        return Batches(run.images, size, run.batch, run.options.seed + 1, start, part, augment, extra, limit)
+        return Batches(run.images, size, run.batch, run.options.seed + 1, start, part, augment, self.extra, limit)
+
+    def extra(self, sample: Sample, size: np.ndarray, random: np.random.Generator) -> dict[str, np.ndarray]:
+        """What a step needs of a picture besides its pixels."""
+        found = {"embedding": self.plan.cache.read(sample)} if self.plan.cache else {}
+        recipe = self.plan.recipe
+        return found | (labels.random_clicks(size, recipe.points, random) if recipe.masks else {})
 
     def step(self, state: distill.TrainState, step: int, batch: Any) -> distill.TrainState:
         """Dispatches a step; what the one before has given is read only now, so that the host runs ahead."""
-        weights = self.stage.terms(step - 1, self.plan.steps, self.plan.recipe)
+        weights = self.weights(step)
         batch = sharding.shard_batch(batch, self.trainer.mesh)
         state, terms = self.trainer.step(state, self.trainer.frozen, batch, weights)
         self.flush()
         self.pending = step, terms
         return state
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Of the loss's terms. A short stage computes all of them to its end, some at weight 0."""
+        of = lambda step: self.stage.terms(step - 1, self.steps, self.plan.recipe)
+        if self.steps > SHORT:
+            return of(step)
+        return dict.fromkeys(itertools.chain.from_iterable(map(of, range(1, self.steps + 1))), 0.0) | of(step)
 
     def flush(self) -> None:
         """Waits for the last step that was dispatched, checks its loss and logs it."""
@@ -152,7 +169,7 @@ class Distillation:
 
     def name_skipped(self) -> None:
         """Those that a step would have had; threads have read on, who knows how far."""
-        met = {sample.name for step in range(self.plan.steps) for sample in self.batches.samples_of(step)}
+        met = {sample.name for step in range(self.steps) for sample in self.batches.samples_of(step)}
         for name, reason in sorted(dict(self.batches.skipped).items()):
             if name in met:
                 self.plan.folder.log(stage=self.stage.name, skipped=name, reason=reason)

@@ -17,7 +17,7 @@ from slimsam_jax.evaluation import read_annotated
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.features import run_encoder
 from slimsam_jax.models.prompt_encoder import prompt_points
-from slimsam_jax.models.sam import Sam, decode, to_model_frame
+from slimsam_jax.models.sam import Params, Sam, decode, to_model_frame
 from slimsam_jax.recipes import Recipe
 
 PROMPTS = 4  # annotations per image
@@ -74,6 +74,13 @@ def calibration_stream(
     return Batches(samples, config.image_size, batch, seed, part=part, max_broken=max_broken)
 
 
+def random_clicks(size: np.ndarray, count: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """Foreground clicks anywhere on a picture of [2] `size` in the model frame, as in `AnnotatedBatches`."""
+    clicks = random.uniform(0, size[::-1], (count, 1, 2)).astype(np.float32)
+    points, labels = prompt_points(clicks, np.ones((count, 1), np.int32), None)
+    return {"points": points.astype(np.float32), "labels": labels}
+
+
 def _prompts(chosen: Sequence[Annotation], size: tuple[int, int], config: Config) -> dict[str, np.ndarray]:
     xy = np.stack([a.point for a in chosen])[:, None]
     clicks = to_model_frame(xy, size, chosen[0].mask.shape)
@@ -84,6 +91,23 @@ def _prompts(chosen: Sequence[Annotation], size: tuple[int, int], config: Config
         picture = Image.fromarray(annotation.mask.astype(np.float32))
         mask[:height, :width] = np.asarray(picture.resize((width, height), Image.Resampling.BOX))
     return {"points": points, "labels": labels, "masks": masks}
+
+
+def mask_probabilities(config: Config, head: Params, embedding: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+    """What the decoder makes of a batch's clicks.
+
+    Args:
+      head: {"prompt_encoder": ..., "mask_decoder": ...}.
+      embedding: [b, h, w, C].
+      batch: with "points" [b, p, n, 2] and "labels" [b, p, n].
+
+    Returns:
+      [b * p, 1 + multimask_outputs, 4h, 4w] float32 0..1.
+    """
+    points, labels = batch["points"], batch["labels"]
+    each = jnp.repeat(embedding, points.shape[1], axis=0)
+    flat = lambda array: array.reshape(-1, *array.shape[2:])
+    return jax.nn.sigmoid(decode(config, head, each, flat(points), flat(labels))[0])
 
 
 def mask_loss(sam: Sam, encoder: Any, batch: dict[str, jax.Array]) -> jax.Array:

@@ -21,7 +21,8 @@ from slimsam_jax.models.sam import Sam
 from slimsam_jax.pruning import importance, masks, reference
 from slimsam_jax.pruning.group import Group, Keep, Scores, check_groups
 from slimsam_jax.pruning.projection import residual_spectrum
-from slimsam_jax.recipes import Recipe, Stage
+from slimsam_jax.recipes import Recipe
+from slimsam_jax.stages import Stage
 from slimsam_jax.widths import Target
 
 Batch = dict[str, Any]
@@ -98,7 +99,7 @@ def choose(
 ) -> Keep:
     """Parameters and gradients -> the channels that stay, for all groups of a stage."""
     score = lambda groups: importance.channel_scores(encoder, grads, groups, recipe.criterion, seed)
-    if stage.name == "embedding":
+    if stage.cuts == "embedding":
         return _choose_embedding(config, score([channels.embedding_group(config)]), recipe, target)
     attention, mlp = score(channels.attention_groups(config)), score(channels.mlp_groups(config))
     if recipe.reference_selection and target.budget is None:
@@ -189,7 +190,7 @@ def project(
 ) -> Sam:
     """Chooses bases before it cuts (`models.projection`); the MLPs are refitted behind heads already cut."""
     encoder = sam.params["image_encoder"]
-    if stage.name == "embedding":
+    if stage.cuts == "embedding":
         moment = _moments(sam, calibration("statistics"), seed, "stream")["stream"]
         width = widths.embedding_width(sam.config, target, recipe)
         return _with_encoder(sam, projection.project_embedding(sam.config, encoder, moment, width))
@@ -239,13 +240,13 @@ def worth(sam: Sam, stage: Stage, recipe: Recipe, calibration: Calibration, seed
       embedding, of the image embedding's or the stream's for the others (see `models.projection`).
     """
     if recipe.criterion == "projection":
-        if stage.name == "embedding":
+        if stage.cuts == "embedding":
             moment = _moments(sam, calibration("statistics"), seed, "stream")["stream"]
             return {"embedding": residual_spectrum(moment)}
         return _worth_of_bases(*_bases(sam, recipe, calibration("statistics"), seed))
     grads = jax.device_get(gradients(sam, recipe, calibration, seed))
     groups = [channels.embedding_group(sam.config)]
-    if stage.name == "bottleneck":
+    if stage.cuts == "bottleneck":
         groups = [*channels.attention_groups(sam.config), *channels.mlp_groups(sam.config)]
     encoder = sam.params["image_encoder"]
     return masks.worth_of(importance.channel_scores(encoder, grads, groups, recipe.criterion, seed))

@@ -6,12 +6,12 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from slimsam_jax.errors import InputError
 
-Weights = dict[str, float]
+COUNTS = ("probes", "multiple", "passes", "validations", "rounds", "points")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,17 @@ class Recipe:
         the student's with themselves there, a term that is always zero.
 
     Distillation:
+      alternate: prune the embedding, distil, prune the bottlenecks, distil. False cuts both before anything is
+        distilled, and then gives all steps to the embedding's error (the paper's "one-shot" baseline).
+      rounds: of both stages, each cutting an equal share; more than one is progressive pruning. The steps are divided.
+      polish: share of all steps for a last stage that cuts nothing and looks at the embedding alone.
+      align: intermediate features are compared, too; the embedding alone if not (the paper's ablation).
+      cosine: weight of a further term, the direction of the embedding at each place. Twice one minus the cosine, by
+        the variance of directions.
+      masks: weight of a further term, the mask probabilities that the frozen decoder gives for random points (as
+        EdgeSAM and TinySAM distil). 0 leaves the decoder out, as the paper.
+      points: on each picture, for `masks`.
+      scratch: with one-shot pruning, the weights that remain are drawn anew: what distillation gives by itself.
       relative_loss: each term is divided by the variance of its target, so that weights do not
         depend on the scale of activations; the reference takes plain MSE.
       learning_rate: peak, for batches of any size. After a projection little is left to mend, and steps of 1e-3
@@ -110,6 +121,14 @@ class Recipe:
     keep_logit_scale: bool = True
     align_global_attention: bool = True
 
+    alternate: bool = True
+    rounds: int = 1
+    polish: float = 0.0
+    align: bool = True
+    cosine: float = 0.0
+    masks: float = 0.0
+    points: int = 2
+    scratch: bool = False
     relative_loss: bool = True
     learning_rate: float = 1e-4
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
@@ -128,12 +147,18 @@ class Recipe:
         for field, allowed in ((f, typing.get_args(hint)) for f, hint in typing.get_type_hints(Recipe).items()):
             if allowed and getattr(self, field) not in allowed:
                 raise InputError(f"{field} {getattr(self, field)!r} is none of {', '.join(map(str, allowed))}")
-        for field, least in (("probes", 1), ("multiple", 1), ("passes", 1), ("validations", 1)):
-            if getattr(self, field) < least:
-                raise InputError(f"{field} {getattr(self, field)} must be at least {least}")
-        for field in ("clip", "weight_decay"):
+        for field in COUNTS:
+            if getattr(self, field) < 1:
+                raise InputError(f"{field} {getattr(self, field)} must be at least 1")
+        for field in ("clip", "weight_decay", "cosine", "masks"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise InputError(f"{field} {getattr(self, field)} must not be negative")
+        if not 0 <= self.polish < 1:
+            raise InputError(f"polish {self.polish:g} is not a share of the steps, 0 <= polish < 1")
+        if self.scratch and self.alternate:
+            raise InputError("scratch draws new weights once everything is cut: add alternate=false")
+        if self.rounds > 1 and not self.alternate:
+            raise InputError(f"rounds {self.rounds} alternate; they do not go with alternate=false")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema {self.ema:g} is not the share that an average keeps, 0 <= ema < 1")
         if not 0 < self.crop <= 1:
@@ -208,54 +233,3 @@ RECIPES = {
         validate_by="miou",
     ),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One half of alternate slimming (paper, section 3.2).
-
-    Attributes:
-      name: what is pruned.
-      features: which features of the student are compared with the targets', besides the embedding.
-      weights: progress in [0, 1) -> weight of each term of the loss.
-      patience: validations that a plateau may last before the learning rate is halved.
-    """
-
-    name: Literal["embedding", "bottleneck"]
-    features: Literal["bottleneck", "stream"]
-    weights: Callable[[float, Recipe], Weights]
-    patience: int
-
-    def terms(self, step: int, steps: int, recipe: Recipe) -> Weights:
-        """The terms of the loss that count in a step, counted from 0, with their weights."""
-        return {name: float(weight) for name, weight in self.weights(step / steps, recipe).items() if weight}
-
-
-EPOCHS = 20  # the schedules below are written in the reference's 20 epochs, whatever the number of steps
-
-
-def bottleneck_aligning(progress: float, recipe: Recipe) -> Weights:
-    """First half: embedding and bottleneck features by halves; second half: the embedding alone."""
-    a = 0.5 * (progress < 0.5)
-    return {
-        "embedding": 1 - a,
-        "qkv_window": a,
-        "qkv_global": a * recipe.align_global_attention,
-        "mlp": a,
-    }
-
-
-def embedding_aligning(progress: float, recipe: Recipe) -> Weights:
-    """From the stage-1 model's residual stream and embedding over to the teacher's embedding.
-
-    The weight a falls from 10/11 to 0 over the first half, an epoch at a time.
-    """
-    epoch = int(progress * EPOCHS + 1e-6)
-    a = (epoch < 11) * (10 - epoch) / 11
-    return {"embedding": 1 - a, "stream": a, "previous": a}
-
-
-STAGES = (
-    Stage("embedding", "bottleneck", bottleneck_aligning, patience=3),
-    Stage("bottleneck", "stream", embedding_aligning, patience=4),
-)

@@ -19,11 +19,13 @@ from slimsam_jax import __version__, checkpoint, data, labels, metrics, report, 
 from slimsam_jax.data import Sample
 from slimsam_jax.distillation import distil
 from slimsam_jax.errors import InputError
+from slimsam_jax.models.image_encoder import ImageEncoder
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import track
 from slimsam_jax.prune import prune as prune_sam
-from slimsam_jax.recipes import RECIPES, STAGES, Recipe, Stage
+from slimsam_jax.recipes import RECIPES, Recipe
 from slimsam_jax.run_folder import RunFolder
+from slimsam_jax.stages import Stage, plan
 from slimsam_jax.teacher_cache import TeacherCache
 from slimsam_jax.validation import Score, validator
 from slimsam_jax.widths import Budget, Target
@@ -50,6 +52,13 @@ class Run:
     folder: RunFolder
     provenance: dict[str, Any]
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return plan(self.recipe)
+
+    def steps_before(self, stage: Stage) -> int:
+        return sum(each.steps(self.steps) for each in self.stages[: self.stages.index(stage)])
+
 
 def run(options: Options) -> dict[str, Any]:
     """See `compress.compress`, which checks the options first."""
@@ -58,7 +67,7 @@ def run(options: Options) -> dict[str, Any]:
         run.cache.fill(run.images)
         sharding.barrier("teacher's embeddings")
     student, seconds = run.teacher, {}
-    for stage in STAGES:
+    for stage in run.stages:
         start = time.perf_counter()
         student = slim(run, stage, student)
         seconds[f"{stage.name} stage"] = time.perf_counter() - start
@@ -91,7 +100,7 @@ def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
 def save_other(run: Run, student: Sam) -> None:
     """The best or the last of the second stage, whichever `student` is not, in a folder of that name."""
     name = "last" if run.recipe.keep == "best" else "best"
-    other = run.folder.load_model(STAGES[-1].name, name)
+    other = run.folder.load_model(run.stages[-1].name, name)
     same = lambda a, b: bool((np.asarray(a) == np.asarray(b)).all())
     if other and not all(jax.tree.leaves(jax.tree.map(same, other.params, student.params))):
         checkpoint.save(dataclasses.replace(other, provenance=run.provenance), run.options.out / name)
@@ -106,6 +115,7 @@ def prepare(options: Options) -> Run:
     if options.uniform and not teacher.config.uniform:
         raise InputError("--uniform needs a teacher whose blocks are alike, and this one's are not")
     images, val = split_images(options)
+    images = some_of(images, options.limit, options.seed)
     if options.batch and batch > max(len(images), jax.device_count()):
         raise InputError(f"--batch {batch} is more than the {len(images)} images to learn from")
     for paths in (images, val):
@@ -127,6 +137,8 @@ def check_combinations(options: Options, recipe: Recipe, target: Target) -> None
     """Raises InputError for choices that do not go together."""
     if target.budget and recipe.normalizer == "gaussian" and recipe.criterion != "projection":
         raise InputError("--budget needs scores that are not negative; add --set normalizer=none")
+    if recipe.rounds > 1 and target.budget:
+        raise InputError("rounds share out a --ratio; a --budget is met in one")
     if recipe.whole_heads and (options.uniform or target.budget):
         raise InputError("whole_heads goes neither with --uniform nor with --budget: they fix the number of heads")
     if target.budget and target.budget.kind == "latency" and jax.process_count() > 1:
@@ -156,6 +168,14 @@ def split_images(options: Options) -> tuple[list[Sample], list[Sample]]:
     return [sample for sample in images if sample not in set(val)] or images, val
 
 
+def some_of(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
+    """So many of them, drawn by seed, in their order."""
+    if limit is None or limit >= len(samples):
+        return samples
+    chosen = np.random.default_rng(seed).choice(len(samples), limit, replace=False)
+    return [samples[i] for i in sorted(chosen)]
+
+
 def compute_dtype(options: Options) -> Any:
     if options.dtype == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -169,26 +189,31 @@ def slim(run: Run, stage: Stage, previous: Sam) -> Sam:
     if distilled:
         return distilled
     if not student:
-        run.folder.save_model(stage.name, "pruned", prune(run, stage, previous))
+        run.folder.save_model(stage.name, "pruned", prune(run, stage, previous) if stage.cuts else previous)
         student = run.folder.load_model(stage.name, "pruned")  # in every process the same, to the bit
-    if run.steps:
+    if stage.steps(run.steps):
         student = distil(run, stage, student, previous)
     run.folder.save_model(stage.name, "distilled", student)
     return student
 
 
 def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
-    options, config = run.options, run.teacher.config
+    options, recipe, config = run.options, run.recipe, run.teacher.config
     devices = jax.device_count()  # an image on each: more would take as many times the memory
     count = max(1, min(options.importance_images, len(run.images)) // devices)
 
     def calibration(name: str) -> Iterable[Any]:
-        batches = labels.calibration_stream(
-            run.recipe, run.images, config, devices, options.seed, options.broken_share()
-        )
+        batches = labels.calibration_stream(recipe, run.images, config, devices, options.seed, options.broken_share())
         return track(train.calibration(batches, count), name, count, per_item=devices)
 
-    return prune_sam(previous, stage, run.recipe, run.target, calibration, options.seed, options.uniform)
+    slim = prune_sam(previous, stage, recipe, run.target.part(stage.cut), calibration, options.seed, options.uniform)
+    return drawn_anew(slim, options.seed) if recipe.scratch and stage.cuts == "bottleneck" else slim
+
+
+def drawn_anew(sam: Sam, seed: int) -> Sam:
+    """An image encoder of the same widths with random weights."""
+    encoder = ImageEncoder(sam.config).init(jax.random.key(seed), jnp.zeros((1, *sam.config.image_size, 3)))
+    return dataclasses.replace(sam, params={**sam.params, "image_encoder": encoder["params"]})
 
 
 def provenance(

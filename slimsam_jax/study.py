@@ -21,7 +21,8 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import encode_image, map_readable
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.recipes import STAGES, Recipe
+from slimsam_jax.recipes import Recipe
+from slimsam_jax.stages import STAGES
 from slimsam_jax.widths import Target
 
 

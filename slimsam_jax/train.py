@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from slimsam_jax import distill, sharding
+from slimsam_jax.labels import mask_probabilities
 from slimsam_jax.models.attention import Form
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.features import bottleneck_features, run_encoder, stream_features
 from slimsam_jax.models.image_encoder import Features
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.recipes import Recipe, Stage
+from slimsam_jax.recipes import Recipe
+from slimsam_jax.stages import Stage
 
 Batch = dict[str, Any]
 Encode = Callable[[Config, Any, Batch], tuple[jax.Array, Features]]
@@ -64,8 +66,8 @@ def make_trainer(
     optimizer = distill.make_optimizer(recipe.learning_rate, steps, recipe.schedule, recipe.clip, recipe.weight_decay)
     encode = functools.partial(run_encoder, dtype=dtype, devices=mesh.size, attention=attention)
     step = distill.make_step(
-        functools.partial(_student_features, encode, student.config, stage),
-        functools.partial(_target_features, encode, previous.config, teacher.config, stage),
+        functools.partial(_student_features, encode, student.config, stage, recipe),
+        functools.partial(_target_features, encode, previous.config, teacher.config, stage, recipe),
         optimizer,
         recipe.relative_loss,
         parts,
@@ -74,30 +76,50 @@ def make_trainer(
         mesh,
     )
     frozen = {"teacher": teacher.params["image_encoder"]}
-    if stage.features == "stream":
+    if previous is not teacher:
         frozen["previous"] = previous.params["image_encoder"]
     frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), frozen)
+    if recipe.masks:
+        frozen["head"] = {name: teacher.params[name] for name in ("prompt_encoder", "mask_decoder")}
     state = distill.init_state(student.params["image_encoder"], optimizer, recipe.ema)
     return Trainer(step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 
 
-def _student_features(encode: Encode, config: Config, stage: Stage, encoder: Any, batch: Batch) -> distill.Features:
+def _student_features(
+    encode: Encode, config: Config, stage: Stage, recipe: Recipe, encoder: Any, frozen: Any, batch: Batch
+) -> distill.Features:
     embedding, features = encode(config, encoder, batch)
+    found = {"embedding": embedding, **_further(config, recipe, embedding, frozen, batch)}
     if stage.features == "bottleneck":
-        return {"embedding": embedding, **bottleneck_features(config, features)}
-    return {"embedding": embedding, "previous": embedding, **stream_features(config, features)}
+        return found | bottleneck_features(config, features)
+    return found | {"previous": embedding, **stream_features(config, features)}
 
 
 def _target_features(
-    encode: Encode, previous: Config, teacher: Config, stage: Stage, frozen: Any, batch: Batch
+    encode: Encode, previous: Config, teacher: Config, stage: Stage, recipe: Recipe, frozen: Any, batch: Batch
 ) -> distill.Features:
-    """A teacher's embedding that comes with the batch (see `teacher_cache`) is not computed again."""
-    embedding, features = encode(teacher, frozen["teacher"], batch)
-    embedding = batch.get("embedding", embedding)
+    """The teacher's embedding, and features of the model before the cut, which may be the teacher.
+
+    A teacher's embedding that comes with the batch (see `teacher_cache`) is not computed again.
+    """
+    before, features = encode(teacher, frozen["teacher"], batch)
+    embedding = batch.get("embedding", before)
+    if "previous" in frozen:
+        before, features = encode(previous, frozen["previous"], batch)
+    found = {"embedding": embedding, **_further(teacher, recipe, embedding, frozen, batch)}
     if stage.features == "bottleneck":
-        return {"embedding": embedding, **bottleneck_features(teacher, features)}
-    before, features = encode(previous, frozen["previous"], batch)
-    return {"embedding": embedding, "previous": before, **stream_features(previous, features)}
+        return found | bottleneck_features(previous, features)
+    return found | {"previous": before, **stream_features(previous, features)}
+
+
+def _further(config: Config, recipe: Recipe, embedding: jax.Array, frozen: Any, batch: Batch) -> distill.Features:
+    """The embedding as others see it; see `Recipe.cosine` and `Recipe.masks`."""
+    found, embedding = {}, embedding.astype(jnp.float32)
+    if recipe.cosine:
+        found["direction"] = embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
+    if recipe.masks:
+        found["masks"] = mask_probabilities(config, frozen["head"], embedding, batch)
+    return found
 
 
 def calibration(batches: Iterator[Batch], count: int) -> Iterator[Batch]:

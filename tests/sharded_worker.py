@@ -14,7 +14,8 @@ import numpy as np
 from conftest import random_images, random_sam, tiny_config
 
 from slimsam_jax import cli, sharding, steps, train
-from slimsam_jax.recipes import RECIPES, STAGES
+from slimsam_jax.recipes import RECIPES
+from slimsam_jax.stages import STAGES
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 

@@ -15,7 +15,7 @@ from experiments import bench, bench_torch
 from slimsam_jax import distill
 from slimsam_jax.models.features import bottleneck_features, stream_features
 from slimsam_jax.models.image_encoder import ImageEncoder
-from slimsam_jax.recipes import STAGES
+from slimsam_jax.stages import STAGES
 
 
 @pytest.mark.parametrize("what", bench.STAGES)

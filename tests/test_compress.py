@@ -18,7 +18,8 @@ from test_data import truncated
 from converters import from_torch, to_torch
 from slimsam_jax import checkpoint, cli, compress, inspect, metrics, predict, report
 from slimsam_jax.compress import Options
-from slimsam_jax.recipes import RECIPES, STAGES
+from slimsam_jax.recipes import RECIPES
+from slimsam_jax.stages import STAGES
 from slimsam_jax.widths import Budget, even_cut
 
 

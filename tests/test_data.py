@@ -157,7 +157,7 @@ def test_batches_follow_from_seed_and_step(tmp_path):
 def test_names_of_a_step(tmp_path):
     paths = [save_image(tmp_path / f"{i}.png", seed=i) for i in range(5)]
     number = lambda sample: int(Path(sample.name).stem)
-    extra = lambda sample: {"number": np.array(number(sample))}
+    extra = lambda sample, size, random: {"number": np.array(number(sample))}
     stream = batches.Batches(samples(paths), (32, 32), batch=2, seed=0, extra=extra)
     for step in range(6):
         assert [number(sample) for sample in stream.samples_of(step)] == next(stream)["number"].tolist()

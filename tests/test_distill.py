@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from slimsam_jax import distill
-from slimsam_jax.recipes import RECIPES, STAGES
+from slimsam_jax.recipes import RECIPES
+from slimsam_jax.stages import STAGES
 
 ONE = {"out": 1.0}
 
@@ -62,7 +63,7 @@ def linear_problem(steps=200, **options):
     random = np.random.default_rng(0)
     teacher = {"w": jnp.asarray(random.standard_normal((4, 3)), jnp.float32)}
     student = {"w": jnp.zeros((4, 3))}
-    forward = lambda params, batch: {"out": batch["x"] @ params["w"]}
+    forward = lambda params, *batch: {"out": batch[-1]["x"] @ params["w"]}
     optimizer = distill.make_optimizer(0.1, steps)
     step = distill.make_step(forward, forward, optimizer, **options)
     batches = [{"x": random.standard_normal((8, 4)).astype(np.float32)} for _ in range(steps)]
@@ -79,7 +80,7 @@ def test_a_student_learns():
 
 def test_the_step_compiles_once():
     chex.clear_trace_counter()
-    forward = chex.assert_max_traces(lambda params, batch: {"out": batch @ params}, n=2)  # student and teacher
+    forward = chex.assert_max_traces(lambda params, *batch: {"out": batch[-1] @ params}, n=2)  # student and teacher
     optimizer = distill.make_optimizer(0.1, 10)
     step = distill.make_step(forward, forward, optimizer)
     state = distill.init_state(jnp.zeros((4, 3)), optimizer)
@@ -110,7 +111,7 @@ def test_a_batch_in_parts_gives_the_same_step():
 
 def test_sum_takes_eight_images_gradients_together():
     """Seen by gradient descent, not by Adam, which divides it out again."""
-    forward, optimizer = lambda params, batch: {"out": batch * params}, optax.sgd(1.0)
+    forward, optimizer = lambda params, _, batch: {"out": batch * params}, optax.sgd(1.0)
     batch, moved = np.arange(8, dtype=np.float32), {}
     for reduction in ("mean", "sum"):
         step = distill.make_step(forward, lambda frozen, batch: {"out": 0 * batch}, optimizer, reduction=reduction)

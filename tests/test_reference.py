@@ -20,7 +20,8 @@ from slimsam_jax.models.features import bottleneck_features, stream_features
 from slimsam_jax.models.image_encoder import ImageEncoder
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.pruning import importance, reference
-from slimsam_jax.recipes import RECIPES, STAGES
+from slimsam_jax.recipes import RECIPES
+from slimsam_jax.stages import STAGES
 from slimsam_jax.widths import Target
 
 RECIPE = RECIPES["slimsam"]

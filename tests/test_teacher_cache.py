@@ -16,7 +16,8 @@ from slimsam_jax import teacher_cache, train
 from slimsam_jax.compress import compress
 from slimsam_jax.errors import RunError
 from slimsam_jax.evaluation import encode_image
-from slimsam_jax.recipes import RECIPES, STAGES
+from slimsam_jax.recipes import RECIPES
+from slimsam_jax.stages import STAGES
 from slimsam_jax.teacher_cache import TeacherCache
 
 

@@ -13,6 +13,7 @@ from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.models.sam import resize_and_pad
 
 Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
+Extra = Callable[[Sample, np.ndarray, np.random.Generator], dict[str, np.ndarray]]
 
 
 class Batches:
@@ -28,7 +29,7 @@ class Batches:
       start: the step to begin with.
       part: (i, n): only the i-th of every n pictures, for one of n processes.
       augment: a picture and a random generator -> a picture.
-      extra: sample -> further arrays of a picture.
+      extra: (sample, its [2] size in the model frame, random generator) -> further arrays of a picture.
       max_broken: the share of the samples that may be unreadable.
     """
 
@@ -41,7 +42,7 @@ class Batches:
         start: int = 0,
         part: tuple[int, int] = (0, 1),
         augment: Augment | None = None,
-        extra: Callable[[Sample], dict[str, np.ndarray]] | None = None,
+        extra: Extra | None = None,
         max_broken: float = 1.0,
         threads: int = 4,
     ):
@@ -76,7 +77,7 @@ class Batches:
         if self.augment:
             picture = self.augment(picture, random)
         image, size = resize_and_pad(picture, self.image_size)
-        return {"image": image, "size": size, **(self.extra(sample) if self.extra else {})}
+        return {"image": image, "size": size, **(self.extra(sample, size, random) if self.extra else {})}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
