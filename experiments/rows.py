@@ -1,0 +1,178 @@
+"""The rows of the tables of slimming: each is a `python -m slimsam_jax.compress` command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+SEEDS = (0, 1, 2)
+
+
+class Row(NamedTuple):
+    """What a row's command says besides `COMMON`, ratio and seed."""
+
+    recipe: str
+    set: tuple[str, ...] = ()
+    steps: int = 100
+    limit: int | None = None
+    uniform: bool = False
+
+    def arguments(self) -> str:
+        """As one types them."""
+        parts = [f"--recipe {self.recipe}", f"--steps {self.steps}"]
+        parts += [f"--limit {self.limit}"] if self.limit else []
+        parts += ["--uniform"] if self.uniform else []
+        return " ".join(parts + ([f"--set {' '.join(self.set)}"] if self.set else []))
+
+
+class Table(NamedTuple):
+    """Rows by label; `paper` has the paper's number of a (label, ratio), SA-1B single-point mIoU of SAM-B, in %."""
+
+    ratios: tuple[float, ...]
+    rows: dict[str, Row]
+    paper: dict[tuple[str, float], float] = {}
+
+
+# As many images for importance as statistics; one validation, at the end, so that all rows keep their last model.
+COMMON = {"importance_images": 50, "set": ("validations=1",)}
+
+
+def taylor(*settings: str, **options) -> Row:
+    return Row("taylor", settings, **options)
+
+
+def default(*settings: str, **options) -> Row:
+    return Row("default", settings, **options)
+
+
+SLIMSAM = Row("slimsam")
+TABLES = {
+    "compression": Table(
+        (0.5, 0.77, 0.9),
+        {
+            "default": default(),
+            "default, uniform": default(uniform=True),
+            "taylor": taylor(),
+            "slimsam": SLIMSAM,
+        },
+        {("slimsam", 0.5): 72.33, ("slimsam", 0.77): 67.40},
+    ),
+    "criteria": Table(
+        (0.77, 0.5),
+        {
+            "scratch": taylor("criterion=magnitude", "alternate=false", "scratch=true"),
+            "random": taylor("criterion=random"),
+            "magnitude": taylor("criterion=magnitude"),
+            "Hessian (Fisher, labels)": taylor("criterion=fisher", "signal=masks"),
+            "Taylor, labels": taylor("signal=masks"),
+            "Disturbed Taylor": taylor(),
+            "ours (projection), their learning rate": default("learning_rate=0.001"),
+            "ours (projection)": default(),
+        },
+        {
+            ("scratch", 0.5): 1.63,
+            ("random", 0.5): 71.03,
+            ("magnitude", 0.5): 69.96,
+            ("Hessian (Fisher, labels)", 0.5): 71.01,
+            ("Taylor, labels", 0.5): 71.15,
+            ("Disturbed Taylor", 0.5): 72.33,
+            ("scratch", 0.77): 1.34,
+            ("random", 0.77): 62.58,
+            ("magnitude", 0.77): 61.60,
+            ("Hessian (Fisher, labels)", 0.77): 63.56,
+            ("Taylor, labels", 0.77): 64.26,
+            ("Disturbed Taylor", 0.77): 67.40,
+        },
+    ),
+    "ablations": Table(
+        (0.77,),
+        {
+            "taylor": taylor(),
+            "one-shot": taylor("alternate=false"),
+            "one-shot, labels": taylor("alternate=false", "signal=masks"),
+            "no intermediate features": taylor("align=false"),
+            "normaliser sum": taylor("normalizer=sum"),
+            "normaliser mean": taylor("normalizer=mean"),
+            "normaliser max": taylor("normalizer=max"),
+            "normaliser minmax": taylor("normalizer=minmax"),
+            "normaliser gaussian": taylor("normalizer=gaussian"),
+            "local": taylor("compete=block"),
+            "100 images": taylor(limit=100),
+            "30 images": taylor(limit=30),
+            "default": default(),
+            "default, one-shot": default("alternate=false"),
+            "default, no intermediate features": default("align=false"),
+            "default, 100 images": default(limit=100),
+            "default, 30 images": default(limit=30),
+        },
+        {
+            ("one-shot, labels", 0.77): 62.04,
+            ("one-shot", 0.77): 62.31,
+            ("no intermediate features", 0.77): 63.91,
+            ("local", 0.77): 64.38,
+            ("normaliser mean", 0.77): 63.64,
+            ("normaliser max", 0.77): 64.35,
+            ("normaliser sum", 0.77): 63.55,
+            ("normaliser gaussian", 0.77): 64.48,
+            ("normaliser minmax", 0.77): 64.14,
+        },
+    ),
+    "quirks": Table(
+        (0.77,),
+        {
+            "taylor": taylor(),
+            "embedding tied with a period": taylor("tie_embedding=true"),
+            "relative positions zeroed": taylor("slice_rel_pos=false"),
+            "logit scale jumps": taylor("keep_logit_scale=false"),
+            "global q, k, v compared with themselves": taylor("align_global_attention=false"),
+            "rounded by index": taylor("reference_selection=true", "round_by_index=true", "skip_vanishing=true"),
+            "gradients summed": taylor("gradients=sum"),
+            "plain MSE": taylor("relative_loss=false"),
+            "all of them, and gaussian (slimsam, learning rate and schedule of taylor)": Row(
+                "slimsam", ("learning_rate=0.001", "schedule=cosine")
+            ),
+        },
+    ),
+    "efficiency": Table(
+        (0.77,),
+        {
+            f"{name}, {steps} steps": Row(name, steps=steps)
+            for name in ("default", "taylor", "slimsam")
+            for steps in (0, 25, 100, 400)
+        },
+    ),
+    "search": Table(
+        (0.9,),
+        {
+            "default": default(),
+            "learning rate 3e-5": default("learning_rate=3e-5"),
+            "learning rate 3e-4": default("learning_rate=3e-4"),
+            "learning rate 1e-3": default("learning_rate=1e-3"),
+            "no intermediate features": default("align=false"),
+            "one-shot": default("alternate=false"),
+            "2 rounds": default("rounds=2"),
+            "a quarter of the steps to polish": default("polish=0.25"),
+            "cosine 0.5": default("cosine=0.5"),
+            "masks 1": default("masks=1"),
+            "average of weights 0.95": default("ema=0.95"),
+            "AdamW 0.05": default("weight_decay=0.05"),
+            "clip 1": default("clip=1"),
+            "taylor": taylor(),
+            "slimsam": SLIMSAM,
+        },
+    ),
+}
+FIRST = ("default", "taylor", "slimsam")  # with all seeds before the other rows have their second
+
+
+def plan() -> Iterator[tuple[Row, float, int]]:
+    """Every run, what matters most first."""
+    runs = [
+        (label, row, ratio) for table in TABLES.values() for ratio in table.ratios for label, row in table.rows.items()
+    ]
+    main = [(row, ratio) for label, row, ratio in runs if label in FIRST]
+    rest = [(row, ratio) for _, row, ratio in runs]
+    order = [(row, ratio, 0) for row, ratio in main + rest]
+    order += [(row, ratio, seed) for seed in SEEDS[1:] for row, ratio in main]
+    order += [(row, ratio, seed) for seed in SEEDS[1:] for row, ratio in rest]
+    return iter(dict.fromkeys(order))
