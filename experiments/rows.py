@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 SEEDS = (0, 1, 2)
@@ -30,7 +31,7 @@ class Table(NamedTuple):
 
     ratios: tuple[float, ...]
     rows: dict[str, Row]
-    paper: dict[tuple[str, float], float] = {}
+    paper: Mapping[tuple[str, float], float] = MappingProxyType({})
 
 
 # As many images for importance as statistics; one validation, at the end, so that all rows keep their last model.

@@ -27,6 +27,7 @@ from slimsam_jax.models.sam import Sam
 from slimsam_jax.run import prepare, slim
 
 FILE = results.FOLDER / "slimming.jsonl"
+TEACHER = 0.39307  # point mIoU on bsds_val, by the original code
 
 
 def run(teacher: Path, images: Path, val: Path, cache: Path = Path("cache"), part: str = "0/1", only: str = "") -> None:
@@ -88,13 +89,13 @@ class Bench:
     def measure(self, slim: Sam) -> dict[str, float]:
         """Means over images: error of the embedding, mIoU by point and by box, agreement with the teacher; costs."""
         found = []
-        for (image, annotations), wanted in zip(self.val, self.wanted, strict=True):
+        for (image, truth), wanted in zip(self.val, self.wanted, strict=True):
             encoded = encode_image(slim, image)
             found.append(
                 {
                     "error": metrics.relative_error(encoded.embedding, wanted.embedding),
-                    "point": single_mask_iou(slim, encoded, annotations, "point"),
-                    "box": single_mask_iou(slim, encoded, annotations, "box"),
+                    "point": single_mask_iou(slim, encoded, truth, "point"),
+                    "box": single_mask_iou(slim, encoded, truth, "box"),
                     "agreement": float(agreement([(self.teacher, wanted), (slim, encoded)], grid=4)[1].mean()),
                 }
             )
@@ -108,10 +109,20 @@ class Bench:
 
 
 def table() -> None:
-    """Write the tables into experiments/README.md."""
+    """Write the tables into experiments/README.md, and their pictures beside it."""
+    from experiments import figures
+
     found = results.read(FILE)
     for name in TABLES:
         results.write_section(name, "\n".join(lines_of(name, found)))
+    figures.draw(lambda row, ratio: runs_of(row, ratio, found), TEACHER)
+
+
+def runs_of(row: Row, ratio: float, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What has been measured of a row, one entry for each seed."""
+    wanted = key_of(row, ratio, 0)
+    del wanted["seed"]
+    return [entry for entry in found if all(entry.get(key) == value for key, value in wanted.items())]
 
 
 def lines_of(name: str, found: list[dict[str, Any]]) -> list[str]:
@@ -121,10 +132,7 @@ def lines_of(name: str, found: list[dict[str, Any]]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for ratio in table.ratios:
         for label, row in table.rows.items():
-            wanted = key_of(row, ratio, 0)
-            del wanted["seed"]
-            runs = [entry for entry in found if all(entry.get(key) == value for key, value in wanted.items())]
-            if runs:
+            if runs := runs_of(row, ratio, found):
                 paper = [f"{table.paper.get((label, ratio), '')}"] if table.paper else []
                 cells = [label, f"{ratio:g}", *cells_of(runs), *paper, f"`{row.arguments()}`"]
                 lines.append("| " + " | ".join(cells) + " |")

@@ -13,10 +13,13 @@ import jax
 import numpy as np
 from conftest import random_images, random_sam, tiny_config
 
-from slimsam_jax import cli, sharding, steps, train
+from slimsam_jax import cli, labels, sharding, steps, train
 from slimsam_jax.recipes import RECIPES
 from slimsam_jax.stages import STAGES
 
+RECIPE = dataclasses.replace(
+    RECIPES["default"], ema=0.5, clip=1.0, schedule="constant", cosine=0.1, masks=0.5, points=2
+)
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -24,14 +27,16 @@ def make_trainer(fsdp: int) -> train.Trainer:
     """Of a student with an odd embedding, as pruning leaves it: where 23 is the only long axis nothing can be split."""
     teacher = random_sam(tiny_config(mlp_dim=400))
     student = random_sam(tiny_config(embed_dim=23, mlp_dim=400), seed=1)
-    recipe = dataclasses.replace(RECIPES["default"], ema=0.5, clip=1.0, schedule="constant")
-    return train.make_trainer(student, teacher, teacher, STAGES[0], recipe, steps=100, fsdp=fsdp)
+    return train.make_trainer(student, teacher, teacher, STAGES[0], RECIPE, steps=100, fsdp=fsdp)
 
 
 def host_batch(step: int) -> dict[str, np.ndarray]:
     """This process's rows of the step's eight images."""
+    batch, random = random_images(tiny_config(), 8, seed=step), np.random.default_rng(step)
+    clicks = [labels.random_clicks(size, RECIPE.points, random) for size in batch["size"]]
+    batch |= {name: np.stack([each[name] for each in clicks]) for name in clicks[0]}
     rows = slice(jax.process_index(), None, jax.process_count())
-    return {name: value[rows] for name, value in random_images(tiny_config(), 8, seed=step).items()}
+    return {name: value[rows] for name, value in batch.items()}
 
 
 def collectives(text: str) -> dict[str, int]:
@@ -46,7 +51,7 @@ def main(fsdp: int, count: int, out: str, distributed: str | None = None) -> Non
     if distributed:
         cli.join_processes(distributed)
     folder, trainer, losses = Path(out), make_trainer(fsdp), []
-    terms = STAGES[0].terms(0, 100, RECIPES["default"])
+    terms = STAGES[0].terms(0, 100, RECIPE)
     with steps.Steps(folder / "steps") as saved:
         state, _ = saved.restore(steps.shapes_of(trainer.state)) or (trainer.state, None)
         for step in range(int(state.step), int(state.step) + count):

@@ -129,6 +129,26 @@ def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, unpictu
         assert [b.head_dim for b in config.blocks] == [12, 12] and sum(b.heads for b in config.blocks) == 2
 
 
+@pytest.mark.parametrize(
+    ("choices", "stages"),
+    [
+        (("rounds=2", "polish=0.25", "masks=1", "cosine=0.5"), ["embedding", "bottleneck"]),
+        (("alternate=false", "scratch=true"), ["bottleneck"]),
+    ],
+)
+def test_other_stages_than_the_papers(material, tmp_path, unpictured, choices, stages):
+    options = compress_options(material, tmp_path / "slim", limit=4, set=("validations=1", *choices))
+    compress.compress(options)
+    slim = from_torch.load(tmp_path / "slim")
+    assert slim.config.embed_dim == 12 and slim.provenance["images"]["count"] == 4
+    log = [json.loads(line) for line in (tmp_path / "slim" / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in log if "loss" in entry]
+    assert len(steps) == 8 and all(np.isfinite(entry["loss"]) for entry in steps)
+    several = [*stages, *(f"{name}-2" for name in stages), "polish"] if "rounds=2" in choices else stages
+    assert list(dict.fromkeys(entry["stage"] for entry in steps)) == several
+    assert ("masks" in steps[0], "direction" in steps[0]) == (("masks=1" in choices),) * 2
+
+
 def test_labelled_masks_can_tell_what_to_cut(material, tmp_path, unpictured):
     labelled = compress_options(
         material, tmp_path / "slim", images=(material / "val",), steps=0, recipe="taylor", set=("signal=masks",)
@@ -198,6 +218,11 @@ def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
         (("--cache", "{root}/val/0.png"), "cannot be made a folder"),
         (("--set", "crop=0"), "crop 0 is not a share"),
         (("--set", "ema=1"), "ema 1 is not the share"),
+        (("--set", "rounds=2", "alternate=false"), "do not go with alternate=false"),
+        (("--set", "scratch=true"), "add alternate=false"),
+        (("--set", "polish=1"), "polish 1 is not a share of the steps"),
+        (("--set", "rounds=2", "--budget", "params=30k"), "rounds share out a --ratio"),
+        (("--limit", "0"), "--limit 0 must be at least 1"),
         (("--set", "clip=-1"), "clip -1.0 must not be negative"),
         (("--fsdp", "3"), "--fsdp 3 does not divide the 1 devices"),
         (("--accumulate", "2", "--batch", "3"), "must be a multiple of the 1 devices times the 2 parts"),

@@ -1,0 +1,121 @@
+"""What a recipe makes of the paper's two stages, and the terms of the loss besides features."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_images, random_sam, tiny_config
+
+from slimsam_jax import distill, labels, train
+from slimsam_jax.models.sam import decode
+from slimsam_jax.recipes import RECIPES, Recipe
+from slimsam_jax.run import drawn_anew, some_of
+from slimsam_jax.stages import STAGES, plan
+from slimsam_jax.widths import Target
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{}, {"rounds": 3}, {"polish": 0.25}, {"rounds": 2, "polish": 0.5}, {"alternate": False, "polish": 0.1}],
+)
+def test_steps_and_cuts_add_up(choices):
+    stages = plan(Recipe(**choices))
+    assert len({stage.name for stage in stages}) == len(stages)
+    assert math.isclose(sum(stage.share for stage in stages), 2)
+    for kind in ("embedding", "bottleneck"):
+        assert math.isclose(sum(stage.cut for stage in stages if stage.cuts == kind), 1)
+
+
+def test_the_papers_recipes_have_the_papers_stages():
+    assert all(plan(recipe) == STAGES for recipe in RECIPES.values())
+    assert [stage.steps(7) for stage in STAGES] == [7, 7] and [stage.steps(0) for stage in STAGES] == [0, 0]
+
+
+def test_one_shot_distils_once_and_the_embedding_alone():
+    first, second = plan(Recipe(alternate=False))
+    assert (first.steps(100), second.steps(100)) == (0, 200)
+    assert second.terms(0, 200, Recipe(alternate=False)) == {"embedding": 1.0}
+
+
+def test_terms_besides_features():
+    recipe = Recipe(align=False, cosine=0.5, masks=2.0)
+    assert STAGES[0].terms(0, 10, recipe) == {"embedding": 1.0, "direction": 0.5, "masks": 2.0}
+    assert set(STAGES[0].terms(0, 10, Recipe())) == {"embedding", "qkv_window", "qkv_global", "mlp"}
+
+
+def test_equal_cuts_in_a_row_leave_what_one_leaves():
+    part = Target(0.77).part(1 / 3)
+    np.testing.assert_allclose((1 - part.ratio) ** 3, 0.23)
+    assert Target(0.5).part(1.0) == Target(0.5)
+
+
+def test_some_images_are_drawn_by_seed():
+    images = list(range(50))
+    drawn = [some_of(images, 10, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[0] == sorted(set(drawn[0])) and len(drawn[0]) == 10
+    assert some_of(images, None, 0) == some_of(images, 99, 0) == images
+
+
+def test_weights_drawn_anew_keep_the_widths():
+    sam = random_sam(tiny_config())
+    new = drawn_anew(sam, 0)
+    shapes = lambda params: jax.tree.map(lambda leaf: leaf.shape, params)
+    assert shapes(new.params) == shapes(sam.params)
+    assert new.params["mask_decoder"] is sam.params["mask_decoder"]
+    kernel = lambda sam: sam.params["image_encoder"]["blocks_0"]["attn"]["q"]["kernel"]
+    assert not np.allclose(kernel(new), kernel(sam))
+
+
+def features_of(recipe: Recipe, stage=STAGES[0]):
+    """Student's and target's, of a batch with clicks."""
+    teacher, student = random_sam(tiny_config()), random_sam(tiny_config(embed_dim=23), seed=1)
+    batch = random_images(teacher.config)
+    clicks = [labels.random_clicks(size, recipe.points, np.random.default_rng(0)) for size in batch["size"]]
+    batch |= {name: np.stack([each[name] for each in clicks]) for name in clicks[0]}
+    trainer = train.make_trainer(student, teacher, teacher, stage, recipe, 10)
+    encode = lambda config, encoder, batch: train.run_encoder(config, encoder, batch)
+    arguments = trainer.frozen, batch
+    found = train._student_features(encode, student.config, stage, recipe, student.params["image_encoder"], *arguments)
+    wanted = train._target_features(encode, teacher.config, teacher.config, stage, recipe, *arguments)
+    return teacher, batch, found, wanted
+
+
+def test_directions_are_told_apart_by_their_cosine():
+    _, _, found, wanted = features_of(Recipe(cosine=1.0))
+    one, other = found["embedding"], wanted["embedding"]
+    cosine = (one * other).sum(-1) / jnp.linalg.norm(one, axis=-1) / jnp.linalg.norm(other, axis=-1)
+    expected = 2 * (1 - cosine).mean() / one.shape[-1]
+    np.testing.assert_allclose(distill.mse(found["direction"], wanted["direction"]), expected, rtol=1e-5)
+
+
+def test_masks_are_those_of_the_decoder_for_each_click():
+    teacher, batch, found, wanted = features_of(Recipe(masks=1.0, points=3))
+    assert found["masks"].shape == wanted["masks"].shape == (2 * 3, 4, 16, 12)
+    for image in range(2):
+        logits, _ = decode(
+            teacher.config, teacher.params, wanted["embedding"][image], batch["points"][image], batch["labels"][image]
+        )
+        np.testing.assert_allclose(wanted["masks"][3 * image : 3 * image + 3], jax.nn.sigmoid(logits), atol=1e-5)
+
+
+def test_clicks_lie_on_the_picture():
+    clicks = labels.random_clicks(np.array([40, 7]), 500, np.random.default_rng(0))
+    xy = clicks["points"][clicks["labels"] == 1]
+    assert len(xy) == 500 and (xy >= 0).all() and (xy < [7.5, 40.5]).all() and (xy.max(0) > [6, 36]).all()
+
+
+def test_a_later_round_aligns_what_was_cut_before():
+    """Bottlenecks that an earlier round has narrowed are compared with those of the model before this cut."""
+    teacher = random_sam(tiny_config())
+    blocks = tuple(dataclasses.replace(block, head_dim=9, mlp_dim=30) for block in teacher.config.blocks)
+    previous = random_sam(dataclasses.replace(teacher.config, embed_dim=20, blocks=blocks))
+    student = random_sam(dataclasses.replace(previous.config, embed_dim=15))
+    trainer = train.make_trainer(student, previous, teacher, STAGES[0], Recipe(rounds=2), 10)
+    terms = STAGES[0].terms(0, 10, Recipe(rounds=2))
+    _, found = trainer.step(trainer.state, trainer.frozen, random_images(teacher.config), terms)
+    assert np.isfinite(found["loss"]) and found["mlp"] > 0
