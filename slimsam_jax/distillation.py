@@ -153,8 +153,8 @@ class Distillation:
 
     def sam(self, state: distill.TrainState) -> Sam:
         """The student as it stands, off the mesh."""
-        encoder = jax.tree.map(jnp.asarray, sharding.gather(state.average or state.params))
-        return dataclasses.replace(self.student, params={**self.student.params, "image_encoder": encoder})
+        learnt = jax.tree.map(jnp.asarray, sharding.gather(state.average or state.params))
+        return dataclasses.replace(self.student, params={**self.student.params, **learnt})
 
     def best(self) -> int:
         """The step with the highest score; of equals the later one, as the reference."""

@@ -76,6 +76,7 @@ class Recipe:
       masks: weight of a further term, the mask probabilities that the frozen decoder gives for random points (as
         EdgeSAM and TinySAM distil). 0 leaves the decoder out, as the paper.
       points: on each picture, for `masks`.
+      tune_decoder: the polishing stage trains the mask decoder, too, by `masks`; the paper never trains it.
       scratch: with one-shot pruning, the weights that remain are drawn anew: what distillation gives by itself.
       relative_loss: each term is divided by the variance of its target, so that weights do not
         depend on the scale of activations; the reference takes plain MSE.
@@ -128,6 +129,7 @@ class Recipe:
     cosine: float = 0.0
     masks: float = 0.0
     points: int = 2
+    tune_decoder: bool = False
     scratch: bool = False
     relative_loss: bool = True
     learning_rate: float = 1e-4
@@ -155,6 +157,8 @@ class Recipe:
                 raise InputError(f"{field} {getattr(self, field)} must not be negative")
         if not 0 <= self.polish < 1:
             raise InputError(f"polish {self.polish:g} is not a share of the steps, 0 <= polish < 1")
+        if self.tune_decoder and not (self.polish and self.masks):
+            raise InputError("tune_decoder is for the polishing stage, by its masks: add polish=0.25 masks=1, say")
         if self.scratch and self.alternate:
             raise InputError("scratch draws new weights once everything is cut: add alternate=false")
         if self.rounds > 1 and not self.alternate:

@@ -24,6 +24,7 @@ class Stage:
       patience: validations that a plateau may last before the learning rate is halved.
       share: of the steps that a stage has; more than 1 is longer than the paper's.
       cut: share of the wanted cut, as an exponent of what is left.
+      trains: the parts of the student that learn.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Stage:
     patience: int
     share: float = 1.0
     cut: float = 1.0
+    trains: tuple[str, ...] = ("image_encoder",)
 
     def terms(self, step: int, steps: int, recipe: Recipe) -> Weights:
         """The terms of the loss that count in a step, counted from 0, with their weights."""
@@ -93,5 +95,6 @@ def plan(recipe: Recipe) -> tuple[Stage, ...]:
             dataclasses.replace(first, share=0.0),
             dataclasses.replace(second, weights=embedding_alone, share=2 * cutting),
         ]
-    polish = Stage("polish", None, "stream", embedding_alone, patience=4, share=2 * recipe.polish)
+    trains = ("image_encoder", "mask_decoder") if recipe.tune_decoder else ("image_encoder",)
+    polish = Stage("polish", None, "stream", embedding_alone, patience=4, share=2 * recipe.polish, trains=trains)
     return (*stages, polish) if recipe.polish else tuple(stages)

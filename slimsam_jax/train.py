@@ -81,15 +81,16 @@ def make_trainer(
     frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), frozen)
     if recipe.masks:
         frozen["head"] = {name: teacher.params[name] for name in ("prompt_encoder", "mask_decoder")}
-    state = distill.init_state(student.params["image_encoder"], optimizer, recipe.ema)
+    state = distill.init_state({part: student.params[part] for part in stage.trains}, optimizer, recipe.ema)
     return Trainer(step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 
 
 def _student_features(
-    encode: Encode, config: Config, stage: Stage, recipe: Recipe, encoder: Any, frozen: Any, batch: Batch
+    encode: Encode, config: Config, stage: Stage, recipe: Recipe, params: Any, frozen: Any, batch: Batch
 ) -> distill.Features:
-    embedding, features = encode(config, encoder, batch)
-    found = {"embedding": embedding, **_further(config, recipe, embedding, frozen, batch)}
+    embedding, features = encode(config, params["image_encoder"], batch)
+    head = {**frozen.get("head", {}), **params}
+    found = {"embedding": embedding, **_further(config, recipe, embedding, head, batch)}
     if stage.features == "bottleneck":
         return found | bottleneck_features(config, features)
     return found | {"previous": embedding, **stream_features(config, features)}
@@ -106,19 +107,19 @@ def _target_features(
     embedding = batch.get("embedding", before)
     if "previous" in frozen:
         before, features = encode(previous, frozen["previous"], batch)
-    found = {"embedding": embedding, **_further(teacher, recipe, embedding, frozen, batch)}
+    found = {"embedding": embedding, **_further(teacher, recipe, embedding, frozen.get("head"), batch)}
     if stage.features == "bottleneck":
         return found | bottleneck_features(previous, features)
     return found | {"previous": before, **stream_features(previous, features)}
 
 
-def _further(config: Config, recipe: Recipe, embedding: jax.Array, frozen: Any, batch: Batch) -> distill.Features:
+def _further(config: Config, recipe: Recipe, embedding: jax.Array, head: Any, batch: Batch) -> distill.Features:
     """The embedding as others see it; see `Recipe.cosine` and `Recipe.masks`."""
     found, embedding = {}, embedding.astype(jnp.float32)
     if recipe.cosine:
         found["direction"] = embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
     if recipe.masks:
-        found["masks"] = mask_probabilities(config, frozen["head"], embedding, batch)
+        found["masks"] = mask_probabilities(config, head, embedding, batch)
     return found
 
 

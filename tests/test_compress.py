@@ -7,6 +7,7 @@ import json
 import sys
 
 import chex
+import jax
 import numpy as np
 import pytest
 import torch
@@ -132,15 +133,17 @@ def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, unpictu
 @pytest.mark.parametrize(
     ("choices", "stages"),
     [
-        (("rounds=2", "polish=0.25", "masks=1", "cosine=0.5"), ["embedding", "bottleneck"]),
+        (("rounds=2", "polish=0.25", "masks=1", "cosine=0.5", "tune_decoder=true"), ["embedding", "bottleneck"]),
         (("alternate=false", "scratch=true"), ["bottleneck"]),
     ],
 )
 def test_other_stages_than_the_papers(material, tmp_path, unpictured, choices, stages):
     options = compress_options(material, tmp_path / "slim", limit=4, set=("validations=1", *choices))
     compress.compress(options)
-    slim = from_torch.load(tmp_path / "slim")
+    slim, teacher = (from_torch.load(folder) for folder in (tmp_path / "slim", material / "teacher"))
     assert slim.config.embed_dim == 12 and slim.provenance["images"]["count"] == 4
+    decoders = [jax.tree.leaves(sam.params["mask_decoder"]) for sam in (slim, teacher)]
+    assert all(map(np.array_equal, *decoders)) == ("tune_decoder=true" not in choices)
     log = [json.loads(line) for line in (tmp_path / "slim" / "log.jsonl").read_text().splitlines()]
     steps = [entry for entry in log if "loss" in entry]
     assert len(steps) == 8 and all(np.isfinite(entry["loss"]) for entry in steps)
@@ -220,6 +223,7 @@ def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
         (("--set", "ema=1"), "ema 1 is not the share"),
         (("--set", "rounds=2", "alternate=false"), "do not go with alternate=false"),
         (("--set", "scratch=true"), "add alternate=false"),
+        (("--set", "tune_decoder=true"), "add polish=0.25 masks=1"),
         (("--set", "polish=1"), "polish 1 is not a share of the steps"),
         (("--set", "rounds=2", "--budget", "params=30k"), "rounds share out a --ratio"),
         (("--limit", "0"), "--limit 0 must be at least 1"),

@@ -80,7 +80,7 @@ def features_of(recipe: Recipe, stage=STAGES[0]):
     trainer = train.make_trainer(student, teacher, teacher, stage, recipe, 10)
     encode = lambda config, encoder, batch: train.run_encoder(config, encoder, batch)
     arguments = trainer.frozen, batch
-    found = train._student_features(encode, student.config, stage, recipe, student.params["image_encoder"], *arguments)
+    found = train._student_features(encode, student.config, stage, recipe, student.params, *arguments)
     wanted = train._target_features(encode, teacher.config, teacher.config, stage, recipe, *arguments)
     return teacher, batch, found, wanted
 
@@ -107,6 +107,18 @@ def test_clicks_lie_on_the_picture():
     clicks = labels.random_clicks(np.array([40, 7]), 500, np.random.default_rng(0))
     xy = clicks["points"][clicks["labels"] == 1]
     assert len(xy) == 500 and (xy >= 0).all() and (xy < [7.5, 40.5]).all() and (xy.max(0) > [6, 36]).all()
+
+
+def test_the_decoder_learns_in_the_end():
+    recipe = Recipe(polish=0.5, masks=1.0, tune_decoder=True)
+    *_, polish = plan(recipe)
+    assert [stage.trains for stage in plan(recipe)] == [("image_encoder",)] * 2 + [("image_encoder", "mask_decoder")]
+    teacher, batch, *_ = features_of(recipe)
+    student = random_sam(tiny_config(embed_dim=23), seed=1)
+    trainer = train.make_trainer(student, student, teacher, polish, recipe, 10)
+    state, _ = trainer.step(trainer.state, trainer.frozen, batch, polish.terms(0, 10, recipe))
+    before, after = (jax.tree.leaves(params["mask_decoder"]) for params in (student.params, state.params))
+    assert any(np.abs(a - b).max() > 0 for a, b in zip(before, after, strict=True))
 
 
 def test_a_later_round_aligns_what_was_cut_before():
