@@ -103,6 +103,25 @@ def make_step(
         grads, terms = jax.grad(loss_fn, has_aux=True)(params)
         return terms, grads
 
+    return make_update(gradients, optimizer, parts, reduction, ema, mesh)
+
+
+def make_update(
+    gradients: Callable[[Tree, Tree, Tree, Weights], tuple[dict[str, jax.Array], Tree]],
+    optimizer: optax.GradientTransformation,
+    parts: int = 1,
+    reduction: Literal["mean", "sum"] = "mean",
+    ema: float = 0.0,
+    mesh: Mesh | None = None,
+) -> Callable[[TrainState, Tree, Tree, Weights], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds the compiled step of any training.
+
+    Args:
+      gradients: (params, frozen params, batch, weights of the terms) -> ({"loss": ..., term: ...}, gradients), means
+        over the batch.
+      optimizer, parts, reduction, ema, mesh: see `make_step`, which returns the like.
+    """
+
     def step(state: TrainState, frozen: Tree, batch: Tree, weights: Weights):
         images = len(jax.tree.leaves(batch)[0])
         some = lambda part: gradients(state.params, frozen, part, weights)
@@ -142,20 +161,26 @@ def init_state(params: Tree, optimizer: optax.GradientTransformation, ema: float
 
 
 def make_optimizer(
-    learning_rate: float, steps: int, schedule: str = "cosine", clip: float = 0.0, weight_decay: float = 0.0
+    learning_rate: float,
+    steps: int,
+    schedule: str = "cosine",
+    clip: float = 0.0,
+    weight_decay: float = 0.0,
+    decayed: Callable[[Tree], Tree] | None = None,
 ) -> optax.GradientTransformation:
     """Adam, or AdamW if there is weight decay.
 
     Args:
       schedule: "cosine" warms up over 5 % of the steps and falls to zero; any other stays (see `plateau_scale`).
       clip: the largest norm of all gradients together; 0 for no limit.
+      decayed: params -> a tree of bools, what weight decay is for; None for everything.
     """
     rate = learning_rate
     if schedule == "cosine":
         warm_up = max(1, steps // 20)
         first = learning_rate / warm_up
         rate = optax.warmup_cosine_decay_schedule(first, learning_rate, warm_up, max(steps, warm_up + 1))
-    adam = optax.adamw(rate, weight_decay=weight_decay) if weight_decay else optax.adam(rate)
+    adam = optax.adamw(rate, weight_decay=weight_decay, mask=decayed) if weight_decay else optax.adam(rate)
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
 
 

@@ -1,33 +1,28 @@
-"""The loop of a stage's distillation: steps, log, validation, checkpoints, and ways to stop."""
+"""The distillation of a stage: the loop of `loop.py` with the terms, the scores and the schedule of a recipe."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax import distill, labels, sharding, stopping, train
+from slimsam_jax import distill, labels, sharding, train
 from slimsam_jax.data import Sample
 from slimsam_jax.data.batches import Batches, flip_and_crop
-from slimsam_jax.errors import RunError, Stopped
+from slimsam_jax.errors import RunError
+from slimsam_jax.loop import ADVICE, Loop, Schedule
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.progress import track
 from slimsam_jax.stages import Stage
-from slimsam_jax.steps import Steps, shapes_of
 
 if TYPE_CHECKING:
     from slimsam_jax.run import Run
 
 # Up to so many steps, compiling a second program without the terms that have faded takes longer than it saves.
 SHORT = 500
-# Models of best validations that are kept, so that a run which falls back by a damaged checkpoint finds its best.
-BESTS = 3
-ADVICE = "another --seed, --batch, --dtype or learning_rate may help"
 
 
 def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
@@ -43,50 +38,17 @@ def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
     return Distillation(run, stage, student, previous).run()
 
 
-class Distillation:
+class Distillation(Loop):
     """One stage, in one run folder."""
 
     def __init__(self, run: Run, stage: Stage, student: Sam, previous: Sam):
-        options = run.options
+        options, recipe = run.options, run.recipe
         self.plan, self.stage, self.student = run, stage, student
         self.steps = stage.steps(run.steps)
         how = (run.dtype, options.accumulate, options.fsdp, options.attention)
-        self.trainer = train.make_trainer(student, previous, run.teacher, stage, run.recipe, self.steps, *how)
-        count = min(run.recipe.validations, self.steps)
-        self.validated = {math.ceil((i + 1) * self.steps / count) for i in range(count)}
-        self.logged = {*range(0, self.steps, max(1, self.steps // 100)), self.steps}
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
-
-    def run(self) -> Sam:
-        folder, steps, name = self.plan.folder, self.steps, self.stage.name
-        with stopping.on_request() as stop_asked, folder.steps(name) as saved:
-            state, skipped = self.start(saved)
-            done = int(state.step)
-            self.scores = folder.rewind_log(name, done)
-            self.batches = self.stream(done)
-            self.batches.skipped.update(skipped)
-            rows = zip(range(done + 1, steps + 1), self.batches, strict=False)
-            for step, batch in track(rows, f"{name} stage", steps - done, per_item=self.plan.batch):
-                state = self.step(state, step, batch)
-                stop = saved.asked_to_stop(self.plan.steps_before(self.stage) + step) or stop_asked()
-                if stop or step in self.validated or step % self.plan.options.save_every == 0:
-                    self.flush()
-                    saved.check_finite(step, state)
-                    state = self.validate(state, step) if step in self.validated else state
-                    saved.save(step, state, dict(self.batches.skipped))
-                if stop:
-                    raise Stopped(f"stopped after step {step} of the {name} stage; continue with --resume")
-        self.name_skipped()
-        return self.result(state)
-
-    def start(self, saved: Steps) -> tuple[distill.TrainState, dict[str, str]]:
-        """The stage's last checkpoint, or its beginning; and the pictures that could not be read until then."""
-        state, self.trainer = self.trainer.state, self.trainer._replace(state=None)
-        like = shapes_of(state)
-        if saved.manager.latest_step() is None:
-            return state, {}
-        del state  # not twice in memory
-        return saved.restore(like)
+        trainer = train.make_trainer(student, previous, run.teacher, stage, recipe, self.steps, *how)
+        fields = (self.steps, run.batch, options.save_every, recipe.validations, recipe.keep, run.steps_before(stage))
+        super().__init__(run.folder, trainer, Schedule(stage.name, f"the {stage.name} stage", *fields))
 
     def stream(self, start: int) -> Batches:
         run = self.plan
@@ -102,50 +64,22 @@ class Distillation:
         recipe = self.plan.recipe
         return found | (labels.random_clicks(size, recipe.points, random) if recipe.masks else {})
 
-    def step(self, state: distill.TrainState, step: int, batch: Any) -> distill.TrainState:
-        """Dispatches a step; what the one before has given is read only now, so that the host runs ahead."""
-        weights = self.weights(step)
-        batch = sharding.shard_batch(batch, self.trainer.mesh)
-        state, terms = self.trainer.step(state, self.trainer.frozen, batch, weights)
-        self.flush()
-        self.pending = step, terms
-        return state
-
     def weights(self, step: int) -> dict[str, float]:
-        """Of the loss's terms. A short stage computes all of them to its end, some at weight 0."""
+        """A short stage computes all of its terms to the end, some at weight 0."""
         of = lambda step: self.stage.terms(step - 1, self.steps, self.plan.recipe)
         if self.steps > SHORT:
             return of(step)
         return dict.fromkeys(itertools.chain.from_iterable(map(of, range(1, self.steps + 1))), 0.0) | of(step)
 
-    def flush(self) -> None:
-        """Waits for the last step that was dispatched, checks its loss and logs it."""
-        if not self.pending:
-            return
-        (step, terms), self.pending = self.pending, None
-        terms = {name: float(term) for name, term in terms.items()}
-        if not np.isfinite(terms["loss"]):
-            names = ", ".join(sample.name for sample in self.batches.samples_of(step - 1))
-            raise RunError(
-                f"the loss of step {step} is not finite (images {names}); the checkpoint before is kept; {ADVICE}"
-            )
-        if step in self.logged:
-            self.plan.folder.log(stage=self.stage.name, step=step, **terms)
-
-    def validate(self, state: distill.TrainState, step: int) -> distill.TrainState:
-        """Scores the student, keeps it if it is the best, and sets the learning rate after a plateau."""
-        folder, name = self.plan.folder, self.stage.name
-        sam = self.sam(state)
+    def score(self, sam: Sam, step: int) -> dict[str, float]:
         score = sharding.agree(self.plan.score(sam) if self.plan.score else 0.0)
         if not np.isfinite(score):
             raise RunError(f"the student after step {step} gives no finite embeddings; {ADVICE}")
-        self.scores[step] = score
-        folder.log(stage=name, step=step, score=score)
-        if self.best() == step:
-            folder.save_model(name, f"best-{step}", sam)
-        for old in sorted(self.scores)[:-BESTS]:
-            if old != self.best():
-                folder.remove_model(name, f"best-{old}")
+        return {"score": score}
+
+    def validate(self, state: distill.TrainState, step: int) -> distill.TrainState:
+        """Sets the learning rate after a plateau, too."""
+        state = super().validate(state, step)
         if self.plan.recipe.schedule != "plateau":
             return state
         scale = distill.plateau_scale(list(self.scores.values()), self.stage.patience)
@@ -155,22 +89,3 @@ class Distillation:
         """The student as it stands, off the mesh."""
         learnt = jax.tree.map(jnp.asarray, sharding.gather(state.average or state.params))
         return dataclasses.replace(self.student, params={**self.student.params, **learnt})
-
-    def best(self) -> int:
-        """The step with the highest score; of equals the later one, as the reference."""
-        return max(self.scores, key=lambda step: (self.scores[step], step))
-
-    def result(self, state: distill.TrainState) -> Sam:
-        name, folder = self.stage.name, self.plan.folder
-        both = {"best": folder.load_model(name, f"best-{self.best()}"), "last": self.sam(state)}
-        for part, sam in both.items():
-            folder.save_model(name, part, sam)
-        return both[self.plan.recipe.keep]
-
-    def name_skipped(self) -> None:
-        """Those that a step would have had; threads have read on, who knows how far."""
-        met = {sample.name for step in range(self.steps) for sample in self.batches.samples_of(step)}
-        for name, reason in sorted(dict(self.batches.skipped).items()):
-            if name in met:
-                self.plan.folder.log(stage=self.stage.name, skipped=name, reason=reason)
-                print(f"skipped: {reason}", flush=True)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from slimsam_jax import mask_losses
 from slimsam_jax.data import Annotation, Sample
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.errors import InputError
@@ -23,8 +23,11 @@ from slimsam_jax.recipes import Recipe
 PROMPTS = 4  # annotations per image
 
 
-def annotated(samples: Sequence[Sample]) -> list[Sample]:
+def annotated(samples: Sequence[Sample], user: str = "signal=masks") -> list[Sample]:
     """Those with annotations.
+
+    Args:
+      user: who wants them, for the message.
 
     Raises:
       InputError: there is none, or not one can be used.
@@ -38,7 +41,7 @@ def annotated(samples: Sequence[Sample]) -> list[Sample]:
             reason = f"{sample.name} has none"
         except InputError as error:
             reason = str(error)
-    raise InputError(f"signal=masks needs annotated images: {reason}")
+    raise InputError(f"{user} needs annotated images: {reason}")
 
 
 class AnnotatedBatches(Batches):
@@ -85,12 +88,20 @@ def _prompts(chosen: Sequence[Annotation], size: tuple[int, int], config: Config
     xy = np.stack([a.point for a in chosen])[:, None]
     clicks = to_model_frame(xy, size, chosen[0].mask.shape)
     points, labels = prompt_points(clicks, np.ones(clicks.shape[:2], np.int32), None)
-    masks = np.zeros((len(chosen), *(4 * side for side in config.grid)), np.float32)
+    return {"points": points, "labels": labels, "masks": np.stack([coverage(a.mask, size, config) for a in chosen])}
+
+
+def coverage(mask: np.ndarray, size: tuple[int, int], config: Config) -> np.ndarray:
+    """A picture's mask [h0, w0] bool as the decoder should give it: [4h, 4w] float32, the share of each cell covered.
+
+    Args:
+      size: the picture's in the model frame, from `resize_and_pad`; what is below and right of it is 0.
+    """
+    cells = np.zeros([4 * side for side in config.grid], np.float32)
     height, width = (max(1, round(4 * side / config.patch_size)) for side in size)
-    for mask, annotation in zip(masks, chosen, strict=True):
-        picture = Image.fromarray(annotation.mask.astype(np.float32))
-        mask[:height, :width] = np.asarray(picture.resize((width, height), Image.Resampling.BOX))
-    return {"points": points, "labels": labels, "masks": masks}
+    picture = Image.fromarray(mask.astype(np.float32))
+    cells[:height, :width] = np.asarray(picture.resize((width, height), Image.Resampling.BOX))
+    return cells
 
 
 def mask_probabilities(config: Config, head: Params, embedding: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
@@ -121,9 +132,4 @@ def mask_loss(sam: Sam, encoder: Any, batch: dict[str, jax.Array]) -> jax.Array:
     embedding, _ = run_encoder(sam.config, encoder, batch)
     logits, _ = decode(sam.config, sam.params, embedding[0], batch["points"][0], batch["labels"][0])
     logits, target = logits[:, 0], batch["masks"][0]
-    likely, unlikely = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
-    # Focal: what is right already counts little (gamma 2); alpha 0.25 as in RetinaNet.
-    focal = 0.25 * target * jnp.exp(2 * unlikely) * likely + 0.75 * (1 - target) * jnp.exp(2 * likely) * unlikely
-    share = jnp.exp(likely)
-    overlap, total = (share * target).sum((1, 2)), (share + target).sum((1, 2))
-    return 20 * -focal.mean() + (1 - (2 * overlap + 1) / (total + 1)).mean()
+    return 20 * mask_losses.focal(logits, target).mean() + mask_losses.dice(logits, target).mean()

@@ -236,3 +236,14 @@ def test_golden_prompts(golden, case):
         np.testing.assert_allclose(iou[:, outputs], given(f"{mode}/iou_predictions"), atol=1e-5)
         logits = sam.resize_masks(model.config, found, tuple(size), original)
         np.testing.assert_allclose(logits, given(f"{mode}/mask_logits"), atol=5e-5)
+
+
+def test_the_gradient_of_doubling_is_that_of_the_convolution():
+    from slimsam_jax.models.mask_decoder import double
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((2, 3, 4, 5), (2, 2, 6, 5), (2, 6, 8, 6))
+    x, kernel, weight = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    plain = lambda x, kernel: jax.lax.conv_transpose(x, kernel, (2, 2), "VALID", transpose_kernel=True)
+    loss = lambda function: jax.jit(jax.grad(lambda *inputs: (weight * function(*inputs) ** 2).sum(), (0, 1)))
+    chex.assert_trees_all_close(loss(double)(x, kernel), loss(plain)(x, kernel), rtol=1e-5, atol=1e-5)

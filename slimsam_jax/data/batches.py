@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -91,10 +92,27 @@ def flip_and_crop(flip: bool, crop: float) -> Augment | None:
     if not flip and crop == 1:
         return None
 
-    def augment(picture: Image.Image, random: np.random.Generator) -> Image.Image:
-        sides = [max(1, round(side * random.uniform(crop, 1))) for side in picture.size]
-        left, top = (random.integers(whole - side + 1) for whole, side in zip(picture.size, sides, strict=True))
-        picture = picture.crop((left, top, left + sides[0], top + sides[1]))
-        return ImageOps.mirror(picture) if flip and random.random() < 0.5 else picture
+    return lambda picture, random: draw_framing(picture.size, flip, crop, random).of_picture(picture)
 
-    return augment
+
+class Framing(NamedTuple):
+    """What is shown of a picture: left, top, right and bottom in pixels, and whether it is mirrored then."""
+
+    box: tuple[int, int, int, int]
+    mirrored: bool
+
+    def of_picture(self, picture: Image.Image) -> Image.Image:
+        picture = picture.crop(self.box)
+        return ImageOps.mirror(picture) if self.mirrored else picture
+
+    def of_mask(self, mask: np.ndarray) -> np.ndarray:
+        """[h, w] of the same picture."""
+        left, top, right, bottom = self.box
+        return mask[top:bottom, left:right][:, :: -1 if self.mirrored else 1]
+
+
+def draw_framing(size: tuple[int, int], flip: bool, crop: float, random: np.random.Generator) -> Framing:
+    """For a picture of (width, height); see `flip_and_crop`."""
+    sides = [max(1, round(side * random.uniform(crop, 1))) for side in size]
+    left, top = (int(random.integers(whole - side + 1)) for whole, side in zip(size, sides, strict=True))
+    return Framing((left, top, left + sides[0], top + sides[1]), flip and random.random() < 0.5)

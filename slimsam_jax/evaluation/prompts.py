@@ -35,20 +35,16 @@ def box(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
 def box_noisy(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
     """A box as somebody draws it by hand. The noise follows from seed, annotation's id (else its index) and box."""
     numbers = [index if a.id < 0 else a.id for index, a in enumerate(annotations)]
-    boxes = [_noisy(a, (seed, number)) for a, number in zip(annotations, numbers, strict=True)]
-    return Prompts(*prompt_points(boxes=np.stack(boxes)))
+    random = lambda a, number: np.random.default_rng((seed, number, *np.abs(a.box).astype(int)))
+    pairs = zip(annotations, numbers, strict=True)
+    return Prompts(*prompt_points(boxes=np.stack([noisy(a.box, a.mask.shape, random(a, n)) for a, n in pairs])))
 
 
-def _noisy(annotation: Annotation, seed: tuple[int, int]) -> np.ndarray:
-    """The annotation's box with a normal error on each coordinate, inside the image."""
-    sides = np.tile(annotation.box[2:] - annotation.box[:2], 2)
-    noise = (
-        np.random.default_rng((*seed, *np.abs(annotation.box).astype(int)))
-        .normal(0, NOISE * sides)
-        .clip(-MOST_NOISE, MOST_NOISE)
-    )
-    height, width = annotation.mask.shape
-    return (annotation.box + noise).clip(0, [width, height, width, height])
+def noisy(box: np.ndarray, shape: tuple[int, int], random: np.random.Generator) -> np.ndarray:
+    """A box x0, y0, x1, y1 with a normal error on each coordinate, inside its image of (height, width) pixels."""
+    noise = random.normal(0, NOISE * np.tile(box[2:] - box[:2], 2)).clip(-MOST_NOISE, MOST_NOISE)
+    height, width = shape
+    return (box + noise).clip(0, [width, height, width, height])
 
 
 PROMPTS: dict[str, Callable[..., Prompts]] = {

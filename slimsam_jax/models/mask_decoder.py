@@ -22,6 +22,38 @@ class MLP(nn.Module):
         return x
 
 
+class Doubling(nn.Module):
+    """A transposed convolution of 2 x 2 with stride 2, [p, h, w, c] -> [p, 2h, 2w, features]."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (2, 2, self.features, x.shape[-1]))
+        return double(x, kernel) + self.param("bias", nn.initializers.zeros, (self.features,))
+
+
+@jax.custom_vjp
+def double(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x: [p, h, w, c], kernel: [2, 2, f, c]. Returns [p, 2h, 2w, f].
+
+    No windows overlap, so the gradient is two products. XLA's own takes ten times as long on a CPU; its forward pass
+    half as long as a product.
+    """
+    # transpose_kernel gives PyTorch's definition: the gradient of a convolution.
+    return jax.lax.conv_transpose(x, kernel, (2, 2), "VALID", transpose_kernel=True)
+
+
+def _double_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    p, h, w, _ = x.shape
+    grad = grad.reshape(p, h, 2, w, 2, -1)
+    return jnp.einsum("phiwjf,ijfc->phwc", grad, kernel), jnp.einsum("phwc,phiwjf->ijfc", x, grad)
+
+
+double.defvjp(lambda x, kernel: (double(x, kernel), (x, kernel)), _double_backward)
+
+
 class MaskDecoder(nn.Module):
     config: Config
 
@@ -66,9 +98,6 @@ class MaskDecoder(nn.Module):
         """[p, h, w, C] -> [p, 4h, 4w, C/8] by two transposed convolutions."""
         width = x.shape[-1]
         gelu = lambda x: jax.nn.gelu(x, approximate=False)
-        # transpose_kernel gives PyTorch's definition: the gradient of a convolution.
-        double = lambda features, name: nn.ConvTranspose(
-            features, (2, 2), strides=(2, 2), padding="VALID", transpose_kernel=True, name=name
-        )
-        x = gelu(nn.LayerNorm(epsilon=1e-6, name="output_upscaling_1")(double(width // 4, "output_upscaling_0")(x)))
-        return gelu(double(width // 8, "output_upscaling_3")(x))
+        x = Doubling(width // 4, name="output_upscaling_0")(x)
+        x = gelu(nn.LayerNorm(epsilon=1e-6, name="output_upscaling_1")(x))
+        return gelu(Doubling(width // 8, name="output_upscaling_3")(x))

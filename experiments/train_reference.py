@@ -1,0 +1,165 @@
+"""Trains a SAM from masks: from nothing, or from a checkpoint on masks of your own.
+
+    python -m experiments.train_reference --images bsds_train --val bsds_val --out reference
+    python -m experiments.train_reference --init sam_vit_b_01ec64.pth --images mine --val mine_val --out mine_b
+
+The interactive training of Segment Anything (Kirillov et al. 2023, appendix A); what differs from the paper is said
+in experiments/README.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from slimsam_jax import cli
+from slimsam_jax.errors import InputError
+
+Part = Literal["image_encoder", "prompt_encoder", "mask_decoder"]
+SIZES = ("embed_dim", "depth", "heads", "mlp_dim", "image_size", "window")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train a SAM from annotated pictures.
+
+    The output folder is a model folder (model.safetensors, config.json) that `slimsam_jax.compress --teacher` and
+    `converters.to_torch` take; log.jsonl and curve.png show how the training went.
+    """
+
+    images: tuple[str, ...]
+    """Annotated pictures to learn from: folders in SA-1B layout, .tar shards, a COCO .json, tfds:DIR."""
+    val: tuple[str, ...] = ()
+    """Annotated pictures to measure on. Default: an eighth of --images, at most 50, held out."""
+    out: Path = Path("reference")
+    """The folder to write. Must not exist or be empty, unless --resume is given."""
+    init: Path | None = None
+    """A checkpoint to start from, of any kind that `converters.from_torch` reads. Default: random weights."""
+    preset: Literal["small", "vit_b", "vit_l", "vit_h", "vit_p50", "vit_p77"] | None = None
+    """An architecture for random weights. Default: "small", that of the SAM in the package (256 px)."""
+    embed_dim: int | None = None
+    """Instead of the preset's: width of the image encoder; its MLPs get four times as much."""
+    depth: int | None = None
+    """Instead of the preset's: blocks, the last of each quarter with global attention."""
+    heads: int | None = None
+    """Instead of the preset's."""
+    mlp_dim: int | None = None
+    """Instead of four times the width."""
+    image_size: int | None = None
+    """Instead of the preset's, pixels."""
+    window: int | None = None
+    """Instead of the preset's: side of the attention windows in tokens."""
+    steps: int = 4000
+    """Optimiser steps."""
+    batch: int = 8
+    """Pictures per step, a multiple of the number of devices (times --accumulate)."""
+    prompts: int = 4
+    """Masks of each picture in a step."""
+    corrections: int = 1
+    """Clicks that correct the first prompt's mask; the paper has 8, and 2 turns without a click."""
+    objective: Literal["short", "sam"] = "short"
+    """"sam" is the paper's: 20 focal + dice + IoU, of the best of three masks after the first prompt, of the single
+    mask later. "short" is 2 focal + 2 cross-entropy + dice + IoU of both after each prompt: for short trainings, and
+    for single masks of single clicks, which the paper does not train."""
+    learning_rate: float | None = None
+    """Peak, after a warm-up of 5 % of the steps and before a cosine to zero. Default: 5e-4, with --init 5e-5."""
+    weight_decay: float = 0.1
+    """AdamW's, of kernels."""
+    clip: float = 1.0
+    """The largest norm of all gradients; 0 for no limit."""
+    ema: float = 0.0
+    """Share that a moving average of the weights keeps at each step; the average is validated and kept then."""
+    flip: bool = True
+    """Mirror half of the pictures, with their masks."""
+    crop: float = 0.5
+    """Random crops with sides of at least this share of the picture's; 1 for none."""
+    freeze: tuple[Part, ...] = ()
+    """Parts that stay as they are."""
+    validations: int = 10
+    """Of the training, evenly spaced; each gives point and box mIoU."""
+    val_images: int = 50
+    """Pictures of --val that a validation takes, the first."""
+    keep: Literal["best", "last"] = "best"
+    """Which model is the result: the best by the mean of both mIoUs, or the last."""
+    seed: int = 0
+    """Of weights, order, crops and prompts; on one CPU machine the same seed gives the same model."""
+    resume: bool = False
+    """Continue the unfinished run in --out, with the same options."""
+    save_every: int = 100
+    """Steps between two checkpoints for --resume. SIGTERM makes one, too, and ends the run."""
+    accumulate: int = 1
+    """Parts that a step's pictures are taken in, one after the other: less memory."""
+    fsdp: int = 1
+    """Devices that parameters and optimiser state are split over."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the image encoder's computation; parameters stay float32. "auto" is bfloat16 on GPU and TPU."""
+    max_broken: float = 0.1
+    """The share of --images that may be unusable; more stops the run."""
+    distributed: str | None = None
+    """For several processes, as in `slimsam_jax.compress`."""
+
+    def check(self) -> None:
+        """Raises InputError for what can be told wrong without looking at files."""
+        for name in (
+            *SIZES,
+            "steps",
+            "batch",
+            "prompts",
+            "validations",
+            "val_images",
+            "save_every",
+            "accumulate",
+            "fsdp",
+        ):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        for name in ("corrections", "weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
+        if not 0 < self.crop <= 1:
+            raise InputError(f"--crop {self.crop:g} is not a share of the picture's sides, 0 < crop <= 1")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"--ema {self.ema:g} is not the share that an average keeps, 0 <= ema < 1")
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"--learning-rate {self.learning_rate} must be positive")
+        cli.check_share(self.max_broken)
+        cli.check_seed(self.seed)
+        if not self.resume:
+            cli.check_empty(self.out)
+
+        if self.init and self.preset:
+            raise InputError(f"--init brings its own architecture; leave out --preset {self.preset}")
+
+    def sizes(self) -> dict[str, int]:
+        """Those that are asked for, instead of the preset's."""
+        return {name: getattr(self, name) for name in SIZES if getattr(self, name) is not None}
+
+    def fixing_the_result(self) -> dict[str, Any]:
+        """What a resumed run must share with the run it continues."""
+        fields = dataclasses.asdict(self)
+        for name in ("out", "resume", "save_every", "fsdp", "distributed", "max_broken"):
+            del fields[name]
+        return fields | {"init": self.init and str(self.init), "images": list(self.images), "val": list(self.val)}
+
+
+def main(options: Options) -> dict[str, Any]:
+    """Trains, and writes the model folder; the story is told in `reference_run.py`.
+
+    Returns:
+      The validation of the model that is kept, and its step.
+
+    Raises:
+      InputError: bad options or files; nothing has been written then.
+      RunError, OSError: a fault while running; the folder can be resumed.
+    """
+    options.check()
+    if options.distributed:
+        cli.join_processes(options.distributed)
+    from experiments.reference_run import run  # here, so that --help need not wait for JAX
+
+    return run(options)
+
+
+if __name__ == "__main__":
+    cli.run(Options, main)
