@@ -33,7 +33,8 @@ def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
       The best student by validation, or the last, as the recipe says.
 
     Raises:
-      RunError: the loss is not finite. Checkpoints hold finite states only, so the last good one is kept.
+      RunError: the loss is not finite, or too many pictures cannot be read. Checkpoints hold finite states only, so
+        the last good one is kept.
       Stopped: SIGTERM came; the state is saved.
     """
     return Distillation(run, stage, student, previous).run()
@@ -66,6 +67,7 @@ class Distillation:
                 stop = saved.asked_to_stop(STAGES.index(self.stage) * steps + step) or stop_asked()
                 if stop or step in self.validated or step % self.plan.options.save_every == 0:
                     self.flush()
+                    self.batches.agree_on_skipped()
                     saved.check_finite(step, state)
                     state = self.validate(state, step) if step in self.validated else state
                     saved.save(step, state, dict(self.batches.skipped))

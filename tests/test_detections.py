@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -180,6 +181,10 @@ def test_command_reports_ap_beside_a_protocol(coco_set, tmp_path, monkeypatch, c
     assert result["data"]["images"] == 3 and result["results"]["box/iou"]["model"]["images"] == 2
     code, text, _ = run_command(monkeypatch, capsys, *arguments)
     assert code == 0 and "box mIoU" not in text
+    shutil.copytree(coco_set, tmp_path / "folder")
+    (tmp_path / "folder" / "truth.json").rename(tmp_path / "folder" / "annotations.json")
+    arguments = [tmp_path / "folder" if argument == coco_set / "truth.json" else argument for argument in arguments]
+    assert run_command(monkeypatch, capsys, *arguments)[:2] == (0, text)
 
 
 def test_one_line_for_boxes_that_do_not_fit(coco_set, tmp_path, monkeypatch, capsys):
