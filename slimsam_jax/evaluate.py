@@ -48,7 +48,7 @@ def main(
       clicks: how many, for --protocol clicks.
       points_per_side: of the grid for --protocol everything.
       seed: of the noise on boxes and of the intervals.
-      resamples: for the intervals.
+      resamples: for the intervals; of AP 1000 at most, which takes longer.
       max_broken: the share of images that may be unreadable; more stop the evaluation. The others are named.
       strict: stop at the first image that cannot be read.
       json: write all numbers, per image too, with the hashes of models and data.
@@ -78,7 +78,7 @@ def main(
     summary = statistics.summarise(list(measured.scores.values()), seed, resamples)
     if boxes:
         ids = [sample.image_id for sample in measured.samples.values()]
-        summary |= detections.precisions(truth, list(measured.results.values()), ids)
+        summary |= detections.precisions(truth, list(measured.results.values()), ids, seed, resamples)
     for reason in measured.skipped.values():
         print(f"skipped: {reason}")
     tables.print_table(names, summary)
