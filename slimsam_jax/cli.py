@@ -77,14 +77,16 @@ def join_processes(how: str) -> None:
     """
     import jax
 
+    # When one stops by a fault of its own, the others wait for it in vain; so long, instead of five minutes.
+    patience = {"shutdown_timeout_seconds": 30}
     try:
         if how == "auto":
-            jax.distributed.initialize()
+            jax.distributed.initialize(**patience)
             return
         address, processes, index = how.split(",")
         if ":" not in address or not 0 <= int(index) < int(processes):
             raise ValueError("not HOST:PORT,PROCESSES,INDEX")
-        jax.distributed.initialize(address, int(processes), int(index))
+        jax.distributed.initialize(address, int(processes), int(index), **patience)
     except (ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or ["no cluster found"])[0]
         raise InputError(f"--distributed {how}: {reason}; give auto, or HOST:PORT,PROCESSES,INDEX") from None

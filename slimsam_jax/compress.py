@@ -76,9 +76,10 @@ class Options:
     """A folder for the teacher's embeddings of --images (2 MB each at 1024 px): each is computed once, not once an
     epoch. For this teacher only, but any number of runs."""
     max_broken: float = 0.1
-    """The share of --images that may be unreadable; more stops the run. The others are named and skipped."""
+    """The share of --images that may be unreadable; more stops the run. The others are named and skipped. Of --val,
+    too, but more of those are found out before the run, or do not stop it: the exit code is 1 in the end."""
     strict: bool = False
-    """Stop at the first of --images that cannot be read."""
+    """As --max-broken 0: stop at the first of --images that cannot be read."""
     distributed: str | None = None
     """For several processes, each with the same arguments and a shared file system: "auto" on TPU pods and under
     SLURM or MPI; or HOST:PORT,PROCESSES,INDEX, where HOST:PORT is a free port of process 0."""
@@ -129,7 +130,8 @@ def compress(options: Options) -> dict[str, Any]:
 
     Raises:
       InputError: bad options or files; nothing has been written then.
-      RunError, OSError: a fault while running; the folder can be resumed.
+      RunError, OSError: a fault while running; the folder can be resumed. Or too many of --val could not be
+        measured on, once all is done and written.
     """
     options.check()
     if options.distributed:

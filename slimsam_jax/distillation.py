@@ -32,7 +32,8 @@ def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
       The best student by validation, or the last, as the recipe says.
 
     Raises:
-      RunError: the loss is not finite. Checkpoints hold finite states only, so the last good one is kept.
+      RunError: the loss is not finite, or too many pictures cannot be read. Checkpoints hold finite states only, so
+        the last good one is kept.
       Stopped: SIGTERM came; the state is saved.
     """
     return Distillation(run, stage, student, previous).run()

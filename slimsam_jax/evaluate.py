@@ -43,12 +43,12 @@ def main(
         its box, its box with noise, or clicks that correct the mask before them; or everything: average recall of the
         first 10, 100 and 1000 masks of everything mode, which takes long; or agreement with the first model's
         masks for a grid of points, which needs no annotations. Default: point box, or with --boxes none.
-      boxes: a detector's boxes as prompts, in COCO's results format: COCO AP. Needs pycocotools, and a COCO .json as
-        --data.
+      boxes: a detector's boxes as prompts, in COCO's results format: COCO AP. Needs pycocotools, and as --data a COCO
+        .json, or a folder with annotations.json.
       clicks: how many, for --protocol clicks.
       points_per_side: of the grid for --protocol everything.
       seed: of the noise on boxes and of the intervals.
-      resamples: for the intervals.
+      resamples: for the intervals; of AP 1000 at most, which takes longer.
       max_broken: the share of images that may be unreadable; more stop the evaluation. The others are named.
       strict: stop at the first image that cannot be read.
       json: write all numbers, per image too, with the hashes of models and data.
@@ -66,23 +66,25 @@ def main(
             path.parent.mkdir(parents=True, exist_ok=True)
     from converters.from_torch import load
     from slimsam_jax.checkpoint import sha256, write_json
-    from slimsam_jax.data import find
+    from slimsam_jax.data import coco, find
     from slimsam_jax.evaluation import Protocols, detections, figures, measure_models, statistics, tables
 
     names, samples = _names(model), find(data)
     found = detections.read_boxes(boxes) if boxes else None
-    truth = detections.read_truth(Path(data[0]).expanduser(), found) if boxes else None
+    truth = detections.read_truth(coco.file_of(data[0]), found) if boxes else None
     sams = [load(path) for path in model]
     protocols = Protocols(tuple(dict.fromkeys(protocol)), clicks=clicks, points_per_side=points_per_side, seed=seed)
     measured = measure_models(sams, samples, protocols, found, 0.0 if strict else max_broken)
     summary = statistics.summarise(list(measured.scores.values()), seed, resamples)
     if boxes:
         ids = [sample.image_id for sample in measured.samples.values()]
-        summary |= detections.precisions(truth, list(measured.results.values()), ids)
+        summary |= detections.precisions(truth, list(measured.results.values()), ids, seed, resamples)
     for reason in measured.skipped.values():
         print(f"skipped: {reason}")
     tables.print_table(names, summary)
     print(f"{len(measured.samples)} images")
+    if missing := [name for name in protocols.names if not any(key.startswith(f"{name}/") for key in summary)]:
+        print(f"not measured, as none of the images is annotated: {', '.join(missing)}")
     if json:
         made_by = {"models": _described(names, model, sams), "boxes": boxes and sha256(boxes), "resamples": resamples}
         write_json(json, made_by | tables.as_json(names, measured, protocols, summary))
@@ -103,10 +105,18 @@ def _check(
         raise InputError("--model has a model twice")
     if "agreement" in protocol and len(model) < 2:
         raise InputError("--protocol agreement needs at least two models: it compares with the first")
-    if boxes and (len(data) > 1 or not data[0].endswith(".json")):
-        raise InputError("--boxes needs one COCO .json as --data: the ground truth that the boxes are of")
+    if boxes and (len(data) > 1 or not _is_coco(data[0])):
+        raise InputError("--boxes needs one COCO .json as --data, or a folder with annotations.json: the ground truth")
     if figure and not protocol:
         raise InputError("--figure needs a --protocol: AP has no score per image to draw")
+
+
+def _is_coco(location: str) -> bool:
+    """By its name; what is in it is seen when it is read."""
+    from slimsam_jax.data import coco
+
+    path = coco.file_of(location)
+    return path.suffix == ".json" and (path.is_file() or path == Path(location).expanduser())
 
 
 def _check_numbers(clicks: int, points_per_side: int, seed: int, resamples: int) -> None:

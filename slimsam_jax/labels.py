@@ -58,11 +58,11 @@ class AnnotatedBatches(Batches):
         super().__init__(annotated(samples), config.image_size, batch, seed, part=part)
 
     def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
-        _, annotations = read_annotated(sample)
+        picture, annotations = read_annotated(sample)
         if not annotations:
             raise InputError(f"{sample.name} has no annotation")
         chosen = [annotations[i] for i in np.linspace(0, len(annotations) - 1, PROMPTS).astype(int)]
-        item = super()._read(sample, random)
+        item = self._item(sample, picture, random)
         return item | _prompts(chosen, tuple(item["size"]), self.config)
 
 

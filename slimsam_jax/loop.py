@@ -81,7 +81,8 @@ class Loop(abc.ABC):
           The best model by score, or the last.
 
         Raises:
-          RunError: the loss is not finite. Checkpoints hold finite states only, so the last good one is kept.
+          RunError: the loss is not finite, or too many pictures cannot be read. Checkpoints hold finite states only,
+            so the last good one is kept.
           Stopped: SIGTERM came; the state is saved.
         """
         name, title, steps, batch, save_every, *_, before = self.schedule
@@ -97,6 +98,7 @@ class Loop(abc.ABC):
                 stop = saved.asked_to_stop(before + step) or stop_asked()
                 if stop or step in self.validated or step % save_every == 0:
                     self.flush()
+                    self.batches.agree_on_skipped()
                     saved.check_finite(step, state)
                     state = self.validate(state, step) if step in self.validated else state
                     saved.save(step, state, dict(self.batches.skipped))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,10 @@ import numpy as np
 from converters.from_torch import load
 from slimsam_jax import __version__, checkpoint, data, labels, metrics, report, sharding, train, widths
 from slimsam_jax.data import Sample
+from slimsam_jax.data.sample import too_many
 from slimsam_jax.distillation import distil
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.evaluation import map_readable, read_annotated
 from slimsam_jax.models.image_encoder import ImageEncoder
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import track
@@ -27,7 +29,7 @@ from slimsam_jax.recipes import RECIPES, Recipe
 from slimsam_jax.run_folder import RunFolder
 from slimsam_jax.stages import Stage, plan
 from slimsam_jax.teacher_cache import TeacherCache
-from slimsam_jax.validation import Score, validator
+from slimsam_jax.validation import IMAGES, Score, validator
 from slimsam_jax.widths import Budget, Target
 
 if TYPE_CHECKING:
@@ -73,6 +75,8 @@ def run(options: Options) -> dict[str, Any]:
         seconds[f"{stage.name} stage"] = time.perf_counter() - start
     numbers = finish(run, student, seconds) if sharding.is_main() else {}
     sharding.barrier("finished")
+    if complaint := too_many_of_val(options, run.images, run.val, numbers.get("skipped", {})):
+        raise RunError(f"{options.out} is finished, and measured on the rest; but {complaint}")
     return numbers
 
 
@@ -120,6 +124,9 @@ def prepare(options: Options) -> Run:
         raise InputError(f"--batch {batch} is more than the {len(images)} images to learn from")
     for paths in (images, val):
         data.check_one_is_readable(paths)
+    _, broken = map_readable(lambda sample: read_annotated(sample) and None, val[:IMAGES])  # as validation will
+    if complaint := too_many_of_val(options, images, val, broken):
+        raise InputError(complaint)
     if recipe.needs_labels:
         labels.annotated(images)
     if not options.resume:  # a latency may be measured otherwise the second time
@@ -176,6 +183,15 @@ def some_of(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]
     return [samples[i] for i in sorted(chosen)]
 
 
+def too_many_of_val(
+    options: Options, images: Sequence[Sample], val: Sequence[Sample], broken: Mapping[str, str]
+) -> str | None:
+    """What is wrong if too many of `val` are `broken`; where they were held out, they are a share of all --images."""
+    if options.val:
+        return too_many(broken, len(val), options.broken_share(), "images of --val")
+    return too_many(broken, len(images) + len(val), options.broken_share())
+
+
 def compute_dtype(options: Options) -> Any:
     if options.dtype == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -201,12 +217,16 @@ def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
     options, recipe, config = run.options, run.recipe, run.teacher.config
     devices = jax.device_count()  # an image on each: more would take as many times the memory
     count = max(1, min(options.importance_images, len(run.images)) // devices)
+    streams = []
 
     def calibration(name: str) -> Iterable[Any]:
         batches = labels.calibration_stream(recipe, run.images, config, devices, options.seed, options.broken_share())
+        streams.append(batches)
         return track(train.calibration(batches, count), name, count, per_item=devices)
 
     slim = prune_sam(previous, stage, recipe, run.target.part(stage.cut), calibration, options.seed, options.uniform)
+    for batches in streams:
+        batches.agree_on_skipped()
     return drawn_anew(slim, options.seed) if recipe.scratch and stage.cuts == "bottleneck" else slim
 
 

@@ -7,6 +7,7 @@ puts the collectives in: one all-reduce of the gradients in plain data parallel 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,3 +113,15 @@ def all_agree(flag: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.process_allgather(np.array(flag)).all())
+
+
+def gather_json(value: Any) -> list[Any]:
+    """What each process gives, anything that JSON takes, in every process and in their order."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value).encode()
+    longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
+    rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(longest), np.uint8))
+    return [json.loads(row.tobytes()) for row in rows]

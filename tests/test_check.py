@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -70,6 +71,26 @@ def test_repeated_ids_and_broken_pictures(folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "the same id more than once (annotation 7)" in out and "2.jpg is not a readable image" in out
     assert Image.open(tmp_path / "x.png").size == (2 * check.TILE, check.TILE)
+
+
+def test_annotations_without_a_picture_are_named(folder, tmp_path, capsys):
+    """In a folder, in a shard in it and in a shard; not what annotates nothing, nor COCO."""
+    annotation = (folder / "0.json").read_text()
+    (folder / "notes.json").write_text('{"author": "nobody"}')
+    (folder / "coco.json").write_text('{"images": [], "annotations": []}')
+    (folder / "torn.json").write_text("{")
+    assert run("check", folder) == 0
+    (folder / "sub").mkdir()
+    (folder / "sub" / "lost.json").write_text(annotation)
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name, path in (("x.jpg", "0.jpg"), ("x.json", "0.json"), ("y.json", "0.json"), ("z.json", "notes.json")):
+            tar.add(folder / path, name)
+    capsys.readouterr()
+    assert run("check", folder) == 1
+    lines = capsys.readouterr().out.splitlines()
+    said = " annotates no picture: there is none of its name"
+    assert lines[-2:] == [f"{folder / 'sub' / 'lost.json'}{said}", f"{folder / 'a.tar'}/y.json{said}"]
+    assert run("check", folder / "a.tar") == 1 and said in capsys.readouterr().out
 
 
 def test_a_sheet_of_nothing_readable(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import chex
@@ -18,7 +19,9 @@ from test_data import truncated
 
 from converters import from_torch, to_torch
 from slimsam_jax import checkpoint, cli, compress, inspect, metrics, predict, report
+from slimsam_jax import run as run_module
 from slimsam_jax.compress import Options
+from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.recipes import RECIPES
 from slimsam_jax.stages import STAGES
 from slimsam_jax.widths import Budget, even_cut
@@ -263,6 +266,35 @@ def test_pictures_that_cannot_be_read_are_refused_before_anything_is_written(mat
         code, error = run(compress, *arguments, monkeypatch=monkeypatch, capsys=capsys)
         assert code == 2 and "none of the 1 images can be read" in error
         assert not (tmp_path / "out").exists()
+
+
+def test_unreadable_pictures_of_val_are_counted(material, tmp_path, unpictured, monkeypatch):
+    """At the start, if they are met there; else when all is written."""
+    shutil.copytree(material / "val", tmp_path / "val")
+    truncated(tmp_path / "val" / "z.jpg")
+    options = compress_options(material, tmp_path / "slim", val=(tmp_path / "val",), steps=0)
+    with pytest.raises(InputError, match=r"1 of 3 images of --val cannot be used, more than .* 0\.1; .*z\.jpg"):
+        compress.compress(options)
+    assert not (tmp_path / "slim").exists()
+    monkeypatch.setattr("slimsam_jax.run.IMAGES", 2)
+    with pytest.raises(RunError, match=r"slim is finished, and measured on the rest; but 1 of 3 images of --val"):
+        compress.compress(options)
+    assert json.loads((tmp_path / "slim" / "report.json").read_text())["images"] == 2
+    assert not (tmp_path / "slim" / "checkpoints").exists()
+    compress.compress(dataclasses.replace(options, out=tmp_path / "other", max_broken=0.4))
+
+
+def test_pictures_held_out_are_a_share_of_all_images(material, tmp_path):
+    shutil.copytree(material / "images", tmp_path / "images")
+    truncated(tmp_path / "images" / "0.png")  # the one of six that is held out
+    held = lambda **kw: compress_options(material, tmp_path / "slim", images=(tmp_path / "images",), val=(), **kw)
+    with pytest.raises(InputError, match=r"none of the 1 images"):
+        run_module.prepare(held())
+    for i in range(3):
+        shutil.copy(material / "images" / "1.png", tmp_path / "images" / f"9{i}.png")
+    assert len(run_module.prepare(held(max_broken=1 / 9)).val) == 2
+    with pytest.raises(InputError, match=r"1 of 9 images cannot be used, and --strict"):
+        run_module.prepare(held(strict=True))
 
 
 def test_uniform_needs_a_uniform_teacher(material, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from experiments.bench import SMALL
 from slimsam_jax import checkpoint, cli, evaluate, evaluation, rle
 from slimsam_jax.data import Annotation, find
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import clicks, detections
+from slimsam_jax.evaluation import clicks, detections, resampled_ap
 from slimsam_jax.models.sam import resized_shape
 
 
@@ -138,7 +139,7 @@ def test_average_precision_by_hand(tmp_path, given):
         {"image_id": 7, "category_id": 1, "score": score, "segmentation": rle.encode(masks[i])}
         for i, score in ((0, 0.9), (2, 0.8))
     ]
-    found = detections.average_precision(truth, results, [7])
+    found = detections.measures(detections.judge(truth, results, [7]))
     # Precision is 1 up to a recall of 0.5, and 0 beyond: 51 of 101 recall thresholds.
     assert found["ap"] == pytest.approx(51 / 101) and found["ap_medium"] == pytest.approx(51 / 101)
     assert "ap_small" not in found and "ap_large" not in found
@@ -158,6 +159,58 @@ def coco_set(tmp_path_factory):
     write_coco(folder, find([sources]), np.random.default_rng(0))
     checkpoint.save(random_sam(tiny_config()), folder / "model")
     return folder
+
+
+@pytest.fixture(scope="module")
+def crowd():
+    """Twelve images of two objects of two categories: (truth, results of a good and of a bad detector)."""
+    random, annotations, results = np.random.default_rng(0), [], ([], [])
+    for image_id in range(12):
+        for category in (1, 2):
+            mask = np.zeros((60, 60), bool)
+            y, x = random.integers(0, 40, 2)
+            mask[y : y + 20, x : x + 20] = True
+            common = {"image_id": image_id, "category_id": category}
+            fields = {"id": len(annotations) + 1, "bbox": [0, 0, 1, 1], "segmentation": rle.encode(mask)}
+            annotations.append(common | fields | {"area": 400, "iscrowd": int(image_id == 3)})
+            for found, most in zip(results, (4, 12), strict=True):
+                moved = np.roll(mask, random.integers(0, most, 2), (0, 1))
+                found.append(common | {"score": float(random.random()), "segmentation": rle.encode(moved)})
+    truth = COCO()
+    images = [{"id": i, "height": 60, "width": 60} for i in range(12)]
+    truth.dataset = {"info": {}, "images": images, "annotations": annotations, "categories": [{"id": 1}, {"id": 2}]}
+    truth.createIndex()
+    return truth, results
+
+
+def test_resampled_precision_is_that_of_coco(crowd):
+    """Of all images once, and of every subset of them."""
+    truth, results = crowd
+    for found in results:
+        each = resampled_ap.categories(detections.judge(truth, found, range(12)))
+        for chosen in (range(12), range(5), (2, 3, 7, 11)):
+            expected = detections.measures(detections.judge(truth, found, chosen))["ap"]
+            times = np.isin(np.arange(12), chosen).astype(int)
+            assert 0 < expected < 1 and resampled_ap.precision(each, times) == pytest.approx(expected, abs=1e-12)
+            assert resampled_ap.precision(each, 3 * times) == pytest.approx(expected, abs=1e-12)
+    assert np.isnan(resampled_ap.precision(each, np.eye(12)[3]))  # a crowd only
+
+
+def test_intervals_of_precision_are_paired(crowd):
+    truth, (good, bad) = crowd
+    images = [
+        [{choice: [one for one in model if one["image_id"] == i] for choice in ("", "_best")} for model in models]
+        for models in [(good, good, bad)]
+        for i in range(12)
+    ]
+    same, worse = detections.precisions(truth, images, range(12), resamples=200)["boxes/ap"][1:]
+    assert same["difference"] == 0 and same["difference_interval"] == [0, 0]
+    low, high = worse["difference_interval"]
+    assert low < worse["difference"] < high < 0
+    assert worse["interval"][0] < worse["mean"] < worse["interval"][1]
+    again = detections.precisions(truth, images, range(12), resamples=200)["boxes/ap"]
+    other = detections.precisions(truth, images, range(12), seed=1, resamples=200)["boxes/ap"]
+    assert again[2] == worse != other[2]
 
 
 def run_command(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
@@ -180,6 +233,10 @@ def test_command_reports_ap_beside_a_protocol(coco_set, tmp_path, monkeypatch, c
     assert result["data"]["images"] == 3 and result["results"]["box/iou"]["model"]["images"] == 2
     code, text, _ = run_command(monkeypatch, capsys, *arguments)
     assert code == 0 and "box mIoU" not in text
+    shutil.copytree(coco_set, tmp_path / "folder")
+    (tmp_path / "folder" / "truth.json").rename(tmp_path / "folder" / "annotations.json")
+    arguments = [tmp_path / "folder" if argument == coco_set / "truth.json" else argument for argument in arguments]
+    assert run_command(monkeypatch, capsys, *arguments)[:2] == (0, text)
 
 
 def test_one_line_for_boxes_that_do_not_fit(coco_set, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import random_sam, samples, shared, tiny_config
+from conftest import SQUARE, random_sam, samples, shared, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -18,7 +18,7 @@ from scipy import ndimage
 from test_data import save_image, truncated, write_annotation
 
 from converters.from_torch import load
-from slimsam_jax import cli, evaluate, evaluation, metrics, regions
+from slimsam_jax import checkpoint, cli, evaluate, evaluation, metrics, regions
 from slimsam_jax.data import Annotation, find
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.evaluation import clicks, prompts, scores, statistics, tables
@@ -275,8 +275,6 @@ def run_command(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
 
 
 def test_command_writes_table_json_and_figure(material, tmp_path, monkeypatch, capsys):
-    from slimsam_jax import checkpoint
-
     teacher = load(material / "teacher")
     encoder = {**teacher.params["image_encoder"], "pos_embed": teacher.params["image_encoder"]["pos_embed"] + 0.3}
     other = dataclasses.replace(teacher, params={**teacher.params, "image_encoder": encoder})
@@ -294,6 +292,15 @@ def test_command_writes_table_json_and_figure(material, tmp_path, monkeypatch, c
     assert out[1].read_text().splitlines()[2].startswith("| box mIoU | ")
     with Image.open(out[2]) as drawn:
         assert drawn.size == (1300, 1100)
+
+
+def test_what_cannot_be_measured_is_said(material, tmp_path, monkeypatch, capsys):
+    checkpoint.save(random_sam(SQUARE, seed=1), tmp_path / "other")
+    arguments = ("--model", material / "teacher", tmp_path / "other", "--data", material / "images")
+    code, text, _ = run_command(monkeypatch, capsys, *arguments, "--protocol", "point", "box", "agreement")
+    assert code == 0 and text.endswith("6 images\nnot measured, as none of the images is annotated: point, box\n")
+    code, text, _ = run_command(monkeypatch, capsys, *arguments, "--protocol", "agreement")
+    assert code == 0 and "not measured" not in text
 
 
 def test_figure_of_one_model(material, tmp_path, monkeypatch, capsys):

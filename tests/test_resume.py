@@ -20,7 +20,7 @@ from conftest import compress_options
 from test_data import truncated
 
 from converters import from_torch
-from slimsam_jax import cli, compress, distill, steps
+from slimsam_jax import cli, compress, distill, sharding, steps
 from slimsam_jax.distillation import Distillation
 from slimsam_jax.errors import InputError, RunError, Stopped
 
@@ -69,6 +69,18 @@ def test_broken_pictures_are_named_and_skipped(material, tmp_path, monkeypatch, 
     names = [(entry["stage"], Path(entry["skipped"]).name) for entry in log if "skipped" in entry]
     assert names == [(stage, name) for stage in ("embedding", "bottleneck") for name in ("a.jpg", "b.jpg")]
     assert "a.jpg is not a readable image" in capsys.readouterr().out
+
+
+def test_what_another_process_cannot_read_counts_here(material, tmp_path, monkeypatch):
+    """Before a stage's checkpoints, so that it is in the log; and after pruning, where it may be too much."""
+    name = str(material / "images" / "3.png")
+    monkeypatch.setattr(sharding, "gather_json", lambda own: [own, {name: "torn elsewhere"}])
+    compress.compress(compress_options(material, tmp_path / "slim", max_broken=0.2))
+    log = [json.loads(line) for line in (tmp_path / "slim" / "log.jsonl").read_text().splitlines()]
+    assert [entry["reason"] for entry in log if "skipped" in entry] == ["torn elsewhere"] * 2
+    with pytest.raises(RunError, match=r"1 of 6 images cannot be used, more than --max-broken 0\.1; the last: torn"):
+        compress.compress(compress_options(material, tmp_path / "other"))
+    assert not (tmp_path / "other" / "checkpoints" / "embedding").exists()
 
 
 def test_sigterm_saves_and_ends_cleanly(finished, material, tmp_path, monkeypatch, capsys):

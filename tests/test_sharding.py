@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from test_data import save_image
 
 from converters import from_torch
 from slimsam_jax import metrics, sharding
@@ -114,6 +115,43 @@ compress(compress_options(Path(sys.argv[1]), Path(sys.argv[2]), distributed=sys.
     np.testing.assert_allclose(errors[1], errors[0], rtol=0.3)
     logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (finished, out)]
     assert len(logs[0]) == len(logs[1]) and sorted(os.listdir(finished)) == sorted(os.listdir(out))
+
+
+def test_processes_count_broken_pictures_together(tmp_path):
+    """Each of two meets another broken one, of 60; all know both, and stop alike, none by itself."""
+    program = """
+import itertools, json, sys
+from pathlib import Path
+import jax
+from slimsam_jax import cli
+from slimsam_jax.data import batches, find
+from slimsam_jax.errors import RunError
+cli.join_processes(sys.argv[2])
+make = lambda limit: batches.Batches(find([sys.argv[1]]), (32, 32), 2, 0, 0, (jax.process_index(), 2), max_broken=limit)
+def seen(limit):
+    stream = make(limit)
+    for sample in stream.samples_of(0):
+        Path(sample.name).write_text("no image")
+    list(itertools.islice(stream, 2))
+    own = len(stream.skipped)
+    try:
+        stream.agree_on_skipped()
+        return own, sorted(stream.skipped)
+    except RunError as error:
+        return own, str(error)
+result = json.dumps([seen(0), seen(2 / 60)])
+Path(sys.argv[3]).write_text(result)
+"""
+    for i in range(60):
+        save_image(tmp_path / "in" / f"{i}.png", seed=i)
+    address, outs = free_address(), [tmp_path / f"{i}.json" for i in range(2)]
+    arguments = [["-c", program, str(tmp_path / "in"), f"{address},2,{i}", str(out)] for i, out in enumerate(outs)]
+    wait_for(*map(start, arguments))
+    results = [json.loads(out.read_text()) for out in outs]
+    assert results[0] == results[1]
+    (own, line), (_, names) = results[0]
+    assert own == 1 and "2 of 60 images cannot be used, and --strict allows none; the last: " in line
+    assert len(names) == 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from slimsam_jax.data import coco, folder, shards, tfds
 from slimsam_jax.data.sample import Annotation, Sample, check_one_is_readable, decode, read_image
 from slimsam_jax.errors import InputError
 
-__all__ = ["Annotation", "Sample", "check_one_is_readable", "decode", "find", "read_image"]
+__all__ = ["Annotation", "Sample", "check_one_is_readable", "decode", "find", "read_image", "without_picture"]
 
 
 def find(locations: Sequence[str | Path]) -> list[Sample]:
@@ -45,15 +45,31 @@ def _open(location: str) -> list[Sample]:
         return tfds.samples(Path(location.removeprefix("tfds:")).expanduser())
     path = Path(location).expanduser()
     if path.is_dir():
-        if coco.is_coco(path / "annotations.json"):
-            return coco.samples(path / "annotations.json")
-        tars = sorted(tar for tar in path.rglob("*.tar") if not tar.name.startswith("."))
-        return folder.samples(path) + [sample for tar in tars for sample in shards.samples(tar)]
+        listed = coco.in_folder(path)
+        if listed is not None:
+            return listed
+        return folder.samples(path) + [sample for tar in _tars(path) for sample in shards.samples(tar)]
     if path.is_file() and path.suffix.lower() == ".json":
         return coco.samples(path)
     if path.is_file() and path.suffix.lower() in shards.SUFFIXES:
         return shards.samples(path)
     raise InputError(f"{location} is not a folder of images, a .tar of them, a COCO .json or tfds:DIR")
+
+
+def _tars(path: Path) -> list[Path]:
+    return sorted(tar for tar in path.rglob("*.tar") if not tar.name.startswith("."))
+
+
+def without_picture(locations: Sequence[str | Path]) -> list[str]:
+    """Names of SA-1B annotations in folders and shards whose picture is missing, so that `find` passes them by."""
+    found: list[str] = []
+    for path in (Path(location).expanduser() for location in map(str, locations)):
+        if path.is_dir() and coco.in_folder(path) is None:
+            found += folder.without_picture(path)
+            found += [name for tar in _tars(path) for name in shards.without_picture(tar)]
+        elif path.is_file() and path.suffix.lower() == ".tar":
+            found += shards.without_picture(path)
+    return found
 
 
 def embedded_images() -> Path:

@@ -24,19 +24,20 @@ def check(locations: Locations, sheet: Path | None = None) -> None:
     """
     from slimsam_jax import checkpoint
     from slimsam_jax.data import check as checks
-    from slimsam_jax.data import find
+    from slimsam_jax.data import find, without_picture
 
     if sheet:
         cli.check_file(sheet)
-    samples = find(locations)
+    samples, alone = find(locations), without_picture(locations)
     findings = checks.check(samples)
     print("\n".join(checks.describe(samples, findings)))
+    print("".join(f"{name} annotates no picture: there is none of its name\n" for name in alone), end="")
     if sheet:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         with checkpoint.replacing(sheet) as temporary:
             checks.draw_sheet(samples).save(temporary, format="PNG")
         print(f"drawn in {sheet}")
-    if any(f.problems for f in findings):
+    if alone or any(f.problems for f in findings):
         sys.exit(1)
 
 

@@ -9,6 +9,7 @@ import grain
 import numpy as np
 from PIL import Image, ImageOps
 
+from slimsam_jax import sharding
 from slimsam_jax.data.sample import Sample, check_share
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.models.sam import resize_and_pad
@@ -23,7 +24,8 @@ class Batches:
     So a run is resumed by its step number, on any number of processes. Iterating gives
     {"image": [b, H, W, 3] uint8, "size": [b, 2] int32}, as `sam.preprocess` takes them. In place of a picture
     that cannot be decoded comes the next one in the list; it is noted in `skipped`, {name: reason}. When more
-    than their share have been, iteration stops with `RunError`.
+    than their share have been, iteration stops with `RunError`; of several processes none does by itself, which
+    would leave the others waiting for it: see `agree_on_skipped`.
 
     Args:
       batch: pictures in a step, over all processes.
@@ -50,15 +52,26 @@ class Batches:
         self.samples, self.image_size, self.max_broken = list(samples), image_size, max_broken
         self.skipped: dict[str, str] = {}
         self.batch, self.augment, self.extra = batch, augment, extra
-        index, parts = part
+        index, self.parts = part
         self._order = grain.MapDataset.source(range(len(self.samples))).seed(seed).shuffle().repeat()
-        source = self._order.random_map(self._load)[start * batch :][index::parts]
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch // parts + threads)
-        self._iterator = iter(source.to_iter_dataset(options).batch(batch // parts, drop_remainder=True))
+        source = self._order.random_map(self._load)[start * batch :][index :: self.parts]
+        share = batch // self.parts
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * share + threads)
+        self._iterator = iter(source.to_iter_dataset(options).batch(share, drop_remainder=True))
 
     def samples_of(self, step: int) -> list[Sample]:
         """The pictures of a step, in all processes; unreadable ones still among them."""
         return [self.samples[self._order[step * self.batch + i]] for i in range(self.batch)]
+
+    def agree_on_skipped(self) -> None:
+        """Tells every process what any of them could not read; all call this at the same time.
+
+        Raises:
+          RunError: together that is too much; the same in all processes.
+        """
+        found = {name: reason for each in sharding.gather_json(dict(self.skipped)) for name, reason in each.items()}
+        self.skipped.update(found)
+        check_share(found, len(self.samples), self.max_broken)
 
     def _load(self, index: int, random: np.random.Generator) -> dict[str, np.ndarray]:
         for ahead in range(len(self.samples)):
@@ -69,12 +82,15 @@ class Batches:
                 return self._read(sample, random)
             except InputError as error:
                 self.skipped[sample.name] = str(error)
-                check_share(self.skipped, len(self.samples), self.max_broken)
+                if self.parts == 1:
+                    check_share(self.skipped, len(self.samples), self.max_broken)
         last = next(reversed(self.skipped.values()))
         raise RunError(f"none of the {len(self.samples)} images can be used; the last: {last}")
 
     def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
-        picture = sample.image()
+        return self._item(sample, sample.image(), random)
+
+    def _item(self, sample: Sample, picture: Image.Image, random: np.random.Generator) -> dict[str, np.ndarray]:
         if self.augment:
             picture = self.augment(picture, random)
         image, size = resize_and_pad(picture, self.image_size)

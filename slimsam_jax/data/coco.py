@@ -12,12 +12,23 @@ from slimsam_jax.data.sample import Sample
 from slimsam_jax.errors import InputError, blaming
 
 
-def is_coco(path: Path) -> bool:
-    """Whether it is a file that begins like an object with `images`; SA-1B's have `image`."""
+def file_of(location: str | Path) -> Path:
+    """The .json of a location that holds COCO: annotations.json in a folder, or itself."""
+    path = Path(location).expanduser()
+    return path / "annotations.json" if path.is_dir() else path
+
+
+def in_folder(folder: Path) -> list[Sample] | None:
+    """The pictures that a folder's annotations.json lists, or None: there is no such file, or without `images`.
+
+    (SA-1B's have `image`; beside a picture of that name it may be one.)
+    """
+    path = file_of(folder)
     if not path.is_file():
-        return False
+        return None
     with blaming(path):
-        return "images" in json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        return _samples(path, content) if "images" in content else None
 
 
 def samples(path: Path) -> list[Sample]:
@@ -27,12 +38,15 @@ def samples(path: Path) -> list[Sample]:
       InputError: not such a file, or its pictures are nowhere near it.
     """
     with blaming(f"the COCO file {path}"):
-        content = json.loads(path.read_bytes())
-        images = [(int(image["id"]), str(image["file_name"]), image) for image in content["images"]]
-        annotations: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
-        for fields in content.get("annotations", ()):
-            if not fields.get("iscrowd"):
-                annotations[int(fields["image_id"])].append(fields)
+        return _samples(path, json.loads(path.read_bytes()))
+
+
+def _samples(path: Path, content: dict[str, Any]) -> list[Sample]:
+    images = [(int(image["id"]), str(image["file_name"]), image) for image in content["images"]]
+    annotations: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
+    for fields in content.get("annotations", ()):
+        if not fields.get("iscrowd"):
+            annotations[int(fields["image_id"])].append(fields)
     if not images:
         raise InputError(f"{path} lists no images")
     root = _root(path, [name for _, name, _ in images])

@@ -156,7 +156,13 @@ def check_one_is_readable(samples: Sequence[Sample]) -> None:
 
 def check_share(skipped: Mapping[str, str], total: int, limit: float) -> None:
     """Raises RunError if more than `limit` of `total` images are among the `skipped`, {name: reason}."""
-    if len(skipped) > limit * total:
-        last = next(reversed(skipped.values()))
-        share = f"more than --max-broken {limit:g}" if limit else "and --strict allows none"
-        raise RunError(f"{len(skipped)} of {total} images cannot be used, {share}; the last: {last}")
+    if complaint := too_many(skipped, total, limit):
+        raise RunError(complaint)
+
+
+def too_many(skipped: Mapping[str, str], total: int, limit: float, what: str = "images") -> str | None:
+    """What is wrong if more than `limit` of `total` images are among the `skipped`, {name: reason}; else None."""
+    if len(skipped) <= limit * total:
+        return None
+    share = f"more than --max-broken {limit:g}" if limit else "and --strict allows none"
+    return f"{len(skipped)} of {total} {what} cannot be used, {share}; the last: {next(reversed(skipped.values()))}"

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from slimsam_jax.data.folder import SUFFIXES as IMAGES
+from slimsam_jax.data.folder import is_annotation
 from slimsam_jax.data.sample import Sample
 from slimsam_jax.errors import InputError
 
@@ -27,6 +28,18 @@ def samples(path: Path) -> list[Sample]:
     if not _is_end(path, end):
         found.append(Sample(f"{path} from byte {end} on", _lost))
     return found
+
+
+def without_picture(path: Path) -> list[str]:
+    """The annotations in a shard beside which there is no picture."""
+    members, _ = _members(path)
+    pictures = {_stem(name) for name in members if PurePosixPath(name).suffix.lower() in IMAGES}
+    alone = sorted(name for name in members if PurePosixPath(name).suffix == ".json" and _stem(name) not in pictures)
+    return [f"{path}/{name}" for name in alone if is_annotation(_read(path, *members[name]))]
+
+
+def _stem(name: str) -> PurePosixPath:
+    return PurePosixPath(name).with_suffix("")
 
 
 def _is_end(path: Path, offset: int) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 from slimsam_jax import rle
 from slimsam_jax.data.sample import corners
 from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.evaluation.resampled_ap import RESAMPLES, categories, intervals
 from slimsam_jax.inference.masks import Encoded, Prompts, decode_prompts, original_masks
 from slimsam_jax.models.prompt_encoder import prompt_points
 from slimsam_jax.models.sam import Sam
@@ -93,11 +94,15 @@ def segment(sam: Sam, encoded: Encoded, image_id: int, detections: Sequence[Dete
 
 
 def precisions(
-    truth: Any, results: Sequence[Sequence[Results]], image_ids: Sequence[int]
+    truth: Any,
+    results: Sequence[Sequence[Results]],
+    image_ids: Sequence[int],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> dict[str, list[dict[str, Any]]]:
     """AP of each model over some images: {"boxes/ap": per model {"mean", ...}, ...}, as `statistics.summarise`.
 
-    There is no interval: AP is of all images together, and none of theirs.
+    Only of AP itself there are intervals, see `resampled_ap`.
 
     Args:
       results: of each image, by each model.
@@ -109,23 +114,32 @@ def precisions(
         raise InputError("none of the images that can be read has a box")
     summary: dict[str, list[dict[str, Any]]] = {}
     for choice in CHOICES:
-        for model in zip(*results, strict=True):
-            found = average_precision(truth, [mask for image in model for mask in image[choice]], image_ids)
-            for measure, value in found.items():
+        models = [[mask for image in model for mask in image[choice]] for model in zip(*results, strict=True)]
+        judged = [judge(truth, masks, image_ids) for masks in models]
+        for evaluation in judged:
+            for measure, value in measures(evaluation).items():
                 row = summary.setdefault(f"boxes/{measure}{choice}", [])
                 difference = {"difference": value - row[0]["mean"]} if row else {}
                 row.append({"mean": value, "images": len(image_ids)} | difference)
+        found = intervals([categories(evaluation) for evaluation in judged], len(set(image_ids)), seed, resamples)
+        for model, own, difference in zip(summary.get(f"boxes/ap{choice}", []), *found.tolist(), strict=False):
+            model |= {"interval": own} | ({"difference_interval": difference} if "difference" in model else {})
     return summary
 
 
-def average_precision(truth: Any, results: list[dict[str, Any]], image_ids: Sequence[int]) -> dict[str, float]:
-    """{"ap": ..., ...} of masks by COCO's rules; without sizes of which the ground truth has none."""
+def judge(truth: Any, results: list[dict[str, Any]], image_ids: Sequence[int]) -> Any:
+    """Masks compared with the ground truth: a `COCOeval`."""
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth, truth.loadRes(results), "segm")
+        evaluation = COCOeval(truth, truth.loadRes([dict(mask) for mask in results]), "segm")  # which writes into them
         evaluation.params.imgIds = sorted(image_ids)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    return evaluation
+
+
+def measures(evaluation: Any) -> dict[str, float]:
+    """{"ap": ..., ...} by COCO's rules; without sizes of which the ground truth has none."""
     return {name: float(value) for name, value in zip(MEASURES, evaluation.stats, strict=False) if value >= 0}
