@@ -70,5 +70,6 @@ class MaskDecoder(nn.Module):
         double = lambda features, name: nn.ConvTranspose(
             features, (2, 2), strides=(2, 2), padding="VALID", transpose_kernel=True, name=name
         )
-        x = gelu(nn.LayerNorm(epsilon=1e-6, name="output_upscaling_1")(double(width // 4, "output_upscaling_0")(x)))
+        norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name="output_upscaling_1")  # of few channels
+        x = gelu(norm(double(width // 4, "output_upscaling_0")(x)))
         return gelu(double(width // 8, "output_upscaling_3")(x))
