@@ -85,10 +85,15 @@ def reference(sam: Sam, picture: Image.Image) -> Reference:
 
 
 def session(model: Path | bytes) -> onnxruntime.InferenceSession:
-    """On the CPUs that this process may use; left to itself, onnxruntime binds threads to all that there are."""
+    """On the CPUs that this process may use; left to itself, onnxruntime binds threads to all that there are.
+
+    Its threads sleep while they wait for each other: spinning takes the core from the one that is waited for, where
+    others work beside it.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # its warnings are about its own optimisations, and what it logs it also raises
     options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -124,7 +124,9 @@ def original_masks(g: Graph, config: Config, masks: str, original_size: str) -> 
 
 
 def prompt_encoder_mask_decoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx.ModelProto:
-    """What transformers.js runs under this name: `SamModel` with `multimask_output=True`, without a mask prompt.
+    """What transformers.js runs under this name: `SamModel` with `multimask_output=True`.
+
+    It has no input for a mask prompt, nor for the single mask: transformers.js passes points, labels and boxes alone.
 
     Inputs, for b images with p prompts each:
       input_points float32 [b, p, n, 2]: (x, y) in pixels of the model frame; input_labels int64 [b, p, n]: 0, 1, -1

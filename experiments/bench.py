@@ -11,6 +11,7 @@ What is timed, for one image:
 - embedding-stage: distilling a student of which the embedding alone is narrow;
 - bottleneck-stage: distilling the slim model (`--preset`) towards the teacher and the embedding-pruned one;
 - evaluation: mIoU by point and by box of 19 annotations (`bench_evaluation.py`);
+- everything: all masks of a photograph (`bench_everything.py`), and how many of them both sides find;
 - data: no model, but JPEGs decoded, resized and batched (`bench_data.py`).
 
 Every turn is a process of its own, so that peak memory is that of one side; compilation and the first step are not
@@ -25,7 +26,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
@@ -46,12 +48,14 @@ class Step(NamedTuple):
       images: that it takes each time.
       peak: the most memory that the device has held so far, in bytes.
       where: the device and the precision.
+      found: what of a run's result is to be compared with the other side's, as JSON.
     """
 
     run: Callable[[], object]
     images: int
     peak: Callable[[], int]
     where: str
+    found: Callable[[Any], Any] = lambda result: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +71,13 @@ class Options:
       attention: how ours computes it (`models/attention.py`).
       cached: the teacher's embeddings come from disk (`--cache`), ours; the reference cannot.
       compile: forward by `torch.compile` in bfloat16, instead of the reference's eager float32.
+      photos: of everything: a folder of pictures, of which the first `images` are taken; ours if not given.
       side: "jax" and "torch" are the turns themselves.
     """
 
-    what: Literal["forward", "importance", "embedding-stage", "bottleneck-stage", "evaluation", "data"] = "forward"
+    what: Literal[
+        "forward", "importance", "embedding-stage", "bottleneck-stage", "evaluation", "everything", "data"
+    ] = "forward"
     preset: Literal["vit_b", "vit_l", "vit_h", "vit_p50", "vit_p77", "small", "small_p50"] = "vit_b"
     images: int = 2
     turns: int = 2
@@ -78,6 +85,7 @@ class Options:
     attention: Form = "auto"
     cached: bool = False
     compile: bool = False
+    photos: Path | None = None
     side: Literal["both", "jax", "torch"] = "both"
 
 
@@ -112,6 +120,10 @@ def make_step(options: Options) -> Step:
         from experiments import bench_evaluation
 
         return bench_evaluation.make_step(options, architectures(options.preset)[0])
+    if options.what == "everything":
+        from experiments import bench_everything
+
+        return bench_everything.make_step(options)
     # Imported here: PyTorch and JAX in one process would share its threads and its memory.
     if options.side == "jax":
         from experiments import bench_jax as side
@@ -120,44 +132,57 @@ def make_step(options: Options) -> Step:
     return side.make_step(options, *architectures(options.preset))
 
 
-def timed(step: Step, images: int) -> dict[str, float | str]:
+def timed(step: Step, images: int) -> dict[str, Any]:
     """Runs a step once for nothing, then until so many images are done."""
     start = time.perf_counter()
     step.run()
-    warm, count = time.perf_counter(), -(-images // step.images)
+    warm, cpu, count = time.perf_counter(), time.process_time(), -(-images // step.images)
     for _ in range(count):
-        step.run()
+        result = step.run()
     return {
         "seconds": round((time.perf_counter() - warm) / (count * step.images), 4),
+        "cpu_seconds": round((time.process_time() - cpu) / (count * step.images), 4),
         "first": round(warm - start, 2),
         "peak_gb": round(step.peak() / 1e9, 2),
         "where": step.where,
+        "found": step.found(result),
     }
 
 
 def compare(options: Options) -> None:
     """The two sides in turn, then the ratios of neighbours."""
-    flags = [
-        f"--{name}={value}"
-        for name, value in dataclasses.asdict(options).items()
-        if name not in ("cached", "compile", "side")
-    ]
-    flags += ["--cached"] * options.cached + ["--compile"] * options.compile
     found: dict[str, list[dict]] = {"jax": [], "torch": []}
     for _ in range(options.turns):
         for side, results in found.items():
-            command = [sys.executable, "-m", "experiments.bench", *flags, f"--side={side}"]
+            command = [sys.executable, "-m", "experiments.bench", *flags(options), f"--side={side}"]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             results.append(json.loads(output.splitlines()[-1]))
-            print(side, results[-1], flush=True)
+            print(side, {name: value for name, value in results[-1].items() if name != "found"}, flush=True)
     ours, theirs = found["jax"], found["torch"]
-    ratios = [t["seconds"] / j["seconds"] for j, t in zip(ours, theirs, strict=True)]
     highest = lambda side: max(turn["peak_gb"] for turn in side)
     print(
         f"{options.what}, {options.preset}, attention {options.attention}; ours on {ours[0]['where']}, PyTorch on "
-        f"{theirs[0]['where']}: {spread(ours)} against {spread(theirs)} images/s, {min(ratios):.2f} to "
-        f"{max(ratios):.2f} times as many, with {highest(ours):.2f} and {highest(theirs):.2f} GB at the peak"
+        f"{theirs[0]['where']}: {spread(ours)} against {spread(theirs)} images/s, {ratios(ours, theirs, 'seconds')} "
+        f"times as many ({ratios(ours, theirs, 'cpu_seconds')} by the CPU's time), with {highest(ours):.2f} and "
+        f"{highest(theirs):.2f} GB at the peak"
     )
+    if options.what == "everything":
+        from experiments import bench_everything
+
+        print(bench_everything.agreement(ours[0]["found"], theirs[0]["found"]))
+
+
+def flags(options: Options) -> list[str]:
+    """What a turn is started with, besides its side."""
+    given = {name: value for name, value in dataclasses.asdict(options).items() if name != "side"}
+    switches = [f"--{name}" for name, value in given.items() if value is True]
+    return switches + [f"--{name}={value}" for name, value in given.items() if not isinstance(value, bool | None)]
+
+
+def ratios(ours: list[dict], theirs: list[dict], what: str) -> str:
+    """Of neighbouring turns, the smallest and the largest."""
+    found = [t[what] / j[what] for j, t in zip(ours, theirs, strict=True)]
+    return f"{min(found):.2f} to {max(found):.2f}"
 
 
 def spread(turns: list[dict]) -> str:

@@ -48,7 +48,9 @@ class Options:
     min_mask_region_area: int = 0
     """Holes and islands of fewer pixels are filled and dropped."""
     hierarchical: bool = False
-    """Ask few points first, and of the others those that nothing covers: faster (TinySAM)."""
+    """Ask few points first, and of the others those that nothing covers: faster with a strong SAM (TinySAM)."""
+    covered_thresh: float = 8.5
+    """With --hierarchical: the logit that covers. A small SAM hardly reaches it; lower is faster and loses masks."""
 
 
 def everything(options: Options) -> None:

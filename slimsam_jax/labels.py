@@ -17,7 +17,7 @@ from slimsam_jax.evaluation import read_annotated
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.features import run_encoder
 from slimsam_jax.models.prompt_encoder import prompt_points
-from slimsam_jax.models.sam import Params, Sam, decode, to_model_frame
+from slimsam_jax.models.sam import Sam, decode, to_model_frame
 from slimsam_jax.recipes import Recipe
 
 PROMPTS = 4  # annotations per image
@@ -102,23 +102,6 @@ def coverage(mask: np.ndarray, size: tuple[int, int], config: Config) -> np.ndar
     picture = Image.fromarray(mask.astype(np.float32))
     cells[:height, :width] = np.asarray(picture.resize((width, height), Image.Resampling.BOX))
     return cells
-
-
-def mask_probabilities(config: Config, head: Params, embedding: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-    """What the decoder makes of a batch's clicks.
-
-    Args:
-      head: {"prompt_encoder": ..., "mask_decoder": ...}.
-      embedding: [b, h, w, C].
-      batch: with "points" [b, p, n, 2] and "labels" [b, p, n].
-
-    Returns:
-      [b * p, 1 + multimask_outputs, 4h, 4w] float32 0..1.
-    """
-    points, labels = batch["points"], batch["labels"]
-    each = jnp.repeat(embedding, points.shape[1], axis=0)
-    flat = lambda array: array.reshape(-1, *array.shape[2:])
-    return jax.nn.sigmoid(decode(config, head, each, flat(points), flat(labels))[0])
 
 
 def mask_loss(sam: Sam, encoder: Any, batch: dict[str, jax.Array]) -> jax.Array:

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from slimsam_jax import distill, sharding
-from slimsam_jax.labels import mask_probabilities
 from slimsam_jax.models.attention import Form
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.features import bottleneck_features, run_encoder, stream_features
 from slimsam_jax.models.image_encoder import Features
-from slimsam_jax.models.sam import Sam
+from slimsam_jax.models.sam import Params, Sam, decode
 from slimsam_jax.recipes import Recipe
 from slimsam_jax.stages import Stage
 
@@ -121,6 +120,23 @@ def _further(config: Config, recipe: Recipe, embedding: jax.Array, head: Any, ba
     if recipe.masks:
         found["masks"] = mask_probabilities(config, head, embedding, batch)
     return found
+
+
+def mask_probabilities(config: Config, head: Params, embedding: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+    """What the decoder makes of a batch's clicks.
+
+    Args:
+      head: {"prompt_encoder": ..., "mask_decoder": ...}.
+      embedding: [b, h, w, C].
+      batch: with "points" [b, p, n, 2] and "labels" [b, p, n].
+
+    Returns:
+      [b * p, 1 + multimask_outputs, 4h, 4w] float32 0..1.
+    """
+    points, labels = batch["points"], batch["labels"]
+    each = jnp.repeat(embedding, points.shape[1], axis=0)
+    flat = lambda array: array.reshape(-1, *array.shape[2:])
+    return jax.nn.sigmoid(decode(config, head, each, flat(points), flat(labels))[0])
 
 
 def calibration(batches: Iterator[Batch], count: int) -> Iterator[Batch]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 import types
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import torch
+from PIL import Image
 
 from slimsam_jax.models.config import GLOBAL, Config
 
 
 def segment_anything():
-    """The package, imported with an empty torchvision in place of the real one (only transforms need it)."""
+    """The package, imported with Pillow in place of torchvision; NMS is given to `mask_generator`."""
     if "segment_anything" not in sys.modules:
         import transformers  # noqa: F401 (looks for torchvision once; it must not see ours)
 
@@ -23,13 +25,27 @@ def segment_anything():
         for name in names:
             module = types.ModuleType(name)
             module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-            module.batched_nms = module.box_area = module.resize = module.to_pil_image = None
+            module.batched_nms, module.to_pil_image = None, Image.fromarray
+            module.resize = lambda image, size: image.resize(size[::-1], Image.Resampling.BILINEAR)
+            module.box_area = lambda boxes: (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
             sys.modules[name] = module
         import segment_anything  # noqa: F401
 
         for name in names:
             del sys.modules[name]
     return sys.modules["segment_anything"]
+
+
+def mask_generator(sam, nms: Callable, **fields):
+    """The original `SamAutomaticMaskGenerator`; `nms` takes boxes, scores and threshold, and gives what to keep."""
+    segment_anything()
+    from segment_anything import automatic_mask_generator as module
+
+    def batched_nms(boxes, scores, _, iou_threshold):
+        return torch.as_tensor(nms(boxes.numpy(), scores.numpy(), iou_threshold), dtype=torch.long)
+
+    module.batched_nms = batched_nms
+    return module.SamAutomaticMaskGenerator(sam, **fields)
 
 
 def stock_sam(config: Config, seed: int = 0):

@@ -1,17 +1,19 @@
-"""PyTorch's side of the benchmark computes the losses that ours does."""
+"""PyTorch's side of the benchmark computes the losses that ours does; masks are compared; ways ask what they say."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+import tyro
+from conftest import SQUARE, random_sam, tiny_config
 from peers import state_dict, stock_sam
 
 from converters.from_torch import from_state_dict
-from experiments import bench, bench_torch
+from experiments import bench, bench_everything, bench_torch, hierarchical
 from slimsam_jax import distill
 from slimsam_jax.models.features import bottleneck_features, stream_features
 from slimsam_jax.models.image_encoder import ImageEncoder
@@ -51,3 +53,27 @@ def _both_sides(config, image: torch.Tensor, what: str):
     _, ours = ImageEncoder(config).apply({"params": model.params["image_encoder"]}, pixels)
     read = stream_features if what == "bottleneck-stage" else bottleneck_features
     return features, read(config, ours)
+
+
+def test_turns_are_started_with_the_options_given():
+    for options in (bench.Options(), bench.Options("everything", images=3, cached=True, photos=Path("photos"))):
+        assert tyro.cli(bench.Options, args=bench.flags(options)) == options
+
+
+def test_share_of_masks_that_both_sides_find():
+    whole, nearly, less = (np.ones((10, 10), bool) for _ in range(3))
+    nearly[0, :9], less[0] = False, False  # 0.91 and 0.9 of it
+    one, other = bench_everything.encoded(
+        [[{"segmentation": whole}], [{"segmentation": nearly}, {"segmentation": less}]]
+    )
+    assert bench_everything.partners(one, other).tolist() == [True]
+    assert bench_everything.partners(other, one).tolist() == [True, False]
+    assert bench_everything.share([other, []], [one, one]) == 0.5
+    assert bench_everything.share([[]], [one]) == 1 and bench_everything.share([one], [[]]) == 0
+
+
+@pytest.mark.parametrize(("least", "expected"), [(-9.0, 64), (99.0, 16)])
+def test_beside_asks_on_where_masks_were_found(least, expected):
+    way = hierarchical.Beside(random_sam(SQUARE), 8, pred_iou_thresh=least, stability_score_thresh=0, hierarchical=True)
+    way.generate(np.random.default_rng(3).integers(0, 256, (40, 60, 3), np.uint8))
+    assert way.asked[0] == 16 and sum(way.asked) == expected

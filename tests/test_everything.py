@@ -11,7 +11,7 @@ import torch
 from conftest import SQUARE, random_sam, shared
 from PIL import Image
 from test_data import save_image, truncated
-from test_predictor import Original, picture
+from test_predictor import picture
 
 from converters.from_torch import from_state_dict, load
 from slimsam_jax import data, everything, metrics, rle
@@ -26,25 +26,6 @@ from slimsam_jax.inference.masks import clicks_at, decode_prompts
 from slimsam_jax.models.sam import resize_masks
 
 GRID = [np.zeros((1, 2))]
-
-
-def original_generator(stock, **fields):
-    """The original's, with what torchvision would give it."""
-    peers.segment_anything()
-    from segment_anything import automatic_mask_generator as module
-
-    def batched_nms(boxes, scores, _, iou_threshold):
-        return torch.as_tensor(brute_nms(boxes.numpy(), scores.numpy(), iou_threshold), dtype=torch.long)
-
-    module.batched_nms = batched_nms
-    module.box_area = lambda boxes: (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    generator = module.SamAutomaticMaskGenerator(stock, **fields)
-    driven = Original(stock)
-    generator.predictor.set_image = lambda image: (
-        driven.set_image(image),
-        vars(generator.predictor).update({k: v for k, v in vars(driven.predictor).items() if k not in ("transform",)}),
-    )
-    return generator
 
 
 def brute_nms(boxes, scores, threshold):
@@ -95,7 +76,7 @@ def test_records_equal_the_originals(stock, fields):
     small = {"stability_score_offset": 1e-3, "box_nms_thresh": 0.98}  # of random weights logits are small, masks alike
     fields = {"points_per_side": 6, **small, **thresholds, **fields}
     found = SamAutomaticMaskGenerator(sam, **fields).generate(image)
-    wanted = original_generator(stock, **fields).generate(image)
+    wanted = peers.mask_generator(stock, brute_nms, **fields).generate(image)
     assert len(found) == len(wanted) >= 2
     for one, other in zip(found, wanted, strict=True):
         assert one.keys() == other.keys()
@@ -177,8 +158,20 @@ def test_covered_is_where_a_mask_is_sure():
     encoded = encode_image(sam, Image.fromarray(picture(0, 64, 64)))
     low = np.full((2, 16, 16), -9.0, np.float32)
     low[0, :4], low[1, 8:, 8:] = 20, 8
-    covered = generators._covered(sam, encoded, low)
-    assert covered[:8].all() and not covered[20:].any() and not generators._covered(sam, encoded, low[:0]).any()
+    covered = generators._covered(sam, encoded, low, 8.5)
+    assert covered[:8].all() and not covered[20:].any() and not generators._covered(sam, encoded, low[:0], 8.5).any()
+
+
+def test_a_lower_threshold_covers_more(monkeypatch):
+    sam, image, asked = random_sam(SQUARE), picture(3, 40, 60), []
+    decode = generators.decode_prompts
+    watch = lambda sam, encoded, prompts: (asked.append(len(prompts.labels)), decode(sam, encoded, prompts))[1]
+    monkeypatch.setattr(generators, "decode_prompts", watch)
+    fields = {"pred_iou_thresh": -9.0, "stability_score_thresh": 0.0, "hierarchical": True}
+    for threshold, expected in ((99.0, 64), (-99.0, 4)):
+        asked.clear()
+        SamAutomaticMaskGenerator(sam, 8, covered_thresh=threshold, **fields).generate(image)
+        assert sum(asked) == expected
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -293,7 +286,7 @@ def test_real_photographs(name):
     photo.thumbnail((512, 512))
     image, fields = np.asarray(photo), {"points_per_side": 16, "pred_iou_thresh": 0.35, "stability_score_thresh": 0.55}
     found = SamAutomaticMaskGenerator(sam, **fields).generate(image)
-    wanted = original_generator(stock, **fields).generate(image)
+    wanted = peers.mask_generator(stock, brute_nms, **fields).generate(image)
     assert len(wanted) > 3
     assert matched(wanted, found) >= 0.98 and matched(found, wanted) >= 0.98
     fewer = SamAutomaticMaskGenerator(sam, hierarchical=True, **fields).generate(image)

@@ -101,8 +101,16 @@ def test_prompts_and_decoder_equal_the_original(stock, ours, case):
     found_masks, found_iou = sam.decode(
         ours.config, ours.params, embedding, *prompt_points(points, labels, boxes), masks
     )
-    np.testing.assert_allclose(found_masks, expected_masks.numpy(), atol=3e-5)
-    np.testing.assert_allclose(found_iou, expected_iou.numpy(), atol=1e-5)
+    np.testing.assert_allclose(found_masks, expected_masks.numpy(), atol=1e-6)
+    np.testing.assert_allclose(found_iou, expected_iou.numpy(), atol=1e-6)
+
+
+def test_prompts_are_float32_and_int32():
+    point, label, box = np.ones((2, 1, 2)), np.ones((2, 1), int), np.ones((2, 4))
+    for given in ((point, label), (point, label, box), (None, None, box), ()):
+        points, labels = prompt_points(*given)
+        assert points.dtype == np.float32 and labels.dtype == np.int32
+        assert points.shape[:2] == labels.shape
 
 
 def test_mask_postprocessing_equals_the_original(stock):

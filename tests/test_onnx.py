@@ -123,18 +123,14 @@ def test_decoder_of_meta(sam):
     _, decoder = sessions(sam)
     embedding, size = random_embedding(sam.config), (100, 57)
     one = random_masks(sam.config, 1)
-    # Of LayerNorm over two channels, as the first of a mask prompt has here, Flax's own rounding error is 2e-5.
-    for masks, wanted_masks, tolerance in (
-        (None, None, 1e-5),
-        (random_masks(sam.config, 3), random_masks(sam.config, 3), 1e-4),
-        (one, one.repeat(3, 0), 1e-4),
-    ):
+    three = random_masks(sam.config, 3)
+    for masks, wanted_masks in ((None, None), (three, three), (one, one.repeat(3, 0))):
         wanted, iou = decode(sam, embedding[0], *MIXED, wanted_masks)
         full, found_iou, low = decoder(**sam_inputs(sam.config, embedding, *MIXED, masks, size))
         frame = jax_sam.resized_shape(size, sam.config.image_size)
-        assert_close(low, wanted, tolerance)
-        assert_close(found_iou, iou, tolerance)
-        assert_close(full, jax_sam.resize_masks(sam.config, wanted, frame, size), tolerance)
+        assert_close(low, wanted)
+        assert_close(found_iou, iou)
+        assert_close(full, jax_sam.resize_masks(sam.config, wanted, frame, size))
 
 
 def test_decoder_of_transformers_js(sam):
@@ -246,6 +242,10 @@ def test_command(tmp_path, capsys):
     for suffix, bound in (("", 1e-5), ("_fp16", 1.5e-3), ("_quantized", 0.03)):
         paths = [tmp_path / "out" / f"{part}{suffix}.onnx" for part in ("encoder", "decoder")]
         assert max(onnx_check.compare_sam(expected, *paths)[:3]) < bound
+    kinds = {node.name: node.op_type for node in onnx.load(tmp_path / "out" / "decoder_quantized.onnx").graph.node}
+    path = "mask_decoder/transformer/layers_0"
+    assert kinds[f"{path}/cross_attn_image_to_token/q_proj"] == "MatMul"
+    assert kinds[f"{path}/mlp_lin1_quant"] == "MatMulInteger"
     metadata = {p.key: p.value for p in onnx.load(tmp_path / "out" / "encoder.onnx").metadata_props}
     assert json.loads(metadata["config"]) == json.loads(json.dumps(UNEVEN.to_json()))
 
@@ -337,6 +337,6 @@ def test_a_trained_sam_gives_the_same_masks(tmp_path):
     picture = data.read_image(data.embedded_images() / "chelsea_cat.jpg")
     expected = onnx_check.reference(teacher, picture)
     to_onnx.export(teacher, tmp_path / "out", "sam", ("float32", "float16", "int8"), picture)
-    for suffix, agreement in (("", 0.9999), ("_fp16", 0.999), ("_quantized", 0.97)):
+    for suffix, agreement in (("", 0.9999), ("_fp16", 0.999), ("_quantized", 0.985)):
         paths = [tmp_path / "out" / f"{part}{suffix}.onnx" for part in ("encoder", "decoder")]
         assert onnx_check.compare_sam(expected, *paths).agreement > agreement

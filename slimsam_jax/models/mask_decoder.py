@@ -99,5 +99,5 @@ class MaskDecoder(nn.Module):
         width = x.shape[-1]
         gelu = lambda x: jax.nn.gelu(x, approximate=False)
         x = Doubling(width // 4, name="output_upscaling_0")(x)
-        x = gelu(nn.LayerNorm(epsilon=1e-6, name="output_upscaling_1")(x))
-        return gelu(Doubling(width // 8, name="output_upscaling_3")(x))
+        norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name="output_upscaling_1")  # of few channels
+        return gelu(Doubling(width // 8, name="output_upscaling_3")(gelu(norm(x))))

@@ -27,9 +27,11 @@ class PromptEncoder(nn.Module):
         self.no_mask_embed = self.param("no_mask_embed", normal, (1, c.out_chans))
         conv = lambda features, size: nn.Conv(features, (size, size), strides=(size, size), padding="VALID")
         self.mask_downscaling_0 = conv(c.mask_in_chans // 4, 2)
-        self.mask_downscaling_1 = nn.LayerNorm(epsilon=1e-6)
+        # Of few channels the mean of squares less the square of the mean is too rough a variance.
+        norm = lambda: nn.LayerNorm(epsilon=1e-6, use_fast_variance=False)
+        self.mask_downscaling_1 = norm()
         self.mask_downscaling_3 = conv(c.mask_in_chans, 2)
-        self.mask_downscaling_4 = nn.LayerNorm(epsilon=1e-6)
+        self.mask_downscaling_4 = norm()
         self.mask_downscaling_6 = conv(c.out_chans, 1)
 
     def __call__(self, points: jax.Array, labels: jax.Array, masks: jax.Array | None = None, masked=None):
@@ -100,6 +102,6 @@ def prompt_points(points=None, labels=None, boxes=None) -> tuple[np.ndarray, np.
         corners = np.asarray(boxes, np.float32).reshape(count, 2, 2)
         parts.append((corners, np.tile(np.array([[BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]]), (count, 1))))
     else:
-        parts.append((np.zeros((count, 1, 2)), np.full((count, 1), NOT_A_POINT)))
+        parts.append((np.zeros((count, 1, 2), np.float32), np.full((count, 1), NOT_A_POINT)))
     coordinates, kinds = zip(*parts, strict=True)
     return np.concatenate(coordinates, axis=1), np.concatenate(kinds, axis=1).astype(np.int32)
