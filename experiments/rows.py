@@ -23,7 +23,7 @@ class Row(NamedTuple):
         parts = [f"--recipe {self.recipe}", f"--steps {self.steps}"]
         parts += [f"--limit {self.limit}"] if self.limit else []
         parts += ["--uniform"] if self.uniform else []
-        return " ".join(parts + ([f"--set {' '.join(self.set)}"] if self.set else []))
+        return " ".join([*parts, "--set", *COMMON["set"], *self.set])
 
 
 class Table(NamedTuple):

@@ -1,0 +1,61 @@
+"""The rows of the experiments are commands that exist, and tables say what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+
+from experiments import figures, rows, slimming
+from experiments.rows import TABLES, Row
+from slimsam_jax.compress import Options
+from slimsam_jax.recipes import RECIPES
+
+COMMON = "--teacher t.pth --images train --val val --cache cache --importance-images 50"
+
+
+def every_row() -> dict[str, Row]:
+    return {f"{name}: {label}": row for name, table in TABLES.items() for label, row in table.rows.items()}
+
+
+@pytest.mark.parametrize("label", every_row())
+def test_the_command_beside_a_row_is_what_was_run(label):
+    row = every_row()[label]
+    command = f"{COMMON} --ratio 0.77 --seed 2 --out out {row.arguments()}"
+    typed = tyro.cli(Options, args=command.split())
+    run = slimming.options_of(row, 0.77, 2, *map(Path, ("t.pth", "train", "val", "cache", "out")))
+    assert typed == run
+    RECIPES[row.recipe].change(run.set)  # the choices exist and go together
+
+
+def test_the_plan_has_every_row_with_every_seed_once():
+    planned = list(rows.plan())
+    assert len(planned) == len(set(planned))
+    wanted = {(row, ratio) for table in TABLES.values() for row in table.rows.values() for ratio in table.ratios}
+    assert all(label in table.rows for table in TABLES.values() for label, _ in table.paper)
+    assert set(planned) == {(*each, seed) for each in wanted for seed in rows.SEEDS}
+
+
+def entry(row: Row, ratio: float, seed: int, agreement: float) -> dict:
+    numbers = {"error": 0.1, "point": 0.4, "box": 0.5, "encoder_parameters": 1e6, "macs_total": 1e9}
+    return slimming.key_of(row, ratio, seed) | numbers | {"agreement": agreement}
+
+
+def test_tables_give_mean_and_deviation_over_seeds_of_what_there_is():
+    row = TABLES["quirks"].rows["gradients summed"]
+    found = [entry(row, 0.77, seed, agreement) for seed, agreement in ((0, 0.8), (1, 0.9))]
+    found.append(entry(row, 0.5, 0, 0.1))
+    lines = slimming.lines_of("quirks", found)
+    assert len(lines) == 3
+    assert "| gradients summed | 0.77 | 1.00 M | 1.000 G | 0.1 (0.1 to 0.1) | 40.00 ± 0.00 | " in lines[2]
+    assert f"85.00 ± {100 * np.std([0.8, 0.9], ddof=1):.2f} | 2 |" in lines[2] and row.arguments() in lines[2]
+
+
+def test_pictures_are_drawn_from_what_there_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FOLDER", tmp_path / "figures")
+    row = TABLES["compression"].rows["default"]
+    found = [entry(row, 0.77, seed, 0.9) for seed in (0, 1)]
+    figures.draw(lambda row, ratio: slimming.runs_of(row, ratio, found), 0.39)
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["criteria.png", "ratio.png", "steps.png"]
