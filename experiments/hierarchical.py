@@ -132,6 +132,8 @@ def table() -> None:
     """Write the table into experiments/README.md, of the pictures that all ways are measured on."""
     of_way = {way: results.find(FILE, {"way": way}) for way in WAYS}
     common = set.intersection(*({entry["picture"] for entry in entries} for entries in of_way.values()))
+    if not common:
+        raise SystemExit("no picture is measured in every way yet")
     lines = [
         f"| left out ({len(common)} pictures) | of flat's masks kept | masks that flat has not | prompts | time |",
         "|---|---|---|---|---|",

@@ -83,7 +83,7 @@ def test_prompts_and_decoder_equal_the_original(stock, ours, case):
     )
     labels = np.array([[1, 0, -1][:count]] * prompts) if points is not None else None
     boxes = np.array([[3.5, 8, 40, 60]], np.float32) if "box" in case else None
-    masks = random.standard_normal((1, 16, 16, 1)).astype(np.float32) if "mask" in case else None
+    masks = 10 * random.standard_normal((1, 16, 16, 1)).astype(np.float32) if "mask" in case else None
 
     as_torch = lambda array: None if array is None else torch.from_numpy(array)
     with torch.no_grad():
