@@ -22,6 +22,19 @@ class MLP(nn.Module):
         return x
 
 
+class Doubling(nn.Module):
+    """A transposed convolution, 2 x 2 with stride 2, in PyTorch's definition: every position becomes four, alone."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] -> [..., 2, 2, features]."""
+        init = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
+        kernel = self.param("kernel", init, (2, 2, self.features, x.shape[-1]))
+        return jnp.einsum("...c,ijdc->...ijd", x, kernel) + self.param("bias", nn.initializers.zeros, (self.features,))
+
+
 class MaskDecoder(nn.Module):
     config: Config
 
@@ -53,22 +66,22 @@ class MaskDecoder(nn.Module):
         transformer = TwoWayTransformer(c.decoder_depth, c.decoder_heads, c.decoder_mlp_dim, name="transformer")
         tokens, image = transformer(image, image_pe.reshape(1, h * w, width), tokens, present)
 
-        upscaled = self.upscale(image.reshape(prompts, h, w, width))
         hyper = [
             MLP((width, width, width // 8), name=f"output_hypernetworks_mlps_{i}")(tokens[:, 1 + i])
             for i in range(outputs)
         ]
-        masks = jnp.einsum("pmc,pyxc->pmyx", jnp.stack(hyper, axis=1), upscaled)
+        pixels = self.upscale(image).reshape(prompts, -1, width // 8)
+        masks = jnp.einsum("pmc,pnc->pmn", jnp.stack(hyper, axis=1), pixels)
+        # The axes of one position, which has become 4 x 4, in their order only now that they have no channels.
+        masks = masks.reshape(prompts, outputs, h, w, 2, 2, 2, 2).transpose(0, 1, 2, 4, 6, 3, 5, 7)
+        masks = masks.reshape(prompts, outputs, 4 * h, 4 * w)
         iou = MLP((c.iou_head_dim, c.iou_head_dim, outputs), name="iou_prediction_head")(tokens[:, 0])
         return masks, iou
 
     def upscale(self, x: jax.Array) -> jax.Array:
-        """[p, h, w, C] -> [p, 4h, 4w, C/8] by two transposed convolutions."""
+        """[p, h*w, C] -> [p, h*w, 2, 2, 2, 2, C/8], rows and columns of either doubling."""
         width = x.shape[-1]
         gelu = lambda x: jax.nn.gelu(x, approximate=False)
-        # transpose_kernel gives PyTorch's definition: the gradient of a convolution.
-        double = lambda features, name: nn.ConvTranspose(
-            features, (2, 2), strides=(2, 2), padding="VALID", transpose_kernel=True, name=name
-        )
-        x = gelu(nn.LayerNorm(epsilon=1e-6, name="output_upscaling_1")(double(width // 4, "output_upscaling_0")(x)))
-        return gelu(double(width // 8, "output_upscaling_3")(x))
+        x = Doubling(width // 4, name="output_upscaling_0")(x)
+        x = gelu(nn.LayerNorm(epsilon=1e-6, name="output_upscaling_1")(x))
+        return gelu(Doubling(width // 8, name="output_upscaling_3")(x))
