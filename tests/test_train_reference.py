@@ -13,7 +13,7 @@ from conftest import SQUARE, compress_options, random_sam, samples
 from PIL import Image
 
 from converters import from_torch, to_torch
-from experiments import reference_run, train_reference
+from experiments import reference_results, reference_run, results, train_reference
 from slimsam_jax import checkpoint, compress, interactive, mask_losses, mask_training, rle
 from slimsam_jax.data.batches import draw_framing, flip_and_crop
 from slimsam_jax.errors import InputError, RunError
@@ -290,3 +290,18 @@ def test_what_does_not_fit_is_said_in_a_line(pictures, start, tmp_path, material
         with pytest.raises(InputError, match=message):
             train_reference.main(options(pictures, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_learning_curves_are_kept_and_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_results, "FILE", tmp_path / "reference.jsonl")
+    monkeypatch.setattr(results, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("<!-- reference -->\n\n<!-- end of reference -->\n")
+    log = [{"step": 1, "loss": 2.0}, {"step": 2, "score": 0.4, "point_miou": 0.3, "box_miou": 0.5}]
+    (tmp_path / "config.json").write_text('{"provenance": {"options": {"steps": 2, "batch": 8, "prompts": 4}}}')
+    (tmp_path / "log.jsonl").write_text(json.dumps(log[0]) + "\n")
+    with pytest.raises(InputError, match="is no finished training"):
+        reference_results.record("tiny", tmp_path)
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    reference_results.record("tiny", tmp_path, minutes=3)
+    reference_results.table()
+    assert "| tiny | 2 x 8 x 4 | 3 | 2: 30.0 / 50.0 |" in (tmp_path / "README.md").read_text()
