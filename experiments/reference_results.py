@@ -33,6 +33,10 @@ def record(name: str, folder: Path, minutes: float | None = None, beside: str = 
     losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in log if "loss" in entry]
     if not curve:
         raise InputError(f"{folder} is no finished training: its log has no scores")
+    options = provenance["options"]
+    for key in ("images", "val", "init"):  # names alone: the paths are this machine's
+        names = options.get(key) or []
+        options[key] = Path(names).name if isinstance(names, str) else [Path(name).name for name in names]
     times = {"minutes": minutes, "beside": beside}
     results.append(FILE, {"row": name, "curve": curve, "losses": losses, **times, "provenance": provenance})
 
