@@ -68,6 +68,7 @@ class Settings:
       dtype: of the image encoder's computation; prompt encoder and decoder compute in float32.
       accumulate, fsdp: see `train.make_trainer`.
       max_broken: the share of pictures that may be unusable.
+      seed: of order, crops and prompts.
     """
 
     steps: int

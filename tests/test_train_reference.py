@@ -13,7 +13,7 @@ from conftest import SQUARE, compress_options, random_sam, samples
 from PIL import Image
 
 from converters import from_torch, to_torch
-from experiments import reference_run, train_reference
+from experiments import reference_results, reference_run, results, train_reference
 from slimsam_jax import checkpoint, compress, interactive, mask_losses, mask_training, rle
 from slimsam_jax.data.batches import draw_framing, flip_and_crop
 from slimsam_jax.errors import InputError, RunError
@@ -79,6 +79,16 @@ def test_clicks_are_in_the_region_of_error_all_of_it_and_nowhere_else():
     np.testing.assert_array_equal(kinds, target[y, x])
     counts = np.bincount(y * 5 + x, minlength=30).reshape(6, 5)[wrong]
     assert wrong.any() and counts.min() > 0.6 * 1000 / wrong.sum() and counts.max() < 1.5 * 1000 / wrong.sum()
+
+
+def test_a_correction_is_a_click_in_pixels_and_the_logits_it_corrects():
+    target = jnp.zeros((1, 16, 16)).at[0, 3, 9].set(1)  # one cell of 4 x 4 pixels is missing
+    before = interactive.Prompts(jnp.zeros((1, 2, 2)), jnp.array([[1, -1]]))
+    low, keys = jnp.full((1, 16, 16), -3.0), jax.random.split(jax.random.key(0), 1)
+    after = interactive.corrected(SQUARE, keys, before, low, target, jnp.ones((1, 16, 16), bool))
+    np.testing.assert_array_equal(after.points, [[[0, 0], [0, 0], [4 * 9 + 2, 4 * 3 + 2]]])
+    assert after.labels.tolist() == [[1, -1, 1]]
+    np.testing.assert_array_equal(after.masks, low[..., None])
 
 
 def test_where_nothing_is_wrong_there_is_no_click(tiny_sam):
@@ -192,20 +202,30 @@ def start(tmp_path_factory):
 @pytest.fixture(scope="module")
 def learnt(pictures, start, tmp_path_factory):
     out = tmp_path_factory.mktemp("learnt") / "out"
-    how = {"steps": 150, "learning_rate": 2e-3, "flip": False, "crop": 1.0, "validations": 3, "keep": "last"}
+    how = {
+        "steps": 150,
+        "learning_rate": 2e-3,
+        "flip": False,
+        "crop": 1.0,
+        "validations": 3,
+        "keep": "last",
+        "save_every": 1000,
+    }
     train_reference.main(options(pictures, out, init=start, **how))
     return out
 
 
+@pytest.mark.slow
 def test_two_pictures_are_learnt_by_heart(learnt):
     log = [json.loads(line) for line in (learnt / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert np.mean(losses[-10:]) < 0.3 * np.mean(losses[:10])
     scores = [entry for entry in log if "score" in entry]
-    assert scores[-1]["point_miou"] > 0.8 and scores[-1]["box_miou"] > 0.8
+    assert scores[-1]["score"] > max(0.6, 2 * scores[0]["score"])
     assert (learnt / "curve.png").exists() and not (learnt / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_the_frequencies_of_positions_stay(learnt, start):
     before, after = (from_torch.load(path).params for path in (start, learnt))
     name = mask_training.FREQUENCIES
@@ -213,6 +233,7 @@ def test_the_frequencies_of_positions_stay(learnt, start):
     assert not np.array_equal(before["prompt_encoder"]["no_mask_embed"], after["prompt_encoder"]["no_mask_embed"])
 
 
+@pytest.mark.slow
 def test_the_result_is_a_teacher(learnt, material, tmp_path):
     out = tmp_path / "slim"
     compress.compress(compress_options(material, out, teacher=learnt, steps=0))
@@ -221,6 +242,7 @@ def test_the_result_is_a_teacher(learnt, material, tmp_path):
     chex.assert_trees_all_equal(from_torch.from_state_dict(state).params, from_torch.load(learnt).params)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_equals_an_uninterrupted_one(pictures, start, tmp_path, monkeypatch):
     how = {"init": start, "ema": 0.9}
     train_reference.main(options(pictures, tmp_path / "whole", **how))
@@ -268,3 +290,18 @@ def test_what_does_not_fit_is_said_in_a_line(pictures, start, tmp_path, material
         with pytest.raises(InputError, match=message):
             train_reference.main(options(pictures, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_learning_curves_are_kept_and_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_results, "FILE", tmp_path / "reference.jsonl")
+    monkeypatch.setattr(results, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("<!-- reference -->\n\n<!-- end of reference -->\n")
+    log = [{"step": 1, "loss": 2.0}, {"step": 2, "score": 0.4, "point_miou": 0.3, "box_miou": 0.5}]
+    (tmp_path / "config.json").write_text('{"provenance": {"options": {"steps": 2, "batch": 8, "prompts": 4}}}')
+    (tmp_path / "log.jsonl").write_text(json.dumps(log[0]) + "\n")
+    with pytest.raises(InputError, match="is no finished training"):
+        reference_results.record("tiny", tmp_path)
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    reference_results.record("tiny", tmp_path, minutes=3)
+    reference_results.table()
+    assert "| tiny | 2 x 8 x 4 | 3 | 2: 30.0 / 50.0 |" in (tmp_path / "README.md").read_text()

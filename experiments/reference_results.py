@@ -1,0 +1,66 @@
+"""Learning curves of trainings by `train_reference`: kept as lines of JSON, and shown in experiments/README.md.
+
+python -m experiments.reference_results record --name "small, from nothing" --folder reference
+python -m experiments.reference_results table
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments import results
+from slimsam_jax import cli
+from slimsam_jax.errors import InputError, blaming
+
+FILE = results.FOLDER / "reference.jsonl"
+
+
+def record(name: str, folder: Path, minutes: float | None = None, beside: str = "") -> None:
+    """Keep the learning curve of a finished training.
+
+    Args:
+      name: what the table calls it.
+      folder: its --out.
+      minutes: that it took.
+      beside: what else the machine did meanwhile.
+    """
+    with blaming(folder):
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        provenance = json.loads((folder / "config.json").read_text())["provenance"]
+    curve = [{key: entry[key] for key in ("step", "point_miou", "box_miou")} for entry in log if "score" in entry]
+    losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in log if "loss" in entry]
+    if not curve:
+        raise InputError(f"{folder} is no finished training: its log has no scores")
+    options = provenance["options"]
+    for key in ("images", "val", "init"):  # names alone: the paths are this machine's
+        names = options.get(key) or []
+        options[key] = Path(names).name if isinstance(names, str) else [Path(name).name for name in names]
+    times = {"minutes": minutes, "beside": beside}
+    results.append(FILE, {"row": name, "curve": curve, "losses": losses, **times, "provenance": provenance})
+
+
+def table() -> None:
+    """Write the table into experiments/README.md."""
+    lines = ["| training | steps x pictures x masks | minutes | point / box mIoU, after steps |", "|---|---|---|---|"]
+    lines += [f"| {run['row']} | {_size(run)} | {_minutes(run)} | {_curve(run)} |" for run in results.read(FILE)]
+    results.write_section("reference", "\n".join(lines))
+
+
+def _size(run: dict[str, Any]) -> str:
+    options = run["provenance"]["options"]
+    return f"{options['steps']} x {options['batch']} x {options['prompts']}"
+
+
+def _minutes(run: dict[str, Any]) -> str:
+    return "?" if run["minutes"] is None else f"{run['minutes']:.0f}"
+
+
+def _curve(run: dict[str, Any]) -> str:
+    show = lambda e: f"{e['step']}: {100 * e['point_miou']:.1f} / {100 * e['box_miou']:.1f}"
+    return ", ".join(map(show, run["curve"]))
+
+
+if __name__ == "__main__":
+    cli.run({"record": record, "table": table})
