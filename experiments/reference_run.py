@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -82,8 +83,8 @@ def architecture(preset: str, sizes: dict[str, int]) -> Config:
     if has["embed_dim"] % has["heads"]:
         raise InputError(f"--embed-dim {has['embed_dim']} is no multiple of the {has['heads']} heads")
     block = Block(has["heads"], has["embed_dim"] // has["heads"], has["mlp_dim"], has["window"])
-    quarter = max(1, round(has["depth"] / 4))
-    windows = [GLOBAL if (i + 1) % quarter == 0 else has["window"] for i in range(has["depth"])]
+    last_of_quarters = {math.ceil((i + 1) * has["depth"] / 4) - 1 for i in range(4)}
+    windows = [GLOBAL if i in last_of_quarters else has["window"] for i in range(has["depth"])]
     blocks = tuple(dataclasses.replace(block, window=window) for window in windows)
     try:
         size = (has["image_size"], has["image_size"])
@@ -113,7 +114,9 @@ def provenance(
     digest = lambda samples: hashlib.sha256("\n".join(sample.name for sample in samples).encode()).hexdigest()
     packages = ("jax", "flax", "optax", "numpy")
     return {
-        "init": {"file": Path(options.init).name, "provenance": sam.provenance} if options.init else None,
+        "init": {"file": options.init.name, "sha256": checkpoint.sha256(options.init), "provenance": sam.provenance}
+        if options.init
+        else None,
         "images": {"count": len(images), "sha256_of_names": digest(images)},
         "val": {"count": len(val), "sha256_of_names": digest(val)},
         "options": {**options.fixing_the_result(), "learning_rate": settings.learning_rate},

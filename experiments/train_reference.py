@@ -10,6 +10,7 @@ in experiments/README.md.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from slimsam_jax import cli
 from slimsam_jax.errors import InputError
 
 Part = Literal["image_encoder", "prompt_encoder", "mask_decoder"]
+COUNTS = ("steps", "batch", "prompts", "validations", "val_images", "save_every", "accumulate", "fsdp")
 SIZES = ("embed_dim", "depth", "heads", "mlp_dim", "image_size", "window")
 
 
@@ -101,19 +103,13 @@ class Options:
 
     def check(self) -> None:
         """Raises InputError for what can be told wrong without looking at files."""
-        for name in (
-            *SIZES,
-            "steps",
-            "batch",
-            "prompts",
-            "validations",
-            "val_images",
-            "save_every",
-            "accumulate",
-            "fsdp",
-        ):
+        for name in (*SIZES, *COUNTS):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if self.init and self.preset:
+            raise InputError(f"--init brings its own architecture; leave out --preset {self.preset}")
+        if set(self.freeze) == set(typing.get_args(Part)):
+            raise InputError("--freeze of every part leaves nothing to train")
         for name in ("corrections", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
@@ -127,9 +123,6 @@ class Options:
         cli.check_seed(self.seed)
         if not self.resume:
             cli.check_empty(self.out)
-
-        if self.init and self.preset:
-            raise InputError(f"--init brings its own architecture; leave out --preset {self.preset}")
 
     def sizes(self) -> dict[str, int]:
         """Those that are asked for, instead of the preset's."""

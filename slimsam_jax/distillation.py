@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax import distill, labels, sharding, train
+from slimsam_jax import distill, labels, metrics, sharding, train
 from slimsam_jax.data import Sample
 from slimsam_jax.data.batches import Batches, flip_and_crop
 from slimsam_jax.errors import RunError
@@ -21,8 +21,9 @@ from slimsam_jax.stages import Stage
 if TYPE_CHECKING:
     from slimsam_jax.run import Run
 
-# Up to so many steps, compiling a second program without the terms that have faded takes longer than it saves.
-SHORT = 500
+# Multiply-accumulates of the teacher in a stage, below which compiling a second program, without the terms that have
+# faded, takes longer than it saves: 400 images of the small SAM, four of ViT-B at 1024 px.
+WORTH_A_PROGRAM = 2e12
 
 
 def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
@@ -44,36 +45,36 @@ class Distillation(Loop):
 
     def __init__(self, run: Run, stage: Stage, student: Sam, previous: Sam):
         options, recipe = run.options, run.recipe
-        self.plan, self.stage, self.student = run, stage, student
-        self.steps = stage.steps(run.steps)
+        self.whole, self.stage, self.student = run, stage, student
+        self.steps = run.steps_of(stage)
+        work = self.steps * run.batch * metrics.encoder_macs(run.teacher.config).total
+        every = [stage.terms(step, self.steps, recipe) for step in range(self.steps)]
+        self.faded = dict.fromkeys(itertools.chain.from_iterable(every), 0.0) if work < WORTH_A_PROGRAM else {}
         how = (run.dtype, options.accumulate, options.fsdp, options.attention)
         trainer = train.make_trainer(student, previous, run.teacher, stage, recipe, self.steps, *how)
         fields = (self.steps, run.batch, options.save_every, recipe.validations, recipe.keep, run.steps_before(stage))
         super().__init__(run.folder, trainer, Schedule(stage.name, f"the {stage.name} stage", *fields))
 
     def stream(self, start: int) -> Batches:
-        run = self.plan
+        run, seed = self.whole, self.whole.options.seed + 1 + self.stage.order
         part = jax.process_index(), jax.process_count()
         augment = flip_and_crop(run.recipe.flip, run.recipe.crop)
         size = run.teacher.config.image_size
         limit = run.options.broken_share()
-        return Batches(run.images, size, run.batch, run.options.seed + 1, start, part, augment, self.extra, limit)
+        return Batches(run.images, size, run.batch, seed, start, part, augment, self.extra, limit)
 
     def extra(self, sample: Sample, size: np.ndarray, random: np.random.Generator) -> dict[str, np.ndarray]:
         """What a step needs of a picture besides its pixels."""
-        found = {"embedding": self.plan.cache.read(sample)} if self.plan.cache else {}
-        recipe = self.plan.recipe
+        found = {"embedding": self.whole.cache.read(sample)} if self.whole.cache else {}
+        recipe = self.whole.recipe
         return found | (labels.random_clicks(size, recipe.points, random) if recipe.masks else {})
 
     def weights(self, step: int) -> dict[str, float]:
         """A short stage computes all of its terms to the end, some at weight 0."""
-        of = lambda step: self.stage.terms(step - 1, self.steps, self.plan.recipe)
-        if self.steps > SHORT:
-            return of(step)
-        return dict.fromkeys(itertools.chain.from_iterable(map(of, range(1, self.steps + 1))), 0.0) | of(step)
+        return self.faded | self.stage.terms(step - 1, self.steps, self.whole.recipe)
 
     def score(self, sam: Sam, step: int) -> dict[str, float]:
-        score = sharding.agree(self.plan.score(sam) if self.plan.score else 0.0)
+        score = sharding.agree(self.whole.score(sam) if self.whole.score else 0.0)
         if not np.isfinite(score):
             raise RunError(f"the student after step {step} gives no finite embeddings; {ADVICE}")
         return {"score": score}
@@ -81,7 +82,7 @@ class Distillation(Loop):
     def validate(self, state: distill.TrainState, step: int) -> distill.TrainState:
         """Sets the learning rate after a plateau, too."""
         state = super().validate(state, step)
-        if self.plan.recipe.schedule != "plateau":
+        if self.whole.recipe.schedule != "plateau":
             return state
         scale = distill.plateau_scale(list(self.scores.values()), self.stage.patience)
         return state._replace(scale=jax.device_put(jnp.float32(scale), state.scale.sharding))

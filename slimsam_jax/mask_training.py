@@ -116,10 +116,13 @@ class MaskTraining(Loop):
         """Point and box mIoU; the score is their mean."""
         found = mious(sam, self.val) if sharding.is_main() else dict.fromkeys(PROTOCOLS, 0.0)
         found = {name: sharding.agree(value) for name, value in found.items()}
+        if not np.isfinite(found["point"]):
+            raise RunError("none of the pictures to measure on can be used")
         return {"score": float(np.mean(list(found.values()))), **{f"{name}_miou": v for name, v in found.items()}}
 
     def sam(self, state: distill.TrainState) -> Sam:
-        trained, frozen = sharding.gather((state.average or state.params, self.trainer.frozen))
+        trained = sharding.gather(state.average or state.params)
+        _, frozen = split(self.start_from.params, self.settings.freeze)
         return dataclasses.replace(self.start_from, params=jax.tree.map(jnp.asarray, join(trained, frozen)))
 
 
@@ -170,8 +173,7 @@ def kernels(params: Params) -> Params:
 def mious(sam: Sam, samples: Sequence[Sample]) -> dict[str, float]:
     """{"point": ..., "box": ...}: IoU of the single mask, mean per picture, then over the pictures that are annotated.
 
-    Raises:
-      RunError: not one picture can be used.
+    Pictures that cannot be read are named and left out; nan if not one can be used.
     """
 
     def one(sample: Sample) -> list[float] | None:
@@ -181,7 +183,8 @@ def mious(sam: Sam, samples: Sequence[Sample]) -> dict[str, float]:
         encoded = encode_image(sam, image)
         return [single_mask_iou(sam, encoded, annotations, protocol) for protocol in PROTOCOLS]
 
-    found = [ious for ious in map_readable(one, samples)[0].values() if ious]
-    if not found:
-        raise RunError("none of the pictures to measure on can be used")
-    return dict(zip(PROTOCOLS, np.mean(found, axis=0).tolist(), strict=True))
+    found, skipped = map_readable(one, samples)
+    for reason in skipped.values():
+        print(f"not measured on: {reason}", flush=True)
+    ious = [each for each in found.values() if each] or [[np.nan] * len(PROTOCOLS)]
+    return dict(zip(PROTOCOLS, np.mean(ious, axis=0).tolist(), strict=True))

@@ -41,7 +41,7 @@ def prune(
     """Cuts a stage's channels out of the image encoder.
 
     Args:
-      target: how much; of the embedding's channels in stage 1, of all bottleneck channels in stage 2.
+      target: how much, of the embedding's channels or of all bottleneck channels.
       calibration: what it is for -> batches on the devices, the same images at each call; projection needs
         them more than once. With labels (`labels.AnnotatedBatches`) if the recipe's signal is "masks".
       uniform: equal widths in all blocks, as stock SAM needs.

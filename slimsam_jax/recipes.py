@@ -76,15 +76,17 @@ class Recipe:
       masks: weight of a further term, the mask probabilities that the frozen decoder gives for random points (as
         EdgeSAM and TinySAM distil). 0 leaves the decoder out, as the paper.
       points: on each picture, for `masks`.
-      tune_decoder: the polishing stage trains the mask decoder, too, by `masks`; the paper never trains it.
-      scratch: with one-shot pruning, the weights that remain are drawn anew: what distillation gives by itself.
+      tune_decoder: the polishing stage trains the mask decoder, too, by `masks` and their predicted IoU; the paper
+        never trains it.
+      scratch: with one-shot pruning, the weights that remain are drawn anew: what distillation gives by itself. The
+        criterion then decides widths alone.
       relative_loss: each term is divided by the variance of its target, so that weights do not
         depend on the scale of activations; the reference takes plain MSE.
       learning_rate: peak, for batches of any size. After a projection little is left to mend, and steps of 1e-3
         undo more than they mend (experiments/LOG.md). After cutting channels 1e-3 is what we measured with;
         nothing else was tried there.
       schedule: "cosine" after a warm-up of 5 % of the steps, down to zero; "plateau" halves the rate when validation
-        has not become better for some time, as the reference does; or "constant".
+        has not become better for more than 3 (second stage: 4) validations, as the reference does; or "constant".
       reduction: of the gradients over a step's images. "sum" is the reference's: it adds up four images' and does not
         divide, from which Adam takes everything but its epsilon.
       clip: the largest norm of all gradients together; 0 for no limit, as the reference.
@@ -93,7 +95,8 @@ class Recipe:
         what is validated and kept; 0 for none, as the reference.
       flip: mirror half of the pictures, at random. The paper augments nothing.
       crop: random crops with sides of at least this share of the picture's; 1 for none.
-      passes: over the images in each stage, unless the number of steps is given; the paper's is 20.
+      passes: over the images in each of the paper's two stages, unless the number of steps is given; the paper's is
+        20. Other orders of work share out as many.
       validations: of a stage, evenly spaced; the paper's is one an epoch, 20.
       validate_by: "error" of the embedding on the images held out, or "miou": the reference's single-point mIoU,
         with the teacher's own masks where there are no annotations.
@@ -159,6 +162,8 @@ class Recipe:
             raise InputError(f"polish {self.polish:g} is not a share of the steps, 0 <= polish < 1")
         if self.tune_decoder and not (self.polish and self.masks):
             raise InputError("tune_decoder is for the polishing stage, by its masks: add polish=0.25 masks=1, say")
+        if self.tune_decoder and self.validate_by == "error" and self.keep == "best":
+            raise InputError("the embedding's error cannot tell decoders apart: add validate_by=miou or keep=last")
         if self.scratch and self.alternate:
             raise InputError("scratch draws new weights once everything is cut: add alternate=false")
         if self.rounds > 1 and not self.alternate:

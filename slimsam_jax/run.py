@@ -27,7 +27,7 @@ from slimsam_jax.progress import track
 from slimsam_jax.prune import prune as prune_sam
 from slimsam_jax.recipes import RECIPES, Recipe
 from slimsam_jax.run_folder import RunFolder
-from slimsam_jax.stages import Stage, plan
+from slimsam_jax.stages import Stage, plan, steps_of
 from slimsam_jax.teacher_cache import TeacherCache
 from slimsam_jax.validation import IMAGES, Score, validator
 from slimsam_jax.widths import Budget, Target
@@ -58,8 +58,11 @@ class Run:
     def stages(self) -> tuple[Stage, ...]:
         return plan(self.recipe)
 
+    def steps_of(self, stage: Stage) -> int:
+        return steps_of(self.stages, self.steps)[stage.name]
+
     def steps_before(self, stage: Stage) -> int:
-        return sum(each.steps(self.steps) for each in self.stages[: self.stages.index(stage)])
+        return sum(map(self.steps_of, self.stages[: self.stages.index(stage)]))
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -102,7 +105,7 @@ def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
 
 
 def save_other(run: Run, student: Sam) -> None:
-    """The best or the last of the second stage, whichever `student` is not, in a folder of that name."""
+    """The best or the last of the last stage, whichever `student` is not, in a folder of that name."""
     name = "last" if run.recipe.keep == "best" else "best"
     other = run.folder.load_model(run.stages[-1].name, name)
     same = lambda a, b: bool((np.asarray(a) == np.asarray(b)).all())
@@ -132,6 +135,7 @@ def prepare(options: Options) -> Run:
     if not options.resume:  # a latency may be measured otherwise the second time
         widths.check(teacher.config, target, recipe, options.uniform)
     steps = max(1, recipe.passes * len(images) // batch) if options.steps is None else options.steps
+    steps_of(plan(recipe), steps)  # there are enough
     origin = provenance(options, recipe, teacher, images, steps, batch)
     cache = TeacherCache(options.cache, teacher, origin["teacher"]["sha256"]) if options.cache else None
     score = validator(teacher, val, recipe.validate_by) if steps and sharding.is_main() else None
@@ -146,6 +150,8 @@ def check_combinations(options: Options, recipe: Recipe, target: Target) -> None
         raise InputError("--budget needs scores that are not negative; add --set normalizer=none")
     if recipe.rounds > 1 and target.budget:
         raise InputError("rounds share out a --ratio; a --budget is met in one")
+    if recipe.rounds > 1 and (recipe.reference_selection or recipe.whole_heads):
+        raise InputError("rounds go neither with reference_selection nor with whole_heads, which round each cut")
     if recipe.whole_heads and (options.uniform or target.budget):
         raise InputError("whole_heads goes neither with --uniform nor with --budget: they fix the number of heads")
     if target.budget and target.budget.kind == "latency" and jax.process_count() > 1:
@@ -172,7 +178,8 @@ def split_images(options: Options) -> tuple[list[Sample], list[Sample]]:
     if options.val:
         return images, data.find(options.val)
     val = images[:: max(8, -(-len(images) // 50))]
-    return [sample for sample in images if sample not in set(val)] or images, val
+    held_out = set(val)
+    return [sample for sample in images if sample not in held_out] or images, val
 
 
 def some_of(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
@@ -207,7 +214,7 @@ def slim(run: Run, stage: Stage, previous: Sam) -> Sam:
     if not student:
         run.folder.save_model(stage.name, "pruned", prune(run, stage, previous) if stage.cuts else previous)
         student = run.folder.load_model(stage.name, "pruned")  # in every process the same, to the bit
-    if stage.steps(run.steps):
+    if run.steps_of(stage):
         student = distil(run, stage, student, previous)
     run.folder.save_model(stage.name, "distilled", student)
     return student
@@ -224,15 +231,24 @@ def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
         streams.append(batches)
         return track(train.calibration(batches, count), name, count, per_item=devices)
 
+    recipe = dataclasses.replace(recipe, least=recipe.least**stage.cut)  # all rounds together leave the least
     slim = prune_sam(previous, stage, recipe, run.target.part(stage.cut), calibration, options.seed, options.uniform)
     for batches in streams:
         batches.agree_on_skipped()
+    if not run.steps_of(stage):  # else distillation, which meets every image, names them
+        name_skipped(run, stage, {name: reason for batches in streams for name, reason in batches.skipped.items()})
     return drawn_anew(slim, options.seed) if recipe.scratch and stage.cuts == "bottleneck" else slim
+
+
+def name_skipped(run: Run, stage: Stage, skipped: Mapping[str, str]) -> None:
+    for name, reason in sorted(skipped.items()):
+        run.folder.log(stage=stage.name, skipped=name, reason=reason)
+        print(f"skipped: {reason}", flush=True)
 
 
 def drawn_anew(sam: Sam, seed: int) -> Sam:
     """An image encoder of the same widths with random weights."""
-    encoder = ImageEncoder(sam.config).init(jax.random.key(seed), jnp.zeros((1, *sam.config.image_size, 3)))
+    encoder = jax.jit(ImageEncoder(sam.config).init)(jax.random.key(seed), jnp.zeros((1, *sam.config.image_size, 3)))
     return dataclasses.replace(sam, params={**sam.params, "image_encoder": encoder["params"]})
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Literal
 
+from slimsam_jax.errors import InputError
 from slimsam_jax.recipes import Recipe
 
 Weights = dict[str, float]
@@ -24,6 +26,7 @@ class Stage:
       patience: validations that a plateau may last before the learning rate is halved.
       share: of the steps that a stage has; more than 1 is longer than the paper's.
       cut: share of the wanted cut, as an exponent of what is left.
+      order: of the images; stages of the same order see the same images one after the other.
       trains: the parts of the student that learn.
     """
 
@@ -34,17 +37,20 @@ class Stage:
     patience: int
     share: float = 1.0
     cut: float = 1.0
+    order: int = 0
     trains: tuple[str, ...] = ("image_encoder",)
 
     def terms(self, step: int, steps: int, recipe: Recipe) -> Weights:
         """The terms of the loss that count in a step, counted from 0, with their weights."""
         weights = self.weights(step / steps, recipe) if recipe.align else embedding_alone(step / steps, recipe)
-        further = {"direction": recipe.cosine, "masks": recipe.masks}
-        return {name: float(weight) for name, weight in (weights | further).items() if weight}
+        views = {"direction": recipe.cosine, "masks": recipe.masks}
+        if "mask_decoder" in self.trains:
+            views["iou"] = recipe.masks  # what the decoder thinks of its masks shall stay true
+        return {name: float(weight) for name, weight in (weights | views).items() if weight}
 
-    def steps(self, each: int) -> int:
-        """Its number of steps, where a stage of the paper has `each`."""
-        return max(1, round(self.share * each)) if self.share and each else 0
+    def aligns(self, recipe: Recipe) -> bool:
+        """Whether features of the model before the cut are compared, at least in the beginning."""
+        return not set(self.terms(0, 1, recipe)) <= {"embedding", "direction", "masks", "iou"}
 
 
 def bottleneck_aligning(progress: float, recipe: Recipe) -> Weights:
@@ -82,19 +88,32 @@ STAGES = (
 def plan(recipe: Recipe) -> tuple[Stage, ...]:
     """The stages of a recipe, in order: `STAGES`, and what its choices make of them. Their shares add up to 2."""
     first, second = STAGES
-    cutting = 1 - recipe.polish
-    if recipe.alternate:
-        share = cutting / recipe.rounds
-        rounds = [""] + [f"-{i}" for i in range(2, recipe.rounds + 1)]
-        change = lambda stage, end: dataclasses.replace(
-            stage, name=stage.name + end, share=share, cut=1 / recipe.rounds
-        )
-        stages = [change(stage, end) for end in rounds for stage in STAGES]
+    cutting, each = 1 - recipe.polish, 1 / recipe.rounds
+    if not recipe.alternate:
+        all_at_once = dataclasses.replace(second, weights=embedding_alone, share=2 * cutting)
+        stages = [dataclasses.replace(first, share=0.0), all_at_once]
     else:
+        ends = ["", *(f"-{i}" for i in range(2, recipe.rounds + 1))]
         stages = [
-            dataclasses.replace(first, share=0.0),
-            dataclasses.replace(second, weights=embedding_alone, share=2 * cutting),
+            dataclasses.replace(stage, name=stage.name + end, share=cutting * each, cut=each, order=i)
+            for i, end in enumerate(ends)
+            for stage in STAGES
         ]
-    trains = ("image_encoder", "mask_decoder") if recipe.tune_decoder else ("image_encoder",)
-    polish = Stage("polish", None, "stream", embedding_alone, patience=4, share=2 * recipe.polish, trains=trains)
-    return (*stages, polish) if recipe.polish else tuple(stages)
+    if recipe.polish:
+        trains = ("image_encoder", "mask_decoder") if recipe.tune_decoder else ("image_encoder",)
+        last = {"share": 2 * recipe.polish, "order": recipe.rounds, "trains": trains}
+        stages.append(Stage("polish", None, "stream", embedding_alone, patience=4, **last))
+    return tuple(stages)
+
+
+def steps_of(stages: Sequence[Stage], each: int) -> dict[str, int]:
+    """{stage: its number of steps}, where the paper's two have `each`; together twice that.
+
+    Raises:
+      InputError: too few for every stage to have one.
+    """
+    ends = [round(each * total + 1e-9) for total in itertools.accumulate(stage.share for stage in stages)]
+    steps = {stage.name: end - start for stage, start, end in zip(stages, [0, *ends], ends, strict=False)}
+    if each and any(stage.share and not steps[stage.name] for stage in stages):
+        raise InputError(f"{2 * each} steps are too few for the {len(stages)} stages of this recipe")
+    return steps

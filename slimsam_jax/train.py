@@ -55,8 +55,9 @@ def make_trainer(
     """Places a stage's models on the devices and builds its step.
 
     Args:
-      previous: the model that was pruned: the teacher in stage 1, the distilled stage-1 model in stage 2.
-      dtype: of the computation and of the frozen parameters; the student's own stay float32.
+      previous: the model that was pruned; in the first stage the teacher itself.
+      dtype: of the encoders' computation and of the frozen ones' parameters; the student's own, prompt encoder and
+        mask decoder stay float32.
       parts: that each batch is taken in, see `distill.make_step`.
       fsdp: devices that parameters are split over, see `sharding`.
       attention: how it is computed, see `models.attention`.
@@ -75,7 +76,7 @@ def make_trainer(
         mesh,
     )
     frozen = {"teacher": teacher.params["image_encoder"]}
-    if previous is not teacher:
+    if previous is not teacher and stage.aligns(recipe):
         frozen["previous"] = previous.params["image_encoder"]
     frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), frozen)
     if recipe.masks:
@@ -89,7 +90,7 @@ def _student_features(
 ) -> distill.Features:
     embedding, features = encode(config, params["image_encoder"], batch)
     head = {**frozen.get("head", {}), **params}
-    found = {"embedding": embedding, **_further(config, recipe, embedding, head, batch)}
+    found = {"embedding": embedding, **_views(config, recipe, embedding, head, batch)}
     if stage.features == "bottleneck":
         return found | bottleneck_features(config, features)
     return found | {"previous": embedding, **stream_features(config, features)}
@@ -106,23 +107,23 @@ def _target_features(
     embedding = batch.get("embedding", before)
     if "previous" in frozen:
         before, features = encode(previous, frozen["previous"], batch)
-    found = {"embedding": embedding, **_further(teacher, recipe, embedding, frozen.get("head"), batch)}
+    found = {"embedding": embedding, **_views(teacher, recipe, embedding, frozen.get("head"), batch)}
     if stage.features == "bottleneck":
         return found | bottleneck_features(previous, features)
     return found | {"previous": before, **stream_features(previous, features)}
 
 
-def _further(config: Config, recipe: Recipe, embedding: jax.Array, head: Any, batch: Batch) -> distill.Features:
+def _views(config: Config, recipe: Recipe, embedding: jax.Array, head: Any, batch: Batch) -> distill.Features:
     """The embedding as others see it; see `Recipe.cosine` and `Recipe.masks`."""
     found, embedding = {}, embedding.astype(jnp.float32)
     if recipe.cosine:
         found["direction"] = embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
     if recipe.masks:
-        found["masks"] = mask_probabilities(config, head, embedding, batch)
+        found["masks"], found["iou"] = masks_at_clicks(config, head, embedding, batch)
     return found
 
 
-def mask_probabilities(config: Config, head: Params, embedding: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+def masks_at_clicks(config: Config, head: Params, embedding: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """What the decoder makes of a batch's clicks.
 
     Args:
@@ -131,12 +132,14 @@ def mask_probabilities(config: Config, head: Params, embedding: jax.Array, batch
       batch: with "points" [b, p, n, 2] and "labels" [b, p, n].
 
     Returns:
-      [b * p, 1 + multimask_outputs, 4h, 4w] float32 0..1.
+      Mask probabilities [b * p, 1 + multimask_outputs, 4h, 4w] and predicted IoU [b * p, 1 + multimask_outputs],
+      float32 0..1.
     """
     points, labels = batch["points"], batch["labels"]
     each = jnp.repeat(embedding, points.shape[1], axis=0)
     flat = lambda array: array.reshape(-1, *array.shape[2:])
-    return jax.nn.sigmoid(decode(config, head, each, flat(points), flat(labels))[0])
+    logits, iou = decode(config, head, each, flat(points), flat(labels))
+    return jax.nn.sigmoid(logits), iou
 
 
 def calibration(batches: Iterator[Batch], count: int) -> Iterator[Batch]:

@@ -133,10 +133,14 @@ def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, unpictu
         assert [b.head_dim for b in config.blocks] == [12, 12] and sum(b.heads for b in config.blocks) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("choices", "stages"),
     [
-        (("rounds=2", "polish=0.25", "masks=1", "cosine=0.5", "tune_decoder=true"), ["embedding", "bottleneck"]),
+        (
+            ("rounds=2", "polish=0.25", "masks=1", "cosine=0.5", "tune_decoder=true", "keep=last"),
+            ["embedding", "bottleneck"],
+        ),
         (("alternate=false", "scratch=true"), ["bottleneck"]),
     ],
 )
@@ -153,6 +157,7 @@ def test_other_stages_than_the_papers(material, tmp_path, unpictured, choices, s
     several = [*stages, *(f"{name}-2" for name in stages), "polish"] if "rounds=2" in choices else stages
     assert list(dict.fromkeys(entry["stage"] for entry in steps)) == several
     assert ("masks" in steps[0], "direction" in steps[0]) == (("masks=1" in choices),) * 2
+    assert ("iou" in steps[-1]) == ("tune_decoder=true" in choices)
 
 
 def test_labelled_masks_can_tell_what_to_cut(material, tmp_path, unpictured):
@@ -227,6 +232,9 @@ def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
         (("--set", "rounds=2", "alternate=false"), "do not go with alternate=false"),
         (("--set", "scratch=true"), "add alternate=false"),
         (("--set", "tune_decoder=true"), "add polish=0.25 masks=1"),
+        (("--set", "tune_decoder=true", "polish=0.5", "masks=1"), "add validate_by=miou or keep=last"),
+        (("--set", "rounds=2"), "2 steps are too few for the 4 stages"),
+        (("--set", "rounds=2", "--recipe", "slimsam"), "rounds go neither with reference_selection"),
         (("--set", "polish=1"), "polish 1 is not a share of the steps"),
         (("--set", "rounds=2", "--budget", "params=30k"), "rounds share out a --ratio"),
         (("--limit", "0"), "--limit 0 must be at least 1"),

@@ -163,6 +163,24 @@ def test_names_of_a_step(tmp_path):
         assert [number(sample) for sample in stream.samples_of(step)] == next(stream)["number"].tolist()
 
 
+def test_a_picture_that_is_given_up_after_drawing_changes_no_other(tmp_path):
+    """Whether it was known before, as after a resumption, or not."""
+
+    class Late(batches.Batches):
+        def _read(self, sample, random):
+            number = random.random()
+            if Path(sample.name).stem == "2":
+                raise InputError("nothing to see")
+            return {"number": np.array(number)}
+
+    paths = [save_image(tmp_path / f"{i}.png", seed=i) for i in range(5)]
+    streams = [Late(samples(paths), (32, 32), batch=5, seed=0) for _ in range(2)]
+    streams[1].skipped[str(paths[2])] = "known"
+    for _ in range(3):
+        np.testing.assert_array_equal(next(streams[0])["number"], next(streams[1])["number"])
+    assert set(streams[0].skipped) == set(streams[1].skipped)
+
+
 def test_flips_and_crops():
     random = np.random.default_rng(0)
     picture = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint32).reshape(40, 60, 3).astype(np.uint8))

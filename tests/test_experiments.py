@@ -57,5 +57,8 @@ def test_pictures_are_drawn_from_what_there_is(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path / "figures")
     row = TABLES["compression"].rows["default"]
     found = [entry(row, 0.77, seed, 0.9) for seed in (0, 1)]
+    drawn = {}
+    monkeypatch.setattr(figures, "_curve", lambda axes, name, points: drawn.setdefault(name, points))
     figures.draw(lambda row, ratio: slimming.runs_of(row, ratio, found), 0.39)
+    assert [point for point in drawn["default"] if np.isfinite(point[1])] == [(0.77, 40.0, 0.0)]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["criteria.png", "ratio.png", "steps.png"]

@@ -48,6 +48,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, material, tmp_path,
     assert_same_run(tmp_path / "slim", finished)
 
 
+@pytest.mark.slow
+def test_stages_of_other_recipes_are_resumed_too(material, tmp_path, monkeypatch):
+    """In the last of them, with everything that a step draws or carries along."""
+    choices = ("validations=2", "polish=0.5", "masks=1", "tune_decoder=true", "keep=last", "ema=0.5")
+    compress.compress(compress_options(material, tmp_path / "whole", set=choices))
+
+    def step(self, state, number, batch, whole=Distillation.step):
+        if (self.stage.name, number) == ("polish", 3):
+            raise RunError("pulled the plug")
+        return whole(self, state, number, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Distillation, "step", step)
+        with pytest.raises(RunError, match="plug"):
+            compress.compress(compress_options(material, tmp_path / "slim", set=choices))
+    compress.compress(compress_options(material, tmp_path / "slim", set=choices, resume=True))
+    assert_same_run(tmp_path / "slim", tmp_path / "whole")
+
+
 def test_broken_pictures_are_named_and_skipped(material, tmp_path, monkeypatch, capsys):
     """Also those that were met before the run was stopped; each once a stage."""
     shutil.copytree(material / "images", tmp_path / "images")

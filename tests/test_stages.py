@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from conftest import random_images, random_sam, tiny_config
 
-from slimsam_jax import distill, labels, train
+from slimsam_jax import distill, labels, train, widths
+from slimsam_jax.errors import InputError
 from slimsam_jax.models.sam import decode
 from slimsam_jax.recipes import RECIPES, Recipe
 from slimsam_jax.run import drawn_anew, some_of
-from slimsam_jax.stages import STAGES, plan
+from slimsam_jax.stages import STAGES, plan, steps_of
 from slimsam_jax.widths import Target
 
 
@@ -27,18 +28,22 @@ def test_steps_and_cuts_add_up(choices):
     stages = plan(Recipe(**choices))
     assert len({stage.name for stage in stages}) == len(stages)
     assert math.isclose(sum(stage.share for stage in stages), 2)
+    for each in (5, 7, 100):
+        steps = steps_of(stages, each)
+        assert sum(steps.values()) == 2 * each and all(steps[stage.name] for stage in stages if stage.share)
     for kind in ("embedding", "bottleneck"):
         assert math.isclose(sum(stage.cut for stage in stages if stage.cuts == kind), 1)
 
 
 def test_the_papers_recipes_have_the_papers_stages():
     assert all(plan(recipe) == STAGES for recipe in RECIPES.values())
-    assert [stage.steps(7) for stage in STAGES] == [7, 7] and [stage.steps(0) for stage in STAGES] == [0, 0]
+    assert steps_of(STAGES, 7) == {"embedding": 7, "bottleneck": 7} and set(steps_of(STAGES, 0).values()) == {0}
 
 
 def test_one_shot_distils_once_and_the_embedding_alone():
     first, second = plan(Recipe(alternate=False))
-    assert (first.steps(100), second.steps(100)) == (0, 200)
+    assert steps_of((first, second), 100) == {"embedding": 0, "bottleneck": 200}
+    assert STAGES[0].aligns(Recipe()) and not second.aligns(Recipe()) and not STAGES[0].aligns(Recipe(align=False))
     assert second.terms(0, 200, Recipe(alternate=False)) == {"embedding": 1.0}
 
 
@@ -52,6 +57,27 @@ def test_equal_cuts_in_a_row_leave_what_one_leaves():
     part = Target(0.77).part(1 / 3)
     np.testing.assert_allclose((1 - part.ratio) ** 3, 0.23)
     assert Target(0.5).part(1.0) == Target(0.5)
+
+
+def test_rounds_together_leave_every_block_its_least():
+    """A block worth nothing keeps a quarter of the even cut's width, however many rounds get there."""
+    for rounds in (1, 2, 3):
+        config, part = tiny_config(mlp_dim=400), 1 / rounds
+        recipe = Recipe(least=0.25**part, compete="kind")
+        for _ in range(rounds):
+            worth = {
+                f"blocks_{i}/{kind}": np.full(width, 1.0 if i else 1e-9)
+                for i in range(2)
+                for kind, width in (("attn", config.blocks[i].head_dim), ("mlp", config.blocks[i].mlp_dim))
+            }
+            target = Target(0.77).part(part)
+            config = widths.with_widths(config, widths.bottleneck_widths(config, worth, target, recipe, False))
+        assert abs(config.blocks[0].mlp_dim - 0.25 * 0.23 * 400) <= 2
+
+
+def test_too_few_steps_are_refused():
+    with pytest.raises(InputError, match="4 steps are too few for the 6 stages"):
+        steps_of(plan(Recipe(rounds=3)), 2)
 
 
 def test_some_images_are_drawn_by_seed():
@@ -97,10 +123,12 @@ def test_masks_are_those_of_the_decoder_for_each_click():
     teacher, batch, found, wanted = features_of(Recipe(masks=1.0, points=3))
     assert found["masks"].shape == wanted["masks"].shape == (2 * 3, 4, 16, 12)
     for image in range(2):
-        logits, _ = decode(
+        logits, iou = decode(
             teacher.config, teacher.params, wanted["embedding"][image], batch["points"][image], batch["labels"][image]
         )
-        np.testing.assert_allclose(wanted["masks"][3 * image : 3 * image + 3], jax.nn.sigmoid(logits), atol=1e-5)
+        rows = slice(3 * image, 3 * image + 3)
+        np.testing.assert_allclose(wanted["masks"][rows], jax.nn.sigmoid(logits), atol=1e-5)
+        np.testing.assert_allclose(wanted["iou"][rows], iou, atol=1e-5)
 
 
 def test_clicks_lie_on_the_picture():
@@ -110,13 +138,15 @@ def test_clicks_lie_on_the_picture():
 
 
 def test_the_decoder_learns_in_the_end():
-    recipe = Recipe(polish=0.5, masks=1.0, tune_decoder=True)
+    recipe = Recipe(polish=0.5, masks=1.0, tune_decoder=True, keep="last")
     *_, polish = plan(recipe)
     assert [stage.trains for stage in plan(recipe)] == [("image_encoder",)] * 2 + [("image_encoder", "mask_decoder")]
     teacher, batch, *_ = features_of(recipe)
     student = random_sam(tiny_config(embed_dim=23), seed=1)
     trainer = train.make_trainer(student, student, teacher, polish, recipe, 10)
-    state, _ = trainer.step(trainer.state, trainer.frozen, batch, polish.terms(0, 10, recipe))
+    terms = polish.terms(0, 10, recipe)
+    assert terms == {"embedding": 1.0, "masks": 1.0, "iou": 1.0}
+    state, _ = trainer.step(trainer.state, trainer.frozen, batch, terms)
     before, after = (jax.tree.leaves(params["mask_decoder"]) for params in (student.params, state.params))
     assert any(np.abs(a - b).max() > 0 for a, b in zip(before, after, strict=True))
 

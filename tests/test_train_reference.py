@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import SQUARE, compress_options, random_sam, samples
 from PIL import Image
+from test_data import truncated
 
 from converters import from_torch, to_torch
 from experiments import reference_results, reference_run, results, train_reference
@@ -264,10 +265,17 @@ def test_a_resumed_training_equals_an_uninterrupted_one(pictures, start, tmp_pat
     assert len({(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "broken")}) == 1
 
 
+def test_a_picture_that_cannot_be_measured_on_is_named(tmp_path, capsys):
+    broken = samples([truncated(tmp_path / "x.jpg")])
+    assert np.isnan(mask_training.mious(random_sam(SQUARE), broken)["box"])
+    assert "not measured on: " in capsys.readouterr().out
+
+
 def test_sizes():
     config = reference_run.architecture("small", {"embed_dim": 96, "depth": 6, "image_size": 320})
     assert config.embed_dim == 96 and config.image_size == (320, 320)
-    assert [(b.heads, b.head_dim, b.mlp_dim, b.window) for b in config.blocks] == [(6, 16, 384, w) for w in (6, 0) * 3]
+    found = [(block.heads, block.head_dim, block.mlp_dim, block.window) for block in config.blocks]
+    assert found == [(6, 16, 384, window) for window in (6, 0, 0) * 2]
     for name in ("small", "vit_b", "vit_h", "vit_p77"):
         preset = reference_run.SMALL if name == "small" else reference_run.configs.preset(name)
         assert reference_run.architecture(name, {}) == preset

@@ -2,7 +2,7 @@
 
     python -m experiments.sa1b.dry_run --scripts sam_b_77.sh sam_h_50.sh --size 256
 
-Each script runs as it stands, but for two steps a stage: stopped by SIGTERM once there is a checkpoint, then
+Each script runs as it stands, but for six steps a stage: stopped by SIGTERM once there is a checkpoint, then
 continued with --resume, and what it writes is loaded. `--size 1024` takes the models' own size; the weights' layout is
 the real one at any, but for the tables of positions.
 """
@@ -33,6 +33,7 @@ from slimsam_jax.models.sam import Sam, init
 FOLDER = Path(__file__).parent
 ALL = tuple(sorted(path.name for path in FOLDER.glob("*.sh")))
 PICTURES = 4
+STEPS = 6  # enough for the request to stop to come within the stage of the first checkpoint
 
 
 def main(scripts: tuple[str, ...] = ALL, size: int = 1024, wait: float = 3600) -> None:
@@ -62,11 +63,11 @@ def stop_and_resume(script: str, size: int, folder: Path, wait: float) -> float:
     write_pictures(pictures, size)
     variables = {**os.environ, "TEACHER": str(teacher), "IMAGES": str(pictures), "VAL": str(pictures), "OUT": str(out)}
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
-    command = [FOLDER / script, "--steps", "2", "--batch", str(jax.device_count()), "--save-every", "1"]
+    command = [FOLDER / script, "--steps", str(STEPS), "--batch", str(jax.device_count()), "--save-every", "1"]
     start = time.perf_counter()
     run = subprocess.Popen(command, env=variables)
     while run.poll() is None and not checkpoints(out) and time.perf_counter() < start + wait:
-        time.sleep(0.5)
+        time.sleep(0.2)
     run.send_signal(signal.SIGTERM)
     if run.wait() != 128 + signal.SIGTERM or not checkpoints(out):
         raise RunError(f"{script} did not stop at a checkpoint (exit code {run.returncode})")

@@ -78,9 +78,11 @@ class Batches:
             sample = self.samples[(index + ahead) % len(self.samples)]
             if sample.name in self.skipped:
                 continue
+            state = random.bit_generator.state
             try:
                 return self._read(sample, random)
             except InputError as error:
+                random.bit_generator.state = state  # the next one is read as if this had been known to be unusable
                 self.skipped[sample.name] = str(error)
                 if self.parts == 1:
                     check_share(self.skipped, len(self.samples), self.max_broken)
