@@ -7,6 +7,7 @@ import dataclasses
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -190,7 +191,15 @@ def test_installing_needs_npm_and_says_what_it_says(tmp_path, monkeypatch):
         demo.install_runtime(tmp_path / "cache")
 
 
-def test_the_command_serves_until_it_is_interrupted(cache, models):
+@pytest.fixture
+def interruptible():
+    """A shell's background jobs ignore the interrupt, and so would what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_command_serves_until_it_is_interrupted(cache, models, interruptible):
     arguments = ("--model", models[0], "--against", models[1], "--port", "0", "--cache", cache)
     command = [sys.executable, "-m", "slimsam_jax.demo", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:

@@ -51,8 +51,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, material, tmp_path,
 @pytest.mark.slow
 def test_stages_of_other_recipes_are_resumed_too(material, tmp_path, monkeypatch):
     """In the last of them, with everything that a step draws or carries along."""
-    choices = ("validations=2", "polish=0.5", "masks=1", "tune_decoder=true", "keep=last", "ema=0.5")
-    compress.compress(compress_options(material, tmp_path / "whole", set=choices))
+    drawn = ("alternate=false", "polish=0.5", "masks=1", "tune_decoder=true", "keep=last", "ema=0.5")
+    choices = {"recipe": "taylor", "set": ("criterion=magnitude", "validations=2", *drawn)}
+    compress.compress(compress_options(material, tmp_path / "whole", **choices))
 
     def step(self, state, number, batch, whole=Distillation.step):
         if (self.stage.name, number) == ("polish", 3):
@@ -62,9 +63,11 @@ def test_stages_of_other_recipes_are_resumed_too(material, tmp_path, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(Distillation, "step", step)
         with pytest.raises(RunError, match="plug"):
-            compress.compress(compress_options(material, tmp_path / "slim", set=choices))
-    compress.compress(compress_options(material, tmp_path / "slim", set=choices, resume=True))
+            compress.compress(compress_options(material, tmp_path / "slim", **choices))
+    compress.compress(compress_options(material, tmp_path / "slim", **choices, resume=True))
     assert_same_run(tmp_path / "slim", tmp_path / "whole")
+    decoders = (from_torch.load(folder).params["mask_decoder"] for folder in (material / "teacher", tmp_path / "slim"))
+    assert not all(map(np.array_equal, *map(jax.tree.leaves, decoders)))
 
 
 def test_broken_pictures_are_named_and_skipped(material, tmp_path, monkeypatch, capsys):

@@ -97,12 +97,16 @@ def test_weights_drawn_anew_keep_the_widths():
     assert not np.allclose(kernel(new), kernel(sam))
 
 
+def batch_with_clicks(count: int) -> dict[str, np.ndarray]:
+    batch = random_images(tiny_config())
+    clicks = [labels.random_clicks(size, count, np.random.default_rng(0)) for size in batch["size"]]
+    return batch | {name: np.stack([each[name] for each in clicks]) for name in clicks[0]}
+
+
 def features_of(recipe: Recipe, stage=STAGES[0]):
     """Student's and target's, of a batch with clicks."""
     teacher, student = random_sam(tiny_config()), random_sam(tiny_config(embed_dim=23), seed=1)
-    batch = random_images(teacher.config)
-    clicks = [labels.random_clicks(size, recipe.points, np.random.default_rng(0)) for size in batch["size"]]
-    batch |= {name: np.stack([each[name] for each in clicks]) for name in clicks[0]}
+    batch = batch_with_clicks(recipe.points)
     trainer = train.make_trainer(student, teacher, teacher, stage, recipe, 10)
     encode = lambda config, encoder, batch: train.run_encoder(config, encoder, batch)
     arguments = trainer.frozen, batch
@@ -141,7 +145,7 @@ def test_the_decoder_learns_in_the_end():
     recipe = Recipe(polish=0.5, masks=1.0, tune_decoder=True, keep="last")
     *_, polish = plan(recipe)
     assert [stage.trains for stage in plan(recipe)] == [("image_encoder",)] * 2 + [("image_encoder", "mask_decoder")]
-    teacher, batch, *_ = features_of(recipe)
+    teacher, batch = random_sam(tiny_config()), batch_with_clicks(recipe.points)
     student = random_sam(tiny_config(embed_dim=23), seed=1)
     trainer = train.make_trainer(student, student, teacher, polish, recipe, 10)
     terms = polish.terms(0, 10, recipe)
