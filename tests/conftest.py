@@ -6,8 +6,6 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
-# Most of the suite's time is compilation, of programs that run once or twice: a third less without optimisation.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 # Many tests compile the same small models; workers and the processes that tests start share what they compiled.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="slimsam-jax-tests-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
