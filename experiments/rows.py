@@ -155,6 +155,9 @@ TABLES = {
             "a quarter of the steps to polish": default("polish=0.25"),
             "cosine 0.5": default("cosine=0.5"),
             "masks 1": default("masks=1"),
+            "masks 1, and the decoder tuned in a last quarter": default(
+                "masks=1", "polish=0.25", "tune_decoder=true", "keep=last"
+            ),
             "average of weights 0.95": default("ema=0.95"),
             "AdamW 0.05": default("weight_decay=0.05"),
             "clip 1": default("clip=1"),

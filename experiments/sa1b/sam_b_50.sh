@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SAM-B with 50 % of the channels removed, distilled on 10,000 pictures of SA-1B: 0.1 % of it, as in the paper.
-# The paper's number for this cut: SlimSAM-50, 26 M (28.0 M as loaded) parameters: 72.33 (mIoU by point, SA-1B, its own 50 pictures).
+# The paper: SlimSAM-50, 26 M parameters (28.0 M as loaded), 72.33 mIoU by point on SA-1B.
 # Hours and memory: python -m experiments.sa1b.hours. The reference's recipe: --recipe slimsam. Goes on with --resume.
 set -euo pipefail
 exec python -m slimsam_jax.compress \

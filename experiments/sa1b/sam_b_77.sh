@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SAM-B with 77 % of the channels removed, distilled on 10,000 pictures of SA-1B: 0.1 % of it, as in the paper.
-# The paper's number for this cut: SlimSAM-77, 9.1 M (9.7 M as loaded) parameters: 67.40 (mIoU by point, SA-1B, its own 50 pictures).
+# The paper: SlimSAM-77, 9.1 M parameters (9.7 M as loaded), 67.40 mIoU by point on SA-1B.
 # Hours and memory: python -m experiments.sa1b.hours. The reference's recipe: --recipe slimsam. Goes on with --resume.
 set -euo pipefail
 exec python -m slimsam_jax.compress \
