@@ -1,7 +1,8 @@
 """Both sides of `bench.py --what evaluation`: mIoU by point and by box of a picture with annotations.
 
-Ours is what `slimsam_jax.evaluate` does for the single mask, two pictures at a time; PyTorch's is `SamPredictor`, which encodes the picture
-once and is then asked for one mask at a time, and IoU by numpy as in SlimSAM's validation (prune_funcs.py:30-36).
+Ours is what `slimsam_jax.evaluate` does for the single mask, two pictures at a time; PyTorch's is `SamPredictor`, which
+encodes the picture once and is then asked for one mask at a time, and IoU by numpy as in SlimSAM's validation
+(prune_funcs.py:30-36).
 """
 
 from __future__ import annotations
