@@ -64,10 +64,9 @@ def _against_steps(axes: Any, key: str, runs_of: RunsOf) -> None:
 def _criteria(axes: Any, key: str, runs_of: RunsOf) -> None:
     rows = {label: _spread(runs_of(row, 0.77), key) for label, row in TABLES["criteria"].rows.items()}
     rows = {label: spread for label, spread in rows.items() if np.isfinite(spread[0])}
-    means, deviations = zip(*rows.values(), strict=True) if rows else ((), ())
-    axes.barh(list(rows), means, xerr=deviations, color=["C0" if "ours" in label else "C7" for label in rows])
-    if rows:
-        axes.set_xlim(left=max(0.0, sorted(means)[min(1, len(means) - 1)] - 5))  # what is distilled from scratch is far
+    for label, (mean, deviation) in rows.items():  # points, as bars would have to begin at 0
+        axes.errorbar([mean], [label], xerr=[deviation], fmt="o", capsize=3, color="C0" if "ours" in label else "C7")
+    axes.margins(y=0.1)
 
 
 def _curve(axes: Any, name: str, points: list[tuple[float, float, float]]) -> None:
