@@ -22,6 +22,7 @@ from experiments import results
 from experiments.rows import COMMON, TABLES, Row, plan
 from slimsam_jax import cli, metrics
 from slimsam_jax.compress import Options
+from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import agreement, encode_image, read_annotated, single_mask_iou
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.run import prepare, slim
@@ -41,10 +42,13 @@ def run(teacher: Path, images: Path, val: Path, cache: Path = Path("cache"), par
       part: i/n: every n-th run, from the i-th.
       only: of this table alone.
     """
+    if only not in ("", *TABLES):
+        raise InputError(f"--only {only} is no table; there are {', '.join(TABLES)}")
     mine, parts = map(int, part.split("/"))
     bench = None
-    wanted = {(row, ratio) for ratio in TABLES[only].ratios for row in TABLES[only].rows.values()} if only else None
-    runs = [each for each in plan() if wanted is None or each[:2] in wanted]
+    tables = [TABLES[only]] if only else TABLES.values()
+    wanted = {(row, ratio) for table in tables for ratio in table.ratios for row in table.rows.values()}
+    runs = [each for each in plan() if each[:2] in wanted]
     for row, ratio, seed in runs[mine::parts]:
         if results.find(FILE, key := key_of(row, ratio, seed)):
             continue

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from slimsam_jax.run import Run
 
 # Multiply-accumulates of the teacher in a stage, below which compiling a second program, without the terms that have
-# faded, takes longer than it saves: 400 images of the small SAM, four of ViT-B at 1024 px.
+# faded, takes longer than it saves: 1500 images of the small SAM, four of ViT-B at 1024 px.
 WORTH_A_PROGRAM = 2e12
 
 

@@ -80,8 +80,8 @@ def calibration_stream(
 def random_clicks(size: np.ndarray, count: int, random: np.random.Generator) -> dict[str, np.ndarray]:
     """Foreground clicks anywhere on a picture of [2] `size` in the model frame, as in `AnnotatedBatches`."""
     clicks = random.uniform(0, size[::-1], (count, 1, 2)).astype(np.float32)
-    points, labels = prompt_points(clicks, np.ones((count, 1), np.int32), None)
-    return {"points": points.astype(np.float32), "labels": labels}
+    points, labels = prompt_points(clicks, np.ones((count, 1), np.int32))
+    return {"points": points, "labels": labels}
 
 
 def _prompts(chosen: Sequence[Annotation], size: tuple[int, int], config: Config) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from slimsam_jax.data.batches import Batches, Framing, draw_framing
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import read_annotated
 from slimsam_jax.evaluation.prompts import noisy
-from slimsam_jax.labels import annotated, coverage
+from slimsam_jax.labels import coverage
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.prompt_encoder import prompt_points
 from slimsam_jax.models.sam import resize_and_pad, to_model_frame
@@ -47,7 +47,6 @@ class MaskBatches(Batches):
         max_broken: float = 1.0,
     ):
         self.config, self.prompts, self.flip, self.crop = config, prompts, flip, crop
-        samples = annotated(samples, "training")
         super().__init__(samples, config.image_size, batch, seed, start, part, max_broken=max_broken)
 
     def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tyro
 
-from experiments import figures, rows, slimming
+from experiments import figures, results, rows, slimming
 from experiments.rows import TABLES, Row
 from slimsam_jax.compress import Options
+from slimsam_jax.errors import InputError
 from slimsam_jax.recipes import RECIPES
 
 COMMON = "--teacher t.pth --images train --val val --cache cache --importance-images 50"
@@ -51,6 +52,17 @@ def test_tables_give_mean_and_deviation_over_seeds_of_what_there_is():
     assert len(lines) == 3
     assert "| gradients summed | 0.77 | 1.00 M | 1.000 G | 0.1 (0.1 to 0.1) | 40.00 ± 0.00 | " in lines[2]
     assert f"85.00 ± {100 * np.std([0.8, 0.9], ddof=1):.2f} | 2 |" in lines[2] and row.arguments() in lines[2]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_readme_has_the_tables_of_the_results(name):
+    lines = slimming.lines_of(name, results.read(slimming.FILE))
+    assert f"<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- end of {name} -->" in results.README.read_text()
+
+
+def test_a_table_that_there_is_not():
+    with pytest.raises(InputError, match="--only tables is no table; there are compression, criteria"):
+        slimming.run(Path("t"), Path("i"), Path("v"), only="tables")
 
 
 def test_pictures_are_drawn_from_what_there_is(tmp_path, monkeypatch):
