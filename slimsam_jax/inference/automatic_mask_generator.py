@@ -1,4 +1,4 @@
-"""All masks of a picture: `segment_anything`'s `SamAutomaticMaskGenerator`, and TinySAM's hierarchical strategy.
+"""All masks of a picture: `segment_anything`'s `SamAutomaticMaskGenerator`, and ways to ask fewer points.
 
 A grid of points is decoded in batches; what the model thinks poor is dropped before anything is enlarged, the rest is
 enlarged, measured and packed to bits on the device, and only what survives suppression is unpacked.
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from slimsam_jax import rle
 from slimsam_jax.errors import InputError
-from slimsam_jax.inference import amg
+from slimsam_jax.inference import amg, hierarchical
 from slimsam_jax.inference.candidates import Candidates, concatenate, enlarge, unpack
+from slimsam_jax.inference.hierarchical import Decoded
 from slimsam_jax.inference.masks import Encoded, clicks_at, decode_prompts
 from slimsam_jax.inference.predictor import AnyImage, as_picture, encode_images
 from slimsam_jax.models.sam import Sam
@@ -40,10 +41,9 @@ class SamAutomaticMaskGenerator:
       point_grids: [n, 2] (x, y) in 0..1 for each layer.
       min_mask_region_area: holes and islands of fewer pixels are filled and dropped; 0 for none.
       output_mode: "binary_mask" [h0, w0] bool, "uncompressed_rle" or "coco_rle".
-      hierarchical: a sixteenth of the points first; of the others only those that no mask found so far covers
-        (TinySAM, Shu et al., AAAI 2025, section 3.4; there the first points lie beside the grid, here they are of it,
-        so that no point is asked that the flat strategy would not ask). Suits a SAM that is sure of its masks.
-      covered_thresh: the logit that a mask must exceed where it covers; TinySAM's, tuned on SAM-H and its like.
+      hierarchical: asks fewer points: a few first, then where they found something, see `inference.hierarchical`.
+      covered_thresh: with `hierarchical`, TinySAM's strategy instead of ours: the logit over which a mask covers other
+        points. Theirs is 8.5, tuned on SAM-H and its like.
     """
 
     sam: Sam
@@ -61,7 +61,7 @@ class SamAutomaticMaskGenerator:
     min_mask_region_area: int = 0
     output_mode: Literal["binary_mask", "uncompressed_rle", "coco_rle"] = "binary_mask"
     hierarchical: bool = False
-    covered_thresh: float = 8.5
+    covered_thresh: float | None = None
 
     def __post_init__(self):
         if (self.points_per_side is None) == (self.point_grids is None):
@@ -112,11 +112,17 @@ class SamAutomaticMaskGenerator:
         """What is found in a picture that is encoded already, best first; or in a crop of one of `size`."""
         height, width = encoded.original_size
         crop_box = np.array([0, 0, width, height]) if crop_box is None else crop_box
-        search = functools.partial(self._at_points, encoded, crop_box, size or encoded.original_size)
-        if self.hierarchical:
-            found = self._coarse_to_fine(encoded, search, layer)
+        decode = functools.partial(self._decode, encoded)
+        judge = functools.partial(self._passing, encoded, crop_box, size or encoded.original_size)
+        grid = self._grid(layer) * (width, height)
+        if not self.hierarchical:
+            found = concatenate([judge(decoded)[0] for decoded in decode(grid.reshape(-1, 2))])
+        elif self.covered_thresh is not None:
+            found = hierarchical.where_not_covered(decode, judge, grid, self.sam, encoded, self.covered_thresh)
         else:
-            found = search(self._grid(layer).reshape(-1, 2) * (width, height))[0]
+            thresholds = self.pred_iou_thresh, self.stability_score_thresh, self.stability_score_offset
+            cells = tuple(-(-4 * side // self.sam.config.patch_size) for side in encoded.size)
+            found = hierarchical.around_the_best(decode, judge, grid, cells, *thresholds)
         return found.take(amg.nms(found.boxes, found.predicted_iou, self.box_nms_thresh))
 
     def _grid(self, layer: int) -> np.ndarray:
@@ -126,42 +132,27 @@ class SamAutomaticMaskGenerator:
         side = max(1, int(self.points_per_side / self.crop_n_points_downscale_factor**layer))
         return amg.build_point_grid(side).reshape(side, side, 2)
 
-    def _coarse_to_fine(self, encoded: Encoded, search: Any, layer: int) -> Candidates:
-        height, width = encoded.original_size
-        grid = self._grid(layer) * (width, height)
-        first = np.zeros(grid.shape[:2], bool)
-        first[min(1, len(grid) - 1) :: 4, min(1, len(grid) - 1) :: 4] = True
-        coarse, low = search(grid[first])
-        fine, _ = search(grid[~first & ~self._explained(encoded, coarse, low, grid)])
-        return concatenate([coarse, fine])
-
-    def _explained(self, encoded: Encoded, coarse: Candidates, low: np.ndarray, grid: np.ndarray) -> np.ndarray:
-        """[rows, columns] bool: points of the grid that one of the [m, 4h, 4w] logits of `coarse` covers."""
-        x, y = np.moveaxis(grid.astype(int), -1, 0)
-        return _covered(self.sam, encoded, low, self.covered_thresh)[y, x]
-
-    def _at_points(self, encoded: Encoded, crop_box: np.ndarray, size: tuple[int, int], points: np.ndarray):
-        """The masks that pass the filters at [n, 2] points of a crop, and if hierarchical their [m, 4h, 4w] logits."""
-        found, lows = [], []
-        for start in range(0, max(1, len(points)), self.points_per_batch):
+    def _decode(self, encoded: Encoded, points: np.ndarray) -> Iterator[Decoded]:
+        """All masks at [n, 2] points of a crop, a batch at a time; the single mask of each point is left out."""
+        for start in range(0, len(points), self.points_per_batch):
             some = points[start : start + self.points_per_batch]
-            low, scores = decode_prompts(self.sam, encoded, clicks_at(some)) if len(some) else self._nothing()
+            low, scores = decode_prompts(self.sam, encoded, clicks_at(some))
             low, scores = low[:, 1:].reshape(-1, *low.shape[2:]), scores[:, 1:].ravel()
-            asked = np.repeat(some, len(scores) // max(1, len(some)), axis=0)
-            good = np.flatnonzero((scores > self.pred_iou_thresh) | (self.pred_iou_thresh <= 0))
-            bits, boxes, areas, stability = enlarge(self.sam, encoded, low[good], self.stability_score_offset)
-            boxes = boxes + np.tile(crop_box[:2], 2)
-            crops = np.tile(crop_box, (len(good), 1))
-            batch = Candidates(list(bits), boxes, areas, scores[good], stability, asked[good] + crop_box[:2], crops)
-            keep = (stability >= self.stability_score_thresh) & ~amg.is_box_near_crop_edge(boxes, crop_box, size)
-            found.append(batch.take(np.flatnonzero(keep)))
-            if self.hierarchical:
-                lows.append(low[good][keep])
-        return concatenate(found), np.concatenate(lows) if lows else None
+            yield Decoded(np.repeat(some, len(scores) // len(some), axis=0), scores, low)
 
-    def _nothing(self) -> tuple[np.ndarray, np.ndarray]:
-        outputs, (h, w) = 1 + self.sam.config.multimask_outputs, self.sam.config.grid
-        return np.zeros((0, outputs, 4 * h, 4 * w), np.float32), np.zeros((0, outputs), np.float32)
+    def _passing(
+        self, encoded: Encoded, crop_box: np.ndarray, size: tuple[int, int], decoded: Decoded
+    ) -> tuple[Candidates, np.ndarray]:
+        """The masks that pass the filters, and their indices among `decoded`."""
+        good = np.flatnonzero((decoded.scores > self.pred_iou_thresh) | (self.pred_iou_thresh <= 0))
+        points, scores, low = decoded.take(good)
+        bits, boxes, areas, stability = enlarge(self.sam, encoded, low, self.stability_score_offset)
+        boxes = boxes + np.tile(crop_box[:2], 2)
+        crops = np.tile(crop_box, (len(good), 1))
+        found = Candidates(list(bits), boxes, areas, scores, stability, points + crop_box[:2], crops)
+        near_edge = amg.is_box_near_crop_edge(boxes, crop_box, size)
+        keep = np.flatnonzero((stability >= self.stability_score_thresh) & ~near_edge)
+        return found.take(keep), good[keep]
 
     def _without_small_regions(self, found: Candidates, masks: list[np.ndarray]):
         """Masks that were changed give way to those that were not, where they are duplicates."""
@@ -171,13 +162,6 @@ class SamAutomaticMaskGenerator:
         keep = amg.nms(boxes, 1.0 - changed, max(self.box_nms_thresh, self.crop_nms_thresh))
         found = found._replace(boxes=boxes, areas=np.array([mask.sum() for mask in masks]))
         return found.take(keep), [masks[i] for i in keep]
-
-
-def _covered(sam: Sam, encoded: Encoded, low: np.ndarray, threshold: float) -> np.ndarray:
-    """[h0, w0] bool: where any of the logits exceeds the threshold."""
-    bits = enlarge(sam, encoded, low, threshold=threshold)[0]
-    together = np.bitwise_or.reduce(bits, axis=0) if len(bits) else np.zeros(bits.shape[1:], np.uint8)
-    return np.unpackbits(together, axis=-1, count=encoded.original_size[1]).astype(bool)
 
 
 ENCODE = {"binary_mask": np.asarray, "uncompressed_rle": rle.encode_uncompressed, "coco_rle": rle.encode}
