@@ -36,7 +36,7 @@ def run(options: Options) -> dict[str, Any]:
     sam = first_model(options)
     images, val = (labels.annotated(samples, "training") for samples in split_images(options))
     val = val[: options.val_images]
-    origin = provenance(options, settings, sam, images, val)
+    origin = provenance(options, settings, images, val)
     folder = RunFolder(options.out, origin, options.resume)
     trained = MaskTraining(folder, sam, images, val, settings).run()
     numbers = finish(folder, trained, origin, options.keep) if sharding.is_main() else {}
@@ -53,15 +53,27 @@ def settings_of(options: Options) -> Settings:
 
 
 def first_model(options: Options) -> Sam:
-    """`--init`, or random weights.
+    """`--init`, or random weights, of the decoder's side those of `--decoder`.
 
     Raises:
       InputError: the sizes asked for are not those of `--init`, or fit no SAM.
     """
-    if not options.init:
-        config = architecture(options.preset or "small", options.sizes())
-        return Sam(config, jax.device_get(jax.jit(init, static_argnums=0)(config, jax.random.key(options.seed))))
-    sam = load(options.init)
+    if options.init:
+        return of_the_sizes_asked(load(options.init), options)
+    config, head = architecture(options.preset or "small", options.sizes()), {}
+    if options.decoder:
+        other = load(options.decoder)
+        encoder = {"image_size": config.image_size, "embed_dim": config.embed_dim, "blocks": config.blocks}
+        try:
+            config = dataclasses.replace(other.config, **encoder)
+        except ValueError as error:  # patches of another size
+            raise InputError(str(error)) from None
+        head = {name: other.params[name] for name in ("prompt_encoder", "mask_decoder")}
+    params = jax.device_get(jax.jit(init, static_argnums=0)(config, jax.random.key(options.seed)))
+    return Sam(config, params | head)
+
+
+def of_the_sizes_asked(sam: Sam, options: Options) -> Sam:
     has = sizes_of(sam.config)
     for name, asked in options.sizes().items():
         if asked != has[name]:
@@ -107,22 +119,25 @@ def sizes_of(config: Config) -> dict[str, int]:
     }
 
 
-def provenance(
-    options: Options, settings: Settings, sam: Sam, images: Sequence[Sample], val: Sequence[Sample]
-) -> dict[str, Any]:
+def provenance(options: Options, settings: Settings, images: Sequence[Sample], val: Sequence[Sample]) -> dict[str, Any]:
     """Where a model comes from, for its config.json; a resumed run must agree in all of it."""
     digest = lambda samples: hashlib.sha256("\n".join(sample.name for sample in samples).encode()).hexdigest()
     packages = ("jax", "flax", "optax", "numpy")
     return {
-        "init": {"file": options.init.name, "sha256": checkpoint.sha256(options.init), "provenance": sam.provenance}
-        if options.init
-        else None,
+        "init": start_of(options.init or options.decoder),
         "images": {"count": len(images), "sha256_of_names": digest(images)},
         "val": {"count": len(val), "sha256_of_names": digest(val)},
         "options": {**options.fixing_the_result(), "learning_rate": settings.learning_rate},
         "dtype": str(jax.numpy.dtype(settings.dtype)),
         "versions": {"slimsam_jax": __version__, **{name: version(name) for name in packages}},
     }
+
+
+def start_of(path: Path | None) -> dict[str, Any] | None:
+    """What a model says of the checkpoint that it started from."""
+    if not path:
+        return None
+    return {"file": path.name, "sha256": checkpoint.sha256(path), "provenance": load(path).provenance}
 
 
 def finish(folder: RunFolder, sam: Sam, origin: dict[str, Any], keep: str) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def default(*settings: str, **options) -> Row:
 
 
 SLIMSAM = Row("slimsam")
+RATE = "learning_rate=1e-3"
 TABLES = {
     "compression": Table(
         (0.5, 0.77, 0.9),
@@ -67,7 +68,7 @@ TABLES = {
             "Hessian (Fisher, labels)": taylor("criterion=fisher", "signal=masks"),
             "Taylor, labels": taylor("signal=masks"),
             "Disturbed Taylor": taylor(),
-            "ours (projection), their learning rate": default("learning_rate=0.001"),
+            "ours (projection), their learning rate": default(RATE),
             "ours (projection)": default(),
         },
         {
@@ -130,7 +131,7 @@ TABLES = {
             "gradients summed": taylor("gradients=sum"),
             "plain MSE": taylor("relative_loss=false"),
             "all of them, and gaussian (slimsam, learning rate and schedule of taylor)": Row(
-                "slimsam", ("learning_rate=0.001", "schedule=cosine")
+                "slimsam", (RATE, "schedule=cosine")
             ),
         },
     ),
@@ -142,15 +143,28 @@ TABLES = {
             for steps in (0, 25, 100, 400)
         },
     ),
+    "rates": Table(
+        (0.5, 0.77, 0.9),
+        {
+            **{f"learning rate {rate}": default(f"learning_rate={rate}") for rate in ("3e-5", "1e-4", "3e-4", "1e-3")},
+            **{f"pace {pace}": default(f"pace={pace}") for pace in ("3e-3", "3e-2")},
+            "pace 1e-2 (default)": default(),
+            **{f"taylor, learning rate {rate}": taylor(f"learning_rate={rate}") for rate in ("3e-4", "3e-3")},
+            "taylor, learning rate 1e-3 (its own)": taylor(),
+        },
+    ),
+    "order": Table(
+        (0.77, 0.5, 0.9),
+        {
+            "alternate": default(),
+            "one-shot": default("alternate=false"),
+            "alternate, no intermediate features": default("align=false"),
+        },
+    ),
     "search": Table(
         (0.9,),
         {
             "default": default(),
-            "learning rate 3e-5": default("learning_rate=3e-5"),
-            "learning rate 3e-4": default("learning_rate=3e-4"),
-            "learning rate 1e-3": default("learning_rate=1e-3"),
-            "no intermediate features": default("align=false"),
-            "one-shot": default("alternate=false"),
             "2 rounds": default("rounds=2"),
             "a quarter of the steps to polish": default("polish=0.25"),
             "cosine 0.5": default("cosine=0.5"),
@@ -161,6 +175,7 @@ TABLES = {
             "average of weights 0.95": default("ema=0.95"),
             "AdamW 0.05": default("weight_decay=0.05"),
             "clip 1": default("clip=1"),
+            "flip": default("flip=true"),
             "taylor": taylor(),
             "slimsam": SLIMSAM,
         },

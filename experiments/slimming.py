@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,31 @@ import jax
 import numpy as np
 
 from experiments import results
-from experiments.rows import COMMON, TABLES, Row, plan
+from experiments.rows import COMMON, SEEDS, TABLES, Row, plan
 from slimsam_jax import cli, metrics
 from slimsam_jax.compress import Options
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import agreement, encode_image, read_annotated, single_mask_iou
+from slimsam_jax.evaluation.clicks import click_scores
+from slimsam_jax.models.latency import encoder_runner, interleaved
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.run import prepare, slim
 
 FILE = results.FOLDER / "slimming.jsonl"
+UNCUT = {"recipe": "none", "ratio": 0.0}
+CLICKS, CLICKED = 5, 30  # clicks on each object of so many pictures
 TEACHER = 0.39307  # point mIoU on bsds_val, by the original code
 
 
-def run(teacher: Path, images: Path, val: Path, cache: Path = Path("cache"), part: str = "0/1", only: str = "") -> None:
+def run(
+    teacher: Path,
+    images: Path,
+    val: Path,
+    cache: Path = Path("cache"),
+    part: str = "0/1",
+    only: str = "",
+    seeds: tuple[int, ...] = SEEDS,
+) -> None:
     """Measure what is not measured yet.
 
     Args:
@@ -41,6 +54,7 @@ def run(teacher: Path, images: Path, val: Path, cache: Path = Path("cache"), par
       cache: folder for the teacher's embeddings.
       part: i/n: every n-th run, from the i-th.
       only: of this table alone.
+      seeds: of these seeds alone.
     """
     if only not in ("", *TABLES):
         raise InputError(f"--only {only} is no table; there are {', '.join(TABLES)}")
@@ -48,19 +62,24 @@ def run(teacher: Path, images: Path, val: Path, cache: Path = Path("cache"), par
     bench = None
     tables = [TABLES[only]] if only else TABLES.values()
     wanted = {(row, ratio) for table in tables for ratio in table.ratios for row in table.rows.values()}
-    runs = [each for each in plan() if each[:2] in wanted]
+    runs = [each for each in plan() if each[:2] in wanted and each[2] in seeds]
     for row, ratio, seed in runs[mine::parts]:
         if results.find(FILE, key := key_of(row, ratio, seed)):
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as out:
             prepared = prepare(options_of(row, ratio, seed, teacher, images, val, cache, Path(out) / "slim"))
-            prepared.cache.fill(prepared.images)
+            if prepared.cache:
+                prepared.cache.fill(prepared.images)
             student = prepared.teacher
             for stage in prepared.stages:
                 student = slim(prepared, stage, student)
         bench = bench or Bench(prepared.teacher, prepared.val)
-        numbers = bench.measure(student) | {"seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        more = row in TABLES["compression"].rows.values()
+        if more and not results.find(FILE, UNCUT):
+            results.append(FILE, UNCUT | bench.measure(prepared.teacher, more))
+        numbers = bench.measure(student, more) | {"seconds": seconds}
         results.append(FILE, key | numbers)
         told = ", ".join(f"{name} {numbers[name]:.4g}" for name in ("error", "point", "box", "agreement", "seconds"))
         print(f"--ratio {ratio} --seed {seed} {row.arguments()}: {told}", flush=True)
@@ -73,10 +92,12 @@ def key_of(row: Row, ratio: float, seed: int) -> dict[str, Any]:
 
 
 def options_of(
-    row: Row, ratio: float, seed: int, teacher: Path, images: Path, val: Path, cache: Path, out: Path
+    row: Row, ratio: float, seed: int, teacher: Path, images: Path, val: Path, cache: Path | None, out: Path
 ) -> Options:
     """Those of the row's command."""
     given = {**COMMON, **row._asdict(), "set": (*COMMON["set"], *row.set)}
+    if "flip=true" in row.set:
+        cache = None  # it holds embeddings of pictures as they are
     return Options(
         teacher=teacher, images=(str(images),), val=(str(val),), ratio=ratio, seed=seed, cache=cache, out=out, **given
     )
@@ -90,26 +111,37 @@ class Bench:
         self.val = [read_annotated(sample) for sample in val]
         self.wanted = [encode_image(teacher, image) for image, _ in self.val]
 
-    def measure(self, slim: Sam) -> dict[str, float]:
-        """Means over images: error of the embedding, mIoU by point and by box, agreement with the teacher; costs."""
-        found = []
-        for (image, truth), wanted in zip(self.val, self.wanted, strict=True):
-            encoded = encode_image(slim, image)
-            found.append(
-                {
-                    "error": metrics.relative_error(encoded.embedding, wanted.embedding),
-                    "point": single_mask_iou(slim, encoded, truth, "point"),
-                    "box": single_mask_iou(slim, encoded, truth, "box"),
-                    "agreement": float(agreement([(self.teacher, wanted), (slim, encoded)], grid=4)[1].mean()),
-                }
-            )
+    def measure(self, slim: Sam, more: bool = False) -> dict[str, float]:
+        """Means over images: error of the embedding, mIoU by point and by box, agreement with the teacher; costs.
+
+        Args:
+          more: and mIoU after `CLICKS` clicks, on the first `CLICKED` images.
+        """
+        found = [
+            self._of_image(slim, *each, clicks=more and i < CLICKED)
+            for i, each in enumerate(zip(self.val, self.wanted, strict=True))
+        ]
         macs = metrics.encoder_macs(slim.config)
+        runs = [encoder_runner(sam.config, sam.params) for sam in (self.teacher, slim)]
+        teacher, own = interleaved(runs)
         return {
-            **{name: float(np.mean([each[name] for each in found])) for name in found[0]},
+            **{name: float(np.mean([each[name] for each in found if name in each])) for name in found[0]},
             "encoder_parameters": metrics.encoder_parameters(slim.config),
             "macs_linear": macs.linear,
             "macs_total": macs.total,
+            "speedup": teacher / own,
         }
+
+    def _of_image(self, slim: Sam, annotated: Any, wanted: Any, clicks: bool) -> dict[str, float]:
+        image, truth = annotated
+        encoded = encode_image(slim, image)
+        found = {
+            "error": metrics.relative_error(encoded.embedding, wanted.embedding),
+            "point": single_mask_iou(slim, encoded, truth, "point"),
+            "box": single_mask_iou(slim, encoded, truth, "box"),
+            "agreement": float(agreement([(self.teacher, wanted), (slim, encoded)], grid=4)[1].mean()),
+        }
+        return found | ({"clicks": click_scores(slim, encoded, truth, CLICKS)[f"iou_{CLICKS}"]} if clicks else {})
 
 
 def table() -> None:
@@ -130,32 +162,62 @@ def runs_of(row: Row, ratio: float, found: list[dict[str, Any]]) -> list[dict[st
 
 
 def lines_of(name: str, found: list[dict[str, Any]]) -> list[str]:
-    table = TABLES[name]
-    head = ["row", "ratio", "parameters", "MACs", "error", "point mIoU", "box mIoU", "agreement", "seeds"]
-    head += (["paper"] if table.paper else []) + ["command"]
+    table, more = TABLES[name], MORE if name == "compression" else ()
+    head = ["row", "ratio", *COLUMNS, *more, "seeds", *(["paper"] if table.paper else []), "command"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for ratio in table.ratios:
-        for label, row in table.rows.items():
-            if runs := runs_of(row, ratio, found):
-                paper = [f"{table.paper.get((label, ratio), '')}"] if table.paper else []
-                cells = [label, f"{ratio:g}", *cells_of(runs), *paper, f"`{row.arguments()}`"]
-                lines.append("| " + " | ".join(cells) + " |")
+    uncut = [entry for entry in found if more and UNCUT.items() <= entry.items()]
+    rows = [("the teacher", 0.0, None, uncut)] if uncut else []
+    rows += [
+        (label, ratio, row, runs_of(row, ratio, found)) for ratio in table.ratios for label, row in table.rows.items()
+    ]
+    for label, ratio, row, runs in rows:
+        if runs:
+            paper = [f"{table.paper.get((label, ratio), '')}"] if table.paper else []
+            cells = [COLUMNS[column](runs) for column in COLUMNS] + [MORE[column](runs) for column in more]
+            command = f"`{row.arguments()}`" if row else ""
+            seeds = str(len(runs)) if row else ""
+            lines.append("| " + " | ".join([label, f"{ratio:g}", *cells, seeds, *paper, command]) + " |")
     return lines
 
 
-def cells_of(runs: list[dict[str, Any]]) -> list[str]:
-    column = lambda key: np.array([run[key] for run in runs])
-    error = column("error")
-    share = lambda key: (
-        f"{100 * column(key).mean():.2f}" + (f" ± {100 * column(key).std(ddof=1):.2f}" if len(runs) > 1 else "")
-    )
-    return [
-        f"{column('encoder_parameters').mean() / 1e6:.2f} M",
-        f"{column('macs_total').mean() / 1e9:.3f} G",
-        f"{error.mean():.2g}" + (f" ({error.min():.2g} to {error.max():.2g})" if len(runs) > 1 else ""),
-        *map(share, ("point", "box", "agreement")),
-        str(len(runs)),
-    ]
+def _share(key: str) -> Callable[[list[dict[str, Any]]], str]:
+    """Mean and standard deviation over the runs that have it, in %."""
+
+    def cell(runs: list[dict[str, Any]]) -> str:
+        values = 100 * np.array([run[key] for run in runs if key in run])
+        spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
+        return f"{values.mean():.2f}{spread}" if len(values) else ""
+
+    return cell
+
+
+def _error(runs: list[dict[str, Any]]) -> str:
+    values = np.array([run["error"] for run in runs])
+    return f"{values.mean():.2g}" + (f" ({values.min():.2g} to {values.max():.2g})" if len(runs) > 1 else "")
+
+
+def _speedup(runs: list[dict[str, Any]]) -> str:
+    values = [run["speedup"] for run in runs if "speedup" in run]
+    return f"{np.median(values):.2f}" if values else ""
+
+
+def _mean(key: str, unit: float, text: str) -> Callable[[list[dict[str, Any]]], str]:
+    return lambda runs: text.format(np.mean([run[key] for run in runs]) / unit)
+
+
+COLUMNS = {
+    "parameters": _mean("encoder_parameters", 1e6, "{:.2f} M"),
+    "MACs": _mean("macs_total", 1e9, "{:.3f} G"),
+    "error": _error,
+    "point mIoU": _share("point"),
+    "box mIoU": _share("box"),
+    "agreement": _share("agreement"),
+}
+MORE = {
+    "linear MACs": _mean("macs_linear", 1e9, "{:.3f} G"),
+    f"{CLICKS} clicks": _share("clicks"),
+    "times as fast": _speedup,
+}
 
 
 if __name__ == "__main__":

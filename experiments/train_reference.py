@@ -38,6 +38,8 @@ class Options:
     """The folder to write. Must not exist or be empty, unless --resume is given."""
     init: Path | None = None
     """A checkpoint to start from, of any kind that `converters.from_torch` reads. Default: random weights."""
+    decoder: Path | None = None
+    """A checkpoint whose prompt encoder and mask decoder to start from, with random weights in the image encoder."""
     preset: Literal["small", "vit_b", "vit_l", "vit_h", "vit_p50", "vit_p77"] | None = None
     """An architecture for random weights. Default: "small", that of the SAM in the package (256 px)."""
     embed_dim: int | None = None
@@ -108,6 +110,8 @@ class Options:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
         if self.init and self.preset:
             raise InputError(f"--init brings its own architecture; leave out --preset {self.preset}")
+        if self.init and self.decoder:
+            raise InputError("--init brings its own decoder; leave out --decoder")
         if set(self.freeze) == set(typing.get_args(Part)):
             raise InputError("--freeze of every part leaves nothing to train")
         for name in ("corrections", "weight_decay", "clip"):
@@ -133,7 +137,8 @@ class Options:
         fields = dataclasses.asdict(self)
         for name in ("out", "resume", "save_every", "fsdp", "distributed", "max_broken"):
             del fields[name]
-        return fields | {"init": self.init and str(self.init), "images": list(self.images), "val": list(self.val)}
+        paths = {name: fields[name] and str(fields[name]) for name in ("init", "decoder")}
+        return fields | paths | {"images": list(self.images), "val": list(self.val)}
 
 
 def main(options: Options) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from slimsam_jax import distill, labels, metrics, sharding, train
 from slimsam_jax.data import Sample
 from slimsam_jax.data.batches import Batches, flip_and_crop
 from slimsam_jax.errors import RunError
+from slimsam_jax.evaluation import encode_image, map_readable
 from slimsam_jax.loop import ADVICE, Loop, Schedule
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.stages import Stage
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # Multiply-accumulates of the teacher in a stage, below which compiling a second program, without the terms that have
 # faded, takes longer than it saves: 1500 images of the small SAM, four of ViT-B at 1024 px.
 WORTH_A_PROGRAM = 2e12
+JUDGED = 16  # images that a stage's learning rate is chosen by
 
 
 def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
@@ -40,6 +42,20 @@ def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
     return Distillation(run, stage, student, previous).run()
 
 
+def starting_error(run: Run, student: Sam) -> float:
+    """The error of the embedding relative to its variance, over some of the images to learn from."""
+
+    def of(sample: Sample) -> float:
+        image = sample.image()
+        found, wanted = (encode_image(sam, image).embedding for sam in (student, run.teacher))
+        return metrics.relative_error(found, wanted)
+
+    found, skipped = map_readable(of, run.images[:: -(-len(run.images) // JUDGED)])
+    if not found:
+        raise RunError(f"not one of {len(skipped)} images can be read, such as {next(iter(skipped.values()))}")
+    return float(np.mean(list(found.values())))
+
+
 class Distillation(Loop):
     """One stage, in one run folder."""
 
@@ -51,9 +67,20 @@ class Distillation(Loop):
         every = [stage.terms(step, self.steps, recipe) for step in range(self.steps)]
         self.faded = dict.fromkeys(itertools.chain.from_iterable(every), 0.0) if work < WORTH_A_PROGRAM else {}
         how = (run.dtype, options.accumulate, options.fsdp, options.attention)
-        trainer = train.make_trainer(student, previous, run.teacher, stage, recipe, self.steps, *how)
+        rate = recipe.learning_rate or self.rate()
+        trainer = train.make_trainer(student, previous, run.teacher, stage, recipe, self.steps, rate, *how)
         fields = (self.steps, run.batch, options.save_every, recipe.validations, recipe.keep, run.steps_before(stage))
         super().__init__(run.folder, trainer, Schedule(stage.name, f"the {stage.name} stage", *fields))
+
+    def rate(self) -> float:
+        """The peak learning rate by `Recipe.pace`; as logged, where the stage began in a run that is resumed."""
+        folder, name = self.whole.folder, "learning_rate"
+        for entry in folder.read_log():
+            if entry.get("stage") == self.stage.name and name in entry:
+                return entry[name]
+        found = sharding.agree(self.whole.recipe.pace * starting_error(self.whole, self.student) ** 0.5)
+        folder.log(stage=self.stage.name, step=0, **{name: found})
+        return found
 
     def stream(self, start: int) -> Batches:
         run, seed = self.whole, self.whole.options.seed + 1 + self.stage.order

@@ -82,9 +82,10 @@ class Recipe:
         criterion then decides widths alone.
       relative_loss: each term is divided by the variance of its target, so that weights do not
         depend on the scale of activations; the reference takes plain MSE.
-      learning_rate: peak, for batches of any size. After a projection little is left to mend, and steps of 1e-3
-        undo more than they mend (experiments/LOG.md). After cutting channels 1e-3 is what we measured with;
-        nothing else was tried there.
+      learning_rate: peak, for batches of any size; 0 for `pace`.
+      pace: the peak is this many times the root of the relative error of the embedding that a stage starts with.
+        Adam's first steps move the embedding by a distance that goes with the learning rate alone, so that a large
+        one undoes what a good cut has left, and a small one mends little of a bad one (experiments/README.md).
       schedule: "cosine" after a warm-up of 5 % of the steps, down to zero; "plateau" halves the rate when validation
         has not become better for more than 3 (second stage: 4) validations, as the reference does; or "constant".
       reduction: of the gradients over a step's images. "sum" is the reference's: it adds up four images' and does not
@@ -135,7 +136,8 @@ class Recipe:
     tune_decoder: bool = False
     scratch: bool = False
     relative_loss: bool = True
-    learning_rate: float = 1e-4
+    learning_rate: float = 0.0
+    pace: float = 1e-2
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
     reduction: Literal["mean", "sum"] = "mean"
     clip: float = 0.0
@@ -155,7 +157,7 @@ class Recipe:
         for field in COUNTS:
             if getattr(self, field) < 1:
                 raise InputError(f"{field} {getattr(self, field)} must be at least 1")
-        for field in ("clip", "weight_decay", "cosine", "masks"):
+        for field in ("learning_rate", "clip", "weight_decay", "cosine", "masks"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise InputError(f"{field} {getattr(self, field)} must not be negative")
         if not 0 <= self.polish < 1:
@@ -174,7 +176,7 @@ class Recipe:
             raise InputError(f"crop {self.crop:g} is not a share of the picture's sides, 0 < crop <= 1")
         if not 0 <= self.least < 1:
             raise InputError(f"least {self.least:g} is not a share of the channels, 0 <= least < 1")
-        for field in ("noise_std", "learning_rate"):
+        for field in ("noise_std", "pace"):
             if not 0 < getattr(self, field) < math.inf:
                 raise InputError(f"{field} {getattr(self, field)} must be positive")
         if self.probes > 256:

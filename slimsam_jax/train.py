@@ -47,6 +47,7 @@ def make_trainer(
     stage: Stage,
     recipe: Recipe,
     steps: int,
+    rate: float,
     dtype: Any = jnp.float32,
     parts: int = 1,
     fsdp: int = 1,
@@ -56,6 +57,7 @@ def make_trainer(
 
     Args:
       previous: the model that was pruned; in the first stage the teacher itself.
+      rate: the peak learning rate.
       dtype: of the encoders' computation and of the frozen ones' parameters; the student's own, prompt encoder and
         mask decoder stay float32.
       parts: that each batch is taken in, see `distill.make_step`.
@@ -63,7 +65,7 @@ def make_trainer(
       attention: how it is computed, see `models.attention`.
     """
     mesh = sharding.make_mesh(fsdp)
-    optimizer = distill.make_optimizer(recipe.learning_rate, steps, recipe.schedule, recipe.clip, recipe.weight_decay)
+    optimizer = distill.make_optimizer(rate, steps, recipe.schedule, recipe.clip, recipe.weight_decay)
     encode = functools.partial(run_encoder, dtype=dtype, devices=mesh.size, attention=attention)
     step = distill.make_step(
         functools.partial(_student_features, encode, student.config, stage, recipe),

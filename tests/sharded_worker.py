@@ -27,7 +27,7 @@ def make_trainer(fsdp: int) -> train.Trainer:
     """Of a student with an odd embedding, as pruning leaves it: where 23 is the only long axis nothing can be split."""
     teacher = random_sam(tiny_config(mlp_dim=400))
     student = random_sam(tiny_config(embed_dim=23, mlp_dim=400), seed=1)
-    return train.make_trainer(student, teacher, teacher, STAGES[0], RECIPE, steps=100, fsdp=fsdp)
+    return train.make_trainer(student, teacher, teacher, STAGES[0], RECIPE, 100, 1e-4, fsdp=fsdp)
 
 
 def host_batch(step: int) -> dict[str, np.ndarray]:

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import tyro
 
+from converters import from_torch
 from experiments import figures, results, rows, slimming
 from experiments.rows import TABLES, Row
+from slimsam_jax import data
 from slimsam_jax.compress import Options
 from slimsam_jax.errors import InputError
+from slimsam_jax.evaluation import encode_image
 from slimsam_jax.recipes import RECIPES
 
 COMMON = "--teacher t.pth --images train --val val --cache cache --importance-images 50"
@@ -25,6 +28,8 @@ def every_row() -> dict[str, Row]:
 def test_the_command_beside_a_row_is_what_was_run(label):
     row = every_row()[label]
     command = f"{COMMON} --ratio 0.77 --seed 2 --out out {row.arguments()}"
+    if "flip=true" in row.set:
+        command = command.replace("--cache cache ", "")  # which holds embeddings of pictures as they are
     typed = tyro.cli(Options, args=command.split())
     run = slimming.options_of(row, 0.77, 2, *map(Path, ("t.pth", "train", "val", "cache", "out")))
     assert typed == run
@@ -52,6 +57,30 @@ def test_tables_give_mean_and_deviation_over_seeds_of_what_there_is():
     assert len(lines) == 3
     assert "| gradients summed | 0.77 | 1.00 M | 1.000 G | 0.1 (0.1 to 0.1) | 40.00 ± 0.00 | " in lines[2]
     assert f"85.00 ± {100 * np.std([0.8, 0.9], ddof=1):.2f} | 2 |" in lines[2] and row.arguments() in lines[2]
+
+
+def test_compression_begins_with_the_teacher_and_has_what_not_every_run_measured():
+    row = TABLES["compression"].rows["taylor"]
+    numbers = entry(row, 0.5, 1, 0.9) | {"clicks": 0.5, "speedup": 2.0, "macs_linear": 5e8}
+    old = {key: value for key, value in entry(row, 0.5, 0, 0.9).items()} | {"macs_linear": 5e8}
+    teacher = {**numbers, **slimming.UNCUT, "agreement": 1.0, "speedup": 1.0}
+    lines = slimming.lines_of("compression", [old, numbers, teacher])
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == lines[3].count("|")
+    assert lines[2].startswith("| the teacher | 0 | 1.00 M") and "100.00 | 0.500 G | 50.00 | 1.00 |" in lines[2]
+    assert "90.00 ± 0.00 | 0.500 G | 50.00 | 2.00 | 2 |" in lines[3]
+    (line,) = slimming.lines_of("compression", [old])[2:]
+    assert "| 0.500 G |  |  | 1 |" in line
+
+
+def test_what_is_measured_of_a_slim_model(material):
+    """Of the teacher itself: nothing is lost."""
+    teacher = from_torch.load(material / "teacher")
+    bench = slimming.Bench(teacher, data.find([material / "val"]))
+    bench.val = [each for each in bench.val if each[1]]
+    bench.wanted = [encode_image(teacher, image) for image, _ in bench.val]
+    found = bench.measure(teacher, more=True)
+    assert found["error"] == 0 and found["agreement"] == 1 and 0 <= found["clicks"] <= 1 and found["speedup"] > 0
+    assert "clicks" not in bench.measure(teacher)
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -304,7 +304,7 @@ def test_two_steps_of_training(golden, monkeypatch, stage):
     previous, student = (previous, student) if number == 2 else (teacher, previous)
     encode = lambda config, encoder, batch, **_: run(config, encoder, batch["image"])
     monkeypatch.setattr(train, "run_encoder", encode)
-    trainer = train.make_trainer(student, previous, teacher, stage, RECIPE, steps=10_000)
+    trainer = train.make_trainer(student, previous, teacher, stage, RECIPE, 10_000, RECIPE.learning_rate)
     terms = stage.terms(0, 10_000, RECIPE)
     batches = [{"image": images(golden)[i : i + 4]} for i in (0, 4)]
     state, losses = trainer.state, []

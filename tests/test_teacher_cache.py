@@ -77,7 +77,7 @@ def test_several_processes_leave_nothing_out(material, teacher, tmp_path, monkey
 def test_the_teacher_leaves_the_step(teacher):
     """Where its embedding alone is wanted: all of the second stage."""
     previous = dataclasses.replace(teacher)  # whose features are wanted
-    trainer = train.make_trainer(teacher, previous, teacher, STAGES[1], RECIPES["default"], 10)
+    trainer = train.make_trainer(teacher, previous, teacher, STAGES[1], RECIPES["default"], 10, 1e-4)
     batch = random_images(SQUARE, 1)
     embedding = np.zeros((1, *SQUARE.grid, SQUARE.out_chans), np.float16)
     terms = STAGES[1].terms(0, 10, RECIPES["default"])

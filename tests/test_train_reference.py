@@ -285,10 +285,24 @@ def test_sizes():
         reference_run.architecture("small", {"image_size": 100})
 
 
+def test_a_decoder_to_start_from(pictures, start, tmp_path):
+    """Prompt encoder and mask decoder are the checkpoint's, as is whatever they fix; the encoder is new."""
+    asked = {"embed_dim": 48, "image_size": 128, "heads": 3, "window": 2, "depth": 4}
+    sam, other = reference_run.first_model(options(pictures, tmp_path, decoder=start, **asked)), from_torch.load(start)
+    chex.assert_trees_all_equal(
+        *({part: each.params[part] for part in ("prompt_encoder", "mask_decoder")} for each in (sam, other))
+    )
+    assert sam.config.embed_dim == 48 and sam.config.image_size == (128, 128)
+    assert sam.config.out_chans == other.config.out_chans != reference_run.SMALL.out_chans
+    assert sam.params["image_encoder"]["pos_embed"].shape == (1, *sam.config.grid, 48)
+
+
 def test_what_does_not_fit_is_said_in_a_line(pictures, start, tmp_path, material):
     refused = {
         "sam has embed-dim 24, and --embed-dim 96 asks for another": {"init": start, "embed_dim": 96},
         "leave out --preset vit_b": {"init": start, "preset": "vit_b"},
+        "leave out --decoder": {"init": start, "decoder": start},
+        r"image_size \(100, 100\) must be multiples": {"decoder": start, "image_size": 100},
         "does not exist": {"init": tmp_path / "nothing"},
         "training needs annotated images: there is none": {"init": start, "images": (str(material / "images"),)},
         "--steps 0 must be at least 1": {"steps": 0},

@@ -1,0 +1,58 @@
+"""The learning rate that follows what a cut has lost."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import compress_options, samples
+from test_data import truncated
+from test_validation import shaken
+
+from slimsam_jax import metrics
+from slimsam_jax.distillation import Distillation, starting_error
+from slimsam_jax.errors import RunError
+from slimsam_jax.evaluation import encode_image
+from slimsam_jax.run import prepare
+
+
+def rate(run, student) -> float:
+    return Distillation(run, run.stages[1], student, run.teacher).rate()
+
+
+def test_it_goes_with_the_root_of_the_embeddings_error(material, tmp_path):
+    run = prepare(compress_options(material, tmp_path / "slim", set=("pace=0.5",)))
+    student, errors = shaken(run.teacher), []
+    for sample in run.images:
+        found, wanted = (np.asarray(encode_image(sam, sample.image()).embedding) for sam in (student, run.teacher))
+        errors.append(np.square(found - wanted).mean() / wanted.var())
+    assert len(run.images) > 1 and min(errors) > 0
+    np.testing.assert_allclose(rate(run, student), 0.5 * np.sqrt(np.mean(errors)), rtol=1e-5)
+
+
+def test_a_resumed_stage_goes_on_with_the_rate_it_had(material, tmp_path):
+    run = prepare(compress_options(material, tmp_path / "slim"))
+    first = rate(run, shaken(run.teacher))
+    assert rate(run, run.teacher) == first
+    (entry,) = run.folder.read_log()
+    assert entry == {"stage": "bottleneck", "step": 0, "learning_rate": first}
+    assert Distillation(run, run.stages[0], run.teacher, run.teacher).rate() == 0  # another stage, nothing lost
+
+
+def test_a_rate_that_is_given_stays(material, tmp_path):
+    run = prepare(compress_options(material, tmp_path / "slim", set=("learning_rate=1e-3",)))
+    Distillation(run, run.stages[0], run.teacher, run.teacher)
+    assert not run.folder.read_log()
+
+
+def test_it_is_chosen_on_pictures_that_can_be_read(material, tmp_path):
+    run = prepare(compress_options(material, tmp_path / "slim"))
+    (broken,) = samples([truncated(tmp_path / "broken.jpg")])
+    student, one = shaken(run.teacher), run.images[0]
+    alone = starting_error(dataclasses.replace(run, images=[one]), student)
+    assert starting_error(dataclasses.replace(run, images=[broken, one]), student) == alone
+    with pytest.raises(RunError, match=r"not one of 1 images can be read, such as .*broken\.jpg"):
+        starting_error(dataclasses.replace(run, images=[broken]), student)
+    found, wanted = (encode_image(sam, one.image()).embedding for sam in (student, run.teacher))
+    assert alone == metrics.relative_error(found, wanted)
