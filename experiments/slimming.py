@@ -31,7 +31,6 @@ from slimsam_jax.models.sam import Sam
 from slimsam_jax.run import prepare, slim
 
 FILE = results.FOLDER / "slimming.jsonl"
-UNCUT = {"recipe": "none", "ratio": 0.0}
 CLICKS, CLICKED = 5, 30  # clicks on each object of so many pictures
 TEACHER = 0.39307  # point mIoU on bsds_val, by the original code
 
@@ -60,11 +59,12 @@ def run(
         raise InputError(f"--only {only} is no table; there are {', '.join(TABLES)}")
     mine, parts = map(int, part.split("/"))
     bench = None
-    tables = [TABLES[only]] if only else TABLES.values()
+    name = TABLES[only].teacher if only else "small"
+    tables = [TABLES[only]] if only else [table for table in TABLES.values() if table.teacher == name]
     wanted = {(row, ratio) for table in tables for ratio in table.ratios for row in table.rows.values()}
     runs = [each for each in plan() if each[:2] in wanted and each[2] in seeds]
     for row, ratio, seed in runs[mine::parts]:
-        if results.find(FILE, key := key_of(row, ratio, seed)):
+        if results.find(FILE, key := key_of(row, ratio, seed, name)):
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as out:
@@ -76,9 +76,9 @@ def run(
                 student = slim(prepared, stage, student)
         bench = bench or Bench(prepared.teacher, prepared.val)
         seconds = time.perf_counter() - start
-        more = row in TABLES["compression"].rows.values()
-        if more and not results.find(FILE, UNCUT):
-            results.append(FILE, UNCUT | bench.measure(prepared.teacher, more))
+        more = any(table.more and row in table.rows.values() for table in tables)
+        if more and not results.find(FILE, uncut(name)):
+            results.append(FILE, uncut(name) | bench.measure(prepared.teacher, more))
         numbers = bench.measure(student, more) | {"seconds": seconds}
         results.append(FILE, key | numbers)
         told = ", ".join(f"{name} {numbers[name]:.4g}" for name in ("error", "point", "box", "agreement", "seconds"))
@@ -86,9 +86,14 @@ def run(
         jax.clear_caches()  # the next row's programs are others; those of the decoder lie in the cache on disk
 
 
-def key_of(row: Row, ratio: float, seed: int) -> dict[str, Any]:
+def key_of(row: Row, ratio: float, seed: int, teacher: str = "small") -> dict[str, Any]:
     settings = [*COMMON["set"], *row.set]
-    return {**COMMON, **row._asdict(), "set": settings, "ratio": ratio, "seed": seed}
+    return {"teacher": teacher, **COMMON, **row._asdict(), "set": settings, "ratio": ratio, "seed": seed}
+
+
+def uncut(teacher: str) -> dict[str, Any]:
+    """The key of the teacher itself."""
+    return {"teacher": teacher, "recipe": "none", "ratio": 0.0}
 
 
 def options_of(
@@ -154,21 +159,24 @@ def table() -> None:
     figures.draw(lambda row, ratio: runs_of(row, ratio, found), TEACHER)
 
 
-def runs_of(row: Row, ratio: float, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def runs_of(row: Row, ratio: float, found: list[dict[str, Any]], teacher: str = "small") -> list[dict[str, Any]]:
     """What has been measured of a row, one entry for each seed."""
-    wanted = key_of(row, ratio, 0)
+    wanted = key_of(row, ratio, 0, teacher)
     del wanted["seed"]
     return [entry for entry in found if all(entry.get(key) == value for key, value in wanted.items())]
 
 
 def lines_of(name: str, found: list[dict[str, Any]]) -> list[str]:
-    table, more = TABLES[name], MORE if name == "compression" else ()
+    table = TABLES[name]
+    more = MORE if table.more else ()
     head = ["row", "ratio", *COLUMNS, *more, "seeds", *(["paper"] if table.paper else []), "command"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    uncut = [entry for entry in found if more and UNCUT.items() <= entry.items()]
-    rows = [("the teacher", 0.0, None, uncut)] if uncut else []
+    whole = [entry for entry in found if more and uncut(table.teacher).items() <= entry.items()]
+    rows = [("the teacher", 0.0, None, whole)] if whole else []
     rows += [
-        (label, ratio, row, runs_of(row, ratio, found)) for ratio in table.ratios for label, row in table.rows.items()
+        (label, ratio, row, runs_of(row, ratio, found, table.teacher))
+        for ratio in table.ratios
+        for label, row in table.rows.items()
     ]
     for label, ratio, row, runs in rows:
         if runs:

@@ -63,7 +63,7 @@ def test_compression_begins_with_the_teacher_and_has_what_not_every_run_measured
     row = TABLES["compression"].rows["taylor"]
     numbers = entry(row, 0.5, 1, 0.9) | {"clicks": 0.5, "speedup": 2.0, "macs_linear": 5e8}
     old = {key: value for key, value in entry(row, 0.5, 0, 0.9).items()} | {"macs_linear": 5e8}
-    teacher = {**numbers, **slimming.UNCUT, "agreement": 1.0, "speedup": 1.0}
+    teacher = {**numbers, **slimming.uncut("small"), "agreement": 1.0, "speedup": 1.0}
     lines = slimming.lines_of("compression", [old, numbers, teacher])
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == lines[3].count("|")
     assert lines[2].startswith("| the teacher | 0 | 1.00 M") and "100.00 | 0.500 G | 50.00 | 1.00 |" in lines[2]
@@ -90,7 +90,7 @@ def test_the_readme_has_the_tables_of_the_results(name):
 
 
 def test_a_table_that_there_is_not():
-    with pytest.raises(InputError, match="--only tables is no table; there are compression, criteria"):
+    with pytest.raises(InputError, match="--only tables is no table; there are compression, narrow"):
         slimming.run(Path("t"), Path("i"), Path("v"), only="tables")
 
 
