@@ -73,6 +73,7 @@ TABLES = {
         (0.5, 0.77),
         {
             "default": default(),
+            "default, learning rate 1e-3": default(RATE),
             "default, one-shot": default("alternate=false"),
             "taylor": taylor(),
             "slimsam": SLIMSAM,
