@@ -56,7 +56,6 @@ def default(*settings: str, **options) -> Row:
 
 SLIMSAM = Row("slimsam")
 RATE = "learning_rate=1e-3"
-TUNED = ("masks=1", "polish=0.25", "tune_decoder=true", "keep=last")
 TABLES = {
     "compression": Table(
         (0.5, 0.77, 0.9),
@@ -193,9 +192,8 @@ TABLES = {
             "masks 1": default("masks=1"),
             "masks 1, learning rate 1e-4": default("learning_rate=1e-4", "masks=1"),
             "learning rate 1e-4": default("learning_rate=1e-4"),
-            "masks 1, and the decoder tuned in a last quarter": default(*TUNED),
             "masks 1, and the decoder tuned in a last quarter, learning rate 1e-4": default(
-                "learning_rate=1e-4", *TUNED
+                "learning_rate=1e-4", "masks=1", "polish=0.25", "tune_decoder=true", "keep=last"
             ),
             "average of weights 0.95": default("ema=0.95"),
             "AdamW 0.05": default("weight_decay=0.05"),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Multiply-accumulates of the teacher in a stage, below which compiling a second program, without the terms that have
 # faded, takes longer than it saves: 1500 images of the small SAM, four of ViT-B at 1024 px.
 WORTH_A_PROGRAM = 2e12
+FASTEST = 2e-3  # peak learning rate; no larger one was ever tried where it did good (0.0015 after a cut of 90 %)
 JUDGED = 16  # images that a stage's learning rate is chosen by
 
 
@@ -78,7 +79,8 @@ class Distillation(Loop):
         for entry in folder.read_log():
             if entry.get("stage") == self.stage.name and name in entry:
                 return entry[name]
-        found = sharding.agree(self.whole.recipe.pace * starting_error(self.whole, self.student) ** 0.5)
+        found = self.whole.recipe.pace * starting_error(self.whole, self.student) ** 0.5
+        found = sharding.agree(min(found, FASTEST))
         folder.log(stage=self.stage.name, step=0, **{name: found})
         return found
 

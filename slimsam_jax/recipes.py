@@ -77,14 +77,14 @@ class Recipe:
         EdgeSAM and TinySAM distil). 0 leaves the decoder out, as the paper.
       points: on each picture, for `masks`.
       tune_decoder: the polishing stage trains the mask decoder, too, by `masks` and their predicted IoU; the paper
-        never trains it.
+        never trains it. Needs a `learning_rate`: that of `pace` broke the decoder (experiments/LOG.md).
       scratch: with one-shot pruning, the weights that remain are drawn anew: what distillation gives by itself. The
         criterion then decides widths alone.
       relative_loss: each term is divided by the variance of its target, so that weights do not
         depend on the scale of activations; the reference takes plain MSE.
       learning_rate: peak, for batches of any size; 0 for `pace`.
-      pace: the peak is this many times the root of the relative error of the embedding that a stage starts with.
-        Adam's first steps move the embedding by a distance that goes with the learning rate alone, so that a large
+      pace: the peak is this many times the root of the relative error of the embedding that a stage starts with, but
+        no more than 0.002. Adam's first steps move the embedding by a distance that goes with the learning rate alone, so that a large
         one undoes what a good cut has left, and a small one mends little of a bad one (experiments/README.md).
       schedule: "cosine" after a warm-up of 5 % of the steps, down to zero; "plateau" halves the rate when validation
         has not become better for more than 3 (second stage: 4) validations, as the reference does; or "constant".
@@ -166,6 +166,8 @@ class Recipe:
             raise InputError("tune_decoder is for the polishing stage, by its masks: add polish=0.25 masks=1, say")
         if self.tune_decoder and self.validate_by == "error" and self.keep == "best":
             raise InputError("the embedding's error cannot tell decoders apart: add validate_by=miou or keep=last")
+        if self.tune_decoder and not self.learning_rate:
+            raise InputError("pace follows the embedding's error, and breaks decoders: add learning_rate=1e-4, say")
         if self.scratch and self.alternate:
             raise InputError("scratch draws new weights once everything is cut: add alternate=false")
         if self.rounds > 1 and not self.alternate:

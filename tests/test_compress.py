@@ -231,6 +231,7 @@ def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
         (("--set", "scratch=true"), "add alternate=false"),
         (("--set", "tune_decoder=true"), "add polish=0.25 masks=1"),
         (("--set", "tune_decoder=true", "polish=0.5", "masks=1"), "add validate_by=miou or keep=last"),
+        (("--set", "tune_decoder=true", "polish=0.5", "masks=1", "keep=last"), "add learning_rate=1e-4"),
         (("--set", "rounds=2"), "2 steps are too few for the 4 stages"),
         (("--set", "rounds=2", "--recipe", "slimsam"), "rounds go neither with reference_selection"),
         (("--set", "polish=1"), "polish 1 is not a share of the steps"),

@@ -22,13 +22,18 @@ def rate(run, student) -> float:
 
 
 def test_it_goes_with_the_root_of_the_embeddings_error(material, tmp_path):
-    run = prepare(compress_options(material, tmp_path / "slim", set=("pace=0.5",)))
+    run = prepare(compress_options(material, tmp_path / "slim", set=("pace=1e-4",)))
     student, errors = shaken(run.teacher), []
     for sample in run.images:
         found, wanted = (np.asarray(encode_image(sam, sample.image()).embedding) for sam in (student, run.teacher))
         errors.append(np.square(found - wanted).mean() / wanted.var())
     assert len(run.images) > 1 and min(errors) > 0
-    np.testing.assert_allclose(rate(run, student), 0.5 * np.sqrt(np.mean(errors)), rtol=1e-5)
+    np.testing.assert_allclose(rate(run, student), 1e-4 * np.sqrt(np.mean(errors)), rtol=1e-5)
+
+
+def test_it_has_a_limit(material, tmp_path):
+    run = prepare(compress_options(material, tmp_path / "slim", set=("pace=1e3",)))
+    assert rate(run, shaken(run.teacher)) == 2e-3
 
 
 def test_a_resumed_stage_goes_on_with_the_rate_it_had(material, tmp_path):

@@ -51,7 +51,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, material, tmp_path,
 @pytest.mark.slow
 def test_stages_of_other_recipes_are_resumed_too(material, tmp_path, monkeypatch):
     """In the last of them, with everything that a step draws or carries along."""
-    drawn = ("alternate=false", "polish=0.5", "masks=1", "tune_decoder=true", "keep=last", "ema=0.5")
+    drawn = (
+        "alternate=false",
+        "polish=0.5",
+        "masks=1",
+        "tune_decoder=true",
+        "keep=last",
+        "ema=0.5",
+        "learning_rate=1e-3",
+    )
     choices = {"recipe": "taylor", "set": ("criterion=magnitude", "validations=2", *drawn)}
     compress.compress(compress_options(material, tmp_path / "whole", **choices))
 

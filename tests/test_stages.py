@@ -142,7 +142,7 @@ def test_clicks_lie_on_the_picture():
 
 
 def test_the_decoder_learns_in_the_end():
-    recipe = Recipe(polish=0.5, masks=1.0, tune_decoder=True, keep="last")
+    recipe = Recipe(polish=0.5, masks=1.0, tune_decoder=True, keep="last", learning_rate=1e-3)
     *_, polish = plan(recipe)
     assert [stage.trains for stage in plan(recipe)] == [("image_encoder",)] * 2 + [("image_encoder", "mask_decoder")]
     teacher, batch = random_sam(tiny_config()), batch_with_clicks(recipe.points)
