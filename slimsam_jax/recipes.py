@@ -84,8 +84,9 @@ class Recipe:
         depend on the scale of activations; the reference takes plain MSE.
       learning_rate: peak, for batches of any size; 0 for `pace`.
       pace: the peak is this many times the root of the relative error of the embedding that a stage starts with, but
-        no more than 0.002. Adam's first steps move the embedding by a distance that goes with the learning rate alone, so that a large
-        one undoes what a good cut has left, and a small one mends little of a bad one (experiments/README.md).
+        no more than 0.002. Adam's first steps move the embedding by a distance that goes with the learning rate
+        alone, so that a large one undoes what a good cut has left, and a small one mends little of a bad one
+        (experiments/README.md).
       schedule: "cosine" after a warm-up of 5 % of the steps, down to zero; "plateau" halves the rate when validation
         has not become better for more than 3 (second stage: 4) validations, as the reference does; or "constant".
       reduction: of the gradients over a step's images. "sum" is the reference's: it adds up four images' and does not
