@@ -34,7 +34,7 @@ def record(name: str, folder: Path, minutes: float | None = None, beside: str = 
     if not curve:
         raise InputError(f"{folder} is no finished training: its log has no scores")
     options = provenance["options"]
-    for key in ("images", "val", "init"):  # names alone: the paths are this machine's
+    for key in ("images", "val", "init", "decoder"):  # names alone: the paths are this machine's
         names = options.get(key) or []
         options[key] = Path(names).name if isinstance(names, str) else [Path(name).name for name in names]
     times = {"minutes": minutes, "beside": beside}

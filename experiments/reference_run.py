@@ -36,7 +36,7 @@ def run(options: Options) -> dict[str, Any]:
     sam = first_model(options)
     images, val = (labels.annotated(samples, "training") for samples in split_images(options))
     val = val[: options.val_images]
-    origin = provenance(options, settings, images, val)
+    origin = provenance(options, settings, sam, images, val)
     folder = RunFolder(options.out, origin, options.resume)
     trained = MaskTraining(folder, sam, images, val, settings).run()
     numbers = finish(folder, trained, origin, options.keep) if sharding.is_main() else {}
@@ -60,7 +60,7 @@ def first_model(options: Options) -> Sam:
     """
     if options.init:
         return of_the_sizes_asked(load(options.init), options)
-    config, head = architecture(options.preset or "small", options.sizes()), {}
+    config, head, origin = architecture(options.preset or "small", options.sizes()), {}, {}
     if options.decoder:
         other = load(options.decoder)
         encoder = {"image_size": config.image_size, "embed_dim": config.embed_dim, "blocks": config.blocks}
@@ -69,8 +69,9 @@ def first_model(options: Options) -> Sam:
         except ValueError as error:  # patches of another size
             raise InputError(str(error)) from None
         head = {name: other.params[name] for name in ("prompt_encoder", "mask_decoder")}
+        origin = other.provenance
     params = jax.device_get(jax.jit(init, static_argnums=0)(config, jax.random.key(options.seed)))
-    return Sam(config, params | head)
+    return Sam(config, params | head, origin)
 
 
 def of_the_sizes_asked(sam: Sam, options: Options) -> Sam:
@@ -119,12 +120,15 @@ def sizes_of(config: Config) -> dict[str, int]:
     }
 
 
-def provenance(options: Options, settings: Settings, images: Sequence[Sample], val: Sequence[Sample]) -> dict[str, Any]:
+def provenance(
+    options: Options, settings: Settings, sam: Sam, images: Sequence[Sample], val: Sequence[Sample]
+) -> dict[str, Any]:
     """Where a model comes from, for its config.json; a resumed run must agree in all of it."""
     digest = lambda samples: hashlib.sha256("\n".join(sample.name for sample in samples).encode()).hexdigest()
     packages = ("jax", "flax", "optax", "numpy")
     return {
-        "init": start_of(options.init or options.decoder),
+        "init": start_of(options.init, sam),
+        "decoder": start_of(options.decoder, sam),
         "images": {"count": len(images), "sha256_of_names": digest(images)},
         "val": {"count": len(val), "sha256_of_names": digest(val)},
         "options": {**options.fixing_the_result(), "learning_rate": settings.learning_rate},
@@ -133,11 +137,11 @@ def provenance(options: Options, settings: Settings, images: Sequence[Sample], v
     }
 
 
-def start_of(path: Path | None) -> dict[str, Any] | None:
-    """What a model says of the checkpoint that it started from."""
+def start_of(path: Path | None, sam: Sam) -> dict[str, Any] | None:
+    """What a model says of the checkpoint that `sam` was started from."""
     if not path:
         return None
-    return {"file": path.name, "sha256": checkpoint.sha256(path), "provenance": load(path).provenance}
+    return {"file": path.name, "sha256": checkpoint.sha256(path), "provenance": sam.provenance}
 
 
 def finish(folder: RunFolder, sam: Sam, origin: dict[str, Any], keep: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments import results
 from experiments.rows import COMMON, SEEDS, TABLES, Row, plan
-from slimsam_jax import cli, metrics
+from slimsam_jax import checkpoint, cli, metrics
 from slimsam_jax.compress import Options
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import agreement, encode_image, read_annotated, single_mask_iou
@@ -57,6 +57,7 @@ def run(
     """
     if only not in ("", *TABLES):
         raise InputError(f"--only {only} is no table; there are {', '.join(TABLES)}")
+    check_teacher(teacher, TABLES[only].teacher if only else "small")
     mine, parts = map(int, part.split("/"))
     bench = None
     name = TABLES[only].teacher if only else "small"
@@ -74,11 +75,13 @@ def run(
             student = prepared.teacher
             for stage in prepared.stages:
                 student = slim(prepared, stage, student)
-        bench = bench or Bench(prepared.teacher, prepared.val)
         seconds = time.perf_counter() - start
-        more = any(table.more and row in table.rows.values() for table in tables)
+        bench = bench or Bench(prepared.teacher, prepared.val)
+        more = any(t.more and t.teacher == name and row in t.rows.values() for t in TABLES.values())
         if more and not results.find(FILE, uncut(name)):
-            results.append(FILE, uncut(name) | bench.measure(prepared.teacher, more))
+            results.append(
+                FILE, uncut(name) | bench.measure(prepared.teacher, more) | {"sha256": checkpoint.sha256(teacher)}
+            )
         numbers = bench.measure(student, more) | {"seconds": seconds}
         results.append(FILE, key | numbers)
         told = ", ".join(f"{name} {numbers[name]:.4g}" for name in ("error", "point", "box", "agreement", "seconds"))
@@ -106,6 +109,13 @@ def options_of(
     return Options(
         teacher=teacher, images=(str(images),), val=(str(val),), ratio=ratio, seed=seed, cache=cache, out=out, **given
     )
+
+
+def check_teacher(path: Path, name: str) -> None:
+    """Raises InputError if other results of that name are another teacher's."""
+    known = results.find(FILE, uncut(name))
+    if known and "sha256" in known[0] and known[0]["sha256"] != checkpoint.sha256(path):
+        raise InputError(f"{path} is not the teacher that {FILE.name} calls {name}")
 
 
 class Bench:
@@ -206,7 +216,7 @@ def _error(runs: list[dict[str, Any]]) -> str:
 
 def _speedup(runs: list[dict[str, Any]]) -> str:
     values = [run["speedup"] for run in runs if "speedup" in run]
-    return f"{np.median(values):.2f}" if values else ""
+    return f"{np.median(values):.1f}" if values else ""
 
 
 def _mean(key: str, unit: float, text: str) -> Callable[[list[dict[str, Any]]], str]:

@@ -48,7 +48,7 @@ class Options:
     min_mask_region_area: int = 0
     """Holes and islands of fewer pixels are filled and dropped."""
     hierarchical: bool = False
-    """Ask few points first, then those around the best masks that they gave: takes about half of the time."""
+    """Ask few points first, then those around the best masks: about half of the time with the package's small SAM."""
     covered_thresh: float | None = None
     """With --hierarchical, TinySAM's way instead: the logit over which a mask covers other points; theirs is 8.5."""
 

@@ -55,13 +55,15 @@ class RunFolder:
         """Appends a line to `log.jsonl`."""
         if not sharding.is_main():
             return
-        with (self.path / "log.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        path = self.path / "log.jsonl"
+        whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")  # a killed run may leave half a line
+        with path.open("a") as file:
+            file.write(("" if whole else "\n") + json.dumps(entry) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
         path = self.path / "log.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        return [json.loads(line) for line in lines if line.endswith("}")]
 
     def rewind_log(self, stage: str, step: int) -> dict[int, float]:
         """Drops the lines of a stage's steps after `step`, which a resumed run writes again.

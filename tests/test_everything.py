@@ -291,6 +291,7 @@ def test_small_regions_are_cleaned_and_duplicates_go():
         ({"points_per_side": None}, "either points_per_side or point_grids"),
         ({"point_grids": GRID}, "either points_per_side or point_grids"),
         ({"points_per_side": None, "point_grids": GRID, "hierarchical": True}, "refines a regular grid"),
+        ({"covered_thresh": 8.5}, "covered_thresh is of the hierarchical search"),
         (
             {"points_per_side": None, "point_grids": GRID, "crop_n_layers": 1},
             "1 point_grids for 2 layers",

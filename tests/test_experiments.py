@@ -11,7 +11,7 @@ import tyro
 from converters import from_torch
 from experiments import figures, results, rows, slimming
 from experiments.rows import TABLES, Row
-from slimsam_jax import data
+from slimsam_jax import checkpoint, data
 from slimsam_jax.compress import Options
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import encode_image
@@ -66,8 +66,8 @@ def test_compression_begins_with_the_teacher_and_has_what_not_every_run_measured
     teacher = {**numbers, **slimming.uncut("small"), "agreement": 1.0, "speedup": 1.0}
     lines = slimming.lines_of("compression", [old, numbers, teacher])
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == lines[3].count("|")
-    assert lines[2].startswith("| the teacher | 0 | 1.00 M") and "100.00 | 0.500 G | 50.00 | 1.00 |" in lines[2]
-    assert "90.00 ± 0.00 | 0.500 G | 50.00 | 2.00 | 2 |" in lines[3]
+    assert lines[2].startswith("| the teacher | 0 | 1.00 M") and "100.00 | 0.500 G | 50.00 | 1.0 |" in lines[2]
+    assert "90.00 ± 0.00 | 0.500 G | 50.00 | 2.0 | 2 |" in lines[3]
     (line,) = slimming.lines_of("compression", [old])[2:]
     assert "| 0.500 G |  |  | 1 |" in line
 
@@ -103,3 +103,14 @@ def test_pictures_are_drawn_from_what_there_is(tmp_path, monkeypatch):
     figures.draw(lambda row, ratio: slimming.runs_of(row, ratio, found), 0.39)
     assert [point for point in drawn["default"] if np.isfinite(point[1])] == [(0.77, 40.0, 0.0)]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["criteria.png", "ratio.png", "steps.png"]
+
+
+def test_results_of_a_name_are_of_one_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(slimming, "FILE", tmp_path / "slimming.jsonl")
+    (tmp_path / "one.pth").write_bytes(b"1"), (tmp_path / "other.pth").write_bytes(b"2")
+    slimming.check_teacher(tmp_path / "one.pth", "small")  # nothing is known yet
+    results.append(slimming.FILE, slimming.uncut("small") | {"sha256": checkpoint.sha256(tmp_path / "one.pth")})
+    slimming.check_teacher(tmp_path / "one.pth", "small")
+    slimming.check_teacher(tmp_path / "other.pth", "narrow")
+    with pytest.raises(InputError, match=r"other.pth is not the teacher that slimming.jsonl calls small"):
+        slimming.check_teacher(tmp_path / "other.pth", "small")

@@ -23,6 +23,7 @@ from converters import from_torch
 from slimsam_jax import cli, compress, distill, sharding, steps
 from slimsam_jax.distillation import Distillation
 from slimsam_jax.errors import InputError, RunError, Stopped
+from slimsam_jax.run_folder import RunFolder
 
 
 def assert_same_run(out: Path, finished: Path) -> None:
@@ -251,3 +252,12 @@ compress(compress_options(Path(sys.argv[1]), out, resume=(out / "checkpoints" / 
     assert kills > 0
     assert_same_run(out, finished)
     assert "checkpoints" not in {path.name for path in out.iterdir()}
+
+
+def test_half_a_line_of_a_killed_run_costs_nothing_after_it(tmp_path):
+    folder = RunFolder(tmp_path / "out", {})
+    folder.log(step=1)
+    with (tmp_path / "out" / "log.jsonl").open("a") as file:
+        file.write('{"sta')
+    folder.log(step=2)
+    assert folder.read_log() == [{"step": 1}, {"step": 2}]

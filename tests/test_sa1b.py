@@ -23,7 +23,8 @@ def test_each_script_is_a_command_of_its_ratio(script, tmp_path):
     (command,) = [line for line in text.splitlines() if "slimsam_jax.compress" in line]
     words = shlex.split(command.split("slimsam_jax.compress")[1].replace('"$@"', ""))
     options = tyro.cli(Options, args=words)
-    assert options.ratio == int(ratio) / 100 and f"sam_{name}" in script
+    assert options.ratio == int(ratio) / 100 and f"vit_{name}" in str(options.teacher)
+    assert f"slim_{name}_{ratio}" in str(options.out)
 
 
 def test_the_scripts_are_those_that_hours_are_given_for(capsys):

@@ -68,6 +68,8 @@ class SamAutomaticMaskGenerator:
             raise InputError("give either points_per_side or point_grids")
         if self.hierarchical and self.point_grids is not None:
             raise InputError("hierarchical refines a regular grid: give points_per_side, not point_grids")
+        if self.covered_thresh is not None and not self.hierarchical:
+            raise InputError("covered_thresh is of the hierarchical search: add hierarchical, or leave it out")
         if self.point_grids is not None and len(self.point_grids) <= self.crop_n_layers:
             raise InputError(f"{len(self.point_grids)} point_grids for {self.crop_n_layers + 1} layers of crops")
         if self.output_mode not in ENCODE:
@@ -122,7 +124,8 @@ class SamAutomaticMaskGenerator:
         else:
             thresholds = self.pred_iou_thresh, self.stability_score_thresh, self.stability_score_offset
             cells = tuple(-(-4 * side // self.sam.config.patch_size) for side in encoded.size)
-            found = hierarchical.around_the_best(decode, judge, grid, cells, *thresholds)
+            duplicate = max(hierarchical.DUPLICATE, self.box_nms_thresh)  # whoever wants near duplicates gets them
+            found = hierarchical.around_the_best(decode, judge, grid, cells, *thresholds, duplicate)
         return found.take(amg.nms(found.boxes, found.predicted_iou, self.box_nms_thresh))
 
     def _grid(self, layer: int) -> np.ndarray:

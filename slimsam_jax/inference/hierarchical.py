@@ -44,16 +44,18 @@ def around_the_best(
     least: float,
     stability: float,
     offset: float,
+    duplicate: float = DUPLICATE,
 ) -> Candidates:
     """Every second point of every second row; then, as long as there are any, those beside points of the best masks.
 
-    The best survive suppression. A worse duplicate lies beside its better, and a point that gives nothing lies beside
-    others that give nothing. Both are judged by the logits as the decoder gives them; only what is promising
-    is enlarged. What this keeps and saves: experiments/README.md.
+    The best survive a suppression of its own. A worse duplicate lies beside its better, and a point that gives nothing
+    lies beside others that give nothing. Both are judged by the logits as the decoder gives them; only what is
+    promising is enlarged. What this keeps and saves: experiments/README.md.
 
     Args:
       cells: rows and columns of the logits that the crop fills; the others are padding, and hold anything.
       least, stability, offset: of predicted IoU and stability, as the generator's.
+      duplicate: box IoU of that suppression.
     """
     asked, new = np.zeros((2, *grid.shape[:2]), bool)
     new[::2, ::2] = True
@@ -66,7 +68,7 @@ def around_the_best(
             found.append((_boxes(low[index]), decoded.scores[index], decoded.points[index]))
         asked |= new
         boxes, scores, points = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        best = points[amg.nms(boxes, scores, DUPLICATE)]
+        best = points[amg.nms(boxes, scores, duplicate)]
         gave = (grid[:, :, None] == best).all(-1).any(-1)
         new = ndimage.binary_dilation(gave, np.ones((3, 3))) & ~asked
     return concatenate(masks)
