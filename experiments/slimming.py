@@ -57,10 +57,10 @@ def run(
     """
     if only not in ("", *TABLES):
         raise InputError(f"--only {only} is no table; there are {', '.join(TABLES)}")
-    check_teacher(teacher, TABLES[only].teacher if only else "small")
     mine, parts = map(int, part.split("/"))
     bench = None
     name = TABLES[only].teacher if only else "small"
+    check_teacher(teacher, name)
     tables = [TABLES[only]] if only else [table for table in TABLES.values() if table.teacher == name]
     wanted = {(row, ratio) for table in tables for ratio in table.ratios for row in table.rows.values()}
     runs = [each for each in plan() if each[:2] in wanted and each[2] in seeds]
@@ -114,7 +114,7 @@ def options_of(
 def check_teacher(path: Path, name: str) -> None:
     """Raises InputError if other results of that name are another teacher's."""
     known = results.find(FILE, uncut(name))
-    if known and "sha256" in known[0] and known[0]["sha256"] != checkpoint.sha256(path):
+    if known and known[0]["sha256"] != checkpoint.sha256(path):
         raise InputError(f"{path} is not the teacher that {FILE.name} calls {name}")
 
 

@@ -55,10 +55,10 @@ class RunFolder:
         """Appends a line to `log.jsonl`."""
         if not sharding.is_main():
             return
-        path = self.path / "log.jsonl"
-        whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")  # a killed run may leave half a line
-        with path.open("a") as file:
-            file.write(("" if whole else "\n") + json.dumps(entry) + "\n")
+        with (self.path / "log.jsonl").open("a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            cut_short = file.read() not in (b"", b"\n")  # a killed run may leave half a line
+            file.write(b"\n" * cut_short + json.dumps(entry).encode() + b"\n")
 
     def read_log(self) -> list[dict[str, Any]]:
         path = self.path / "log.jsonl"

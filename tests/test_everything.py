@@ -196,6 +196,18 @@ def test_a_worse_duplicate_has_no_neighbours_asked():
     assert asked[1:] == [{(x, y) for x in (5, 6, 7) for y in (1, 2, 3)} - {(6, 2)}]
 
 
+@pytest.mark.parametrize(("wanted", "expected"), [(0.7, 0.8), (0.95, 0.95)])
+def test_who_wants_near_duplicates_has_points_asked_beside_them(monkeypatch, wanted, expected):
+    taken, search = [], hierarchical.around_the_best
+    monkeypatch.setattr(
+        hierarchical, "around_the_best", lambda *arguments: (taken.append(arguments[-1]), search(*arguments))[1]
+    )
+    SamAutomaticMaskGenerator(random_sam(SQUARE), 4, hierarchical=True, box_nms_thresh=wanted).generate(
+        picture(3, 40, 60)
+    )
+    assert taken == [expected]
+
+
 @pytest.mark.parametrize(("score", "goes_on"), [(0.78, True), (0.76, False)])
 def test_a_mask_of_nearly_enough_predicted_iou_has_its_neighbours_asked(score, goes_on):
     decode, asked = decoder({(2, 2): ((5, 5), score)})

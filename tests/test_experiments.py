@@ -113,4 +113,4 @@ def test_results_of_a_name_are_of_one_teacher(tmp_path, monkeypatch):
     slimming.check_teacher(tmp_path / "one.pth", "small")
     slimming.check_teacher(tmp_path / "other.pth", "narrow")
     with pytest.raises(InputError, match=r"other.pth is not the teacher that slimming.jsonl calls small"):
-        slimming.check_teacher(tmp_path / "other.pth", "small")
+        slimming.run(tmp_path / "other.pth", tmp_path, tmp_path)
