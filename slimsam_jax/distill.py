@@ -155,9 +155,13 @@ def _first(parts: Tree) -> Tree:
 
 
 def init_state(params: Tree, optimizer: optax.GradientTransformation, ema: float = 0.0) -> TrainState:
-    # Copied, because the step donates its state and the caller may want the start again.
-    copy = lambda: jax.tree.map(jnp.array, params)
-    return TrainState(copy(), optimizer.init(params), copy() if ema else None, jnp.ones(()), jnp.zeros((), jnp.int32))
+    def init(params: Tree) -> TrainState:
+        # Copied, because the step donates its state and the caller may want the start again.
+        copy = lambda: jax.tree.map(jnp.array, params)
+        average = copy() if ema else None
+        return TrainState(copy(), optimizer.init(params), average, jnp.ones(()), jnp.zeros((), jnp.int32))
+
+    return jax.jit(init)(params)  # one program, not one for each shape
 
 
 def make_optimizer(

@@ -168,7 +168,8 @@ def cut(sam: Sam, keep: Keep, recipe: Recipe) -> Sam:
     """Removes all channels but `keep`, and settles what narrower heads change besides."""
     groups = [group for group in all_groups(sam.config) if group.name in keep]
     check_groups(sam.params["image_encoder"], groups)
-    encoder = masks.shrink(sam.params["image_encoder"], groups, keep)
+    # On the host, where every shape need not be compiled.
+    encoder = masks.shrink(jax.device_get(sam.params["image_encoder"]), groups, keep)
     if recipe.keep_logit_scale:
         encoder = channels.keep_logit_scale(encoder, sam.config, channels.shrunk_config(sam.config, encoder))
     if not recipe.slice_rel_pos:

@@ -45,7 +45,7 @@ class Steps:
 
     def check_finite(self, step: int, state: TrainState) -> None:
         """Raises RunError if it is not: what is saved can be gone on with."""
-        if not all(bool(_finite(leaf)) for leaf in jax.tree.leaves(state)):
+        if not _finite(state):
             raise RunError(f"the state after step {step} is not finite; the checkpoint before it is kept")
 
     def _check_room(self, step: int, state: TrainState) -> None:
@@ -123,11 +123,16 @@ class Steps:
 
 def _checksums(tree: Any) -> list[int]:
     """A number per array; orbax notices missing bytes, but not altered ones."""
-    # One after the other: several processes' collectives on CPUs lock each other out when they run at once.
-    return [int(_checksum(leaf)) for leaf in jax.tree.leaves(tree)]
+    return [int(found) for found in _all_checksums(jax.tree.leaves(tree))]
 
 
 @jax.jit
+def _all_checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    # One program: compiling one for each shape takes longer, and the collectives of several that run at once lock each
+    # other out on CPUs.
+    return list(map(_checksum, leaves))
+
+
 def _checksum(leaf: jax.Array) -> jax.Array:
     """Changes with any bit of a 32-bit array, and with the order of its elements."""
     bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).reshape(-1)
@@ -142,5 +147,5 @@ def shapes_of(state: TrainState) -> TrainState:
 
 
 @jax.jit
-def _finite(leaf: jax.Array) -> jax.Array:
-    return jnp.isfinite(leaf).all()
+def _finite(state: TrainState) -> jax.Array:
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import SQUARE, compress_options, random_sam, samples
 from PIL import Image
@@ -186,6 +187,19 @@ def test_what_is_not_trained(tiny_sam):
     chex.assert_trees_all_equal(join(trained, frozen), tiny_sam.params)
     decayed = kernels(trained)["mask_decoder"]
     assert not decayed["mask_tokens"] and decayed["iou_prediction_head"]["layers_0"] == {"bias": False, "kernel": True}
+
+
+@pytest.mark.slow
+def test_a_batch_in_parts_gives_the_same_gradients(pictures):
+    """Each picture has its own clicks to correct, wherever it stands in the batch."""
+    sam, found = random_sam(SQUARE), []
+    for accumulate in (1, 2):
+        settings = mask_training.Settings(steps=1, batch=2, prompts=2, accumulate=accumulate, clip=0.0)
+        trainer = mask_training.make_trainer(sam, settings)
+        batch = next(MaskBatches(samples(sorted(pictures.glob("*.png"))), SQUARE, 2, seed=0, prompts=2))
+        state, terms = trainer.step(trainer.state, trainer.frozen, batch, mask_training.OBJECTIVES["short"].weights)
+        found.append((optax.tree_utils.tree_get(state.opt_state, "mu"), terms))
+    chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def options(pictures, out, **changes) -> train_reference.Options:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
+import numpy as np
 
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.sam import Params
@@ -131,7 +131,7 @@ def keep_logit_scale(encoder: Params, before: Config, after: Config) -> Params:
     """
     encoder = dict(encoder)
     for i, (old, new) in enumerate(zip(before.blocks, after.blocks, strict=True)):
-        factor = jnp.sqrt(new.head_dim / old.head_dim)
+        factor = np.float32(np.sqrt(new.head_dim / old.head_dim))
         attn = dict(encoder[f"blocks_{i}"]["attn"])
         attn["q"] = {name: array * factor for name, array in attn["q"].items()}
         attn |= {f"rel_pos_{axis}": attn[f"rel_pos_{axis}"] / factor for axis in "hw"}
@@ -144,6 +144,6 @@ def zero_rel_pos(encoder: Params) -> Params:
     encoder = dict(encoder)
     for name in (name for name in encoder if name.startswith("blocks_")):
         attn = encoder[name]["attn"]
-        zeros = {table: jnp.zeros_like(attn[table]) for table in ("rel_pos_h", "rel_pos_w")}
+        zeros = {table: np.zeros_like(attn[table]) for table in ("rel_pos_h", "rel_pos_w")}
         encoder[name] = {**encoder[name], "attn": {**attn, **zeros}}
     return encoder

@@ -22,13 +22,13 @@ Reduce = Literal["rms", "sum"]
 Gradients = Callable[[Tree, Any, jax.Array], Tree]  # params, a batch of one, key -> gradients [draws, ...]
 
 # Importance of each single weight, from the weight and its gradient.
-CRITERIA: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+CRITERIA: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     # First order: how far the loss moves without the weight.
-    "taylor": lambda weight, grad: jnp.abs(weight * grad),
+    "taylor": lambda weight, grad: np.abs(weight * grad),
     # Second order, ½ w² H: the Fisher information stands for the diagonal of the Hessian. With "rms" gradients of
     # the disturbed loss it is the diagonal of JᵀJ, which is that Hessian exactly where the residual is zero.
-    "fisher": lambda weight, grad: jnp.square(weight * grad),
-    "magnitude": lambda weight, grad: jnp.square(weight),
+    "fisher": lambda weight, grad: np.square(weight * grad),
+    "magnitude": lambda weight, grad: np.square(weight),
 }
 
 # Makes the scores of different groups comparable before they compete (reference: importance.py:350-366).
@@ -62,13 +62,13 @@ def channel_scores(
     if criterion == "random":
         random = np.random.default_rng(seed)
         return {group.name: random.random(group.shape) for group in groups}
-    weights, gradients = by_path(params), by_path(grads)
+    weights, gradients = by_path(jax.device_get(params)), by_path(jax.device_get(grads))  # no shape is compiled there
 
     def member_score(member: Member) -> np.ndarray:
         single = CRITERIA[criterion](weights[member.path], gradients[member.path])
         kept = [member.axis] if member.copies is None else [member.copies, member.axis]
-        score = single.sum(axis=tuple(i for i in range(single.ndim) if i not in kept))
-        return np.asarray(score if kept == sorted(kept) else score.T, np.float64)
+        score = single.sum(axis=tuple(i for i in range(single.ndim) if i not in kept), dtype=np.float64)
+        return score if kept == sorted(kept) else score.T
 
     return {group.name: np.mean([member_score(m) for m in group.members if m.votes], axis=0) for group in groups}
 

@@ -117,9 +117,9 @@ def shrink(params: Tree, groups: Sequence[Group], keep: Keep) -> Tree:
     def cut(keys, leaf):
         for member, kept in cuts.get(path_of(keys), ()):
             if member.copies is None:
-                leaf = jnp.take(leaf, kept, axis=member.axis)
+                leaf = leaf.take(kept, axis=member.axis)
             else:
-                leaf = jnp.take_along_axis(leaf, _along(member, kept, leaf.ndim), axis=member.axis)
+                leaf = np.take_along_axis(leaf, _along(member, kept, leaf.ndim), axis=member.axis)
         return leaf
 
     return jax.tree_util.tree_map_with_path(cut, params)
