@@ -47,8 +47,8 @@ class Options:
     uniform: bool = False
     """Prune every block alike, so that the result loads into stock segment_anything and transformers."""
     steps: int | None = None
-    """Optimiser steps in each of the paper's two stages; 0 prunes without distilling. Default: 6 passes over the
-    images (taylor: 12, slimsam: 20, as in the paper)."""
+    """Optimiser steps in each of the paper's two stages, so half of those of the default, which distils once; 0 prunes
+    without distilling. Default: 6 passes over the images (taylor: 12, slimsam: 20, as in the paper)."""
     batch: int | None = None
     """Images per step, a multiple of the number of devices. Default: 4, or as many more as that takes."""
     limit: int | None = None

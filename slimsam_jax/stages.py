@@ -69,9 +69,19 @@ def embedding_aligning(progress: float, recipe: Recipe) -> Weights:
 
     The weight a falls from 10/11 to 0 over the first half, an epoch at a time.
     """
-    epoch = int(progress * EPOCHS + 1e-6)
-    a = (epoch < 11) * (10 - epoch) / 11
+    a = _falling(progress)
     return {"embedding": 1 - a, "stream": a, "previous": a}
+
+
+def stream_aligning(progress: float, recipe: Recipe) -> Weights:
+    """From the residual stream of the model whose embedding alone is cut over to the teacher's embedding."""
+    a = _falling(progress)
+    return {"embedding": 1 - a, "stream": a}
+
+
+def _falling(progress: float) -> float:
+    epoch = int(progress * EPOCHS + 1e-6)
+    return (epoch < 11) * (10 - epoch) / 11
 
 
 def embedding_alone(progress: float, recipe: Recipe) -> Weights:
@@ -90,7 +100,9 @@ def plan(recipe: Recipe) -> tuple[Stage, ...]:
     first, second = STAGES
     cutting, each = 1 - recipe.polish, 1 / recipe.rounds
     if not recipe.alternate:
-        all_at_once = dataclasses.replace(second, weights=embedding_alone, share=2 * cutting)
+        # The model before the second cut has not been distilled: nearly the teacher after a projection, else a wreck.
+        weights = stream_aligning if recipe.criterion == "projection" else embedding_alone
+        all_at_once = dataclasses.replace(second, weights=weights, share=2 * cutting)
         stages = [dataclasses.replace(first, share=0.0), all_at_once]
     else:
         ends = ["", *(f"-{i}" for i in range(2, recipe.rounds + 1))]

@@ -105,7 +105,7 @@ def material(tmp_path_factory):
 
 
 def compress_options(material, out, **changes) -> compress.Options:
-    """Of a run of four steps a stage, validated and saved every second one."""
+    """Of a run of two stages of four steps, validated and saved every second one."""
     fields = {
         "teacher": material / "teacher",
         "images": (material / "images",),
@@ -113,7 +113,7 @@ def compress_options(material, out, **changes) -> compress.Options:
         "steps": 4,
         "batch": 2,
         "save_every": 2,
-        "set": ("validations=2",),
+        "set": ("validations=2", "alternate=true"),
         "out": out,
     }
     return compress.Options(**{**fields, **changes})

@@ -100,13 +100,18 @@ def test_uniform_result_loads_strictly_into_stock_code(material, tmp_path):
     assert from_torch.load(tmp_path / "hf").config == slim.config
 
 
-@pytest.mark.parametrize(("recipe", "steps"), [("slimsam", 1), ("taylor", 0), ("default", 0)])
+@pytest.mark.parametrize(("recipe", "steps"), [("slimsam", 1), ("taylor", 0), ("default", 1)])
 def test_recipes_run_to_the_end(material, tmp_path, unpictured, recipe, steps):
     compress.compress(compress_options(material, tmp_path / "slim", recipe=recipe, steps=steps, set=()))
     slim = from_torch.load(tmp_path / "slim")
     assert slim.config.embed_dim == 12 and slim.provenance["recipe"] == dataclasses.asdict(RECIPES[recipe])
     positions = [slim.params["image_encoder"][f"blocks_{i}"]["attn"]["rel_pos_h"] for i in range(2)]
     assert all(np.abs(table).max() > 0.02 for table in positions) == (recipe != "slimsam")  # reset, then one small step
+    if steps:
+        log = [json.loads(line) for line in (tmp_path / "slim" / "log.jsonl").read_text().splitlines()]
+        losses = [(entry["stage"], entry["step"], "stream" in entry) for entry in log if "loss" in entry]
+        alternating = [("embedding", 1, False), ("bottleneck", 1, True)]
+        assert losses == (alternating if recipe == "slimsam" else [("bottleneck", 1, True), ("bottleneck", 2, True)])
 
 
 @pytest.mark.parametrize(
@@ -227,15 +232,15 @@ def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
         (("--cache", "{root}/val/0.png"), "cannot be made a folder"),
         (("--set", "crop=0"), "crop 0 is not a share"),
         (("--set", "ema=1"), "ema 1 is not the share"),
-        (("--set", "rounds=2", "alternate=false"), "do not go with alternate=false"),
-        (("--set", "scratch=true"), "add alternate=false"),
+        (("--set", "rounds=2"), "cut and distil in turn: add alternate=true"),
+        (("--set", "scratch=true", "alternate=true"), "add alternate=false"),
         (("--set", "tune_decoder=true"), "add polish=0.25 masks=1"),
         (("--set", "tune_decoder=true", "polish=0.5", "masks=1"), "add validate_by=miou or keep=last"),
         (("--set", "tune_decoder=true", "polish=0.5", "masks=1", "keep=last"), "add learning_rate=1e-4"),
-        (("--set", "rounds=2"), "2 steps are too few for the 4 stages"),
+        (("--set", "rounds=2", "alternate=true"), "2 steps are too few for the 4 stages"),
         (("--set", "rounds=2", "--recipe", "slimsam"), "rounds go neither with reference_selection"),
         (("--set", "polish=1"), "polish 1 is not a share of the steps"),
-        (("--set", "rounds=2", "--budget", "params=30k"), "rounds share out a --ratio"),
+        (("--set", "rounds=2", "alternate=true", "--budget", "params=30k"), "rounds share out a --ratio"),
         (("--limit", "0"), "--limit 0 must be at least 1"),
         (("--set", "clip=-1"), "clip -1.0 must not be negative"),
         (("--fsdp", "3"), "--fsdp 3 does not divide the 1 devices"),

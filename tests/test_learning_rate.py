@@ -51,7 +51,7 @@ def test_it_reaches_the_optimiser(material, tmp_path, monkeypatch, given):
     rates, make = [], distill.make_optimizer
     monkeypatch.setattr(distill, "make_optimizer", lambda rate, *rest: (rates.append(rate), make(rate, *rest))[1])
     run = prepare(compress_options(material, tmp_path / "slim", set=(f"learning_rate={given}",)))
-    Distillation(run, run.stages[0], shaken(run.teacher), run.teacher)
+    Distillation(run, run.stages[1], shaken(run.teacher), run.teacher)
     assert rates == [given or run.folder.read_log()[0]["learning_rate"]] and rates[0] > 0
     assert bool(run.folder.read_log()) == (given == 0)
 

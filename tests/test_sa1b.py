@@ -36,20 +36,22 @@ def test_the_scripts_are_those_that_hours_are_given_for(capsys):
 def test_work_is_that_of_the_models_that_run():
     teacher = preset("vit_b")
     slim = even_cut(teacher, 0.5)
-    work = hours.work_of(teacher, 0.5)
+    first, second = hours.work_of(teacher, 0.5).values()
     full, half = (metrics.encoder_macs(config).total for config in (teacher, slim))
-    assert full + 4 * half < work.embedding < 5 * full  # stage 1's student lies between both
-    assert work.bottleneck - (work.embedding - full) / 4 == full + 4 * half
-    assert work.state > 4 * metrics.encoder_parameters(teacher)
+    assert full + 4 * half < first.macs < 5 * full  # stage 1's student lies between both
+    assert second.macs - (first.macs - full) / 4 == full + 4 * half
+    assert second.state < first.state and first.state > 4 * metrics.encoder_parameters(teacher)
 
 
-def test_hours_are_proportional_to_the_measured_seconds(capsys):
+@pytest.mark.parametrize("recipe", ["default", "slimsam"])
+def test_hours_are_proportional_to_the_measured_seconds(capsys, recipe):
     found = []
     for seconds in (1.0, 2.0):
-        hours.main(seconds=seconds, factor=1.0)
+        hours.main(seconds=seconds, factor=1.0, recipe=recipe)
         (line,) = [line for line in capsys.readouterr().out.splitlines() if "sam_b_50" in line]
-        found.append([float(cell) for cell in line.replace("│", " ").split()[1:4]])
-    np.testing.assert_allclose(np.array(found[1]) / found[0], [0.5, 0.5, 2.0], rtol=0.02)
-    first, second, total = found[0]
-    expected = hours.IMAGES * RECIPES["default"].passes * (1 / first + 1 / second) / 3600
-    np.testing.assert_allclose(total, expected, rtol=0.02)
+        found.append([float(cell) for cell in line.replace("│", " ").split()[1:-2]])
+    *rates, hours_ = np.array(found).T
+    np.testing.assert_allclose([rate[1] / rate[0] for rate in rates], 0.5, rtol=0.02)
+    assert len(rates) == (2 if RECIPES[recipe].alternate else 1)
+    passes = 2 * RECIPES[recipe].passes / len(rates)
+    np.testing.assert_allclose(hours_, hours.IMAGES * passes * sum(1 / rate for rate in rates) / 3600, rtol=0.02)

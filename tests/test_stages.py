@@ -25,7 +25,7 @@ from slimsam_jax.widths import Target
     [{}, {"rounds": 3}, {"polish": 0.25}, {"rounds": 2, "polish": 0.5}, {"alternate": False, "polish": 0.1}],
 )
 def test_steps_and_cuts_add_up(choices):
-    stages = plan(Recipe(**choices))
+    stages = plan(Recipe(**{"alternate": True, **choices}))
     assert len({stage.name for stage in stages}) == len(stages)
     assert math.isclose(sum(stage.share for stage in stages), 2)
     for each in (5, 7, 100):
@@ -36,15 +36,24 @@ def test_steps_and_cuts_add_up(choices):
 
 
 def test_the_papers_recipes_have_the_papers_stages():
-    assert all(plan(recipe) == STAGES for recipe in RECIPES.values())
+    assert plan(RECIPES["slimsam"]) == plan(RECIPES["taylor"]) == STAGES
     assert steps_of(STAGES, 7) == {"embedding": 7, "bottleneck": 7} and set(steps_of(STAGES, 0).values()) == {0}
 
 
-def test_one_shot_distils_once_and_the_embedding_alone():
-    first, second = plan(Recipe(alternate=False))
+def test_all_cuts_first_and_one_distillation():
+    recipe = RECIPES["default"]
+    first, second = plan(recipe)
     assert steps_of((first, second), 100) == {"embedding": 0, "bottleneck": 200}
-    assert STAGES[0].aligns(Recipe()) and not second.aligns(Recipe()) and not STAGES[0].aligns(Recipe(align=False))
-    assert second.terms(0, 200, Recipe(alternate=False)) == {"embedding": 1.0}
+    assert (first.cuts, second.cuts) == ("embedding", "bottleneck") and second.aligns(recipe)
+    weights = [second.terms(step, 200, recipe) for step in (0, 50, 100, 199)]
+    np.testing.assert_allclose([w["embedding"] for w in weights], [1 / 11, 6 / 11, 1, 1])
+    np.testing.assert_allclose([w.get("stream", 0) for w in weights], [10 / 11, 5 / 11, 0, 0])
+
+
+@pytest.mark.parametrize("recipe", [Recipe(align=False), dataclasses.replace(RECIPES["taylor"], alternate=False)])
+def test_where_nothing_is_worth_aligning_with_the_embedding_alone_counts(recipe):
+    _, second = plan(recipe)
+    assert not second.aligns(recipe) and second.terms(0, 200, recipe) == {"embedding": 1.0}
 
 
 def test_terms_besides_features():
@@ -77,7 +86,7 @@ def test_rounds_together_leave_every_block_its_least():
 
 def test_too_few_steps_are_refused():
     with pytest.raises(InputError, match="4 steps are too few for the 6 stages"):
-        steps_of(plan(Recipe(rounds=3)), 2)
+        steps_of(plan(Recipe(rounds=3, alternate=True)), 2)
 
 
 def test_some_images_are_drawn_by_seed():
@@ -161,7 +170,7 @@ def test_a_later_round_aligns_what_was_cut_before():
     blocks = tuple(dataclasses.replace(block, head_dim=9, mlp_dim=30) for block in teacher.config.blocks)
     previous = random_sam(dataclasses.replace(teacher.config, embed_dim=20, blocks=blocks))
     student = random_sam(dataclasses.replace(previous.config, embed_dim=15))
-    trainer = train.make_trainer(student, previous, teacher, STAGES[0], Recipe(rounds=2), 10, 1e-3)
-    terms = STAGES[0].terms(0, 10, Recipe(rounds=2))
+    trainer = train.make_trainer(student, previous, teacher, STAGES[0], Recipe(rounds=2, alternate=True), 10, 1e-3)
+    terms = STAGES[0].terms(0, 10, Recipe(rounds=2, alternate=True))
     _, found = trainer.step(trainer.state, trainer.frozen, random_images(teacher.config), terms)
     assert np.isfinite(found["loss"]) and found["mlp"] > 0
