@@ -338,7 +338,8 @@ def test_an_unwritable_output_is_one_clear_line(material, tmp_path, monkeypatch,
 
 def test_numbers_that_are_not_finite_stop_the_run(material, tmp_path, monkeypatch, capsys):
     arguments = ("--teacher", material / "teacher", "--images", material / "images", "--steps", "3", "--out")
-    wild = dataclasses.replace(RECIPES["default"], learning_rate=1e30, schedule="constant", validations=1)
+    choices = {"learning_rate": 1e30, "schedule": "constant", "validations": 1, "alternate": True}
+    wild = dataclasses.replace(RECIPES["default"], **choices)
     monkeypatch.setitem(RECIPES, "default", wild)
     code, error = run(compress, *arguments, tmp_path / "out", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1 and "error: the loss of step 2 is not finite (images" in error  # the first's is still the start's
