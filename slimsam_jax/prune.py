@@ -53,9 +53,10 @@ def prune(
     if recipe.criterion == "projection":
         slim = project(sam, stage, recipe, target, calibration, seed, uniform)
     else:
-        grads = jax.device_get(gradients(sam, recipe, calibration, seed))
-        keep = choose(sam.config, sam.params["image_encoder"], grads, stage, recipe, target, uniform, seed)
-        slim = cut(sam, keep, recipe)
+        # On the host, where no program is compiled for each shape that is scored and cut.
+        encoder, grads = jax.device_get((sam.params["image_encoder"], gradients(sam, recipe, calibration, seed)))
+        keep = choose(sam.config, encoder, grads, stage, recipe, target, uniform, seed)
+        slim = cut(_with_encoder(sam, encoder), keep, recipe)
     return _with_encoder(slim, jax.tree.map(jnp.asarray, jax.device_get(slim.params["image_encoder"])))
 
 
@@ -168,8 +169,7 @@ def cut(sam: Sam, keep: Keep, recipe: Recipe) -> Sam:
     """Removes all channels but `keep`, and settles what narrower heads change besides."""
     groups = [group for group in all_groups(sam.config) if group.name in keep]
     check_groups(sam.params["image_encoder"], groups)
-    # On the host, where every shape need not be compiled.
-    encoder = masks.shrink(jax.device_get(sam.params["image_encoder"]), groups, keep)
+    encoder = masks.shrink(sam.params["image_encoder"], groups, keep)
     if recipe.keep_logit_scale:
         encoder = channels.keep_logit_scale(encoder, sam.config, channels.shrunk_config(sam.config, encoder))
     if not recipe.slice_rel_pos:

@@ -65,10 +65,7 @@ def bottleneck_aligning(progress: float, recipe: Recipe) -> Weights:
 
 
 def embedding_aligning(progress: float, recipe: Recipe) -> Weights:
-    """From the stage-1 model's residual stream and embedding over to the teacher's embedding.
-
-    The weight a falls from 10/11 to 0 over the first half, an epoch at a time.
-    """
+    """From the stage-1 model's residual stream and embedding over to the teacher's embedding."""
     a = _falling(progress)
     return {"embedding": 1 - a, "stream": a, "previous": a}
 
@@ -80,6 +77,7 @@ def stream_aligning(progress: float, recipe: Recipe) -> Weights:
 
 
 def _falling(progress: float) -> float:
+    """From 10/11 to 0 over the first half, an epoch at a time."""
     epoch = int(progress * EPOCHS + 1e-6)
     return (epoch < 11) * (10 - epoch) / 11
 

@@ -50,6 +50,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, material, tmp_path,
 
 
 @pytest.mark.slow
+def test_the_default_recipe_is_resumed(material, tmp_path, monkeypatch):
+    """Its only distillation is guided by the model before the second cut, which was not distilled."""
+    choices = {"set": ("validations=2",), "steps": 2, "save_every": 1}
+    compress.compress(compress_options(material, tmp_path / "whole", **choices))
+
+    def step(self, state, number, batch, whole=Distillation.step):
+        if number == 2:
+            raise RunError("pulled the plug")
+        return whole(self, state, number, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Distillation, "step", step)
+        with pytest.raises(RunError, match="plug"):
+            compress.compress(compress_options(material, tmp_path / "slim", **choices))
+    compress.compress(compress_options(material, tmp_path / "slim", **choices, resume=True))
+    assert_same_run(tmp_path / "slim", tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_stages_of_other_recipes_are_resumed_too(material, tmp_path, monkeypatch):
     """In the last of them, with everything that a step draws or carries along."""
     drawn = (

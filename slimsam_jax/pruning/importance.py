@@ -51,7 +51,7 @@ def channel_scores(
     mean over its voting members.
 
     Args:
-      params, grads: trees of equal structure. "magnitude" and "random" do not read the gradients.
+      params, grads: trees of equal structure, numpy or JAX arrays. "magnitude" and "random" do not read the gradients.
       groups: channels to score.
       criterion: a key of `CRITERIA` ("taylor" with the disturbed gradient is Disturbed Taylor), or "random".
       seed: for "random".
@@ -62,7 +62,7 @@ def channel_scores(
     if criterion == "random":
         random = np.random.default_rng(seed)
         return {group.name: random.random(group.shape) for group in groups}
-    weights, gradients = by_path(jax.device_get(params)), by_path(jax.device_get(grads))  # no shape is compiled there
+    weights, gradients = by_path(params), by_path(grads)
 
     def member_score(member: Member) -> np.ndarray:
         single = CRITERIA[criterion](weights[member.path], gradients[member.path])

@@ -106,7 +106,7 @@ def apply_masks(params: Tree, masks: Tree) -> Tree:
 
 
 def shrink(params: Tree, groups: Sequence[Group], keep: Keep) -> Tree:
-    """Cuts the removed channels out of every member; order is kept.
+    """Cuts the removed channels out of every member, numpy or JAX arrays; order is kept.
 
     Equal to masking wherever a zero channel has no effect. In a transformer that is
     everywhere but in the LayerNorms over a masked embedding: their mean and variance
