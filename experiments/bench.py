@@ -33,10 +33,9 @@ import tyro
 
 from slimsam_jax.models import config as configs
 from slimsam_jax.models.attention import Form
-from slimsam_jax.models.config import GLOBAL, Block, Config
+from slimsam_jax.models.config import Config
 
-SMALL = Config((256, 256), 192, tuple(Block(6, 32, 768, GLOBAL if i % 2 else 6) for i in range(8)))
-SMALL_P50 = Config((256, 256), 96, tuple(dataclasses.replace(b, head_dim=16, mlp_dim=384) for b in SMALL.blocks))
+TEACHERS = {"vit_p50": "vit_b", "vit_p77": "vit_b", "small_p50": "small"}  # of the presets that are slim
 STAGES = ("embedding-stage", "bottleneck-stage")
 
 
@@ -91,11 +90,7 @@ class Options:
 
 def architectures(preset: str) -> tuple[Config, Config, Config]:
     """(slim model, the same with only its embedding pruned, teacher) of a preset; three times itself if not slim."""
-    if preset in ("small", "small_p50"):
-        slim, teacher = (SMALL_P50 if preset == "small_p50" else SMALL), SMALL
-    else:
-        slim = configs.preset(preset)
-        teacher = configs.preset("vit_b") if preset in ("vit_p50", "vit_p77") else slim
+    slim, teacher = configs.preset(preset), configs.preset(TEACHERS.get(preset, preset))
     return slim, dataclasses.replace(teacher, embed_dim=slim.embed_dim), teacher
 
 

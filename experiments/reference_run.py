@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from converters.from_torch import load
-from experiments.bench import SMALL
 from slimsam_jax import __version__, checkpoint, labels, sharding
 from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError
@@ -89,7 +88,7 @@ def architecture(preset: str, sizes: dict[str, int]) -> Config:
     Raises:
       InputError: there is no such SAM.
     """
-    base = SMALL if preset == "small" else configs.preset(preset)
+    base = configs.preset(preset)
     has = {**sizes_of(base), **sizes}
     if "mlp_dim" not in sizes and "embed_dim" in sizes:
         has["mlp_dim"] = 4 * has["embed_dim"]

@@ -21,11 +21,11 @@ from pycocotools.cocoeval import COCOeval
 from test_data import save_image
 
 from converters.from_torch import from_state_dict, load
-from experiments.bench import SMALL
 from slimsam_jax import checkpoint, cli, evaluate, evaluation, rle
 from slimsam_jax.data import Annotation, find
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import clicks, detections, resampled_ap
+from slimsam_jax.models.config import preset
 from slimsam_jax.models.sam import resized_shape
 
 
@@ -70,7 +70,7 @@ def test_ap_equals_that_of_the_original_predictor(tmp_path):
     measured = evaluation.measure_models([load(checkpoint_path)], find([truth]), evaluation.Protocols(()), boxes=found)
     ids = [sample.image_id for sample in measured.samples.values()]
     ours = detections.precisions(detections.read_truth(truth, found), list(measured.results.values()), ids)
-    module = stock_sam(SMALL)
+    module = stock_sam(preset("small"))
     module.load_state_dict(torch.load(checkpoint_path, weights_only=True))
     for several, suffix in ((False, ""), (True, "_best")):
         expected = original_precision(module, truth, json.loads(boxes.read_text()), several)

@@ -195,7 +195,8 @@ def test_encode_and_decode_compile_once(tiny_sam):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name):
     config = preset(name)
-    assert config.uniform and config.grid == (64, 64)
+    assert config.uniform and config.grid == ((16, 16) if name.startswith("small") else (64, 64))
+    assert preset(name, (512, 256)).grid == (32, 16)
     assert Config.from_json(config.to_json()) == config
     with pytest.raises(ValueError, match="multiples of the patch"):
         preset(name, 1000)

@@ -21,6 +21,7 @@ from slimsam_jax.data.batches import draw_framing, flip_and_crop
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.mask_batches import MaskBatches, first_prompt
 from slimsam_jax.mask_training import MaskTraining, join, kernels, split
+from slimsam_jax.models.config import preset
 from slimsam_jax.models.prompt_encoder import ABSENT
 
 
@@ -291,8 +292,7 @@ def test_sizes():
     found = [(block.heads, block.head_dim, block.mlp_dim, block.window) for block in config.blocks]
     assert found == [(6, 16, 384, window) for window in (6, 0, 0) * 2]
     for name in ("small", "vit_b", "vit_h", "vit_p77"):
-        preset = reference_run.SMALL if name == "small" else reference_run.configs.preset(name)
-        assert reference_run.architecture(name, {}) == preset
+        assert reference_run.architecture(name, {}) == preset(name)
     with pytest.raises(InputError, match="--embed-dim 100 is no multiple of the 6 heads"):
         reference_run.architecture("small", {"embed_dim": 100})
     with pytest.raises(InputError, match=r"image_size \(100, 100\) must be multiples"):
@@ -307,7 +307,7 @@ def test_a_decoder_to_start_from(pictures, start, tmp_path):
         *({part: each.params[part] for part in ("prompt_encoder", "mask_decoder")} for each in (sam, other))
     )
     assert sam.config.embed_dim == 48 and sam.config.image_size == (128, 128)
-    assert sam.config.out_chans == other.config.out_chans != reference_run.SMALL.out_chans
+    assert sam.config.out_chans == other.config.out_chans != preset("small").out_chans
     assert sam.params["image_encoder"]["pos_embed"].shape == (1, *sam.config.grid, 48)
 
 

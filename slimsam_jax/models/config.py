@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -117,30 +117,44 @@ class Config:
             raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
 
 
-# embed_dim, mlp_dim, depth, heads, global attention blocks (segment_anything/build_sam.py; p50, p77: SlimSAM's).
+class Preset(NamedTuple):
+    """An architecture whose blocks have the same widths; sizes in pixels, the window's side in tokens."""
+
+    embed_dim: int
+    mlp_dim: int
+    depth: int
+    heads: int
+    global_blocks: tuple[int, ...]
+    image_size: int = 1024
+    window: int = 14
+
+
 PRESETS = {
-    "vit_b": (768, 3072, 12, 12, (2, 5, 8, 11)),
-    "vit_l": (1024, 4096, 24, 16, (5, 11, 17, 23)),
-    "vit_h": (1280, 5120, 32, 16, (7, 15, 23, 31)),
-    "vit_p50": (384, 1536, 12, 12, (2, 5, 8, 11)),
-    "vit_p77": (168, 696, 12, 12, (2, 5, 8, 11)),
+    # segment_anything/build_sam.py
+    "vit_b": Preset(768, 3072, 12, 12, (2, 5, 8, 11)),
+    "vit_l": Preset(1024, 4096, 24, 16, (5, 11, 17, 23)),
+    "vit_h": Preset(1280, 5120, 32, 16, (7, 15, 23, 31)),
+    # SlimSAM's
+    "vit_p50": Preset(384, 1536, 12, 12, (2, 5, 8, 11)),
+    "vit_p77": Preset(168, 696, 12, 12, (2, 5, 8, 11)),
+    # The SAM in this package, and half of it
+    "small": Preset(192, 768, 8, 6, (1, 3, 5, 7), 256, 6),
+    "small_p50": Preset(96, 384, 8, 6, (1, 3, 5, 7), 256, 6),
 }
 
 
-def preset(name: str, image_size: int | tuple[int, int] = 1024, window: int = 14) -> Config:
-    """A published architecture by its `segment_anything` name, at any image size.
+def preset(name: str, image_size: int | tuple[int, int] | None = None) -> Config:
+    """An architecture of `PRESETS` by its name, at any image size.
 
     Args:
-      name: a key of `PRESETS`.
-      image_size: pixels, one side or (height, width).
-      window: side of the attention window in tokens.
+      image_size: pixels, one side or (height, width); None for the preset's own.
     """
-    embed_dim, mlp_dim, depth, heads, global_blocks = PRESETS[name]
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    embed_dim, mlp_dim, depth, heads, global_blocks, own_size, window = PRESETS[name]
+    size = image_size or own_size
     blocks = tuple(
         Block(heads, embed_dim // heads, mlp_dim, GLOBAL if i in global_blocks else window) for i in range(depth)
     )
-    return Config(image_size=size, embed_dim=embed_dim, blocks=blocks)
+    return Config(image_size=(size, size) if isinstance(size, int) else tuple(size), embed_dim=embed_dim, blocks=blocks)
 
 
 def from_state_dict(state: Mapping[str, np.ndarray]) -> Config:
