@@ -28,6 +28,7 @@ from slimsam_jax.evaluation import agreement, encode_image, read_annotated, sing
 from slimsam_jax.evaluation.clicks import click_scores
 from slimsam_jax.models.latency import encoder_runner, interleaved
 from slimsam_jax.models.sam import Sam
+from slimsam_jax.recipes import RECIPES
 from slimsam_jax.run import prepare, slim
 
 FILE = results.FOLDER / "slimming.jsonl"
@@ -104,7 +105,8 @@ def options_of(
 ) -> Options:
     """Those of the row's command."""
     given = {**COMMON, **row._asdict(), "set": (*COMMON["set"], *row.set)}
-    if "flip=true" in row.set:
+    recipe = RECIPES[row.recipe].change(given["set"])
+    if recipe.flip or recipe.crop < 1:
         cache = None  # it holds embeddings of pictures as they are
     return Options(
         teacher=teacher, images=(str(images),), val=(str(val),), ratio=ratio, seed=seed, cache=cache, out=out, **given

@@ -28,7 +28,7 @@ def every_row() -> dict[str, Row]:
 def test_the_command_beside_a_row_is_what_was_run(label):
     row = every_row()[label]
     command = f"{COMMON} --ratio 0.77 --seed 2 --out out {row.arguments()}"
-    if "flip=true" in row.set:
+    if {"flip=true", "crop=0.5"} & set(row.set):
         command = command.replace("--cache cache ", "")  # which holds embeddings of pictures as they are
     typed = tyro.cli(Options, args=command.split())
     run = slimming.options_of(row, 0.77, 2, *map(Path, ("t.pth", "train", "val", "cache", "out")))
