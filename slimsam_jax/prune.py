@@ -196,8 +196,8 @@ def project(
         width = widths.embedding_width(sam.config, target, recipe)
         return _with_encoder(sam, projection.project_embedding(sam.config, encoder, moment, width))
 
-    bases, units = _bases(sam, recipe, calibration("statistics"), seed)
-    chosen = widths.bottleneck_widths(sam.config, _worth_of_bases(bases, units), target, recipe, uniform)
+    bases, worth = _bases(sam, recipe, calibration("statistics"), seed)
+    chosen = widths.bottleneck_widths(sam.config, worth, target, recipe, uniform)
     of_kind = lambda kind: [chosen[f"blocks_{i}/{kind}"] for i in range(len(bases))]
 
     sam = _with_encoder(sam, projection.project_attention(sam.config, encoder, bases, of_kind("attn")))
@@ -217,16 +217,13 @@ def _sensitivity(recipe: Recipe) -> tuple[statistics.Part, ...]:
 
 
 def _bases(sam: Sam, recipe: Recipe, batches: Iterable[Batch], seed: int):
-    """Of the attentions and of the MLPs, uncut."""
+    """Those of the attentions, and what each of their channels and of the hidden units is worth, uncut."""
     encoder = sam.params["image_encoder"]
     found = _moments(sam, batches, seed, "attention", "mlp", *_sensitivity(recipe))
     bases = projection.attention_bases(sam.config, encoder, found, recipe.weighting)
-    return bases, projection.hidden_units(encoder, found, recipe.weighting)
-
-
-def _worth_of_bases(bases, units) -> dict[str, np.ndarray]:
+    units = projection.hidden_units(encoder, found, recipe.weighting)
     worth = {f"blocks_{i}/attn": basis.worth for i, basis in enumerate(bases)}
-    return worth | {f"blocks_{i}/mlp": unit.worth for i, unit in enumerate(units)}
+    return bases, worth | {f"blocks_{i}/mlp": unit.worth for i, unit in enumerate(units)}
 
 
 # ------------------------------------------------------------------------------------------- to look at
@@ -244,7 +241,7 @@ def worth(sam: Sam, stage: Stage, recipe: Recipe, calibration: Calibration, seed
         if stage.cuts == "embedding":
             moment = _moments(sam, calibration("statistics"), seed, "stream")["stream"]
             return {"embedding": residual_spectrum(moment)}
-        return _worth_of_bases(*_bases(sam, recipe, calibration("statistics"), seed))
+        return _bases(sam, recipe, calibration("statistics"), seed)[1]
     grads = jax.device_get(gradients(sam, recipe, calibration, seed))
     groups = [channels.embedding_group(sam.config)]
     if stage.cuts == "bottleneck":

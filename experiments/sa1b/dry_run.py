@@ -10,6 +10,7 @@ the real one at any, but for the tables of positions.
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
@@ -59,7 +61,9 @@ def stop_and_resume(script: str, size: int, folder: Path, wait: float) -> float:
       RunError: it did not do what is to be proved.
     """
     teacher, pictures, out = folder / "teacher.pth", folder / "sa_000000.tar", folder / "slim"
-    write_teacher(f"vit_{script.split('_')[1]}", size, teacher)
+    # In a process of its own, for the memory: of SAM-H's weights 8 GB stay behind.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+        other.submit(write_teacher, f"vit_{script.split('_')[1]}", size, teacher).result()
     write_pictures(pictures, size)
     variables = {**os.environ, "TEACHER": str(teacher), "IMAGES": str(pictures), "VAL": str(pictures), "OUT": str(out)}
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"

@@ -105,17 +105,17 @@ def attention_bases(
 
 
 def _bases(attn: Params, moments: Moments, i: int, weighting: Weighting) -> AttentionBases:
-    m, kernels = moments["attention"][i], np.float64(attn["proj"]["kernel"])
+    m, kernels = _wide(moments["attention"][i]), np.float64(attn["proj"]["kernel"])
     queries, means = m["q"] / m["tokens"], m["output_sum"] / m["tokens"]
     covariances = m["output"] / m["tokens"] - np.einsum("ni,nj->nij", means, means)
     metric = np.eye(kernels.shape[2])
     if weighting == "disturbed":
-        metric = moments["sensitivity"]["middle"][i] / moments["embedding"]
+        metric = _wide(moments["sensitivity"]["middle"][i]) / moments["embedding"]
     readers = np.einsum("niD,DE,njE->nij", kernels, metric, kernels, optimize=True)
     outputs = [projection.output_basis(c, r) for c, r in zip(covariances, readers, strict=True)]
     written = sum(o.singular_values**2 for o in outputs)
     if weighting == "disturbed":
-        hurt = len(kernels) * moments["sensitivity"]["queries"][i] / moments["embedding"]
+        hurt = len(kernels) * _wide(moments["sensitivity"]["queries"][i]) / moments["embedding"]
         logits = projection.output_basis(queries, hurt)
         return AttentionBases(logits.encode, logits.decode.T, outputs, means, written + logits.singular_values**2)
     head_dim = attn["rel_pos_h"].shape[1]
@@ -167,21 +167,25 @@ class HiddenUnits:
     """The hidden units of one MLP in order of worth: see `attention_bases` for what that is."""
 
     def __init__(self, kernel: jax.Array, moments: Moments, i: int, weighting: Weighting = "none"):
-        m = moments["mlp"][i]
-        self.mean = m["hidden_sum"] / m["tokens"]
-        self.covariance = m["hidden"] / m["tokens"] - np.outer(self.mean, self.mean)
-        self.kernel = np.float64(kernel)
+        self.moments, self.kernel = moments["mlp"][i], np.float64(kernel)
+        _, covariance = self._mean_and_covariance()
         if weighting == "disturbed":
-            metric = projection.root(moments["sensitivity"]["out"][i] / moments["embedding"])
-            self.order, self.worth = projection.choose_units(self.covariance, self.kernel @ metric)
+            metric = projection.root(_wide(moments["sensitivity"]["out"][i]) / moments["embedding"])
+            self.order, self.worth = projection.choose_units(covariance, self.kernel @ metric)
         else:
-            self.order, gains = projection.choose_units(self.covariance, self.kernel)
+            self.order, gains = projection.choose_units(covariance, self.kernel)
             self.worth = gains * moments["tokens"] / moments["blocks"][i]
+
+    def _mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
+        """Computed each time: those of all blocks of SAM-H together would be 6.7 GB."""
+        m = _wide(self.moments)
+        mean = m["hidden_sum"] / m["tokens"]
+        return mean, m["hidden"] / m["tokens"] - np.outer(mean, mean)
 
     def refit(self, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Kept units (ascending), the kernel on them, and what to add to the bias."""
-        kept = np.sort(self.order[:width])
-        return kept, *projection.refit(self.covariance, self.mean, self.kernel, kept)
+        kept, (mean, covariance) = np.sort(self.order[:width]), self._mean_and_covariance()
+        return kept, *projection.refit(covariance, mean, self.kernel, kept)
 
 
 def hidden_units(encoder: Params, moments: Moments, weighting: Weighting = "none") -> list[HiddenUnits]:
@@ -201,6 +205,11 @@ def project_mlp(encoder: Params, units: Sequence[HiddenUnits], widths: Sequence[
             "mlp_lin2": {"kernel": kernel, "bias": np.float64(old["mlp_lin2"]["bias"]) + bias},
         }
     return like(encoder, new)
+
+
+def _wide(tree: Moments) -> Moments:
+    """In float64."""
+    return jax.tree.map(np.float64, tree)
 
 
 def like(encoder: Params, new: Params) -> Params:
