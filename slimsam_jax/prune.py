@@ -203,7 +203,7 @@ def project(
     sam = _with_encoder(sam, projection.project_attention(sam.config, encoder, bases, of_kind("attn")))
     encoder = sam.params["image_encoder"]
     found = _moments(sam, calibration("MLP statistics"), seed, "mlp", *_sensitivity(recipe))
-    units = projection.hidden_units(encoder, found, recipe.weighting)
+    units = projection.hidden_units(encoder, found, recipe.weighting, of_kind("mlp"))
     return _with_encoder(sam, projection.project_mlp(encoder, units, of_kind("mlp")))
 
 

@@ -77,6 +77,7 @@ def test_units_that_repeat_others_are_worth_nothing():
     order, gains = projection.choose_units(covariance, weights)
     assert sorted(order) == list(range(5)) and (np.diff(gains) <= 0).all()
     assert gains[2] > 1e-3 > 1e-5 > gains[3]
+    assert projection.choose_units(covariance, weights, 2)[0].tolist() == order[:2].tolist()
     kept = np.sort(order[:3])
     new, bias = projection.refit(covariance, activations.mean(0), weights, kept, ridge=1e-12)
     np.testing.assert_allclose(activations[:, kept] @ new + bias, activations @ weights, atol=1e-6)

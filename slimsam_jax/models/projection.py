@@ -164,16 +164,18 @@ def project_attention(
 
 
 class HiddenUnits:
-    """The hidden units of one MLP in order of worth: see `attention_bases` for what that is."""
+    """The hidden units of one MLP in order of worth, the `count` best at least; see `attention_bases` for the worth."""
 
-    def __init__(self, kernel: jax.Array, moments: Moments, i: int, weighting: Weighting = "none"):
+    def __init__(
+        self, kernel: jax.Array, moments: Moments, i: int, weighting: Weighting = "none", count: int | None = None
+    ):
         self.moments, self.kernel = moments["mlp"][i], np.float64(kernel)
         _, covariance = self._mean_and_covariance()
         if weighting == "disturbed":
             metric = projection.root(_wide(moments["sensitivity"]["out"][i]) / moments["embedding"])
-            self.order, self.worth = projection.choose_units(covariance, self.kernel @ metric)
+            self.order, self.worth = projection.choose_units(covariance, self.kernel @ metric, count)
         else:
-            self.order, gains = projection.choose_units(covariance, self.kernel)
+            self.order, gains = projection.choose_units(covariance, self.kernel, count)
             self.worth = gains * moments["tokens"] / moments["blocks"][i]
 
     def _mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
@@ -188,9 +190,13 @@ class HiddenUnits:
         return kept, *projection.refit(covariance, mean, self.kernel, kept)
 
 
-def hidden_units(encoder: Params, moments: Moments, weighting: Weighting = "none") -> list[HiddenUnits]:
-    kernels = [encoder[f"blocks_{i}"]["mlp_lin2"]["kernel"] for i in range(len(moments["mlp"]))]
-    return [HiddenUnits(kernel, moments, i, weighting) for i, kernel in enumerate(kernels)]
+def hidden_units(
+    encoder: Params, moments: Moments, weighting: Weighting = "none", counts: Sequence[int] | None = None
+) -> list[HiddenUnits]:
+    """Those of every block, or of each the `counts[block]` best."""
+    counts = counts or [None] * len(moments["mlp"])
+    kernel_of = lambda i: encoder[f"blocks_{i}"]["mlp_lin2"]["kernel"]
+    return [HiddenUnits(kernel_of(i), moments, i, weighting, count) for i, count in enumerate(counts)]
 
 
 def project_mlp(encoder: Params, units: Sequence[HiddenUnits], widths: Sequence[int]) -> Params:

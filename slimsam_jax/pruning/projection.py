@@ -123,7 +123,9 @@ def _roots(matrix: np.ndarray, smallest: float = 1e-10) -> tuple[np.ndarray, np.
     return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
 
 
-def choose_units(covariance: np.ndarray, weights: np.ndarray, rounds: int = 128) -> tuple[np.ndarray, np.ndarray]:
+def choose_units(
+    covariance: np.ndarray, weights: np.ndarray, count: int | None = None, rounds: int = 128
+) -> tuple[np.ndarray, np.ndarray]:
     """Orders hidden units so that the next ones best explain the layer's output given those before.
 
     A nonlinearity forbids a change of basis, so units are chosen, greedily: the gain of a unit
@@ -133,19 +135,21 @@ def choose_units(covariance: np.ndarray, weights: np.ndarray, rounds: int = 128)
     Args:
       covariance: [M, M] of the activations.
       weights: [M, D] of the layer that reads them, output = activations @ weights.
-      rounds: M of them would be plain greedy, at M times the cost of one.
+      count: how many at least to choose, the first of the order; None for all M. Few are chosen sooner.
+      rounds: that all M take. M of them would be plain greedy, at M times the cost of one.
 
     Returns:
-      order [M], best first, and gains [M] in that order, made not to rise.
+      order [count or a few more], best first, and their gains in that order, made not to rise.
     """
     size = len(covariance)
+    count = size if count is None else count
     # What the chosen units leave unexplained is covariance - factor factorᵀ, of which only columns are ever needed.
     factor, used = np.zeros((size, size)), 0
     variance, explained = np.diag(covariance).astype(np.float64), covariance @ weights
     # Activations were summed in float32: less variance than this is rounding.
     floor = 1e-7 * max(variance.max(), 1e-30)
     left, order, gains = np.ones(size, bool), [], []
-    while left.any():
+    while left.sum() > size - count:
         gain = np.where(variance > floor, (explained**2).sum(1) / np.maximum(variance, floor), 0.0)
         units = np.argsort(-np.where(left, gain, -1.0), kind="stable")[: min(-(-size // rounds), left.sum())]
         left[units] = False
