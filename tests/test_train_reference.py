@@ -195,7 +195,8 @@ def test_a_batch_in_parts_gives_the_same_gradients(pictures):
     """Each picture has its own clicks to correct, wherever it stands in the batch."""
     sam, found = random_sam(SQUARE), []
     for accumulate in (1, 2):
-        settings = mask_training.Settings(steps=1, batch=2, prompts=2, accumulate=accumulate, clip=0.0)
+        how = {"prompts": 2, "accumulate": accumulate, "clip": 0.0, "freeze": ("image_encoder",)}
+        settings = mask_training.Settings(steps=1, batch=2, **how)
         trainer = mask_training.make_trainer(sam, settings)
         batch = next(MaskBatches(samples(sorted(pictures.glob("*.png"))), SQUARE, 2, seed=0, prompts=2))
         state, terms = trainer.step(trainer.state, trainer.frozen, batch, mask_training.OBJECTIVES["short"].weights)
