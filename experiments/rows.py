@@ -201,6 +201,7 @@ TABLES = {
             "clip 1": default("clip=1"),
             "flip": default("flip=true"),
             "crops and their scale": default("crop=0.5"),
+            "learning rate 1e-4": default("learning_rate=1e-4"),
             "the decoder tuned by its masks in a last quarter, learning rate 1e-4": default(
                 "learning_rate=1e-4", "masks=1", "polish=0.25", "tune_decoder=true", "keep=last"
             ),
