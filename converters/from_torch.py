@@ -82,8 +82,9 @@ def _params(config: architecture.Config, state: dict[str, np.ndarray], table: li
     import flax.traverse_util
 
     from slimsam_jax import checkpoint
+    from slimsam_jax.models.sam import abstract_params
 
-    expected = flax.traverse_util.flatten_dict(checkpoint.abstract_params(config), sep="/")
+    expected = flax.traverse_util.flatten_dict(abstract_params(config), sep="/")
     params = {}
     for row in table:
         array = state[row.name]

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax.checkpoint import abstract_params
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import GLOBAL, Config
-from slimsam_jax.models.sam import Params, Sam
+from slimsam_jax.models.sam import Params, Sam, abstract_params
 
 
 def uniform_config(config: Config) -> Config:

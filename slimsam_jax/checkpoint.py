@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from slimsam_jax.errors import InputError, blaming, writing
 from slimsam_jax.models.config import Config
-from slimsam_jax.models.sam import Params, Sam, init
+from slimsam_jax.models.sam import Params, Sam, abstract_params
 
 FORMAT = "slimsam_jax/1"
 
@@ -75,11 +74,6 @@ def to_device(flat: dict[str, np.ndarray], where: str) -> Params:
         if flat[path].dtype.kind in "iub" or not np.isfinite(array).all():
             raise InputError(f"{where}: {path} holds integers, or values that are not finite")
     return flax.traverse_util.unflatten_dict({path: jnp.asarray(array) for path, array in arrays.items()}, sep="/")
-
-
-def abstract_params(config: Config) -> Params:
-    """The parameter tree as shapes; costs no memory, whatever the size."""
-    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
 
 
 def check_names(found: set[str], expected: set[str], where: str) -> None:

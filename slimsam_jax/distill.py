@@ -26,13 +26,14 @@ class TrainState(NamedTuple):
 
     Attributes:
       average: exponential moving average of `params`; None without one.
-      scale: of the learning rate, on top of its schedule; `plateau_scale` gives it.
+      learning_rate: its peak; the optimizer has the schedule, as a share of that. Here, and not in the compiled
+        step, it changes without another compilation (which takes longer than a short training).
     """
 
     params: Tree
     opt_state: Tree
     average: Tree
-    scale: jax.Array
+    learning_rate: jax.Array
     step: jax.Array
 
 
@@ -80,7 +81,7 @@ def make_step(
     Args:
       forward: (student's params, frozen params, batch) -> features.
       target: (frozen params, batch) -> features of the same keys.
-      optimizer: optax.
+      optimizer: optax, at a learning rate of 1: updates are multiplied by that of the state.
       relative: see `mse`.
       parts: the batch is taken in so many parts, one after the other, and their gradients averaged: less memory,
         the same result but for rounding (and for `relative`, whose variances are then each part's).
@@ -129,9 +130,9 @@ def make_update(
         if reduction == "sum":
             grads = jax.tree.map(lambda g: images * g, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: state.scale * u, updates))
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: state.learning_rate * u, updates))
         average = optax.incremental_update(params, state.average, 1 - ema) if ema else None
-        state = TrainState(params, opt_state, average, state.scale, state.step + 1)
+        state = TrainState(params, opt_state, average, state.learning_rate, state.step + 1)
         return (sharding.constrain(state, mesh) if mesh else state), terms
 
     return jax.jit(step, donate_argnums=0)
@@ -154,36 +155,36 @@ def _first(parts: Tree) -> Tree:
     return jax.tree.map(lambda x: x[0], parts)
 
 
-def init_state(params: Tree, optimizer: optax.GradientTransformation, ema: float = 0.0) -> TrainState:
-    def init(params: Tree) -> TrainState:
+def init_state(
+    params: Tree, optimizer: optax.GradientTransformation, learning_rate: float, ema: float = 0.0
+) -> TrainState:
+    def init(params: Tree, learning_rate: jax.Array) -> TrainState:
         # Copied, because the step donates its state and the caller may want the start again.
         copy = lambda: jax.tree.map(jnp.array, params)
         average = copy() if ema else None
-        return TrainState(copy(), optimizer.init(params), average, jnp.ones(()), jnp.zeros((), jnp.int32))
+        return TrainState(copy(), optimizer.init(params), average, learning_rate, jnp.zeros((), jnp.int32))
 
-    return jax.jit(init)(params)  # one program, not one for each shape
+    return jax.jit(init)(params, jnp.float32(learning_rate))  # one program, not one for each shape
 
 
 def make_optimizer(
-    learning_rate: float,
     steps: int,
     schedule: str = "cosine",
     clip: float = 0.0,
     weight_decay: float = 0.0,
     decayed: Callable[[Tree], Tree] | None = None,
 ) -> optax.GradientTransformation:
-    """Adam, or AdamW if there is weight decay.
+    """Adam, or AdamW if there is weight decay, at a peak learning rate of 1 (see `TrainState`).
 
     Args:
       schedule: "cosine" warms up over 5 % of the steps and falls to zero; any other stays (see `plateau_scale`).
       clip: the largest norm of all gradients together; 0 for no limit.
       decayed: params -> a tree of bools, what weight decay is for; None for everything.
     """
-    rate = learning_rate
+    rate = 1.0
     if schedule == "cosine":
         warm_up = max(1, steps // 20)
-        first = learning_rate / warm_up
-        rate = optax.warmup_cosine_decay_schedule(first, learning_rate, warm_up, max(steps, warm_up + 1))
+        rate = optax.warmup_cosine_decay_schedule(1 / warm_up, 1.0, warm_up, max(steps, warm_up + 1))
     adam = optax.adamw(rate, weight_decay=weight_decay, mask=decayed) if weight_decay else optax.adam(rate)
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
 

@@ -68,8 +68,8 @@ class Distillation(Loop):
         every = [stage.terms(step, self.steps, recipe) for step in range(self.steps)]
         self.faded = dict.fromkeys(itertools.chain.from_iterable(every), 0.0) if work < WORTH_A_PROGRAM else {}
         how = (run.dtype, options.accumulate, options.fsdp, options.attention)
-        rate = recipe.learning_rate or self.rate()
-        trainer = train.make_trainer(student, previous, run.teacher, stage, recipe, self.steps, rate, *how)
+        self.peak = recipe.learning_rate or self.rate()
+        trainer = train.make_trainer(student, previous, run.teacher, stage, recipe, self.steps, self.peak, *how)
         fields = (self.steps, run.batch, options.save_every, recipe.validations, recipe.keep, run.steps_before(stage))
         super().__init__(run.folder, trainer, Schedule(stage.name, f"the {stage.name} stage", *fields))
 
@@ -113,8 +113,8 @@ class Distillation(Loop):
         state = super().validate(state, step)
         if self.whole.recipe.schedule != "plateau":
             return state
-        scale = distill.plateau_scale(list(self.scores.values()), self.stage.patience)
-        return state._replace(scale=jax.device_put(jnp.float32(scale), state.scale.sharding))
+        rate = self.peak * distill.plateau_scale(list(self.scores.values()), self.stage.patience)
+        return state._replace(learning_rate=jax.device_put(jnp.float32(rate), state.learning_rate.sharding))
 
     def sam(self, state: distill.TrainState) -> Sam:
         """The student as it stands, off the mesh."""

@@ -130,11 +130,10 @@ def make_trainer(sam: Sam, settings: Settings) -> Trainer:
     """Places the model on the devices and builds the step, whose frozen tree is what is not trained."""
     mesh = sharding.make_mesh(settings.fsdp)
     trained, frozen = split(sam.params, settings.freeze)
-    rates = (settings.learning_rate, settings.steps, "cosine", settings.clip, settings.weight_decay)
-    optimizer = distill.make_optimizer(*rates, decayed=kernels)
+    optimizer = distill.make_optimizer(settings.steps, "cosine", settings.clip, settings.weight_decay, kernels)
     gradients = functools.partial(_gradients, sam.config, settings, mesh.size)
     step = distill.make_update(gradients, optimizer, settings.accumulate, ema=settings.ema, mesh=mesh)
-    state = distill.init_state(trained, optimizer, settings.ema)
+    state = distill.init_state(trained, optimizer, settings.learning_rate, settings.ema)
     return Trainer(step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 
 

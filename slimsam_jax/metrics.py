@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from slimsam_jax.models.config import Config, tokens
-from slimsam_jax.models.sam import init
+from slimsam_jax.models.sam import abstract_params
 from slimsam_jax.regions import extent
 
 
@@ -85,7 +85,7 @@ def sam_parameters(config: Config) -> int:
 @functools.lru_cache
 def _head_parameters(config: Config) -> int:
     """Of prompt encoder and mask decoder, which the encoder's widths do not touch."""
-    shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    shapes = abstract_params(config)
     return parameters({name: shapes[name] for name in ("prompt_encoder", "mask_decoder")})
 
 

@@ -65,7 +65,7 @@ def make_trainer(
       attention: how it is computed, see `models.attention`.
     """
     mesh = sharding.make_mesh(fsdp)
-    optimizer = distill.make_optimizer(rate, steps, recipe.schedule, recipe.clip, recipe.weight_decay)
+    optimizer = distill.make_optimizer(steps, recipe.schedule, recipe.clip, recipe.weight_decay)
     encode = functools.partial(run_encoder, dtype=dtype, devices=mesh.size, attention=attention)
     step = distill.make_step(
         functools.partial(_student_features, encode, student.config, stage, recipe),
@@ -83,7 +83,7 @@ def make_trainer(
     frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), frozen)
     if recipe.masks:
         frozen["head"] = {name: teacher.params[name] for name in ("prompt_encoder", "mask_decoder")}
-    state = distill.init_state({part: student.params[part] for part in stage.trains}, optimizer, recipe.ema)
+    state = distill.init_state({part: student.params[part] for part in stage.trains}, optimizer, rate, recipe.ema)
     return Trainer(step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 
 

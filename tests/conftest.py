@@ -9,6 +9,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 # Many tests compile the same small models; workers and the processes that tests start share what they compiled.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="slimsam-jax-tests-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Three quarters of the suite is compilation, of programs that run a few times. (Level 0 is off by 1e-4: see the LOG.)
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads folders of ours alone, and shall not wait for a network
 
 from pathlib import Path
@@ -19,10 +21,9 @@ import pytest
 from PIL import Image
 
 from slimsam_jax import checkpoint, compress
-from slimsam_jax.checkpoint import abstract_params
 from slimsam_jax.data import Sample, folder
 from slimsam_jax.models.config import GLOBAL, Block, Config
-from slimsam_jax.models.sam import Sam
+from slimsam_jax.models.sam import Sam, abstract_params
 
 # Golden vectors from the original code and a trained checkpoint. Too large for the repository (40 MB); they lie
 # beside a developer's checkout. Parity with the original packages (tests/peers.py) needs none of them.

@@ -314,7 +314,7 @@ def test_published_presets_convert():
 
     for name in ("vit_b", "vit_p77"):
         config = preset(name)
-        shapes = checkpoint.abstract_params(config)
+        shapes = sam_module.abstract_params(config)
         paths = {"/".join(str(k.key) for k in keys) for keys, _ in jax.tree_util.tree_leaves_with_path(shapes)}
         assert {row.path for row in mapping.rows(config)} == paths
 

@@ -10,8 +10,8 @@ from conftest import random_sam, samples, shared, tiny_config
 from PIL import Image
 
 from slimsam_jax import evaluation, metrics
-from slimsam_jax.checkpoint import abstract_params
 from slimsam_jax.models.config import preset
+from slimsam_jax.models.sam import abstract_params
 
 # Encoder MACs, encoder parameters, whole parameters, encoder + decoder MACs (one point): the original counter's.
 COUNTS = {

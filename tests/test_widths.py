@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimsam_jax import metrics, widths
-from slimsam_jax.checkpoint import abstract_params
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import preset
+from slimsam_jax.models.sam import abstract_params
 from slimsam_jax.pruning import budget, masks
 from slimsam_jax.recipes import RECIPES, Recipe
 from slimsam_jax.widths import Budget, Target, with_widths

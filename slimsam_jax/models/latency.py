@@ -12,7 +12,7 @@ import numpy as np
 
 from slimsam_jax.models.config import Block, Config
 from slimsam_jax.models.image_encoder import EncoderBlock
-from slimsam_jax.models.sam import encode, init
+from slimsam_jax.models.sam import abstract_params, encode
 
 
 def interleaved(runs: Sequence[Callable[[], Any]], turns: int = 9, seconds: float = 10.0) -> list[float]:
@@ -36,7 +36,7 @@ def encoder_seconds(configs: Sequence[Config]) -> list[float]:
     """Of encoders with weights of their shapes, float32."""
 
     def runner(config: Config) -> Callable[[], Any]:
-        shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))["image_encoder"]
+        shapes = abstract_params(config)["image_encoder"]
         params = {"image_encoder": jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), shapes)}
         return encoder_runner(config, params)
 

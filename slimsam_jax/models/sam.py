@@ -42,7 +42,7 @@ class Sam:
 
 
 def init(config: Config, key: jax.Array) -> Params:
-    """Random parameters of the shapes that `config` asks for (use under `jax.eval_shape` for shapes alone)."""
+    """Random parameters of the shapes that `config` asks for; see `abstract_params` for shapes alone."""
     keys = jax.random.split(key, 3)
     images = jnp.zeros((1, *config.image_size, 3))
     embedding = jnp.zeros((*config.grid, config.out_chans))
@@ -56,6 +56,12 @@ def init(config: Config, key: jax.Array) -> Params:
         "prompt_encoder": prompts["params"],
         "mask_decoder": MaskDecoder(config).init(keys[2], embedding, embedding, sparse, dense)["params"],
     }
+
+
+@functools.lru_cache(maxsize=32)  # tracing takes a second or two, and a run asks for the same few models
+def abstract_params(config: Config) -> Params:
+    """The parameter tree as shapes, not to be changed; costs no memory, whatever the size."""
+    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))

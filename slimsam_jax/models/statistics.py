@@ -29,15 +29,19 @@ def accumulate(statistic: Statistic, encoder: Params, batches: Iterable[Batch], 
       ValueError: there was no batch.
     """
 
-    def add(total: Any, encoder: Params, batch: Batch, key: jax.Array) -> Any:
+    @jax.jit  # traced once, though asked for its shapes and then for sums
+    def found(encoder: Params, batch: Batch, key: jax.Array) -> Any:
         with jax.default_matmul_precision("highest"):  # accelerators would round Gram matrices to 10 bits
-            return jax.tree.map(jnp.add, total, statistic(encoder, batch, key))
+            return statistic(encoder, batch, key)
+
+    def add(total: Any, *inputs: Any) -> Any:
+        return jax.tree.map(jnp.add, total, found(*inputs))
 
     add, total, key = jax.jit(add, donate_argnums=0), None, jax.random.key(seed)
     for index, batch in enumerate(batches):
         if total is None:
             zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=encoder["pos_embed"].sharding)
-            total = jax.tree.map(zeros, jax.eval_shape(statistic, encoder, batch, key))
+            total = jax.tree.map(zeros, jax.eval_shape(found, encoder, batch, key))
         total = add(total, encoder, batch, jax.random.fold_in(key, index))
     if total is None:
         raise ValueError("statistics need at least one batch")
