@@ -56,7 +56,8 @@ def test_worth_that_is_negative_has_no_price():
 def test_allocation_keeps_its_promises(sizes, share, multiple, seed):
     random = np.random.default_rng(seed)
     worth = {str(i): -np.sort(-random.random(size)) for i, size in enumerate(sizes)}
-    costs = {name: random.uniform(1, 5) * np.arange(len(gains) + 1) for name, gains in worth.items()}
+    # Whole numbers, as counted: their sums are exact, and "nothing more fits" is not a matter of rounding.
+    costs = {name: random.integers(1000, 5000) * np.arange(len(gains) + 1) for name, gains in worth.items()}
     room = share * sum(cost[-1] for cost in costs.values())
     try:
         found = budget.allocate(worth, costs, room, multiple)
