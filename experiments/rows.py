@@ -117,7 +117,7 @@ TABLES = {
             "taylor": taylor(),
             "one-shot": taylor("alternate=false"),
             "one-shot, labels": taylor("alternate=false", "signal=masks"),
-            "no intermediate features": taylor("align=false"),
+            "no intermediate features": taylor("align=0"),
             "normaliser sum": taylor("normalizer=sum"),
             "normaliser mean": taylor("normalizer=mean"),
             "normaliser max": taylor("normalizer=max"),
@@ -128,7 +128,7 @@ TABLES = {
             "30 images": taylor(limit=30),
             "default": default(),
             "default, alternating": alternating(),
-            "default, no intermediate features": default("align=false"),
+            "default, no intermediate features": default("align=0"),
             "default, 100 images": default(limit=100),
             "default, 30 images": default(limit=30),
         },
@@ -171,47 +171,52 @@ TABLES = {
     "rates": Table(
         (0.5, 0.77, 0.9),
         {
-            **{f"pace {pace}": default(f"pace={pace}") for pace in ("3e-3", "3e-2")},
+            "pace 3e-3": default("pace=3e-3"),
             "pace 1e-2 (default)": default(),
-            **{
-                f"alternating, learning rate {rate}": alternating(f"learning_rate={rate}")
-                for rate in ("3e-5", "1e-4", "3e-4", "1e-3")
-            },
-            **{f"alternating, pace {pace}": alternating(f"pace={pace}") for pace in ("3e-3", "3e-2")},
-            "alternating, pace 1e-2": alternating(),
-            **{f"taylor, learning rate {rate}": taylor(f"learning_rate={rate}") for rate in ("3e-4", "3e-3")},
+            "pace 3e-2": default("pace=3e-2"),
+            "taylor, learning rate 3e-4": taylor("learning_rate=3e-4"),
             "taylor, learning rate 1e-3 (its own)": taylor(),
+            "taylor, learning rate 3e-3": taylor("learning_rate=3e-3"),
+        },
+    ),
+    "lengths": Table(
+        (0.77,),
+        {
+            f"{steps} steps, pace {pace}": default(*([] if pace == "1e-2" else [f"pace={pace}"]), steps=steps)
+            for steps in (25, 100, 400)
+            for pace in ("3e-3", "1e-2", "3e-2")
         },
     ),
     "order": Table(
         (0.77, 0.5, 0.9),
         {
             "at once (default)": default(),
-            "at once, the embedding alone": default("align=false"),
+            "at once, the embedding alone": default("align=0"),
             "alternating": alternating(),
-            "alternating, the embedding alone": alternating("align=false"),
+            "alternating, the embedding alone": alternating("align=0"),
         },
     ),
     "search": Table(
         (0.9,),
         {
             "default": default(),
+            "features at half of their weight": default("align=0.5"),
+            "plain MSE": default("relative_loss=false"),
+            "cosine term 0.5": default("cosine=0.5"),
+            "constant learning rate": default("schedule=constant"),
+            "a quarter of the steps to polish": default("polish=0.25"),
             "average of weights 0.95": default("ema=0.95"),
             "AdamW 0.05": default("weight_decay=0.05"),
             "clip 1": default("clip=1"),
             "flip": default("flip=true"),
             "crops and their scale": default("crop=0.5"),
             "learning rate 1e-4": default("learning_rate=1e-4"),
+            "learning rate 1e-4, masks 1": default("learning_rate=1e-4", "masks=1"),
             "the decoder tuned by its masks in a last quarter, learning rate 1e-4": default(
                 "learning_rate=1e-4", "masks=1", "polish=0.25", "tune_decoder=true", "keep=last"
             ),
             "alternating": alternating(),
-            "2 rounds": alternating("rounds=2"),
-            "alternating, a quarter of the steps to polish": alternating("polish=0.25"),
-            "alternating, cosine 0.5": alternating("cosine=0.5"),
-            "alternating, masks 1": alternating("masks=1"),
-            "alternating, masks 1, learning rate 1e-4": alternating("learning_rate=1e-4", "masks=1"),
-            "alternating, learning rate 1e-4": alternating("learning_rate=1e-4"),
+            "alternating, 2 rounds": alternating("rounds=2"),
             "taylor": taylor(),
             "slimsam": SLIMSAM,
         },

@@ -71,9 +71,10 @@ class Recipe:
         (experiments/README.md). After cuts of whole channels it is the paper's "one-shot" baseline.
       rounds: of both stages, each cutting an equal share; more than one is progressive pruning. The steps are divided.
       polish: share of all steps for a last stage that cuts nothing and looks at the embedding alone.
-      align: intermediate features are compared, too; the embedding alone if not (the paper's ablation). Without
-        `alternate` these are the residual stream and that of the model whose embedding alone is projected; there is
-        nothing to align with after cuts of whole channels.
+      align: intermediate features are compared, too, in the first half of a stage, with this share of the weight that
+        the paper gives them; 0 is the embedding alone (the paper's ablation). Without `alternate` these are the
+        residual stream and that of the model whose embedding alone is projected; there is nothing to align with after
+        cuts of whole channels.
       cosine: weight of a further term, the direction of the embedding at each place. Twice one minus the cosine, by
         the variance of directions.
       masks: weight of a further term, the mask probabilities that the frozen decoder gives for random points (as
@@ -133,7 +134,7 @@ class Recipe:
     alternate: bool = False
     rounds: int = 1
     polish: float = 0.0
-    align: bool = True
+    align: float = 1.0
     cosine: float = 0.0
     masks: float = 0.0
     points: int = 2
@@ -164,6 +165,8 @@ class Recipe:
         for field in ("learning_rate", "clip", "weight_decay", "cosine", "masks"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise InputError(f"{field} {getattr(self, field)} must not be negative")
+        if not 0 <= self.align <= 1:
+            raise InputError(f"align {self.align:g} is not a share of the paper's weight, 0 <= align <= 1")
         if not 0 <= self.polish < 1:
             raise InputError(f"polish {self.polish:g} is not a share of the steps, 0 <= polish < 1")
         if self.tune_decoder and not (self.polish and self.masks):

@@ -42,7 +42,7 @@ class Stage:
 
     def terms(self, step: int, steps: int, recipe: Recipe) -> Weights:
         """The terms of the loss that count in a step, counted from 0, with their weights."""
-        weights = self.weights(step / steps, recipe) if recipe.align else embedding_alone(step / steps, recipe)
+        weights = self.weights(step / steps, recipe)
         views = {"direction": recipe.cosine, "masks": recipe.masks}
         if "mask_decoder" in self.trains:
             views["iou"] = recipe.masks  # what the decoder thinks of its masks shall stay true
@@ -55,7 +55,7 @@ class Stage:
 
 def bottleneck_aligning(progress: float, recipe: Recipe) -> Weights:
     """First half: embedding and bottleneck features by halves; second half: the embedding alone."""
-    a = 0.5 * (progress < 0.5)
+    a = 0.5 * recipe.align * (progress < 0.5)
     return {
         "embedding": 1 - a,
         "qkv_window": a,
@@ -66,13 +66,13 @@ def bottleneck_aligning(progress: float, recipe: Recipe) -> Weights:
 
 def embedding_aligning(progress: float, recipe: Recipe) -> Weights:
     """From the stage-1 model's residual stream and embedding over to the teacher's embedding."""
-    a = _falling(progress)
+    a = recipe.align * _falling(progress)
     return {"embedding": 1 - a, "stream": a, "previous": a}
 
 
 def stream_aligning(progress: float, recipe: Recipe) -> Weights:
     """From the residual stream of the model whose embedding alone is cut over to the teacher's embedding."""
-    a = _falling(progress)
+    a = recipe.align * _falling(progress)
     return {"embedding": 1 - a, "stream": a}
 
 

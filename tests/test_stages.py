@@ -50,14 +50,25 @@ def test_all_cuts_first_and_one_distillation():
     np.testing.assert_allclose([w.get("stream", 0) for w in weights], [10 / 11, 5 / 11, 0, 0])
 
 
-@pytest.mark.parametrize("recipe", [Recipe(align=False), dataclasses.replace(RECIPES["taylor"], alternate=False)])
+@pytest.mark.parametrize("recipe", [Recipe(align=0), dataclasses.replace(RECIPES["taylor"], alternate=False)])
 def test_where_nothing_is_worth_aligning_with_the_embedding_alone_counts(recipe):
     _, second = plan(recipe)
     assert not second.aligns(recipe) and second.terms(0, 200, recipe) == {"embedding": 1.0}
 
 
+def test_features_can_weigh_less_than_in_the_paper():
+    recipe = Recipe(align=0.5)
+    assert plan(recipe)[1].terms(0, 200, recipe) == pytest.approx({"embedding": 6 / 11, "stream": 5 / 11})
+    recipe = dataclasses.replace(RECIPES["taylor"], align=0.5)
+    first, second = (stage.terms(0, 100, recipe) for stage in STAGES)
+    assert first == {"embedding": 0.75, "qkv_window": 0.25, "qkv_global": 0.25, "mlp": 0.25}
+    assert second == pytest.approx({"embedding": 6 / 11, "stream": 5 / 11, "previous": 5 / 11})
+    with pytest.raises(InputError, match=r"align 1\.5 is not a share of the paper's weight"):
+        recipe.change(["align=1.5"])
+
+
 def test_terms_besides_features():
-    recipe = Recipe(align=False, cosine=0.5, masks=2.0)
+    recipe = Recipe(align=0, cosine=0.5, masks=2.0)
     assert STAGES[0].terms(0, 10, recipe) == {"embedding": 1.0, "direction": 0.5, "masks": 2.0}
     assert set(STAGES[0].terms(0, 10, Recipe())) == {"embedding", "qkv_window", "qkv_global", "mlp"}
 
