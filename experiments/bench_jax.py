@@ -69,7 +69,7 @@ def distillation(models: tuple[Config, Config, Config], options: Options, dtype:
     sams = [random_model(config, seed) for seed, config in enumerate(models)]
     stage = next(stage for stage in STAGES if options.what.startswith(stage.name))
     steps = 10**6  # so that progress stays where all terms count
-    trainer = train.make_trainer(*sams, stage, RECIPES["default"], steps, 1e-4, dtype, attention=options.attention)
+    trainer = train.make_trainer(*sams, stage, RECIPES["default"], dtype, attention=options.attention)
     weights, batch = stage.terms(0, steps, RECIPES["default"]), pictures(models[0], options.batch)
     if options.cached:
         batch["embedding"] = np.zeros((options.batch, *models[0].grid, models[0].out_chans), np.float16)
@@ -78,7 +78,7 @@ def distillation(models: tuple[Config, Config, Config], options: Options, dtype:
     def run() -> None:
         nonlocal state
         on_device = sharding.shard_batch(batch, trainer.mesh)
-        state, terms = trainer.step(state, trainer.frozen, on_device, weights)
+        state, terms = trainer.step(state, trainer.frozen, on_device, weights, 1e-4)
         jax.block_until_ready((state, terms))
 
     return run

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -19,6 +20,7 @@ from slimsam_jax import sharding
 Tree = Any
 Features = dict[str, Tree]
 Weights = dict[str, float]
+Step = Callable[["TrainState", Tree, Tree, Weights, float], tuple["TrainState", dict[str, jax.Array]]]
 
 
 class TrainState(NamedTuple):
@@ -26,14 +28,11 @@ class TrainState(NamedTuple):
 
     Attributes:
       average: exponential moving average of `params`; None without one.
-      learning_rate: its peak; the optimizer has the schedule, as a share of that. Here, and not in the compiled
-        step, it changes without another compilation (which takes longer than a short training).
     """
 
     params: Tree
     opt_state: Tree
     average: Tree
-    learning_rate: jax.Array
     step: jax.Array
 
 
@@ -75,13 +74,13 @@ def make_step(
     reduction: Literal["mean", "sum"] = "mean",
     ema: float = 0.0,
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, Tree, Tree, Weights], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Step:
     """Builds the compiled training step.
 
     Args:
       forward: (student's params, frozen params, batch) -> features.
       target: (frozen params, batch) -> features of the same keys.
-      optimizer: optax, at a learning rate of 1: updates are multiplied by that of the state.
+      optimizer: optax, at a learning rate of 1: updates are multiplied by the step's.
       relative: see `mse`.
       parts: the batch is taken in so many parts, one after the other, and their gradients averaged: less memory,
         the same result but for rounding (and for `relative`, whose variances are then each part's).
@@ -90,8 +89,9 @@ def make_step(
       mesh: keeps the state split as `sharding.place` split it.
 
     Returns:
-      (state, frozen, batch, weights of the terms) -> (state, {"loss": ..., term: ...}). The state is donated.
-      What only serves terms that `weights` does not name is not computed; each set of names is compiled once.
+      (state, frozen, batch, weights of the terms, learning rate) -> (state, {"loss": ..., term: ...}). The state is
+      donated. What only serves terms that `weights` does not name is not computed; each set of names is compiled once,
+      whatever weights and learning rates.
     """
 
     def gradients(params: Tree, frozen: Tree, batch: Tree, weights: Weights):
@@ -114,7 +114,7 @@ def make_update(
     reduction: Literal["mean", "sum"] = "mean",
     ema: float = 0.0,
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, Tree, Tree, Weights], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Step:
     """Builds the compiled step of any training.
 
     Args:
@@ -123,16 +123,16 @@ def make_update(
       optimizer, parts, reduction, ema, mesh: see `make_step`, which returns the like.
     """
 
-    def step(state: TrainState, frozen: Tree, batch: Tree, weights: Weights):
+    def step(state: TrainState, frozen: Tree, batch: Tree, weights: Weights, learning_rate: float):
         images = len(jax.tree.leaves(batch)[0])
         some = lambda part: gradients(state.params, frozen, part, weights)
         terms, grads = some(batch) if parts == 1 else _mean_over(some, _split(batch, parts))
         if reduction == "sum":
             grads = jax.tree.map(lambda g: images * g, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: state.learning_rate * u, updates))
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: learning_rate * u, updates))
         average = optax.incremental_update(params, state.average, 1 - ema) if ema else None
-        state = TrainState(params, opt_state, average, state.learning_rate, state.step + 1)
+        state = TrainState(params, opt_state, average, state.step + 1)
         return (sharding.constrain(state, mesh) if mesh else state), terms
 
     return jax.jit(step, donate_argnums=0)
@@ -155,38 +155,40 @@ def _first(parts: Tree) -> Tree:
     return jax.tree.map(lambda x: x[0], parts)
 
 
-def init_state(
-    params: Tree, optimizer: optax.GradientTransformation, learning_rate: float, ema: float = 0.0
-) -> TrainState:
-    def init(params: Tree, learning_rate: jax.Array) -> TrainState:
+def init_state(params: Tree, optimizer: optax.GradientTransformation, ema: float = 0.0) -> TrainState:
+    def init(params: Tree) -> TrainState:
         # Copied, because the step donates its state and the caller may want the start again.
         copy = lambda: jax.tree.map(jnp.array, params)
         average = copy() if ema else None
-        return TrainState(copy(), optimizer.init(params), average, learning_rate, jnp.zeros((), jnp.int32))
+        return TrainState(copy(), optimizer.init(params), average, jnp.zeros((), jnp.int32))
 
-    return jax.jit(init)(params, jnp.float32(learning_rate))  # one program, not one for each shape
+    return jax.jit(init)(params)  # one program, not one for each shape
 
 
 def make_optimizer(
-    steps: int,
-    schedule: str = "cosine",
-    clip: float = 0.0,
-    weight_decay: float = 0.0,
-    decayed: Callable[[Tree], Tree] | None = None,
+    clip: float = 0.0, weight_decay: float = 0.0, decayed: Callable[[Tree], Tree] | None = None
 ) -> optax.GradientTransformation:
-    """Adam, or AdamW if there is weight decay, at a peak learning rate of 1 (see `TrainState`).
+    """Adam, or AdamW if there is weight decay, at a learning rate of 1, which a step multiplies by its own.
 
     Args:
-      schedule: "cosine" warms up over 5 % of the steps and falls to zero; any other stays (see `plateau_scale`).
       clip: the largest norm of all gradients together; 0 for no limit.
       decayed: params -> a tree of bools, what weight decay is for; None for everything.
     """
-    rate = 1.0
-    if schedule == "cosine":
-        warm_up = max(1, steps // 20)
-        rate = optax.warmup_cosine_decay_schedule(1 / warm_up, 1.0, warm_up, max(steps, warm_up + 1))
-    adam = optax.adamw(rate, weight_decay=weight_decay, mask=decayed) if weight_decay else optax.adam(rate)
+    adam = optax.adamw(1.0, weight_decay=weight_decay, mask=decayed) if weight_decay else optax.adam(1.0)
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
+
+
+def learning_rates(peak: float, steps: int, schedule: str = "cosine") -> np.ndarray:
+    """Of every step, [steps].
+
+    Args:
+      schedule: "cosine" warms up over 5 % of the steps and falls to zero; any other stays (see `plateau_scale`).
+    """
+    if schedule != "cosine":
+        return np.full(steps, peak)
+    warm_up = max(1, steps // 20)
+    share = optax.warmup_cosine_decay_schedule(1 / warm_up, 1.0, warm_up, max(steps, warm_up + 1))
+    return peak * np.asarray(jax.vmap(share)(np.arange(steps)))
 
 
 def plateau_scale(scores: Sequence[float], patience: int, factor: float = 0.5, threshold: float = 1e-4) -> float:

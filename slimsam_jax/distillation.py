@@ -68,12 +68,12 @@ class Distillation(Loop):
         every = [stage.terms(step, self.steps, recipe) for step in range(self.steps)]
         self.faded = dict.fromkeys(itertools.chain.from_iterable(every), 0.0) if work < WORTH_A_PROGRAM else {}
         how = (run.dtype, options.accumulate, options.fsdp, options.attention)
-        self.peak = recipe.learning_rate or self.rate()
-        trainer = train.make_trainer(student, previous, run.teacher, stage, recipe, self.steps, self.peak, *how)
+        self.rates = distill.learning_rates(recipe.learning_rate or self.peak(), self.steps, recipe.schedule)
+        trainer = train.make_trainer(student, previous, run.teacher, stage, recipe, *how)
         fields = (self.steps, run.batch, options.save_every, recipe.validations, recipe.keep, run.steps_before(stage))
         super().__init__(run.folder, trainer, Schedule(stage.name, f"the {stage.name} stage", *fields))
 
-    def rate(self) -> float:
+    def peak(self) -> float:
         """The peak learning rate by `Recipe.pace`; as logged, where the stage began in a run that is resumed."""
         folder, name = self.whole.folder, "learning_rate"
         for entry in folder.read_log():
@@ -108,13 +108,12 @@ class Distillation(Loop):
             raise RunError(f"the student after step {step} gives no finite embeddings; {ADVICE}")
         return {"score": score}
 
-    def validate(self, state: distill.TrainState, step: int) -> distill.TrainState:
-        """Sets the learning rate after a plateau, too."""
-        state = super().validate(state, step)
+    def learning_rate(self, step: int) -> float:
+        """By the schedule, and by the validations until now if that is "plateau"."""
+        rate = float(self.rates[step - 1])
         if self.whole.recipe.schedule != "plateau":
-            return state
-        rate = self.peak * distill.plateau_scale(list(self.scores.values()), self.stage.patience)
-        return state._replace(learning_rate=jax.device_put(jnp.float32(rate), state.learning_rate.sharding))
+            return rate
+        return rate * distill.plateau_scale(list(self.scores.values()), self.stage.patience)
 
     def sam(self, state: distill.TrainState) -> Sam:
         """The student as it stands, off the mesh."""

@@ -67,6 +67,10 @@ class Loop(abc.ABC):
         """Of the terms of the loss in a step, counted from 1."""
 
     @abc.abstractmethod
+    def learning_rate(self, step: int) -> float:
+        """Of a step, counted from 1."""
+
+    @abc.abstractmethod
     def sam(self, state: TrainState) -> Sam:
         """The model as it stands, off the mesh; a collective."""
 
@@ -100,7 +104,8 @@ class Loop(abc.ABC):
                     self.flush()
                     self.batches.agree_on_skipped()
                     saved.check_finite(step, state)
-                    state = self.validate(state, step) if step in self.validated else state
+                    if step in self.validated:
+                        self.validate(state, step)
                     saved.save(step, state, dict(self.batches.skipped))
                 if stop:
                     raise Stopped(f"stopped after step {step} of {title}; continue with --resume")
@@ -119,7 +124,8 @@ class Loop(abc.ABC):
     def step(self, state: TrainState, step: int, batch: Any) -> TrainState:
         """Dispatches a step; what the one before has given is read only now, so that the host runs ahead."""
         batch = sharding.shard_batch(batch, self.trainer.mesh)
-        state, terms = self.trainer.step(state, self.trainer.frozen, batch, self.weights(step))
+        how = self.weights(step), self.learning_rate(step)
+        state, terms = self.trainer.step(state, self.trainer.frozen, batch, *how)
         self.flush()
         self.pending = step, terms
         return state
@@ -138,7 +144,7 @@ class Loop(abc.ABC):
         if step in self.logged:
             self.folder.log(stage=self.schedule.name, step=step, **terms)
 
-    def validate(self, state: TrainState, step: int) -> TrainState:
+    def validate(self, state: TrainState, step: int) -> None:
         """Scores the model, and keeps it if it is the best."""
         folder, name = self.folder, self.schedule.name
         sam = self.sam(state)
@@ -150,7 +156,6 @@ class Loop(abc.ABC):
         for old in sorted(self.scores)[:-BESTS]:
             if old != self.best():
                 folder.remove_model(name, f"best-{old}")
-        return state
 
     def best(self) -> int:
         """The step with the highest score; of equals the later one, as the reference."""

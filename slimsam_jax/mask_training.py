@@ -101,6 +101,7 @@ class MaskTraining(Loop):
     ):
         self.start_from, self.images, self.val, self.settings = sam, images, val, settings
         self.objective = OBJECTIVES[settings.objective]
+        self.rates = distill.learning_rates(settings.learning_rate, settings.steps)
         fields = (settings.steps, settings.batch, settings.save_every, settings.validations, settings.keep)
         super().__init__(folder, make_trainer(sam, settings), Schedule("training", "the training", *fields))
 
@@ -111,6 +112,9 @@ class MaskTraining(Loop):
 
     def weights(self, step: int) -> dict[str, float]:
         return self.objective.weights
+
+    def learning_rate(self, step: int) -> float:
+        return float(self.rates[step - 1])
 
     def score(self, sam: Sam, step: int) -> dict[str, float]:
         """Point and box mIoU; the score is their mean."""
@@ -130,10 +134,10 @@ def make_trainer(sam: Sam, settings: Settings) -> Trainer:
     """Places the model on the devices and builds the step, whose frozen tree is what is not trained."""
     mesh = sharding.make_mesh(settings.fsdp)
     trained, frozen = split(sam.params, settings.freeze)
-    optimizer = distill.make_optimizer(settings.steps, "cosine", settings.clip, settings.weight_decay, kernels)
+    optimizer = distill.make_optimizer(settings.clip, settings.weight_decay, kernels)
     gradients = functools.partial(_gradients, sam.config, settings, mesh.size)
     step = distill.make_update(gradients, optimizer, settings.accumulate, ema=settings.ema, mesh=mesh)
-    state = distill.init_state(trained, optimizer, settings.learning_rate, settings.ema)
+    state = distill.init_state(trained, optimizer, settings.ema)
     return Trainer(step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 
 

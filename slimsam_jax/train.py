@@ -34,7 +34,7 @@ class Trainer(NamedTuple):
       mesh: all devices.
     """
 
-    step: Callable[..., tuple[distill.TrainState, dict[str, jax.Array]]]
+    step: distill.Step
     state: distill.TrainState | None
     frozen: dict[str, Any]
     mesh: Mesh
@@ -46,8 +46,6 @@ def make_trainer(
     teacher: Sam,
     stage: Stage,
     recipe: Recipe,
-    steps: int,
-    rate: float,
     dtype: Any = jnp.float32,
     parts: int = 1,
     fsdp: int = 1,
@@ -57,7 +55,6 @@ def make_trainer(
 
     Args:
       previous: the model that was pruned; in the first stage the teacher itself.
-      rate: the peak learning rate.
       dtype: of the encoders' computation and of the frozen ones' parameters; the student's own, prompt encoder and
         mask decoder stay float32.
       parts: that each batch is taken in, see `distill.make_step`.
@@ -65,7 +62,7 @@ def make_trainer(
       attention: how it is computed, see `models.attention`.
     """
     mesh = sharding.make_mesh(fsdp)
-    optimizer = distill.make_optimizer(steps, recipe.schedule, recipe.clip, recipe.weight_decay)
+    optimizer = distill.make_optimizer(recipe.clip, recipe.weight_decay)
     encode = functools.partial(run_encoder, dtype=dtype, devices=mesh.size, attention=attention)
     step = distill.make_step(
         functools.partial(_student_features, encode, student.config, stage, recipe),
@@ -83,7 +80,7 @@ def make_trainer(
     frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), frozen)
     if recipe.masks:
         frozen["head"] = {name: teacher.params[name] for name in ("prompt_encoder", "mask_decoder")}
-    state = distill.init_state({part: student.params[part] for part in stage.trains}, optimizer, rate, recipe.ema)
+    state = distill.init_state({part: student.params[part] for part in stage.trains}, optimizer, recipe.ema)
     return Trainer(step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 
 

@@ -27,7 +27,7 @@ def make_trainer(fsdp: int) -> train.Trainer:
     """Of a student with an odd embedding, as pruning leaves it: where 23 is the only long axis nothing can be split."""
     teacher = random_sam(tiny_config(mlp_dim=400))
     student = random_sam(tiny_config(embed_dim=23, mlp_dim=400), seed=1)
-    return train.make_trainer(student, teacher, teacher, STAGES[0], RECIPE, 100, 1e-4, fsdp=fsdp)
+    return train.make_trainer(student, teacher, teacher, STAGES[0], RECIPE, fsdp=fsdp)
 
 
 def host_batch(step: int) -> dict[str, np.ndarray]:
@@ -57,8 +57,8 @@ def main(fsdp: int, count: int, out: str, distributed: str | None = None) -> Non
         for step in range(int(state.step), int(state.step) + count):
             batch = sharding.shard_batch(host_batch(step), trainer.mesh)
             if not losses:
-                text = trainer.step.lower(state, trainer.frozen, batch, terms).compile().as_text()
-            state, found = trainer.step(state, trainer.frozen, batch, terms)
+                text = trainer.step.lower(state, trainer.frozen, batch, terms, 1e-4).compile().as_text()
+            state, found = trainer.step(state, trainer.frozen, batch, terms, 1e-4)
             losses.append(float(found["loss"]))
             if (step + 1) % 5 == 0:
                 params = flax.traverse_util.flatten_dict(sharding.gather(state.params), sep="/")

@@ -10,7 +10,7 @@ from conftest import compress_options, samples
 from test_data import truncated
 from test_validation import shaken
 
-from slimsam_jax import metrics
+from slimsam_jax import distill, metrics
 from slimsam_jax.distillation import Distillation, starting_error
 from slimsam_jax.errors import RunError
 from slimsam_jax.evaluation import encode_image
@@ -18,7 +18,7 @@ from slimsam_jax.run import prepare
 
 
 def rate(run, student) -> float:
-    return Distillation(run, run.stages[1], student, run.teacher).rate()
+    return Distillation(run, run.stages[1], student, run.teacher).peak()
 
 
 def test_it_goes_with_the_root_of_the_embeddings_error(material, tmp_path):
@@ -42,16 +42,18 @@ def test_a_resumed_stage_goes_on_with_the_rate_it_had(material, tmp_path):
     assert rate(run, run.teacher) == first
     (entry,) = run.folder.read_log()
     assert entry == {"stage": "bottleneck", "step": 0, "learning_rate": first}
-    assert Distillation(run, run.stages[0], run.teacher, run.teacher).rate() == 0  # another stage, nothing lost
+    assert Distillation(run, run.stages[0], run.teacher, run.teacher).peak() == 0  # another stage, nothing lost
 
 
 @pytest.mark.parametrize("given", [1e-3, 0.0])
 def test_it_reaches_the_step(material, tmp_path, given):
     """The one that was given, and otherwise the one that is logged."""
     run = prepare(compress_options(material, tmp_path / "slim", set=(f"learning_rate={given}",)))
-    state = Distillation(run, run.stages[1], shaken(run.teacher), run.teacher).trainer.state
+    distillation = Distillation(run, run.stages[1], shaken(run.teacher), run.teacher)
     wanted = given or run.folder.read_log()[0]["learning_rate"]
-    assert float(state.learning_rate) == np.float32(wanted) > 0
+    assert wanted > 0
+    rates = [distillation.learning_rate(step) for step in range(1, 9)]
+    np.testing.assert_array_equal(rates, distill.learning_rates(wanted, 8))
     assert bool(run.folder.read_log()) == (given == 0)
 
 

@@ -304,12 +304,12 @@ def test_two_steps_of_training(golden, monkeypatch, stage):
     previous, student = (previous, student) if number == 2 else (teacher, previous)
     encode = lambda config, encoder, batch, **_: run(config, encoder, batch["image"])
     monkeypatch.setattr(train, "run_encoder", encode)
-    trainer = train.make_trainer(student, previous, teacher, stage, RECIPE, 10_000, RECIPE.learning_rate)
+    trainer = train.make_trainer(student, previous, teacher, stage, RECIPE)
     terms = stage.terms(0, 10_000, RECIPE)
     batches = [{"image": images(golden)[i : i + 4]} for i in (0, 4)]
     state, losses = trainer.state, []
     for batch in batches:
-        state, found = trainer.step(state, trainer.frozen, batch, terms)
+        state, found = trainer.step(state, trainer.frozen, batch, terms, RECIPE.learning_rate)
         losses.append(float(found["loss"]))
     np.testing.assert_allclose(losses, golden[f"train{number}/losses"].reshape(2, 4).mean(1), rtol=1e-5)
     flat = flax.traverse_util.flatten_dict(state.params["image_encoder"], sep="/")

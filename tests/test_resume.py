@@ -161,7 +161,7 @@ def test_sigterm_saves_and_ends_cleanly(finished, material, tmp_path, monkeypatc
 def small_state(value: float) -> distill.TrainState:
     # Noise, which compression leaves alone: an altered byte is then an altered number and no broken archive.
     params = {"w": value * jax.random.normal(jax.random.key(0), (400, 30)), "b": jnp.arange(3.0) + value}
-    return distill.init_state(params, distill.make_optimizer(4), 0.1, ema=0.9)
+    return distill.init_state(params, distill.make_optimizer(), ema=0.9)
 
 
 def shapes() -> distill.TrainState:

@@ -127,7 +127,7 @@ def features_of(recipe: Recipe, stage=STAGES[0]):
     """Student's and target's, of a batch with clicks."""
     teacher, student = random_sam(tiny_config()), random_sam(tiny_config(embed_dim=23), seed=1)
     batch = batch_with_clicks(recipe.points)
-    trainer = train.make_trainer(student, teacher, teacher, stage, recipe, 10, 1e-3)
+    trainer = train.make_trainer(student, teacher, teacher, stage, recipe)
     encode = lambda config, encoder, batch: train.run_encoder(config, encoder, batch)
     arguments = trainer.frozen, batch
     found = train._student_features(encode, student.config, stage, recipe, student.params, *arguments)
@@ -167,10 +167,10 @@ def test_the_decoder_learns_in_the_end():
     assert [stage.trains for stage in plan(recipe)] == [("image_encoder",)] * 2 + [("image_encoder", "mask_decoder")]
     teacher, batch = random_sam(tiny_config()), batch_with_clicks(recipe.points)
     student = random_sam(tiny_config(embed_dim=23), seed=1)
-    trainer = train.make_trainer(student, student, teacher, polish, recipe, 10, 1e-3)
+    trainer = train.make_trainer(student, student, teacher, polish, recipe)
     terms = polish.terms(0, 10, recipe)
     assert terms == {"embedding": 1.0, "masks": 1.0, "iou": 1.0}
-    state, _ = trainer.step(trainer.state, trainer.frozen, batch, terms)
+    state, _ = trainer.step(trainer.state, trainer.frozen, batch, terms, 1e-3)
     before, after = (jax.tree.leaves(params["mask_decoder"]) for params in (student.params, state.params))
     assert any(np.abs(a - b).max() > 0 for a, b in zip(before, after, strict=True))
 
@@ -181,7 +181,7 @@ def test_a_later_round_aligns_what_was_cut_before():
     blocks = tuple(dataclasses.replace(block, head_dim=9, mlp_dim=30) for block in teacher.config.blocks)
     previous = random_sam(dataclasses.replace(teacher.config, embed_dim=20, blocks=blocks))
     student = random_sam(dataclasses.replace(previous.config, embed_dim=15))
-    trainer = train.make_trainer(student, previous, teacher, STAGES[0], Recipe(rounds=2, alternate=True), 10, 1e-3)
+    trainer = train.make_trainer(student, previous, teacher, STAGES[0], Recipe(rounds=2, alternate=True))
     terms = STAGES[0].terms(0, 10, Recipe(rounds=2, alternate=True))
-    _, found = trainer.step(trainer.state, trainer.frozen, random_images(teacher.config), terms)
+    _, found = trainer.step(trainer.state, trainer.frozen, random_images(teacher.config), terms, 1e-3)
     assert np.isfinite(found["loss"]) and found["mlp"] > 0

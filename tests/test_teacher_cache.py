@@ -77,12 +77,12 @@ def test_several_processes_leave_nothing_out(material, teacher, tmp_path, monkey
 def test_the_teacher_leaves_the_step(teacher):
     """Where its embedding alone is wanted: all of the second stage."""
     previous = dataclasses.replace(teacher)  # whose features are wanted
-    trainer = train.make_trainer(teacher, previous, teacher, STAGES[1], RECIPES["default"], 10, 1e-4)
+    trainer = train.make_trainer(teacher, previous, teacher, STAGES[1], RECIPES["default"])
     batch = random_images(SQUARE, 1)
     embedding = np.zeros((1, *SQUARE.grid, SQUARE.out_chans), np.float16)
     terms = STAGES[1].terms(0, 10, RECIPES["default"])
     flops = [
-        trainer.step.lower(trainer.state, trainer.frozen, each, terms).cost_analysis()["flops"]
+        trainer.step.lower(trainer.state, trainer.frozen, each, terms, 1e-4).cost_analysis()["flops"]
         for each in (batch, {**batch, "embedding": embedding})
     ]
     assert flops[1] < 0.9 * flops[0]
