@@ -6,7 +6,7 @@
 
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported when asked for: they need JAX, and `--help` shall not wait for it.
 _PLACES = {

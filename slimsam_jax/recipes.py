@@ -72,9 +72,9 @@ class Recipe:
       rounds: of both stages, each cutting an equal share; more than one is progressive pruning. The steps are divided.
       polish: share of all steps for a last stage that cuts nothing and looks at the embedding alone.
       align: intermediate features are compared, too, in the first half of a stage, with this share of the weight that
-        the paper gives them; 0 is the embedding alone (the paper's ablation). Without `alternate` these are the
-        residual stream and that of the model whose embedding alone is projected; there is nothing to align with after
-        cuts of whole channels.
+        the paper gives them; the embedding has the rest. 0 is the embedding alone (the paper's ablation). Without
+        `alternate` these are the residual stream and that of the model whose embedding alone is projected; there is
+        nothing to align with after cuts of whole channels.
       cosine: weight of a further term, the direction of the embedding at each place. Twice one minus the cosine, by
         the variance of directions.
       masks: weight of a further term, the mask probabilities that the frozen decoder gives for random points (as

@@ -54,7 +54,7 @@ class Stage:
 
 
 def bottleneck_aligning(progress: float, recipe: Recipe) -> Weights:
-    """First half: embedding and bottleneck features by halves; second half: the embedding alone."""
+    """First half: embedding and bottleneck features by halves (with `align=1`); second half: the embedding alone."""
     a = 0.5 * recipe.align * (progress < 0.5)
     return {
         "embedding": 1 - a,

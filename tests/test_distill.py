@@ -106,6 +106,14 @@ def test_a_step_is_as_long_as_the_learning_rate():
         np.testing.assert_allclose(state.params, rate, rtol=1e-5)
 
 
+def test_weight_decay_goes_with_the_learning_rate():
+    optimizer = distill.make_optimizer(weight_decay=0.5, decayed=lambda params: {"a": True, "b": False})
+    nothing = lambda *_: {"out": jnp.zeros(1)}
+    step = distill.make_step(nothing, nothing, optimizer)
+    state, _ = step(distill.init_state({"a": jnp.ones(2), "b": jnp.ones(2)}, optimizer), None, np.ones(1), ONE, 0.1)
+    chex.assert_trees_all_close(state.params, {"a": jnp.full(2, 0.95), "b": jnp.ones(2)})
+
+
 def test_a_batch_in_parts_gives_the_same_step():
     for options in ({}, {"reduction": "sum"}):
         found = []

@@ -52,9 +52,23 @@ def test_it_reaches_the_step(material, tmp_path, given):
     distillation = Distillation(run, run.stages[1], shaken(run.teacher), run.teacher)
     wanted = given or run.folder.read_log()[0]["learning_rate"]
     assert wanted > 0
-    rates = [distillation.learning_rate(step) for step in range(1, 9)]
-    np.testing.assert_array_equal(rates, distill.learning_rates(wanted, 8))
     assert bool(run.folder.read_log()) == (given == 0)
+    rates = []
+    note = lambda state, frozen, batch, weights, rate: (rates.append(rate), (state, {"loss": 1.0}))[1]
+    distillation.trainer = distillation.trainer._replace(step=note)
+    for step in range(1, 9):
+        distillation.step(None, step, {})
+    np.testing.assert_array_equal(rates, distill.learning_rates(wanted, 8))
+
+
+def test_it_is_halved_on_a_plateau(material, tmp_path):
+    """By the scores until then, which a resumed run reads in its log."""
+    run = prepare(compress_options(material, tmp_path / "slim", set=("schedule=plateau", "learning_rate=1e-3")))
+    distillation = Distillation(run, run.stages[1], run.teacher, run.teacher)
+    distillation.scores = {step: 0.9 for step in range(1, 6)}  # the best and four more, the stage's patience
+    assert distillation.learning_rate(6) == 1e-3
+    distillation.scores[6] = 0.8
+    assert distillation.learning_rate(7) == 5e-4
 
 
 def test_it_is_chosen_on_pictures_that_can_be_read(material, tmp_path):
