@@ -182,6 +182,7 @@ TABLES = {
     "lengths": Table(
         (0.77,),
         {
+            # The default's own is not typed: it is the row of other tables.
             f"{steps} steps, pace {pace}": default(*([] if pace == "1e-2" else [f"pace={pace}"]), steps=steps)
             for steps in (25, 100, 400)
             for pace in ("3e-3", "1e-2", "3e-2")

@@ -141,7 +141,7 @@ def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, unpictu
     ("choices", "stages"),
     [
         (
-            ("criterion=magnitude", "rounds=2", "cosine=0.5"),
+            ("criterion=magnitude", "rounds=2", "cosine=0.5", "align=0"),
             ["embedding", "bottleneck", "embedding-2", "bottleneck-2"],
         ),
         (("criterion=magnitude", "alternate=false", "scratch=true"), ["bottleneck"]),

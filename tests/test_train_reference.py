@@ -228,6 +228,7 @@ def learnt(pictures, start, tmp_path_factory):
         "validations": 3,
         "keep": "last",
         "save_every": 1000,
+        "ema": 0.9,  # as the resumed training below, whose compiled step is then this one
     }
     train_reference.main(options(pictures, out, init=start, **how))
     return out

@@ -2,6 +2,7 @@
 
     python -m experiments.bench --what forward --preset vit_b       # on the device: seconds per image, ours
     python -m experiments.sa1b.hours --seconds 6.2
+    python -m experiments.tables                                    # those of `DEVICES`, in experiments/README.md
 
 Counts multiply-accumulates, attention included: in the first stage the teacher's forward pass, and the student's with
 a backward pass of twice its work and its forward pass once more (blocks are recomputed at 1024 px); in the second
@@ -13,12 +14,15 @@ and 1.5 times what the count says.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
+from experiments import results
+from experiments.rows import TABLES
 from slimsam_jax import cli, metrics
 from slimsam_jax.models.config import Config, preset
 from slimsam_jax.recipes import RECIPES
@@ -28,6 +32,7 @@ from slimsam_jax.widths import even_cut
 IMAGES = 10_000
 TEACHERS = ("vit_b", "vit_l", "vit_h")
 RATIOS = (0.5, 0.77)
+DEVICES = {"2 CPU cores (S = 6.2, measured)": 6.2, "a device with S = 0.05": 0.05, "with S = 0.01": 0.01}
 
 
 class Work(NamedTuple):
@@ -52,6 +57,38 @@ def work_of(teacher: Config, ratio: float) -> dict[str, Work]:
     }
 
 
+class Cost(NamedTuple):
+    """Of a run.
+
+    Attributes:
+      rates: images per second, by what the stage cuts.
+      hours: of distilling `IMAGES`.
+      state: bytes of parameters and optimiser, in the stage that has most.
+    """
+
+    rates: dict[str, float]
+    hours: float
+    state: int
+
+
+def passes_of(recipe: str) -> dict[str, float]:
+    """Over the images, by what the stage cuts."""
+    return {stage.cuts: RECIPES[recipe].passes * stage.share for stage in plan(RECIPES[recipe]) if stage.share}
+
+
+def cost_of(teacher: str, ratio: float, seconds: float, factor: float = 1.5, recipe: str = "default") -> Cost:
+    """See `main`."""
+    per_mac, passes = seconds / metrics.encoder_macs(preset("vit_b")).total, passes_of(recipe)
+    work = work_of(preset(teacher), ratio)
+    each = {cuts: factor * per_mac * work[cuts].macs for cuts in passes}
+    hours = IMAGES * sum(passes[cuts] * each[cuts] for cuts in passes) / 3600
+    return Cost({cuts: 1 / s for cuts, s in each.items()}, hours, max(work[cuts].state for cuts in passes))
+
+
+def script_of(teacher: str, ratio: float) -> str:
+    return f"sam_{teacher[-1]}_{100 * ratio:.0f}.sh"
+
+
 def main(seconds: float, factor: float = 1.5, recipe: str = "default") -> None:
     """Print hours and memory of each run of this folder on one device; divide by the number of devices.
 
@@ -60,20 +97,28 @@ def main(seconds: float, factor: float = 1.5, recipe: str = "default") -> None:
       factor: what narrow layers lose.
       recipe: whose number of passes counts.
     """
-    per_mac = seconds / metrics.encoder_macs(preset("vit_b")).total
-    passes = {stage.cuts: RECIPES[recipe].passes * stage.share for stage in plan(RECIPES[recipe]) if stage.share}
-    table = Table("run", *(f"images/s, {cuts} stage" for cuts in passes), "hours", "parameters and optimiser")
-    for name in TEACHERS:
-        for ratio in RATIOS:
-            work = work_of(preset(name), ratio)
-            each = {cuts: factor * per_mac * work[cuts].macs for cuts in passes}
-            hours = IMAGES * sum(passes[cuts] * each[cuts] for cuts in passes) / 3600
-            state = max(work[cuts].state for cuts in passes) / 1e9
-            rates = [f"{1 / seconds:.3g}" for seconds in each.values()]
-            table.add_row(f"sam_{name[-1]}_{100 * ratio:.0f}.sh", *rates, f"{hours:.3g}", f"{state:.1f} GB")
-    Console().print(table)
+    passes = passes_of(recipe)
+    printed = Table("run", *(f"images/s, {cuts} stage" for cuts in passes), "hours", "parameters and optimiser")
+    for run in itertools.product(TEACHERS, RATIOS):
+        cost = cost_of(*run, seconds, factor, recipe)
+        rates = [f"{rate:.3g}" for rate in cost.rates.values()]
+        printed.add_row(script_of(*run), *rates, f"{cost.hours:.3g}", f"{cost.state / 1e9:.1f} GB")
+    Console().print(printed)
     told = " and ".join(f"{number:g} passes in the {cuts} stage" for cuts, number in passes.items())
     print(f"{IMAGES} images, {told}, one device like the one that was timed")
+
+
+def table() -> None:
+    """Write hours and memory with the default recipe into experiments/README.md, beside the paper's numbers."""
+    head = ["script", "paper, point mIoU", "parameters and optimiser", *(f"hours, {device}" for device in DEVICES)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for teacher, ratio in itertools.product(TEACHERS, RATIOS):
+        paper = TABLES["compression"].paper["slimsam", ratio] if teacher == "vit_b" else ""
+        costs = [cost_of(teacher, ratio, seconds) for seconds in DEVICES.values()]
+        hours = [f"{cost.hours:,.0f}" if cost.hours >= 10 else f"{cost.hours:.1f}" for cost in costs]
+        cells = [f"`{script_of(teacher, ratio)}`", f"{paper}", f"{costs[0].state / 1e9:.1f} GB", *hours]
+        lines.append("| " + " | ".join(cells) + " |")
+    results.write_section("sa1b", "\n".join(lines))
 
 
 if __name__ == "__main__":
