@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_sam, samples, shared, tiny_config
+from conftest import random_sam, samples, tiny_config
 from PIL import Image
 
 from slimsam_jax import evaluation, metrics
@@ -38,7 +39,7 @@ def test_counts_equal_the_reference(name):
 
 
 def test_attention_counts_equal_the_closed_form():
-    counts = json.loads(shared("golden/counts.json").read_text())
+    counts = json.loads((Path(__file__).parent / "golden/counts.json").read_text())
     for name in COUNTS:
         analytic = counts[f"uniform/{name}"]["analytic"]
         expected = analytic["uncounted_qk_av_macs"] + analytic["uncounted_rel_pos_macs"]
