@@ -99,10 +99,10 @@ def test_noise_on_boxes_is_bounded_and_an_images_own():
 
 
 def test_choices_among_outputs(monkeypatch, tiny_sam):
-    """Four outputs of which the single one is half right, the most promising empty, and one of the others perfect."""
+    """Four outputs of which the single one is half right, one of the others perfect, and the most promising empty."""
     truth = rectangle((8, 8), 0, 0, 4, 8)
-    masks = np.stack([truth & rectangle((8, 8), 0, 0, 2, 8), truth & False, truth, ~truth])
-    monkeypatch.setattr(scores, "decode_prompts", lambda *_: (masks[None], np.array([[0.9, 0.8, 0.7, 0.6]])))
+    masks = np.stack([truth & rectangle((8, 8), 0, 0, 2, 8), truth, ~truth, truth & False])
+    monkeypatch.setattr(scores, "decode_prompts", lambda *_: (masks[None], np.array([[0.9, 0.6, 0.7, 0.8]])))
     monkeypatch.setattr(scores, "original_masks", lambda sam, encoded, low: low)
     found = scores.prompt_scores(tiny_sam, None, [annotation(truth)], None)
     assert (found["iou"], found["iou_best"], found["iou_oracle"]) == (0.5, 0, 1)
@@ -195,6 +195,8 @@ def test_bootstrap_of_a_normal_mean():
     error = values.std() / 20
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+    np.testing.assert_array_equal(statistics.bootstrap(values, seed=0)[:, 0], (low, high))  # follows from the seed
+    assert (statistics.bootstrap(values, seed=1)[:, 0] != (low, high)).any()
     with pytest.MonkeyPatch.context() as patch:  # in parts that fit into memory
         patch.setattr(statistics, "DRAWS", 1000)
         np.testing.assert_allclose(statistics.bootstrap(values, seed=0)[:, 0], (low, high), atol=0.1 * error)

@@ -297,6 +297,19 @@ def test_small_regions_are_cleaned_and_duplicates_go():
         assert record["area"] == record["segmentation"].sum()
 
 
+def test_of_duplicates_the_one_that_needed_no_cleaning_stays():
+    whole, torn = np.zeros((2, 30, 30), bool)
+    whole[5:25, 5:25] = torn[5:25, 5:25] = True
+    torn[10:12, 10:12] = False
+    boxes, some, one = np.tile([5, 5, 24, 24], (2, 1)), np.array([400, 396]), np.ones(2)
+    found = Candidates([None, None], boxes, some, one, one, np.array([[1, 1], [2, 2]]), np.tile([0, 0, 30, 30], (2, 1)))
+    generator = SamAutomaticMaskGenerator(random_sam(SQUARE), min_mask_region_area=9)
+    for masks in ([whole, torn], [torn, whole]):
+        kept, cleaned = generator._without_small_regions(found, masks)
+        assert len(cleaned) == 1 and (cleaned[0] == whole).all() and kept.areas.tolist() == [400]
+        assert kept.points.tolist() == [[1, 1] if masks[0] is whole else [2, 2]]
+
+
 @pytest.mark.parametrize(
     ("fields", "line"),
     [

@@ -20,6 +20,7 @@ from test_reference import (
     assert_removed,
     choose,
     embed,
+    encoder_rows,
     gradients,
     model,
     removed,
@@ -44,6 +45,18 @@ def test_it_is_cut_from_the_whole(golden):
     assert set(golden) == set(wanted)
     for name, array in wanted.items():
         np.testing.assert_array_equal(golden[name], array, err_msg=name)
+
+
+def test_members_of_the_embedding(golden):
+    """Every kernel on the side that the original traces, all of its votes, and what follows without one."""
+    named, found = {row.path: row for row in encoder_rows()}, set()
+    for member in channels.embedding_group(FULL).members:
+        row = named[member.path]
+        last = member.axis == len(row.pattern.split(" -> ")[1].split()) - 1
+        side = "uncounted" if not member.votes else "out" if last else "in"
+        if not row.name.endswith(".bias"):  # the original has modules
+            found.add(f"{row.name.removesuffix('.weight')}:{side}")
+    assert found == set(golden["step1/members"].tolist())
 
 
 def stored(golden, prefix: str, kind: str) -> dict[str, np.ndarray]:

@@ -18,10 +18,10 @@ MODEL = "r77fix/step1/sd/"  # the one model whose weights are stored: the narrow
 OUTPUTS = {"r77fix/step1/out": 2, "r77fix/step2/global/out": 2, "r77fix/step2/local/out": 2}  # for so many images
 # Whole arrays, by the beginning of their names. Of the wide models there are scores and what goes, and no weights.
 KEPT = (
-    *("images", "noise2", "step1/Disturb/", "step1/mag/", "step1/taylor/", "r77/step1/pruned"),
+    *("images", "noise2", "step1/Disturb/", "step1/mag/", "step1/taylor/", "step1/members"),
     *("step2/global/gs", "step2/local/imp", "step2/local/pruned", "quirk_norm_none/r50/gs", "quirk_norm_none/r77/gs"),
     *("r77fix/step2/grad_loss", "r77fix/step2/global/gs", "r77fix/step2/local/imp", "r77fix/step2/local/pruned"),
-    "distill2/a_weight_by_epoch",
+    *("r77/step1/pruned", "distill2/a_weight_by_epoch"),
 )
 # Where the weights of the original have the embedding's channels, by the end of their names.
 EMBEDDING_AXES = {
