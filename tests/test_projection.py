@@ -172,18 +172,38 @@ def test_unweighted_worth_is_the_share_of_the_stream_that_would_be_wrong(model):
     np.testing.assert_allclose(units[0].worth[30:].sum(), error / total, rtol=0.05)
 
 
-@pytest.mark.parametrize("block", [0, 1])
-def test_weighted_worth_is_the_share_of_the_embedding_that_is_wrong(block):
-    """Of four heads, three of six channels cut in one block: logits and outputs err, about as much each."""
+@pytest.fixture(scope="module")
+def four_heads():
+    """A configuration, its encoder, images, and their moments.
+
+    MLPs write six times what they do at random, so that an error before them is worth something else than behind them.
+    """
     config = tiny_config(heads=4, head_dim=6)
     encoder = jax.tree.map(jnp.asarray, random_sam(config).params["image_encoder"])
+    for i in range(2):
+        lin2 = encoder[f"blocks_{i}"]["mlp_lin2"]
+        lin2["kernel"] = 6 * lin2["kernel"]
     images = [random_images(config, seed=seed) for seed in range(12)]
-    found = statistics.accumulate(statistics.moments_of(config, ["attention", "sensitivity"]), encoder, images)
-    bases = sam_projection.attention_bases(config, encoder, found, "disturbed")
-    slim = sam_projection.project_attention(config, encoder, bases, [3 if i == block else 6 for i in range(2)])
+    parts = ["attention", "mlp", "sensitivity"]
+    return config, encoder, images, statistics.accumulate(statistics.moments_of(config, parts), encoder, images)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+def test_weighted_worth_is_the_share_of_the_embedding_that_is_wrong(four_heads, block, kind):
+    """Half of six channels cut in four heads of one block, where logits and outputs err about as much; or of an MLP."""
+    config, encoder, images, found = four_heads
+    width, whole = (3, 6) if kind == "attention" else (20, 40)
+    widths = [width if i == block else whole for i in (0, 1)]
+    if kind == "attention":
+        groups = sam_projection.attention_bases(config, encoder, found, "disturbed")
+        slim = sam_projection.project_attention(config, encoder, groups, widths)
+    else:
+        groups = sam_projection.hidden_units(encoder, found, "disturbed")
+        slim = sam_projection.project_mlp(encoder, groups, widths)
     after = shrunk_config(config, slim)
     error = sum(np.square(embed(after, slim, batch) - embed(config, encoder, batch)).sum() for batch in images)
-    np.testing.assert_allclose(bases[block].worth[3:].sum(), error / found["embedding"], rtol=0.12)
+    np.testing.assert_allclose(groups[block].worth[width:].sum(), error / found["embedding"], rtol=0.12)
 
 
 def test_padding_of_windows_is_left_out_where_nobody_reads_it(model):
