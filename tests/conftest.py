@@ -26,7 +26,8 @@ from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.sam import Sam, abstract_params
 
 # Golden vectors from the original code and a trained checkpoint. Too large for the repository (40 MB); they lie
-# beside a developer's checkout. Parity with the original packages (tests/peers.py) needs none of them.
+# beside a developer's checkout. Parity with the original packages (tests/peers.py) needs none of them, nor does that
+# with the part of the vectors that is small enough (tests/golden).
 SHARED = Path(os.environ.get("SLIMSAM_SHARED", Path(__file__).parents[2] / "shared"))
 
 

@@ -50,7 +50,9 @@ def test_a_sound_folder(folder, tmp_path, capsys):
     [
         ({"bbox": [4, 5, 27, 5]}, "a box that leaves the picture (annotation 7)"),
         ({"bbox": [14, 15, 6, 5]}, "a box that does not hold its mask (annotation 7)"),
+        ({"bbox": [4, 5, 6, 16]}, "a box that leaves the picture (annotation 7)"),
         ({"point_coords": [[6.5, 20.5]]}, "a point outside of the picture (annotation 7)"),
+        ({"point_coords": [[30.5, 6.5]]}, "a point outside of the picture (annotation 7)"),
         ({"segmentation": {"size": [20, 30], "counts": [600]}}, "an empty mask (annotation 7)"),
         ({"segmentation": {"size": [30, 20], "counts": [0, 600]}}, "a mask of 20 x 30 pixels, the picture has 30 x 20"),
         ({"bbox": [1, 2]}, "cannot be read (ValueError"),

@@ -164,6 +164,9 @@ def test_model_folder_there_and_back(tmp_path, tiny_sam):
     assert_same(loaded, tiny_sam)
     assert loaded.provenance == tiny_sam.provenance
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    # Whoever may read other files of the user may read these, though they began as temporary ones of his own.
+    (tmp_path / "other").touch()
+    assert {p.stat().st_mode for p in (tmp_path / "model").iterdir()} == {(tmp_path / "other").stat().st_mode}
 
 
 def test_a_damaged_model_folder_is_refused(tmp_path, tiny_sam):
@@ -177,6 +180,12 @@ def test_a_damaged_model_folder_is_refused(tmp_path, tiny_sam):
         checkpoint.load(tmp_path / "model")
     with pytest.raises(InputError, match="does not exist"):
         from_torch.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("array", [np.arange(3), np.ones(3, bool), np.array([1, np.nan]), np.array([1e39])], ids=str)
+def test_arrays_that_are_no_weights_are_refused(array):
+    with pytest.raises(InputError, match=r"there: a/kernel holds integers, or values that are not finite"):
+        checkpoint.to_device({"a/kernel": array}, "there")
 
 
 @pytest.mark.parametrize(
@@ -202,6 +211,13 @@ def test_a_damaged_description_is_refused(tmp_path, tiny_sam, change):
     (tmp_path / "model" / "config.json").write_text(json.dumps(description))
     with pytest.raises(InputError):
         from_torch.load(tmp_path / "model")
+
+
+def test_what_shapes_do_not_tell_is_read_off_a_huggingface_folder(tmp_path):
+    """Heads of the decoder, and the pixels' mean and deviation."""
+    config = dataclasses.replace(SQUARE, decoder_heads=4, pixel_mean=(1.0, 2.0, 3.0), pixel_std=(9.0, 8.0, 7.0))
+    to_torch.save_huggingface(random_sam(config), tmp_path / "hf")
+    assert from_torch.load(tmp_path / "hf").config == config
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])

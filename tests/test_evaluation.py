@@ -44,6 +44,11 @@ def test_boundary_iou_by_hand():
     big, small = rectangle((40, 30), 5, 5, 15, 15), rectangle((40, 30), 5, 5, 15, 14)
     # Outlines of 10 x 10 and 10 x 9: 36 and 34 pixels; they share the left column, and 8 each of top and bottom row.
     assert metrics.boundary_iou(big, small) == pytest.approx((10 + 2 * 8) / (36 + 34 - 26))
+    # On 80 x 60, of diagonal 100, it is two wide: rings of 20 x 20 and 20 x 17 less 16 x 16 and 16 x 13, which share
+    # the left two columns and of the others the two top and bottom rows, 15 and 15.
+    big, small = rectangle((80, 60), 5, 5, 25, 25), rectangle((80, 60), 5, 5, 25, 22)
+    shared_ = 2 * 20 + 4 * 15
+    assert metrics.boundary_iou(big, small) == pytest.approx(shared_ / (400 - 256 + 340 - 208 - shared_))
     whole = np.ones((40, 30), bool)  # the image's edge is an outline too
     assert metrics.boundary(whole, 1).sum() == 40 * 30 - 38 * 28
 
@@ -94,10 +99,10 @@ def test_noise_on_boxes_is_bounded_and_an_images_own():
 
 
 def test_choices_among_outputs(monkeypatch, tiny_sam):
-    """Four outputs of which the single one is half right, the most promising empty, and one of the others perfect."""
+    """Four outputs of which the single one is half right, one of the others perfect, and the most promising empty."""
     truth = rectangle((8, 8), 0, 0, 4, 8)
-    masks = np.stack([truth & rectangle((8, 8), 0, 0, 2, 8), truth & False, truth, ~truth])
-    monkeypatch.setattr(scores, "decode_prompts", lambda *_: (masks[None], np.array([[0.9, 0.8, 0.7, 0.6]])))
+    masks = np.stack([truth & rectangle((8, 8), 0, 0, 2, 8), truth, ~truth, truth & False])
+    monkeypatch.setattr(scores, "decode_prompts", lambda *_: (masks[None], np.array([[0.9, 0.6, 0.7, 0.8]])))
     monkeypatch.setattr(scores, "original_masks", lambda sam, encoded, low: low)
     found = scores.prompt_scores(tiny_sam, None, [annotation(truth)], None)
     assert (found["iou"], found["iou_best"], found["iou_oracle"]) == (0.5, 0, 1)
@@ -117,7 +122,7 @@ def test_clicks_correct_what_is_wrong(monkeypatch, tiny_sam):
     answers = iter([truth | surplus, truth & ~rectangle((20, 20), 0, 0, 5, 5), truth, truth & False])
     given_ = []
 
-    def decode(sam, encoded, given, previous):
+    def decode(sam, encoded, given, previous=None):
         given_.append((given.points.copy(), given.labels.copy(), previous))
         return next(answers)[None, None].astype(float), np.ones((1, 1))
 
@@ -125,9 +130,13 @@ def test_clicks_correct_what_is_wrong(monkeypatch, tiny_sam):
     monkeypatch.setattr(clicks, "original_masks", lambda sam, encoded, low: low > 0)
     ious = clicks.click_ious(tiny_sam, None, [annotation(truth)], 4)
     np.testing.assert_allclose(ious, [[81 / 130, 56 / 81, 1, 1]])  # a mask without a fault stays
-    points, labels, previous = given_[2]
-    assert points[0, :3].tolist() == [[4.5, 4.5], [13.5, 15.5], [2.5, 2.5]] and labels[0].tolist() == [1, 0, 1, -2, -1]
-    assert given_[0][2] is None and np.array_equal(previous[0] > 0, truth & ~rectangle((20, 20), 0, 0, 5, 5))
+    points, labels, previous = zip(*given_, strict=True)
+    for k, label in enumerate([[1, -2, -2, -2, -1], [1, 0, -2, -2, -1], [1, 0, 1, -2, -1], [1, 0, 1, -2, -1]]):
+        assert labels[k].tolist() == [label]
+        wanted = [[4.5, 4.5], [13.5, 15.5], [2.5, 2.5]][: k + 1]
+        assert points[k][0, : k + 1].tolist()[:3] == wanted
+    for k, mask in enumerate([None, truth | surplus, truth & ~rectangle((20, 20), 0, 0, 5, 5), truth]):
+        np.testing.assert_array_equal(previous[k], None if mask is None else mask[None])
 
 
 def test_number_of_clicks_by_hand():
@@ -186,6 +195,8 @@ def test_bootstrap_of_a_normal_mean():
     error = values.std() / 20
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+    np.testing.assert_array_equal(statistics.bootstrap(values, seed=0)[:, 0], (low, high))  # follows from the seed
+    assert (statistics.bootstrap(values, seed=1)[:, 0] != (low, high)).any()
     with pytest.MonkeyPatch.context() as patch:  # in parts that fit into memory
         patch.setattr(statistics, "DRAWS", 1000)
         np.testing.assert_allclose(statistics.bootstrap(values, seed=0)[:, 0], (low, high), atol=0.1 * error)

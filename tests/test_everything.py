@@ -21,8 +21,8 @@ from slimsam_jax.evaluation import encode_image
 from slimsam_jax.inference import amg, hierarchical
 from slimsam_jax.inference import automatic_mask_generator as generators
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
-from slimsam_jax.inference.candidates import Candidates, enlarge
-from slimsam_jax.inference.masks import clicks_at, decode_prompts
+from slimsam_jax.inference.candidates import Candidates, enlarge, unpack
+from slimsam_jax.inference.masks import Encoded, clicks_at, decode_prompts
 from slimsam_jax.models.sam import resize_masks
 
 GRID = [np.zeros((1, 2))]
@@ -87,6 +87,39 @@ def test_records_equal_the_originals(stock, fields):
             assert one[name] == pytest.approx(other[name], abs=0.01)
         assert np.abs(np.subtract(one["bbox"], other["bbox"])).max() <= 1
         assert one["area"] == one["segmentation"].sum()
+
+
+def test_masks_of_a_crop_are_in_the_pictures_frame_and_not_at_its_edge():
+    """Blobs in the middle, at the right and at the left of two crops, of which one has the picture's own left edge."""
+    generator = SamAutomaticMaskGenerator(random_sam(SQUARE), pred_iou_thresh=0.5, stability_score_thresh=0.5)
+    low = np.full((3, 16, 16), -9.0, np.float32)
+    low[0, 6:10, 6:10] = low[1, 6:10, 12:] = low[2, 6:10, :4] = 9
+    decoded = hierarchical.Decoded(np.array([[50.0, 50.0], [90.0, 50.0], [9.0, 50.0]]), np.ones(3, np.float32), low)
+    encoded = Encoded(None, SQUARE.image_size, (100, 100))
+    for left, wanted in ((100, [0]), (0, [0, 2])):
+        crop = np.array([left, 120, left + 100, 220])
+        found, index = generator._passing(encoded, crop, (300, 250), decoded)
+        assert index.tolist() == wanted and (found.crop_boxes == crop).all()
+        np.testing.assert_array_equal(found.points, decoded.points[wanted] + [left, 120])
+        mask = unpack(found, 0, (300, 250))
+        assert amg.mask_to_box(mask).tolist() == found.boxes[0].tolist() and mask.sum() == found.areas[0] > 500
+        np.testing.assert_allclose(found.boxes[0].reshape(2, 2).mean(0), [left + 49.5, 169.5])
+
+
+def test_of_duplicates_that_of_the_smaller_crop_stays(monkeypatch):
+    generator = SamAutomaticMaskGenerator(random_sam(SQUARE), crop_n_layers=1)
+
+    def of_crop(self, picture, crop_box, layer):
+        """The same square, wherever all of it is seen."""
+        (x0, y0, x1, y1), mask = crop_box, np.zeros((90, 90), bool)
+        mask[5:30, 5:30] = True
+        bits, one = np.packbits(mask[y0:y1, x0:x1], axis=-1), np.ones(int(x0 < 5 and y0 < 5))
+        part = lambda values: np.repeat(np.array([values]), len(one), axis=0)
+        return Candidates([bits][: len(one)], part([5, 5, 29, 29]), 625 * one, one, one, part([9, 9]), part(crop_box))
+
+    monkeypatch.setattr(SamAutomaticMaskGenerator, "_of_crop", of_crop)
+    (record,) = generator.generate(np.zeros((90, 90, 3), np.uint8))
+    assert record["crop_box"][:2] == [0, 0] and record["crop_box"][2] < 90 and record["segmentation"].sum() == 625
 
 
 def test_enlarged_masks_equal_resized_logits():
@@ -295,6 +328,19 @@ def test_small_regions_are_cleaned_and_duplicates_go():
         x, y, w, h = record["bbox"]
         assert [x, y, x + w, y + h] == amg.mask_to_box(record["segmentation"]).tolist()
         assert record["area"] == record["segmentation"].sum()
+
+
+def test_of_duplicates_the_one_that_needed_no_cleaning_stays():
+    whole, torn = np.zeros((2, 30, 30), bool)
+    whole[5:25, 5:25] = torn[5:25, 5:25] = True
+    torn[10:12, 10:12] = False
+    boxes, some, one = np.tile([5, 5, 24, 24], (2, 1)), np.array([400, 396]), np.ones(2)
+    found = Candidates([None, None], boxes, some, one, one, np.array([[1, 1], [2, 2]]), np.tile([0, 0, 30, 30], (2, 1)))
+    generator = SamAutomaticMaskGenerator(random_sam(SQUARE), min_mask_region_area=9)
+    for masks in ([whole, torn], [torn, whole]):
+        kept, cleaned = generator._without_small_regions(found, masks)
+        assert len(cleaned) == 1 and (cleaned[0] == whole).all() and kept.areas.tolist() == [400]
+        assert kept.points.tolist() == [[1, 1] if masks[0] is whole else [2, 2]]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_sam, samples, shared, tiny_config
+from conftest import random_sam, samples, tiny_config
 from PIL import Image
 
 from slimsam_jax import evaluation, metrics
+from slimsam_jax.inference.masks import padded
 from slimsam_jax.models.config import preset
 from slimsam_jax.models.sam import abstract_params
 
@@ -38,7 +40,7 @@ def test_counts_equal_the_reference(name):
 
 
 def test_attention_counts_equal_the_closed_form():
-    counts = json.loads(shared("golden/counts.json").read_text())
+    counts = json.loads((Path(__file__).parent / "golden/counts.json").read_text())
     for name in COUNTS:
         analytic = counts[f"uniform/{name}"]["analytic"]
         expected = analytic["uncounted_qk_av_macs"] + analytic["uncounted_rel_pos_macs"]
@@ -78,6 +80,13 @@ def test_the_number_of_prompts_does_not_change_a_mask(tmp_path, tiny_sam):
         alone, score = evaluation.predict_masks(tiny_sam, encoded, points[index : index + 1])
         assert metrics.iou(alone[0], masks[index]) > 0.99
         np.testing.assert_allclose(score[0], scores[index], atol=1e-5)
+
+
+def test_prompts_are_split_over_few_sizes():
+    """A bucket is taken where three quarters of it are real; what fills it up repeats the last."""
+    assert [(len(index), real) for index, real in padded(38)] == [(16, 16), (16, 16), (4, 4), (1, 1), (1, 1)]
+    assert [(len(index), real) for index, real in padded(12)] == [(16, 12)]
+    assert [(index.tolist(), real) for index, real in padded(3)] == [([0, 1, 2, 2], 3)] and not list(padded(0))
 
 
 def test_relative_error_by_hand():

@@ -26,6 +26,9 @@ def test_average_recall_by_hand():
     ious[10] = 0.9, 1.0
     found = average_recall(ious)
     assert found == pytest.approx({"ar_10": 7 / 20, "ar_100": 17 / 20, "ar_1000": 17 / 20})
+    # A mask that overlaps most what is taken already has the best of the rest.
+    found = average_recall(np.array([[0.92, 0.1], [0.8, 0.72]]))
+    assert found["ar_10"] == pytest.approx((9 + 5) / 20)
     assert average_recall(np.zeros((0, 3))) == {"ar_10": 0, "ar_100": 0, "ar_1000": 0}
 
 

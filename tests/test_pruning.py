@@ -86,6 +86,15 @@ def test_global_selection_by_hand():
     np.testing.assert_array_equal(keep["b"], [1, 3])
 
 
+def test_every_group_keeps_its_least_whatever_is_left():
+    scores = {name: np.array([4.0, 3.0, 2.0, 1.0]) for name in "abc"}
+    assert masks.global_widths(scores, 0.95) == {"a": 1, "b": 1, "c": 1}  # 0.6 of 12 channels, that is 1
+    assert masks.global_widths(scores, 0.95, multiple=2) == {"a": 2, "b": 2, "c": 2}
+    # Half of each is one chunk of two, not two chunks.
+    assert masks.global_widths(scores, 0.95, multiple=2, least=0.5) == {"a": 2, "b": 2, "c": 2}
+    assert masks.global_widths({"a": 9 * np.ones(4), "b": np.ones(4)}, 0.25, 2, least=0.5) == {"a": 4, "b": 2}
+
+
 def test_reference_rounds_down_and_spares_the_highest_numbers():
     np.testing.assert_array_equal(reference.keep_local({"g": np.arange(8.0)}, 0.4, 4)["g"], [4, 5, 6, 7])
     # 5 of 8 lie below the pooled threshold, 4 can go: the fifth, number 4, is spared though 2 is as good.

@@ -1,4 +1,7 @@
-"""`recipe="slimsam"` against the original code: gradients, importances, indices, weights, outputs, losses."""
+"""`recipe="slimsam"` against the original code: gradients, importances, indices, weights, outputs, losses.
+
+All of the golden vectors, which lie outside the repository; tests/test_golden.py compares with a part of them anywhere.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import shared
+from golden import subset
 
 from converters.mapping import rows
 from slimsam_jax import distill, prune, train
@@ -232,6 +236,8 @@ def test_ratio_77(golden, step1):
     keep = choose(teacher, grads, STAGES[0], 0.77)
     np.testing.assert_array_equal(removed(keep["embedding"], 96), golden["r77/step1/pruned"])
     slim = prune.cut(teacher, keep, RECIPE)
+    narrow = {subset.MODEL + name: array for name, array in subset.narrow_model(golden).items()}
+    jax.tree.map(np.testing.assert_array_equal, slim.params["image_encoder"], tree(narrow, subset.MODEL))
     np.testing.assert_allclose(embed(golden, slim), golden["r77fix/step1/out"], atol=5e-5)
     losses, grads = gradients(golden, slim, golden["noise2"])
     np.testing.assert_allclose(losses, golden["r77fix/step2/grad_loss"], rtol=1e-5)

@@ -23,7 +23,9 @@ from converters import from_torch
 from slimsam_jax import cli, compress, distill, sharding, steps
 from slimsam_jax.distillation import Distillation
 from slimsam_jax.errors import InputError, RunError, Stopped
+from slimsam_jax.loop import Loop, Schedule
 from slimsam_jax.run_folder import RunFolder
+from slimsam_jax.train import Trainer
 
 
 def assert_same_run(out: Path, finished: Path) -> None:
@@ -173,6 +175,46 @@ def test_a_state_that_is_not_finite_is_refused(tmp_path):
         saved.check_finite(1, small_state(1))
         with pytest.raises(RunError, match="state after step 2 is not finite"):
             saved.check_finite(2, small_state(np.inf))
+
+
+class Numbers:
+    """What a loop asks of `data.Batches`, without a picture."""
+
+    def __init__(self):
+        self.skipped: dict[str, str] = {}
+
+    def __iter__(self):
+        return iter([{"image": np.zeros(1, np.uint8)}] * 6)
+
+    def agree_on_skipped(self) -> None:
+        pass
+
+    def samples_of(self, step: int) -> list:
+        return []
+
+
+class Spoilt(Loop):
+    """A training whose third step spoils the state, though its loss is finite."""
+
+    weights = learning_rate = score = sam = result = lambda *_: None
+    stream = lambda self, start: Numbers()
+
+    def __init__(self, folder: RunFolder):
+        def step(state, *_):
+            params = state.params * (jnp.nan if state.step == 2 else 1.0)
+            return state._replace(params=params, step=state.step + 1), {"loss": 0.0}
+
+        start = distill.TrainState(jnp.zeros(3), (), None, jnp.int32(0))
+        trainer = Trainer(step, start, {}, sharding.make_mesh())
+        super().__init__(folder, trainer, Schedule("spoilt", "the training", 6, 1, save_every=2, validations=0))
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    folder = RunFolder(tmp_path / "run", {})
+    with pytest.raises(RunError, match="state after step 4 is not finite; the checkpoint before it is kept"):
+        Spoilt(folder).run()
+    with folder.steps("spoilt") as saved:
+        assert list(saved.manager.all_steps()) == [2]
 
 
 @pytest.mark.parametrize("damage", ["altered", "shortened", "emptied", "removed"])

@@ -35,6 +35,10 @@ def test_steps_and_cuts_add_up(choices):
         assert math.isclose(sum(stage.cut for stage in stages if stage.cuts == kind), 1)
 
 
+def test_steps_are_shared_out_evenly():
+    assert list(steps_of(plan(Recipe(alternate=True, rounds=3)), 5).values()) == [2, 1, 2, 2, 1, 2]
+
+
 def test_the_papers_recipes_have_the_papers_stages():
     assert plan(RECIPES["slimsam"]) == plan(RECIPES["taylor"]) == STAGES
     assert steps_of(STAGES, 7) == {"embedding": 7, "bottleneck": 7} and set(steps_of(STAGES, 0).values()) == {0}

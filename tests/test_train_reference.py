@@ -107,6 +107,29 @@ def test_where_nothing_is_wrong_there_is_no_click(tiny_sam):
     chex.assert_trees_all_close(*found, atol=1e-4)
 
 
+def test_rounds_draw_anew_and_what_lies_beside_the_picture_costs_nothing(monkeypatch):
+    """A picture of half the frame, and a decoder that says anything in the other half."""
+    random, target = np.random.default_rng(0), np.zeros((1, 1, 16, 16), np.float32)
+    target[..., 3:9, 2:7] = 1
+    prompts = {"points": np.zeros((1, 1, 2, 2)), "labels": np.array([[[1, -1]]]), "masks": target}
+    batch = {**prompts, "size": np.array([[64, 32]]), "seed": np.zeros(1, np.uint32)}
+    logits, drawn, corrected = random.standard_normal((1, 4, 16, 16)), [], interactive.corrected
+
+    def recorded(config, keys, *rest):
+        drawn.append(jax.random.key_data(keys).tolist())
+        return corrected(config, keys, *rest)
+
+    def loss(beside: float) -> float:
+        decoded = jnp.where(jnp.arange(16) < 8, logits, beside), jnp.zeros((1, 4))
+        monkeypatch.setattr(interactive, "decode", lambda *_: decoded)
+        weights = mask_training.OBJECTIVES["short"].weights
+        return float(interactive.interactive_loss(SQUARE, None, jnp.zeros((1, 4, 4, 32)), batch, weights, 2)[0])
+
+    monkeypatch.setattr(interactive, "corrected", recorded)
+    assert loss(9.0) == loss(-9.0) == loss(0.1) > 0
+    assert drawn[0] != drawn[1] and drawn[:2] == drawn[2:4]
+
+
 @pytest.mark.parametrize("outputs", ["sam", "both"])
 def test_outputs_that_learn(outputs):
     found = [interactive.learning(SQUARE, turn, outputs) for turn in (0, 1)]

@@ -10,7 +10,7 @@ from conftest import compress_options, samples
 from test_data import truncated
 
 from converters import from_torch
-from slimsam_jax import metrics, run
+from slimsam_jax import loop, metrics, run, validation
 from slimsam_jax.compress import compress
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import compare_models, encode_image
@@ -52,6 +52,32 @@ def test_pictures_that_cannot_be_used_are_left_out(material, tmp_path):
     )
     with pytest.raises(InputError, match=r"no image can be validated on: .*a\.jpg"):
         validator(teacher, [broken], "error")
+
+
+def test_so_many_pictures_are_enough(material, monkeypatch):
+    teacher, pictures = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
+    alone = validator(teacher, pictures[:1], "error")(shaken(teacher))
+    assert validator(teacher, pictures, "error")(shaken(teacher)) != alone
+    monkeypatch.setattr(validation, "IMAGES", 1)
+    assert validator(teacher, pictures, "error")(shaken(teacher)) == alone
+
+
+class Nothing(loop.Loop):
+    """A training that does nothing."""
+
+    stream = weights = learning_rate = sam = score = None
+
+
+def test_when_what_is_done():
+    made = lambda steps, validations: Nothing(None, None, loop.Schedule("x", "x", steps, 2, 5, validations))
+    assert made(7, 3).validated == {3, 5, 7} and made(2, 5).validated == {1, 2}
+    assert made(7, 3).logged == set(range(8)) and made(1000, 3).logged == set(range(0, 1001, 10))
+
+
+def test_of_equal_scores_the_later_is_the_best():
+    nothing = Nothing(None, None, loop.Schedule("x", "x", 8, 2, 5, 4))
+    nothing.scores = {2: 0.1, 4: 0.5, 6: 0.5, 8: 0.4}
+    assert nothing.best() == 6
 
 
 def test_best_and_last_are_both_kept(material, tmp_path, monkeypatch):

@@ -41,6 +41,14 @@ def test_allocation_with_costs_that_jump():
     assert budget.allocate(worth, stairs, 10) == {"a": 4}
 
 
+def test_what_is_left_goes_where_it_is_worth_most():
+    """A step that is too dear keeps the price above what the others pay; the room left is for one of them."""
+    worth = {"dear": np.array([30.0, 30.0]), "a": np.array([3.0, 3.0]), "b": np.array([6.0, 6.0])}
+    costs = {"dear": np.array([0.0, 1, 11]), "a": np.array([0.0, 1, 3]), "b": np.array([0.0, 1, 4])}
+    assert budget.allocate(worth, costs, 6) == {"dear": 1, "a": 1, "b": 2}  # 6 for 3, not 3 for 2
+    assert budget.allocate(worth, costs, 5) == {"dear": 1, "a": 2, "b": 1}
+
+
 def test_worth_that_is_negative_has_no_price():
     with pytest.raises(ValueError, match="not negative"):
         budget.allocate({"a": np.array([1.0, -1.0])}, {"a": np.arange(3.0)}, 2)
@@ -121,6 +129,14 @@ def test_a_budget_is_met_within_a_percent(text, multiple, uniform):
     assert 0.99 * wanted.amount <= wanted.cost(slim) <= wanted.amount
     assert slim.embed_dim % multiple == 0 and (slim.uniform or not uniform)
     assert all(width % multiple == 0 for name, width in chosen.items() if not uniform or name.endswith("mlp"))
+
+
+def test_an_embedding_rounded_down_is_widened_until_the_budget_can_be_used_up():
+    """The nearest multiple of 192 is 576, with which not even uncut bottlenecks cost 72 M."""
+    recipe, target = dataclasses.replace(Recipe(), multiple=64), Target(budget=Budget.parse("params=72M"))
+    assert target.budget.cost(dataclasses.replace(VIT_B, embed_dim=576)) < 72e6
+    assert widths.embedding_width(VIT_B, target, recipe) == 768
+    assert masks.rounded_width(768, target.channel_ratio(VIT_B), 192) == 576
 
 
 @pytest.mark.parametrize("text", ["params=100M", "params=4M", "macs=1G"])

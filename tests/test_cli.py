@@ -1,0 +1,49 @@
+"""What every command shares: exit codes, one line for an error, options given once."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from slimsam_jax import cli
+from slimsam_jax.errors import InputError, RunError, Stopped
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("no such\n  thing"), 2, "error: no such thing"),
+        (RunError("the disk is full"), 1, "error: the disk is full"),
+        (OSError(28, "No space left on device", "x.png"), 1, "error: No space left on device: x.png"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (Stopped("stopped after step 3"), 143, "stopped after step 3"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_each_end_has_its_code_and_line(monkeypatch, capsys, error, code, line):
+    def command() -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(command)
+    assert end.value.code == code and capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    def command() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(ZeroDivisionError):
+        cli.run(command)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--seed=1", "--seed=2"], ["--seed", "1", "--seed=2"], ["--set", "a=1", "--set", "b"]]
+)
+def test_an_option_given_twice_is_refused(arguments):
+    with pytest.raises(InputError, match="is given twice"):
+        cli.check_no_repetition(arguments)
+    cli.check_no_repetition(["--seed=1", "--set", "seed=2", "seed=2", "--", "--"])
