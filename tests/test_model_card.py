@@ -8,16 +8,12 @@ import re
 
 import numpy as np
 import pytest
-from conftest import random_sam, tiny_config
+from conftest import UNEVEN, random_sam
 from PIL import Image
 
 from converters import model_card, to_torch
 from slimsam_jax import checkpoint
-from slimsam_jax.models.config import GLOBAL, Block
 
-UNEVEN = dataclasses.replace(
-    tiny_config(image_size=(64, 64)), embed_dim=13, blocks=(Block(2, 5, 17, 3), Block(3, 8, 40, GLOBAL))
-)
 REPORT = {
     "teacher": {"encoder_parameters": 4406464, "point_miou": 0.3931},
     "slim": {"encoder_parameters": 829683, "point_miou": 0.39154},
@@ -31,13 +27,6 @@ REPORT = {
         "versions": {"slimsam_jax": "0.1.0", "jax": "0.10.2"},
     },
 }
-
-
-@pytest.fixture()
-def uneven(tmp_path):
-    """A model folder without a report."""
-    checkpoint.save(random_sam(UNEVEN, 1), tmp_path / "uneven")
-    return tmp_path / "uneven"
 
 
 def test_the_card_tells_what_the_run_reached(tmp_path):
