@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
 import json
 import re
 
@@ -87,3 +89,17 @@ def test_the_example_of_the_card_runs(uneven, tmp_path, monkeypatch):
     assert names["masks"].shape == (1, 3, 40, 52)
     assert type(AutoModelForMaskGeneration.from_pretrained("hf")).__name__ == "SamModel"
     assert type(AutoProcessor.from_pretrained("hf")).__name__ == "SamProcessor"
+
+
+def test_the_card_says_what_the_pipeline_needs(uneven, tmp_path):
+    from transformers import pipeline
+
+    to_torch.main(uneven, tmp_path / "hf", "hf", pad_to_uniform=True)
+    assert 'model="hf")` finds all masks of an image. It needs torchvision' in (tmp_path / "hf/README.md").read_text()
+    made = pipeline("mask-generation", model=str(tmp_path / "hf"), device="cpu")
+    ask = functools.partial(made, Image.new("RGB", (52, 40)), points_per_batch=512, pred_iou_thresh=-9.0)
+    if importlib.util.find_spec("torchvision") is None:
+        with pytest.raises(ImportError, match="Torchvision"):
+            ask()
+    else:
+        assert "masks" in ask()
