@@ -43,6 +43,9 @@ masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"
 ```
 
 `masks` are three for the point; `outputs.iou_scores` is how good the model thinks they are.
+
+`pipeline("mask-generation", model="{name}")` finds all masks of an image. It needs torchvision as well, and lower
+thresholds (`pred_iou_thresh`, `stability_score_thresh`) where it finds none: its own are those of the largest SAM.
 {numbers}
 ## Where it comes from
 

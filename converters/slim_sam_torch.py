@@ -1,54 +1,142 @@
-"""Slim SAMs in PyTorch: reads a model folder of slimsam_jax into a `segment_anything` Sam.
+"""Slim SAMs in PyTorch: a `segment_anything` Sam of a .pth or a model folder of slimsam_jax, whatever its widths.
 
-This file is complete in itself: copy it to wherever the model is used. It needs torch, safetensors and
-segment_anything.
+This file is complete in itself: copy it to wherever the model is used. It needs torch and segment_anything, and
+safetensors for a model folder.
 
-    from segment_anything import SamPredictor
-    from slim_sam_torch import load
+    import slim_sam_torch
+    from segment_anything import SamPredictor, sam_model_registry
 
-    predictor = SamPredictor(load("slim"))
+    predictor = SamPredictor(slim_sam_torch.load("slim.pth"))
+
+    slim_sam_torch.register("slim", "slim.pth")
+    sam = sam_model_registry["slim"]()  # or (checkpoint="another.pth"), as tools call it
+
+A tool that is started from a shell is started by this file, and finds slim models in its registry:
+
+    python slim_sam_torch.py amg.py --model-type slim --checkpoint slim.pth --input truck.jpg --output masks
+    python slim_sam_torch.py -m samexporter.export_encoder --model-type vit_b --checkpoint slim.pth --output slim.onnx
 
 The model consists of stock modules; only their widths differ, block by block, which the stock constructors cannot
-say. Its state dict has the stock names.
+say. Its state dict has the stock names. Widths, window and image size are read off the arrays' shapes, so that a
+.pth can be renamed, fine-tuned and saved anew.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import runpy
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling import image_encoder as stock
 from torch import Tensor, nn
 
 FORMAT = "slimsam_jax/1"
+NOTE = "slimsam_jax"  # where a .pth of ours keeps what shapes do not tell, in its state dict's `_metadata`
+UNTOLD = {"decoder_heads": 8, "pixel_mean": (123.675, 116.28, 103.53), "pixel_std": (58.395, 57.12, 57.375)}
+USAGE = """usage: python slim_sam_torch.py TOOL.py ...   or   python slim_sam_torch.py -m TOOL ...
+
+Runs a tool that takes its models from segment_anything's sam_model_registry. There, "slim" and all stock names
+build whatever the checkpoint holds, stock SAMs too."""
 
 
-def load(folder: Path | str) -> Sam:
-    """Reads a model folder, on the CPU and in evaluation mode.
+def register(name: str, path: Path | str | None = None, **untold: Any) -> None:
+    """Makes `sam_model_registry[name](checkpoint=...)` build slim SAMs, on the CPU and in evaluation mode.
 
     Args:
-      folder: with `config.json` (the architecture) and `model.safetensors`, as slimsam_jax writes it.
+      name: a new name; or a stock one such as "vit_b", for tools that know no others.
+      path: what is loaded if the builder is given no checkpoint; see `load`.
+      untold: see `load`.
+    """
+
+    def build_slim(checkpoint: Path | str | None = None) -> Sam:
+        if checkpoint is None and path is None:
+            raise ValueError(f"{name} has no checkpoint: give one to register or to the builder")
+        return load(path if checkpoint is None else checkpoint, **untold)
+
+    sam_model_registry[name] = build_slim
+
+
+def load(path: Path | str, **untold: Any) -> Sam:
+    """Reads a model, on the CPU and in evaluation mode.
+
+    Args:
+      path: a .pth in the layout of `segment_anything`, or a model folder as slimsam_jax writes it.
+      untold: `decoder_heads`, `pixel_mean`, `pixel_std` (0..255), which no shape tells: in place of the model's own,
+        or of SAM's where a .pth does not say (one that was saved anew).
 
     Raises:
-      ValueError: not such a folder, damaged, or arrays missing, surplus or of the wrong shape.
+      ValueError: neither, damaged, or arrays missing, surplus or of the wrong shape.
     """
-    folder = Path(folder)
+    path = Path(path)
     try:
-        description = json.loads((folder / "config.json").read_text())
-        if description["format"] != FORMAT:
-            raise ValueError(f"its format is {description['format']!r}, and {FORMAT!r} is what we read")
-        sam = build(description["architecture"])
-        sam.load_state_dict(stock_names(load_file(folder / "model.safetensors")), strict=True)
+        if surplus := untold.keys() - UNTOLD.keys():
+            raise ValueError(f"shapes tell everything but {', '.join(UNTOLD)}; given was {', '.join(sorted(surplus))}")
+        architecture, state = _read_folder(path) if path.is_dir() else _read_pth(path)
+        sam = build(architecture | untold)
+        sam.load_state_dict(state, strict=True)
     except Exception as error:  # damaged files fail in ways that nobody can list
         reason = " ".join(str(error).split())
-        raise ValueError(f"{folder} cannot be loaded: {type(error).__name__}: {reason}") from None
+        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {reason}") from None
     return sam
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors.torch import load_file
+
+    description = json.loads((folder / "config.json").read_text())
+    if description["format"] != FORMAT:
+        raise ValueError(f"its format is {description['format']!r}, and {FORMAT!r} is what we read")
+    return description["architecture"], stock_names(load_file(folder / "model.safetensors"))
+
+
+def _read_pth(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    told = getattr(state, "_metadata", {}).get(NOTE, {})
+    return architecture_of(state) | told, state
+
+
+def architecture_of(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Reads an architecture, as in `config.json`, off the shapes of a `segment_anything` state dict.
+
+    Raises:
+      KeyError, ValueError: it is not one.
+    """
+    shape = lambda name: tuple(state[name].shape)
+    _, rows, columns, embed_dim = shape("image_encoder.pos_embed")
+    patch = shape("image_encoder.patch_embed.proj.weight")[-1]
+    encoder, decoder = "image_encoder.blocks.", "mask_decoder.transformer.layers."
+    count = lambda prefix: len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+    return UNTOLD | {
+        "image_size": (rows * patch, columns * patch),
+        "patch_size": patch,
+        "embed_dim": embed_dim,
+        "blocks": [_widths(shape, f"{encoder}{i}.", (rows, columns)) for i in range(count(encoder))],
+        "out_chans": shape("image_encoder.neck.0.weight")[0],
+        "mask_in_chans": shape("prompt_encoder.mask_downscaling.3.weight")[0],
+        "decoder_mlp_dim": shape(f"{decoder}0.mlp.lin1.weight")[0],
+        "decoder_depth": count(decoder),
+        "multimask_outputs": shape("mask_decoder.mask_tokens.weight")[0] - 1,
+        "iou_head_dim": shape("mask_decoder.iou_prediction_head.layers.0.weight")[0],
+    }
+
+
+def _widths(shape: Any, block: str, grid: tuple[int, int]) -> dict[str, int]:
+    """A window as large as the grid is a global block: they compute the same."""
+    (rows, head_dim), (columns, _) = shape(f"{block}attn.rel_pos_h"), shape(f"{block}attn.rel_pos_w")
+    span = (rows + 1) // 2, (columns + 1) // 2
+    return {
+        "heads": shape(f"{block}attn.qkv.weight")[0] // (3 * head_dim),
+        "head_dim": head_dim,
+        "mlp_dim": shape(f"{block}mlp.lin1.weight")[0],
+        "window": 0 if span == grid else span[0],
+    }
 
 
 def build(architecture: dict[str, Any]) -> Sam:
@@ -134,3 +222,22 @@ def _layout(path: str, array: Tensor) -> Tensor:
     into_heads = re.search(r"/[qkv](_proj)?/kernel$", path)
     matrix = array.flatten(1) if into_heads else array.flatten(0, -2)
     return matrix.T.contiguous()
+
+
+def run(arguments: list[str]) -> None:
+    """Runs a tool, as `python ARGUMENTS` would, with slim SAMs in its registry."""
+    as_module = arguments[:1] == ["-m"]
+    if len(arguments) <= as_module:
+        sys.exit(USAGE)
+    for name in ("slim", *sam_model_registry):
+        register(name)
+    sys.argv = arguments[as_module:]
+    sys.path[0] = "" if as_module else str(Path(sys.argv[0]).parent)
+    if as_module:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

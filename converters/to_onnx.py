@@ -175,12 +175,13 @@ def main(
     Blocks need not be alike, nor pictures square. In the layout sam, encoder.onnx takes uint8 pictures
     [b, 3, height, width] scaled to fit the model (as ResizeLongestSide does), and normalises and pads
     them itself; decoder.onnx has the signature of Meta's SamOnnxModel. The layout transformers_js is a
-    folder for SamModel.from_pretrained of transformers.js.
+    folder for SamModel.from_pretrained of transformers.js, which scales images otherwise than everyone
+    else (sides rounded down, no smoothing), so that masks deviate unless it is given scaled images.
 
     Args:
       source: a model folder, a .pth, or a Hugging Face SamModel folder.
       folder: the folder to write; must not exist or be empty.
-      layout: sam for Meta's tools, transformers_js for the browser.
+      layout: sam for Meta's tools, transformers_js for the browser, where masks deviate (see above).
       dtype: one or several. float16 keeps residual stream, LayerNorm, softmax and positions in float32;
         int8 quantizes the weights of linear layers, and their inputs as they come.
       return_single_mask: of the layout sam: the decoder chooses one of its masks, as Meta's option does.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 # What needs JAX is imported where it is used: --help should not wait for it.
 
+LOADER = Path(__file__).with_name("slim_sam_torch.py")  # goes beside each .pth
+
 
 def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
     """Our parameters as a `segment_anything` state dict (fused qkv), exact.
@@ -40,17 +44,30 @@ def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
 
 
 def save_sam(sam: Sam, path: Path) -> None:
-    """Writes a `.pth` that stock `segment_anything` loads strictly; needs torch installed."""
+    """Writes a state dict in the names of `segment_anything`, and `LOADER` beside it; needs torch installed.
+
+    Stock code loads it strictly if the model is uniform; `LOADER` loads it whatever its widths.
+
+    Raises:
+      InputError: there is no torch, or another file of the loader's name.
+    """
     try:
         import torch
     except ImportError:
         raise InputError("writing a .pth needs PyTorch: pip install torch") from None
     from slimsam_jax import checkpoint
 
-    tensors = {name: torch.from_numpy(array.copy()) for name, array in to_state_dict(sam).items()}
+    loader = path.with_name(LOADER.name)
+    if loader.exists() and not (loader.is_file() and loader.read_bytes() == LOADER.read_bytes()):
+        raise InputError(f"{loader} is there already and is not this version's; remove it or write elsewhere")
+    tensors = collections.OrderedDict((k, torch.from_numpy(v.copy())) for k, v in to_state_dict(sam).items())
+    told = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
+    tensors._metadata = {"slimsam_jax": told}  # no tensor, which a strict load would refuse
     path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path), checkpoint.replacing(path) as temporary:
+    with contextlib.ExitStack() as files, writing(path):
+        temporary, copy = (files.enter_context(checkpoint.replacing(name)) for name in (path, loader))
         torch.save(tensors, temporary)
+        copy.write_bytes(LOADER.read_bytes())
 
 
 def save_huggingface(sam: Sam, folder: Path, card: str | None = None) -> None:
@@ -94,10 +111,10 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
 
 
 def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
-    """`sam`, if stock code can hold it, else its padded twin.
+    """`sam`, if its format can hold it, else its padded twin, which is always made if `pad`.
 
     Raises:
-      InputError: stock code can hold neither, or padding would be needed and `pad` is False.
+      InputError: it can hold neither, or padding would be needed and `pad` is False.
     """
     from converters.padding import pad_to_uniform
 
@@ -106,13 +123,13 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
         raise InputError(
             f"stock {format} models take square images, and those of {source} have {height} x {width} pixels"
         )
-    if sam.config.uniform:
+    if sam.config.uniform or (format == "sam" and not pad):
         return sam
     if not pad:
         raise InputError(
-            f"stock {format} models have equal blocks and heads * head_dim == embed_dim, and {source} has not; "
-            "--pad-to-uniform writes an exact but larger twin, compress --uniform makes a model that needs none, and "
-            "converters/slim_sam_torch.py loads this one as it is"
+            f"hf models have equal blocks and heads * head_dim == embed_dim, and {source} has not; --pad-to-uniform "
+            "writes an exact but larger twin, compress --uniform makes a model that needs none, and --format sam "
+            "writes this one as it is"
         )
     return pad_to_uniform(sam)
 
@@ -131,6 +148,19 @@ def describe_padding(before: Config, after: Config) -> str:
     )
 
 
+def how_to_load(config: Config, path: Path) -> str:
+    """Two or three lines: for scripts, for tools, and for stock code where that can."""
+    lines = [
+        f'in Python: import slim_sam_torch; slim_sam_torch.register("slim", {str(path)!r}) puts it into '
+        "segment_anything's sam_model_registry",
+        f"in a shell: python {path.with_name(LOADER.name)} TOOL.py --model-type slim --checkpoint {path}",
+    ]
+    if config.uniform:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in encoder_arguments(config).items())
+        lines.append(f"without it: ImageEncoderViT({arguments}, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))")
+    return "\n".join(lines)
+
+
 def main(
     source: Positional[Path],
     destination: Positional[Path],
@@ -139,11 +169,15 @@ def main(
 ) -> None:
     """Convert a model folder into a PyTorch checkpoint or a Hugging Face folder.
 
+    Beside a checkpoint goes slim_sam_torch.py, by which every tool that takes its models from segment_anything's
+    sam_model_registry loads it: docs/third_party.md.
+
     Args:
       source: a model folder of ours (or anything else that loads).
       destination: the .pth file (sam) or folder (hf) to write; must not exist.
-      format: sam for stock segment_anything, hf for transformers' SamModel.
-      pad_to_uniform: give a model whose blocks differ an exact twin with equal ones, larger by zeros.
+      format: sam for segment_anything, hf for transformers' SamModel.
+      pad_to_uniform: give a model whose blocks differ an exact twin with equal ones, larger by zeros: hf needs it,
+        and sam where slim_sam_torch.py shall not be needed.
     """
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise InputError(f"{destination} exists already; choose another name or remove it")
@@ -158,8 +192,7 @@ def main(
         print(describe_padding(original.config, sam.config))
     print(f"wrote {destination}")
     if format == "sam":
-        arguments = ", ".join(f"{name}={value!r}" for name, value in encoder_arguments(sam.config).items())
-        print(f"for ImageEncoderViT({arguments}, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))")
+        print(how_to_load(sam.config, destination))
 
 
 if __name__ == "__main__":

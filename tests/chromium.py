@@ -24,7 +24,10 @@ OPTIONS = (
     "--no-first-run",
     "--disable-gpu",
     "--disable-dev-shm-usage",
-    "--disable-background-networking",
+    "--disable-background-networking",  # nothing is asked of the network but our own server
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-quic",
     "--force-color-profile=srgb",
     "--window-size=1200,900",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 
@@ -87,6 +88,29 @@ def samples(paths) -> list[Sample]:
 
 
 SQUARE = tiny_config(image_size=(64, 64))
+# As pruning leaves it: heads, channels and MLPs differ, and the embedding fits none of them.
+UNEVEN = dataclasses.replace(SQUARE, embed_dim=13, blocks=(Block(2, 5, 17, 3), Block(3, 8, 40, GLOBAL)))
+
+
+@pytest.fixture()
+def uneven(tmp_path):
+    """A model folder, without a report."""
+    checkpoint.save(random_sam(UNEVEN, 1), tmp_path / "uneven")
+    return tmp_path / "uneven"
+
+
+@pytest.fixture()
+def slim_sam_torch():
+    """The module, imported without torchvision; what it registers is forgotten."""
+    from peers import segment_anything
+
+    registry = segment_anything().sam_model_registry
+    from converters import slim_sam_torch
+
+    before = dict(registry)
+    yield slim_sam_torch
+    registry.clear()
+    registry.update(before)
 
 
 @pytest.fixture(scope="session")

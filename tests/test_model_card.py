@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
 import json
 import re
 
 import numpy as np
 import pytest
-from conftest import random_sam, tiny_config
+from conftest import UNEVEN, random_sam
 from PIL import Image
 
 from converters import model_card, to_torch
 from slimsam_jax import checkpoint
-from slimsam_jax.models.config import GLOBAL, Block
 
-UNEVEN = dataclasses.replace(
-    tiny_config(image_size=(64, 64)), embed_dim=13, blocks=(Block(2, 5, 17, 3), Block(3, 8, 40, GLOBAL))
-)
 REPORT = {
     "teacher": {"encoder_parameters": 4406464, "point_miou": 0.3931},
     "slim": {"encoder_parameters": 829683, "point_miou": 0.39154},
@@ -31,13 +29,6 @@ REPORT = {
         "versions": {"slimsam_jax": "0.1.0", "jax": "0.10.2"},
     },
 }
-
-
-@pytest.fixture()
-def uneven(tmp_path):
-    """A model folder without a report."""
-    checkpoint.save(random_sam(UNEVEN, 1), tmp_path / "uneven")
-    return tmp_path / "uneven"
 
 
 def test_the_card_tells_what_the_run_reached(tmp_path):
@@ -98,3 +89,17 @@ def test_the_example_of_the_card_runs(uneven, tmp_path, monkeypatch):
     assert names["masks"].shape == (1, 3, 40, 52)
     assert type(AutoModelForMaskGeneration.from_pretrained("hf")).__name__ == "SamModel"
     assert type(AutoProcessor.from_pretrained("hf")).__name__ == "SamProcessor"
+
+
+def test_the_card_says_what_the_pipeline_needs(uneven, tmp_path):
+    from transformers import pipeline
+
+    to_torch.main(uneven, tmp_path / "hf", "hf", pad_to_uniform=True)
+    assert 'model="hf")` finds all masks of an image. It needs torchvision' in (tmp_path / "hf/README.md").read_text()
+    made = pipeline("mask-generation", model=str(tmp_path / "hf"), device="cpu")
+    ask = functools.partial(made, Image.new("RGB", (52, 40)), points_per_batch=512, pred_iou_thresh=-9.0)
+    if importlib.util.find_spec("torchvision") is None:
+        with pytest.raises(ImportError, match="Torchvision"):
+            ask()
+    else:
+        assert "masks" in ask()

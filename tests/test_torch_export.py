@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import itertools
-import json
-import re
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_sam, tiny_config
-from peers import segment_anything, state_dict, stock_sam
+from conftest import SQUARE, UNEVEN, random_sam
+from peers import segment_anything, stock_sam
 from PIL import Image
 
 from converters import from_torch, to_torch
@@ -22,39 +19,15 @@ from converters.padding import pad_to_uniform, uniform_config
 from slimsam_jax import checkpoint, data, metrics
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.evaluation import encode_image, predict_masks
-from slimsam_jax.models.config import GLOBAL, Block
 from slimsam_jax.models.image_encoder import ImageEncoder
 
-SQUARE = tiny_config(image_size=(64, 64))
-# As pruning leaves it: heads, channels and MLPs differ, and the embedding fits none of them.
-UNEVEN = dataclasses.replace(SQUARE, embed_dim=13, blocks=(Block(2, 5, 17, 3), Block(3, 8, 40, GLOBAL)))
 RANDOM = np.random.default_rng(0)
 PICTURE = RANDOM.integers(0, 256, (40, 52, 3), np.uint8)
 POINT = np.array([[30.0, 12.0]])
 
 
-@pytest.fixture(scope="module")
-def slim_sam_torch():
-    segment_anything()  # without torchvision
-    from converters import slim_sam_torch
-
-    return slim_sam_torch
-
-
-@pytest.fixture()
-def uneven(tmp_path):
-    """A model folder."""
-    checkpoint.save(random_sam(UNEVEN, 1), tmp_path / "uneven")
-    return tmp_path / "uneven"
-
-
 def embed(sam, images: np.ndarray) -> np.ndarray:
     return np.asarray(ImageEncoder(sam.config).apply({"params": sam.params["image_encoder"]}, images)[0])
-
-
-def embed_torch(encoder, images: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return encoder(torch.from_numpy(images).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
 
 
 def assert_close(found, expected):
@@ -140,6 +113,10 @@ def assert_all_roads_agree(model: Path, tmp_path: Path, slim_sam_torch) -> None:
     assert 0.01 < expected.mean() < 0.99  # an empty mask would agree with anything
     to_torch.main(model, tmp_path / "out.pth", "sam", pad_to_uniform=True)
     to_torch.main(model, tmp_path / "hf", "hf", pad_to_uniform=True)
+    to_torch.main(model, tmp_path / "as it is.pth", "sam")
+    slim_sam_torch.register("slim", tmp_path / "as it is.pth")
+    slim_sam_torch.register("vit_b")
+    registry = segment_anything().sam_model_registry
     config = uniform_config(from_torch.load(model).config)
     found = {
         "back": masks_of_ours(tmp_path / "out.pth"),
@@ -147,6 +124,8 @@ def assert_all_roads_agree(model: Path, tmp_path: Path, slim_sam_torch) -> None:
         "pth": masks_of_pth(tmp_path / "out.pth", config),
         "hf": masks_of_huggingface(tmp_path / "hf"),
         "standalone": masks_of_predictor(slim_sam_torch.load(model)),
+        "registered": masks_of_predictor(registry["slim"]()),
+        "in place of a stock one": masks_of_predictor(registry["vit_b"](checkpoint=str(tmp_path / "out.pth"))),
     }
     for road, masks in found.items():
         assert metrics.iou(masks, expected).min() > 0.999, road
@@ -175,85 +154,35 @@ def test_all_roads_give_the_same_masks_from_a_slimmed_pth(tmp_path, slim_sam_tor
         assert_all_roads_agree(tmp_path / model, tmp_path / "out" / model, slim_sam_torch)
 
 
-# -------------------------------------------------------------------------------- standalone PyTorch
-
-
-def test_standalone_has_the_stock_names_and_our_values(uneven, slim_sam_torch):
-    sam, model = from_torch.load(uneven), slim_sam_torch.load(uneven)
-    expected, found = to_torch.to_state_dict(sam), state_dict(model)
-    assert set(found) == set(expected)
-    for name in expected:
-        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-    assert_close(embed_torch(model.image_encoder, images := normal(2, 64, 64, 3)), embed(sam, images))
-    assert (model.pixel_mean.flatten().numpy() == np.float32(sam.config.pixel_mean)).all() and not model.training
-
-
-def test_standalone_equals_the_teacher(slim_sam_torch):
-    folder = data.embedded_teacher()
-    images = normal(1, 256, 256, 3)
-    expected = embed(from_torch.load(folder), images)
-    assert_close(embed_torch(slim_sam_torch.load(folder).image_encoder, images), expected)
-
-
-def test_standalone_is_read_back(uneven, slim_sam_torch, tmp_path):
-    """Fine-tuned in PyTorch, a model comes back by its state dict, unequal widths and all."""
-    torch.save(slim_sam_torch.load(uneven).state_dict(), tmp_path / "tuned.pth")
-    assert from_torch.load(tmp_path / "tuned.pth").config == UNEVEN
-
-
-def test_standalone_needs_nothing_of_ours(slim_sam_torch):
-    tree = ast.parse(Path(slim_sam_torch.__file__).read_text())
-    froms = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    names = froms | {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
-    roots = {name.partition(".")[0] for name in names}
-    assert roots == {
-        "__future__",
-        "json",
-        "re",
-        "functools",
-        "pathlib",
-        "typing",
-        "torch",
-        "safetensors",
-        "segment_anything",
-    }
-
-
-@pytest.mark.parametrize("damage", ["no folder", "no weights", "truncated", "format", "other shapes", "rectangle"])
-def test_standalone_refuses_in_one_line(uneven, slim_sam_torch, damage):
-    weights, config = uneven / "model.safetensors", uneven / "config.json"
-    description = json.loads(config.read_text())
-    if damage == "no weights":
-        weights.unlink()
-    elif damage == "truncated":
-        weights.write_bytes(weights.read_bytes()[:1000])
-    elif damage == "format":
-        description["format"] = "another"
-    elif damage == "other shapes":
-        description["architecture"]["blocks"][0]["mlp_dim"] += 1
-    elif damage == "rectangle":
-        description["architecture"]["image_size"] = [64, 48]
-    config.write_text(json.dumps(description))
-    folder = uneven / "nothing" if damage == "no folder" else uneven
-    with pytest.raises(ValueError, match=f"^{re.escape(str(folder))} cannot be loaded: .") as caught:
-        slim_sam_torch.load(folder)
-    assert "\n" not in str(caught.value)
-
-
 # ------------------------------------------------------------------------------------ the command
 
 
 def test_bad_input_writes_nothing(uneven, tmp_path):
     checkpoint.save(random_sam(dataclasses.replace(UNEVEN, image_size=(64, 48))), tmp_path / "rectangle")
+    with pytest.raises(InputError, match="--pad-to-uniform"):
+        to_torch.main(uneven, tmp_path / "out", "hf")
     for format in ("sam", "hf"):
-        with pytest.raises(InputError, match="--pad-to-uniform"):
-            to_torch.main(uneven, tmp_path / "out", format)
         with pytest.raises(InputError, match="64 x 48 pixels"):
             to_torch.main(tmp_path / "rectangle", tmp_path / "out", format, pad_to_uniform=True)
     (uneven / "report.json").write_text("{}")
     with pytest.raises(InputError, match=r"report\.json cannot be read"):
         to_torch.main(uneven, tmp_path / "out", "hf", pad_to_uniform=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rectangle", "uneven"]
+
+
+def test_beside_a_pth_lies_what_loads_it(uneven, tmp_path, capsys):
+    """One copy for all of a folder; a file of its name that is another's is neither replaced nor relied on."""
+    for name in ("one.pth", "two.pth"):
+        to_torch.main(uneven, tmp_path / "out" / name)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"one.pth", "two.pth", "slim_sam_torch.py"}
+    loader = tmp_path / "out" / "slim_sam_torch.py"
+    assert loader.read_bytes() == to_torch.LOADER.read_bytes()
+    printed = capsys.readouterr().out
+    assert f"register(\"slim\", '{tmp_path / 'out' / 'one.pth'}')" in printed and "ImageEncoderViT" not in printed
+    loader.write_text("mine")
+    with pytest.raises(InputError, match=r"slim_sam_torch\.py is there already"):
+        to_torch.main(uneven, tmp_path / "out" / "three.pth")
+    assert loader.read_text() == "mine" and not (tmp_path / "out" / "three.pth").exists()
 
 
 def test_a_full_disk_leaves_nothing(uneven, tmp_path, monkeypatch):
