@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, blaming
+
+# Lists in lists take thirty times their text once they are parsed. A model's description has 10 kB.
+JSON_LIMIT = 1 << 20
 
 
 def regular(path: Path | str) -> Path:
@@ -57,6 +61,20 @@ def read_bytes(path: Path | str, limit: int) -> bytes:
         content = file.read(limit + 1) if size <= limit else b""
     if max(size, len(content)) > limit:
         raise InputError(f"{path} has {size} bytes, and at most {limit} are read")
+    return content
+
+
+def read_json(path: Path | str, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """A JSON file of at most `limit` bytes that holds an object.
+
+    Raises:
+      InputError: `path` leads to no such file.
+    """
+    text = read_bytes(path, limit)
+    with blaming(path):
+        content = json.loads(text)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object")
     return content
 
 
