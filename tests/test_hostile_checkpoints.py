@@ -141,8 +141,22 @@ def test_they_are_refused_for_what_is_wrong(results):
         assert what == "version 3" or "UnpicklingError" in found["printed"] or "BadZip" in found["printed"], found
     for what, word in (("complex weights", "complex64"), ("another check sum", "check sum"), ("10^9 masks", "reaches")):
         assert word in results["model"][what]["printed"], results["model"][what]
+    for what in ("pickle by 8", "pickle a bomb", "storage a bomb"):
+        assert "packed" in results["archive"][what]["printed"], results["archive"][what]
     assert "mostly something else" in results["file"]["all tensors"]["printed"]
     assert "provenance" in results["ours"]["provenance 300 levels deep"]["printed"]
+
+
+@pytest.mark.parametrize("what", hostile_models.WEIGHTS)
+def test_safetensors_are_refused_by_themselves(what, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(hostile_models.WEIGHTS[what])
+    with pytest.raises(InputError):
+        weights.read(tmp_path / "x.safetensors")
+
+
+def test_shared_modules_are_visited_once(tmp_path):
+    (tmp_path / "x.pth").write_bytes(hostile_archives.pth(hostile_pickles.nested(28)))
+    assert len(torch_file.read(tmp_path / "x.pth")) == 1
 
 
 def test_nothing_irregular_is_opened_to_be_hashed(good, tmp_path):
