@@ -187,7 +187,8 @@ def rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple)
         raise pickle.UnpicklingError("a tensor whose sizes, strides or offset reach beyond any storage")
     count = math.prod(size)
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if count else offset - 1
-    if last >= len(storage) or count > len(storage):
+    # NumPy's own limit counts the axes beside an empty one.
+    if last >= len(storage) or count > len(storage) or math.prod(n or 1 for n in size) >= 1 << 48:
         raise pickle.UnpicklingError("a tensor reaches beyond its storage, or repeats it")
     steps = [s * storage.itemsize for s in stride] if count else None
     return np.ndarray(size, storage.dtype, storage, offset * storage.itemsize if count else 0, steps)

@@ -28,9 +28,10 @@ def pth(body: bytes, compression=zipfile.ZIP_STORED, **members: bytes) -> bytes:
 def of_state(state: dict[str, np.ndarray], **changed: bytes) -> bytes:
     """A plain checkpoint of float32 arrays; `changed` has the pickled value of some of them."""
     items, members = {}, {}
-    for number, (key, array) in enumerate(state.items()):
-        members[f"d{number}"] = np.ascontiguousarray(array).tobytes()
-        strides = tuple(step // array.itemsize for step in np.ascontiguousarray(array).strides)
+    for number, (key, given) in enumerate(state.items()):
+        array = np.array(given, order="C")
+        members[f"d{number}"] = array.tobytes()
+        strides = tuple(step // array.itemsize for step in array.strides)
         kind = {"f4": "Float", "f8": "Double", "i8": "Long", "c8": "ComplexFloat"}[array.dtype.str[1:]]
         stored = storage(text(str(number)), name("torch", f"{kind}Storage"))
         items[key] = tensor(0, array.shape, strides, stored)
