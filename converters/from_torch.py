@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,8 @@ import numpy as np
 from tyro.conf import Positional
 
 from converters import huggingface, torch_file
-from converters.mapping import rows, split_qkv
-from slimsam_jax import cli
+from converters.mapping import Row, rows, split_qkv
+from slimsam_jax import cli, files, weights
 from slimsam_jax.errors import InputError, blaming
 from slimsam_jax.models import config as architecture
 
@@ -36,12 +36,14 @@ def load(source: Path | str) -> Sam:
     """
     from slimsam_jax import checkpoint
 
-    source = Path(source).expanduser()
-    if not source.exists():
-        raise InputError(f"{source} does not exist")
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        what = "an empty name" if source == "" else f"an object of type {type(source).__name__}"
+        raise InputError(f"load takes the path of a checkpoint or a model folder, not {what}")
     with blaming(source):
-        if not source.is_dir():
+        source = Path(source).expanduser()
+        if not os.path.isdir(source):
             sam = from_state_dict(torch_file.read(source), str(source))
+            torch_file.check_sums(source)
         elif _is_huggingface(source):
             sam = _load_huggingface(source)
         else:
@@ -63,12 +65,13 @@ def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict",
     from slimsam_jax import checkpoint
     from slimsam_jax.models.sam import Sam
 
-    state = split_qkv({re.sub(r"(^|\.)module\.", r"\1", name): array for name, array in state.items()})
+    renamed = {re.sub(r"(^|\.)module\.", r"\1", name): array for name, array in state.items()}
+    if len(renamed) < len(state):
+        raise InputError(f"{where} holds arrays that differ in name by 'module.' alone")
+    state = split_qkv(renamed)
     for key in ("pixel_mean", "pixel_std"):  # buffers, present in whole modules only
         if key in state:
-            overrides[key] = tuple(
-                round(float(value), 4) for value in state.pop(key).reshape(-1)
-            )  # 123.675, not its float32
+            overrides[key] = _pixel_statistics(state.pop(key), f"{where}: {key}")
     try:
         config = dataclasses.replace(architecture.from_state_dict(state), **overrides)
         table = rows(config)
@@ -78,39 +81,49 @@ def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict",
     return Sam(config, _params(config, state, table, where))
 
 
-def _params(config: architecture.Config, state: dict[str, np.ndarray], table: list, where: str) -> dict[str, Any]:
+def _pixel_statistics(array: np.ndarray, where: str) -> tuple[float, ...]:
+    if array.size != 3 or array.dtype.kind != "f":
+        raise InputError(f"{where} must be three real numbers, and it has shape {array.shape} of {array.dtype}")
+    return tuple(round(float(value), 4) for value in array.reshape(-1))  # 123.675, not its float32
+
+
+def _params(config: architecture.Config, state: dict[str, np.ndarray], table: list[Row], where: str) -> dict[str, Any]:
+    """Of a state dict; no array is read before the shapes of all are right."""
     import flax.traverse_util
 
     from slimsam_jax import checkpoint
     from slimsam_jax.models.sam import abstract_params
 
-    expected = flax.traverse_util.flatten_dict(abstract_params(config), sep="/")
-    params = {}
+    with blaming(where):
+        expected = flax.traverse_util.flatten_dict(abstract_params(config), sep="/")
+    shapes = {}
     for row in table:
-        array = state[row.name]
+        shape = state[row.name].shape
         try:
-            params[row.path] = row.to_ours(array)
+            shapes[row.path] = row.shape(shape), expected[row.path].shape
         except Exception:  # einops has its own error class; the shape is what the user needs
-            raise InputError(f"{where}: {row.name} has shape {array.shape}, which does not fit its place") from None
-    checkpoint.check_shapes({path: (array.shape, expected[path].shape) for path, array in params.items()}, where)
-    return checkpoint.to_device(params, where)
+            raise InputError(f"{where}: {row.name} has shape {shape}, which does not fit its place") from None
+    checkpoint.check_shapes(shapes, where)
+    return checkpoint.to_device({row.path: row.to_ours(state[row.name]) for row in table}, where)
 
 
 def _is_huggingface(folder: Path) -> bool:
     try:
-        description = json.loads((folder / "config.json").read_text())
-        return isinstance(description, dict) and "model_type" in description
-    except (OSError, ValueError):
+        return "model_type" in files.read_json(folder / "config.json")
+    except InputError:  # which the loader of our folders will say again
         return False
 
 
 def _load_huggingface(folder: Path) -> Sam:
     state, description = huggingface.read(folder)
-    decoder = description.get("mask_decoder_config", {})
     overrides = huggingface.pixel_statistics(folder)
-    overrides["decoder_heads"] = decoder.get("num_attention_heads", 8)
+    overrides["decoder_heads"] = description.get("mask_decoder_config", {}).get("num_attention_heads", 8)
     state = {huggingface.to_segment_anything(name): array for name, array in state.items()}
-    return from_state_dict(state, str(folder), **overrides)
+    sam = from_state_dict(state, str(folder), **overrides)
+    for path in weights.files_of(folder):
+        if path.suffix == ".bin":
+            torch_file.check_sums(path)
+    return sam
 
 
 def main(source: Positional[Path], folder: Positional[Path]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import functools
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from converters import torch_file
-from slimsam_jax.errors import InputError
+from slimsam_jax import weights
+from slimsam_jax.errors import InputError, shown
+from slimsam_jax.files import read_json
 from slimsam_jax.models.config import GLOBAL, Config
 
 # segment_anything's part <-> Hugging Face's, after `image_encoder.` <-> `vision_encoder.`. {0}, {1}: any number.
@@ -58,11 +60,15 @@ def to_segment_anything(name: str) -> str:
 
 def _replace_part(name: str, parts: list[tuple[str, str]]) -> str:
     for source, target in parts:
-        pattern = re.escape(source).replace(r"\{0\}", r"(\d+)").replace(r"\{1\}", r"(\d+)")
-        match = re.match(pattern, name)
+        match = _pattern(source).match(name)
         if match:
             return target.format(*match.groups()) + name[match.end() :]
     return name
+
+
+@functools.cache
+def _pattern(part: str) -> re.Pattern[str]:
+    return re.compile(re.escape(part).replace(r"\{0\}", r"(\d+)").replace(r"\{1\}", r"(\d+)"))
 
 
 def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -71,19 +77,16 @@ def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Raises:
       InputError: no weights, or another model type.
     """
-    description = json.loads((folder / "config.json").read_text())
+    description = read_json(folder / "config.json")
     if description.get("model_type") != "sam":
-        raise InputError(f"{folder} holds a {description.get('model_type')!r} model, not a SamModel")
-    index = folder / "model.safetensors.index.json"
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
-    state: dict[str, np.ndarray] = {}
-    if shards or (folder / "model.safetensors").exists():
-        for shard in shards or ["model.safetensors"]:
-            state |= load_file(folder / shard)
-    elif (folder / "pytorch_model.bin").exists():
-        state = torch_file.read(folder / "pytorch_model.bin")
-    else:
+        theirs = shown(repr(description.get("model_type")), 40)
+        raise InputError(f"{folder} holds a {theirs} model, not a SamModel")
+    paths = weights.files_of(folder)
+    if not paths:
         raise InputError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+    state: dict[str, np.ndarray] = {}
+    for path in paths:
+        state |= torch_file.read(path) if path.suffix == ".bin" else weights.read(path)
     twin = state.pop(_TWIN, None)
     if twin is not None:
         state.setdefault("shared_image_embedding.positional_embedding", twin)
@@ -91,17 +94,21 @@ def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:
-    """pixel_mean and pixel_std (0..255) from the folder's preprocessor file; {} if there is none."""
+    """pixel_mean and pixel_std (0..255) from the folder's preprocessor file; {} if there is none.
+
+    Raises:
+      InputError: the file cannot be read, or holds other than three numbers.
+    """
     for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).exists():
-            fields = json.loads((folder / name).read_text())
+        if os.path.lexists(folder / name):
+            fields = read_json(folder / name)
             fields = fields.get("image_processor", fields)
             keys = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
-            return {
-                ours: tuple(round(255 * value, 4) for value in fields[theirs])
-                for ours, theirs in keys.items()
-                if theirs in fields
-            }
+            found = {ours: fields[theirs] for ours, theirs in keys.items() if theirs in fields}
+            for values in found.values():
+                if type(values) is not list or len(values) != 3 or any(type(v) not in (int, float) for v in values):
+                    raise InputError(f"{folder / name}: image_mean and image_std must be three numbers each")
+            return {ours: tuple(round(255 * value, 4) for value in values) for ours, values in found.items()}
     return {}
 
 

@@ -27,7 +27,12 @@ class Row(NamedTuple):
     sizes: dict[str, int]
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(rearrange(array, self.pattern, **self.sizes))
+        """A view, where there can be one."""
+        return rearrange(array, self.pattern, **self.sizes)
+
+    def shape(self, theirs: tuple[int, ...]) -> tuple[int, ...]:
+        """Our shape of an array of their shape, which nothing is allocated for."""
+        return self.to_ours(np.broadcast_to(np.float32(0), theirs)).shape
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         ours, theirs = self.pattern.split(" -> ")[::-1]
@@ -121,7 +126,7 @@ def split_qkv(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Fused `attn.qkv` (rows q, then k, then v) -> `attn.q`, `attn.k`, `attn.v`; leaves split ones alone."""
     split = {}
     for name, array in state.items():
-        if ".attn.qkv." in name and len(array) % 3 == 0:
+        if ".attn.qkv." in name and array.ndim and len(array) % 3 == 0:
             parts = np.split(array, 3)
             split |= {name.replace(".qkv.", f".{q}."): part for q, part in zip("qkv", parts, strict=True)}
         else:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimsam_jax.errors import blaming
+from slimsam_jax.files import read_json
 
 if TYPE_CHECKING:
     from slimsam_jax.models.sam import Sam
@@ -98,10 +99,10 @@ def summary(sam: Sam, original: Sam) -> str:
 def numbers(folder: Path, sam: Sam, original: Sam) -> str:
     """A section with the table of the run that made `original`; empty if no `report.json` beside it tells of that."""
     path = folder / "report.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return ""
+    report = read_json(path)
     with blaming(path):
-        report = json.loads(path.read_text())
         if report["provenance"] != original.provenance:
             return ""
         return _table(report, "" if sam.config == original.config else ", before padding")

@@ -87,7 +87,7 @@ def save_huggingface(sam: Sam, folder: Path, card: str | None = None) -> None:
         checkpoint.write_json(temporary / "config.json", huggingface.description(sam.config))
         checkpoint.write_json(temporary / "preprocessor_config.json", huggingface.preprocessor(sam.config))
         if card is not None:
-            (temporary / "README.md").write_text(card)
+            (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def encoder_arguments(config: Config) -> dict[str, Any]:

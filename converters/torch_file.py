@@ -1,31 +1,37 @@
 """Reads PyTorch's zip `.pth` files without PyTorch, and without running anything they contain.
 
-A `.pth` is a pickle beside raw arrays. The unpickler below knows the handful of names a
-state dict needs; every other global becomes an inert stand-in that keeps its arguments
-and runs nothing. So even whole-module pickles, as SlimSAM publishes them, are read as data.
+A `.pth` is a pickle beside raw arrays. The pickle is read as data (`torch_pickle`): the handful of names that a state
+dict needs is known, every other becomes an inert stand-in. So even whole-module pickles, as SlimSAM publishes them, are
+read. The arrays are views of the mapped file: none is read before its shape has been looked at.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
 import io
 import math
+import mmap
 import pickle
+import struct
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from slimsam_jax.errors import InputError, blaming
+from converters.torch_pickle import Inert, Maker, Unpickler
+from slimsam_jax.errors import InputError, blaming, shown
+from slimsam_jax.files import open_regular
 
 _STORAGES = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
     "HalfStorage": np.float16,
     "BFloat16Storage": ml_dtypes.bfloat16,
+    "ComplexFloatStorage": np.complex64,
+    "ComplexDoubleStorage": np.complex128,
     "LongStorage": np.int64,
     "IntStorage": np.int32,
     "ShortStorage": np.int16,
@@ -33,10 +39,15 @@ _STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+# SAM-H's, with those of its optimizer and an average of its weights: 0.34 MB, 0.15 MB, 2400 tensors.
+PICKLE_LIMIT, DIRECTORY_LIMIT = 1_000_000, 2_000_000
+MOST_TENSORS = 20_000
+LONGEST_NAME = 500
+SPARE = 64 << 20  # bytes that a file may have besides 16 times its tensors; an optimizer in float32 is 6 times float16
 
 
 def read(path: Path | str) -> dict[str, np.ndarray]:
-    """Reads a `.pth` into {name: array}, in the dtypes of the file.
+    """Reads a `.pth` into {name: array}, mapped and read-only, in the dtypes of the file.
 
     Args:
       path: a state dict, one under the key "model" or "state_dict", or a pickled module.
@@ -44,91 +55,171 @@ def read(path: Path | str) -> dict[str, np.ndarray]:
     Raises:
       InputError: the file is none of these.
     """
-    if not zipfile.is_zipfile(path):
-        raise InputError(
-            f"{path} is not a PyTorch zip checkpoint, or a damaged one (a file from before PyTorch 1.6 must be saved "
-            "anew: torch.save(torch.load(old), new))"
-        )
-    with blaming(path), zipfile.ZipFile(path) as archive:
-        if not any(name.rpartition("/")[2] == "data.pkl" for name in archive.namelist()):
+    with open_regular(path) as file, blaming(path):
+        archive = _Archive(file, path)
+        if archive.root is None:
             raise InputError(f"{path} is not a readable PyTorch checkpoint: the archive holds no data.pkl")
-        content = _Unpickler(archive).load()
-    state = _flatten(content) if isinstance(content, _Inert) else _unwrap(content)
+        state = _state_dict(_Tensors(archive).load())
+    size, whole = sum(array.nbytes for array in state.values()), len(archive.content)
+    if state and not size / 2 <= whole <= 16 * size + SPARE:
+        raise InputError(f"{path} has {whole} bytes and tensors of {size}: it is damaged, or mostly something else")
     if not state:
         raise InputError(f"{path} holds neither a state dict nor a module")
     return state
 
 
-class _Inert:
-    """Stands in for any class or function that a pickle names."""
+def check_sums(path: Path | str) -> None:
+    """Reads all the arrays of a `.pth` once, and compares them with the archive's check sums.
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, archive: zipfile.ZipFile):
-        name = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
-        super().__init__(io.BytesIO(archive.read(name)))
-        self.archive, self.root = archive, name.removesuffix("data.pkl")
-        self.storage = functools.cache(self._storage)
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The allow-list. Nothing outside it is imported, let alone called."""
-        allowed = {
-            ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda array, *_: array,
-            ("torch._utils", "_rebuild_parameter_with_state"): lambda array, *_: array,
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch", "Size"): tuple,
-            ("builtins", "set"): set,
-            ("__builtin__", "set"): set,
-        }
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return name
-        return allowed.get((module, name)) or type(name, (_Inert,), {})
-
-    def persistent_load(self, pid: tuple) -> np.ndarray:
-        kind, storage, key, *_ = pid
-        if kind != "storage" or storage not in _STORAGES:
-            raise pickle.UnpicklingError(f"unknown storage {storage!r}")
-        return self.storage(storage, str(key))
-
-    def _storage(self, kind: str, key: str) -> np.ndarray:
-        return np.frombuffer(self.archive.read(f"{self.root}data/{key}"), _STORAGES[kind])
+    Raises:
+      InputError: the file is damaged.
+    """
+    with open_regular(path) as file, blaming(path):
+        archive = _Archive(file, path)
+        for name in archive.members:
+            if name.startswith(f"{archive.root}data/"):
+                start, size = archive.span(name)
+                file.seek(start)
+                parts = (file.read(min(size - at, 1 << 20)) for at in range(0, size, 1 << 20))
+                if functools.reduce(lambda sum, part: zlib.crc32(part, sum), parts, 0) != archive.members[name].CRC:
+                    raise InputError(f"{path} is damaged: {shown(name)} has another check sum")
 
 
-def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
+class _Directory:
+    """A file whose zip directory is read by `zipfile`, which takes as many bytes as the file asks it to."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if size > DIRECTORY_LIMIT:
+            raise zipfile.BadZipFile("it lists more than a checkpoint can hold")
+        return self.file.read(DIRECTORY_LIMIT if size < 0 else size)
+
+
+class _Archive:
+    """A zip file whose members lie in it as they are, as torch writes them.
+
+    Attributes:
+      content: the whole file, mapped.
+      members: by name.
+      root: what stands before "data.pkl" and "data/0"; None if there is no data.pkl.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path | str):
+        if not zipfile.is_zipfile(_Directory(file)):
+            raise InputError(
+                f"{path} is not a PyTorch zip checkpoint, or a damaged one (a file from before PyTorch 1.6 must be "
+                "saved anew: torch.save(torch.load(old), new))"
+            )
+        self.members = {member.filename: member for member in zipfile.ZipFile(_Directory(file)).infolist()}
+        self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        pickles = (name for name in self.members if name.rpartition("/")[2] == "data.pkl")
+        self.root = next((name.removesuffix("data.pkl") for name in pickles), None)
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Where a member begins and how long it is, in bytes."""
+        member = self.members[name]
+        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+            raise zipfile.BadZipFile(
+                f"{name} is packed or encrypted; torch.save(torch.load(old), new) writes it plainly"
+            )
+        header = self.content[member.header_offset : member.header_offset + 30]
+        signature, *lengths = struct.unpack("<4s22x2H", header.ljust(30))
+        start = member.header_offset + 30 + sum(lengths)
+        if signature != b"PK\3\4" or start + member.file_size > len(self.content):
+            raise zipfile.BadZipFile(f"{name} is not where the directory says")
+        return start, member.file_size
+
+
+class _Tensors(Unpickler):
+    """Reads an archive's pickle, with an array for every tensor."""
+
+    def __init__(self, archive: _Archive):
+        start, size = archive.span(f"{archive.root}data.pkl")
+        if size > PICKLE_LIMIT:
+            raise pickle.UnpicklingError(f"data.pkl has {size} bytes, and a checkpoint's at most {PICKLE_LIMIT}")
+        names = {("torch._utils", f"_rebuild_tensor{version}"): Maker(self._tensor) for version in ("", "_v2")}
+        for version in ("", "_with_state"):
+            names["torch._utils", f"_rebuild_parameter{version}"] = Maker(lambda arguments: arguments[0])
+        names["collections", "OrderedDict"] = Maker(lambda arguments: {})  # filled by what follows
+        names["torch", "Size"] = Maker(_size)
+        for module in ("torch", "torch.storage"):
+            names |= {(module, name): np.dtype(kind) for name, kind in _STORAGES.items()}
+        super().__init__(io.BytesIO(archive.content[start : start + size]), names, self._storage)
+        self.archive, self.tensors = archive, 0
+
+    def _storage(self, pid: Any) -> np.ndarray:
+        kind, dtype, key, *_ = pid if type(pid) is tuple and len(pid) > 2 else (None,) * 3
+        if type(kind) is not str or kind != "storage" or not isinstance(dtype, np.dtype) or type(key) is not str:
+            raise pickle.UnpicklingError("it holds a storage of a kind that we do not know")
+        start, size = self.archive.span(f"{self.archive.root}data/{key}")
+        return np.ndarray(size // dtype.itemsize, dtype, self.archive.content, start)
+
+    def _tensor(self, arguments: tuple) -> np.ndarray:
+        self.tensors += 1
+        if self.tensors > MOST_TENSORS:
+            raise pickle.UnpicklingError(f"it holds more than {MOST_TENSORS} tensors")
+        if len(arguments) < 4:
+            raise pickle.UnpicklingError("a tensor without storage, offset, sizes and strides")
+        return rebuild_tensor(*arguments[:4])
+
+
+def _size(arguments: tuple) -> tuple:
+    sizes = arguments[0] if arguments else ()
+    if len(sizes) > 64:
+        raise pickle.UnpicklingError("a tensor with more axes than PyTorch has")
+    return tuple(sizes)
+
+
+def rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple) -> np.ndarray:
+    """A view of a storage.
+
+    Raises:
+      UnpicklingError: it reaches beyond the storage, has more values, or its numbers are no whole numbers. A 0-d array
+        of a narrow type would wrap around in the very sums that keep it in bounds.
+    """
     if not isinstance(storage, np.ndarray) or storage.ndim != 1:
         raise pickle.UnpicklingError("a tensor without a storage")
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if math.prod(size) else offset
-    if min((offset, *size, *stride)) < 0 or last > len(storage) or (math.prod(size) and last == len(storage)):
-        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
-    steps = [s * storage.itemsize for s in stride]
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps).copy()
+    if type(size) is not tuple or type(stride) is not tuple or not len(size) == len(stride) <= 64:
+        raise pickle.UnpicklingError("a tensor without sizes and strides")
+    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in (offset, *size, *stride)):
+        raise pickle.UnpicklingError("a tensor whose sizes, strides or offset reach beyond any storage")
+    count = math.prod(size)
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if count else offset - 1
+    # NumPy's own limit counts the axes beside an empty one.
+    if last >= len(storage) or count > len(storage) or math.prod(n or 1 for n in size) >= 1 << 48:
+        raise pickle.UnpicklingError("a tensor reaches beyond its storage, or repeats it")
+    steps = [s * storage.itemsize for s in stride] if count else None
+    return np.ndarray(size, storage.dtype, storage, offset * storage.itemsize if count else 0, steps)
 
 
-def _flatten(module: _Inert, prefix: str = "") -> dict[str, np.ndarray]:
-    """The state dict of a pickled `nn.Module`, from its parameters, buffers and children."""
-    fields = vars(module)
-    own = {**fields.get("_parameters", {}), **fields.get("_buffers", {})}
-    state = {prefix + name: array for name, array in own.items() if isinstance(array, np.ndarray)}
-    for name, child in fields.get("_modules", {}).items():
-        if isinstance(child, _Inert):
-            state |= _flatten(child, f"{prefix}{name}.")
+def _state_dict(content: Any) -> dict[str, np.ndarray]:
+    """{name: array} of a state dict or module, which may lie under "model" or "state_dict"."""
+    for _ in range(4):
+        if not isinstance(content, dict):
+            break
+        inner = [content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict | Inert)]
+        if not inner:
+            return {name: array for name, array in content.items() if isinstance(array, np.ndarray)}
+        content = inner[0]
+    return _flatten(content) if isinstance(content, Inert) else {}
+
+
+def _flatten(module: Inert) -> dict[str, np.ndarray]:
+    """The state dict of a pickled `nn.Module`, from its parameters, buffers and children; each is visited once."""
+    state, seen, waiting, visits = {}, {id(module)}, [("", module)], 0
+    while waiting:
+        prefix, module = waiting.pop()
+        fields = module.state if isinstance(module.state, dict) else {}
+        kinds = [fields.get(kind) for kind in ("_parameters", "_buffers", "_modules")]
+        for name, part in [pair for kind in kinds if isinstance(kind, dict) for pair in kind.items()]:
+            visits += 1
+            if visits > 10 * MOST_TENSORS or len(prefix) + len(name) > LONGEST_NAME:
+                raise pickle.UnpicklingError("a module with too many parts, or too long names")
+            if isinstance(part, np.ndarray):
+                state[prefix + name] = part
+            elif isinstance(part, Inert) and id(part) not in seen:
+                seen.add(id(part))
+                waiting.append((f"{prefix}{name}.", part))
     return state
-
-
-def _unwrap(content: Any) -> dict[str, np.ndarray]:
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict | _Inert):
-            inner = content[key]
-            return _flatten(inner) if isinstance(inner, _Inert) else _unwrap(inner)
-    if not isinstance(content, dict):
-        return {}
-    return {str(name): array for name, array in content.items() if isinstance(array, np.ndarray)}

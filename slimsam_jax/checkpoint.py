@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -15,13 +16,15 @@ from typing import Any
 import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from slimsam_jax.errors import InputError, blaming, writing
+from slimsam_jax import files, weights
+from slimsam_jax.errors import InputError, blaming, shown, writing
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.sam import Params, Sam, abstract_params
 
 FORMAT = "slimsam_jax/1"
+MOST_LEVELS = 100  # of provenance; a teacher's teacher's are four deeper each
 
 
 def save(sam: Sam, folder: Path | str) -> None:
@@ -47,33 +50,62 @@ def load(folder: Path | str) -> Sam:
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
-        if not (folder / name).exists():
+        if not os.path.lexists(folder / name):
             raise InputError(f"{folder} is not a model folder: it has no {name}")
+    description = files.read_json(folder / "config.json")
     with blaming(folder):
-        description = json.loads((folder / "config.json").read_text())
         if description.get("format") != FORMAT:
-            raise InputError(f"{folder} has format {description.get('format')!r}, and {FORMAT!r} is what we read")
+            theirs = shown(repr(description.get("format")), 40)
+            raise InputError(f"{folder} has format {theirs}, and {FORMAT!r} is what we read")
         config = Config.from_json(description["architecture"])
-        flat = load_file(folder / "model.safetensors")
+        provenance = _provenance(description.get("provenance", {}))
+        flat = weights.read(folder / "model.safetensors")
+        check_depth(config, set(flat), str(folder))
         shapes = flax.traverse_util.flatten_dict(abstract_params(config), sep="/")
     check_names(set(flat), set(shapes), str(folder))
     check_shapes({k: (v.shape, shapes[k].shape) for k, v in flat.items()}, str(folder))
     params = to_device(flat, str(folder))
-    return Sam(config, params, description.get("provenance", {}))
+    return Sam(config, params, provenance)
+
+
+def _provenance(found: Any) -> dict[str, Any]:
+    """`found`, if it can be written again: JSON's writer takes a frame of the stack for each level."""
+    level, depth = [found], 0
+    while level and depth <= MOST_LEVELS:
+        children = (each.values() if isinstance(each, dict) else each for each in level if type(each) in (dict, list))
+        level, depth = list(itertools.chain.from_iterable(children)), depth + 1
+    if level or not isinstance(found, dict):
+        raise ValueError(f"its provenance must be an object of at most {MOST_LEVELS} levels")
+    return found
 
 
 def to_device(flat: dict[str, np.ndarray], where: str) -> Params:
     """{path: array} -> tree of float32 arrays on the default device, so that no later call copies them there.
 
     Raises:
-      InputError: an array is of integers, or has values that are not finite in float32.
+      InputError: an array is not of real floating-point numbers, or has values that are not finite in float32.
     """
-    with np.errstate(over="ignore"):
-        arrays = {path: array.astype(np.float32) for path, array in flat.items()}
-    for path, array in arrays.items():
-        if flat[path].dtype.kind in "iub" or not np.isfinite(array).all():
-            raise InputError(f"{where}: {path} holds integers, or values that are not finite")
-    return flax.traverse_util.unflatten_dict({path: jnp.asarray(array) for path, array in arrays.items()}, sep="/")
+    tree = {}
+    for path, array in flat.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise InputError(f"{where}: {path} holds {array.dtype}, and weights are real numbers with a fraction")
+        with np.errstate(over="ignore"):
+            values = array.astype(np.float32, order="C")
+        if not np.isfinite(values).all():
+            raise InputError(f"{where}: {path} holds values that are not finite in float32")
+        tree[path] = jnp.asarray(values)
+    return flax.traverse_util.unflatten_dict(tree, sep="/")
+
+
+def check_depth(config: Config, found: set[str], where: str) -> None:
+    """Raises InputError unless the last block, decoder layer and mask of `config` are there; costs next to nothing."""
+    lasts = {
+        "image_encoder/blocks_{}/norm1/scale": len(config.blocks),
+        "mask_decoder/transformer/layers_{}/norm1/scale": config.decoder_depth,
+        "mask_decoder/output_hypernetworks_mlps_{}/layers_0/kernel": 1 + config.multimask_outputs,
+    }
+    expected = {name.format(count - 1) for name, count in lasts.items() if count}
+    check_names(found & expected, expected, where)
 
 
 def check_names(found: set[str], expected: set[str], where: str) -> None:
@@ -81,7 +113,8 @@ def check_names(found: set[str], expected: set[str], where: str) -> None:
     names = [f"- {n}" for n in sorted(expected - found)] + [f"+ {n}" for n in sorted(found - expected)]
     if names:
         more = f" … and {len(names) - 8} more" if len(names) > 8 else ""
-        raise InputError(f"{where} does not hold a SAM (- missing, + surplus): {', '.join(names[:8])}{more}")
+        listed = ", ".join(shown(name, 100) for name in names[:8])
+        raise InputError(f"{where} does not hold a SAM (- missing, + surplus): {listed}{more}")
 
 
 def check_shapes(pairs: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], where: str) -> None:
@@ -131,11 +164,14 @@ def _umask() -> int:
 
 
 def sha256(path: Path | str) -> str:
-    """Of a file, or of a model folder's weights."""
+    """Of a file, or of those of a model folder that hold the weights.
+
+    Raises:
+      InputError: one is no regular file, or cannot be read.
+    """
     path, digest = Path(path).expanduser(), hashlib.sha256()
-    weights = [p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin")] if path.is_dir() else [path]
-    for part in weights:
-        with part.open("rb") as file:
+    for part in weights.files_of(path) if path.is_dir() else [path]:
+        with files.open_regular(part) as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()

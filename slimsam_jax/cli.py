@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from slimsam_jax.errors import InputError, RunError, Stopped
+from slimsam_jax.errors import InputError, RunError, Stopped, shown
 
 Arguments = Callable[..., Any] | dict[str, Callable[..., Any]]
 
@@ -65,7 +65,7 @@ def check_no_repetition(arguments: list[str]) -> None:
 
 
 def fail(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {shown(' '.join(message.split()), 2000)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -18,6 +18,13 @@ class Stopped(Exception):
     """The run was asked to stop and has saved its state. The command line prints the message and exits with 143."""
 
 
+def shown(text: object, most: int = 200) -> str:
+    """Foreign text for one line of a terminal: control characters escaped, cut after `most` characters."""
+    text = str(text)
+    text = text[:most] + ("…" if len(text) > most else "")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @contextmanager
 def blaming(what: object) -> Iterator[None]:
     """Turns whatever goes wrong while foreign data is read into an InputError that names the data.
@@ -30,8 +37,8 @@ def blaming(what: object) -> Iterator[None]:
     except InputError:
         raise
     except (Exception, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "damaged"
-        raise InputError(f"{what} cannot be read ({type(error).__name__}: {reason})") from None
+        reason = (str(error).splitlines() or ["damaged"])[0]
+        raise InputError(f"{what} cannot be read ({type(error).__name__}: {shown(reason)})") from None
 
 
 @contextmanager

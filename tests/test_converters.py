@@ -114,8 +114,8 @@ def test_a_tensor_cannot_reach_beyond_its_storage(tmp_path):
         (0, (2,), (-1,)),
     ):
         with pytest.raises(pickle.UnpicklingError, match="beyond"):
-            torch_file._rebuild_tensor(storage, offset, size, stride)
-    assert torch_file._rebuild_tensor(storage, 4, (0,), (1,)).shape == (0,)
+            torch_file.rebuild_tensor(storage, offset, size, stride)
+    assert torch_file.rebuild_tensor(storage, 4, (0,), (1,)).shape == (0,)
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,12 @@ def test_widths_are_free_per_block():
     chex.assert_tree_all_finite(embedding)
 
 
+def test_equal_blocks_are_traced_once_and_all_have_shapes():
+    config = tiny_config()
+    config = dataclasses.replace(config, blocks=(*config.blocks, Block(1, 4, 6, 2), *config.blocks[::-1]))
+    assert sam.abstract_params(config) == jax.eval_shape(lambda key: sam.init(config, key), jax.random.key(0))
+
+
 def test_encode_and_decode_compile_once(tiny_sam):
     chex.clear_trace_counter()
     encode = jax.jit(chex.assert_max_traces(sam.encode.__wrapped__, n=1), static_argnames=("config", "dtype"))

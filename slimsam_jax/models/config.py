@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 GLOBAL = 0  # the `window` of a block whose tokens all attend to each other
+# Bounds far beyond any SAM (SAM-H: 5120 wide, 32 blocks), so that nothing is built that a file merely asks for.
+WIDEST, DEEPEST, MOST_LAYERS = 1 << 16, 128, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Block:
       window: side of the attention window in tokens, or `GLOBAL` (0).
 
     Raises:
-      ValueError: a width below 1.
+      ValueError: a width below 1, or beyond `WIDEST`.
     """
 
     heads: int
@@ -32,9 +34,10 @@ class Block:
     window: int
 
     def __post_init__(self):
-        widths = (self.heads, self.head_dim, self.mlp_dim)
-        if any(type(w) is not int for w in (*widths, self.window)) or min(widths) < 1 or self.window < 0:
-            raise ValueError(f"not the widths of a block: {self}")
+        widths = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, width in widths.items():
+            if type(width) is not int or not (name != "window") <= width <= WIDEST:
+                raise ValueError(f"{name} {width!r:.40} is not the width of a block, 1 to {WIDEST}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +73,24 @@ class Config:
 
     def __post_init__(self):
         sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int"}
-        wrong = [f"{name} {size!r}" for name, size in sizes.items() if type(size) is not int or size < 0]
-        if wrong or not self.patch_size:
-            raise ValueError(f"not whole positive numbers: {', '.join(wrong) or 'patch_size 0'}")
-        if len(self.image_size) != 2 or any(type(s) is not int or s <= 0 for s in self.image_size):
-            raise ValueError(f"image_size {self.image_size} must be (height, width) in pixels")
+        # 0 blocks of width 0: the decoder's architecture alone (`sam.decode`).
+        bounds = {"embed_dim": (0, WIDEST), "decoder_depth": (0, MOST_LAYERS), "multimask_outputs": (0, MOST_LAYERS)}
+        for name, size in sizes.items():
+            least, most = bounds.get(name, (4 if name == "mask_in_chans" else 1, WIDEST))
+            if type(size) is not int or not least <= size <= most:
+                raise ValueError(f"{name} {size!r:.40} is no whole number from {least} to {most}")
+        if len(self.blocks) > DEEPEST:
+            raise ValueError(f"{len(self.blocks)} blocks, and at most {DEEPEST} are taken")
+        if len(self.image_size) != 2 or any(type(s) is not int or not 0 < s <= WIDEST for s in self.image_size):
+            raise ValueError(f"image_size {self.image_size!r:.40} must be (height, width) in pixels, at most {WIDEST}")
         if any(side % self.patch_size for side in self.image_size):
             raise ValueError(f"image_size {self.image_size} must be multiples of the patch size {self.patch_size}")
-        if self.out_chans % 8 or not self.decoder_heads or self.out_chans % (2 * self.decoder_heads):
+        if self.out_chans % 8 or self.out_chans % (2 * self.decoder_heads):
             raise ValueError(f"out_chans {self.out_chans} must be a multiple of 8 and of twice the decoder's heads")
         for name, values in (("pixel_mean", self.pixel_mean), ("pixel_std", self.pixel_std)):
-            if len(values) != 3 or not all(math.isfinite(v) and (v > 0 or name == "pixel_mean") for v in values):
-                raise ValueError(f"{name} {values} must be three numbers, one per channel")
+            numbers = all(isinstance(v, int | float) and type(v) is not bool and abs(v) < 1e6 for v in values)
+            if len(values) != 3 or not numbers or (name == "pixel_std" and min(values) <= 0):
+                raise ValueError(f"{name} {values!r:.40} must be three numbers, one per channel")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -107,10 +116,12 @@ class Config:
         """Inverse of `to_json` (JSON turns tuples into lists).
 
         Raises:
-          ValueError: an unknown or missing field.
+          ValueError: an unknown or missing field, or one out of range.
         """
         try:
-            blocks = tuple(Block(**block) for block in fields["blocks"])
+            blocks = tuple(Block(**block) for block in fields["blocks"][: DEEPEST + 1])
+            if not blocks:
+                raise ValueError("no blocks")
             tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
             return cls(**{**tuples, "blocks": blocks})
         except (KeyError, TypeError) as error:
@@ -171,6 +182,8 @@ def from_state_dict(state: Mapping[str, np.ndarray]) -> Config:
         _, rows, columns, embed_dim = state["image_encoder.pos_embed"].shape
         patch = state["image_encoder.patch_embed.proj.weight"].shape[-1]
         depth = len({k.split(".")[2] for k in state if k.startswith("image_encoder.blocks.")})
+        if not 0 < depth <= DEEPEST:
+            raise ValueError(f"it has {depth} blocks, and 1 to {DEEPEST} are taken")
         decoder = "mask_decoder.transformer.layers."
         return Config(
             image_size=(rows * patch, columns * patch),

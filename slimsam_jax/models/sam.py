@@ -52,7 +52,7 @@ def init(config: Config, key: jax.Array) -> Params:
     prompts = prompt_encoder.init(keys[1], points, labels, masks)
     sparse, dense = prompt_encoder.apply(prompts, points, labels, masks)
     return {
-        "image_encoder": ImageEncoder(config).init(keys[0], images)["params"],
+        "image_encoder": ImageEncoder(config, attention="plain").init(keys[0], images)["params"],  # traced the soonest
         "prompt_encoder": prompts["params"],
         "mask_decoder": MaskDecoder(config).init(keys[2], embedding, embedding, sparse, dense)["params"],
     }
@@ -61,7 +61,13 @@ def init(config: Config, key: jax.Array) -> Params:
 @functools.lru_cache(maxsize=32)  # tracing takes a second or two, and a run asks for the same few models
 def abstract_params(config: Config) -> Params:
     """The parameter tree as shapes, not to be changed; costs no memory, whatever the size."""
-    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    distinct = tuple(dict.fromkeys(config.blocks))  # equal blocks have equal shapes, and are traced once
+    traced = dataclasses.replace(config, blocks=distinct)
+    params = jax.eval_shape(lambda key: init(traced, key), jax.random.key(0))
+    encoder = dict(params["image_encoder"])
+    shapes = {block: encoder.pop(f"blocks_{i}") for i, block in enumerate(distinct)}
+    encoder |= {f"blocks_{i}": shapes[block] for i, block in enumerate(config.blocks)}
+    return params | {"image_encoder": encoder}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
