@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-NAME, MESSAGE = 200, 4000  # characters of a name, and of a message, that are shown
+NAME, MESSAGE = 300, 4000  # characters of a name, and of a message, that are shown
 
 
 def shown(name: object, most: int = NAME) -> str:
