@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from slimsam_jax.errors import InputError, RunError, Stopped, shown
+from slimsam_jax.errors import InputError, RunError, Stopped, printable
 
 Arguments = Callable[..., Any] | dict[str, Callable[..., Any]]
 
@@ -48,7 +48,7 @@ def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> No
     except RunError as error:
         fail(str(error), 1)
     except OSError as error:
-        fail(f"{error.strerror or error}{f': {shown(error.filename)}' if error.filename else ''}", 1)
+        fail(f"{error.strerror or error}{f': {printable(error.filename)}' if error.filename else ''}", 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except Stopped as stop:

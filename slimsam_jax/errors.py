@@ -9,7 +9,7 @@ from contextlib import contextmanager
 NAME, MESSAGE = 300, 4000  # characters of a name, and of a message, that are shown
 
 
-def shown(name: object, most: int = NAME) -> str:
+def printable(name: object, most: int = NAME) -> str:
     """A foreign name as it may be printed: cut in the middle to about `most` characters, the unprintable escaped.
 
     So no name breaks a line, drives a terminal (ESC, reversed text) or cannot be encoded (bytes that are no UTF-8).
@@ -21,7 +21,7 @@ def shown(name: object, most: int = NAME) -> str:
 
 
 def _message(text: object) -> str:
-    return shown(re.sub(r"[\t-\r]", " ", str(text)), MESSAGE)
+    return printable(re.sub(r"[\t-\r]", " ", str(text)), MESSAGE)
 
 
 class InputError(ValueError):
@@ -55,7 +55,7 @@ def blaming(what: object) -> Iterator[None]:
         raise
     except (Exception, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error).strip() else "damaged"
-        raise InputError(f"{shown(what)} cannot be read ({type(error).__name__}: {shown(reason)})") from None
+        raise InputError(f"{printable(what)} cannot be read ({type(error).__name__}: {printable(reason)})") from None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from slimsam_jax.data import coco, folder, shards, tfds
 from slimsam_jax.data.sample import Annotation, Sample, check_one_is_readable, decode, read_image
-from slimsam_jax.errors import InputError, shown
+from slimsam_jax.errors import InputError, printable
 
 __all__ = ["Annotation", "Sample", "check_one_is_readable", "decode", "find", "read_image", "without_picture"]
 
@@ -38,7 +38,7 @@ def find(locations: Sequence[str | Path]) -> list[Sample]:
     for location in map(str, locations):
         samples = _open(location)
         if not samples:
-            raise InputError(f"{shown(location)} holds no images ({', '.join(sorted(folder.SUFFIXES))})")
+            raise InputError(f"{printable(location)} holds no images ({', '.join(sorted(folder.SUFFIXES))})")
         found += samples
     if all(sample.lost for sample in found):
         raise InputError(found[0].lost)
@@ -58,7 +58,7 @@ def _open(location: str) -> list[Sample]:
         return coco.samples(path)
     if os.path.isfile(path) and path.suffix.lower() in shards.SUFFIXES:
         return shards.samples(path)
-    raise InputError(f"{shown(location)} is not a folder of images, a .tar of them, a COCO .json or tfds:DIR")
+    raise InputError(f"{printable(location)} is not a folder of images, a .tar of them, a COCO .json or tfds:DIR")
 
 
 def _path(location: str | Path) -> Path:

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from slimsam_jax import rle
 from slimsam_jax.checkpoint import new_folder
 from slimsam_jax.data.sample import Annotation, Sample, parse
-from slimsam_jax.errors import InputError, blaming, shown, writing
+from slimsam_jax.errors import InputError, blaming, printable, writing
 from slimsam_jax.progress import track
 
 
@@ -99,7 +99,7 @@ def record(sample: Sample, index: int) -> dict[str, Any]:
     number = int(digits.group()[-21:]) if digits else index  # more than 64 bits are left out below
     image = {
         "content": io.BytesIO(content),
-        "file_name": shown(PurePath(sample.name).name),  # which may be no UTF-8, as text must be
+        "file_name": printable(PurePath(sample.name).name),  # which may be no UTF-8, as text must be
         "height": picture.height,
         "width": picture.width,
         "image_id": number if number < 2**64 else index,

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from slimsam_jax.data.sample import Annotation, Sample
-from slimsam_jax.errors import InputError, shown
+from slimsam_jax.errors import InputError, printable
 from slimsam_jax.overlay import draw_masks, draw_prompts
 from slimsam_jax.progress import track
 from slimsam_jax.regions import extent
@@ -53,7 +53,7 @@ def examine(sample: Sample) -> Findings:
         masks, problems = contradictions(sample.each_annotation(size), size)
     except InputError as error:
         return Findings(size, None, [str(error)])
-    return Findings(size, masks, [f"{shown(sample.name)}: {line}" for line in problems])
+    return Findings(size, masks, [f"{printable(sample.name)}: {line}" for line in problems])
 
 
 def contradictions(annotations: Iterable[Annotation], size: tuple[int, int]) -> tuple[int, list[str]]:
@@ -102,7 +102,7 @@ def describe(samples: Sequence[Sample], findings: Sequence[Findings]) -> list[st
     sizes = [f.size for f in findings if f.size]
     masks = [f.masks for f in findings if f.masks]
     suffixes = [PurePath(sample.name).suffix.lower() or "without suffix" for sample in samples if not sample.lost]
-    kinds = collections.Counter(shown(suffix, 20) for suffix in suffixes)
+    kinds = collections.Counter(printable(suffix, 20) for suffix in suffixes)
     lines = [f"images: {len(samples)} ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})"]
     if sizes:
         areas = sorted(sizes, key=math.prod)

@@ -13,7 +13,7 @@ from typing import Any
 from slimsam_jax import files, rle
 from slimsam_jax.data import polygons
 from slimsam_jax.data.sample import MOST_BYTES, Sample
-from slimsam_jax.errors import InputError, blaming, shown
+from slimsam_jax.errors import InputError, blaming, printable
 
 MOST_OF_JSON = 2**32  # bytes; LVIS has a billion
 
@@ -82,7 +82,9 @@ def _root(path: Path, names: list[str]) -> Path:
     for root in near:
         if any(os.path.exists(root / name) for name in names[:100]):
             return root
-    raise InputError(f"{shown(names[0])}, listed by {path}, is in none of {', '.join(map(str, dict.fromkeys(near)))}")
+    raise InputError(
+        f"{printable(names[0])}, listed by {path}, is in none of {', '.join(map(str, dict.fromkeys(near)))}"
+    )
 
 
 def _with_masks(annotations: list[dict[str, Any]], image: dict[str, Any]) -> list[dict[str, Any]]:

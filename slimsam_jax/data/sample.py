@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from slimsam_jax import files, rle
-from slimsam_jax.errors import InputError, RunError, blaming, shown
+from slimsam_jax.errors import InputError, RunError, blaming, printable
 from slimsam_jax.regions import deepest
 
 MOST_BYTES = 2**28  # of an encoded image
@@ -167,8 +167,8 @@ def decode(content: bytes, name: object) -> Image.Image:
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # decoders have errors of many kinds for damaged files
-        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else shown(error)
-        raise InputError(f"{shown(name)} is not a readable image: {reason}") from None
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else printable(error)
+        raise InputError(f"{printable(name)} is not a readable image: {reason}") from None
 
 
 def _formats() -> list[str]:

@@ -11,7 +11,7 @@ from slimsam_jax.data import tar
 from slimsam_jax.data.folder import MOST_OF_ANNOTATION, is_annotation, rows
 from slimsam_jax.data.folder import SUFFIXES as IMAGES
 from slimsam_jax.data.sample import MOST_BYTES, Sample, lost
-from slimsam_jax.errors import InputError, shown
+from slimsam_jax.errors import InputError, printable
 
 SUFFIXES = (".tar", ".tgz", ".gz")  # the compressed ones to be refused with a reason
 
@@ -32,10 +32,10 @@ def samples(path: Path) -> list[Sample]:
         return pictures
     if not found.end:
         how = "not an uncompressed tar", "unpack it with gunzip if it is packed"
-        return [lost(str(path), f"{shown(path)} is {how[0]} ({shown(found.fault)}); {how[1]}")]
+        return [lost(str(path), f"{printable(path)} is {how[0]} ({printable(found.fault)}); {how[1]}")]
     where = f"{path} from byte {found.end} on"
     reason = "the tar ends or is damaged there; whatever follows is lost"
-    return [*pictures, lost(where, f"{shown(where)} cannot be read ({shown(found.fault)}: {reason})")]
+    return [*pictures, lost(where, f"{printable(where)} cannot be read ({printable(found.fault)}: {reason})")]
 
 
 def without_picture(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from slimsam_jax import files
 from slimsam_jax.data.sample import Sample
-from slimsam_jax.errors import InputError, blaming, shown
+from slimsam_jax.errors import InputError, blaming, printable
 
 MOST_OF_INFO = 2**20  # bytes of features.json and dataset_info.json
 CLASSES = ("pythonclassname", "type", "jsonfeature")
@@ -47,7 +47,7 @@ def _check(folder: Path) -> None:
     files.read_bytes(folder / "dataset_info.json", MOST_OF_INFO)
     for name in _classes(json.loads(files.read_bytes(folder / "features.json", MOST_OF_INFO))):
         if not str(name).startswith(OWN):
-            raise ValueError(f"a feature of the foreign class {shown(name)}")
+            raise ValueError(f"a feature of the foreign class {printable(name)}")
 
 
 def _classes(description: Any) -> Iterator[Any]:
