@@ -28,6 +28,8 @@ def samples(path: Path) -> list[Sample]:
         return [lost(str(path), str(error))]
     members = _members(found)
     pictures = [_sample(path, name, members) for name in sorted(members) if _is_picture(name)]
+    if not found.entries and not found.fault:
+        return [lost(str(path), f"{printable(path)} is a tar without a file")]
     if not found.fault:
         return pictures
     if not found.end:
