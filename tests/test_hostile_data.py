@@ -131,12 +131,17 @@ def test_locations_that_are_no_files_or_absurd_are_refused(tmp_path):
 def test_folders_are_searched_whatever_they_are_called(tmp_path):
     for name in ("x.tar", "y.jpg", "z.json", "d" * 200):
         folder_with(tmp_path / name, "y.png", hostile.GOOD)
-    deep = tmp_path
-    for _ in range(1500):  # deeper than Python recurses
-        deep /= "d"
-        os.mkdir(deep)
-    (deep / "x.png").write_bytes(hostile.GOOD)
-    (each,) = outcomes([["check", str(tmp_path)]])
+    made = [deep := tmp_path]
+    try:
+        for _ in range(1500):  # deeper than Python recurses, so that pytest could not remove it
+            os.mkdir(deep := deep / "d")
+            made.append(deep)
+        (deep / "x.png").write_bytes(hostile.GOOD)
+        (each,) = outcomes([["check", str(tmp_path)]])
+    finally:
+        (deep / "x.png").unlink(missing_ok=True)
+        for folder in reversed(made[1:]):
+            folder.rmdir()
     assert each["code"] == 0 and "images: 9 (9 .png)" in each["out"], each
 
 
