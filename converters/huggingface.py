@@ -12,7 +12,7 @@ import numpy as np
 
 from converters import torch_file
 from slimsam_jax import weights
-from slimsam_jax.errors import InputError, shown
+from slimsam_jax.errors import InputError, printable
 from slimsam_jax.files import read_json
 from slimsam_jax.models.config import GLOBAL, Config
 
@@ -79,7 +79,7 @@ def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """
     description = read_json(folder / "config.json")
     if description.get("model_type") != "sam":
-        theirs = shown(repr(description.get("model_type")), 40)
+        theirs = printable(repr(description.get("model_type")), 40)
         raise InputError(f"{folder} holds a {theirs} model, not a SamModel")
     paths = weights.files_of(folder)
     if not paths:

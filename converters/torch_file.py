@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.torch_pickle import Inert, Maker, Unpickler
-from slimsam_jax.errors import InputError, blaming, shown
+from slimsam_jax.errors import InputError, blaming, printable
 from slimsam_jax.files import open_regular
 
 _STORAGES = {
@@ -82,7 +82,7 @@ def check_sums(path: Path | str) -> None:
                 file.seek(start)
                 parts = (file.read(min(size - at, 1 << 20)) for at in range(0, size, 1 << 20))
                 if functools.reduce(lambda sum, part: zlib.crc32(part, sum), parts, 0) != archive.members[name].CRC:
-                    raise InputError(f"{path} is damaged: {shown(name)} has another check sum")
+                    raise InputError(f"{path} is damaged: {printable(name)} has another check sum")
 
 
 class _Directory:

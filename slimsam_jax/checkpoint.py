@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from slimsam_jax import files, weights
-from slimsam_jax.errors import InputError, blaming, shown, writing
+from slimsam_jax.errors import InputError, blaming, printable, writing
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.sam import Params, Sam, abstract_params
 
@@ -55,7 +55,7 @@ def load(folder: Path | str) -> Sam:
     description = files.read_json(folder / "config.json")
     with blaming(folder):
         if description.get("format") != FORMAT:
-            theirs = shown(repr(description.get("format")), 40)
+            theirs = printable(repr(description.get("format")), 40)
             raise InputError(f"{folder} has format {theirs}, and {FORMAT!r} is what we read")
         config = Config.from_json(description["architecture"])
         provenance = _provenance(description.get("provenance", {}))
@@ -113,7 +113,7 @@ def check_names(found: set[str], expected: set[str], where: str) -> None:
     names = [f"- {n}" for n in sorted(expected - found)] + [f"+ {n}" for n in sorted(found - expected)]
     if names:
         more = f" … and {len(names) - 8} more" if len(names) > 8 else ""
-        listed = ", ".join(shown(name, 100) for name in names[:8])
+        listed = ", ".join(printable(name, 100) for name in names[:8])
         raise InputError(f"{where} does not hold a SAM (- missing, + surplus): {listed}{more}")
 
 

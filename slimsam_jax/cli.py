@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from slimsam_jax.errors import InputError, RunError, Stopped, shown
+from slimsam_jax.errors import InputError, RunError, Stopped, printable
 
 Arguments = Callable[..., Any] | dict[str, Callable[..., Any]]
 
@@ -31,6 +33,10 @@ def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> No
     # Writers that fail in orbax's threads report there once more, in tracebacks around our one line.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.getLogger("absl").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="PIL")  # of what is odd in an image; what cannot be read is an error
+    for stream in (sys.stdout, sys.stderr):  # file names need not be what the terminal can show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         check_no_repetition(sys.argv[1:])
         parse = tyro.extras.subcommand_cli_from_dict if isinstance(arguments, dict) else tyro.cli
@@ -42,7 +48,7 @@ def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> No
     except RunError as error:
         fail(str(error), 1)
     except OSError as error:
-        fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+        fail(f"{error.strerror or error}{f': {printable(error.filename)}' if error.filename else ''}", 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except Stopped as stop:
@@ -65,7 +71,7 @@ def check_no_repetition(arguments: list[str]) -> None:
 
 
 def fail(message: str, code: int) -> None:
-    print(f"error: {shown(' '.join(message.split()), 2000)}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()), 2000)}", file=sys.stderr)
     sys.exit(code)
 
 

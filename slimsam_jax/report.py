@@ -13,6 +13,7 @@ from rich.table import Table
 
 from slimsam_jax import checkpoint, metrics
 from slimsam_jax.data import Sample
+from slimsam_jax.errors import printable
 from slimsam_jax.evaluation import compare_models, encode_image, predict_masks
 from slimsam_jax.models.latency import encoder_runner, interleaved
 from slimsam_jax.models.sam import Sam
@@ -103,7 +104,8 @@ def draw(teacher: Sam, slim: Sam, samples: Sequence[Sample], log: Sequence[dict[
         for row, (name, sam) in enumerate((("teacher", teacher), ("slim", slim))):
             masks, _ = predict_masks(sam, encode_image(sam, image), points)
             axes[row, column].imshow(draw_prompts(draw_masks(image, masks), points[:, 0]))
-            axes[row, column].set_title(f"{name}: {Path(sample.name).name}", fontsize=9)
+            title = f"{name}: {printable(Path(sample.name).name, 60)}"
+            axes[row, column].set_title(title, fontsize=9, parse_math=False)  # $ is no formula in a file's name
             axes[row, column].axis("off")
     left, middle, right = below.subplots(1, 3)
     _plot_losses(left, log)

@@ -257,11 +257,11 @@ def provenance(
 ) -> dict[str, Any]:
     """Where a slim model comes from, for its config.json; a resumed run must agree in all of it."""
     path = Path(options.teacher or data.embedded_teacher())
-    names = "\n".join(image.name for image in images)
+    names = "\n".join(image.name for image in images).encode(errors="surrogatepass")  # which may be no UTF-8
     packages = ("jax", "flax", "optax", "numpy")
     return {
         "teacher": {"file": path.name, "sha256": checkpoint.sha256(path), "provenance": teacher.provenance},
-        "images": {"count": len(images), "sha256_of_names": hashlib.sha256(names.encode()).hexdigest()},
+        "images": {"count": len(images), "sha256_of_names": hashlib.sha256(names).hexdigest()},
         "options": {**options.fixing_the_result(), "steps": steps, "batch": batch},
         "recipe": dataclasses.asdict(recipe),
         "versions": {"slimsam_jax": __version__, **{name: version(name) for name in packages}},

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from slimsam_jax.errors import InputError, blaming, shown
+from slimsam_jax.errors import InputError, blaming, printable
 from slimsam_jax.files import open_regular, read_json
 
 DTYPES = {
@@ -88,7 +88,7 @@ def _header(file: BinaryIO, path: Path | str) -> tuple[int, dict[str, Any]]:
 def _array(content: mmap.mmap, start: int, field: dict[str, Any]) -> np.ndarray:
     shape, (begin, end) = field["shape"], field["data_offsets"]
     if field["dtype"] not in DTYPES:
-        raise ValueError(f"arrays of {shown(field['dtype'], 20)}")
+        raise ValueError(f"arrays of {printable(field['dtype'], 20)}")
     dtype = np.dtype(DTYPES[field["dtype"]])
     if len(shape) > 64 or any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
         raise ValueError("an array whose sizes and offsets are no whole numbers, or too many")

@@ -1,61 +1,95 @@
-"""Gives paths of hostile models to the command that converts, one after the other, in a process with little memory.
+"""Runs readers on hostile files, each in a process of its own that forks from one in which all is imported.
 
-Reads paths from standard input, a JSON list; writes a line of JSON for each: path, exit code, what was printed, seconds
-of CPU time, and the peak of the process's memory in MB. What ends the process is the last one's fault.
+Takes a JSON list of [what, argument, ...] from standard input, and writes one of outcomes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import resource
+import os
+import signal
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 
-SPARE = 300 << 20  # bytes that may be reserved beyond what Python and JAX have; a mapped file does not count
+import pycocotools.cocoeval  # noqa: F401 (here, so that no child pays for it)
+import scipy.ndimage  # noqa: F401
+from PIL import Image
+
+from slimsam_jax import checkpoint, cli  # noqa: F401 (the command imports the one, and JAX with it)
+from slimsam_jax.data import __main__ as commands
+from slimsam_jax.data import find
+from slimsam_jax.evaluation import detections, map_readable, read_annotated
+
+PATIENCE = 60  # wall seconds; the machine may be busy
 
 
-def run(path: str, out: str) -> tuple[int | str, str]:
-    from converters import from_torch
-    from slimsam_jax import cli
-
-    sys.argv = ["from_torch", path, out]
-    printed, code = io.StringIO(), 0
-    with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-        try:
-            cli.run(from_torch.main)
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            return "traceback", traceback.format_exc()
-    return code, printed.getvalue()
+def check(*arguments: str) -> None:
+    """The command."""
+    sys.argv = ["data", "check", *arguments]
+    cli.run({"check": commands.check, "prepare": commands.prepare})
 
 
-def used(what: str) -> int:
-    """MB of this process: "VmHWM" the most it had in memory, "VmData" what it has reserved."""
-    status = Path("/proc/self/status").read_text().split()
-    return int(status[status.index(f"{what}:") + 1]) >> 10
+def read(*locations: str) -> None:
+    """The Python reader, as training and evaluation call it."""
+
+    def every(_: object) -> None:
+        for reason in map_readable(read_annotated, find(locations))[1].values():
+            print(f"refused: {reason}")
+
+    cli.run(lambda: None, every)
 
 
-def main() -> None:
-    from slimsam_jax.models import sam
-    from slimsam_jax.models.config import preset
+def truth(path: str) -> None:
+    cli.run(lambda: None, lambda _: detections.read_truth(Path(path), {7: []}))
 
-    sam.abstract_params(preset("small"))  # imports, and what JAX does at its first use
-    limit = (used("VmData") << 20) + SPARE
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    with tempfile.TemporaryDirectory() as out:
-        for path in json.load(sys.stdin):
-            start = time.process_time()
-            code, printed = run(path, f"{out}/{time.time_ns()}")
-            seconds = time.process_time() - start
-            result = {"path": path, "code": code, "printed": printed, "seconds": seconds, "peak": used("VmHWM")}
-            print(json.dumps(result), flush=True)
+
+def boxes(path: str) -> None:
+    cli.run(lambda: None, lambda _: detections.read_boxes(Path(path)))
+
+
+COMMANDS = {"check": check, "read": read, "truth": truth, "boxes": boxes}
+
+
+def outcome(what: str, *arguments: str) -> dict[str, object]:
+    """Runs one in a child."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
+        child = os.fork()
+        if not child:
+            _be_child(out.fileno(), error.fileno(), what, arguments)
+        _, status, usage = os.wait4(child, 0)
+        texts = []
+        for file in (out, error):
+            file.seek(0)
+            texts.append(file.read().decode(errors="surrogateescape"))
+    return {
+        "code": os.waitstatus_to_exitcode(status),
+        "out": texts[0],
+        "error": texts[1],
+        "seconds": usage.ru_utime + usage.ru_stime,
+        "megabytes": usage.ru_maxrss / 1e3,
+    }
+
+
+def _be_child(out: int, error: int, what: str, arguments: tuple[str, ...]) -> None:
+    os.dup2(out, 1)
+    os.dup2(error, 2)
+    signal.alarm(PATIENCE)
+    code = 0
+    try:
+        COMMANDS[what](*arguments)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    main()
+    Image.init()
+    cases = json.load(sys.stdin)
+    json.dump([outcome(*case) for case in cases], sys.stdout)

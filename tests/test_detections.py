@@ -246,7 +246,7 @@ def test_one_line_for_boxes_that_do_not_fit(coco_set, tmp_path, monkeypatch, cap
     good = {"--model": coco_set / "model", "--data": coco_set / "truth.json", "--boxes": coco_set / "boxes.json"}
     for changes, message in (
         ({"--data": coco_set / "sources"}, "--boxes needs one COCO .json as --data"),
-        ({"--boxes": tmp_path / "no.json"}, "no.json cannot be read"),
+        ({"--boxes": tmp_path / "no.json"}, "no.json does not exist"),
         ({"--boxes": tmp_path / "not.json"}, "not.json cannot be read"),
         ({"--boxes": tmp_path / "other.json"}, "none of the boxes is of an image in"),
         ({"--boxes": tmp_path / "negative.json"}, "a box that is none"),

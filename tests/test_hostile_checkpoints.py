@@ -96,7 +96,7 @@ def results(tmp_path_factory, good):
     """{class: {what is wrong: what the command said and took}}, all by one process with little memory."""
     root = tmp_path_factory.mktemp("hostile")
     paths = write_all(root, good)
-    worker = Path(__file__).with_name("hostile_worker.py")
+    worker = Path(__file__).with_name("hostile_models_worker.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     given = json.dumps([str(path) for path in paths.values()])
     done = subprocess.run(

@@ -8,19 +8,22 @@ thread, so shuffling, sharding and resuming are index arithmetic (`batches.py`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 from slimsam_jax.data import coco, folder, shards, tfds
 from slimsam_jax.data.sample import Annotation, Sample, check_one_is_readable, decode, read_image
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, printable
 
 __all__ = ["Annotation", "Sample", "check_one_is_readable", "decode", "find", "read_image", "without_picture"]
 
 
 def find(locations: Sequence[str | Path]) -> list[Sample]:
     """All pictures of the locations, each once, in a fixed order.
+
+    What cannot be opened in them (a damaged shard, a FIFO called x.jpg) is a sample, too, which fails when it is read.
 
     Args:
       locations: each a folder (pictures at any depth with SA-1B .json files beside them, and .tar shards; or, with
@@ -35,39 +38,42 @@ def find(locations: Sequence[str | Path]) -> list[Sample]:
     for location in map(str, locations):
         samples = _open(location)
         if not samples:
-            raise InputError(f"{location} holds no images ({', '.join(sorted(folder.SUFFIXES))})")
+            raise InputError(f"{printable(location)} holds no images ({', '.join(sorted(folder.SUFFIXES))})")
         found += samples
+    if all(sample.lost for sample in found):
+        raise InputError(found[0].lost)
     return list(dict.fromkeys(found))
 
 
 def _open(location: str) -> list[Sample]:
     if location.startswith("tfds:"):
-        return tfds.samples(Path(location.removeprefix("tfds:")).expanduser())
-    path = Path(location).expanduser()
-    if path.is_dir():
+        return tfds.samples(_path(location.removeprefix("tfds:")))
+    path = _path(location)
+    if os.path.isdir(path):
         listed = coco.in_folder(path)
         if listed is not None:
             return listed
-        return folder.samples(path) + [sample for tar in _tars(path) for sample in shards.samples(tar)]
-    if path.is_file() and path.suffix.lower() == ".json":
+        return folder.samples(path) + [sample for tar in folder.tars(path) for sample in shards.samples(tar)]
+    if os.path.isfile(path) and path.suffix.lower() == ".json":
         return coco.samples(path)
-    if path.is_file() and path.suffix.lower() in shards.SUFFIXES:
+    if os.path.isfile(path) and path.suffix.lower() in shards.SUFFIXES:
         return shards.samples(path)
-    raise InputError(f"{location} is not a folder of images, a .tar of them, a COCO .json or tfds:DIR")
+    raise InputError(f"{printable(location)} is not a folder of images, a .tar of them, a COCO .json or tfds:DIR")
 
 
-def _tars(path: Path) -> list[Path]:
-    return sorted(tar for tar in path.rglob("*.tar") if not tar.name.startswith("."))
+def _path(location: str | Path) -> Path:
+    """Of a location that may begin with ~, or with the name of a user whom there is not."""
+    return Path(os.path.expanduser(location))
 
 
 def without_picture(locations: Sequence[str | Path]) -> list[str]:
     """Names of SA-1B annotations in folders and shards whose picture is missing, so that `find` passes them by."""
     found: list[str] = []
-    for path in (Path(location).expanduser() for location in map(str, locations)):
-        if path.is_dir() and coco.in_folder(path) is None:
+    for path in map(_path, locations):
+        if os.path.isdir(path) and coco.in_folder(path) is None:
             found += folder.without_picture(path)
-            found += [name for tar in _tars(path) for name in shards.without_picture(tar)]
-        elif path.is_file() and path.suffix.lower() == ".tar":
+            found += [name for tar in folder.tars(path) for name in shards.without_picture(tar)]
+        elif os.path.isfile(path) and path.suffix.lower() == ".tar":
             found += shards.without_picture(path)
     return found
 

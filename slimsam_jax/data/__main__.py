@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from slimsam_jax import cli
+from slimsam_jax.errors import printable
 
 Locations = Annotated[tuple[str, ...], tyro.conf.Positional]
 
@@ -31,7 +32,7 @@ def check(locations: Locations, sheet: Path | None = None) -> None:
     samples, alone = find(locations), without_picture(locations)
     findings = checks.check(samples)
     print("\n".join(checks.describe(samples, findings)))
-    print("".join(f"{name} annotates no picture: there is none of its name\n" for name in alone), end="")
+    print("".join(f"{printable(name)} annotates no picture: there is none of its name\n" for name in alone), end="")
     if sheet:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         with checkpoint.replacing(sheet) as temporary:

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from slimsam_jax import rle
 from slimsam_jax.checkpoint import new_folder
 from slimsam_jax.data.sample import Annotation, Sample, parse
-from slimsam_jax.errors import InputError, blaming, writing
+from slimsam_jax.errors import InputError, blaming, printable, writing
 from slimsam_jax.progress import track
 
 
@@ -96,25 +96,26 @@ def record(sample: Sample, index: int) -> dict[str, Any]:
     """
     content, picture = sample.read(), sample.image()
     digits = re.search(r"\d+$", PurePath(sample.name).stem)
-    number = int(digits.group()) if digits else index
+    number = int(digits.group()[-21:]) if digits else index  # more than 64 bits are left out below
     image = {
         "content": io.BytesIO(content),
-        "file_name": PurePath(sample.name).name,
+        "file_name": printable(PurePath(sample.name).name),  # which may be no UTF-8, as text must be
         "height": picture.height,
         "width": picture.width,
         "image_id": number if number < 2**64 else index,
     }
     with blaming(f"the annotation of {sample.name}"):
-        rows = sample.load_annotations() if sample.load_annotations else []
+        rows = sample.rows(picture.size[::-1])
         return {"image": image, "annotations": [_annotation(fields, i, picture.size) for i, fields in enumerate(rows)]}
 
 
 def _annotation(fields: dict[str, Any], index: int, size: tuple[int, int]) -> dict[str, Any]:
-    parsed = parse(fields)
-    if parsed.mask.shape != size[::-1]:
-        raise ValueError(f"a mask of size {parsed.mask.shape}, the picture of {size[::-1]}")
+    parsed = parse(fields, size[::-1])
+    area = int(fields.get("area", parsed.mask.sum()))
+    if not 0 <= area < 2**63:
+        raise ValueError("an area that is none")
     return {
-        "area": int(fields.get("area", parsed.mask.sum())),
+        "area": area,
         "bbox": _share(parsed.box, size),
         "crop_box": _share(parsed.crop_box, size),
         "id": parsed.id if parsed.id >= 0 else index,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from slimsam_jax.data.sample import Annotation, Sample
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, printable
 from slimsam_jax.overlay import draw_masks, draw_prompts
 from slimsam_jax.progress import track
 from slimsam_jax.regions import extent
@@ -50,30 +50,34 @@ def examine(sample: Sample) -> Findings:
     if not sample.load_annotations:
         return Findings(size, None, [])
     try:
-        annotations = sample.annotations()
+        masks, problems = contradictions(sample.each_annotation(size), size)
     except InputError as error:
         return Findings(size, None, [str(error)])
-    return Findings(size, len(annotations), [f"{sample.name}: {line}" for line in contradictions(annotations, size)])
+    return Findings(size, masks, [f"{printable(sample.name)}: {line}" for line in problems])
 
 
-def contradictions(annotations: Sequence[Annotation], size: tuple[int, int]) -> list[str]:
-    """What in the annotations of a picture of `size` (height, width) cannot be true; one line for each kind of it."""
+def contradictions(annotations: Iterable[Annotation], size: tuple[int, int]) -> tuple[int, list[str]]:
+    """What in the annotations of a picture of `size` (height, width) cannot be true.
+
+    Returns:
+      how many annotations there are, and one line for each kind of problem.
+    """
     found: dict[str, list[int]] = collections.defaultdict(list)
+    counts: collections.Counter[int] = collections.Counter()
     for annotation in annotations:
+        counts[annotation.id] += 1
         for problem in _contradictions(annotation, size):
             found[problem].append(annotation.id)
-    repeated = [i for i, count in collections.Counter(a.id for a in annotations).items() if count > 1 and i >= 0]
+    repeated = [i for i, count in counts.items() if count > 1 and i >= 0]
     if repeated:
         found["the same id more than once"] = repeated
     some = lambda ids: ", ".join(map(str, ids[:3])) + " ..." * (len(ids) > 3)
-    return [f"{problem} (annotation {some(ids)})" for problem, ids in found.items()]
+    return counts.total(), [f"{problem} (annotation {some(ids)})" for problem, ids in found.items()]
 
 
 def _contradictions(annotation: Annotation, size: tuple[int, int]) -> list[str]:
     height, width = size
     mask, (x0, y0, x1, y1), (x, y) = annotation.mask, annotation.box, annotation.point
-    if mask.shape != size:
-        return [f"a mask of {mask.shape[1]} x {mask.shape[0]} pixels, the picture has {width} x {height}"]
     found = []
     if not mask.any():
         found.append("an empty mask")
@@ -97,7 +101,8 @@ def describe(samples: Sequence[Sample], findings: Sequence[Findings]) -> list[st
     """The findings as lines to print: counts first, then every problem."""
     sizes = [f.size for f in findings if f.size]
     masks = [f.masks for f in findings if f.masks]
-    kinds = collections.Counter(PurePath(sample.name).suffix.lower() or "without suffix" for sample in samples)
+    suffixes = [PurePath(sample.name).suffix.lower() or "without suffix" for sample in samples if not sample.lost]
+    kinds = collections.Counter(printable(suffix, 20) for suffix in suffixes)
     lines = [f"images: {len(samples)} ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})"]
     if sizes:
         areas = sorted(sizes, key=math.prod)
@@ -131,7 +136,7 @@ def _tile(sample: Sample, prompts: bool) -> Image.Image | None:
     except InputError:
         return None
     try:
-        annotations = [a for a in sample.annotations() if a.mask.shape == (picture.height, picture.width)]
+        annotations = sample.annotations((picture.height, picture.width))
     except InputError:
         annotations = []
     largest_first = sorted(annotations, key=lambda a: -a.mask.sum())

@@ -5,17 +5,33 @@ from __future__ import annotations
 import collections
 import functools
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slimsam_jax.data.sample import Sample
-from slimsam_jax.errors import InputError, blaming
+from slimsam_jax import files, rle
+from slimsam_jax.data import polygons
+from slimsam_jax.data.sample import MOST_BYTES, Sample
+from slimsam_jax.errors import InputError, blaming, printable
+
+MOST_OF_JSON = 2**32  # bytes; LVIS has a billion
 
 
 def file_of(location: str | Path) -> Path:
     """The .json of a location that holds COCO: annotations.json in a folder, or itself."""
-    path = Path(location).expanduser()
-    return path / "annotations.json" if path.is_dir() else path
+    path = Path(os.path.expanduser(location))
+    return path / "annotations.json" if os.path.isdir(path) else path
+
+
+def read(path: Path) -> Any:
+    """What a .json of a whole data set contains.
+
+    Raises:
+      InputError: not a file, or of more than 4 GiB.
+      ValueError, RecursionError: not JSON.
+    """
+    return json.loads(files.read_bytes(path, MOST_OF_JSON))
 
 
 def in_folder(folder: Path) -> list[Sample] | None:
@@ -24,10 +40,10 @@ def in_folder(folder: Path) -> list[Sample] | None:
     (SA-1B's have `image`; beside a picture of that name it may be one.)
     """
     path = file_of(folder)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     with blaming(path):
-        content = json.loads(path.read_bytes())
+        content = read(path)
         return _samples(path, content) if "images" in content else None
 
 
@@ -38,7 +54,7 @@ def samples(path: Path) -> list[Sample]:
       InputError: not such a file, or its pictures are nowhere near it.
     """
     with blaming(f"the COCO file {path}"):
-        return _samples(path, json.loads(path.read_bytes()))
+        return _samples(path, read(path))
 
 
 def _samples(path: Path, content: dict[str, Any]) -> list[Sample]:
@@ -53,7 +69,8 @@ def _samples(path: Path, content: dict[str, Any]) -> list[Sample]:
     made = []
     for number, name, image in images:
         load = functools.partial(_with_masks, annotations[number], image) if annotations[number] else None
-        made.append(Sample(str(root / name), (root / name).read_bytes, load, number))
+        read_image = functools.partial(files.read_bytes, root / name, MOST_BYTES)
+        made.append(Sample(str(root / name), read_image, load, number))
     return made
 
 
@@ -63,22 +80,34 @@ def _root(path: Path, names: list[str]) -> Path:
     near = [path.parent, path.parent / "images", path.parent / split, path.parent.parent / split, path.parent.parent]
     near += [path.parent.parent / "images", path.parent.parent / "images" / split]
     for root in near:
-        if any((root / name).exists() for name in names[:100]):
+        if any(os.path.exists(root / name) for name in names[:100]):
             return root
-    raise InputError(f"{names[0]}, listed by {path}, is in none of {', '.join(map(str, dict.fromkeys(near)))}")
+    raise InputError(
+        f"{printable(names[0])}, listed by {path}, is in none of {', '.join(map(str, dict.fromkeys(near)))}"
+    )
 
 
 def _with_masks(annotations: list[dict[str, Any]], image: dict[str, Any]) -> list[dict[str, Any]]:
-    size = int(image["height"]), int(image["width"])
-    return [fields | {"segmentation": _as_rle(fields["segmentation"], size)} for fields in annotations]
+    size = size_of(image)
+    segmentations = [fields["segmentation"] for fields in annotations]
+    polygons.check_together([given for given in segmentations if not isinstance(given, dict)], size)
+    masks = [as_rle(given, size) for given in segmentations]
+    return [fields | {"segmentation": mask} for fields, mask in zip(annotations, masks, strict=True)]
 
 
-def _as_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Polygons become masks by COCO's own rule, which no other rasteriser follows to the pixel."""
-    if isinstance(segmentation, dict):
-        return segmentation
-    try:
-        from pycocotools import mask
-    except ImportError:
-        raise InputError("polygons need pycocotools: pip install 'slimsam_jax[coco]'") from None
-    return mask.merge(mask.frPyObjects(segmentation, *size))
+def size_of(image: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) of one of COCO's `images`."""
+    return int(image["height"]), int(image["width"])
+
+
+def as_rle(segmentation: Any, size: Sequence[int]) -> dict[str, Any]:
+    """One of COCO's, of an image of (height, width), as `rle.decode` and pycocotools take it, whoever wrote it.
+
+    Raises:
+      ValueError, KeyError, TypeError: it is none, or of another image.
+      InputError: it is polygons, and pycocotools is not installed.
+    """
+    if not isinstance(segmentation, dict):
+        return polygons.to_rle(segmentation, size)
+    rle.run_lengths(segmentation, size)
+    return segmentation

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from slimsam_jax import rle
-from slimsam_jax.errors import InputError, RunError, blaming
+from slimsam_jax import files, rle
+from slimsam_jax.errors import InputError, RunError, blaming, printable
 from slimsam_jax.regions import deepest
+
+MOST_BYTES = 2**28  # of an encoded image
+MOST_MASKED = 2**32  # pixels of all masks of an image together, which are in memory at once
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # not EPS, for which PIL would start Ghostscript
+BEYOND = 8  # times an image's longer side: what lies farther out is no coordinate of it
 
 
 class Annotation(NamedTuple):
@@ -43,6 +48,7 @@ class Sample:
       load: gives the encoded picture.
       load_annotations: gives the annotations' fields, as SA-1B's JSON has them; None if there are none.
       image_id: COCO's, by which detections refer to it.
+      lost: why there is no picture to be read, see `lost`.
     """
 
     name: str
@@ -51,6 +57,7 @@ class Sample:
         default=None, compare=False, repr=False
     )
     image_id: int | None = dataclasses.field(default=None, compare=False, repr=False)
+    lost: str = dataclasses.field(default="", compare=False, repr=False)
 
     def read(self) -> bytes:
         """The encoded picture.
@@ -58,6 +65,8 @@ class Sample:
         Raises:
           InputError: it is missing or cut short.
         """
+        if self.lost:
+            raise InputError(self.lost)
         with blaming(self.name):
             return self.load()
 
@@ -69,35 +78,65 @@ class Sample:
         """
         return decode(self.read(), self.name)
 
-    def annotations(self) -> list[Annotation]:
-        """Its annotations, masks of one size.
+    def annotations(self, size: tuple[int, int] | None = None) -> list[Annotation]:
+        """Its annotations, masks of the picture's size.
+
+        Args:
+          size: (height, width) of the picture, by whoever has decoded it already.
 
         Raises:
-          InputError: they are there, but cannot be read.
+          InputError: they are there, but cannot be read, or are not of this picture.
         """
+        return list(self.each_annotation(size))
+
+    def each_annotation(self, size: tuple[int, int] | None = None) -> Iterator[Annotation]:
+        """As `annotations`, one mask in memory at a time."""
         if not self.load_annotations:
-            return []
+            return
+        if not size:
+            picture = self.image()
+            size = picture.height, picture.width
         with blaming(f"the annotation of {self.name}"):
-            annotations = [parse(fields) for fields in self.load_annotations()]
-            if len({a.mask.shape for a in annotations}) > 1:
-                raise ValueError("its masks are of different sizes")
-            return annotations
+            for fields in self.rows(size):
+                yield parse(fields, size)
+
+    def rows(self, size: tuple[int, int]) -> list[dict[str, Any]]:
+        """Its annotations as `parse` takes them; `size` as for `annotations`.
+
+        Raises:
+          Exception: of any kind, as they are foreign data. ValueError: together they are too large.
+        """
+        found = self.load_annotations() if self.load_annotations else []
+        if len(found) * size[0] * size[1] > MOST_MASKED:
+            raise ValueError(f"{len(found)} masks of {size[1]} x {size[0]} pixels, more than can be held")
+        return found
 
 
-def parse(fields: dict[str, Any]) -> Annotation:
+def lost(name: str, reason: str) -> Sample:
+    """What stands for images that nobody can get at, such as a damaged shard: named and counted like a broken image."""
+    return Sample(name, lambda: b"", lost=reason)
+
+
+def parse(fields: dict[str, Any], size: tuple[int, int] | None = None) -> Annotation:
     """An annotation from the fields of SA-1B's JSON.
+
+    Args:
+      size: (height, width) of its picture, which the mask must have.
 
     Raises:
       ValueError, KeyError, TypeError: it is damaged.
     """
-    mask = rle.decode(fields["segmentation"])
+    mask = rle.decode(fields["segmentation"], size)
     box = corners(fields["bbox"])
     crop_box = corners(fields.get("crop_box", [0, 0, mask.shape[1], mask.shape[0]]))
     given = fields.get("point_coords")
     point = deepest(mask)[0] if given is None else np.asarray(given, np.float64).reshape(-1, 2)[0]
-    if not np.isfinite(point).all():
-        raise ValueError("a point that is none")
-    return Annotation(int(fields.get("id", -1)), mask, box, point, crop_box)
+    if not (np.abs([*box, *crop_box, *point]) <= BEYOND * max(mask.shape)).all():  # a point that is NaN, too
+        raise ValueError("a box or a point that is none, or far outside of the picture")
+    number = int(fields.get("id", -1))
+    if not -(2**63) <= number < 2**63:
+        raise ValueError("an id of more than 64 bits")
+    return Annotation(number, mask, box, point, crop_box)
 
 
 def corners(bbox: Sequence[float]) -> np.ndarray:
@@ -119,15 +158,23 @@ def decode(content: bytes, name: object) -> Image.Image:
       InputError: not a picture, or damaged.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            if image.width * image.height > rle.MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, and at most {rle.MOST_PIXELS} are read")
             ImageOps.exif_transpose(image, in_place=True)  # a copy would take longer than decoding
             if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # decoders have errors of many kinds for damaged files
-        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{name} is not a readable image: {reason}") from None
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else printable(error)
+        raise InputError(f"{printable(name)} is not a readable image: {reason}") from None
+
+
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this PIL can read; it raises for others."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def read_image(path: Path | str) -> Image.Image:
@@ -136,11 +183,7 @@ def read_image(path: Path | str) -> Image.Image:
     Raises:
       InputError: missing or not decodable.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} does not exist" if not Path(path).exists() else f"{path}: {error.strerror}") from None
-    return decode(content, path)
+    return decode(files.read_bytes(path, MOST_BYTES), path)
 
 
 def check_one_is_readable(samples: Sequence[Sample]) -> None:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from slimsam_jax import files
 from slimsam_jax.data.sample import Sample
-from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.errors import InputError, blaming, printable
+
+MOST_OF_INFO = 2**20  # bytes of features.json and dataset_info.json
+CLASSES = ("pythonclassname", "type", "jsonfeature")
+OWN = "tensorflow_datasets.core.features."  # of features.json, else tfds imports whatever module that names
 
 
 def samples(folder: Path, split: str = "train") -> list[Sample]:
@@ -23,14 +30,48 @@ def samples(folder: Path, split: str = "train") -> list[Sample]:
     """
     folder = _prepared(folder)
     with blaming(f"the TFDS data set {folder}"):
+        _check(folder)
         import tensorflow_datasets as tfds
 
         builder = tfds.builder_from_directory(folder)
         if not {"image", "annotations"} <= set(builder.info.features):
             raise InputError(f"{folder} has not the features of tfds' segment_anything (image, annotations)")
         skip = {"image": {"content": tfds.decode.SkipDecoding()}}
+        _check_records(builder.info.splits[split], folder)
         source = builder.as_data_source(split, decoders=skip)
         return [_sample(f"{folder}/{split}/{i}", source, i) for i in range(len(source))]
+
+
+def _check(folder: Path) -> None:
+    """Raises InputError or ValueError unless tfds can be trusted with the descriptions of a data set."""
+    files.read_bytes(folder / "dataset_info.json", MOST_OF_INFO)
+    for name in _classes(json.loads(files.read_bytes(folder / "features.json", MOST_OF_INFO))):
+        if not str(name).startswith(OWN):
+            raise ValueError(f"a feature of the foreign class {printable(name)}")
+
+
+def _classes(description: Any) -> Iterator[Any]:
+    """What a features.json, parsed, names as classes: in protobuf's spellings, or as `type` in older ones.
+
+    So old ones that hold JSON as text are refused, too.
+    """
+    waiting = [description]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, dict):
+            yield from (v for k, v in here.items() if k.replace("_", "").lower() in CLASSES)
+            here = list(here.values())
+        waiting += here if isinstance(here, list) else []
+
+
+def _check_records(split: Any, folder: Path) -> None:
+    """Raises InputError or ValueError unless the files of a split are there, and can hold what it says they do."""
+    paths = [files.regular(Path(path)) for path in split.filepaths]
+    if any(path.parent != folder for path in paths):
+        raise ValueError("files of another folder")
+    size = sum(path.stat().st_size for path in paths)
+    if split.num_examples > size:
+        raise ValueError(f"{split.num_examples} images in {size} bytes")
 
 
 def _prepared(folder: Path) -> Path:

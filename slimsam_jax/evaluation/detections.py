@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slimsam_jax import rle
+from slimsam_jax.data import coco
 from slimsam_jax.data.sample import corners
 from slimsam_jax.errors import InputError, blaming
 from slimsam_jax.evaluation.resampled_ap import RESAMPLES, categories, intervals
@@ -23,6 +23,8 @@ from slimsam_jax.models.prompt_encoder import prompt_points
 from slimsam_jax.models.sam import Sam
 
 MEASURES = ("ap", "ap_50", "ap_75", "ap_small", "ap_medium", "ap_large")  # the first of COCOeval.stats, in its order
+FARTHEST = 1e6  # pixels: a box beyond is of no image
+MOST_BOXES = 10_000  # of one image; each takes a megabyte
 CHOICES = ("", "_best")  # the single mask, and the best of the others by predicted IoU, which TinySAM takes
 
 
@@ -46,11 +48,14 @@ def read_boxes(path: Path) -> Boxes:
     """
     found: Boxes = {}
     with blaming(f"the file of boxes {path}"):
-        for fields in json.loads(path.read_bytes()):
+        for fields in coco.read(path):
             detection = Detection(corners(fields["bbox"]), int(fields["category_id"]), float(fields["score"]))
-            if not np.isfinite(detection.score):
-                raise ValueError("a score that is none")
-            found.setdefault(int(fields["image_id"]), []).append(detection)
+            if not np.isfinite(detection.score) or np.abs(detection.box).max() > FARTHEST:
+                raise ValueError("a score that is none, or a box that is of no image")
+            of_image = found.setdefault(int(fields["image_id"]), [])
+            of_image.append(detection)
+            if len(of_image) > MOST_BOXES:
+                raise ValueError(f"more than {MOST_BOXES} boxes of one image; COCO counts the best 100 of a category")
     return found
 
 
@@ -66,17 +71,30 @@ def read_truth(path: Path, boxes: Boxes) -> Any:
         raise InputError("--boxes needs pycocotools: pip install 'slimsam_jax[coco]'") from None
     with blaming(f"the COCO file {path}"), contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = json.loads(path.read_bytes())
+        truth.dataset = coco.read(path)
         truth.dataset.setdefault("info", {})  # which some versions of pycocotools ask for
         truth.createIndex()
-        for annotation in truth.anns.values():  # what may be left out elsewhere, and COCOeval reads
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", float(truth.annToMask(annotation).sum()))
+        if not all(type(number) is int for number in truth.imgs):
+            raise ValueError("an image id that is no integer")
+        for annotation in truth.anns.values():
+            _make_sound(annotation, truth.imgs[annotation["image_id"]])
     if not truth.cats or not truth.anns:
         raise InputError(f"{path} has no categories or no annotations to compare masks with")
     if not set(boxes) & set(truth.imgs):
         raise InputError(f"none of the boxes is of an image in {path}: the image ids differ")
     return truth
+
+
+def _make_sound(annotation: dict[str, Any], image: dict[str, Any]) -> None:
+    """Checks what pycocotools trusts, and adds what may be left out elsewhere and COCOeval reads."""
+    size = coco.size_of(image)
+    annotation["segmentation"] = mask = coco.as_rle(annotation["segmentation"], size)
+    annotation["iscrowd"] = int(bool(annotation.get("iscrowd")))
+    annotation["area"] = float(annotation.get("area", rle.run_lengths(mask, size)[1::2].sum()))
+    if not np.isfinite(annotation["area"]):
+        raise ValueError("an area that is none")
+    if isinstance(mask["counts"], list):  # which pycocotools takes in one place and not in others
+        annotation["segmentation"] = rle.encode(rle.decode(mask, size))
 
 
 def segment(sam: Sam, encoded: Encoded, image_id: int, detections: Sequence[Detection]) -> Results:

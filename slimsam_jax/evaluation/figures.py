@@ -11,6 +11,7 @@ from PIL import Image
 
 from slimsam_jax import checkpoint
 from slimsam_jax.data import Annotation
+from slimsam_jax.errors import printable
 from slimsam_jax.evaluation.models import Measured
 from slimsam_jax.evaluation.prompts import PROMPTS
 from slimsam_jax.evaluation.reading import read_annotated
@@ -79,7 +80,7 @@ def _masks(sam: Sam, image: Image.Image, prompts: Prompts) -> np.ndarray:
 
 def _show(axis: Any, title: str, image: Image.Image, masks: np.ndarray) -> None:
     axis.imshow(draw_masks(image, masks))
-    axis.set_title(title, fontsize=8)
+    axis.set_title(printable(title, 80), fontsize=8, parse_math=False)  # $ is no formula in a file's name
     axis.axis("off")
 
 

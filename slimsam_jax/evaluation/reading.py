@@ -23,12 +23,8 @@ def read_annotated(sample: Sample) -> tuple[Image.Image, list[Annotation]]:
     Raises:
       InputError: either cannot be read, or the masks are not of the image's size.
     """
-    image, annotations = sample.image(), sample.annotations()
-    if annotations and annotations[0].mask.shape != (image.height, image.width):
-        raise InputError(
-            f"{sample.name}: its annotations are of size {annotations[0].mask.shape}, the image of {image.size[::-1]}"
-        )
-    return image, annotations
+    image = sample.image()
+    return image, sample.annotations((image.height, image.width))
 
 
 def map_readable(

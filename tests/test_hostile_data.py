@@ -1,0 +1,195 @@
+"""Hostile images, annotations, archives and names: one line each, an exit code, in a second, without crash or hang."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import hostile_annotations as annotations
+import hostile_files as hostile
+import pytest
+
+from slimsam_jax import data
+from slimsam_jax.data.batches import Batches
+from slimsam_jax.errors import MESSAGE, InputError, RunError, printable
+
+WORKER = Path(__file__).with_name("hostile_worker.py")
+SECONDS, MEGABYTES = 1.0, 500
+KINDS = {  # {kind: (name of the file, {what is wrong: its content})}
+    "SA-1B masks": ("x.json", {n: json.dumps({"annotations": [row]}).encode() for n, row in annotations.MASKS.items()}),
+    "SA-1B files": ("x.json", annotations.SA1B_FILES),
+    "COCO masks": ("annotations.json", {name: annotations.coco(row) for name, row in annotations.MASKS.items()}),
+    "COCO polygons": ("annotations.json", {name: annotations.coco(row) for name, row in annotations.POLYGONS.items()}),
+    "COCO files": ("annotations.json", annotations.COCO_FILES),
+    "tars": ("x.tar", hostile.TARS),
+    "images": ("y.png", hostile.IMAGES),
+    "no annotation files": ("x.json", hostile.NOT_FILES),
+    "no shard files": ("x.tar", hostile.NOT_FILES),
+    "no image files": ("y.jpg", hostile.NOT_FILES),
+}
+SOUND = annotations.row()["segmentation"]
+LINES = {"tars": 2}  # that may be said of one: of the member that is cut, and of what followed it
+
+
+def outcomes(cases: list[list[str]]) -> list[dict[str, Any]]:
+    """Of the worker, in their order."""
+    done = subprocess.run([sys.executable, WORKER], input=json.dumps(cases), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def assert_harmless(found: dict[str, Any], name: str) -> None:
+    """No crash, hang or traceback; what is said can be shown; and nothing takes long or much."""
+    said = found["out"] + found["error"]
+    assert found["code"] in (0, 1, 2), (name, found["code"], said[-2000:])
+    assert "Traceback" not in said and "Warning" not in said, (name, said[-2000:])
+    assert all(line.isprintable() and len(line) < MESSAGE for line in said.splitlines()), (name, said[-2000:])
+    assert found["seconds"] < SECONDS and found["megabytes"] < MEGABYTES, (name, found)
+
+
+def assert_refused(found: dict[str, Any], name: str, most: int = 1) -> None:
+    """One line says what is wrong: among the problems that `check` lists, or as the error of the command."""
+    assert_harmless(found, name)
+    problems = [line for line in found["out"].splitlines() if line.startswith(("  ", "refused: "))]
+    errors = [line for line in found["error"].splitlines() if line.startswith("error: ")]
+    if found["code"] == 2:
+        assert not problems and len(errors) == 1, (name, found)
+    else:
+        assert not errors and 1 <= len(problems) <= most, (name, found)
+        assert found["code"] == 1 or problems[0].startswith("refused: "), (name, found)
+
+
+def folder_with(path: Path, name: str | bytes, content: bytes | hostile.Place) -> Path:
+    """A folder with a sound image, and something beside it."""
+    path.mkdir(parents=True)
+    (path / "x.png").write_bytes(hostile.GOOD)
+    target = path / os.fsdecode(name)
+    target.write_bytes(content) if isinstance(content, bytes) else content(target)
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_is_refused_in_one_line(tmp_path, kind):
+    """By the command `check`, and by the reader that training and evaluation call."""
+    file, contents = KINDS[kind]
+    places = [str(folder_with(tmp_path / str(i), file, content)) for i, content in enumerate(contents.values())]
+    found = outcomes([[command, place] for command in ("check", "read") for place in places])
+    for name, each in zip([*contents, *contents], found, strict=True):
+        assert_refused(each, f"{kind}: {name}", LINES.get(kind, 1))
+
+
+@pytest.mark.parametrize("kind", ["truth", "boxes"])
+def test_what_pycocotools_would_be_given_is_refused(tmp_path, kind):
+    rows = {n: row for n, row in (annotations.MASKS | annotations.POLYGONS).items() if row["segmentation"] != SOUND}
+    masks = {name: annotations.coco(row) for name, row in rows.items()}
+    contents = annotations.BOXES if kind == "boxes" else masks | annotations.TRUTHS
+    for i, content in enumerate(contents.values()):
+        (tmp_path / f"{i}.json").write_bytes(content)
+    found = outcomes([[kind, str(tmp_path / f"{i}.json")] for i in range(len(contents))])
+    for name, each in zip(contents, found, strict=True):
+        assert each["code"] == 2, (name, each)
+        assert_refused(each, name)
+
+
+ODD_NAMES = list(hostile.NAMES.items())
+
+
+def test_odd_names_and_odd_but_sound_tars_are_read(tmp_path):
+    names = {name: folder_with(tmp_path / f"n{i}", file, hostile.GOOD) for i, (name, file) in enumerate(ODD_NAMES)}
+    tars = {name: folder_with(tmp_path / name, "x.tar", content) for name, content in hostile.SOUND_TARS.items()}
+    for name, each in zip(names | tars, outcomes([["check", str(p)] for p in (names | tars).values()]), strict=True):
+        assert_harmless(each, name)
+        assert each["code"] == 0 and "images: 2 (2 .png)" in each["out"], (name, each)
+
+
+def test_odd_names_of_broken_images_and_shards_are_shown(tmp_path):
+    cases = [(file, b"no image") for _, file in ODD_NAMES]
+    cases += [(file.replace(b".png", b".tar"), b"no tar") for _, file in ODD_NAMES]
+    places = [str(folder_with(tmp_path / str(i), *case)) for i, case in enumerate(cases)]
+    found = outcomes([[command, place] for command in ("check", "read") for place in places])
+    for (file, _), each in zip(cases * 2, found, strict=True):
+        assert_refused(each, repr(file))
+
+
+def test_locations_that_are_no_files_or_absurd_are_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "x.tar"), os.mkfifo(tmp_path / "x.json")
+    (tmp_path / "y.tar").symlink_to("/dev/zero")
+    places = [str(tmp_path / name) for name in ("loop", "x.tar", "x.json", "y.tar", "n" * 5000, "\x1b[31m", "a\nb")]
+    places += ["~nobody/x", "/dev/zero", "\udcff\udcfe", "tfds:\x1b", f"tfds:{tmp_path}"]
+    for place, each in zip(places, outcomes([["check", place] for place in places]), strict=True):
+        assert each["code"] == 2
+        assert_refused(each, repr(place))
+
+
+def test_folders_are_searched_whatever_they_are_called(tmp_path):
+    for name in ("x.tar", "y.jpg", "z.json", "d" * 200):
+        folder_with(tmp_path / name, "y.png", hostile.GOOD)
+    made = [deep := tmp_path]
+    try:
+        for _ in range(1500):  # deeper than Python recurses, so that pytest could not remove it
+            os.mkdir(deep := deep / "d")
+            made.append(deep)
+        (deep / "x.png").write_bytes(hostile.GOOD)
+        (each,) = outcomes([["check", str(tmp_path)]])
+    finally:
+        (deep / "x.png").unlink(missing_ok=True)
+        for folder in reversed(made[1:]):
+            folder.rmdir()
+    assert each["code"] == 0 and "images: 9 (9 .png)" in each["out"], each
+
+
+def test_a_bad_shard_counts_like_a_bad_image(tmp_path):
+    for i in range(3):
+        folder_with(tmp_path / str(i), "y.png", hostile.GOOD)
+    (tmp_path / "bad.tar").write_bytes(b"no tar")
+    locations = [tmp_path / "0", tmp_path / "bad.tar", tmp_path]
+    found = data.find(locations)
+    assert len(found) == 7 and [sample.name for sample in found if sample.lost] == [str(tmp_path / "bad.tar")]
+    stream = Batches(found, (32, 32), 1, 0, max_broken=1 / 7)
+    for _ in range(10):
+        next(stream)
+    assert list(stream.skipped) == [str(tmp_path / "bad.tar")]
+    with pytest.raises(RunError, match=r"1 of 7 images cannot be used, and --strict allows none; the last: .*bad.tar"):
+        for _ in zip(range(10), Batches(found, (32, 32), 1, 0, max_broken=0), strict=False):
+            pass
+    with pytest.raises(InputError, match=r"bad.tar is not an uncompressed tar"):
+        data.find([tmp_path / "bad.tar"])
+
+
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_tars_are_read_as_tarfile_does(tmp_path, kind):
+    names = ["a.png", f"{'d' * 80}/{'e' * 90}.png", "ü/é.png", os.fsdecode(b"\xff.png")]
+    names += [] if kind == tarfile.USTAR_FORMAT else [f"{'d' * 200}/{'f' * 250}.png"]
+    with tarfile.open(tmp_path / "x.tar", "w", format=kind, pax_headers={"comment": "x"}) as out:
+        for name in names:
+            out.addfile(tarfile.TarInfo(f"{name}.d"))
+            member = tarfile.TarInfo(name)
+            member.size = len(hostile.GOOD)
+            out.addfile(member, io.BytesIO(hostile.GOOD))
+    with tarfile.open(tmp_path / "x.tar") as expected:
+        members = sorted(member.name for member in expected if member.name.endswith(".png"))
+    found = data.find([tmp_path / "x.tar"])
+    assert [sample.name for sample in found] == [f"{tmp_path / 'x.tar'}/{name}" for name in members]
+    assert sorted(members) == sorted(names) and all(sample.read() == hostile.GOOD for sample in found)
+
+
+def test_too_many_masks_for_any_memory(tmp_path):
+    (tmp_path / "x.png").write_bytes(hostile.image_bytes(4000, 4000, mode="1"))
+    row = annotations.masked([0, 4000 * 4000], [4000, 4000])
+    (tmp_path / "x.json").write_text(json.dumps({"annotations": [row] * 300}))
+    (each,) = outcomes([["check", str(tmp_path)]])
+    assert_refused(each, "300 masks")
+    assert "300 masks of 4000 x 4000 pixels, more than can be held" in each["out"]
+
+
+def test_names_are_shown_escaped_and_cut():
+    assert printable("a\x1b[31m\nb\udcffü 日") == "a\\x1b[31m\\nb\\udcffü 日"
+    assert printable("a" * 400 + "b" * 400) == "a" * 150 + " … " + "b" * 150
+    assert str(InputError("a\nb\x1b")) == "a b\\x1b" and str(RunError("\udcff" * 9000)).encode()
