@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+NAME, MESSAGE = 300, 4000  # characters of a name, and of a message, that are shown
+
+
+def shown(name: object, most: int = NAME) -> str:
+    """A foreign name as it may be printed: cut in the middle to about `most` characters, the unprintable escaped.
+
+    So no name breaks a line, drives a terminal (ESC, reversed text) or cannot be encoded (bytes that are no UTF-8).
+    """
+    text = str(name)
+    if len(text) > most:
+        text = f"{text[: most // 2]} … {text[-(most // 2) :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _message(text: object) -> str:
+    return shown(re.sub(r"[\t-\r]", " ", str(text)), MESSAGE)
+
 
 class InputError(ValueError):
-    """Bad input. The command line prints the message alone and exits with 2."""
+    """Bad input. The command line prints the message alone and exits with 2. Whatever it quotes is printable."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(_message(message))
 
 
 class RunError(RuntimeError):
     """A fault while running (disk full, loss not finite). The command line prints the message and exits with 1."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(_message(message))
 
 
 class Stopped(Exception):
@@ -30,8 +54,8 @@ def blaming(what: object) -> Iterator[None]:
     except InputError:
         raise
     except (Exception, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "damaged"
-        raise InputError(f"{what} cannot be read ({type(error).__name__}: {reason})") from None
+        reason = str(error).splitlines()[0] if str(error).strip() else "damaged"
+        raise InputError(f"{shown(what)} cannot be read ({type(error).__name__}: {shown(reason)})") from None
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,13 +122,29 @@ def decode(content: bytes, name: object) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
             ImageOps.exif_transpose(image, in_place=True)  # a copy would take longer than decoding
-            if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            image = eight_bits(image)
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # decoders have errors of many kinds for damaged files
         reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"{name} is not a readable image: {reason}") from None
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits, or of floats from 0 to 255, in 8 bits, where PIL would clip; any other as it is.
+
+    Raises:
+      ValueError: floats that are not in this range, or all of them between 0 and 1.
+    """
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode != "F":
+        return image
+    least, most = image.getextrema()
+    pixels = np.asarray(image)
+    if not np.isfinite(pixels).all() or least < 0 or most > 255 or 0 < most <= 1:
+        raise ValueError(f"floats from {least:g} to {most:g}, and they must be from 0 to 255 (not to 1)")
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def read_image(path: Path | str) -> Image.Image:
@@ -138,8 +155,9 @@ def read_image(path: Path | str) -> Image.Image:
     """
     try:
         content = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} does not exist" if not Path(path).exists() else f"{path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} does not exist" if not os.path.exists(path) else f"{path}: {reason}") from None
     return decode(content, path)
 
 
