@@ -345,6 +345,19 @@ def test_connections_that_wait_are_few_and_end(small, monkeypatch):
     assert request(small.server_port, "/")[1] == b"a page"
 
 
+def test_a_connection_that_is_used_stays(small, monkeypatch):
+    monkeypatch.setattr(demo_server, "SECONDS", 2.0)
+    connection = http.client.HTTPConnection("127.0.0.1", small.server_port, timeout=10)
+    for _ in range(3):
+        connection.request("GET", "/")
+        assert connection.getresponse().read() == b"a page"
+        kept = connection.sock
+        time.sleep(1.2)
+    connection.request("HEAD", "/")
+    assert connection.getresponse().status == 200 and connection.sock is kept
+    connection.close()
+
+
 def closed(connection: socket.socket) -> bool:
     try:
         return connection.recv(1000) == b""

@@ -73,10 +73,10 @@ def test_runs_of_one_process_exclude_each_other_until_they_end(tmp_path):
         first.log(step=1)
         with pytest.raises(InputError, match=f"in use by process {os.getpid()} on"):
             RunFolder(tmp_path / "out", {"a": 1}, resume=True)
-    with pytest.raises(InputError, match="started otherwise"):  # and this one does not keep the lock
+    with pytest.raises(InputError, match="started otherwise") as kept:  # as a notebook keeps it, but not the lock
         RunFolder(tmp_path / "out", {"a": 2}, resume=True)
     with RunFolder(tmp_path / "out", {"a": 1}, resume=True) as second:
-        assert second.read_log() == [{"step": 1}]
+        assert second.read_log() == [{"step": 1}] and kept.traceback
         second.finish()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["log.jsonl"]
 
