@@ -11,7 +11,7 @@ from slimsam_jax import cli, limits
 from slimsam_jax.errors import InputError, shown
 
 # Python takes 1_0 for a number, too, and digits of any script.
-NUMBER = r"\s*[+-]?(?:[0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,3})?\s*"
+NUMBER = r" *[+-]?(?:[0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,3})? *"
 
 
 def parse_numbers(text: str, names: str) -> tuple[float, ...]:

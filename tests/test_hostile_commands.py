@@ -115,7 +115,10 @@ HOSTILE = {
             ["--point", value]
             for value in ("nan,1", "inf,1", "1e400,1", "1", "1,2,3", "a,b", "-1,2", "31,2", ",", EVIL)
         ),
-        *(["--point", value] for value in ("1,2" * 5000, "١,٢", "1_0,1_0", "0x10,1", "1e9,1e9", "", "1,1;2,2")),
+        *(
+            ["--point", value]
+            for value in ("1,2" * 5000, "١,٢", "1_0,1_0", "0x10,1", "1e9,1e9", "", "1,1;2,2", "1\x1f,2", "1\n,2")
+        ),
         *(["--background", value] for value in ("nan,nan", "-5,5")),
         *(
             ["--box", value]
