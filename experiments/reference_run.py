@@ -13,33 +13,36 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from converters.from_torch import load
-from slimsam_jax import __version__, checkpoint, labels, sharding
+from slimsam_jax import __version__, checkpoint, labels, metrics, sharding
 from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError
 from slimsam_jax.mask_training import PROTOCOLS, MaskTraining, Settings
 from slimsam_jax.models import config as configs
 from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.sam import Sam, init
-from slimsam_jax.run import batch_size, compute_dtype, split_images
+from slimsam_jax.run import batch_size, check_batch, compute_dtype, split_images
 from slimsam_jax.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from experiments.train_reference import Options
 
+MOST_PARAMETERS = 2 * 10**9  # three times those of SAM-H
 RATES = {"random": 5e-4, "init": 5e-5}  # the default learning rates
 
 
 def run(options: Options) -> dict[str, Any]:
     """See `train_reference.main`, which checks the options first."""
     settings = settings_of(options)
-    sam = first_model(options)
     images, val = (labels.annotated(samples, "training") for samples in split_images(options))
+    if settings.batch > type(options).batch:  # the default may be more than there are
+        check_batch(options, settings.batch, len(images))
+    sam = first_model(options)
     val = val[: options.val_images]
     origin = provenance(options, settings, sam, images, val)
-    folder = RunFolder(options.out, origin, options.resume)
-    trained = MaskTraining(folder, sam, images, val, settings).run()
-    numbers = finish(folder, trained, origin, options.keep) if sharding.is_main() else {}
-    sharding.barrier("finished")
+    with RunFolder(options.out, origin, options.resume) as folder:
+        trained = MaskTraining(folder, sam, images, val, settings).run()
+        numbers = finish(folder, trained, origin, options.keep) if sharding.is_main() else {}
+        sharding.barrier("finished")
     return numbers
 
 
@@ -100,9 +103,12 @@ def architecture(preset: str, sizes: dict[str, int]) -> Config:
     blocks = tuple(dataclasses.replace(block, window=window) for window in windows)
     try:
         size = (has["image_size"], has["image_size"])
-        return dataclasses.replace(base, image_size=size, embed_dim=has["embed_dim"], blocks=blocks)
+        config = dataclasses.replace(base, image_size=size, embed_dim=has["embed_dim"], blocks=blocks)
     except ValueError as error:
         raise InputError(str(error)) from None
+    if (count := metrics.encoder_parameters(config)) > MOST_PARAMETERS:
+        raise InputError(f"an image encoder of these sizes has {count / 1e9:.1f} G parameters, too many to train")
+    return config
 
 
 def sizes_of(config: Config) -> dict[str, int]:

@@ -14,11 +14,28 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from slimsam_jax import cli
+from slimsam_jax import cli, limits
 from slimsam_jax.errors import InputError
+from slimsam_jax.limits import Range
 
 Part = Literal["image_encoder", "prompt_encoder", "mask_decoder"]
-COUNTS = ("steps", "batch", "prompts", "validations", "val_images", "save_every", "accumulate", "fsdp")
+COUNTED = {
+    "embed_dim": Range(1, 2**13, True),
+    "depth": Range(1, 128, True),
+    "heads": Range(1, 2**10, True),
+    "mlp_dim": Range(1, 2**16, True),
+    "image_size": Range(1, 2**12, True),
+    "window": Range(1, 2**8, True),
+    "steps": Range(1, limits.STEPS, True),
+    "batch": Range(1, limits.BATCH, True),
+    "prompts": Range(1, limits.PROMPT_POINTS, True),
+    "corrections": Range(0, 64, True),  # each is compiled by itself
+    "validations": Range(1, 10**5, True),
+    "val_images": Range(1, limits.COUNT, True),
+    "save_every": Range(1, limits.COUNT, True),
+    "accumulate": Range(1, limits.BATCH, True),
+    "fsdp": Range(1, limits.BATCH, True),
+}
 SIZES = ("embed_dim", "depth", "heads", "mlp_dim", "image_size", "window")
 
 
@@ -105,28 +122,23 @@ class Options:
 
     def check(self) -> None:
         """Raises InputError for what can be told wrong without looking at files."""
-        for name in (*SIZES, *COUNTS):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        limits.check_options(self, COUNTED)
         if self.init and self.preset:
             raise InputError(f"--init brings its own architecture; leave out --preset {self.preset}")
         if self.init and self.decoder:
             raise InputError("--init brings its own decoder; leave out --decoder")
         if set(self.freeze) == set(typing.get_args(Part)):
             raise InputError("--freeze of every part leaves nothing to train")
-        for name in ("corrections", "weight_decay", "clip"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
-        if not 0 < self.crop <= 1:
-            raise InputError(f"--crop {self.crop:g} is not a share of the picture's sides, 0 < crop <= 1")
+        limits.check_options(self, {"weight_decay": Range(0, 100), "clip": Range(0, 1e9)})
+        if not 0.01 <= self.crop <= 1:
+            raise InputError(f"--crop {self.crop:g} is not a share of the picture's sides, 0.01 <= crop <= 1")
         if not 0 <= self.ema < 1:
             raise InputError(f"--ema {self.ema:g} is not the share that an average keeps, 0 <= ema < 1")
-        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
-            raise InputError(f"--learning-rate {self.learning_rate} must be positive")
+        if self.learning_rate is not None and not 0 < self.learning_rate <= 10:
+            raise InputError(f"--learning-rate {self.learning_rate} must be positive, and at most 10")
         cli.check_share(self.max_broken)
         cli.check_seed(self.seed)
-        if not self.resume:
-            cli.check_empty(self.out)
+        cli.check_run_folder(self.out, self.resume)
 
     def sizes(self) -> dict[str, int]:
         """Those that are asked for, instead of the preset's."""

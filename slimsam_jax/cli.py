@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import logging
 import os
+import re
 import sys
+import tempfile
+import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from slimsam_jax import folder_lock
 from slimsam_jax.errors import InputError, RunError, Stopped, printable
+from slimsam_jax.limits import quoted
 
 Arguments = Callable[..., Any] | dict[str, Callable[..., Any]]
 
@@ -39,8 +46,8 @@ def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> No
             stream.reconfigure(errors="backslashreplace")
     try:
         check_no_repetition(sys.argv[1:])
-        parse = tyro.extras.subcommand_cli_from_dict if isinstance(arguments, dict) else tyro.cli
-        parsed = parse(arguments, prog=_name())
+        check_values(sys.argv[1:], arguments)
+        parsed = parse(arguments)
         if command:
             command(parsed)
     except InputError as error:
@@ -56,6 +63,48 @@ def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> No
         sys.exit(143)  # as the shell names an end by SIGTERM
 
 
+def parse(arguments: Arguments) -> Any:
+    """What the command line makes of a function (its result) or a dataclass; of several functions that which it names.
+
+    Raises:
+      InputError: it makes nothing of it.
+    """
+    several = isinstance(arguments, dict)
+    one = tyro.extras.subcommand_cli_from_dict if several else tyro.cli
+    postponed = {k: _postponed(f) for k, f in arguments.items()} if several else _postponed(arguments)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):  # of the parser alone, which says what is wrong in a frame of many lines
+            parsed = one(postponed, prog=_name())
+    except SystemExit as stop:
+        if stop.code:
+            raise InputError(_in_a_line(said.getvalue())) from None
+        raise
+    return parsed() if isinstance(parsed, functools.partial) else parsed
+
+
+def _postponed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same to the parser, but not called by it."""
+    if isinstance(function, type):
+        return function
+    return functools.wraps(function)(lambda *args, **kw: functools.partial(function, *args, **kw))
+
+
+def _in_a_line(frame: str) -> str:
+    """What tyro says in a frame: the part above the first rule, and the option that it proposes below it."""
+    rows = [line[2:].strip("│╮╯") for line in frame.splitlines()[1:]]  # the first is a title
+    parts: list[list[str]] = [[]]
+    for row in rows:
+        if row.strip() and not row.strip(" ─-╰"):
+            parts.append([])
+        elif not row.startswith(" " * 8):  # help texts
+            parts[-1].append(row.strip())
+    said = [text for part in parts if (text := " ".join(part).strip())]
+    problem = re.sub(r"\s+Got errors:.*", "", said[0]) if said else "the arguments are not understood"
+    nearest = re.search(r"Perhaps you meant:.*?(--[\w-]+)", " ".join(said[1:]))
+    return f"{printable(problem, 400)}{f'; perhaps {nearest[1]}' if nearest else ''}; --help lists what there is"
+
+
 def _name() -> str | None:
     """How this program is called, if by `python -m`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -64,10 +113,33 @@ def _name() -> str | None:
 
 def check_no_repetition(arguments: list[str]) -> None:
     """Raises InputError for an option given twice, of which tyro would silently take the last."""
-    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--") and argument != "--"]
+    names = [_option(argument) for argument in arguments if argument.startswith("--") and argument != "--"]
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated:
         raise InputError(f"{repeated} is given twice; several values go behind one another: {repeated} A B")
+
+
+def _option(argument: str) -> str:
+    """The name in "--name=value"; the parser takes _ for -, too."""
+    return argument.partition("=")[0].replace("_", "-")
+
+
+def check_values(given: list[str], arguments: Arguments) -> None:
+    """Raises InputError for a value that is nothing, and for no value where there may be several.
+
+    Both come of shell variables that are not set. To the parser the first is the folder we are in, where a path is
+    wanted, and the second the default.
+    """
+    functions = arguments.values() if isinstance(arguments, dict) else [arguments]
+    hints = {name: hint for function in functions for name, hint in typing.get_type_hints(function).items()}
+    several = {f"--{name.replace('_', '-')}" for name, hint in hints.items() if typing.get_origin(hint) is tuple}
+    for before, argument, after in zip(["", *given], given, [*given[1:], "--"], strict=False):
+        if not argument.strip():
+            raise InputError(f"{_option(before) if before.startswith('-') else 'an argument'} is given an empty value")
+        if re.fullmatch(r"--[\w-]+=\s*", argument):
+            raise InputError(f"{_option(argument)} is given an empty value")
+        if argument in several and after.startswith("--"):
+            raise InputError(f"{argument} needs at least one value")
 
 
 def fail(message: str, code: int) -> None:
@@ -89,10 +161,10 @@ def join_processes(how: str) -> None:
         if how == "auto":
             jax.distributed.initialize(**patience)
             return
-        address, processes, index = how.split(",")
-        if ":" not in address or not 0 <= int(index) < int(processes):
+        match = re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5}),([0-9]{1,6}),([0-9]{1,6})", how, re.ASCII)
+        if not match or not 0 < int(match[2]) < 2**16 or not int(match[4]) < int(match[3]):
             raise ValueError("not HOST:PORT,PROCESSES,INDEX")
-        jax.distributed.initialize(address, int(processes), int(index), **patience)
+        jax.distributed.initialize(f"{match[1]}:{match[2]}", int(match[3]), int(match[4]), **patience)
     except (ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or ["no cluster found"])[0]
         raise InputError(f"--distributed {how}: {reason}; give auto, or HOST:PORT,PROCESSES,INDEX") from None
@@ -100,7 +172,7 @@ def join_processes(how: str) -> None:
 
 def check_seed(seed: int) -> None:
     if not 0 <= seed < 2**31:
-        raise InputError(f"--seed {seed} must be between 0 and {2**31 - 1}")
+        raise InputError(f"--seed {quoted(seed)} must be between 0 and {2**31 - 1}")
 
 
 def check_share(max_broken: float) -> None:
@@ -108,23 +180,58 @@ def check_share(max_broken: float) -> None:
         raise InputError(f"--max-broken {max_broken:g} is not a share of the images: between 0 and 1")
 
 
+def check_run_folder(folder: Path, resume: bool) -> None:
+    """Raises InputError unless a run can begin in `folder`, or go on there."""
+    folder_lock.check_free(folder)
+    if not resume:
+        check_empty(folder)
+    elif not os.path.isfile(folder / "checkpoints" / "origin.json"):
+        raise InputError(f"{folder} holds no unfinished run to resume")
+
+
 def check_empty(folder: Path) -> None:
     """Raises InputError unless `folder` can become an output folder: absent, or an empty folder."""
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():
         raise InputError(f"{folder} is a file, and an output folder is needed")
-    if folder.exists() and any(folder.iterdir()):
+    if os.path.exists(folder) and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; choose another folder, or remove it first")
     _check_writable(folder)
 
 
 def check_file(path: Path) -> None:
     """Raises InputError unless `path` can become an output file; an existing file will be replaced."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"{path} is a folder, and an output file is needed")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is no regular file, and an output file would replace it")
     _check_writable(path.parent)
+    _check_name(path)
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """The same of several, which must not be one."""
+    for path in paths:
+        check_file(path)
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise InputError(f"{' and '.join(map(str, paths))} are one file; each output needs its own")
+
+
+def _check_name(path: Path) -> None:
+    """Raises InputError if a file of this name, or the temporary one beside it, has no room in a folder's entry."""
+    if len(os.fsencode(path.name)) > 240:
+        raise InputError(f"{printable(path)} is too long a name for a file")
 
 
 def _check_writable(folder: Path) -> None:
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(f"{folder} cannot be written: {nearest} is no folder, or one without the permission")
+    try:
+        nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+        for part in folder.absolute().parts:
+            _check_name(Path(part))
+        if len(os.fsencode(folder.absolute())) > 3000:  # Linux opens 4095, with the names of files in it
+            raise InputError(f"{printable(folder)} is too long a name for a folder")
+        with tempfile.TemporaryFile(dir=nearest):  # permissions tell neither root nor a read-only disk the truth
+            pass
+    except OSError:
+        raise InputError(
+            f"{printable(folder)} cannot be written: {printable(nearest)} is no folder, or takes no file"
+        ) from None

@@ -6,8 +6,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from slimsam_jax import cli
+from slimsam_jax import cli, limits
 from slimsam_jax.errors import InputError
+from slimsam_jax.limits import Range
+
+COUNTED = {
+    "steps": Range(0, limits.STEPS, True),
+    "batch": Range(1, limits.BATCH, True),
+    "limit": Range(1, limits.COUNT, True),
+    "importance_images": Range(1, limits.COUNT, True),
+    "save_every": Range(1, limits.COUNT, True),
+    "accumulate": Range(1, limits.BATCH, True),
+    "fsdp": Range(1, limits.BATCH, True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +105,10 @@ class Options:
             raise InputError(f"--ratio {self.ratio:g} is not the share of channels to remove: 0 < ratio < 1")
         if self.steps is not None and self.steps < 0:
             raise InputError(f"--steps {self.steps} must not be negative")
-        for name in ("batch", "limit", "importance_images", "save_every", "accumulate", "fsdp"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        limits.check_options(self, COUNTED)
         cli.check_share(self.max_broken)
         cli.check_seed(self.seed)
-        if not self.resume:
-            cli.check_empty(self.out)
+        cli.check_run_folder(self.out, self.resume)
 
     def channel_ratio(self) -> float | None:
         """The share of channels to remove, or None if a budget says how much."""

@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slimsam_jax import cli
+from slimsam_jax import cli, limits
 from slimsam_jax.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -166,8 +166,7 @@ def main(
       install: fetch onnxruntime-web with npm (140 MB) before anything else, once; without --model, nothing else.
     """
     cache = cache or default_cache()
-    if threads < 1:
-        raise InputError(f"--threads {threads} must be at least 1")
+    limits.check("--threads", threads, limits.Range(1, 256, True))
     if install:
         install_runtime(cache)
         if model is None and not against:

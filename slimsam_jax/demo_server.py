@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
+import socket
+import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from slimsam_jax.data import embedded_images
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, printable
 
 Files = Mapping[str, Path | bytes]
 
 HOST = "127.0.0.1"
+NAMES = (HOST, "localhost")  # by no other may the page be asked for, else any page's name could be pointed here
+SECONDS = 10.0  # for a request to come in, however slowly its bytes do; and for each megabyte that is sent
+CONNECTIONS = 32  # at a time; a browser opens six
 RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -67,20 +76,78 @@ class Server(ThreadingHTTPServer):
     """
 
     files: Files = MappingProxyType({})
+    request_queue_size = CONNECTIONS
 
     def __init__(self, port: int):
+        self.free = threading.BoundedSemaphore(CONNECTIONS)
         try:
             super().__init__((HOST, port), _Handler)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"--port {port} cannot be used: {reason}; try another one, or 0 for any") from None
 
+    def process_request(self, request: socket.socket, client_address: Any) -> None:
+        """In a thread, as long as there are not too many; else it is turned away."""
+        if self.free.acquire(blocking=False):
+            try:
+                super().process_request(request, client_address)
+            except RuntimeError:  # no thread can be started
+                self.free.release()
+                self.shutdown_request(request)
+        else:
+            request.settimeout(0.1)  # nobody else is served meanwhile
+            with contextlib.suppress(OSError):
+                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: socket.socket, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A line for what nobody foresaw; nothing where the browser has left or does not come on."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            print(f"the page's server: {type(error).__name__}: {printable(error)}", file=sys.stderr, flush=True)
+
+
+class _Incoming(io.RawIOBase):
+    """What a connection sends, until a moment that `wait` sets; each byte on its own could come late enough."""
+
+    def __init__(self, connection: socket.socket):
+        self.connection = connection
+        self.wait()
+
+    def wait(self) -> None:
+        self.until = time.monotonic() + SECONDS
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self.connection.settimeout(max(0.001, self.until - time.monotonic()))
+        return self.connection.recv_into(buffer)
+
 
 class _Handler(BaseHTTPRequestHandler):
     """Looks paths up in a table, so there is nothing outside it to be reached."""
 
     protocol_version = "HTTP/1.1"
+    server_version, sys_version = "slimsam_jax", ""
     server: Server
+    rfile: BinaryIO
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.incoming = _Incoming(self.connection)
+        self.rfile = io.BufferedReader(self.incoming)
+
+    def handle_one_request(self) -> None:
+        self.incoming.wait()
+        super().handle_one_request()
 
     def do_GET(self) -> None:
         self._answer(with_content=True)
@@ -89,8 +156,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(with_content=False)
 
     def _answer(self, with_content: bool) -> None:
-        path = unquote(urlsplit(self.path).path)
+        self.connection.settimeout(SECONDS)
         try:
+            path = self._path()
             found = self.server.files.get(path)
             if found is None:
                 self.send_error(404)
@@ -99,8 +167,26 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(found if with_content else b"")
             else:
                 self._send_file(path, found, with_content)
+        except PermissionError as error:
+            self.send_error(403, str(error))
+        except ValueError as error:  # brackets that are no IPv6 address, say
+            self.send_error(400, f"No address: {error}")
         except ConnectionError:  # the browser has left
             self.close_connection = True
+
+    def _path(self) -> str:
+        """What is asked for.
+
+        Raises:
+          ValueError: not an address.
+          PermissionError: it is asked of somebody else.
+        """
+        url, port = urlsplit(self.path), self.server.server_port
+        names = {f"{name}:{port}" for name in NAMES} | (set(NAMES) if port == 80 else set())
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) != 1 or not {host.strip().lower() for host in (*hosts, url.netloc or hosts[0])} <= names:
+            raise PermissionError(f"This is {HOST}:{port} and no other host")
+        return unquote(url.path)
 
     def _send_file(self, path: str, source: Path, with_content: bool) -> None:
         try:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slimsam_jax import cli
+from slimsam_jax import cli, limits
 from slimsam_jax.errors import InputError
+from slimsam_jax.limits import Range
 
 if TYPE_CHECKING:
     from slimsam_jax.models.sam import Sam
@@ -60,10 +61,10 @@ def main(
     _check(model, data, protocol, boxes, figure)
     _check_numbers(clicks, points_per_side, seed, resamples)
     cli.check_share(max_broken)
-    for path in (json, markdown, figure):
-        if path:
-            cli.check_file(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
+    outputs = [path for path in (json, markdown, figure) if path]
+    cli.check_files(outputs)
+    for path in outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
     from converters.from_torch import load
     from slimsam_jax.checkpoint import sha256, write_json
     from slimsam_jax.data import coco, find
@@ -120,9 +121,9 @@ def _is_coco(location: str) -> bool:
 
 
 def _check_numbers(clicks: int, points_per_side: int, seed: int, resamples: int) -> None:
-    for name, value in (("--clicks", clicks), ("--points-per-side", points_per_side), ("--resamples", resamples)):
-        if value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
+    limits.check("--clicks", clicks, Range(1, limits.PROMPT_POINTS - 1, True))  # and one point that ends them
+    limits.check("--points-per-side", points_per_side, limits.SEARCH["points_per_side"])
+    limits.check("--resamples", resamples, Range(1, 10**6, True))
     cli.check_seed(seed)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimsam_jax import cli
+from slimsam_jax import cli, limits
 from slimsam_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,9 +59,8 @@ def everything(options: Options) -> None:
     Raises:
       InputError: bad options or files, or not one picture could be read.
     """
-    for path in (options.out, options.sheet):
-        if path:
-            cli.check_file(path)
+    cli.check_files([path for path in (options.out, options.sheet) if path])
+    limits.check_options(options, {name: r for name, r in limits.SEARCH.items() if hasattr(options, name)})
     from converters.from_torch import load
     from slimsam_jax.checkpoint import write_json
     from slimsam_jax.data import find

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from slimsam_jax import cli
+from slimsam_jax import cli, limits
 from slimsam_jax.errors import InputError
 
 
@@ -42,8 +42,9 @@ def main(
     tried = sorted({ratio, *ratios})
     if not all(0 < r < 1 for r in tried):
         raise InputError(f"--ratio and --ratios must lie between 0 and 1, and {tried} do not")
-    if importance_images < 1:
-        raise InputError(f"--importance-images {importance_images} must be at least 1")
+    if len(tried) > 20:
+        raise InputError(f"--ratios: {len(tried)} of them are more than a plot can show; at most 20")
+    limits.check("--importance-images", importance_images, limits.Range(1, limits.COUNT, True))
     cli.check_seed(seed)
     if images:
         cli.check_file(out)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from pathlib import Path
 
-from slimsam_jax import cli
-from slimsam_jax.errors import InputError
+from slimsam_jax import cli, limits
+from slimsam_jax.errors import InputError, printable
+
+# Python takes 1_0 for a number, too, and digits of any script.
+NUMBER = r" *[+-]?(?:[0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,3})? *"
 
 
 def parse_numbers(text: str, names: str) -> tuple[float, ...]:
     """ "1,2" -> (1.0, 2.0), if there are as many as `names` ("X,Y") has."""
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != names.count(",") + 1:
-        raise InputError(f"{text!r} is not {names}: numbers in pixels of the picture, separated by commas")
+    numbers = tuple(float(part) for part in text.split(",")) if re.fullmatch(rf"{NUMBER}(,{NUMBER})*", text) else ()
+    if len(numbers) != names.count(",") + 1 or not all(map(math.isfinite, numbers)):
+        raise InputError(
+            f"{printable(text, 60)!r} is not {names}: numbers in pixels of the picture, separated by commas"
+        )
     return numbers
 
 
@@ -44,11 +49,17 @@ def main(
     boxes = [parse_numbers(box, "X0,Y0,X1,Y1")] if box else []
     if not points and not boxes:
         raise InputError("give at least one --point X,Y or a --box X0,Y0,X1,Y1")
+    if len(points) > limits.PROMPT_POINTS:
+        raise InputError(f"{len(points)} points are more than a prompt can have, {limits.PROMPT_POINTS}")
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise InputError(f"{out} should end in .png or .jpg")
     if boxes and (boxes[0][0] >= boxes[0][2] or boxes[0][1] >= boxes[0][3]):
-        raise InputError(f"{box} is not a box: X0,Y0 is its upper left corner and X1,Y1 its lower right one")
+        raise InputError(
+            f"{printable(box, 60)} is not a box: X0,Y0 is its upper left corner and X1,Y1 its lower right one"
+        )
     cli.check_file(out)
+    if os.path.exists(out) and os.path.exists(image) and os.path.samefile(out, image):
+        raise InputError(f"--out {out} would replace --image; choose another name")
 
     import numpy as np
 

@@ -9,9 +9,26 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from slimsam_jax.errors import InputError
+from slimsam_jax import limits
+from slimsam_jax.errors import InputError, printable
+from slimsam_jax.limits import Range
 
 COUNTS = ("probes", "multiple", "passes", "validations", "rounds", "points")
+# Beyond these nothing is learnt, or float32 ends; what lies below them is told in other words.
+LARGEST = {
+    "multiple": 2**16,
+    "passes": 10**6,
+    "validations": 10**5,
+    "rounds": 64,
+    "points": limits.PROMPT_POINTS,
+    "noise_std": 1e3,
+    "learning_rate": 10.0,
+    "pace": 1e4,
+    "clip": 1e9,
+    "weight_decay": 100.0,
+    "cosine": 1e6,
+    "masks": 1e6,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,13 +198,17 @@ class Recipe:
             raise InputError(f"rounds={self.rounds} cut and distil in turn: add alternate=true")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema {self.ema:g} is not the share that an average keeps, 0 <= ema < 1")
-        if not 0 < self.crop <= 1:
-            raise InputError(f"crop {self.crop:g} is not a share of the picture's sides, 0 < crop <= 1")
+        if not 0.01 <= self.crop <= 1:
+            raise InputError(f"crop {self.crop:g} is not a share of the picture's sides, 0.01 <= crop <= 1")
         if not 0 <= self.least < 1:
             raise InputError(f"least {self.least:g} is not a share of the channels, 0 <= least < 1")
         for field in ("noise_std", "pace"):
             if not 0 < getattr(self, field) < math.inf:
                 raise InputError(f"{field} {getattr(self, field)} must be positive")
+        for field, most in LARGEST.items():
+            limits.check(field, getattr(self, field), Range(0, most))
+        if self.noise_std < 1e-6:
+            raise InputError(f"noise_std {self.noise_std:g} is lost in the embedding's rounding; at least 1e-6")
         if self.probes > 256:
             raise InputError(f"probes {self.probes}: each takes the memory of a set of gradients; at most 256")
         if self.criterion != "projection" and self.normalizer == "gaussian" and self.compete in ("macs", "params"):
@@ -217,14 +238,20 @@ class Recipe:
         hints, changes = typing.get_type_hints(Recipe), {}
         for setting in settings:
             name, equals, text = setting.partition("=")
+            if name in changes:
+                raise InputError(f"--set {printable(setting, 60)}: {name} is set twice")
             if name not in hints or not equals:
                 nearest = difflib.get_close_matches(name, hints, n=3, cutoff=0)
-                raise InputError(f"--set {setting}: no such choice; the nearest are {', '.join(nearest)} (NAME=VALUE)")
+                raise InputError(
+                    f"--set {printable(setting, 60)}: no such choice; the nearest are {', '.join(nearest)} (NAME=VALUE)"
+                )
             parse = {bool: lambda t: {"true": True, "false": False}[t.lower()], int: int, float: float}
             try:
                 changes[name] = parse.get(hints[name], str)(text)
             except (ValueError, KeyError):
-                raise InputError(f"--set {setting}: {text!r} is no {hints[name].__name__}") from None
+                raise InputError(
+                    f"--set {printable(setting, 60)}: {printable(text, 60)!r} is no {hints[name].__name__}"
+                ) from None
         return dataclasses.replace(self, **changes)
 
 

@@ -68,6 +68,13 @@ class Run:
 def run(options: Options) -> dict[str, Any]:
     """See `compress.compress`, which checks the options first."""
     run = prepare(options)
+    with run.folder:
+        return carry_out(run)
+
+
+def carry_out(run: Run) -> dict[str, Any]:
+    """What is left to do once nothing can be refused any more; returns the report."""
+    options = run.options
     if run.cache:
         run.cache.fill(run.images)
         sharding.barrier("teacher's embeddings")
@@ -123,8 +130,7 @@ def prepare(options: Options) -> Run:
         raise InputError("--uniform needs a teacher whose blocks are alike, and this one's are not")
     images, val = split_images(options)
     images = some_of(images, options.limit, options.seed)
-    if options.batch and batch > max(len(images), jax.device_count()):
-        raise InputError(f"--batch {batch} is more than the {len(images)} images to learn from")
+    check_batch(options, batch, len(images))
     for paths in (images, val):
         data.check_one_is_readable(paths)
     _, broken = map_readable(lambda sample: read_annotated(sample) and None, val[:IMAGES])  # as validation will
@@ -170,6 +176,13 @@ def batch_size(options: Options) -> int:
         times = f" times the {parts} parts of --accumulate" if parts > 1 else ""
         raise InputError(f"--batch {batch} must be a multiple of the {devices} devices{times}")
     return batch
+
+
+def check_batch(options: Options, batch: int, images: int) -> None:
+    """Raises InputError if somebody asked for a step of more images than there are."""
+    asked = "--batch" if options.batch else "--accumulate"
+    if (options.batch or options.accumulate > 1) and batch > max(images, jax.device_count()):
+        raise InputError(f"{asked} {getattr(options, asked[2:])} is more than the {images} images to learn from")
 
 
 def split_images(options: Options) -> tuple[list[Sample], list[Sample]]:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from slimsam_jax import limits
 from slimsam_jax.errors import InputError
 from slimsam_jax.recipes import Recipe
 
@@ -120,8 +121,12 @@ def steps_of(stages: Sequence[Stage], each: int) -> dict[str, int]:
     """{stage: its number of steps}, where the paper's two have `each`; together twice that.
 
     Raises:
-      InputError: too few for every stage to have one.
+      InputError: too few for every stage to have one, or more than anybody has.
     """
+    if each > limits.STEPS:
+        raise InputError(
+            f"{each:.3g} steps in each of two stages are more than {limits.STEPS}; lower --steps or passes"
+        )
     ends = [round(each * total + 1e-9) for total in itertools.accumulate(stage.share for stage in stages)]
     steps = {stage.name: end - start for stage, start, end in zip(stages, [0, *ends], ends, strict=False)}
     if each and any(stage.share and not steps[stage.name] for stage in stages):

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from slimsam_jax import metrics
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, printable
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.latency import block_seconds, encoder_seconds
 from slimsam_jax.pruning import budget, masks
@@ -54,10 +54,10 @@ class Budget:
             amount = float(number) * UNITS[kind][unit]
         except (AttributeError, KeyError, ValueError):
             raise InputError(
-                f"--budget {text} is not understood; write params=9.1M, macs=47G or latency=120ms"
+                f"--budget {printable(text, 60)} is not understood; write params=9.1M, macs=47G or latency=120ms"
             ) from None
         if not 0 < amount < math.inf:
-            raise InputError(f"--budget {text} must be more than nothing and less than everything")
+            raise InputError(f"--budget {printable(text, 60)} must be more than nothing and less than everything")
         return cls(kind, amount)
 
     def cost(self, config: Config) -> float:

@@ -261,8 +261,7 @@ def test_bad_input_is_one_clear_line(material, tmp_path, monkeypatch, capsys, ch
     assert code == 2
     assert message in error
     assert "Traceback" not in error
-    if message not in ("half", "magic"):  # those are the parser's own, in a frame
-        assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

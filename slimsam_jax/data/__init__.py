@@ -36,6 +36,8 @@ def find(locations: Sequence[str | Path]) -> list[Sample]:
         raise InputError("no folder of images is given, nor anything else that holds some")
     found: list[Sample] = []
     for location in map(str, locations):
+        if not location.strip():
+            raise InputError("the name of a folder of images is empty")
         samples = _open(location)
         if not samples:
             raise InputError(f"{printable(location)} holds no images ({', '.join(sorted(folder.SUFFIXES))})")

@@ -162,8 +162,7 @@ def decode(content: bytes, name: object) -> Image.Image:
             if image.width * image.height > rle.MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, and at most {rle.MOST_PIXELS} are read")
             ImageOps.exif_transpose(image, in_place=True)  # a copy would take longer than decoding
-            if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            image = eight_bits(image)
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # decoders have errors of many kinds for damaged files
@@ -175,6 +174,23 @@ def _formats() -> list[str]:
     """Those of `FORMATS` that this PIL can read; it raises for others."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits, or of floats from 0 to 255, in 8 bits, where PIL would clip; any other as it is.
+
+    Raises:
+      ValueError: floats that are not in this range, or all of them between 0 and 1.
+    """
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode != "F":
+        return image
+    least, most = image.getextrema()
+    pixels = np.asarray(image)
+    if not np.isfinite(pixels).all() or least < 0 or most > 255 or 0 < most <= 1:
+        raise ValueError(f"floats from {least:g} to {most:g}, and they must be from 0 to 255 (not to 1)")
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def read_image(path: Path | str) -> Image.Image:

@@ -19,7 +19,10 @@ from slimsam_jax.inference import amg, hierarchical
 from slimsam_jax.inference.candidates import Candidates, concatenate, enlarge, unpack
 from slimsam_jax.inference.hierarchical import Decoded
 from slimsam_jax.inference.masks import Encoded, clicks_at, decode_prompts
-from slimsam_jax.inference.predictor import AnyImage, as_picture, encode_images
+from slimsam_jax.inference.predictor import AnyImage, as_picture, check_list, check_model, encode_images
+from slimsam_jax.inference.prompts import real_array
+from slimsam_jax.limits import SEARCH, quoted
+from slimsam_jax.limits import check as check_number
 from slimsam_jax.models.sam import Sam
 
 
@@ -64,21 +67,27 @@ class SamAutomaticMaskGenerator:
     covered_thresh: float | None = None
 
     def __post_init__(self):
+        check_model(self.sam)
+        self._check_numbers()
         if (self.points_per_side is None) == (self.point_grids is None):
             raise InputError("give either points_per_side or point_grids")
         if self.hierarchical and self.point_grids is not None:
             raise InputError("hierarchical refines a regular grid: give points_per_side, not point_grids")
         if self.covered_thresh is not None and not self.hierarchical:
             raise InputError("covered_thresh is of the hierarchical search: add hierarchical, or leave it out")
-        if self.point_grids is not None and len(self.point_grids) <= self.crop_n_layers:
-            raise InputError(f"{len(self.point_grids)} point_grids for {self.crop_n_layers + 1} layers of crops")
-        if self.output_mode not in ENCODE:
-            raise InputError(f"output_mode {self.output_mode!r} is none of {', '.join(ENCODE)}")
-        for name in ("points_per_side", "points_per_batch", "crop_n_points_downscale_factor"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"{name} {value} must be at least 1")
-        if self.crop_n_layers < 0:
-            raise InputError(f"crop_n_layers {self.crop_n_layers} must not be negative")
+        if self.point_grids is not None:
+            _check_grids(self.point_grids, self.crop_n_layers + 1)
+        if not isinstance(self.output_mode, str) or self.output_mode not in ENCODE:
+            raise InputError(f"output_mode {quoted(self.output_mode)} is none of {', '.join(ENCODE)}")
+
+    def _check_numbers(self) -> None:
+        """Raises InputError for what is no number, or out of all bounds; for None where a number must be."""
+        for name, allowed in SEARCH.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("points_per_side", "covered_thresh"):
+                check_number(name, value, allowed)
+        if not isinstance(self.hierarchical, bool | np.bool_):
+            raise InputError(f"hierarchical {quoted(self.hierarchical)} is neither True nor False")
 
     def generate(self, image: AnyImage) -> list[dict[str, Any]]:
         """The masks of a picture, best first; [] if there are none.
@@ -165,6 +174,19 @@ class SamAutomaticMaskGenerator:
         keep = amg.nms(boxes, 1.0 - changed, max(self.box_nms_thresh, self.crop_nms_thresh))
         found = found._replace(boxes=boxes, areas=np.array([mask.sum() for mask in masks]))
         return found.take(keep), [masks[i] for i in keep]
+
+
+def _check_grids(grids: Any, layers: int) -> None:
+    """Raises InputError unless there are points [n, 2] in 0..1 for each layer of crops."""
+    check_list(grids, "point_grids")
+    if len(grids) < layers:
+        raise InputError(f"{len(grids)} point_grids for {layers} layers of crops")
+    for i, grid in enumerate(grids):
+        array, most = real_array(grid), SEARCH["points_per_side"].most ** 2
+        if array is None or array.ndim != 2 or array.shape[1] != 2 or not 0 < len(array) <= most:
+            raise InputError(f"point_grids[{i}] must be numbers of shape [n, 2], n from 1 to {most}")
+        if not ((array >= 0) & (array <= 1)).all():  # NaN is neither
+            raise InputError(f"point_grids[{i}] must be shares of the image's width and height, from 0 to 1")
 
 
 ENCODE = {"binary_mask": np.asarray, "uncompressed_rle": rle.encode_uncompressed, "coco_rle": rle.encode}

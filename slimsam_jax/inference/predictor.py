@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from slimsam_jax.data import read_image
-from slimsam_jax.errors import InputError
+from slimsam_jax.data.sample import eight_bits
+from slimsam_jax.errors import InputError, blaming
 from slimsam_jax.inference.masks import Encoded, padded
-from slimsam_jax.inference.prompts import Prompt, decode_mixed
+from slimsam_jax.inference.prompts import Prompt, check, decode_mixed, kind_of, real_array
+from slimsam_jax.limits import IMAGE_SIDE, quoted
 from slimsam_jax.models.sam import Sam, encode, resize_and_pad, resize_masks
 
 AnyImage = str | Path | Image.Image | np.ndarray
@@ -42,24 +44,25 @@ class SamPredictor:
     image_format = "RGB"
 
     def __init__(self, sam: Sam):
-        self.model = sam
+        self.model = check_model(sam)
         self.reset_image()
 
     def set_image(self, image: AnyImage, image_format: str = "RGB") -> None:
         """Encodes a picture.
 
         Args:
-          image: a path, a PIL image, or [h0, w0, 3] uint8.
+          image: a path, a PIL image, or [h0, w0, 3] uint8, 0 to 255.
           image_format: of an array: "RGB" or "BGR".
 
         Raises:
           InputError: not a picture.
         """
-        if image_format not in ("RGB", "BGR"):
-            raise InputError(f"image_format {image_format!r} is neither RGB nor BGR")
+        if not isinstance(image_format, str) or image_format not in ("RGB", "BGR"):
+            raise InputError(f"image_format {quoted(image_format)} is neither RGB nor BGR")
+        picture = as_picture(image)
         if image_format == "BGR" and isinstance(image, np.ndarray):
-            image = np.ascontiguousarray(image[..., ::-1])
-        (self.encoded,) = encode_images(self.model, [image])
+            picture = Image.fromarray(np.ascontiguousarray(np.asarray(picture)[..., ::-1]))
+        (self.encoded,) = encode_images(self.model, [picture])
 
     def predict(
         self,
@@ -97,7 +100,11 @@ class SamPredictor:
         Raises:
           InputError: not as many lists of prompts as pictures, or one of them is none.
         """
-        return predict(self.model, encode_images(self.model, images), prompts, multimask_output, return_logits)
+        check_list(images, "images")
+        pictures = [as_picture(image) for image in images]
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        check_prompts(self.model, sizes, prompts)  # before anything is encoded
+        return predict(self.model, encode_images(self.model, pictures), prompts, multimask_output, return_logits)
 
     def get_image_embedding(self) -> np.ndarray:
         """[1, C, h, w] float32, as the original gives it."""
@@ -139,11 +146,54 @@ def as_picture(image: AnyImage) -> Image.Image:
     if isinstance(image, str | Path):
         return read_image(image)
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    array = np.asarray(image)
+        check_sides(image.height, image.width)
+        with blaming("the image"):
+            return image if image.mode == "RGB" else eight_bits(image).convert("RGB")
+    array = real_array(image, kinds="biuf")
+    if array is None:
+        raise InputError(f"an image is a path, a PIL image or an array uint8 [height, width, 3], not {kind_of(image)}")
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise InputError(f"an image is uint8 [height, width, 3], and this is {array.dtype} {list(array.shape)}")
+        more = "; floats must be brought to 0 to 255 and converted" if array.dtype.kind == "f" else ""
+        raise InputError(f"an image is uint8 [height, width, 3], and this is {array.dtype} {list(array.shape)}{more}")
+    check_sides(*array.shape[:2])
     return Image.fromarray(array)
+
+
+def check_sides(height: int, width: int) -> None:
+    """Raises InputError for a picture of more pixels than PIL would read from a file."""
+    most = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
+    if height * width > most or max(height, width) > IMAGE_SIDE:
+        raise InputError(
+            f"an image of {width} x {height} pixels; sides of at most {IMAGE_SIDE} and {most} pixels are taken"
+        )
+
+
+def check_model(sam: Sam) -> Sam:
+    """The model itself.
+
+    Raises:
+      InputError: it is something else, such as the path of one.
+    """
+    if not isinstance(sam, Sam):
+        raise InputError(f"a model is wanted, as slimsam_jax.load(path) gives it, not {kind_of(sam)}")
+    return sam
+
+
+def check_list(values: Any, name: str) -> None:
+    """Raises InputError for what is one, where a list of them is wanted."""
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes | Prompt):
+        raise InputError(f"{name} must be a list, not {kind_of(values)}")
+
+
+def check_prompts(sam: Sam, sizes: Sequence[tuple[int, int]], prompts: Sequence[Sequence[Prompt]]) -> None:
+    """Raises InputError unless there is a list of prompts for each picture, of the given (height, width)."""
+    check_list(prompts, "prompts")
+    if len(sizes) != len(prompts):
+        raise InputError(f"{len(sizes)} images and {len(prompts)} lists of prompts: one list for each image")
+    for size, of_image in zip(sizes, prompts, strict=True):
+        check_list(of_image, "the prompts of an image")
+        for prompt in of_image:
+            check(sam, prompt, size)
 
 
 def predict(
@@ -158,8 +208,10 @@ def predict(
     Raises:
       InputError: not as many lists of prompts as pictures, or one of them is none.
     """
-    if len(encoded) != len(prompts):
-        raise InputError(f"{len(encoded)} images and {len(prompts)} lists of prompts: one list for each image")
+    for name, flag in (("multimask_output", multimask_output), ("return_logits", return_logits)):
+        if not (isinstance(flag, bool | np.bool_) or (type(flag) is int and flag in (0, 1))):
+            raise InputError(f"{name} {quoted(flag)} is neither True nor False")
+    check_prompts(sam, [each.original_size for each in encoded], prompts)
     flat = [(each, prompt) for each, of_image in zip(encoded, prompts, strict=True) for prompt in of_image]
     outputs = slice(1, None) if multimask_output else slice(0, 1)
     decoded = iter(decode_mixed(sam, [each for each, _ in flat], [prompt for _, prompt in flat]))

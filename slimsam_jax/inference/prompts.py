@@ -10,9 +10,11 @@ import numpy as np
 
 from slimsam_jax.errors import InputError
 from slimsam_jax.inference.masks import Encoded, padded
+from slimsam_jax.limits import PROMPT_POINTS
 from slimsam_jax.models.prompt_encoder import ABSENT, prompt_points
 from slimsam_jax.models.sam import Sam, decode, to_model_frame
 
+LARGEST_LOGIT = 1e6  # beyond it the encoder's sums of squares leave float32
 TOKENS = (2, 4, 8, 16, 32, 64, 128)  # numbers of points and box corners per prompt that are ever compiled
 
 
@@ -20,9 +22,9 @@ class Prompt(NamedTuple):
     """What one object is asked for by; at least one of points, box and mask.
 
     Attributes:
-      point_coords: [n, 2] (x, y) in pixels of the picture, or None.
+      point_coords: [n, 2] (x, y) in pixels of the picture, no farther from it than it is large; or None.
       point_labels: [n], 1 foreground and 0 background; all foreground if None.
-      box: [4] x0, y0, x1, y1 in the same frame, or None.
+      box: [4] x0, y0, x1, y1 in the same frame, x0 < x1 and y0 < y1; or None.
       mask_input: [1, 4h, 4w] (or without the 1) logits of an earlier mask, as `predict` gives them, or None.
     """
 
@@ -58,43 +60,103 @@ def decode_mixed(
     return found
 
 
+def check(sam: Sam, prompt: Prompt, original_size: tuple[int, int]) -> None:
+    """Raises InputError if a prompt is none for this model, on a picture of (height, width)."""
+    if not isinstance(prompt, Prompt):
+        raise InputError(f"a prompt is a Prompt(point_coords, point_labels, box, mask_input), not {kind_of(prompt)}")
+    _points(prompt, original_size)
+    _mask(sam, prompt)
+
+
 def _tokens(encoded: Encoded, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
     """[m, 2] points in the model frame and [m] labels of one prompt.
 
     Raises:
       InputError: it asks for nothing, or not in numbers of the right shapes.
     """
-    if prompt.point_coords is None and prompt.point_labels is not None:
-        raise InputError("point_labels without point_coords")
-    if prompt.point_coords is None and prompt.box is None and prompt.mask_input is None:
-        raise InputError("a prompt needs points, a box or a mask")
-    points, labels = prompt.point_coords, prompt.point_labels
-    if points is not None:
-        points = _numbers(points, "point_coords", (None, 2))
-        labels = _numbers(np.ones(len(points)) if labels is None else labels, "point_labels", (len(points),))
-        if not np.isin(labels, (-1, 0, 1)).all():
-            raise InputError("point_labels are 1 (foreground) and 0 (background)")
-        points, labels = points[None], labels[None]
-    box = None if prompt.box is None else _numbers(np.squeeze(prompt.box), "box", (4,))[None]
-    xy, kinds = prompt_points(points, labels, box)
+    xy, kinds = prompt_points(*_points(prompt, encoded.original_size))
     return to_model_frame(xy[0], encoded.size, encoded.original_size), kinds[0]
 
 
-def _numbers(values, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
-    """float64 values of a shape, in which None is any length but 0.
+def _points(prompt: Prompt, original_size: tuple[int, int]) -> tuple[np.ndarray | None, ...]:
+    """Points [1, n, 2], labels [1, n] and box [1, 4] of a prompt, or None."""
+    points, labels, box, mask = prompt
+    if points is None and labels is not None:
+        raise InputError("point_labels without point_coords")
+    if points is None and box is None and mask is None:
+        raise InputError("a prompt needs points, a box or a mask")
+    if points is not None:
+        points = _numbers(points, "point_coords", (None, 2))
+        labels = np.ones(len(points)) if labels is None else _numbers(labels, "point_labels", (len(points),), "biuf")
+        if not np.isin(labels, (-1, 0, 1)).all():
+            raise InputError("point_labels are 1 (foreground) and 0 (background)")
+        _check_near(points, "point_coords", original_size)
+        points, labels = points[None], labels[None]
+    return points, labels, None if box is None else _box(box, original_size)
+
+
+def _box(box, original_size: tuple[int, int]) -> np.ndarray:
+    try:
+        squeezed = np.squeeze(box)
+    except Exception:  # a list of lists of different lengths; what it is not is told below
+        squeezed = None
+    corners = _numbers(squeezed, "box", (4,))
+    x0, y0, x1, y1 = corners
+    if x0 >= x1 or y0 >= y1:
+        found = ", ".join(f"{value:g}" for value in corners)
+        raise InputError(f"box [{found}] is none: x0, y0 is its upper left corner and x1, y1 its lower right one")
+    _check_near(corners.reshape(2, 2), "box", original_size)
+    return corners[None]
+
+
+def _check_near(xy: np.ndarray, name: str, original_size: tuple[int, int]) -> None:
+    """Raises InputError for points farther from a picture than the picture is large: they are of another one.
+
+    A detector's boxes may well leave it a little.
+    """
+    height, width = original_size
+    far = (xy < (-width, -height)) | (xy > (2 * width, 2 * height))
+    if far.any():
+        x, y = xy[far.any(1)][0]
+        raise InputError(f"{name}: ({x:g}, {y:g}) lies far outside the image of {width} x {height} pixels")
+
+
+def _numbers(values, name: str, shape: tuple[int | None, ...], kinds: str = "iuf") -> np.ndarray:
+    """float64 values of a shape, in which None is any length but 0, up to `PROMPT_POINTS`.
 
     Raises:
       InputError: they are not.
     """
-    try:
-        array = np.asarray(values, np.float64)
-    except (ValueError, TypeError):
-        array = np.full((), np.nan)
-    fits = array.ndim == len(shape) and all(n in (None, side) for n, side in zip(shape, array.shape, strict=True))
-    if not (fits and array.size and np.isfinite(array).all()):
-        wanted = ", ".join("n" if n is None else str(n) for n in shape)
+    wanted = ", ".join("n" if n is None else str(n) for n in shape)
+    array = real_array(values, kinds)
+    if array is None or array.ndim != len(shape):
+        raise InputError(f"{name} must be finite numbers of shape [{wanted}]")
+    if any(n not in (None, side) for n, side in zip(shape, array.shape, strict=True)) or not array.size:
+        raise InputError(f"{name} must be finite numbers of shape [{wanted}], not {list(array.shape)}")
+    if len(array) > PROMPT_POINTS:
+        raise InputError(f"{name} are {len(array)}, and a prompt can have {PROMPT_POINTS}")
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
         raise InputError(f"{name} must be finite numbers of shape [{wanted}]")
     return array
+
+
+def real_array(values, kinds: str = "iuf") -> np.ndarray | None:
+    """An array of real numbers, not copied if it is one; None if it is not, as of text, complex or ragged values.
+
+    Args:
+      kinds: of numpy's dtypes; bfloat16 and the like go for floats.
+    """
+    try:
+        array = np.asarray(values)
+        floating = jnp.issubdtype(array.dtype, jnp.floating)
+    except Exception:  # whatever an object does that is asked to be an array
+        return None
+    return array if floating or array.dtype.kind in kinds else None
+
+
+def kind_of(value: object) -> str:
+    return f"a {type(value).__name__}"
 
 
 def _join(tokens: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -112,16 +174,31 @@ def _masks(sam: Sam, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]
     """[p, 4h, 4w, 1] logits, zero where a prompt has none, and [p] which have some.
 
     Raises:
-      InputError: a mask of another size.
+      InputError: a mask of another size, or of no logits.
     """
-    shape = tuple(4 * side for side in sam.config.grid)
-    masks, masked = np.zeros((len(prompts), *shape, 1), np.float32), np.zeros(len(prompts), bool)
-    for i, prompt in enumerate(prompts):
-        if prompt.mask_input is not None:
-            given = np.asarray(prompt.mask_input, np.float32)
-            if given.shape not in (shape, (1, *shape)):
-                raise InputError(
-                    f"mask_input must be logits of shape [1, {shape[0]}, {shape[1]}], not {list(given.shape)}"
-                )
-            masks[i, ..., 0], masked[i] = given.reshape(shape), True
-    return masks, masked
+    found = [_mask(sam, prompt) for prompt in prompts]
+    masks = np.zeros((len(prompts), *_mask_shape(sam), 1), np.float32)
+    for i, given in enumerate(found):
+        if given is not None:
+            masks[i, ..., 0] = given
+    return masks, np.array([given is not None for given in found])
+
+
+def _mask_shape(sam: Sam) -> tuple[int, ...]:
+    return tuple(4 * side for side in sam.config.grid)
+
+
+def _mask(sam: Sam, prompt: Prompt) -> np.ndarray | None:
+    """[4h, 4w] float32 logits of a prompt, or None."""
+    if prompt.mask_input is None:
+        return None
+    shape = _mask_shape(sam)
+    given = real_array(prompt.mask_input, kinds="f")
+    if given is None:
+        raise InputError("mask_input must be float logits, as predict gives them in low_res_masks")
+    if given.shape not in (shape, (1, *shape)):
+        raise InputError(f"mask_input must be logits of shape [1, {shape[0]}, {shape[1]}], not {list(given.shape)}")
+    given = given.astype(np.float64)
+    if not (np.abs(given) <= LARGEST_LOGIT).all():  # of NaN, too
+        raise InputError(f"mask_input must be finite logits, from {-LARGEST_LOGIT:g} to {LARGEST_LOGIT:g}")
+    return given.reshape(shape).astype(np.float32)

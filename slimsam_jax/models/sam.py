@@ -189,17 +189,18 @@ def resize_masks(config: Config, masks: np.ndarray, size: tuple[int, int], origi
 @functools.lru_cache(maxsize=32)
 def enlarging(source: int, frame: int, size: int, original: int) -> scipy.sparse.csr_array:
     """[original, source]: one axis of a mask from the decoder to the model frame, and `size` of that to the picture."""
-    to_frame, to_picture = bilinear_matrix(source, frame)[:size], bilinear_matrix(size, original)
-    return scipy.sparse.csr_array(scipy.sparse.csr_array(to_picture) @ scipy.sparse.csr_array(to_frame))
+    return scipy.sparse.csr_array(bilinear_matrix(size, original) @ bilinear_matrix(source, frame)[:size])
 
 
 @functools.lru_cache(maxsize=32)
-def bilinear_matrix(source: int, target: int) -> np.ndarray:
+def bilinear_matrix(source: int, target: int) -> scipy.sparse.csr_array:
     """[target, source] float32 weights of bilinear interpolation, `align_corners=False`, no antialiasing."""
     centres = np.maximum((np.arange(target) + 0.5) * source / target - 0.5, 0.0)
     low = np.minimum(centres.astype(int), source - 1)
     high = np.minimum(low + 1, source - 1)
-    weights = np.zeros((target, source))
-    np.add.at(weights, (np.arange(target), low), 1 - (centres - low))
-    np.add.at(weights, (np.arange(target), high), centres - low)
-    return weights.astype(np.float32)
+    weights = np.concatenate([1 - (centres - low), centres - low])
+    places = np.tile(np.arange(target), 2), np.concatenate([low, high])
+    # Not dense: one side of a picture may be tens of thousands of pixels.
+    matrix = scipy.sparse.csr_array((weights, places), shape=(target, source)).astype(np.float32)
+    matrix.eliminate_zeros()
+    return matrix
