@@ -10,12 +10,10 @@ from slimsam_jax import cli
 from slimsam_jax.errors import InputError
 
 
-def main(
-    model: Positional[Path], images: tuple[str, ...] = (), like: Path | None = None, count: int = 100
-) -> None:
+def main(model: Positional[Path], images: tuple[str, ...] = (), like: Path | None = None, count: int = 100) -> None:
     """Choose a model's thresholds of everything mode, and write them into its config.json.
 
-    No labels are needed: of all masks at a grid of points as many shall pass as is usual, or as another model lets pass.
+    No labels are needed: of all masks at a grid of points as many shall pass as usual, or as another model lets pass.
 
     Args:
       model: a model folder; its weights stay as they are.
@@ -36,7 +34,9 @@ def main(
     sam, teacher = checkpoint.load(model), load(like) if like else None
     thresholds = calibrate(sam, data.find(images or [data.embedded_images()]), teacher, count)
     if thresholds is None:
-        raise InputError(f"{like} lets no mask pass, so there is nothing to go by; calibrate it first, or give no --like")
+        raise InputError(
+            f"{like} lets no mask pass, so there is nothing to go by; calibrate it first, or give no --like"
+        )
     checkpoint.write_json(model / "config.json", checkpoint.describe(dataclasses.replace(sam, thresholds=thresholds)))
     values = ", ".join(f"{name} {value:.3f}" for name, value in thresholds.to_json().items())
     print(f"wrote {model / 'config.json'}: {values}")

@@ -20,14 +20,28 @@ def colours(count: int) -> np.ndarray:
     return np.concatenate([COLOURS, 255 * np.array(new).reshape(-1, 3)])[:count]
 
 
-def draw_masks(image: Image.Image, masks: np.ndarray, opacity: float = 0.45) -> Image.Image:
+def contrasting(pixels: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
+    """[p, 3]: for each mask [h, w] of an image [h, w, 3] the colour that differs most from what it covers."""
+    palette = colours(max(len(COLOURS), len(masks)))
+    free, found = np.ones(len(palette), bool), []
+    for mask in masks:
+        away = np.linalg.norm(palette - pixels[mask].mean(0), axis=1)
+        found.append(np.where(free, away, -1).argmax())
+        free[found[-1]] = False
+    return palette[found]
+
+
+def draw_masks(
+    image: Image.Image, masks: np.ndarray, palette: np.ndarray | None = None, opacity: float = 0.45
+) -> Image.Image:
     """Tints each mask in a colour of its own and draws its outline.
 
     Args:
       image: RGB, h x w.
       masks: [p, h, w] bool; later ones lie on top: a pixel has the colour of the last mask that holds it.
+      palette: [p, 3] RGB, 0..255; `colours` if None.
     """
-    pixels, palette = np.asarray(image, np.float32), colours(len(masks))
+    pixels, palette = np.asarray(image, np.float32), colours(len(masks)) if palette is None else palette
     top, lines = np.full(pixels.shape[:2], -1), np.full(pixels.shape[:2], -1)
     thickness = max(1, round(max(image.size) / 220))
     for index, mask in enumerate(masks):

@@ -18,7 +18,7 @@ from slimsam_jax.inference.masks import Encoded, encode_image
 from slimsam_jax.models.config import Thresholds
 from slimsam_jax.models.sam import Sam
 
-GRID, IMAGES = 8, 12  # points a side, and images: of a SAM with three masks a point 2304 masks
+GRID, IMAGES = 8, 8  # points a side, and images: of a SAM with three masks a point 1536 masks
 
 
 NAMES = ("pred_iou_thresh", "stability_score_thresh")  # of the thresholds that are chosen
@@ -57,7 +57,7 @@ def calibrate(sam: Sam, samples: Sequence[Sample], like: Sam | None = None, imag
       The thresholds; those of `like`, be they None, if it lets nothing pass, so that there is nothing to go by.
 
     Raises:
-      InputError: not one image can be read, or the models' scores are no numbers.
+      InputError: not one image can be read, or the model gives no masks to choose from.
     """
     if not like:
         offset = (sam.thresholds or Thresholds()).stability_score_offset
@@ -77,7 +77,7 @@ def scores(sam: Sam, samples: Sequence[Sample], offset: float = 1.0, images: int
       offset: of stability, in logits.
 
     Raises:
-      InputError: not one image can be read, or the scores are no numbers.
+      InputError: not one image can be read.
     """
     nothing = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
     generator = SamAutomaticMaskGenerator(sam, GRID, stability_score_offset=offset, **nothing)
@@ -85,17 +85,14 @@ def scores(sam: Sam, samples: Sequence[Sample], offset: float = 1.0, images: int
     for encoded in _encoded(sam, samples, images):
         candidates = generator.candidates(encoded._replace(original_size=encoded.size))
         found.append((candidates.predicted_iou, candidates.stability))
-    measured = Scores(*(np.concatenate(arrays).astype(np.float64) for arrays in zip(*found, strict=True)))
-    if not len(measured.stability) or not np.isfinite(measured).all():
-        raise InputError("the model gives no mask a score that is a number, so its thresholds cannot be chosen")
-    return measured
+    predicted_iou, stability = (np.concatenate(arrays).astype(np.float64) for arrays in zip(*found, strict=True))
+    return Scores(np.where(np.isfinite(predicted_iou), predicted_iou, -np.inf), stability)
 
 
 def _encoded(sam: Sam, samples: Sequence[Sample], images: int) -> Iterator[Encoded]:
     """The first so many readable images, in an order that spreads over all of them."""
     step, count = max(1, len(samples) // images), 0
-    order = np.concatenate([np.arange(start, len(samples), step) for start in range(step)])
-    for index in order:
+    for index in (index for start in range(step) for index in range(start, len(samples), step)):
         try:
             picture = samples[index].image()
         except InputError as error:
@@ -112,14 +109,20 @@ def _encoded(sam: Sam, samples: Sequence[Sample], images: int) -> Iterator[Encod
 def shares(found: Scores, thresholds: Thresholds) -> Shares:
     """The shares of masks that pass."""
     one = _exceeds(found.predicted_iou, thresholds.pred_iou_thresh)
-    return Shares(float(one.mean()), float(found.passing(thresholds).mean()))
+    total = max(1, len(one))
+    return Shares(one.sum() / total, found.passing(thresholds).sum() / total)
 
 
 def fitting(found: Scores, wanted: Shares, offset: float = 1.0) -> Thresholds:
     """Thresholds that so many masks pass, up to rounding and ties.
 
-    Those on predicted IoU stay between 0 and 1, also for a model whose estimates do not.
+    The one on predicted IoU stays between 0 and 1, also for a model whose estimates do not.
+
+    Raises:
+      InputError: there are no masks.
     """
+    if not len(found.stability):
+        raise InputError("the model has no masks of different extent, so there are none to choose thresholds by")
     count = max(1, round(wanted.both * len(found.stability)))
     least = _cut(found.predicted_iou, max(count, round(wanted.predicted_iou * len(found.stability))))
     stable = _cut(found.stability[_exceeds(found.predicted_iou, least)], count)
