@@ -8,6 +8,8 @@ segment_anything.
 
     predictor = SamPredictor(load("slim"))
 
+    SamAutomaticMaskGenerator(sam, **sam.thresholds)  # those of the model; the stock ones are SAM-H's
+
 The model consists of stock modules; only their widths differ, block by block, which the stock constructors cannot
 say. Its state dict has the stock names.
 """
@@ -30,7 +32,7 @@ FORMAT = "slimsam_jax/1"
 
 
 def load(folder: Path | str) -> Sam:
-    """Reads a model folder, on the CPU and in evaluation mode.
+    """Reads a model folder, on the CPU and in evaluation mode; its `thresholds` are {} if the folder has none.
 
     Args:
       folder: with `config.json` (the architecture) and `model.safetensors`, as slimsam_jax writes it.
@@ -45,6 +47,7 @@ def load(folder: Path | str) -> Sam:
             raise ValueError(f"its format is {description['format']!r}, and {FORMAT!r} is what we read")
         sam = build(description["architecture"])
         sam.load_state_dict(stock_names(load_file(folder / "model.safetensors")), strict=True)
+        sam.thresholds = dict(description.get("thresholds") or {})
     except Exception as error:  # damaged files fail in ways that nobody can list
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} cannot be loaded: {type(error).__name__}: {reason}") from None

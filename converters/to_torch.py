@@ -160,6 +160,9 @@ def main(
     if format == "sam":
         arguments = ", ".join(f"{name}={value!r}" for name, value in encoder_arguments(sam.config).items())
         print(f"for ImageEncoderViT({arguments}, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))")
+        if sam.thresholds:
+            arguments = ", ".join(f"{name}={value:.3g}" for name, value in sam.thresholds.to_json().items())
+            print(f"for SamAutomaticMaskGenerator(sam, {arguments}): a .pth cannot hold them")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import peers
 import pytest
 from conftest import SQUARE, random_sam, samples
 from hypothesis import given, settings
@@ -189,6 +190,19 @@ def test_who_gets_no_mask_is_told_what_to_lower(tmp_path, capsys, own, fields, o
     lower = {name[2:].replace("-", "_"): float(value) for name, value in zip(words[::2], words[1::2], strict=True)}
     everything.everything(dataclasses.replace(start, **lower))
     assert "no mask was kept" not in capsys.readouterr().out
+
+
+def test_exports_that_cannot_hold_them_say_so(tmp_path):
+    peers.segment_anything()  # without torchvision
+    from converters import model_card, slim_sam_torch
+
+    sam = dataclasses.replace(random_sam(SQUARE), thresholds=Thresholds(**SOME))
+    for name, model, said in (("own", sam, True), ("none", random_sam(SQUARE), False)):
+        checkpoint.save(model, tmp_path / name)
+        card = model_card.text(model, model, name, tmp_path / name)
+        arguments = "pred_iou_thresh=0.5, stability_score_thresh=0.25, stability_score_offset=2"
+        assert (f'pipeline("mask-generation", model=...)(image, {arguments})' in card) == said
+        assert slim_sam_torch.load(tmp_path / name).thresholds == (SOME if said else {})
 
 
 @pytest.mark.slow
