@@ -45,9 +45,8 @@ masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"
 
 `masks` are three for the point; `outputs.iou_scores` is how good the model thinks they are.
 
-`pipeline("mask-generation", model="{name}")` finds all masks of an image. It needs torchvision as well, and lower
-thresholds (`pred_iou_thresh`, `stability_score_thresh`) where it finds none: its own are those of the largest SAM.
-{numbers}
+`pipeline("mask-generation", model="{name}")` finds all masks of an image. It needs torchvision as well.
+{thresholds}{numbers}
 ## Where it comes from
 
 {origin}
@@ -74,7 +73,13 @@ def text(sam: Sam, original: Sam, name: str, folder: Path) -> str:
     """
     with blaming(f"the provenance of {folder}"):
         parts = {"origin": origin(original.provenance), "teacher": teacher(original.provenance)}
-    return CARD.format(name=name, summary=summary(sam, original), numbers=numbers(folder, sam, original), **parts)
+    return CARD.format(
+        name=name,
+        summary=summary(sam, original),
+        thresholds=thresholds(sam),
+        numbers=numbers(folder, sam, original),
+        **parts,
+    )
 
 
 def summary(sam: Sam, original: Sam) -> str:
@@ -94,6 +99,18 @@ def summary(sam: Sam, original: Sam) -> str:
             f"ones:\nit gives what the unpadded model of {size(original)} parameters and {macs(original)} gives."
         )
     return words
+
+
+def thresholds(sam: Sam) -> str:
+    """How to ask for all masks, as no field of the folder holds the model's thresholds; empty if it has none."""
+    if not sam.thresholds:
+        return ""
+    arguments = ", ".join(f"{name}={value:.3g}" for name, value in sam.thresholds.to_json().items())
+    return (
+        "\nFor all masks of an image the usual thresholds are SAM-H's. This model has others, which no file here\n"
+        "holds; pass them to `transformers`' pipeline, as to `segment_anything`'s `SamAutomaticMaskGenerator`:\n\n"
+        f'```\npipeline("mask-generation", model=...)(image, {arguments})\n```\n'
+    )
 
 
 def numbers(folder: Path, sam: Sam, original: Sam) -> str:

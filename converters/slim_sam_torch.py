@@ -16,6 +16,8 @@ A tool that is started from a shell is started by this file, and finds slim mode
     python slim_sam_torch.py amg.py --model-type slim --checkpoint slim.pth --input truck.jpg --output masks
     python slim_sam_torch.py -m samexporter.export_encoder --model-type vit_b --checkpoint slim.pth --output slim.onnx
 
+    SamAutomaticMaskGenerator(sam, **sam.thresholds)  # those of the model; the stock ones are SAM-H's
+
 The model consists of stock modules; only their widths differ, block by block, which the stock constructors cannot
 say. Its state dict has the stock names. Widths, window and image size are read off the arrays' shapes, so that a
 .pth can be renamed, fine-tuned and saved anew.
@@ -64,7 +66,7 @@ def register(name: str, path: Path | str | None = None, **untold: Any) -> None:
 
 
 def load(path: Path | str, **untold: Any) -> Sam:
-    """Reads a model, on the CPU and in evaluation mode.
+    """Reads a model, on the CPU and in evaluation mode; its `thresholds` are {} if it was given none.
 
     Args:
       path: a .pth in the layout of `segment_anything`, or a model folder as slimsam_jax writes it.
@@ -78,28 +80,31 @@ def load(path: Path | str, **untold: Any) -> Sam:
     try:
         if surplus := untold.keys() - UNTOLD.keys():
             raise ValueError(f"shapes tell everything but {', '.join(UNTOLD)}; given was {', '.join(sorted(surplus))}")
-        architecture, state = _read_folder(path) if path.is_dir() else _read_pth(path)
+        architecture, state, thresholds = _read_folder(path) if path.is_dir() else _read_pth(path)
         sam = build(architecture | untold)
         sam.load_state_dict(state, strict=True)
+        sam.thresholds = dict(thresholds or {})
     except Exception as error:  # damaged files fail in ways that nobody can list
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {reason}") from None
     return sam
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float] | None]:
     from safetensors.torch import load_file
 
     description = json.loads((folder / "config.json").read_text())
     if description["format"] != FORMAT:
         raise ValueError(f"its format is {description['format']!r}, and {FORMAT!r} is what we read")
-    return description["architecture"], stock_names(load_file(folder / "model.safetensors"))
+    state = stock_names(load_file(folder / "model.safetensors"))
+    return description["architecture"], state, description.get("thresholds")
 
 
-def _read_pth(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_pth(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float] | None]:
     state = torch.load(path, map_location="cpu", weights_only=True)
-    told = getattr(state, "_metadata", {}).get(NOTE, {})
-    return architecture_of(state) | told, state
+    told = dict(getattr(state, "_metadata", {}).get(NOTE, {}))
+    thresholds = told.pop("thresholds", None)
+    return architecture_of(state) | told, state, thresholds
 
 
 def architecture_of(state: dict[str, Tensor]) -> dict[str, Any]:

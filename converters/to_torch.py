@@ -62,6 +62,7 @@ def save_sam(sam: Sam, path: Path) -> None:
         raise InputError(f"{loader} is there already and is not this version's; remove it or write elsewhere")
     tensors = collections.OrderedDict((k, torch.from_numpy(v.copy())) for k, v in to_state_dict(sam).items())
     told = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
+    told["thresholds"] = sam.thresholds.to_json() if sam.thresholds else None
     tensors._metadata = {"slimsam_jax": told}  # no tensor, which a strict load would refuse
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as files, writing(path):

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from slimsam_jax import files, weights
 from slimsam_jax.errors import InputError, blaming, printable, writing
-from slimsam_jax.models.config import Config
+from slimsam_jax.models.config import Config, Thresholds
 from slimsam_jax.models.sam import Params, Sam, abstract_params
 
 FORMAT = "slimsam_jax/1"
@@ -38,15 +38,20 @@ def save(sam: Sam, folder: Path | str) -> None:
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     with writing(folder / "model.safetensors"), replacing(folder / "model.safetensors") as temporary:
         save_file({path: np.asarray(array) for path, array in flat.items()}, temporary)
-    description = {"format": FORMAT, "architecture": sam.config.to_json(), "provenance": sam.provenance}
-    write_json(folder / "config.json", description)
+    write_json(folder / "config.json", describe(sam))
+
+
+def describe(sam: Sam) -> dict[str, Any]:
+    """What `config.json` holds; thresholds only of a model that has some."""
+    thresholds = {"thresholds": sam.thresholds.to_json()} if sam.thresholds else {}
+    return {"format": FORMAT, "architecture": sam.config.to_json(), **thresholds, "provenance": sam.provenance}
 
 
 def load(folder: Path | str) -> Sam:
     """Reads a model folder back, float32, strictly: every array of the architecture and no other.
 
     Raises:
-      InputError: not such a folder, or arrays missing, surplus or of the wrong shape.
+      InputError: not such a folder, arrays missing, surplus or of the wrong shape, or thresholds that are none.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
@@ -61,11 +66,13 @@ def load(folder: Path | str) -> Sam:
         provenance = _provenance(description.get("provenance", {}))
         flat = weights.read(folder / "model.safetensors")
         check_depth(config, set(flat), str(folder))
+        thresholds = description.get("thresholds")
+        thresholds = None if thresholds is None else Thresholds.from_json(thresholds)
         shapes = flax.traverse_util.flatten_dict(abstract_params(config), sep="/")
     check_names(set(flat), set(shapes), str(folder))
     check_shapes({k: (v.shape, shapes[k].shape) for k, v in flat.items()}, str(folder))
     params = to_device(flat, str(folder))
-    return Sam(config, params, provenance)
+    return Sam(config, params, provenance, thresholds)
 
 
 def _provenance(found: Any) -> dict[str, Any]:

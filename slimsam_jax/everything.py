@@ -10,6 +10,8 @@ from slimsam_jax import cli, limits
 from slimsam_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from slimsam_jax.data import Sample
     from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
 
@@ -35,10 +37,10 @@ class Options:
     """Of the grid of points."""
     points_per_batch: int = 64
     """Decoded together."""
-    pred_iou_thresh: float = 0.88
-    """The model's own estimate that a mask must exceed; a small SAM may need less."""
-    stability_score_thresh: float = 0.95
-    """The least stability of a mask."""
+    pred_iou_thresh: float | None = None
+    """The model's own estimate that a mask must exceed. Default: what the model brings along, else 0.88."""
+    stability_score_thresh: float | None = None
+    """The least stability of a mask. Default: what the model brings along, else 0.95."""
     box_nms_thresh: float = 0.7
     """Box IoU from which the worse of two masks is a duplicate."""
     crop_n_layers: int = 0
@@ -81,8 +83,29 @@ def everything(options: Options) -> None:
     content = as_coco(found)
     write_json(options.out, content)
     print(f"wrote {options.out}: {len(content['annotations'])} masks of {len(found)} images")
+    if not content["annotations"]:
+        print(why_nothing(generator, list(found)))
     if options.sheet:
         draw(found, options.sheet)
+
+
+def why_nothing(generator: SamAutomaticMaskGenerator, samples: Sequence[Sample]) -> str:
+    """What to tell whoever got no mask of readable samples: the best scores, and which option to lower how far."""
+    from slimsam_jax.inference import calibration
+
+    found = calibration.scores(generator.sam, samples, generator.stability_score_offset)
+    asked = f"{len(found.stability)} masks at {calibration.GRID} x {calibration.GRID} points"
+    if found.passing(generator).any():
+        return f"no mask was kept, though of {asked} some pass: raise --points-per-side"
+    lower = calibration.fitting(found, calibration.USUAL)
+    said, options = [], []
+    for name, words, values in zip(calibration.NAMES, ("predicted IoU", "stability"), found, strict=True):
+        option, least = f"--{name.replace('_', '-')}", getattr(generator, name)
+        said.append(f"the best {words} is {values.max():.2f} ({option} is {least:.2f})")
+        if getattr(lower, name) < least:
+            options.append(f"{option} {getattr(lower, name):.2f}")
+    hint = "" if generator.sam.thresholds else "; python -m slimsam_jax.calibrate gives the model thresholds of its own"
+    return f"no mask was kept. Of {asked} {' and '.join(said)}: lower to, say, {' '.join(options)}{hint}"
 
 
 def search(generator: SamAutomaticMaskGenerator, sample: Sample) -> dict[str, Any]:

@@ -8,16 +8,15 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from slimsam_jax import checkpoint, metrics
+from slimsam_jax import checkpoint, metrics, showcase
 from slimsam_jax.data import Sample
-from slimsam_jax.errors import printable
-from slimsam_jax.evaluation import compare_models, encode_image, predict_masks
+from slimsam_jax.evaluation import compare_models
 from slimsam_jax.models.latency import encoder_runner, interleaved
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.overlay import draw_masks, draw_prompts
 from slimsam_jax.progress import track
 
 
@@ -88,31 +87,61 @@ def print_table(report: dict[str, Any]) -> None:
         print(f"not measured: {reason}")
 
 
-def draw(teacher: Sam, slim: Sam, samples: Sequence[Sample], log: Sequence[dict[str, Any]], out: Path) -> None:
-    """Writes a PNG: masks of both models for the same prompts, loss curves, widths before and after."""
+WIDTH, LABEL, GAP, TITLE, PLOTS = 13.0, 0.35, 0.04, 0.42, 3.0  # inches of the figure, and of what is in it, downwards
+IMAGES, TALLEST = 4, 3.4  # shown, and inches of the height of a row of them
+
+
+def draw(
+    teacher: Sam,
+    slim: Sam,
+    samples: Sequence[Sample],
+    numbers: dict[str, Any],
+    log: Sequence[dict[str, Any]],
+    out: Path,
+) -> None:
+    """Writes a PNG: masks of both models for the same prompts, loss curves, widths before and after.
+
+    Args:
+      samples: of which the images are shown where the teacher is surest.
+      numbers: the report, from `measure`.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4 * 2 + 3), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(8, 3.2))
-    shown = list(samples[:: max(1, len(samples) // 4)])[:4]
-    axes = above.subplots(2, len(shown), squeeze=False)
-    for column, sample in enumerate(shown):
-        image = sample.image()
-        points = np.array([[[0.5, 0.5]], [[0.25, 0.3]], [[0.75, 0.7]], [[0.3, 0.8]]]) * np.array(
-            [image.width, image.height]
-        )
-        for row, (name, sam) in enumerate((("teacher", teacher), ("slim", slim))):
-            masks, _ = predict_masks(sam, encode_image(sam, image), points)
-            axes[row, column].imshow(draw_prompts(draw_masks(image, masks), points[:, 0]))
-            title = f"{name}: {printable(Path(sample.name).name, 60)}"
-            axes[row, column].set_title(title, fontsize=9, parse_math=False)  # $ is no formula in a file's name
-            axes[row, column].axis("off")
-    left, middle, right = below.subplots(1, 3)
+    shown = showcase.choose(teacher, samples, IMAGES)
+    aspects = [each.image.width / each.image.height for each in shown]
+    tall = min(TALLEST, (WIDTH - LABEL - GAP * len(shown)) / max(sum(aspects), 1e-9))
+    height = TITLE + 2 * (tall + GAP) + PLOTS
+    figure = Figure(figsize=(WIDTH, height), dpi=100)
+    figure.text(0.5, 1 - TITLE / 2 / height, headline(numbers), fontsize=14, ha="center", va="center")
+    for row, (name, sam) in enumerate((("teacher", teacher), ("slim", slim))):
+        bottom = PLOTS + (1 - row) * (tall + GAP)
+        _row(figure, name, [each.drawn(sam) for each in shown], bottom / height, tall / height)
+    edges = {"left": 0.045, "right": 0.99, "bottom": 0.55 / height, "top": (PLOTS - 0.5) / height}
+    left, middle, right = (figure.add_subplot(cell) for cell in figure.add_gridspec(1, 3, **edges, wspace=0.16))
     _plot_losses(left, log)
     _plot_widths(middle, teacher, slim, "head_dim", "channels per head")
     _plot_widths(right, teacher, slim, "mlp_dim", "MLP channels")
     with checkpoint.replacing(out) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+        figure.savefig(temporary, format="png")
+
+
+def _row(figure: Any, name: str, images: Sequence[Image.Image], bottom: float, height: float) -> None:
+    """Images side by side behind a label; `bottom` and `height` are shares of the figure's."""
+    widths = [height * figure.get_figheight() * image.width / image.height for image in images]
+    left = LABEL + (WIDTH - LABEL - sum(widths) - GAP * len(images)) / 2
+    figure.text((left - 0.08) / WIDTH, bottom + height / 2, name, fontsize=13, rotation=90, ha="right", va="center")
+    for image, width in zip(images, widths, strict=True):
+        axes = figure.add_axes((left / WIDTH, bottom, width / WIDTH, height))
+        axes.imshow(image, aspect="auto", interpolation="lanczos")
+        axes.axis("off")
+        left += width + GAP
+
+
+def headline(numbers: dict[str, Any]) -> str:
+    """Parameters, milliseconds and agreement in a line."""
+    size = lambda model: f"{model['parameters'] / 1e6:.2f} M parameters, encoder {model['encoder_latency_ms']:.0f} ms"
+    teacher, slim = size(numbers["teacher"]), size(numbers["slim"])
+    return f"teacher {teacher}  →  slim {slim}, {100 * numbers['agreement']:.1f} % agreement"
 
 
 def _plot_losses(axes: Any, log: Sequence[dict[str, Any]]) -> None:
@@ -121,12 +150,14 @@ def _plot_losses(axes: Any, log: Sequence[dict[str, Any]]) -> None:
         axes.semilogy([e["step"] for e in entries], [e["embedding"] for e in entries], label=f"{stage} stage")
     axes.set(title="error of the embedding", xlabel="step")
     if axes.lines:
-        axes.legend()
+        axes.legend(frameon=False, loc="upper right")
 
 
 def _plot_widths(axes: Any, teacher: Sam, slim: Sam, field: str, title: str) -> None:
     blocks = np.arange(len(teacher.config.blocks))
     for offset, (name, sam) in enumerate((("teacher", teacher), ("slim", slim))):
         axes.bar(blocks + 0.4 * (offset - 0.5), [getattr(b, field) for b in sam.config.blocks], 0.4, label=name)
-    axes.set(title=f"{title} (embedding {teacher.config.embed_dim} -> {slim.config.embed_dim})", xlabel="block")
-    axes.legend()
+    axes.set(title=f"{title} (embedding {teacher.config.embed_dim} → {slim.config.embed_dim})", xlabel="block")
+    axes.set_xticks(blocks[:: -(-len(blocks) // 12)])
+    axes.margins(y=0.25)  # room for the legend
+    axes.legend(ncols=2, frameon=False, loc="upper center")

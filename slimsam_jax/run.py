@@ -21,6 +21,7 @@ from slimsam_jax.data.sample import too_many
 from slimsam_jax.distillation import distil
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.evaluation import map_readable, read_annotated
+from slimsam_jax.inference.calibration import calibrate
 from slimsam_jax.models.image_encoder import ImageEncoder
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import track
@@ -93,7 +94,8 @@ def carry_out(run: Run) -> dict[str, Any]:
 def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
     """Writes the model, measures it, and cleans up."""
     start, out = time.perf_counter(), run.options.out
-    student = dataclasses.replace(student, provenance=run.provenance)
+    thresholds = calibrate(student, run.images, like=run.teacher)
+    student = dataclasses.replace(student, provenance=run.provenance, thresholds=thresholds)
     checkpoint.save(student, out)
     save_other(run, student)
     numbers = report.measure(run.teacher, student, run.val, run.dtype)
@@ -103,7 +105,8 @@ def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
     numbers["peak_memory_gb"] = metrics.peak_memory() / 1e9
     checkpoint.write_json(out / "report.json", {**numbers, "provenance": student.provenance})
     val = [sample for sample in run.val if sample.name not in numbers["skipped"]]
-    report.draw(run.teacher, student, val, run.folder.read_log(), out / "report.png")
+    shown = val if run.options.val else val + run.images  # a few that were held out seldom make a good picture
+    report.draw(run.teacher, student, shown, numbers, run.folder.read_log(), out / "report.png")
     run.folder.finish()
     report.print_table(numbers)
     if run.target.budget and abs(numbers["budget"]["reached"] / run.target.budget.amount - 1) > 0.01:
@@ -112,12 +115,16 @@ def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
 
 
 def save_other(run: Run, student: Sam) -> None:
-    """The best or the last of the last stage, whichever `student` is not, in a folder of that name."""
+    """The best or the last of the last stage, whichever `student` is not, in a folder of that name.
+
+    It gets the thresholds of `student`, from which it is a few steps away.
+    """
     name = "last" if run.recipe.keep == "best" else "best"
     other = run.folder.load_model(run.stages[-1].name, name)
     same = lambda a, b: bool((np.asarray(a) == np.asarray(b)).all())
     if other and not all(jax.tree.leaves(jax.tree.map(same, other.params, student.params))):
-        checkpoint.save(dataclasses.replace(other, provenance=run.provenance), run.options.out / name)
+        other = dataclasses.replace(other, provenance=run.provenance, thresholds=student.thresholds)
+        checkpoint.save(other, run.options.out / name)
 
 
 def prepare(options: Options) -> Run:

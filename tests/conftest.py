@@ -23,7 +23,7 @@ from PIL import Image
 
 from slimsam_jax import checkpoint, compress
 from slimsam_jax.data import Sample, folder
-from slimsam_jax.models.config import GLOBAL, Block, Config
+from slimsam_jax.models.config import GLOBAL, Block, Config, Thresholds
 from slimsam_jax.models.sam import Sam, abstract_params
 
 # Golden vectors from the original code and a trained checkpoint. Too large for the repository (40 MB); they lie
@@ -119,7 +119,8 @@ def material(tmp_path_factory):
     from test_data import write_annotation
 
     root = tmp_path_factory.mktemp("material")
-    checkpoint.save(random_sam(SQUARE), root / "teacher")
+    teacher = dataclasses.replace(random_sam(SQUARE), thresholds=Thresholds(0.0, 0.0, 0.5))
+    checkpoint.save(teacher, root / "teacher")
     for name, count in (("images", 6), ("val", 2)):
         (root / name).mkdir()
         for i in range(count):

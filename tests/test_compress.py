@@ -57,6 +57,7 @@ def test_what_a_run_leaves(finished, material):
     even = even_cut(SQUARE, 0.5)  # the default shares out its multiply-accumulates anew
     assert 0.97 < metrics.encoder_macs(slim.config).total / metrics.encoder_macs(even).total <= 1
     assert slim.provenance["options"]["ratio"] == 0.5
+    assert slim.thresholds == from_torch.load(material / "teacher").thresholds  # which let everything pass
     assert slim.provenance["versions"]["jax"]
     report = json.loads((finished / "report.json").read_text())
     assert report["slim"]["parameters"] < report["teacher"]["parameters"]

@@ -14,11 +14,11 @@ from PIL import Image
 
 from slimsam_jax.data.sample import Annotation, Sample
 from slimsam_jax.errors import InputError, printable
-from slimsam_jax.overlay import draw_masks, draw_prompts
+from slimsam_jax.overlay import draw_masks, draw_prompts, sheet
 from slimsam_jax.progress import track
 from slimsam_jax.regions import extent
 
-SHEET, TILE = 12, 320  # pictures on a sheet, pixels of a side of each
+SHEET = 12  # pictures on a sheet
 
 
 class Findings(NamedTuple):
@@ -123,14 +123,10 @@ def draw_sheet(samples: Sequence[Sample], prompts: bool = True) -> Image.Image:
     """
     chosen = [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, SHEET).astype(int))]
     tiles = [tile for sample in chosen if (tile := _tile(sample, prompts))]
-    columns = min(4, max(1, len(tiles)))
-    sheet = Image.new("RGB", (columns * TILE, max(1, -(-len(tiles) // columns)) * TILE), "white")
-    for i, tile in enumerate(tiles):
-        sheet.paste(tile, (i % columns * TILE, i // columns * TILE))
-    return sheet
+    return sheet([image for image, _ in tiles], [title for _, title in tiles])
 
 
-def _tile(sample: Sample, prompts: bool) -> Image.Image | None:
+def _tile(sample: Sample, prompts: bool) -> tuple[Image.Image, str] | None:
     try:
         picture = sample.image()
     except InputError:
@@ -143,5 +139,4 @@ def _tile(sample: Sample, prompts: bool) -> Image.Image | None:
     picture = draw_masks(picture, np.array([a.mask for a in largest_first]))
     if prompts:
         picture = draw_prompts(picture, [a.point for a in annotations], [a.box for a in annotations])
-    picture.thumbnail((TILE - 4, TILE - 4))
-    return picture
+    return picture, f"{PurePath(sample.name).name}: {len(annotations)} mask{'s' * (len(annotations) != 1)}"

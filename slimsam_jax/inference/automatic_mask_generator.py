@@ -23,15 +23,16 @@ from slimsam_jax.inference.predictor import AnyImage, as_picture, check_list, ch
 from slimsam_jax.inference.prompts import real_array
 from slimsam_jax.limits import SEARCH, quoted
 from slimsam_jax.limits import check as check_number
+from slimsam_jax.models.config import Thresholds
 from slimsam_jax.models.sam import Sam
 
 
 @dataclasses.dataclass(frozen=True)
 class SamAutomaticMaskGenerator:
-    """Finds the masks of whole pictures. Fields as the original's, with its defaults, which suit SAM-H.
+    """Finds the masks of whole pictures. Fields as the original's, with its defaults but for the model's thresholds.
 
     Attributes:
-      sam: the model.
+      sam: the model. Thresholds that are None become its own, or those of Segment Anything if it has none.
       points_per_side: of the grid; or None and `point_grids`.
       points_per_batch: decoded together.
       pred_iou_thresh: the model's own estimate that a mask must exceed.
@@ -52,9 +53,9 @@ class SamAutomaticMaskGenerator:
     sam: Sam
     points_per_side: int | None = 32
     points_per_batch: int = 64
-    pred_iou_thresh: float = 0.88
-    stability_score_thresh: float = 0.95
-    stability_score_offset: float = 1.0
+    pred_iou_thresh: float | None = None
+    stability_score_thresh: float | None = None
+    stability_score_offset: float | None = None
     box_nms_thresh: float = 0.7
     crop_n_layers: int = 0
     crop_nms_thresh: float = 0.7
@@ -68,6 +69,9 @@ class SamAutomaticMaskGenerator:
 
     def __post_init__(self):
         check_model(self.sam)
+        for name, value in (self.sam.thresholds or Thresholds()).to_json().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the class is frozen
         self._check_numbers()
         if (self.points_per_side is None) == (self.point_grids is None):
             raise InputError("give either points_per_side or point_grids")

@@ -128,6 +128,47 @@ class Config:
             raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
 
 
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """What a mask of everything mode must reach to be kept. They belong to a model, as its scores mean what it learned.
+
+    The names are `SamAutomaticMaskGenerator`'s, the defaults Segment Anything's, which suit SAM-H.
+
+    Attributes:
+      pred_iou_thresh: the model's own estimate of a mask's IoU, which must exceed it; 0..1.
+      stability_score_thresh: the least IoU of the mask cut at logits above and below 0; 0..1.
+      stability_score_offset: how far above and below, in logits.
+
+    Raises:
+      ValueError: one is not a number, not finite, or out of range.
+    """
+
+    pred_iou_thresh: float = 0.88
+    stability_score_thresh: float = 0.95
+    stability_score_offset: float = 1.0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, most = getattr(self, field.name), 100 if field.name == "stability_score_offset" else 1
+            if type(value) not in (int, float) or not 0 <= value <= most or (most == 100 and not value):
+                raise ValueError(f"{field.name} {value!r:.40} is no number between 0 and {most}")
+
+    def to_json(self) -> dict[str, float]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Thresholds:
+        """Inverse of `to_json`.
+
+        Raises:
+          ValueError: an unknown or missing field, or a value out of range.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, Mapping) or set(fields) != names:
+            raise ValueError(f"thresholds are {', '.join(sorted(names))}, all three, and nothing else")
+        return cls(**fields)
+
+
 class Preset(NamedTuple):
     """An architecture whose blocks have the same widths; sizes in pixels, the window's side in tokens."""
 

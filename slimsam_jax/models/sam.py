@@ -18,7 +18,7 @@ import numpy as np
 import scipy.sparse
 from PIL import Image
 
-from slimsam_jax.models.config import Config
+from slimsam_jax.models.config import Config, Thresholds
 from slimsam_jax.models.image_encoder import ImageEncoder
 from slimsam_jax.models.mask_decoder import MaskDecoder
 from slimsam_jax.models.prompt_encoder import ABSENT, PromptEncoder
@@ -34,11 +34,14 @@ class Sam:
       config: the architecture.
       params: {"image_encoder": ..., "prompt_encoder": ..., "mask_decoder": ...}, float32.
       provenance: where it came from; free-form JSON, carried along on disk.
+      thresholds: of everything mode, if the model has some of its own; they are no part of `config`, which compiled
+        programs are told apart by.
     """
 
     config: Config
     params: Params
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    thresholds: Thresholds | None = None
 
 
 def init(config: Config, key: jax.Array) -> Params:
