@@ -191,7 +191,7 @@ HOSTILE = {
             f"--{name} 0"
             for name in ("steps", "batch", "prompts", "embed-dim", "depth", "heads", "learning-rate", "crop")
         ),
-        *("--embed-dim 8192 --depth 128", "--embed-dim 7", "--heads 5", "--image-size 17", "--batch 60000", "--ema 1"),
+        *("--embed-dim 8160 --depth 128", "--embed-dim 7", "--heads 5", "--image-size 17", "--batch 60000", "--ema 1"),
         *(f"--{name} nan" for name in ("learning-rate", "weight-decay", "clip", "ema", "crop", "max-broken")),
         *("--learning-rate 1e30", "--weight-decay 1e30", "--crop 1e-320", "--corrections -1", "--freeze x", "--resume"),
         *(
@@ -245,6 +245,25 @@ def test_a_hostile_command_line_is_refused_in_one_line(imported, material, tmp_p
     assert error.startswith("error: ") and error.count("\n") == 1 and error[:-1].isprintable()
     assert len(error) < 1000 and seconds < 2 and grown < 500_000  # of processor time, on a machine that is busy
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "part"),
+    [
+        ("everything", "--model nowhere --crop-n-layers 30", "--crop-n-layers 30 must be a number from 0 to 5"),
+        ("evaluate", "--model nowhere --points-per-side 1000000", "--points-per-side 1000000 must be"),
+        ("compress", f"--teacher nowhere --steps {BIG}", f"--steps {BIG} must be"),
+        ("train", "--embed-dim 8160 --depth 128", "G parameters, too many to train"),
+        ("predict", "--point 3,3 --out {m}/val/0.png", "would replace --image"),
+    ],
+)
+def test_numbers_are_looked_at_before_models(imported, material, tmp_path, monkeypatch, capsys, name, given, part):
+    found = [getattr(importlib.import_module(COMMANDS[name][0]), function) for function in COMMANDS[name][1]]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *words(name, given, material)])
+    with pytest.raises(SystemExit):
+        cli.run(*found)
+    assert part in capsys.readouterr().err
 
 
 def test_there_are_as_many_as_were_asked_for():
