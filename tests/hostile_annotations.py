@@ -44,6 +44,7 @@ MASKS: dict[str, dict[str, Any]] = {  # rows that SA-1B and COCO may have
     "cut string": masked("o"),
     "long group": masked("o" * 100 + "0"),
     "group of 13": masked("P" * 12 + "0"),
+    "group of which bits are lost": masked("0hbPPPPP1"),
     "wrapping group": masked("o" * 12 + "O" + "o" * 12 + "O" + "0"),
     "zeros": masked("0" * 100),
     "long string": masked("0" * 1_000_000),
@@ -131,7 +132,9 @@ POLYGONS: dict[str, dict[str, Any]] = {  # rows of COCO
     "objects": polygons({"size": [20, 30], "counts": [2**62] * 4 + [600]}),
     "no counts": row(segmentation={"size": [20, 30]}),
     "long outline": polygons([-29, 0, 59, 1] * 6000),
-    "many polygons": polygons(*[TRIANGLE] * 20_000),
+    "far, but short": polygons([1e9, 1e9, 1e9 + 1, 1e9, 1e9, 1e9 + 1]),
+    "polygons that are long to unite": polygons(*[TRIANGLE] * 15_000),
+    "many polygons": polygons(*[TRIANGLE] * 150_000),
     "many points": polygons([5, 5] * 2_200_000),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,8 +17,9 @@ import hostile_files as hostile
 import pytest
 
 from slimsam_jax import data
+from slimsam_jax.data import builder
 from slimsam_jax.data.batches import Batches
-from slimsam_jax.errors import MESSAGE, InputError, RunError, printable
+from slimsam_jax.errors import MESSAGE, InputError, RunError
 
 WORKER = Path(__file__).with_name("hostile_worker.py")
 SECONDS, MEGABYTES = 1.0, 500
@@ -37,9 +39,10 @@ SOUND = annotations.row()["segmentation"]
 LINES = {"tars": 2}  # that may be said of one: of the member that is cut, and of what followed it
 
 
-def outcomes(cases: list[list[str]]) -> list[dict[str, Any]]:
+def outcomes(cases: list[list[str]], **variables: str) -> list[dict[str, Any]]:
     """Of the worker, in their order."""
-    done = subprocess.run([sys.executable, WORKER], input=json.dumps(cases), capture_output=True, text=True)
+    command, text = [sys.executable, str(WORKER)], json.dumps(cases)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, env=os.environ | variables)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -95,26 +98,6 @@ def test_what_pycocotools_would_be_given_is_refused(tmp_path, kind):
     for name, each in zip(contents, found, strict=True):
         assert each["code"] == 2, (name, each)
         assert_refused(each, name)
-
-
-ODD_NAMES = list(hostile.NAMES.items())
-
-
-def test_odd_names_and_odd_but_sound_tars_are_read(tmp_path):
-    names = {name: folder_with(tmp_path / f"n{i}", file, hostile.GOOD) for i, (name, file) in enumerate(ODD_NAMES)}
-    tars = {name: folder_with(tmp_path / name, "x.tar", content) for name, content in hostile.SOUND_TARS.items()}
-    for name, each in zip(names | tars, outcomes([["check", str(p)] for p in (names | tars).values()]), strict=True):
-        assert_harmless(each, name)
-        assert each["code"] == 0 and "images: 2 (2 .png)" in each["out"], (name, each)
-
-
-def test_odd_names_of_broken_images_and_shards_are_shown(tmp_path):
-    cases = [(file, b"no image") for _, file in ODD_NAMES]
-    cases += [(file.replace(b".png", b".tar"), b"no tar") for _, file in ODD_NAMES]
-    places = [str(folder_with(tmp_path / str(i), *case)) for i, case in enumerate(cases)]
-    found = outcomes([[command, place] for command in ("check", "read") for place in places])
-    for (file, _), each in zip(cases * 2, found, strict=True):
-        assert_refused(each, repr(file))
 
 
 def test_locations_that_are_no_files_or_absurd_are_refused(tmp_path):
@@ -189,7 +172,39 @@ def test_too_many_masks_for_any_memory(tmp_path):
     assert "300 masks of 4000 x 4000 pixels, more than can be held" in each["out"]
 
 
-def test_names_are_shown_escaped_and_cut():
-    assert printable("a\x1b[31m\nb\udcffü 日") == "a\\x1b[31m\\nb\\udcffü 日"
-    assert printable("a" * 400 + "b" * 400) == "a" * 150 + " … " + "b" * 150
-    assert str(InputError("a\nb\x1b")) == "a b\\x1b" and str(RunError("\udcff" * 9000)).encode()
+def test_a_tfds_folder_is_not_believed(tmp_path):
+    """Above all: tfds imports the module that a feature is said to be of."""
+    folder_with(tmp_path / "in", "y.png", hostile.GOOD)
+    assert not builder.prepare(data.find([tmp_path / "in"]), tmp_path / "sound")
+    info, features = "dataset_info.json", "features.json"
+    (records,) = (tmp_path / "sound").rglob("*array_record*")
+    scalar = '"tensorflow_datasets.core.features.scalar.Scalar"'
+    changes = {
+        "module": (features, lambda text: text.replace(scalar, '"evil.Feature"')),
+        "module, other spelling": (features, lambda text: text.replace(f'"pythonClassName": {scalar}', OTHER)),
+        "module, escaped": (features, lambda text: text.replace(f'"pythonClassName": {scalar}', ESCAPED)),
+        "old": (features, lambda text: '{"type": "evil.Feature", "content": {}}'),
+        "deep": (features, lambda text: annotations.DEEP),
+        "many": (info, lambda text: text.replace('"2"', '"1000000000000"')),
+        "elsewhere": (info, lambda text: text.replace('"{DATASET}-', '"../{DATASET}-')),
+        "a device": (info, lambda text: text.replace('"{DATASET}-', '"/dev/zero{DATASET}-')),
+        "no JSON": (info, lambda text: "{"),
+        "no records": (records.name, lambda text: "no records" * 1000),
+    }
+    for name, (file, change) in changes.items():
+        shutil.copytree(tmp_path / "sound", tmp_path / name)
+        (changed,) = (tmp_path / name).rglob(file)
+        changed.write_text(change(changed.read_text(errors="replace")))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    cases = [["check", f"tfds:{tmp_path / name}"] for name in [*changes, "sound"]]
+    *found, sound = outcomes(cases, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert sound["code"] == 0 and "images: 2" in sound["out"], sound
+    assert not (tmp_path / "ran").exists()
+    for name, each in zip(changes, found, strict=True):
+        assert_refused(
+            each | {"seconds": each["seconds"] - sound["seconds"]}, name, most=2
+        )  # importing tfds takes some
+
+
+OTHER = '"python_class_name": "evil.Feature"'
+ESCAPED = '"python\\u0043lassName": "evil\\u002eFeature"'

@@ -27,7 +27,10 @@ from slimsam_jax.errors import InputError, printable
 DAMAGED = (ValueError, KeyError, TypeError, OverflowError)  # of what `blaming` makes an InputError
 HUGE = st.sampled_from([2**31, 2**32, 2**62, 2**63, 2**64, 10**30, -1, -(2**62), -(2**63)])
 SIDES = st.integers(0, 12) | HUGE
-RUNS = st.lists(st.integers(0, 12) | HUGE, max_size=12)
+WRAPPING = st.sampled_from([[2**62] * 4, [2**63 - 1, 1] * 2, [-5, 5], [2**32] * 2, [12.5, -0.5], [True]])
+RUNS = st.lists(st.integers(0, 12).map(lambda run: [run]) | HUGE.map(lambda run: [run]) | WRAPPING, max_size=8).map(
+    lambda blocks: [run for block in blocks for run in block]
+)
 PACKED = st.text(st.characters(min_codepoint=46, max_codepoint=113), max_size=30) | st.binary(max_size=30)
 NUMBERS = st.integers(-40, 70) | st.floats(-40, 70) | st.floats() | HUGE
 ANYTHING = st.recursive(
@@ -49,6 +52,16 @@ def mutated(content: bytes, changes: list[tuple[int, bytes]]) -> bytes:
 @given(st.lists(SIDES, min_size=2, max_size=2) | ANYTHING, RUNS | PACKED | ANYTHING)
 def masks(size: Any, counts: Any) -> None:
     """A mask is decoded as pycocotools would, if it may see it; and only if the runs cover the size."""
+    decode_mask(size, counts)
+
+
+@given(RUNS)
+def wrapping_masks(runs: list[Any]) -> None:
+    """The size is what a sum of 64 bits gives."""
+    decode_mask([1, int(sum(runs)) % 2**64], runs)
+
+
+def decode_mask(size: Any, counts: Any) -> None:
     try:
         mask = rle.decode({"size": size, "counts": counts})
     except DAMAGED:
@@ -150,9 +163,8 @@ def names(name: str, most: int) -> None:
     assert said == name or not name.isprintable() or len(name) > most
 
 
-PROPERTIES: dict[str, Callable[[], None]] = {
-    each.__name__: each for each in (masks, sound_masks, polygon_lists, sa1b_files, coco_files, tars, images, names)
-}
+EACH = (masks, wrapping_masks, sound_masks, polygon_lists, sa1b_files, coco_files, tars, images, names)
+PROPERTIES: dict[str, Callable[[], None]] = {each.__name__: each for each in EACH}
 
 
 @pytest.mark.parametrize("name", PROPERTIES)
