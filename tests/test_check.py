@@ -42,7 +42,7 @@ def test_a_sound_folder(folder, tmp_path, capsys):
     assert "images: 4 (3 .jpg, 1 .png)" in out and "annotated: 3 images with 3 masks" in out and "problems: none" in out
     assert "10 x 40 to 30 x 20" in out
     sheet = np.asarray(Image.open(tmp_path / "sheets" / "x.png"))
-    assert overlay.ROW < len(sheet) < 2 * overlay.ROW and tiles(sheet) == 4 and sheet.std() > 10
+    assert overlay.ROW / 2 < len(sheet) < 2 * overlay.ROW and tiles(sheet) == 4 and sheet.std() > 10
 
 
 def tiles(sheet: np.ndarray) -> int:

@@ -34,6 +34,8 @@ def test_masks_are_filled_outlined_and_hide_what_lies_below():
     ):
         plain = 100 if share < 0.9 else 55 + 0.45 * colour  # lines lie on the tint
         np.testing.assert_allclose(drawn[y, x], (1 - share) * plain + share * colour, atol=1)
+    above = np.asarray(overlay.draw_masks(GREY, np.stack([masks[0], square(0, 12, 16)]))).astype(int)
+    np.testing.assert_allclose(above[20, 5], 55 + 0.45 * other, atol=1)  # where the line of the first was
     np.testing.assert_array_equal(np.asarray(overlay.draw_masks(GREY, np.zeros((0, 40, 60), bool))), np.asarray(GREY))
 
 
@@ -87,7 +89,7 @@ def test_an_object_is_what_many_points_find():
 
 def test_the_surest_masks_that_do_not_overlap_are_shown():
     masks = np.stack([square(5, 5, 10), square(6, 6, 10), square(30, 5, 10), square(30, 25, 10), square(45, 20, 9)])
-    worth = np.array([0.5, 0.9, 0.6, 0.4, 0.7])[:, None]
+    worth = np.array([0.8, 0.9, 0.6, 0.4, 0.7])[:, None]
     assert showcase.distinct(masks[:, None], worth) == [(1, 0), (4, 0), (2, 0)]
     assert showcase.distinct(masks[:3, None], np.array([[0.1], [0.9], [0.4]])) == [(1, 0)]
     assert showcase.distinct(masks[:, None], 0 * worth) == []
