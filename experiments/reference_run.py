@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from converters.from_torch import load
-from slimsam_jax import __version__, checkpoint, labels, sharding
+from experiments.reference_data import composites
+from slimsam_jax import __version__, checkpoint, data, labels, sharding
 from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError
 from slimsam_jax.mask_training import PROTOCOLS, MaskTraining, Settings
@@ -26,6 +27,7 @@ from slimsam_jax.run_folder import RunFolder
 if TYPE_CHECKING:
     from experiments.train_reference import Options
 
+COMPOSITES = 200_000  # different ones; a training of more meets some again
 RATES = {"random": 5e-4, "init": 5e-5}  # the default learning rates
 
 
@@ -33,7 +35,7 @@ def run(options: Options) -> dict[str, Any]:
     """See `train_reference.main`, which checks the options first."""
     settings = settings_of(options)
     sam = first_model(options)
-    images, val = (labels.annotated(samples, "training") for samples in split_images(options))
+    images, val = (labels.annotated(samples, "training") for samples in images_of(options))
     val = val[: options.val_images]
     origin = provenance(options, settings, sam, images, val)
     folder = RunFolder(options.out, origin, options.resume)
@@ -41,6 +43,13 @@ def run(options: Options) -> dict[str, Any]:
     numbers = finish(folder, trained, origin, options.keep) if sharding.is_main() else {}
     sharding.barrier("finished")
     return numbers
+
+
+def images_of(options: Options) -> tuple[list[Sample], list[Sample]]:
+    """Samples to learn from, and samples to measure on."""
+    if not options.composites:
+        return split_images(options)
+    return composites.samples(options.composites, "train", COMPOSITES, options.seed), data.find(options.val)
 
 
 def settings_of(options: Options) -> Settings:

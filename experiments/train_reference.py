@@ -30,8 +30,10 @@ class Options:
     `converters.to_torch` take; log.jsonl and curve.png show how the training went.
     """
 
-    images: tuple[str, ...]
+    images: tuple[str, ...] = ()
     """Annotated pictures to learn from: folders in SA-1B layout, .tar shards, a COCO .json, tfds:DIR."""
+    composites: Path | None = None
+    """Instead of --images: a pack from `experiments.reference_data`, of which images are drawn anew for each step."""
     val: tuple[str, ...] = ()
     """Annotated pictures to measure on. Default: an eighth of --images, at most 50, held out."""
     out: Path = Path("reference")
@@ -67,7 +69,10 @@ class Options:
     mask later. "short" is 2 focal + 2 cross-entropy + dice + IoU of both after each prompt: for short trainings, and
     for single masks of single clicks, which the paper does not train."""
     learning_rate: float | None = None
-    """Peak, after a warm-up of 5 % of the steps and before a cosine to zero. Default: 5e-4, with --init 5e-5."""
+    """Peak, after a warm-up. Default: 5e-4, with --init 5e-5."""
+    schedule: Literal["cosine", "warm"] = "cosine"
+    """"cosine": a warm-up of 5 % of the steps, then a cosine to zero. "warm": a warm-up of 500 steps, then the peak for
+    good: for a training of unknown length, which a later run with --init takes to its end by a cosine."""
     weight_decay: float = 0.1
     """AdamW's, of kernels."""
     clip: float = 1.0
@@ -108,6 +113,12 @@ class Options:
         for name in (*SIZES, *COUNTS):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if bool(self.images) == bool(self.composites):
+            raise InputError("give annotated pictures by --images, or a pack by --composites")
+        if self.composites and not self.val:
+            raise InputError(
+                "--composites needs --val: `python -m experiments.reference_data draw` makes such a folder"
+            )
         if self.init and self.preset:
             raise InputError(f"--init brings its own architecture; leave out --preset {self.preset}")
         if self.init and self.decoder:
@@ -137,7 +148,7 @@ class Options:
         fields = dataclasses.asdict(self)
         for name in ("out", "resume", "save_every", "fsdp", "distributed", "max_broken"):
             del fields[name]
-        paths = {name: fields[name] and str(fields[name]) for name in ("init", "decoder")}
+        paths = {name: fields[name] and str(fields[name]) for name in ("init", "decoder", "composites")}
         return fields | paths | {"images": list(self.images), "val": list(self.val)}
 
 

@@ -60,6 +60,7 @@ class Settings:
       corrections: clicks after the first prompt.
       objective: a key of `OBJECTIVES`.
       learning_rate, clip, weight_decay, ema: see `recipes.Recipe`; weight decay is for kernels alone.
+      schedule: see `distill.learning_rates`.
       flip, crop: see `recipes.Recipe`.
       freeze: parts of the SAM that stay as they are.
       validations: of the training, evenly spaced.
@@ -77,6 +78,7 @@ class Settings:
     corrections: int = 1
     objective: Literal["sam", "short"] = "short"
     learning_rate: float = 5e-4
+    schedule: Literal["cosine", "warm"] = "cosine"
     clip: float = 1.0
     weight_decay: float = 0.1
     ema: float = 0.0
@@ -101,7 +103,7 @@ class MaskTraining(Loop):
     ):
         self.start_from, self.images, self.val, self.settings = sam, images, val, settings
         self.objective = OBJECTIVES[settings.objective]
-        self.rates = distill.learning_rates(settings.learning_rate, settings.steps)
+        self.rates = distill.learning_rates(settings.learning_rate, settings.steps, settings.schedule)
         fields = (settings.steps, settings.batch, settings.save_every, settings.validations, settings.keep)
         super().__init__(folder, make_trainer(sam, settings), Schedule("training", "the training", *fields))
 
