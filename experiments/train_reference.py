@@ -105,6 +105,8 @@ class Options:
     """Of the image encoder's computation; parameters stay float32. "auto" is bfloat16 on GPU and TPU."""
     max_broken: float = 0.1
     """The share of --images that may be unusable; more stops the run."""
+    workers: int = 0
+    """Processes that draw --composites, where a GPU is faster than a process's threads; 0 for threads."""
     distributed: str | None = None
     """For several processes, as in `slimsam_jax.compress`."""
 
@@ -119,6 +121,8 @@ class Options:
             raise InputError(
                 "--composites needs --val: `python -m experiments.reference_data draw` makes such a folder"
             )
+        if not 0 <= self.workers <= 256 or (self.workers and not self.composites):
+            raise InputError(f"--workers {self.workers} are not 0 to 256 processes to draw --composites in")
         if self.init and self.preset:
             raise InputError(f"--init brings its own architecture; leave out --preset {self.preset}")
         if self.init and self.decoder:
@@ -146,7 +150,7 @@ class Options:
     def fixing_the_result(self) -> dict[str, Any]:
         """What a resumed run must share with the run it continues."""
         fields = dataclasses.asdict(self)
-        for name in ("out", "resume", "save_every", "fsdp", "distributed", "max_broken"):
+        for name in ("out", "resume", "save_every", "fsdp", "distributed", "max_broken", "workers"):
             del fields[name]
         paths = {name: fields[name] and str(fields[name]) for name in ("init", "decoder", "composites")}
         return fields | paths | {"images": list(self.images), "val": list(self.val)}

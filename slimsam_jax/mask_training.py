@@ -69,6 +69,7 @@ class Settings:
       dtype: of the image encoder's computation; prompt encoder and decoder compute in float32.
       accumulate, fsdp: see `train.make_trainer`.
       max_broken: the share of pictures that may be unusable.
+      workers: see `data.batches.Batches`.
       seed: of order, crops and prompts.
     """
 
@@ -92,6 +93,7 @@ class Settings:
     accumulate: int = 1
     fsdp: int = 1
     max_broken: float = 0.1
+    workers: int = 0
     seed: int = 0
 
 
@@ -109,7 +111,7 @@ class MaskTraining(Loop):
 
     def stream(self, start: int) -> MaskBatches:
         s, part = self.settings, (jax.process_index(), jax.process_count())
-        how = (s.batch, s.seed + 1, s.prompts, s.flip, s.crop, start, part, s.max_broken)
+        how = (s.batch, s.seed + 1, s.prompts, s.flip, s.crop, start, part, s.max_broken, s.workers)
         return MaskBatches(self.images, self.start_from.config, *how)
 
     def weights(self, step: int) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -10,6 +12,8 @@ from experiments.reference_data import composites, pack, surfaces
 from slimsam_jax.data import find
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import read_annotated
+from slimsam_jax.mask_batches import MaskBatches
+from slimsam_jax.models import config as configs
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +130,16 @@ def test_a_cutout_is_one_object_with_an_outline(tmp_path):
 def test_a_pack_without_cutouts_is_refused(tmp_path):
     with pytest.raises(InputError, match="makes a pack"):
         composites.samples(tmp_path, "train", 1, 0)
+
+
+@pytest.mark.slow
+def test_workers_draw_the_same_batches(small_pack):
+    samples = composites.samples(small_pack, "train", 8, 0)
+    config = dataclasses.replace(configs.preset("small"), image_size=(64, 64))
+    alone, shared = (MaskBatches(samples, config, 2, seed=1, prompts=2, start=1, workers=n) for n in (0, 2))
+    try:
+        for expected, found, _ in zip(alone, shared, range(3), strict=False):
+            assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    finally:
+        alone.close()
+        shared.close()
