@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from converters.from_torch import load
-from slimsam_jax import __version__, checkpoint, labels, metrics, sharding
+from experiments.reference_data import composites
+from slimsam_jax import __version__, checkpoint, data, labels, metrics, sharding
 from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError
 from slimsam_jax.mask_training import PROTOCOLS, MaskTraining, Settings
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from experiments.train_reference import Options
 
 MOST_PARAMETERS = 2 * 10**9  # three times those of SAM-H
+COMPOSITES = 200_000  # different ones; a training of more meets some again
 RATES = {"random": 5e-4, "init": 5e-5}  # the default learning rates
 
 
 def run(options: Options) -> dict[str, Any]:
     """See `train_reference.main`, which checks the options first."""
     settings = settings_of(options)
-    images, val = (labels.annotated(samples, "training") for samples in split_images(options))
+    images, val = (labels.annotated(samples, "training") for samples in images_of(options))
     if settings.batch > type(options).batch:  # the default may be more than there are
         check_batch(options, settings.batch, len(images))
     sam = first_model(options)
@@ -44,6 +46,13 @@ def run(options: Options) -> dict[str, Any]:
         numbers = finish(folder, trained, origin, options.keep) if sharding.is_main() else {}
         sharding.barrier("finished")
     return numbers
+
+
+def images_of(options: Options) -> tuple[list[Sample], list[Sample]]:
+    """Samples to learn from, and samples to measure on."""
+    if not options.composites:
+        return split_images(options)
+    return composites.samples(options.composites, "train", COMPOSITES, options.seed), data.find(options.val)
 
 
 def settings_of(options: Options) -> Settings:

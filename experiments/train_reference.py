@@ -35,6 +35,7 @@ COUNTED = {
     "save_every": Range(1, limits.COUNT, True),
     "accumulate": Range(1, limits.BATCH, True),
     "fsdp": Range(1, limits.BATCH, True),
+    "workers": Range(0, 256, True),
 }
 SIZES = ("embed_dim", "depth", "heads", "mlp_dim", "image_size", "window")
 
@@ -47,8 +48,10 @@ class Options:
     `converters.to_torch` take; log.jsonl and curve.png show how the training went.
     """
 
-    images: tuple[str, ...]
+    images: tuple[str, ...] = ()
     """Annotated pictures to learn from: folders in SA-1B layout, .tar shards, a COCO .json, tfds:DIR."""
+    composites: Path | None = None
+    """Instead of --images: a pack from `experiments.reference_data`, of which images are drawn anew for each step."""
     val: tuple[str, ...] = ()
     """Annotated pictures to measure on. Default: an eighth of --images, at most 50, held out."""
     out: Path = Path("reference")
@@ -84,7 +87,10 @@ class Options:
     mask later. "short" is 2 focal + 2 cross-entropy + dice + IoU of both after each prompt: for short trainings, and
     for single masks of single clicks, which the paper does not train."""
     learning_rate: float | None = None
-    """Peak, after a warm-up of 5 % of the steps and before a cosine to zero. Default: 5e-4, with --init 5e-5."""
+    """Peak, after a warm-up. Default: 5e-4, with --init 5e-5."""
+    schedule: Literal["cosine", "warm"] = "cosine"
+    """"cosine": a warm-up of 5 % of the steps, then a cosine to zero. "warm": a warm-up of 500 steps, then the peak for
+    good: for a training of unknown length, which a later run with --init takes to its end by a cosine."""
     weight_decay: float = 0.1
     """AdamW's, of kernels."""
     clip: float = 1.0
@@ -117,12 +123,20 @@ class Options:
     """Of the image encoder's computation; parameters stay float32. "auto" is bfloat16 on GPU and TPU."""
     max_broken: float = 0.1
     """The share of --images that may be unusable; more stops the run."""
+    workers: int = 0
+    """Processes that draw --composites, where a GPU is faster than a process's threads; 0 for threads."""
     distributed: str | None = None
     """For several processes, as in `slimsam_jax.compress`."""
 
     def check(self) -> None:
         """Raises InputError for what can be told wrong without looking at files."""
         limits.check_options(self, COUNTED)
+        if bool(self.images) == bool(self.composites):
+            raise InputError("give annotated pictures by --images, or a pack by --composites")
+        if self.composites and not self.val:
+            raise InputError("--composites needs --val, a folder that `experiments.reference_data draw` makes")
+        if self.workers and not self.composites:
+            raise InputError("--workers draw --composites; --images are read in threads")
         if self.init and self.preset:
             raise InputError(f"--init brings its own architecture; leave out --preset {self.preset}")
         if self.init and self.decoder:
@@ -147,9 +161,9 @@ class Options:
     def fixing_the_result(self) -> dict[str, Any]:
         """What a resumed run must share with the run it continues."""
         fields = dataclasses.asdict(self)
-        for name in ("out", "resume", "save_every", "fsdp", "distributed", "max_broken"):
+        for name in ("out", "resume", "save_every", "fsdp", "distributed", "max_broken", "workers"):
             del fields[name]
-        paths = {name: fields[name] and str(fields[name]) for name in ("init", "decoder")}
+        paths = {name: fields[name] and str(fields[name]) for name in ("init", "decoder", "composites")}
         return fields | paths | {"images": list(self.images), "val": list(self.val)}
 
 

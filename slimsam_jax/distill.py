@@ -182,8 +182,11 @@ def learning_rates(peak: float, steps: int, schedule: str = "cosine") -> np.ndar
     """Of every step, [steps].
 
     Args:
-      schedule: "cosine" warms up over 5 % of the steps and falls to zero; any other stays (see `plateau_scale`).
+      schedule: "cosine" warms up over 5 % of the steps and falls to zero; "warm" warms up over 500 steps and stays;
+        any other stays from the beginning (see `plateau_scale`).
     """
+    if schedule == "warm":
+        return peak * np.minimum(1.0, np.arange(1, steps + 1) / 500)
     if schedule != "cosine":
         return np.full(steps, peak)
     warm_up = max(1, steps // 20)

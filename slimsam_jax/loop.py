@@ -109,6 +109,7 @@ class Loop(abc.ABC):
                     saved.save(step, state, dict(self.batches.skipped))
                 if stop:
                     raise Stopped(f"stopped after step {step} of {title}; continue with --resume")
+        self.batches.close()
         self.name_skipped()
         return self.result(state)
 

@@ -30,7 +30,7 @@ class MaskBatches(Batches):
     Args:
       prompts: p.
       flip, crop: see `data.batches.flip_and_crop`.
-      start, part, max_broken: see `Batches`.
+      start, part, max_broken, workers: see `Batches`.
     """
 
     def __init__(
@@ -45,9 +45,10 @@ class MaskBatches(Batches):
         start: int = 0,
         part: tuple[int, int] = (0, 1),
         max_broken: float = 1.0,
+        workers: int = 0,
     ):
         self.config, self.prompts, self.flip, self.crop = config, prompts, flip, crop
-        super().__init__(samples, config.image_size, batch, seed, start, part, max_broken=max_broken)
+        super().__init__(samples, config.image_size, batch, seed, start, part, max_broken=max_broken, workers=workers)
 
     def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
         picture, annotations = read_annotated(sample)

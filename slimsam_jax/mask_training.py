@@ -60,6 +60,7 @@ class Settings:
       corrections: clicks after the first prompt.
       objective: a key of `OBJECTIVES`.
       learning_rate, clip, weight_decay, ema: see `recipes.Recipe`; weight decay is for kernels alone.
+      schedule: see `distill.learning_rates`.
       flip, crop: see `recipes.Recipe`.
       freeze: parts of the SAM that stay as they are.
       validations: of the training, evenly spaced.
@@ -68,6 +69,7 @@ class Settings:
       dtype: of the image encoder's computation; prompt encoder and decoder compute in float32.
       accumulate, fsdp: see `train.make_trainer`.
       max_broken: the share of pictures that may be unusable.
+      workers: see `data.batches.Batches`.
       seed: of order, crops and prompts.
     """
 
@@ -77,6 +79,7 @@ class Settings:
     corrections: int = 1
     objective: Literal["sam", "short"] = "short"
     learning_rate: float = 5e-4
+    schedule: Literal["cosine", "warm"] = "cosine"
     clip: float = 1.0
     weight_decay: float = 0.1
     ema: float = 0.0
@@ -90,6 +93,7 @@ class Settings:
     accumulate: int = 1
     fsdp: int = 1
     max_broken: float = 0.1
+    workers: int = 0
     seed: int = 0
 
 
@@ -101,13 +105,13 @@ class MaskTraining(Loop):
     ):
         self.start_from, self.images, self.val, self.settings = sam, images, val, settings
         self.objective = OBJECTIVES[settings.objective]
-        self.rates = distill.learning_rates(settings.learning_rate, settings.steps)
+        self.rates = distill.learning_rates(settings.learning_rate, settings.steps, settings.schedule)
         fields = (settings.steps, settings.batch, settings.save_every, settings.validations, settings.keep)
         super().__init__(folder, make_trainer(sam, settings), Schedule("training", "the training", *fields))
 
     def stream(self, start: int) -> MaskBatches:
         s, part = self.settings, (jax.process_index(), jax.process_count())
-        how = (s.batch, s.seed + 1, s.prompts, s.flip, s.crop, start, part, s.max_broken)
+        how = (s.batch, s.seed + 1, s.prompts, s.flip, s.crop, start, part, s.max_broken, s.workers)
         return MaskBatches(self.images, self.start_from.config, *how)
 
     def weights(self, step: int) -> dict[str, float]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 from PIL import Image, ImageOps
 
 from slimsam_jax import sharding
@@ -34,6 +35,8 @@ class Batches:
       augment: a picture and a random generator -> a picture.
       extra: (sample, its [2] size in the model frame, random generator) -> further arrays of a picture.
       max_broken: the share of the samples that may be unreadable.
+      workers: processes to read in, for samples that take long to draw and cannot be broken: what a worker could not
+        read would be in its own `skipped` alone. 0 for threads of this process.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Batches:
         extra: Extra | None = None,
         max_broken: float = 1.0,
         threads: int = 4,
+        workers: int = 0,
     ):
         self.samples, self.image_size, self.max_broken = list(samples), image_size, max_broken
         self.skipped: dict[str, str] = {}
@@ -57,7 +61,17 @@ class Batches:
         source = self._order.random_map(self._load)[start * batch :][index :: self.parts]
         share = batch // self.parts
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * share + threads)
-        self._iterator = iter(source.to_iter_dataset(options).batch(share, drop_remainder=True))
+        if workers:  # each draws whole batches, taking turns, so that batches are the same as without
+            flags.FLAGS.mark_as_parsed()  # grain's processes read absl's flags, which this program has none of
+            processes = grain.multiprocessing.MultiprocessingOptions(workers)
+            stream = source.batch(share).to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(processes)
+        else:
+            stream = source.to_iter_dataset(options).batch(share, drop_remainder=True)
+        self._iterator = iter(stream)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers, which read and do not iterate."""
+        return {name: value for name, value in vars(self).items() if name != "_iterator"}
 
     def samples_of(self, step: int) -> list[Sample]:
         """The pictures of a step, in all processes; unreadable ones still among them."""
@@ -103,6 +117,10 @@ class Batches:
 
     def __next__(self) -> dict[str, np.ndarray]:
         return next(self._iterator)
+
+    def close(self) -> None:
+        """Ends threads and workers that read ahead."""
+        self._iterator.close()
 
 
 def flip_and_crop(flip: bool, crop: float) -> Augment | None:

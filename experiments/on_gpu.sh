@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# What to do with a GPU that is at hand for ten minutes: most valuable first, each part with its own limit.
+#
+#   experiments/on_gpu.sh OUT [--pack DIR --val DIR [--init MODEL]] [--wheels DIR] [--dry]
+#
+# Appends to OUT/results.txt; OUT/teacher is a run folder of experiments.train_reference (it resumes what it finds).
+# DIR of --pack and --val are made before by `python -m experiments.reference_data` and travel with the checkout, as
+# may wheels of packages that the machine lacks. --dry takes tiny sizes on the CPU, to see that every line still runs.
+# At most nine minutes: 60 s for the forms of attention, 60 for the forward pass, 90 for a step of distillation, 330 for
+# the teacher.
+set -u
+cd "$(dirname "$0")/.."
+out=${1:?where to write}; shift
+pack= val= init= wheels= dry=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --pack) pack=$2; shift 2 ;;
+    --val) val=$2; shift 2 ;;
+    --init) init=$2; shift 2 ;;
+    --wheels) wheels=$2; shift 2 ;;
+    --dry) dry=1; shift ;;
+    *) echo "unknown option $1" >&2; exit 2 ;;
+  esac
+done
+mkdir -p "$out"
+results=$out/results.txt
+python=python3
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+if [ -n "$wheels" ]; then
+  $python -m pip install -q --no-deps --no-index --target "$out/.packages" "$wheels"/*.whl
+  export PYTHONPATH=$PWD:$out/.packages
+fi
+
+part() { # NAME SECONDS COMMAND...: runs it, and says in the results how it ended
+  local name=$1 limit=$(($2 * patience)) start=$SECONDS code; shift 2
+  echo "## $name: $* ($(date -u +%FT%TZ), $(git rev-parse --short HEAD 2>/dev/null || echo no commit))" >>"$results"
+  timeout --signal=TERM --kill-after=20 "$limit" "$@" >>"$results" 2>&1
+  code=$?
+  echo "## $name: ended with $code after $((SECONDS - start)) s" | tee -a "$results"
+}
+
+if [ -n "$dry" ]; then
+  export JAX_PLATFORMS=cpu
+  patience=10
+  slim=small_p50 images=1 turns=1 runs=1 steps="--steps 2 --batch 2 --validations 1 --val-images 1 --workers 1"
+else
+  patience=1
+  slim=vit_p77 images=40 turns=2 runs=20
+  steps="--steps 100000 --batch 128 --prompts 8 --workers 14 --validations 200 --val-images 50 --save-every 200"
+fi
+(nvidia-smi -L || echo "no GPU") >>"$results" 2>/dev/null
+
+part attention 60 $python -m experiments.bench_attention --preset $slim --runs $runs
+part forward 60 $python -m experiments.bench --what forward --preset $slim --images $images --turns $turns \
+  $([ -n "$dry" ] || echo --compile)
+part step 90 $python -m experiments.bench --what bottleneck-stage --preset $slim --images $images --turns $turns
+if [ -n "$pack" ]; then
+  resume=; [ -e "$out/teacher/log.jsonl" ] && resume=--resume
+  part teacher 330 $python -m experiments.train_reference --composites "$pack" \
+    --val "$val" --out "$out/teacher" --schedule warm --learning-rate 5e-4 --ema 0.999 --crop 1 --keep last \
+    $steps ${init:+--init "$init"} $resume
+fi
