@@ -85,6 +85,7 @@ def test_each_is_refused_in_one_line(tmp_path, kind):
     found = outcomes([[command, place] for command in ("check", "read") for place in places])
     for name, each in zip([*contents, *contents], found, strict=True):
         assert_refused(each, f"{kind}: {name}", LINES.get(kind, 1))
+        assert each["code"] < 2 or kind.startswith("COCO"), (name, each)  # what lies beside it is read
 
 
 @pytest.mark.parametrize("kind", ["truth", "boxes"])

@@ -50,7 +50,7 @@ def walk(folder: Path) -> tuple[list[tuple[Path, bool]], list[tuple[str, str]]]:
         try:
             with os.scandir(here) as entries:
                 for entry in entries:
-                    found.append((Path(entry.path), entry.is_dir()))
+                    found.append((Path(entry.path), _is_folder(entry)))
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
         except PermissionError:
@@ -58,6 +58,13 @@ def walk(folder: Path) -> tuple[list[tuple[Path, bool]], list[tuple[str, str]]]:
         except OSError as error:
             unlisted.append((here, f"{here} cannot be listed: {error.strerror}"))
     return sorted(each for each in found if not each[0].name.startswith(".")), sorted(unlisted)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _files(found: list[tuple[Path, bool]]) -> tuple[list[Path], set[Path]]:
