@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from hostile_pickles import name, storage, table, tensor, text
 
+WORD = b"d" * 16  # a storage; as int8 it says 100, and 99 x 100 is -84
 BOMB = 300_000_000  # bytes of zeros, which deflate to 0.3 MB
 
 
@@ -20,7 +21,7 @@ def pth(body: bytes, compression=zipfile.ZIP_STORED, **members: bytes) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         archive.writestr("x/data.pkl", b"\x80\x02" + body + b".")
-        for key, content in ({"d0": bytes(16)} | members).items():
+        for key, content in ({"d0": WORD} | members).items():
             archive.writestr(f"x/data/{key[1:]}", content)
     return buffer.getvalue()
 
@@ -55,7 +56,7 @@ def deflated(**sizes: int) -> bytes:
     """An archive in which members of these sizes are bombs."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for member, content in (("data.pkl", b"\x80\x02" + table(w=tensor()) + b"."), ("data/0", bytes(16))):
+        for member, content in (("data.pkl", b"\x80\x02" + table(w=tensor()) + b"."), ("data/0", WORD)):
             kind = zipfile.ZIP_DEFLATED if member in sizes else zipfile.ZIP_STORED
             archive.writestr(f"x/{member}", bytes(sizes[member]) if member in sizes else content, kind)
     return buffer.getvalue()
@@ -107,5 +108,5 @@ ARCHIVES = {
     "another extra field": in_directory(30, b"\xff\xff"),
     "no pickle": many_members(3),
     "pickle too long": pth(b"N" * 1_100_000),
-    "storage with another check sum": GOOD.replace(struct.pack("<I", zlib.crc32(bytes(16))), b"\1\2\3\4"),
+    "storage with another check sum": GOOD.replace(struct.pack("<I", zlib.crc32(WORD)), b"\1\2\3\4"),
 }
