@@ -82,7 +82,7 @@ def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict",
 
 
 def _pixel_statistics(array: np.ndarray, where: str) -> tuple[float, ...]:
-    if array.size != 3 or array.dtype.kind != "f":
+    if array.size != 3 or np.iscomplexobj(array):  # integers and bfloat16 are fine
         raise InputError(f"{where} must be three real numbers, and it has shape {array.shape} of {array.dtype}")
     return tuple(round(float(value), 4) for value in array.reshape(-1))  # 123.675, not its float32
 

@@ -138,7 +138,9 @@ class _Tensors(Unpickler):
     def __init__(self, archive: _Archive):
         start, size = archive.span(f"{archive.root}data.pkl")
         if size > PICKLE_LIMIT:
-            raise pickle.UnpicklingError(f"data.pkl has {size} bytes, and a checkpoint's at most {PICKLE_LIMIT}")
+            raise pickle.UnpicklingError(
+                f"data.pkl has {size} bytes, and at most {PICKLE_LIMIT} are read; save the state dict by itself"
+            )
         names = {("torch._utils", f"_rebuild_tensor{version}"): Maker(self._tensor) for version in ("", "_v2")}
         for version in ("", "_with_state"):
             names["torch._utils", f"_rebuild_parameter{version}"] = Maker(lambda arguments: arguments[0])

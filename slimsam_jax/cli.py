@@ -40,7 +40,9 @@ def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> No
     # Writers that fail in orbax's threads report there once more, in tracebacks around our one line.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="PIL")  # of what is odd in an image; what cannot be read is an error
+    # What is odd in an image; what cannot be read is an error.
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     for stream in (sys.stdout, sys.stderr):  # file names need not be what the terminal can show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

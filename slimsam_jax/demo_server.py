@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import socket
 import sys
@@ -24,7 +25,8 @@ from slimsam_jax.errors import InputError, printable
 Files = Mapping[str, Path | bytes]
 
 HOST = "127.0.0.1"
-NAMES = (HOST, "localhost")  # by no other may the page be asked for, else any page's name could be pointed here
+# By no other may the page be asked for, else any page's name could be pointed here. Of any port: ours may be forwarded.
+NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", re.ASCII | re.IGNORECASE)
 SECONDS = 10.0  # for a request to come in, however slowly its bytes do; and for each megabyte that is sent
 CONNECTIONS = 32  # at a time; a browser opens six
 RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
@@ -181,11 +183,9 @@ class _Handler(BaseHTTPRequestHandler):
           ValueError: not an address.
           PermissionError: it is asked of somebody else.
         """
-        url, port = urlsplit(self.path), self.server.server_port
-        names = {f"{name}:{port}" for name in NAMES} | (set(NAMES) if port == 80 else set())
-        hosts = self.headers.get_all("Host", [])
-        if len(hosts) != 1 or not {host.strip().lower() for host in (*hosts, url.netloc or hosts[0])} <= names:
-            raise PermissionError(f"This is {HOST}:{port} and no other host")
+        url, hosts = urlsplit(self.path), self.headers.get_all("Host", [])
+        if len(hosts) != 1 or not all(NAMES.fullmatch(host.strip()) for host in (*hosts, url.netloc or hosts[0])):
+            raise PermissionError(f"This is {HOST}:{self.server.server_port} and no other host")
         return unquote(url.path)
 
     def _send_file(self, path: str, source: Path, with_content: bool) -> None:

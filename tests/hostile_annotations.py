@@ -125,7 +125,7 @@ POLYGONS: dict[str, dict[str, Any]] = {  # rows of COCO
     "booleans": polygons([True] * 6),
     "odd": polygons([1, 2, 3, 4, 5, 6, 7]),
     "two points": polygons([1, 2, 3, 4]),
-    "second is empty": polygons(TRIANGLE, []),
+    "two of too few points": polygons([1, 2, 3, 4], []),
     "empty": polygons([]),
     "no polygon": polygons(),
     "numbers": polygons(1, 2, 3, 4, 5, 6),

@@ -143,6 +143,7 @@ NAMES: dict[str, bytes] = {
     "home of nobody": b"~nobody.png",
 }
 SCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/tmp/x) (w) file\n"
+SAMPLES = b"\x15\x01\x03\x00\x01\x00\x00\x00"  # per pixel, of a TIFF
 IMAGES: dict[str, bytes] = {
     "text": b"no image",
     "empty": b"",
@@ -152,6 +153,7 @@ IMAGES: dict[str, bytes] = {
     "cut": np.random.default_rng(0).bytes(10) + GOOD,
     "cut JPEG": image_bytes(300, 200, "JPEG")[:700],
     "TIFF of absurd tags": image_bytes(kind="TIFF")[:8] + b"\xff" * 200,
+    "TIFF of 2048 samples": image_bytes(kind="TIFF").replace(SAMPLES + b"\x03\x00", SAMPLES + b"\x00\x08"),
     "icon": image_bytes(16, 16, "ICO"),
     "PCX": image_bytes(kind="PCX"),
 }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
 import dataclasses
 import json
 import os
 import pickle
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
+from pathlib import Path
 
 import chex
 import jax
@@ -85,6 +88,26 @@ def test_split_qkv_and_data_parallel_are_read_alike(stock):
 def test_whole_module_pickle_is_read_as_data(stock, pth, tmp_path):
     torch.save(stock, tmp_path / "module.pth")
     assert_same(from_torch.load(tmp_path / "module.pth"), from_torch.load(pth))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64])
+def test_pixel_statistics_of_a_module_may_be_of_any_real_dtype(stock, tmp_path, dtype):
+    module = copy.deepcopy(stock)
+    module.pixel_mean, module.pixel_std = (torch.full((3, 1, 1), n, dtype=dtype) for n in (116, 57))
+    torch.save(module, tmp_path / "module.pth")
+    config = from_torch.load(tmp_path / "module.pth").config
+    assert config.pixel_mean == (116,) * 3 and config.pixel_std == (57,) * 3
+
+
+def test_the_whole_state_of_a_training_is_read(stock, pth, tmp_path):
+    """With what else people save: optimizers, options, random states, sets, counts, keys that are no names."""
+    optimizer = torch.optim.AdamW(stock.parameters())
+    others = {"args": argparse.Namespace(out=Path("x")), "seen": {1, 2}, "best": np.float64(0.5), 5: (1, 2), (1,): b"x"}
+    others |= {"counts": Counter("aab"), "by": defaultdict(list, a=[1]), "rng": torch.get_rng_state(), "big": 2**80}
+    state = {"model": stock.state_dict(), "optimizer": optimizer.state_dict(), "dtype": torch.float32, **others}
+    for protocol in (2, 5):
+        torch.save(state, tmp_path / "all.pth", pickle_protocol=protocol)
+        assert_same(from_torch.load(tmp_path / "all.pth"), from_torch.load(pth))
 
 
 def test_nested_state_dicts_are_found(stock, pth, tmp_path):

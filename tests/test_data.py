@@ -82,6 +82,15 @@ def test_missing_and_empty_folders_are_refused(tmp_path):
         data.find([tmp_path])
 
 
+@pytest.mark.parametrize("kind", ["PPM", "JPEG2000", "MPO"])
+def test_less_usual_formats_are_read(tmp_path, kind):
+    """A camera's MPO is a JPEG with a second image behind."""
+    image = Image.new("RGB", (30, 20), (9, 99, 200))
+    image.save(tmp_path / "x.jpg", kind)
+    found = np.asarray(data.read_image(tmp_path / "x.jpg"), int)
+    assert found.shape == (20, 30, 3) and np.abs(found - (9, 99, 200)).max() < 4
+
+
 def test_exif_orientation_is_honoured(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees

@@ -343,6 +343,10 @@ def test_of_duplicates_the_one_that_needed_no_cleaning_stays():
         assert kept.points.tolist() == [[1, 1] if masks[0] is whole else [2, 2]]
 
 
+def test_grids_may_be_one_array():
+    SamAutomaticMaskGenerator(random_sam(SQUARE), points_per_side=None, point_grids=np.full((2, 4, 2), 0.5))
+
+
 @pytest.mark.parametrize(
     ("fields", "line"),
     [

@@ -178,7 +178,8 @@ FIELDS = [
 ]
 GRIDS = (
     *(5, "x", [], [[]], [None], [[[1]]], [[[0.5, np.nan]]], [[[0.5, 1.5]]], [[[-0.1, 0]]], [np.zeros((0, 2))], [["a"]]),
-    *([np.zeros(2)], np.zeros((1, 1, 2)), [SPREAD], [np.zeros((1, 3))], [[[1j, 0]]], [Liar()], {0: np.zeros((1, 2))}),
+    *([np.zeros(2)], np.zeros((1, 2)), np.zeros((0, 1, 2))),
+    *([SPREAD], [np.zeros((1, 3))], [[[1j, 0]]], [Liar()], {0: np.zeros((1, 2))}),
 )
 
 

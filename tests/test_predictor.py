@@ -96,6 +96,14 @@ def test_mixed_prompts_on_many_pictures_equal_each_alone():
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_images_may_be_one_array():
+    images = np.stack([picture(0), picture(1)])
+    prompts = [[Prompt(**PROMPTS["box"])]] * 2
+    ours = SamPredictor(random_sam(SQUARE))
+    for (one,), (other,) in zip(*(ours.predict_batch(given, prompts) for given in (images, list(images))), strict=True):
+        np.testing.assert_array_equal(one.low_res_masks, other.low_res_masks)
+
+
 def test_single_mask_is_the_first_output():
     ours = SamPredictor(random_sam(SQUARE))
     ours.set_image(picture())

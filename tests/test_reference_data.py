@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from experiments.reference_data import composites, pack, surfaces
+from experiments.reference_data.sources import Source
 from slimsam_jax.data import find
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import read_annotated
@@ -125,6 +126,17 @@ def test_a_cutout_is_one_object_with_an_outline(tmp_path):
     assert saved(lambda d: (d.ellipse((0, 0, 99, 99), opaque), d.ellipse((100, 100, 199, 199), opaque))) is None
     (tmp_path / "x.png").write_bytes(b"no image")
     assert pack.cutout(tmp_path / "x.png") is None
+
+
+def test_a_pack_says_which_version_was_found(tmp_path, monkeypatch):
+    (tmp_path / "downloads").mkdir()
+    source = Source("deb", "pictures", "1:0.1-1", "photographs", ("*.png",), "CC0-1.0", "copyright")
+    (tmp_path / "downloads" / "pictures_1%3a0.2-1_all.deb").touch()
+    monkeypatch.setattr(pack, "SOURCES", [source])
+    monkeypatch.setattr(pack, "unpack", lambda archive, folder: Image.new("RGB", (9, 9)).save(folder / "x.png"))
+    (tmp_path / "out").mkdir()
+    assert sum(pack.make(tmp_path / "out", tmp_path / "downloads").values()) == 1
+    assert "| deb: pictures | 1:0.2-1 | 1 | photographs |" in (tmp_path / "out" / "LICENCES.md").read_text()
 
 
 def test_a_pack_without_cutouts_is_refused(tmp_path):

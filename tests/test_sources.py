@@ -153,8 +153,9 @@ def test_the_layout_of_coco_itself(everywhere, tmp_path):
 def test_polygons_and_crowds_of_coco(tmp_path):
     save_image(tmp_path / "x.jpg", 20, 30)
     polygon = [[2, 2, 25, 3, 12.5, 17.25]]
+    degenerate = [[1, 1, 28, 18], *polygon, [5, 5], []]  # what tools write beside polygons, and encloses nothing
     rows = [
-        {"id": 1, "image_id": 7, "bbox": [2, 2, 23, 15], "segmentation": polygon, "iscrowd": 0},
+        {"id": 1, "image_id": 7, "bbox": [2, 2, 23, 15], "segmentation": degenerate, "iscrowd": 0},
         {"id": 2, "image_id": 7, "bbox": [0, 0, 30, 20], "segmentation": {"size": [20, 30], "counts": [0, 600]}},
         {"id": 3, "image_id": 7, "bbox": [0, 0, 1, 1], "segmentation": {"size": [1, 1], "counts": [1]}, "iscrowd": 1},
     ]

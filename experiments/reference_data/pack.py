@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
@@ -22,7 +23,7 @@ PARTS = ("train", "val")
 
 
 def make(out: Path, downloads: Path) -> dict[str, int]:
-    """Writes OUT/{cutouts,photographs}/{train,val}/*.webp and OUT/LICENCES.md.
+    """Writes OUT/{cutouts,photographs}/{train,val}/*.webp and OUT/LICENCES.md, with the versions that were found.
 
     Which part a file belongs to follows from its content, so that it never changes.
 
@@ -39,9 +40,9 @@ def make(out: Path, downloads: Path) -> dict[str, int]:
     counts = {f"{kind}/{part}": 0 for kind in ("cutouts", "photographs") for part in PARTS}
     rows = []
     for source in SOURCES:
-        taken = 0
+        taken, archive = 0, fetch(source, downloads)
         with tempfile.TemporaryDirectory() as folder:
-            unpack(fetch(source, downloads), Path(folder))
+            unpack(archive, Path(folder))
             for path in files(source, Path(folder)):
                 image = cutout(path) if source.kind == "cutouts" else photograph(path)
                 if image is None:
@@ -54,7 +55,7 @@ def make(out: Path, downloads: Path) -> dict[str, int]:
                 counts[place] += not target.exists()  # the same image in two packages
                 target.write_bytes(content)
                 taken += 1
-        rows.append((source, taken))
+        rows.append((dataclasses.replace(source, version=version_of(source, archive)), taken))
     (out / "LICENCES.md").write_text(licences(rows))
     return counts
 
@@ -69,6 +70,11 @@ def fetch(source: Source, downloads: Path) -> Path:
         command = ["npm", "pack", name] if source.registry == "npm" else ["apt-get", "download", name]
         call(command, downloads, f"{source.package} cannot be had from the {source.registry} registry")
     return next(downloads.glob(pattern))
+
+
+def version_of(source: Source, archive: Path) -> str:
+    """What was found: Debian's archive has one version of a package, and its file's name says which."""
+    return source.version if source.registry == "npm" else unquote(archive.name.split("_")[1])
 
 
 def unpack(archive: Path, folder: Path) -> None:

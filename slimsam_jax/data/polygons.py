@@ -27,7 +27,7 @@ def to_rle(polygons: Any, size: tuple[int, int]) -> dict[str, Any]:
     """The mask of all polygons together, by COCO's own rule, which no other rasteriser follows to the pixel.
 
     Args:
-      polygons: [[x, y, x, y, ...], ...] in pixels.
+      polygons: [[x, y, x, y, ...], ...] in pixels; those of less than three points are passed by.
       size: (height, width) of the image.
 
     Returns:
@@ -42,7 +42,21 @@ def to_rle(polygons: Any, size: tuple[int, int]) -> dict[str, Any]:
         from pycocotools import mask
     except ImportError:
         raise InputError("polygons need pycocotools: pip install 'slimsam_jax[coco]'") from None
-    return mask.merge(mask.frPyObjects(polygons, *size))
+    return mask.merge(mask.frPyObjects(enclosing(polygons), *size))
+
+
+def enclosing(polygons: Any) -> list[Any]:
+    """Those of at least three points. Fewer, which some tools write beside the others, enclose nothing.
+
+    Raises:
+      ValueError: there are none.
+    """
+    if not isinstance(polygons, list):
+        raise ValueError("neither run lengths nor a list of polygons")
+    found = [polygon for polygon in polygons if not isinstance(polygon, list) or len(polygon) >= 6]
+    if not found:
+        raise ValueError("no polygon of at least three points")
+    return found
 
 
 def check_together(objects: Iterable[Any], size: tuple[int, int]) -> None:
@@ -60,8 +74,7 @@ def check(polygons: Any, size: tuple[int, int]) -> int:
     """
     if min(size) < 1 or math.prod(size) > MOST_PIXELS:
         raise ValueError(f"an image of {size[1]} x {size[0]} pixels, which there is none of")
-    if not isinstance(polygons, list) or not polygons:
-        raise ValueError("neither run lengths nor a list of polygons")
+    polygons = enclosing(polygons)
     if len(polygons) > MOST_POLYGONS:
         raise ValueError(f"{len(polygons)} polygons of one object")
     steps = sum(_steps(polygon, size) for polygon in polygons)
@@ -72,8 +85,8 @@ def check(polygons: Any, size: tuple[int, int]) -> int:
 
 def _steps(polygon: Sequence[float], size: tuple[int, int]) -> int:
     """How many pycocotools makes along the outline of one polygon, once it is known to be one."""
-    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-        raise ValueError("a polygon that is no list of x, y, x, y ... of at least three points")
+    if not isinstance(polygon, list) or len(polygon) % 2:
+        raise ValueError("a polygon that is no list of x, y, x, y ...")
     if len(polygon) > MOST_STEPS or not all(type(number) in (int, float) for number in polygon):
         raise ValueError("a polygon that is not of numbers, or of too many")
     corners = np.array(polygon, np.float64).reshape(-1, 2)

@@ -17,7 +17,8 @@ from slimsam_jax.regions import deepest
 
 MOST_BYTES = 2**28  # of an encoded image
 MOST_MASKED = 2**32  # pixels of all masks of an image together, which are in memory at once
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # not EPS, for which PIL would start Ghostscript
+# Not EPS, for which PIL would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")
 BEYOND = 8  # times an image's longer side: what lies farther out is no coordinate of it
 
 

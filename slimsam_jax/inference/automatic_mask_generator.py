@@ -182,7 +182,7 @@ class SamAutomaticMaskGenerator:
 
 def _check_grids(grids: Any, layers: int) -> None:
     """Raises InputError unless there are points [n, 2] in 0..1 for each layer of crops."""
-    check_list(grids, "point_grids")
+    check_list(grids, "point_grids", axes=3)
     if len(grids) < layers:
         raise InputError(f"{len(grids)} point_grids for {layers} layers of crops")
     for i, grid in enumerate(grids):

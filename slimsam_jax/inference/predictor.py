@@ -95,12 +95,13 @@ class SamPredictor:
         """Masks for all prompts of many pictures, of mixed kinds and numbers; leaves the picture set alone.
 
         Args:
+          images: as `set_image` takes them, in a list; or [b, h0, w0, 3] uint8.
           prompts: those of each picture.
 
         Raises:
           InputError: not as many lists of prompts as pictures, or one of them is none.
         """
-        check_list(images, "images")
+        check_list(images, "images", axes=4)
         pictures = [as_picture(image) for image in images]
         sizes = [(picture.height, picture.width) for picture in pictures]
         check_prompts(self.model, sizes, prompts)  # before anything is encoded
@@ -179,8 +180,10 @@ def check_model(sam: Sam) -> Sam:
     return sam
 
 
-def check_list(values: Any, name: str) -> None:
-    """Raises InputError for what is one, where a list of them is wanted."""
+def check_list(values: Any, name: str, axes: int | None = None) -> None:
+    """Raises InputError for what is one, where a list of them is wanted; an array of so many axes is as good."""
+    if isinstance(values, np.ndarray) and values.ndim == axes:
+        return
     if not isinstance(values, Sequence) or isinstance(values, str | bytes | Prompt):
         raise InputError(f"{name} must be a list, not {kind_of(values)}")
 
