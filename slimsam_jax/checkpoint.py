@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
-import jax.numpy as jnp
+import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -73,7 +73,7 @@ def to_device(flat: dict[str, np.ndarray], where: str) -> Params:
     for path, array in arrays.items():
         if flat[path].dtype.kind in "iub" or not np.isfinite(array).all():
             raise InputError(f"{where}: {path} holds integers, or values that are not finite")
-    return flax.traverse_util.unflatten_dict({path: jnp.asarray(array) for path, array in arrays.items()}, sep="/")
+    return jax.device_put(flax.traverse_util.unflatten_dict(arrays, sep="/"))
 
 
 def check_names(found: set[str], expected: set[str], where: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import tyro
 
+from slimsam_jax import compilation
 from slimsam_jax.errors import InputError, RunError, Stopped
 
 Arguments = Callable[..., Any] | dict[str, Callable[..., Any]]
@@ -32,6 +33,7 @@ def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> No
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        compilation.prepare()
         check_no_repetition(sys.argv[1:])
         parse = tyro.extras.subcommand_cli_from_dict if isinstance(arguments, dict) else tyro.cli
         parsed = parse(arguments, prog=_name())

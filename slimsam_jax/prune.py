@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax import labels, sharding, widths
@@ -57,7 +56,7 @@ def prune(
         encoder, grads = jax.device_get((sam.params["image_encoder"], gradients(sam, recipe, calibration, seed)))
         keep = choose(sam.config, encoder, grads, stage, recipe, target, uniform, seed)
         slim = cut(_with_encoder(sam, encoder), keep, recipe)
-    return _with_encoder(slim, jax.tree.map(jnp.asarray, jax.device_get(slim.params["image_encoder"])))
+    return _with_encoder(slim, jax.device_put(jax.device_get(slim.params["image_encoder"])))
 
 
 def _with_encoder(sam: Sam, encoder: Any) -> Sam:
@@ -192,17 +191,17 @@ def project(
     """Chooses bases before it cuts (`models.projection`); the MLPs are refitted behind heads already cut."""
     encoder = sam.params["image_encoder"]
     if stage.cuts == "embedding":
-        moment = _moments(sam, calibration("statistics"), seed, "stream")["stream"]
+        moment = _moments(sam, calibration("statistics of the stream"), seed, "stream")["stream"]
         width = widths.embedding_width(sam.config, target, recipe)
         return _with_encoder(sam, projection.project_embedding(sam.config, encoder, moment, width))
 
-    bases, worth = _bases(sam, recipe, calibration("statistics"), seed)
+    bases, worth = _bases(sam, recipe, calibration("statistics of heads"), seed)
     chosen = widths.bottleneck_widths(sam.config, worth, target, recipe, uniform)
     of_kind = lambda kind: [chosen[f"blocks_{i}/{kind}"] for i in range(len(bases))]
 
     sam = _with_encoder(sam, projection.project_attention(sam.config, encoder, bases, of_kind("attn")))
     encoder = sam.params["image_encoder"]
-    found = _moments(sam, calibration("MLP statistics"), seed, "mlp", *_sensitivity(recipe))
+    found = _moments(sam, calibration("statistics of MLPs"), seed, "mlp", *_sensitivity(recipe))
     units = projection.hidden_units(encoder, found, recipe.weighting, of_kind("mlp"))
     return _with_encoder(sam, projection.project_mlp(encoder, units, of_kind("mlp")))
 

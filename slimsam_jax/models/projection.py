@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax.models.config import GLOBAL, Config
@@ -219,5 +218,5 @@ def _wide(tree: Moments) -> Moments:
 
 
 def like(encoder: Params, new: Params) -> Params:
-    """`new` in the dtype of the encoder that it was made from."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, encoder["pos_embed"].dtype), new)
+    """`new` in the dtype of the encoder that it was made from, on the host: nothing is compiled to convert it."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, encoder["pos_embed"].dtype), new)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.features import make_encoder, run_encoder, stream_features
@@ -40,7 +41,7 @@ def accumulate(statistic: Statistic, encoder: Params, batches: Iterable[Batch], 
     add, total, key = jax.jit(add, donate_argnums=0), None, jax.random.key(seed)
     for index, batch in enumerate(batches):
         if total is None:
-            zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=encoder["pos_embed"].sharding)
+            zeros = lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), encoder["pos_embed"].sharding)
             total = jax.tree.map(zeros, jax.eval_shape(found, encoder, batch, key))
         total = add(total, encoder, batch, jax.random.fold_in(key, index))
     if total is None:
