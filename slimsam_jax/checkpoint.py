@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
@@ -100,8 +101,8 @@ def to_device(flat: dict[str, np.ndarray], where: str) -> Params:
             values = array.astype(np.float32, order="C")
         if not np.isfinite(values).all():
             raise InputError(f"{where}: {path} holds values that are not finite in float32")
-        tree[path] = jnp.asarray(values)
-    return flax.traverse_util.unflatten_dict(tree, sep="/")
+        tree[path] = values
+    return jax.device_put(flax.traverse_util.unflatten_dict(tree, sep="/"))  # at once: no program for each shape
 
 
 def check_depth(config: Config, found: set[str], where: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from slimsam_jax import folder_lock
+from slimsam_jax import compilation, folder_lock
 from slimsam_jax.errors import InputError, RunError, Stopped, printable
 from slimsam_jax.limits import quoted
 
@@ -47,6 +47,7 @@ def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> No
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        compilation.prepare()
         check_no_repetition(sys.argv[1:])
         check_values(sys.argv[1:], arguments)
         parsed = parse(arguments)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from slimsam_jax import cli, limits
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range
+from slimsam_jax.progress import say
 
 COUNTED = {
     "steps": Range(0, limits.STEPS, True),
@@ -143,9 +144,22 @@ def compress(options: Options) -> dict[str, Any]:
     options.check()
     if options.distributed:
         cli.join_processes(options.distributed)
+    else:
+        announce(options)
     from slimsam_jax.run import run  # here, so that --help and wrong options need not wait for JAX
 
     return run(options)
+
+
+def announce(options: Options) -> None:
+    """Says what will be done before JAX is there, which takes seconds to come; `run.announce` goes on."""
+    images = ", ".join(map(str, options.images)) or "the photographs in the package"
+    val = ", ".join(map(str, options.val)) or "an eighth of them, held out"
+    how_much = f"budget {options.budget}" if options.budget else f"{100 * options.channel_ratio():g} % of the channels"
+    say("teacher", str(options.teacher or "the small SAM in the package"))
+    say("images", f"{images}; to measure on: {val}")
+    say("recipe", f"{options.recipe}{''.join(f' {choice}' for choice in options.set)}, to cut: {how_much}")
+    say("to", f"{options.out}/{' (resumed)' if options.resume else ''}")
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def learning_rates(peak: float, steps: int, schedule: str = "cosine") -> np.ndar
         return np.full(steps, peak)
     warm_up = max(1, steps // 20)
     share = optax.warmup_cosine_decay_schedule(1 / warm_up, 1.0, warm_up, max(steps, warm_up + 1))
-    return peak * np.asarray(share(np.arange(steps)))
+    return peak * np.asarray(jax.jit(share)(np.arange(steps)))
 
 
 def plateau_scale(scores: Sequence[float], patience: int, factor: float = 0.5, threshold: float = 1e-4) -> float:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax import distill, labels, metrics, sharding, train
+from slimsam_jax import distill, labels, metrics, sharding, targets, train
 from slimsam_jax.data import Sample
 from slimsam_jax.data.batches import Batches, flip_and_crop
 from slimsam_jax.errors import RunError
@@ -66,8 +65,10 @@ class Distillation(Loop):
         self.steps = run.steps_of(stage)
         work = self.steps * run.batch * metrics.encoder_macs(run.teacher.config).total
         every = [stage.terms(step, self.steps, recipe) for step in range(self.steps)]
-        self.faded = dict.fromkeys(itertools.chain.from_iterable(every), 0.0) if work < WORTH_A_PROGRAM else {}
-        how = (run.dtype, options.accumulate, options.fsdp, options.attention)
+        names = sorted(set(itertools.chain.from_iterable(every)))
+        self.faded = dict.fromkeys(names, 0.0) if work < WORTH_A_PROGRAM else {}
+        self.targets = targets.remembered(run, stage, previous, names)
+        how = (run.dtype, options.accumulate, options.fsdp, options.attention, self.targets is not None)
         self.rates = distill.learning_rates(recipe.learning_rate or self.peak(), self.steps, recipe.schedule)
         trainer = train.make_trainer(student, previous, run.teacher, stage, recipe, *how)
         fields = (self.steps, run.batch, options.save_every, recipe.validations, recipe.keep, run.steps_before(stage))
@@ -84,6 +85,9 @@ class Distillation(Loop):
         folder.log(stage=self.stage.name, step=0, **{name: found})
         return found
 
+    def label(self) -> str:
+        return f"{self.stage.name}: distilling"
+
     def stream(self, start: int) -> Batches:
         run, seed = self.whole, self.whole.options.seed + 1 + self.stage.order
         part = jax.process_index(), jax.process_count()
@@ -92,9 +96,13 @@ class Distillation(Loop):
         limit = run.options.broken_share()
         return Batches(run.images, size, run.batch, seed, start, part, augment, self.extra, limit)
 
-    def extra(self, sample: Sample, size: np.ndarray, random: np.random.Generator) -> dict[str, np.ndarray]:
+    def extra(self, sample: Sample, size: np.ndarray, random: np.random.Generator) -> dict[str, Any]:
         """What a step needs of a picture besides its pixels."""
-        found = {"embedding": self.whole.cache.read(sample)} if self.whole.cache else {}
+        found: dict[str, Any] = {}
+        if self.targets:
+            found["targets"] = self.targets(sample)
+        elif self.whole.cache:
+            found["embedding"] = self.whole.cache.read(sample)
         recipe = self.whole.recipe
         return found | (labels.random_clicks(size, recipe.points, random) if recipe.masks else {})
 
@@ -117,5 +125,6 @@ class Distillation(Loop):
 
     def sam(self, state: distill.TrainState) -> Sam:
         """The student as it stands, off the mesh."""
-        learnt = jax.tree.map(jnp.asarray, sharding.gather(state.average or state.params))
+        # Copied on the host, which compiles nothing: the next step is given the state's memory.
+        learnt = jax.device_put(jax.tree.map(np.array, sharding.gather(state.average or state.params)))
         return dataclasses.replace(self.student, params={**self.student.params, **learnt})

@@ -78,6 +78,10 @@ class Loop(abc.ABC):
     def score(self, sam: Sam, step: int) -> dict[str, float]:
         """{"score": higher is better, and whatever else is worth logging}; the same in all processes."""
 
+    def label(self) -> str:
+        """Of the progress bar."""
+        return self.schedule.title.removeprefix("the ")
+
     def run(self) -> Sam:
         """From the last checkpoint, if there is one, to the end.
 
@@ -97,7 +101,7 @@ class Loop(abc.ABC):
             self.batches = self.stream(done)
             self.batches.skipped.update(skipped)
             rows = zip(range(done + 1, steps + 1), self.batches, strict=False)
-            for step, rows_of_step in track(rows, title.removeprefix("the "), steps - done, per_item=batch):
+            for step, rows_of_step in track(rows, self.label(), steps - done, per_item=batch, compiles=True):
                 state = self.step(state, step, rows_of_step)
                 stop = saved.asked_to_stop(before + step) or stop_asked()
                 if stop or step in self.validated or step % save_every == 0:

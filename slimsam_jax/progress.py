@@ -8,53 +8,87 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
 
 
 def track(
-    items: Iterable[T], name: str, total: int | None = None, unit: str = "images", per_item: int = 1
+    items: Iterable[T], name: str, total: int | None = None, unit: str = "images", per_item: int = 1, compiles=False
 ) -> Iterator[T]:
     """Yields the items and shows how it goes, on standard error.
 
     Args:
       total: number of items, if `items` does not know it.
-      unit, per_item: what the rate counts, and how many an item is.
+      unit, per_item: what is counted, and how many an item is.
+      compiles: whether the first item's time is that of compiling for all; it is called so, and left out of the rate.
     """
     total = len(items) if total is None and isinstance(items, Sized) else total
     console = Console(file=sys.stderr)
-    return (_bar if console.is_terminal else _lines)(items, name, total, unit, per_item, console)
+    units = None if total is None else total * per_item
+    return (_bar if console.is_terminal else _lines)(items, name, units, unit, per_item, compiles, console)
 
 
-def _bar(items, name, total, unit, per_item, console):
+def say(name: str, text: str) -> None:
+    """A line of what a command is about to do, or has done, on standard output."""
+    print(f"{name:>10}  {text}", flush=True)
+
+
+def _bar(items, name, total, unit, per_item, compiles, console):
     columns = (
-        TextColumn("{task.description:>18}"),
+        TextColumn("{task.description:>28}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}"),
         TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(name, total=total, rate="")
-        start = time.perf_counter()
-        for done, item in enumerate(items, 1):
+        count = lambda done: f"{done}/{total or '?'} {unit}"
+        task = progress.add_task(name, total=total, count=count(0), rate="compiling" if compiles else "")
+        rate = Rate(unit, compiles)
+        for index, item in enumerate(items, 1):
             yield item
-            progress.update(task, advance=1, rate=_rate(done * per_item, time.perf_counter() - start, unit))
+            done = index * per_item
+            progress.update(task, completed=done, count=count(done), rate=rate(done))
 
 
-def _lines(items, name, total, unit, per_item, console):
-    start = last = time.perf_counter()
-    done = 0
-    for done, item in enumerate(items, 1):
+def _lines(items, name, total, unit, per_item, compiles, console):
+    write = lambda text: console.print(f"{name}: {text}", highlight=False, soft_wrap=True)
+    if compiles:
+        write("compiling")
+    rate, last, done = Rate(unit, compiles), time.perf_counter(), 0
+    for index, item in enumerate(items, 1):
         yield item
-        now = time.perf_counter()
+        done, now = index * per_item, time.perf_counter()
+        found = rate(done)
         if now - last > SECONDS_BETWEEN_LINES:
             last = now
-            console.print(f"{name} {done}/{total or '?'}  {_rate(done * per_item, now - start, unit)}", highlight=False)
-    seconds = time.perf_counter() - start
-    console.print(f"{name} {done} done, {_rate(done * per_item, seconds, unit)}", highlight=False)
+            write(f"{done}/{total or '?'} {unit}  {found}".rstrip())
+    write(f"{done} {unit} done {rate.summary()}".rstrip())
+
+
+class Rate:
+    """How fast it goes, as text: of all until now, without the first item if that compiled."""
+
+    def __init__(self, unit: str, compiles: bool = False):
+        self.unit, self.start, self.skip = unit, time.perf_counter(), 0
+        self.compiled = None if compiles else 0.0
+        self.text = ""
+
+    def __call__(self, done: int) -> str:
+        now = time.perf_counter()
+        if self.compiled is None:
+            self.compiled, self.start, self.skip = now - self.start, now, done
+        elif done > self.skip:
+            self.text = _rate(done - self.skip, now - self.start, self.unit)
+        return self.text
+
+    def summary(self) -> str:
+        compiled = f"{self.compiled:.1f} s until the first" if self.compiled else ""
+        found = ", ".join(part for part in (compiled, self.text) if part)
+        return f"({found})" if found else ""
 
 
 def _rate(count: int, seconds: float, unit: str) -> str:

@@ -31,7 +31,7 @@ def measure(teacher: Sam, slim: Sam, samples: Sequence[Sample], dtype: Any = jnp
       {"teacher": {...}, "slim": {...}, "agreement": ..., "images": ..., "annotated_images": ...,
       "skipped": {name: reason}}.
     """
-    report = compare_models(teacher, slim, track(samples, "measuring"))
+    report = compare_models(teacher, slim, track(samples, "measuring", compiles=True))
     for name, sam in (("teacher", teacher), ("slim", slim)):
         report[name] = {**size_of(sam), **{f"{kind}_miou": value for kind, value in report[name].items()}}
     runs = [encoder_runner(sam.config, sam.params, dtype) for sam in (teacher, slim)]

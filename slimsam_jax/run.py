@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from slimsam_jax.evaluation import map_readable, read_annotated
 from slimsam_jax.inference.calibration import calibrate
 from slimsam_jax.models.image_encoder import ImageEncoder
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.progress import track
+from slimsam_jax.progress import say, track
 from slimsam_jax.prune import prune as prune_sam
 from slimsam_jax.recipes import RECIPES, Recipe
 from slimsam_jax.run_folder import RunFolder
@@ -111,7 +112,19 @@ def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
     report.print_table(numbers)
     if run.target.budget and abs(numbers["budget"]["reached"] / run.target.budget.amount - 1) > 0.01:
         print("the budget is missed by more than 1 %: a smaller multiple, or none, comes nearer")
+    say_what_to_do(out, val)
     return numbers
+
+
+def say_what_to_do(out: Path, val: Sequence[Sample]) -> None:
+    """Where the model is, and a command that runs as it stands if one of the images is a file."""
+    say("wrote", f"{out}/: model.safetensors, config.json, report.json, log.jsonl")
+    say("look at", f"{out}/report.png")
+    photo = next((sample for sample in val if Path(sample.name).is_file()), None)
+    size = photo.image().size if photo else None
+    image, point = (photo.name, f"{size[0] // 2},{size[1] // 2}") if photo else ("PHOTO", "X,Y")
+    command = ["python", "-m", "slimsam_jax.predict", "--model", str(out), "--image", image, "--point", point]
+    say("next", shlex.join([*command, "--out", "mask.png"]))
 
 
 def save_other(run: Run, student: Sam) -> None:
@@ -149,12 +162,21 @@ def prepare(options: Options) -> Run:
         widths.check(teacher.config, target, recipe, options.uniform)
     steps = max(1, recipe.passes * len(images) // batch) if options.steps is None else options.steps
     steps_of(plan(recipe), steps)  # there are enough
+    dtype = compute_dtype(options)
+    if sharding.is_main():
+        announce(dtype, steps_of(plan(recipe), steps), batch, len(images), len(val))
     origin = provenance(options, recipe, teacher, images, steps, batch)
     cache = TeacherCache(options.cache, teacher, origin["teacher"]["sha256"]) if options.cache else None
     score = validator(teacher, val, recipe.validate_by) if steps and sharding.is_main() else None
     folder = RunFolder(options.out, origin, options.resume)
-    dtype = compute_dtype(options)
     return Run(options, recipe, target, teacher, images, val, steps, batch, dtype, cache, score, folder, origin)
+
+
+def announce(dtype: Any, steps: Mapping[str, int], batch: int, images: int, val: int) -> None:
+    """What `compress.announce` could not know yet."""
+    say("device", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jnp.dtype(dtype).name}")
+    distilled = ", ".join(f"{count} in the {stage} stage" for stage, count in steps.items() if count)
+    say("steps", f"{distilled or 'none'}, of {batch} images; {images} images to learn from, {val} to measure on")
 
 
 def check_combinations(options: Options, recipe: Recipe, target: Target) -> None:
@@ -249,7 +271,8 @@ def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
     def calibration(name: str) -> Iterable[Any]:
         batches = labels.calibration_stream(recipe, run.images, config, devices, options.seed, options.broken_share())
         streams.append(batches)
-        return track(train.calibration(batches, count), name, count, per_item=devices)
+        name = f"{stage.name}: {name}"
+        return track(train.calibration(batches, count), name, count, per_item=devices, compiles=True)
 
     recipe = dataclasses.replace(recipe, least=recipe.least**stage.cut)  # all rounds together leave the least
     slim = prune_sam(previous, stage, recipe, run.target.part(stage.cut), calibration, options.seed, options.uniform)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from slimsam_jax import sharding
@@ -123,22 +124,30 @@ class Steps:
 
 def _checksums(tree: Any) -> list[int]:
     """A number per array; orbax notices missing bytes, but not altered ones."""
-    return [int(found) for found in _all_checksums(jax.tree.leaves(tree))]
+    leaves = jax.tree.leaves(tree)
+    if _on_host():
+        return [int(_checksum(np.asarray(leaf), np)) for leaf in leaves]
+    return [int(found) for found in _all_checksums(leaves)]
+
+
+def _on_host() -> bool:
+    """Whether arrays lie in this process's memory: numpy then reads them where they are, and nothing is compiled."""
+    return jax.default_backend() == "cpu" and jax.process_count() == 1
 
 
 @jax.jit
 def _all_checksums(leaves: list[jax.Array]) -> list[jax.Array]:
     # One program: compiling one for each shape takes longer, and the collectives of several that run at once lock each
     # other out on CPUs.
-    return list(map(_checksum, leaves))
+    return [_checksum(leaf, jnp) for leaf in leaves]
 
 
-def _checksum(leaf: jax.Array) -> jax.Array:
-    """Changes with any bit of a 32-bit array, and with the order of its elements."""
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).reshape(-1)
-    mixed = bits ^ (jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9))  # the place counts, too
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x7FEB352D)
-    return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+def _checksum(leaf: Any, xp: Any) -> Any:
+    """Changes with any bit of a 32-bit array, and with the order of its elements; the same by numpy and by JAX."""
+    bits = leaf.view(xp.uint32).reshape(-1)
+    mixed = bits ^ (xp.arange(bits.size, dtype=xp.uint32) * xp.uint32(0x9E3779B9))  # the place counts, too
+    mixed = (mixed ^ (mixed >> 16)) * xp.uint32(0x7FEB352D)
+    return xp.sum(mixed ^ (mixed >> 15), dtype=xp.uint32)
 
 
 def shapes_of(state: TrainState) -> TrainState:
@@ -146,6 +155,11 @@ def shapes_of(state: TrainState) -> TrainState:
     return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
 
 
+def _finite(state: TrainState) -> bool:
+    leaves = jax.tree.leaves(state)
+    return all(np.isfinite(leaf).all() for leaf in leaves) if _on_host() else bool(_all_finite(leaves))
+
+
 @jax.jit
-def _finite(state: TrainState) -> jax.Array:
-    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in leaves]).all()

@@ -50,6 +50,7 @@ def make_trainer(
     parts: int = 1,
     fsdp: int = 1,
     attention: Form = "auto",
+    known: bool = False,
 ) -> Trainer:
     """Places a stage's models on the devices and builds its step.
 
@@ -60,6 +61,7 @@ def make_trainer(
       parts: that each batch is taken in, see `distill.make_step`.
       fsdp: devices that parameters are split over, see `sharding`.
       attention: how it is computed, see `models.attention`.
+      known: whether batches bring their targets, see `targets`.
     """
     mesh = sharding.make_mesh(fsdp)
     optimizer = distill.make_optimizer(recipe.clip, recipe.weight_decay)
@@ -74,8 +76,8 @@ def make_trainer(
         recipe.ema,
         mesh,
     )
-    frozen = {"teacher": teacher.params["image_encoder"]}
-    if previous is not teacher and stage.aligns(recipe):
+    frozen = {} if known else {"teacher": teacher.params["image_encoder"]}
+    if previous is not teacher and stage.aligns(recipe) and not known:
         frozen["previous"] = previous.params["image_encoder"]
     frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), frozen)
     if recipe.masks:
@@ -98,15 +100,28 @@ def _student_features(
 def _target_features(
     encode: Encode, previous: Config, teacher: Config, stage: Stage, recipe: Recipe, frozen: Any, batch: Batch
 ) -> distill.Features:
+    """`frozen_features`, or those that come with the batch (see `targets`): [b, 1, ...], then; and views of them."""
+    if "targets" in batch:
+        found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch["targets"])
+    else:
+        found = frozen_features(encode, previous, teacher, stage, frozen, batch)
+    return found | _views(teacher, recipe, found["embedding"], frozen.get("head"), batch)
+
+
+def frozen_features(
+    encode: Encode, previous: Config, teacher: Config, stage: Stage, frozen: Any, batch: Batch
+) -> distill.Features:
     """The teacher's embedding, and features of the model before the cut, which may be the teacher.
 
     A teacher's embedding that comes with the batch (see `teacher_cache`) is not computed again.
     """
-    before, features = encode(teacher, frozen["teacher"], batch)
+    before = None
+    if "teacher" in frozen:
+        before, features = encode(teacher, frozen["teacher"], batch)
     embedding = batch.get("embedding", before)
     if "previous" in frozen:
         before, features = encode(previous, frozen["previous"], batch)
-    found = {"embedding": embedding, **_views(teacher, recipe, embedding, frozen.get("head"), batch)}
+    found = {"embedding": embedding}
     if stage.features == "bottleneck":
         return found | bottleneck_features(previous, features)
     return found | {"previous": before, **stream_features(previous, features)}

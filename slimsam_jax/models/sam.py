@@ -65,12 +65,19 @@ def init(config: Config, key: jax.Array) -> Params:
 def abstract_params(config: Config) -> Params:
     """The parameter tree as shapes, not to be changed; costs no memory, whatever the size."""
     distinct = tuple(dict.fromkeys(config.blocks))  # equal blocks have equal shapes, and are traced once
-    traced = dataclasses.replace(config, blocks=distinct)
-    params = jax.eval_shape(lambda key: init(traced, key), jax.random.key(0))
-    encoder = dict(params["image_encoder"])
+    traced = ImageEncoder(dataclasses.replace(config, blocks=distinct))
+    images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+    encoder = dict(jax.eval_shape(lambda images: traced.init(jax.random.key(0), images)["params"], images))
     shapes = {block: encoder.pop(f"blocks_{i}") for i, block in enumerate(distinct)}
     encoder |= {f"blocks_{i}": shapes[block] for i, block in enumerate(config.blocks)}
-    return params | {"image_encoder": encoder}
+    return {**_abstract_head(dataclasses.replace(config, embed_dim=1, blocks=())), "image_encoder": encoder}
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract_head(config: Config) -> Params:
+    """The same of what is the same for a SAM and its slim ones: all but the image encoder."""
+    params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return {part: params[part] for part in ("prompt_encoder", "mask_decoder")}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))

@@ -1,0 +1,103 @@
+"""Compiled programs: kept in the user's cache folder from one command to the next, and no alarm about slow ones.
+
+JAX's own variables come first: `JAX_COMPILATION_CACHE_DIR` names another folder, and with
+`JAX_ENABLE_COMPILATION_CACHE=false` nothing is kept. Nothing here imports JAX, so that `--help` need not wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import stat
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+ROOM = 2**28  # bytes; a run of `compress` on the small SAM keeps 2.3 MB
+WORTH_KEEPING = 0.1  # seconds of compilation
+
+
+def prepare() -> None:
+    """For a command, at its beginning; a library leaves its user's settings alone."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA calls a compilation of two minutes an error
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or not (folder := cache_folder()):
+        return
+    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": WORTH_KEEPING}
+    for name, value in settings.items():
+        os.environ.setdefault(name.upper(), str(value))
+        if "jax" in sys.modules:  # which has read its variables already
+            sys.modules["jax"].config.update(name, value)
+    # A program that cannot be read or written is compiled; the next command removes what is damaged.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
+
+
+def cache_folder() -> Path | None:
+    """The folder for this machine's programs, in order; None if there cannot be one, or not a safe one."""
+    try:
+        folder = user_cache() / "slimsam_jax" / "programs" / _machine()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if not _is_ours_alone(folder):
+            print(f"compiled programs are not kept: others could change {str(folder)!r}", file=sys.stderr)
+            return None
+        tidy(folder, ROOM)
+        return folder
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: no home folder; ValueError: a null byte in its name
+        return None
+
+
+def user_cache() -> Path:
+    """By the XDG Base Directory Specification, which has relative paths ignored."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given if given.is_absolute() else Path.home() / ".cache"
+
+
+def _machine() -> str:
+    """Programs are machine code: home folders are shared by machines that cannot run each other's."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    features = [line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features")]
+    return hashlib.sha256("\n".join([platform.machine(), platform.processor(), *features]).encode()).hexdigest()[:16]
+
+
+def _is_ours_alone(folder: Path) -> bool:
+    """Whoever can write here can have any code run; and what is no plain file would be waited for."""
+    if os.name != "posix":
+        return True
+    here = folder.stat()
+    files = [path.lstat() for path in folder.iterdir()]
+    plain = all(stat.S_ISREG(file.st_mode) and file.st_uid == os.getuid() for file in files)
+    return plain and here.st_uid == os.getuid() and not here.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+
+
+def tidy(folder: Path, room: int) -> None:
+    """Removes new files that are damaged (JAX would not replace them), and the oldest beyond `room` bytes.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
+    stamp = folder / "tidied"
+    before = stamp.stat().st_mtime if stamp.exists() else 0.0
+    files = sorted(((path.stat(), path) for path in folder.glob("*-cache")), key=lambda each: -each[0].st_mtime)
+    total = 0
+    for status, path in files:
+        total += status.st_size
+        if total > room or (status.st_mtime >= before and not _is_whole(path)):
+            path.unlink(missing_ok=True)
+    stamp.touch()
+
+
+def _is_whole(path: Path) -> bool:
+    """As far as can be told: JAX compresses with zlib, unless there is a package for zstd."""
+    content = path.read_bytes()
+    if content.startswith(b"\x28\xb5\x2f\xfd"):
+        return True
+    try:
+        zlib.decompress(content)
+    except zlib.error:
+        return False
+    return True
