@@ -1,4 +1,4 @@
-"""Checkpoints and model folders by somebody who means harm: one line, exit code 2, within a second or two and 500 MB."""
+"""Checkpoints and model folders by somebody who means harm: one line, exit code 2, in two seconds and 500 MB."""
 
 from __future__ import annotations
 
