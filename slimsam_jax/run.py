@@ -94,8 +94,7 @@ def carry_out(run: Run) -> dict[str, Any]:
 def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
     """Writes the model, measures it, and cleans up."""
     start, out = time.perf_counter(), run.options.out
-    thresholds = calibrate(student, run.images, like=run.teacher)
-    student = dataclasses.replace(student, provenance=run.provenance, thresholds=thresholds)
+    student = calibrated(run, dataclasses.replace(student, provenance=run.provenance))
     checkpoint.save(student, out)
     save_other(run, student)
     numbers = report.measure(run.teacher, student, run.val, run.dtype)
@@ -112,6 +111,16 @@ def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
     if run.target.budget and abs(numbers["budget"]["reached"] / run.target.budget.amount - 1) > 0.01:
         print("the budget is missed by more than 1 %: a smaller multiple, or none, comes nearer")
     return numbers
+
+
+def calibrated(run: Run, student: Sam) -> Sam:
+    """With thresholds that as many masks pass as of the teacher; with the teacher's if there is nothing to go by."""
+    try:
+        thresholds = calibrate(student, run.images, like=run.teacher)
+    except InputError as error:  # a model that gives no masks, say, which is no reason to lose it
+        print(f"the thresholds are the teacher's: {error}", flush=True)
+        thresholds = run.teacher.thresholds
+    return dataclasses.replace(student, thresholds=thresholds)
 
 
 def save_other(run: Run, student: Sam) -> None:
