@@ -42,8 +42,7 @@ def load(source: Path | str) -> Sam:
     with blaming(source):
         source = Path(source).expanduser()
         if not os.path.isdir(source):
-            sam = from_state_dict(torch_file.read(source), str(source))
-            torch_file.check_sums(source)
+            sam = _load_pth(source)
         elif _is_huggingface(source):
             sam = _load_huggingface(source)
         else:
@@ -79,6 +78,18 @@ def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict",
         raise InputError(f"{where}: {error}") from None
     checkpoint.check_names(set(state), {row.name for row in table}, where)
     return Sam(config, _params(config, state, table, where))
+
+
+def _load_pth(path: Path) -> Sam:
+    """With what `to_torch` noted in it, if it did."""
+    state, note = torch_file.read_with_note(path)
+    thresholds = note.pop("thresholds", None)
+    if not set(note) <= {"decoder_heads", "pixel_mean", "pixel_std"}:
+        raise InputError(f"{path} has a note that is none of ours; save its state dict anew, as a plain dict")
+    sam = from_state_dict(state, str(path), **note)
+    torch_file.check_sums(path)
+    thresholds = None if thresholds is None else architecture.Thresholds.from_json(thresholds)
+    return dataclasses.replace(sam, thresholds=thresholds)
 
 
 def _pixel_statistics(array: np.ndarray, where: str) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tyro.conf import Positional
 
-from converters import huggingface, model_card
+from converters import huggingface, model_card, torch_file
 from converters.from_torch import load
 from converters.mapping import fuse_qkv, rows
 from slimsam_jax import cli
@@ -63,7 +63,7 @@ def save_sam(sam: Sam, path: Path) -> None:
     tensors = collections.OrderedDict((k, torch.from_numpy(v.copy())) for k, v in to_state_dict(sam).items())
     told = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
     told["thresholds"] = sam.thresholds.to_json() if sam.thresholds else None
-    tensors._metadata = {"slimsam_jax": told}  # no tensor, which a strict load would refuse
+    tensors._metadata = {torch_file.NOTE: told}  # no tensor, which a strict load would refuse
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as files, writing(path):
         temporary, copy = (files.enter_context(checkpoint.replacing(name)) for name in (path, loader))

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from converters.torch_pickle import Inert, Maker, Unpickler
+from converters.torch_pickle import Inert, Maker, Ordered, Unpickler
 from slimsam_jax.errors import InputError, blaming, printable
 from slimsam_jax.files import open_regular
 
@@ -43,14 +43,23 @@ _STORAGES = {
 PICKLE_LIMIT, DIRECTORY_LIMIT = 1_000_000, 2_000_000
 MOST_TENSORS = 20_000
 LONGEST_NAME = 500
+NOTE = "slimsam_jax"  # where `to_torch` notes what shapes do not tell, in a state dict's `_metadata`
 SPARE = 64 << 20  # bytes that a file may have besides 16 times its tensors; an optimizer in float32 is 6 times float16
 
 
 def read(path: Path | str) -> dict[str, np.ndarray]:
+    """The arrays of `read_with_note`."""
+    return read_with_note(path)[0]
+
+
+def read_with_note(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads a `.pth` into {name: array}, mapped and read-only, in the dtypes of the file.
 
     Args:
       path: a state dict, one under the key "model" or "state_dict", or a pickled module.
+
+    Returns:
+      the arrays, and what `to_torch` noted beside them that no shape tells, unchecked: {} in a file of others.
 
     Raises:
       InputError: the file is none of these.
@@ -59,13 +68,13 @@ def read(path: Path | str) -> dict[str, np.ndarray]:
         archive = _Archive(file, path)
         if archive.root is None:
             raise InputError(f"{path} is not a readable PyTorch checkpoint: the archive holds no data.pkl")
-        state = _state_dict(_Tensors(archive).load())
+        state, note = _state_dict(_Tensors(archive).load())
     size, whole = sum(array.nbytes for array in state.values()), len(archive.content)
     if state and not size / 2 <= whole <= 16 * size + SPARE:
         raise InputError(f"{path} has {whole} bytes and tensors of {size}: it is damaged, or mostly something else")
     if not state:
         raise InputError(f"{path} holds neither a state dict nor a module")
-    return state
+    return state, note
 
 
 def check_sums(path: Path | str) -> None:
@@ -144,7 +153,7 @@ class _Tensors(Unpickler):
         names = {("torch._utils", f"_rebuild_tensor{version}"): Maker(self._tensor) for version in ("", "_v2")}
         for version in ("", "_with_state"):
             names["torch._utils", f"_rebuild_parameter{version}"] = Maker(lambda arguments: arguments[0])
-        names["collections", "OrderedDict"] = Maker(lambda arguments: {})  # filled by what follows
+        names["collections", "OrderedDict"] = Maker(lambda arguments: Ordered())  # filled by what follows
         names["torch", "Size"] = Maker(_size)
         for module in ("torch", "torch.storage"):
             names |= {(module, name): np.dtype(kind) for name, kind in _STORAGES.items()}
@@ -196,16 +205,24 @@ def rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple)
     return np.ndarray(size, storage.dtype, storage, offset * storage.itemsize if count else 0, steps)
 
 
-def _state_dict(content: Any) -> dict[str, np.ndarray]:
-    """{name: array} of a state dict or module, which may lie under "model" or "state_dict"."""
+def _state_dict(content: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """{name: array} and the note of a state dict or module, which may lie under "model" or "state_dict"."""
     for _ in range(4):
         if not isinstance(content, dict):
             break
         inner = [content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict | Inert)]
         if not inner:
-            return {name: array for name, array in content.items() if isinstance(array, np.ndarray)}
+            arrays = {name: array for name, array in content.items() if isinstance(array, np.ndarray)}
+            return arrays, _note(content)
         content = inner[0]
-    return _flatten(content) if isinstance(content, Inert) else {}
+    return (_flatten(content) if isinstance(content, Inert) else {}), {}
+
+
+def _note(state: dict[str, Any]) -> dict[str, Any]:
+    found = getattr(state, "state", None)
+    for key in ("_metadata", NOTE):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _flatten(module: Inert) -> dict[str, np.ndarray]:

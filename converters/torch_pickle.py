@@ -34,6 +34,16 @@ class Inert:
         self.state: Any = None
 
 
+class Ordered(dict):
+    """An `OrderedDict`; `state` is what a pickle sets beside its items, unread, such as a state dict's `_metadata`."""
+
+    __slots__ = ("state",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Any = None
+
+
 class Maker:
     """A function that a pickle may call: `make` is given the arguments as one tuple."""
 
@@ -82,7 +92,7 @@ class Unpickler(pickle._Unpickler):
 
     def _build(self) -> None:
         state = self.stack.pop()
-        if type(self.stack[-1]) is Inert:
+        if type(self.stack[-1]) in (Inert, Ordered):
             self.stack[-1].state = state
 
     def _new(self, arguments: int) -> None:
@@ -96,7 +106,7 @@ class Unpickler(pickle._Unpickler):
 
     def _update(self, items: list[Any]) -> None:
         """What has no string as a key is left out: no parameter has one, and hashing a tuple may take for ever."""
-        if type(self.stack[-1]) is dict:
+        if isinstance(self.stack[-1], dict):
             pairs = zip(items[::2], items[1::2], strict=True)
             self.stack[-1].update((key, value) for key, value in pairs if type(key) is str)
 

@@ -95,8 +95,7 @@ def carry_out(run: Run) -> dict[str, Any]:
 def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
     """Writes the model, measures it, and cleans up."""
     start, out = time.perf_counter(), run.options.out
-    thresholds = calibrate(student, run.images, like=run.teacher)
-    student = dataclasses.replace(student, provenance=run.provenance, thresholds=thresholds)
+    student = calibrated(run, dataclasses.replace(student, provenance=run.provenance))
     checkpoint.save(student, out)
     save_other(run, student)
     numbers = report.measure(run.teacher, student, run.val, run.dtype)
@@ -125,6 +124,16 @@ def say_what_to_do(out: Path, val: Sequence[Sample]) -> None:
     image, point = (photo.name, f"{size[0] // 2},{size[1] // 2}") if photo else ("PHOTO", "X,Y")
     command = ["python", "-m", "slimsam_jax.predict", "--model", str(out), "--image", image, "--point", point]
     say("next", shlex.join([*command, "--out", "mask.png"]))
+
+
+def calibrated(run: Run, student: Sam) -> Sam:
+    """With thresholds that as many masks pass as of the teacher; with the teacher's if there is nothing to go by."""
+    try:
+        thresholds = calibrate(student, run.images, like=run.teacher)
+    except InputError as error:  # a model that gives no masks, say, which is no reason to lose it
+        print(f"the thresholds are the teacher's: {error}", flush=True)
+        thresholds = run.teacher.thresholds
+    return dataclasses.replace(student, thresholds=thresholds)
 
 
 def save_other(run: Run, student: Sam) -> None:

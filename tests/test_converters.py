@@ -24,6 +24,7 @@ from converters import from_torch, huggingface, mapping, to_torch, torch_file
 from slimsam_jax import checkpoint
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.models import sam as sam_module
+from slimsam_jax.models.config import Thresholds
 
 SQUARE = tiny_config(image_size=(64, 64))
 
@@ -207,7 +208,8 @@ def test_a_damaged_model_folder_is_refused(tmp_path, tiny_sam):
 
 @pytest.mark.parametrize("array", [np.arange(3), np.ones(3, bool), np.array([1, np.nan]), np.array([1e39])], ids=str)
 def test_arrays_that_are_no_weights_are_refused(array):
-    with pytest.raises(InputError, match=r"there: a/kernel holds integers, or values that are not finite"):
+    wrong = "values that are not finite" if array.dtype.kind == "f" else f"{array.dtype}, and weights are real numbers"
+    with pytest.raises(InputError, match=f"there: a/kernel holds {wrong}"):
         checkpoint.to_device({"a/kernel": array}, "there")
 
 
@@ -355,6 +357,37 @@ def test_published_presets_convert():
         shapes = sam_module.abstract_params(config)
         paths = {"/".join(str(k.key) for k in keys) for keys, _ in jax.tree_util.tree_leaves_with_path(shapes)}
         assert {row.path for row in mapping.rows(config)} == paths
+
+
+def test_a_pth_gives_back_what_shapes_do_not_tell(tmp_path):
+    config = dataclasses.replace(SQUARE, decoder_heads=4, pixel_mean=(1.0, 2.0, 3.0), pixel_std=(9.0, 8.0, 7.0))
+    sam = dataclasses.replace(random_sam(config), thresholds=Thresholds(0.4, 0.6, 2.0))
+    to_torch.save_sam(sam, tmp_path / "x.pth")
+    found = from_torch.load(tmp_path / "x.pth")
+    assert_same(found, sam)
+    assert found.thresholds == sam.thresholds
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        {"decoder_heads": np.float64(4)},
+        {"decoder_heads": 10**9},
+        {"pixel_mean": (1, 2)},
+        {"pixel_std": 5},
+        {"thresholds": {"pred_iou_thresh": 2}},
+        {"thresholds": 7},
+        {"embed_dim": 24},
+        {"decoder_heads": torch.ones(())},
+    ],
+    ids=str,
+)
+def test_a_foreign_note_is_refused(stock, tmp_path, note):
+    state = OrderedDict(stock.state_dict())
+    state._metadata = {"slimsam_jax": note}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(InputError):
+        from_torch.load(tmp_path / "x.pth")
 
 
 def test_ordered_dict_metadata_is_harmless(tmp_path):

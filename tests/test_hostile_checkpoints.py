@@ -1,4 +1,4 @@
-"""Checkpoints and model folders by somebody who means harm: one line, exit code 2, within a second and 500 MB."""
+"""Checkpoints and model folders by somebody who means harm: one line, exit code 2, in two seconds and 500 MB."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from slimsam_jax.models.config import Config
 
 SQUARE = tiny_config(image_size=(64, 64))
 LEAST = {"archive": 30, "pickle": 60, "tensor": 60, "module": 10, "model": 30, "file": 10, "ours": 200, "theirs": 90}
-SECONDS, MEGABYTES = 1, 500
+SECONDS, MEGABYTES = 2, 500  # of CPU time: a second on a quiet machine, and cores that are shared are slower
 pytestmark = pytest.mark.xdist_group("hostile checkpoints")  # so that they are made once
 
 fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peers
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from test_data import save_image, truncated
 
 from slimsam_jax import calibrate as command
-from slimsam_jax import checkpoint, data, everything
+from slimsam_jax import checkpoint, data, everything, run
 from slimsam_jax.errors import InputError
 from slimsam_jax.inference import calibration
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
@@ -130,6 +131,15 @@ def test_slim_and_teacher_pass_equally_many(images):
     assert calibrate(slim, images, like=estimating(0, 0.4)) is None  # of which SAM's own let nothing pass
     usual = dataclasses.replace(slim, thresholds=calibrate(calibrated, images))
     assert abs(passing(usual, images) - calibration.USUAL.both * len(found.stability)) <= 2
+
+
+def test_a_slim_model_without_masks_is_not_lost(images, monkeypatch, capsys):
+    """At the end of a run, before the model is written."""
+    teacher = dataclasses.replace(estimating(0, 0.4), thresholds=Thresholds(**SOME))
+    few = Scores(np.array([0.9]), np.array([0.9]))
+    monkeypatch.setattr(calibration, "scores", lambda sam, *_: few if sam is teacher else Scores(*np.zeros((2, 0))))
+    found = run.calibrated(SimpleNamespace(images=images, teacher=teacher), random_sam(SQUARE))
+    assert found.thresholds == teacher.thresholds and "the model has no masks" in capsys.readouterr().out
 
 
 def test_images_are_spread_and_unreadable_ones_passed_by(images, tmp_path):

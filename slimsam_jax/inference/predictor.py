@@ -161,7 +161,7 @@ def as_picture(image: AnyImage) -> Image.Image:
 
 
 def check_sides(height: int, width: int) -> None:
-    """Raises InputError for a picture of more pixels than PIL would read from a file."""
+    """Raises InputError for an image in memory that is too large; from a file somewhat fewer pixels are read."""
     most = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
     if height * width > most or max(height, width) > IMAGE_SIDE:
         raise InputError(
