@@ -7,7 +7,6 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax import distill, labels, metrics, sharding, targets, train
@@ -126,5 +125,6 @@ class Distillation(Loop):
 
     def sam(self, state: distill.TrainState) -> Sam:
         """The student as it stands, off the mesh."""
-        learnt = jax.tree.map(jnp.asarray, sharding.gather(state.average or state.params))
+        # Copied on the host, which compiles nothing: the next step is given the state's memory.
+        learnt = jax.device_put(jax.tree.map(np.array, sharding.gather(state.average or state.params)))
         return dataclasses.replace(self.student, params={**self.student.params, **learnt})

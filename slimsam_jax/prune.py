@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from slimsam_jax import labels, sharding, widths
+from slimsam_jax import labels, metrics, sharding, widths
 from slimsam_jax.errors import RunError
 from slimsam_jax.models import groups as channels
 from slimsam_jax.models import projection, statistics
@@ -25,6 +25,8 @@ from slimsam_jax.stages import Stage
 from slimsam_jax.widths import Target
 
 Batch = dict[str, Any]
+# Multiply-accumulates of an image, below which compiling a program for narrower heads takes longer than it saves.
+MASKED_BELOW = 3e9
 Calibration = Callable[[str], Iterable[Batch]]  # what it is for -> batches, the same images at each call
 
 
@@ -199,26 +201,36 @@ def project(
     chosen = widths.bottleneck_widths(sam.config, worth, target, recipe, uniform)
     of_kind = lambda kind: [chosen[f"blocks_{i}/{kind}"] for i in range(len(bases))]
 
-    sam = _with_encoder(sam, projection.project_attention(sam.config, encoder, bases, of_kind("attn")))
+    cut = functools.partial(projection.project_attention, sam.config, encoder, bases, of_kind("attn"))
+    masked = metrics.encoder_macs(sam.config).total < MASKED_BELOW
+    parts = _parts(recipe) if masked else _parts(recipe)[1:]  # masked: as before, so that the program is the same
+    found = _moments(_with_encoder(sam, cut(masked=masked)), calibration("statistics of MLPs"), seed, *parts)
+    sam = _with_encoder(sam, cut())
     encoder = sam.params["image_encoder"]
-    found = _moments(sam, calibration("statistics of MLPs"), seed, "mlp", *_sensitivity(recipe))
     units = projection.hidden_units(encoder, found, recipe.weighting, of_kind("mlp"))
     return _with_encoder(sam, projection.project_mlp(encoder, units, of_kind("mlp")))
 
 
 def _moments(sam: Sam, batches: Iterable[Batch], seed: int, *parts: statistics.Part) -> statistics.Moments:
     encoder = sharding.replicate(sam.params["image_encoder"], sharding.make_mesh())
-    return _check_finite(statistics.accumulate(statistics.moments_of(sam.config, parts), encoder, batches, seed))
+    return _check_finite(statistics.accumulate(_statistic(sam.config, parts), encoder, batches, seed))
 
 
-def _sensitivity(recipe: Recipe) -> tuple[statistics.Part, ...]:
-    return ("sensitivity",) if recipe.weighting == "disturbed" else ()
+@functools.lru_cache(maxsize=2)
+def _statistic(config: Config, parts: tuple[statistics.Part, ...]) -> statistics.Statistic:
+    """The same function for the same question, so that its program is compiled once."""
+    return statistics.moments_of(config, parts)
+
+
+def _parts(recipe: Recipe) -> tuple[statistics.Part, ...]:
+    """Of the bottlenecks' moments; attention first."""
+    return ("attention", "mlp", *(("sensitivity",) if recipe.weighting == "disturbed" else ()))
 
 
 def _bases(sam: Sam, recipe: Recipe, batches: Iterable[Batch], seed: int):
     """Those of the attentions, and what each of their channels and of the hidden units is worth, uncut."""
     encoder = sam.params["image_encoder"]
-    found = _moments(sam, batches, seed, "attention", "mlp", *_sensitivity(recipe))
+    found = _moments(sam, batches, seed, *_parts(recipe))
     bases = projection.attention_bases(sam.config, encoder, found, recipe.weighting)
     units = projection.hidden_units(encoder, found, recipe.weighting)
     worth = {f"blocks_{i}/attn": basis.worth for i, basis in enumerate(bases)}

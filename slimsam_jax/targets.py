@@ -73,12 +73,12 @@ class Targets:
 
 
 def remembered(run: Run, stage: Stage, previous: Sam, names: Sequence[str]) -> Targets | None:
-    """`Targets` where they save work: each image comes again, as it is, and those of all fit into `ROOM`.
+    """`Targets` where they save work: images come again, as they are, and those of all fit into `ROOM`.
 
     With several devices none: programs of reader threads would run between those that wait for each other.
     """
     count, config = len(run.images), run.teacher.config
-    again = run.steps_of(stage) * run.batch >= 2 * count and not run.recipe.flip and run.recipe.crop == 1
+    again = run.steps_of(stage) * run.batch > count and not run.recipe.flip and run.recipe.crop == 1
     least = 4 * count * config.grid[0] * config.grid[1] * config.out_chans
     if not again or least > ROOM or jax.device_count() > 1:
         return None

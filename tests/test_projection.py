@@ -105,7 +105,7 @@ def moments(model, encoder, *parts):
     return statistics.accumulate(statistic, jax.tree.map(jnp.asarray, encoder), batches(model))
 
 
-def project(model, encoder, kind: str, widths, weighting: str):
+def project(model, encoder, kind: str, widths, weighting: str, masked: bool = False):
     """One of the three cuts, on statistics of the encoder as it is."""
     config = shrunk_config(model.config, encoder)
     if kind == "embedding":
@@ -113,7 +113,7 @@ def project(model, encoder, kind: str, widths, weighting: str):
     found = moments(model, encoder, kind, "sensitivity")
     if kind == "attention":
         bases = sam_projection.attention_bases(config, encoder, found, weighting)
-        return sam_projection.project_attention(config, encoder, bases, widths)
+        return sam_projection.project_attention(config, encoder, bases, widths, masked)
     return sam_projection.project_mlp(encoder, sam_projection.hidden_units(encoder, found, weighting), widths)
 
 
@@ -144,6 +144,15 @@ def test_attention_that_uses_five_channels_loses_nothing_when_cut_to_five(model,
     new = project(model, encoder, "attention", [5, 5], weighting)
     batch = batches(model)[0]
     np.testing.assert_allclose(embed(shrunk_config(config, new), new, batch), embed(config, encoder, batch), atol=1e-4)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_masked_heads_are_cut_heads_in_the_shapes_that_there_were(model, weighting):
+    encoder, batch = model.params["image_encoder"], batches(model)[0]
+    cut, masked = (project(model, encoder, "attention", [3, 7], weighting, masked=masked) for masked in (False, True))
+    assert shrunk_config(model.config, masked) == model.config != shrunk_config(model.config, cut)
+    found, wanted = (embed(shrunk_config(model.config, each), each, batch) for each in (masked, cut))
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)

@@ -243,6 +243,15 @@ def test_checksums_see_every_bit_and_order():
     assert len(sums) == 6
 
 
+def test_checksums_and_finiteness_are_the_same_on_the_host_and_on_devices():
+    """Arrays of this process are read by numpy; those of an accelerator or of several processes by a program."""
+    random = np.random.default_rng(0)
+    leaves = [jnp.asarray(random.standard_normal((3, 5)), jnp.float32), jnp.int32(-7), jnp.float32(np.nan)]
+    assert steps._checksums(leaves) == [int(found) for found in steps._all_checksums(leaves)]
+    for some in (leaves[:2], leaves):
+        assert steps._finite(some) == bool(steps._all_finite(some)) == (len(some) == 2)
+
+
 @pytest.mark.slow
 def test_killed_again_and_again(finished, material, tmp_path):
     """`kill -9` at moments that nobody chose, until the run comes through."""

@@ -127,9 +127,18 @@ def _bases(attn: Params, moments: Moments, i: int, weighting: Weighting) -> Atte
 
 
 def project_attention(
-    config: Config, encoder: Params, bases: Sequence[AttentionBases], widths: Sequence[int]
+    config: Config, encoder: Params, bases: Sequence[AttentionBases], widths: Sequence[int], masked: bool = False
 ) -> Params:
-    """Gives q and k one basis per block, v and proj one per head, and keeps `widths[block]` channels of each."""
+    """Gives q and k one basis per block, v and proj one per head, and keeps `widths[block]` channels of each.
+
+    Args:
+      masked: the other channels are zero instead of cut: the same function in the shapes that there were, up to
+        rounding. What was compiled for those serves again.
+    """
+    if masked:
+        whole = [block.head_dim for block in config.blocks]
+        bases = [_first(basis, width) for basis, width in zip(bases, widths, strict=True)]
+        return project_attention(config, encoder, bases, whole)
     new = dict(encoder)
     for i, (block, basis, width) in enumerate(zip(config.blocks, bases, widths, strict=True)):
         attn = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), encoder[f"blocks_{i}"]["attn"])
@@ -157,6 +166,14 @@ def project_attention(
             },
         }
     return like(encoder, new)
+
+
+def _first(basis: AttentionBases, width: int) -> AttentionBases:
+    """With zeros in place of all channels but the first `width`."""
+    stays = (np.arange(len(basis.worth)) < width).astype(np.float64)
+    rows = stays[:, None]
+    outputs = [o._replace(encode=rows * o.encode, decode=o.decode * stays) for o in basis.outputs]
+    return basis._replace(query=rows * basis.query, key=rows * basis.key, outputs=outputs)
 
 
 # --------------------------------------------------------------------------------------------- MLP

@@ -61,7 +61,12 @@ def init(config: Config, key: jax.Array) -> Params:
 @functools.lru_cache(maxsize=32)  # tracing takes a second or two, and a run asks for the same few models
 def abstract_params(config: Config) -> Params:
     """The parameter tree as shapes, not to be changed; costs no memory, whatever the size."""
-    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    head = dataclasses.replace(config, embed_dim=1, blocks=())
+    if config == head:
+        return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+    encoder = jax.eval_shape(lambda images: ImageEncoder(config).init(jax.random.key(0), images)["params"], images)
+    return {**abstract_params(head), "image_encoder": encoder}  # the rest is the same for a SAM and its slim ones
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -29,6 +30,21 @@ def accumulate(statistic: Statistic, encoder: Params, batches: Iterable[Batch], 
     Raises:
       ValueError: there was no batch.
     """
+    found, add = _programs(statistic)
+    total, key = None, jax.random.key(seed)
+    for index, batch in enumerate(batches):
+        if total is None:
+            zeros = lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), encoder["pos_embed"].sharding)
+            total = jax.tree.map(zeros, jax.eval_shape(found, encoder, batch, key))
+        total = add(total, encoder, batch, jax.random.fold_in(key, index))
+    if total is None:
+        raise ValueError("statistics need at least one batch")
+    return jax.device_get(total)
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(statistic: Statistic) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What a statistic finds, and that added to a total, which is donated; compiled once for the same statistic."""
 
     @jax.jit  # traced once, though asked for its shapes and then for sums
     def found(encoder: Params, batch: Batch, key: jax.Array) -> Any:
@@ -38,15 +54,7 @@ def accumulate(statistic: Statistic, encoder: Params, batches: Iterable[Batch], 
     def add(total: Any, *inputs: Any) -> Any:
         return jax.tree.map(jnp.add, total, found(*inputs))
 
-    add, total, key = jax.jit(add, donate_argnums=0), None, jax.random.key(seed)
-    for index, batch in enumerate(batches):
-        if total is None:
-            zeros = lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), encoder["pos_embed"].sharding)
-            total = jax.tree.map(zeros, jax.eval_shape(found, encoder, batch, key))
-        total = add(total, encoder, batch, jax.random.fold_in(key, index))
-    if total is None:
-        raise ValueError("statistics need at least one batch")
-    return jax.device_get(total)
+    return found, jax.jit(add, donate_argnums=0)
 
 
 def moments_of(config: Config, parts: Sequence[Part]) -> Statistic:

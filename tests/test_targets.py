@@ -1,0 +1,69 @@
+"""Targets that are kept in memory are those that a step would compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SQUARE, random_sam, samples
+
+from slimsam_jax import targets, train
+from slimsam_jax.compress import Options
+from slimsam_jax.models.features import run_encoder
+from slimsam_jax.models.sam import resize_and_pad
+from slimsam_jax.recipes import RECIPES
+from slimsam_jax.stages import STAGES, plan
+
+
+def a_run(material, steps=6, **changes):
+    images = samples(sorted((material / "images").iterdir()))
+    fields = {"teacher": random_sam(SQUARE), "images": images, "recipe": RECIPES["default"], "batch": 2, "cache": None}
+    fields |= {"dtype": jnp.float32, "options": Options(), "steps_of": lambda stage: steps}
+    return SimpleNamespace(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("stage", (STAGES[0], plan(RECIPES["default"])[1]), ids=("bottleneck", "stream"))
+def test_they_are_those_that_a_step_computes(material, stage):
+    run, previous = a_run(material), random_sam(SQUARE, 1)
+    known = targets.Targets(run, stage, previous, sorted(stage.terms(0, 10, run.recipe)))
+    frames, sizes = zip(*(resize_and_pad(s.image(), SQUARE.image_size) for s in run.images[:2]), strict=True)
+    batch = {"image": np.stack(frames), "size": np.stack(sizes)}
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(known, run.images[:2]))
+    frozen = {"teacher": run.teacher.params["image_encoder"], "previous": previous.params["image_encoder"]}
+    encode = functools.partial(run_encoder, dtype=jnp.float32)
+    of = jax.jit(functools.partial(train._target_features, encode, SQUARE, SQUARE, stage, run.recipe))
+    found, wanted = of({}, {**batch, "targets": stacked}), of(frozen, batch)
+    assert set(found) == set(stage.terms(0, 10, run.recipe))
+    for name, trees in found.items():
+        for one, other in zip(jax.tree.leaves(trees), jax.tree.leaves(wanted[name]), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_each_is_computed_once(material, monkeypatch):
+    run = a_run(material)
+    known = targets.Targets(run, STAGES[1], run.teacher, ["embedding"])
+    computed, compute = [], known._compute
+    monkeypatch.setattr(known, "_compute", lambda sample: computed.append(sample) or compute(sample))
+    assert known(run.images[0]) is known(run.images[0])
+    assert computed == run.images[:1] and known.bytes_per_image() == known(run.images[0])["embedding"].nbytes
+
+
+def test_they_are_kept_where_that_saves_work(material, monkeypatch):
+    kept = lambda run: targets.remembered(run, STAGES[1], run.teacher, ["embedding"]) is not None
+    run = a_run(material)
+    room = 6 * 4 * 4 * SQUARE.out_chans * 4
+    monkeypatch.setattr(targets, "ROOM", room)
+    assert kept(run)
+    assert not kept(a_run(material, steps=3))  # each image comes once
+    for change in ({"flip": True}, {"crop": 0.5}):
+        assert not kept(a_run(material, recipe=dataclasses.replace(run.recipe, **change)))
+    monkeypatch.setattr(targets, "ROOM", room - 1)
+    assert not kept(run)
+    monkeypatch.setattr(targets, "ROOM", room)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert not kept(run)
