@@ -28,7 +28,7 @@ class Options:
 
     Alternate slimming (SlimSAM, Chen et al., NeurIPS 2024): prune the embedding, distil, prune the
     attention heads and MLPs, distil. Without arguments a small SAM and the photographs that ship
-    with the package are used, and a slim model appears in ./slim after a few minutes on a CPU.
+    with the package are used, and a slim model appears in ./slim after a minute or two on a CPU.
 
     The output folder holds model.safetensors, config.json (architecture and provenance), report.json
     (every number of the table printed at the end), log.jsonl and report.png.
