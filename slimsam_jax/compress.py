@@ -10,6 +10,7 @@ from slimsam_jax import cli, limits
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range
 from slimsam_jax.progress import say
+from slimsam_jax.recipes import RECIPES
 
 COUNTED = {
     "steps": Range(0, limits.STEPS, True),
@@ -109,6 +110,7 @@ class Options:
         limits.check_options(self, COUNTED)
         cli.check_share(self.max_broken)
         cli.check_seed(self.seed)
+        RECIPES[self.recipe].change(self.set)
         cli.check_run_folder(self.out, self.resume)
 
     def channel_ratio(self) -> float | None:

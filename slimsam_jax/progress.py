@@ -10,6 +10,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from slimsam_jax.errors import MESSAGE, printable
+
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -32,7 +34,7 @@ def track(
 
 def say(name: str, text: str) -> None:
     """A line of what a command is about to do, or has done, on standard output."""
-    print(f"{name:>10}  {text}", flush=True)
+    print(f"{name:>10}  {printable(text, MESSAGE)}", flush=True)
 
 
 def _bar(items, name, total, unit, per_item, compiles, console):

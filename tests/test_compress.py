@@ -17,7 +17,7 @@ from PIL import Image
 from test_data import truncated
 
 from converters import from_torch, to_torch
-from slimsam_jax import checkpoint, cli, compress, inspect, metrics, predict, report
+from slimsam_jax import checkpoint, cli, compress, inspect, metrics, predict, recipes, report
 from slimsam_jax import run as run_module
 from slimsam_jax.compress import Options
 from slimsam_jax.errors import InputError, RunError
@@ -336,6 +336,7 @@ def test_an_unwritable_output_is_one_clear_line(material, tmp_path, monkeypatch,
 
 def test_numbers_that_are_not_finite_stop_the_run(material, tmp_path, monkeypatch, capsys):
     arguments = ("--teacher", material / "teacher", "--images", material / "images", "--steps", "3", "--out")
+    monkeypatch.setitem(recipes.LARGEST, "learning_rate", 1e30)  # more than a user may ask for
     choices = {"learning_rate": 1e30, "schedule": "constant", "validations": 1, "alternate": True}
     wild = dataclasses.replace(RECIPES["default"], **choices)
     monkeypatch.setitem(RECIPES, "default", wild)
