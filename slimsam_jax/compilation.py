@@ -1,4 +1,4 @@
-"""What a command sets before it computes: compiled programs are kept in the user's cache folder, freed memory reused.
+"""Compiled programs: kept in the user's cache folder from one command to the next, and no alarm about slow ones.
 
 JAX's own variables come first: `JAX_COMPILATION_CACHE_DIR` names another folder, and with
 `JAX_ENABLE_COMPILATION_CACHE=false` nothing is kept. Nothing here imports JAX, so that `--help` need not wait for it.
@@ -6,7 +6,6 @@ JAX's own variables come first: `JAX_COMPILATION_CACHE_DIR` names another folder
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import platform
@@ -18,13 +17,11 @@ from pathlib import Path
 
 ROOM = 2**28  # bytes; a run of `compress` on the small SAM keeps 2.3 MB
 WORTH_KEEPING = 0.1  # seconds of compilation
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
 def prepare() -> None:
     """For a command, at its beginning; a library leaves its user's settings alone."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA calls a compilation of two minutes an error
-    reuse_memory()
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or not (folder := cache_folder()):
         return
     settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": WORTH_KEEPING}
@@ -34,19 +31,6 @@ def prepare() -> None:
             sys.modules["jax"].config.update(name, value)
     # A program that cannot be read or written is compiled; the next command removes what is damaged.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
-
-
-def reuse_memory() -> None:
-    """Has glibc keep up to 1 GB of freed memory, in one heap for all threads.
-
-    XLA's buffers are new at every step. Each larger than 128 kB would come from the system and go back to it, a page at
-    a time: an eighth of the processor time of a run on the small SAM. Those beyond 256 MB still do, lest large models
-    meet a heap full of holes.
-    """
-    if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 2**28), (M_TRIM_THRESHOLD, 2**30)):
-        ctypes.CDLL(None).mallopt(option, value)
 
 
 def cache_folder() -> Path | None:

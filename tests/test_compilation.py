@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 import zlib
@@ -19,28 +18,6 @@ compilation.prepare()
 import jax, jax.numpy as jnp
 print(float(jax.jit(lambda x: jnp.sin(x) + 1)(0.0)), jax.config.jax_compilation_cache_dir)
 """
-
-
-FAULTS = """
-import resource, sys, threading
-from slimsam_jax import compilation
-if sys.argv[1:]:
-    compilation.reuse_memory()
-def use():
-    for _ in range(20):
-        bytearray(100 * 2**20)
-thread = threading.Thread(target=use)
-thread.start()
-thread.join()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
-def test_freed_memory_is_used_again():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    run = lambda *arguments: int(subprocess.check_output([sys.executable, "-c", FAULTS, *arguments], env=environment))
-    assert run("reuse") < run() / 4
 
 
 @pytest.fixture
