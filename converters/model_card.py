@@ -14,6 +14,8 @@ from slimsam_jax.files import read_json
 if TYPE_CHECKING:
     from slimsam_jax.models.sam import Sam
 
+REPORT_LIMIT = 8 << 20  # bytes of a report.json, which names every image that was skipped
+
 CARD = """---
 library_name: transformers
 pipeline_tag: mask-generation
@@ -118,7 +120,7 @@ def numbers(folder: Path, sam: Sam, original: Sam) -> str:
     path = folder / "report.json"
     if not os.path.lexists(path):
         return ""
-    report = read_json(path)
+    report = read_json(path, REPORT_LIMIT)
     with blaming(path):
         if report["provenance"] != original.provenance:
             return ""

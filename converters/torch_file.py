@@ -40,7 +40,8 @@ _STORAGES = {
     "BoolStorage": np.bool_,
 }
 # SAM-H's, with those of its optimizer and an average of its weights: 0.34 MB, 0.15 MB, 2400 tensors.
-PICKLE_LIMIT, DIRECTORY_LIMIT = 1_000_000, 2_000_000
+# A training's state may hold a list of its losses besides, nine bytes each.
+PICKLE_LIMIT, DIRECTORY_LIMIT = 4_000_000, 2_000_000
 MOST_TENSORS = 20_000
 LONGEST_NAME = 500
 NOTE = "slimsam_jax"  # where `to_torch` notes what shapes do not tell, in a state dict's `_metadata`

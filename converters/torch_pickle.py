@@ -25,6 +25,23 @@ _OPCODES = b"".join(
 )
 
 
+MOST_OPCODES = 400_000  # half a second; SAM-H's pickle, with those of its optimizer, has 0.1 million
+
+
+class _Metered(dict):
+    """Opcodes' handlers, of which so many are given out in all: a byte of a pickle may be an opcode."""
+
+    def __init__(self, handlers: Mapping[int, Callable[[Any], None]], most: int):
+        super().__init__(handlers)
+        self.left = most
+
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self.left -= 1
+        if self.left < 0:
+            raise pickle.UnpicklingError(f"its pickle has more than {MOST_OPCODES} steps; save the state dict alone")
+        return super().__getitem__(code)
+
+
 class Inert:
     """Stands in for any class, function or object; keeps the state that a pickle gives it, unread."""
 
@@ -67,6 +84,7 @@ class Unpickler(pickle._Unpickler):
     def __init__(self, file: BinaryIO, names: Mapping[tuple[str, str], Any], storage: Callable[[Any], Any]):
         super().__init__(file)
         self.names, self.persistent_load = names, storage
+        self.dispatch = _Metered(self.dispatch, MOST_OPCODES)
 
     def load(self) -> Any:
         """The object.
@@ -80,6 +98,7 @@ class Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("its pickle is damaged, or holds what torch.save does not write") from None
 
     def find_class(self, module: str, name: str) -> Any:
+        self.dispatch.left -= 4  # a name takes five times as long as most
         found = self.names.get((module, name))
         return Inert() if found is None else found
 

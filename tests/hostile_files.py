@@ -142,7 +142,7 @@ NAMES: dict[str, bytes] = {
     "blanks": b"  .png",
     "home of nobody": b"~nobody.png",
 }
-SCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/tmp/x) (w) file\n"
+SCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(PWNED) (w) file\n"
 SAMPLES = b"\x15\x01\x03\x00\x01\x00\x00\x00"  # per pixel, of a TIFF
 IMAGES: dict[str, bytes] = {
     "text": b"no image",

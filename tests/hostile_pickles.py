@@ -9,7 +9,7 @@ import pickle
 import struct
 
 LONG_BINPUT, LONG_BINGET, BINGET = b"r", b"j", b"h"
-ENDLESS = 990_000  # bytes of a pickle that is just not too long
+ENDLESS = 3_990_000  # bytes of a pickle that is just not too long
 
 
 def dump(value) -> bytes:
