@@ -181,7 +181,7 @@ def test_the_command_writes_thresholds_and_nothing_else(images, tmp_path, capsys
         (Thresholds(0.0, 1.0, 0.2), {}, {"--stability-score-thresh"}),
         (Thresholds(0.0, 0.0, OFFSET), {"pred_iou_thresh": 0.9}, {"--pred-iou-thresh"}),
     ],
-    ids=str,
+    ids=["of the model", "of the model, strict", "asked"],
 )
 def test_who_gets_no_mask_is_told_what_to_lower(tmp_path, capsys, own, fields, options):
     sam, folder = dataclasses.replace(estimating(0, 0.4), thresholds=own), str(tmp_path / "in")
