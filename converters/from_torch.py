@@ -12,10 +12,15 @@ import numpy as np
 from tyro.conf import Positional
 
 from converters import huggingface, torch_file
-from converters.mapping import Row, rows, split_qkv
-from slimsam_jax import cli, files, weights
+from converters.tables import vit
+from converters.tables.rows import Row
+from converters.tables.sam import rows
+from converters.tables.vit import split_qkv
+from slimsam_jax import cli, safetensors_file
 from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.files import read_json
 from slimsam_jax.models import config as architecture
+from slimsam_jax.output_checks import check_empty
 
 if TYPE_CHECKING:
     from slimsam_jax.models.sam import Sam
@@ -72,7 +77,7 @@ def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict",
         if key in state:
             overrides[key] = _pixel_statistics(state.pop(key), f"{where}: {key}")
     try:
-        config = dataclasses.replace(architecture.from_state_dict(state), **overrides)
+        config = dataclasses.replace(vit.from_state_dict(state), **overrides)
         table = rows(config)
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
@@ -120,7 +125,7 @@ def _params(config: architecture.Config, state: dict[str, np.ndarray], table: li
 
 def _is_huggingface(folder: Path) -> bool:
     try:
-        return "model_type" in files.read_json(folder / "config.json")
+        return "model_type" in read_json(folder / "config.json")
     except InputError:  # which the loader of our folders will say again
         return False
 
@@ -131,7 +136,7 @@ def _load_huggingface(folder: Path) -> Sam:
     overrides["decoder_heads"] = description.get("mask_decoder_config", {}).get("num_attention_heads", 8)
     state = {huggingface.to_segment_anything(name): array for name, array in state.items()}
     sam = from_state_dict(state, str(folder), **overrides)
-    for path in weights.files_of(folder):
+    for path in safetensors_file.files_of(folder):
         if path.suffix == ".bin":
             torch_file.check_sums(path)
     return sam
@@ -146,7 +151,7 @@ def main(source: Positional[Path], folder: Positional[Path]) -> None:
     """
     from slimsam_jax import checkpoint
 
-    cli.check_empty(folder)
+    check_empty(folder)
     sam = load(source)
     checkpoint.save(sam, folder)
     print(f"wrote {folder}: {sam.config.embed_dim} wide, {len(sam.config.blocks)} blocks, {sam.config.image_size} px")

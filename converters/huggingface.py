@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from converters import torch_file
-from slimsam_jax import weights
+from slimsam_jax import safetensors_file
 from slimsam_jax.errors import InputError, printable
 from slimsam_jax.files import read_json
 from slimsam_jax.models.config import GLOBAL, Config
@@ -81,12 +81,12 @@ def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if description.get("model_type") != "sam":
         theirs = printable(repr(description.get("model_type")), 40)
         raise InputError(f"{folder} holds a {theirs} model, not a SamModel")
-    paths = weights.files_of(folder)
+    paths = safetensors_file.files_of(folder)
     if not paths:
         raise InputError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
     state: dict[str, np.ndarray] = {}
     for path in paths:
-        state |= torch_file.read(path) if path.suffix == ".bin" else weights.read(path)
+        state |= torch_file.read(path) if path.suffix == ".bin" else safetensors_file.read(path)
     twin = state.pop(_TWIN, None)
     if twin is not None:
         state.setdefault("shared_image_embedding.positional_embedding", twin)

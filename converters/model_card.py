@@ -86,10 +86,10 @@ def text(sam: Sam, original: Sam, name: str, folder: Path) -> str:
 
 def summary(sam: Sam, original: Sam) -> str:
     """Size and frame, and what padding has to do with them."""
-    from slimsam_jax import metrics
+    from slimsam_jax.profiling import reference_macs
 
-    macs = lambda each: f"{metrics.encoder_macs(each.config).total / 1e9:.2f} G"
-    size = lambda each: f"{metrics.sam_parameters(each.config) / 1e6:.2f} M"
+    macs = lambda each: f"{reference_macs.encoder_macs(each.config).total / 1e9:.2f} G"
+    size = lambda each: f"{reference_macs.sam_parameters(each.config) / 1e6:.2f} M"
     side = sam.config.image_size[0]
     words = f"A Segment Anything model for images of {side} x {side} pixels: {size(sam)} parameters, "
     words += f"{macs(sam)}\nmultiply-accumulates in the image encoder."
@@ -128,7 +128,7 @@ def numbers(folder: Path, sam: Sam, original: Sam) -> str:
 
 
 def _table(report: dict[str, Any], when: str) -> str:
-    from slimsam_jax.report import ROWS
+    from slimsam_jax.compression.report import ROWS
 
     lines = ["", "## Numbers", "", "| | teacher | slim |", "|---|---|---|"]
     for key, label, cell in ROWS:
@@ -162,7 +162,7 @@ def teacher(provenance: dict[str, Any]) -> str:
 
 def command(options: dict[str, Any]) -> str:
     """The command line of a run. Of paths the last part: how a machine is laid out is nobody's business."""
-    from slimsam_jax.compress import Options
+    from slimsam_jax.compression.options import Options
 
     usual = {field.name: field.default for field in dataclasses.fields(Options)}
     words = ["python", "-m", "slimsam_jax.compress"]

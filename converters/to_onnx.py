@@ -13,11 +13,12 @@ from tyro.conf import Positional
 from converters import huggingface
 from slimsam_jax import cli
 from slimsam_jax.errors import InputError, RunError, writing
+from slimsam_jax.output_checks import check_empty
 
 if TYPE_CHECKING:
     import onnx
 
-    from converters.onnx_check import Errors, Reference
+    from converters.onnx.check import Errors, Reference
     from slimsam_jax.models.config import Config
     from slimsam_jax.models.sam import Sam
 
@@ -38,14 +39,14 @@ def models(sam: Sam, layout: Layout, dtype: Any, return_single_mask: bool = Fals
     """Encoder and decoder, `dtype` np.float32 or np.float16."""
     import flax.traverse_util
 
-    from converters import onnx_layouts
+    from converters.onnx import layouts
 
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     params = {path: np.asarray(array) for path, array in flat.items()}
     if layout == "sam":
-        decoder = onnx_layouts.sam_decoder(sam.config, params, dtype, return_single_mask)
-        return [onnx_layouts.sam_encoder(sam.config, params, dtype), decoder]
-    makers = onnx_layouts.vision_encoder, onnx_layouts.prompt_encoder_mask_decoder
+        decoder = layouts.sam_decoder(sam.config, params, dtype, return_single_mask)
+        return [layouts.sam_encoder(sam.config, params, dtype), decoder]
+    makers = layouts.vision_encoder, layouts.prompt_encoder_mask_decoder
     return [make(sam.config, params, dtype) for make in makers]
 
 
@@ -97,16 +98,16 @@ def write(sam: Sam, folder: Path, layout: Layout, dtype: Dtype, return_single_ma
 
 def measure(expected: Reference, layout: Layout, paths: list[Path], return_single_mask: bool = False) -> Errors:
     """Compares encoder and decoder with JAX; see `onnx_check.Errors`."""
-    from converters import onnx_check
+    from converters.onnx import check
 
     if layout == "sam":
-        return onnx_check.compare_sam(expected, *paths, return_single_mask)
-    return onnx_check.compare_transformers_js(expected, *paths)
+        return check.compare_sam(expected, *paths, return_single_mask)
+    return check.compare_transformers_js(expected, *paths)
 
 
 def describe(config: Config, folder: Path) -> None:
     """Writes the two files that transformers.js reads, with all widths of models whose blocks are not alike."""
-    from slimsam_jax import checkpoint
+    from slimsam_jax.files import write_json
 
     fields = huggingface.description(config)
     if not config.uniform:
@@ -116,8 +117,8 @@ def describe(config: Config, folder: Path) -> None:
     external = {path.name.removesuffix("_data"): True for path in (folder / "onnx").glob("*.onnx_data")}
     if external:
         fields["transformers.js_config"] = {"use_external_data_format": external}
-    checkpoint.write_json(folder / "config.json", fields)
-    checkpoint.write_json(folder / "preprocessor_config.json", huggingface.preprocessor(config))
+    write_json(folder / "config.json", fields)
+    write_json(folder / "preprocessor_config.json", huggingface.preprocessor(config))
 
 
 def export(
@@ -128,12 +129,12 @@ def export(
     Raises:
       RunError: float32 differs from JAX by more than `LARGEST_ERROR`, or a value is not finite; nothing is written.
     """
-    from converters import onnx_check
-    from slimsam_jax import checkpoint
+    from converters.onnx import check
+    from slimsam_jax.files import new_folder
 
-    expected = onnx_check.reference(sam, picture)
+    expected = check.reference(sam, picture)
     lines = []
-    with checkpoint.new_folder(folder) as temporary:
+    with new_folder(folder) as temporary:
         for dtype in ("float32", *(d for d in dtypes if d != "float32")):  # float32 proves the graph
             paths = write(sam, temporary, layout, dtype, return_single_mask)
             found = measure(expected, layout, paths, return_single_mask)
@@ -187,7 +188,7 @@ def main(
       return_single_mask: of the layout sam: the decoder chooses one of its masks, as Meta's option does.
       image: the picture to check with; one of ours if not given.
     """
-    cli.check_empty(folder)
+    check_empty(folder)
     if layout != "sam" and return_single_mask:
         raise InputError("--return-single-mask belongs to --layout sam; transformers.js chooses by itself")
     if len(set(dtype)) != len(dtype) or not dtype:

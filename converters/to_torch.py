@@ -14,7 +14,8 @@ from tyro.conf import Positional
 
 from converters import huggingface, model_card, torch_file
 from converters.from_torch import load
-from converters.mapping import fuse_qkv, rows
+from converters.tables.sam import rows
+from converters.tables.vit import fuse_qkv
 from slimsam_jax import cli
 from slimsam_jax.errors import InputError, writing
 from slimsam_jax.models.config import GLOBAL, Config
@@ -55,7 +56,7 @@ def save_sam(sam: Sam, path: Path) -> None:
         import torch
     except ImportError:
         raise InputError("writing a .pth needs PyTorch: pip install torch") from None
-    from slimsam_jax import checkpoint
+    from slimsam_jax.files import replacing
 
     loader = path.with_name(LOADER.name)
     if loader.exists() and not (loader.is_file() and loader.read_bytes() == LOADER.read_bytes()):
@@ -66,7 +67,7 @@ def save_sam(sam: Sam, path: Path) -> None:
     tensors._metadata = {torch_file.NOTE: told}  # no tensor, which a strict load would refuse
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as files, writing(path):
-        temporary, copy = (files.enter_context(checkpoint.replacing(name)) for name in (path, loader))
+        temporary, copy = (files.enter_context(replacing(name)) for name in (path, loader))
         torch.save(tensors, temporary)
         copy.write_bytes(LOADER.read_bytes())
 
@@ -77,16 +78,16 @@ def save_huggingface(sam: Sam, folder: Path, card: str | None = None) -> None:
     Args:
       card: the text of its README.md; None writes none.
     """
-    from slimsam_jax import checkpoint
+    from slimsam_jax.files import new_folder, replacing, write_json
 
     state = {huggingface.to_huggingface(name): array for name, array in to_state_dict(sam).items()}
-    with checkpoint.new_folder(folder) as temporary:
+    with new_folder(folder) as temporary:
         weights = temporary / "model.safetensors"
         # Replaced for its permissions: safetensors lets nobody else read what it writes.
-        with writing(folder), checkpoint.replacing(weights) as file:
+        with writing(folder), replacing(weights) as file:
             save_file(state, file, metadata={"format": "pt"})
-        checkpoint.write_json(temporary / "config.json", huggingface.description(sam.config))
-        checkpoint.write_json(temporary / "preprocessor_config.json", huggingface.preprocessor(sam.config))
+        write_json(temporary / "config.json", huggingface.description(sam.config))
+        write_json(temporary / "preprocessor_config.json", huggingface.preprocessor(sam.config))
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
@@ -117,7 +118,7 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
     Raises:
       InputError: it can hold neither, or padding would be needed and `pad` is False.
     """
-    from converters.padding import pad_to_uniform
+    from converters.pad_to_uniform import pad_to_uniform
 
     if len(set(sam.config.image_size)) > 1:
         height, width = sam.config.image_size
@@ -137,11 +138,11 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
 
 def describe_padding(before: Config, after: Config) -> str:
     """What padding costs, in a line."""
-    from slimsam_jax import metrics
+    from slimsam_jax.profiling import reference_macs
 
     block = after.blocks[0]
-    parameters = [metrics.sam_parameters(config) / 1e6 for config in (before, after)]
-    macs = [metrics.encoder_macs(config).total / 1e9 for config in (before, after)]
+    parameters = [reference_macs.sam_parameters(config) / 1e6 for config in (before, after)]
+    macs = [reference_macs.encoder_macs(config).total / 1e9 for config in (before, after)]
     return (
         f"padded with zeros: embedding {before.embed_dim} -> {after.embed_dim}, all blocks {block.heads} heads of "
         f"{block.head_dim} and {block.mlp_dim} MLP channels; parameters {parameters[0]:.2f} -> {parameters[1]:.2f} M, "

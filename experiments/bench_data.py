@@ -16,7 +16,7 @@ from PIL import Image
 
 from experiments.bench import Options, Step
 from slimsam_jax import data
-from slimsam_jax.models.sam import resize_and_pad
+from slimsam_jax.imaging.transforms import resize_and_pad
 
 SIZE = (2250, 1500)  # of SA-1B's files
 FILES = 32

@@ -49,8 +49,10 @@ def annotations(size: tuple[int, int]) -> list[Annotation]:
 
 def ours(config: Config, image: Image.Image, truth: list[Annotation]) -> tuple[Callable[[], object], Callable[[], int]]:
     from experiments.bench_jax import random_model
-    from slimsam_jax import metrics
-    from slimsam_jax.evaluation import encode_image, map_readable, single_mask_iou
+    from slimsam_jax.data.reading import map_readable
+    from slimsam_jax.evaluation import single_mask_iou
+    from slimsam_jax.inference.decode import encode_image
+    from slimsam_jax.profiling.memory import peak_memory
 
     sam = random_model(config, 0)
 
@@ -58,7 +60,7 @@ def ours(config: Config, image: Image.Image, truth: list[Annotation]) -> tuple[C
         encoded = encode_image(sam, image)
         return [single_mask_iou(sam, encoded, truth, kind) for kind in ("point", "box")]
 
-    return lambda: map_readable(one, range(TOGETHER)), metrics.peak_memory
+    return lambda: map_readable(one, range(TOGETHER)), peak_memory
 
 
 def original(
@@ -67,7 +69,7 @@ def original(
     import torch
 
     from experiments.bench_torch import peak
-    from slimsam_jax.models.sam import resized_shape
+    from slimsam_jax.imaging.transforms import resized_shape
     from tests.peers import segment_anything, stock_sam
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

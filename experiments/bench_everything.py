@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from experiments.bench import Options, Step
-from slimsam_jax import data, rle
+from slimsam_jax import data
+from slimsam_jax.imaging import rle
 
 FIELDS = {"pred_iou_thresh": 0.35, "stability_score_thresh": 0.55}  # which let a weak SAM through
 SAME = 0.9  # IoU from which two masks are the same
@@ -36,10 +37,10 @@ def encoded(found: list[list[dict[str, Any]]]) -> list[Masks]:
 
 def ours() -> tuple[Callable, Callable[[], int]]:
     from converters.from_torch import load
-    from slimsam_jax import metrics
     from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
+    from slimsam_jax.profiling.memory import peak_memory
 
-    return SamAutomaticMaskGenerator(load(data.embedded_teacher()), **FIELDS).generate, metrics.peak_memory
+    return SamAutomaticMaskGenerator(load(data.embedded_teacher()), **FIELDS).generate, peak_memory
 
 
 def original() -> tuple[Callable, Callable[[], int]]:

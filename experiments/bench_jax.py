@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import Options, Step
-from slimsam_jax import metrics, sharding, train
+from slimsam_jax import sharding
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.compression.trainer import make_trainer
 from slimsam_jax.models.config import Config
-from slimsam_jax.models.features import run_encoder
+from slimsam_jax.models.encoders.vit_features import run_encoder
 from slimsam_jax.models.sam import Sam, init
-from slimsam_jax.pruning import importance
-from slimsam_jax.recipes import RECIPES
-from slimsam_jax.stages import STAGES
+from slimsam_jax.profiling.memory import peak_memory
+from slimsam_jax.pruning import gradients
 
 
 def make_step(options: Options, slim: Config, previous: Config, teacher: Config) -> Step:
@@ -28,11 +30,11 @@ def make_step(options: Options, slim: Config, previous: Config, teacher: Config)
     cores = f"{len(os.sched_getaffinity(0))} cores"
     where = f"{cores if device.platform == 'cpu' else device.device_kind}, {jnp.dtype(dtype).name}"
     if options.what == "forward":
-        return Step(forward(slim, encode, dtype), 1, metrics.peak_memory, where)
+        return Step(forward(slim, encode, dtype), 1, peak_memory, where)
     if options.what == "importance":
-        return Step(disturbed_gradient(slim, encode), 1, metrics.peak_memory, where)
+        return Step(disturbed_gradient(slim, encode), 1, peak_memory, where)
     models = (slim, previous, teacher) if options.what == "bottleneck-stage" else (previous, teacher, teacher)
-    return Step(distillation(models, options, dtype), options.batch, metrics.peak_memory, where)
+    return Step(distillation(models, options, dtype), options.batch, peak_memory, where)
 
 
 def random_model(config: Config, seed: int) -> Sam:
@@ -53,7 +55,7 @@ def forward(config: Config, encode: Callable, dtype: Any) -> Callable[[], object
 def disturbed_gradient(config: Config, encode: Callable) -> Callable[[], None]:
     """The default's; in float32 whatever the device."""
     embed = lambda params, batch: encode(config, params, batch)[0]
-    accumulate, key = importance.accumulator(importance.disturbed(embed), "rms"), jax.random.key(0)
+    accumulate, key = gradients.accumulator(gradients.disturbed(embed), "rms"), jax.random.key(0)
     params, batch = random_model(config, 0).params["image_encoder"], pictures(config, 1)
     total = jax.tree.map(jnp.zeros_like, params)
 
@@ -69,7 +71,7 @@ def distillation(models: tuple[Config, Config, Config], options: Options, dtype:
     sams = [random_model(config, seed) for seed, config in enumerate(models)]
     stage = next(stage for stage in STAGES if options.what.startswith(stage.name))
     steps = 10**6  # so that progress stays where all terms count
-    trainer = train.make_trainer(*sams, stage, RECIPES["default"], dtype, attention=options.attention)
+    trainer = make_trainer(*sams, stage, RECIPES["default"], dtype, attention=options.attention)
     weights, batch = stage.terms(0, steps, RECIPES["default"]), pictures(models[0], options.batch)
     if options.cached:
         batch["embedding"] = np.zeros((options.batch, *models[0].grid, models[0].out_chans), np.float16)

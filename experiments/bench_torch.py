@@ -15,9 +15,9 @@ import torch
 from torch.nn.functional import mse_loss
 
 from experiments.bench import Options, Step
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.steps import STAGES
 from slimsam_jax.models.config import GLOBAL, Config
-from slimsam_jax.recipes import RECIPES
-from slimsam_jax.stages import STAGES
 from tests.peers import stock_sam
 
 Features = dict[str, list[torch.Tensor]]

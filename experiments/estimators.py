@@ -21,15 +21,19 @@ from scipy.stats import spearmanr
 
 from converters.from_torch import load
 from experiments import results
-from slimsam_jax import data, metrics, prune, train
+from slimsam_jax import data
+from slimsam_jax.compression import prune
+from slimsam_jax.compression.budget import Target
+from slimsam_jax.compression.gradients import gradients
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.selection import choose
+from slimsam_jax.compression.steps import STAGES
 from slimsam_jax.data.batches import Batches
-from slimsam_jax.evaluation import encode_image
-from slimsam_jax.models import groups
+from slimsam_jax.evaluation.scores import relative_error
+from slimsam_jax.inference.decode import encode_image
+from slimsam_jax.models.encoders import vit_groups
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.pruning import importance
-from slimsam_jax.recipes import RECIPES
-from slimsam_jax.stages import STAGES
-from slimsam_jax.widths import Target
 
 FILE = results.FOLDER / "estimators.jsonl"
 COUNTS = (1, 2, 5, 10, 20, 50, 100)
@@ -52,7 +56,7 @@ def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
             grads = [gradients(sam, name, half, 2 * seed + i) for i, half in enumerate(halves)]
             slim = cut(sam, grads[0])
             found = [encode_image(slim, picture).embedding for picture in pictures]
-            error = float(np.mean(list(map(metrics.relative_error, found, wanted))))
+            error = float(np.mean(list(map(relative_error, found, wanted))))
             numbers = {"rank_correlation": rank_correlations(sam, *grads), "error": error}
             results.append(FILE, key | numbers)
             print(key, numbers, flush=True)
@@ -61,14 +65,14 @@ def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
 def gradients(sam: Sam, name: str, batches: list[Any], seed: int) -> Any:
     reduce, probes = ESTIMATORS[name]
     recipe = dataclasses.replace(RECIPES["taylor"], gradients=reduce, probes=probes)
-    calibration = lambda _: train.calibration(iter(batches), len(batches))
-    return jax.device_get(prune.gradients(sam, recipe, calibration, seed))
+    calibration = lambda _: calibration(iter(batches), len(batches))
+    return jax.device_get(gradients(sam, recipe, calibration, seed))
 
 
 def cut(sam: Sam, grads: Any) -> Sam:
     """Half of the embedding goes."""
     recipe = RECIPES["taylor"]
-    keep = prune.choose(sam.config, sam.params["image_encoder"], grads, STAGES[0], recipe, Target(0.5))
+    keep = choose(sam.config, sam.params["image_encoder"], grads, STAGES[0], recipe, Target(0.5))
     return prune.cut(sam, keep, recipe)
 
 
@@ -76,9 +80,9 @@ def rank_correlations(sam: Sam, one: Any, other: Any) -> dict[str, float]:
     """Per kind of group, the mean over groups."""
     encoder = jax.device_get(sam.params["image_encoder"])
     kinds = {
-        "embedding": [groups.embedding_group(sam.config)],
-        "attention": groups.attention_groups(sam.config),
-        "mlp": groups.mlp_groups(sam.config),
+        "embedding": [vit_groups.embedding_group(sam.config)],
+        "attention": vit_groups.attention_groups(sam.config),
+        "mlp": vit_groups.mlp_groups(sam.config),
     }
     found = {}
     for kind, of_kind in kinds.items():

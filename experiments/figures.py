@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments import results
 from experiments.rows import TABLES, Row
-from slimsam_jax.checkpoint import replacing
+from slimsam_jax.files import replacing
 
 FOLDER = results.FOLDER.parent / "figures"
 COLOURS = {"default": "C0", "taylor": "C1", "slimsam": "C3"}

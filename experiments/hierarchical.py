@@ -23,10 +23,11 @@ from converters.from_torch import load
 from experiments import results
 from experiments.bench_everything import FIELDS, Masks, encoded, partners
 from slimsam_jax import data
+from slimsam_jax.imaging.prompts import clicks_at
 from slimsam_jax.inference import amg
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
 from slimsam_jax.inference.candidates import enlarge
-from slimsam_jax.inference.masks import clicks_at, decode_prompts
+from slimsam_jax.inference.decode import decode_prompts
 from slimsam_jax.inference.predictor import encode_images
 from slimsam_jax.models.sam import Sam
 

@@ -22,12 +22,20 @@ import tyro
 
 from converters.from_torch import load
 from experiments import results
-from slimsam_jax import data, labels, metrics, prune, train
-from slimsam_jax.evaluation import encode_image, read_annotated, single_mask_iou
+from slimsam_jax import data
+from slimsam_jax.compression import prune
+from slimsam_jax.compression.budget import Target
+from slimsam_jax.compression.calibration import calibration, calibration_stream
+from slimsam_jax.compression.gradients import gradients
+from slimsam_jax.compression.recipes import RECIPES, Recipe
+from slimsam_jax.compression.selection import choose
+from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.data.reading import read_annotated
+from slimsam_jax.evaluation import single_mask_iou
+from slimsam_jax.evaluation.scores import relative_error
+from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.recipes import RECIPES, Recipe
-from slimsam_jax.stages import STAGES
-from slimsam_jax.widths import Target
+from slimsam_jax.profiling import reference_macs
 
 FILE = results.FOLDER / "pruning.jsonl"
 IMAGES, BATCH = 100, 4  # that importance and statistics are taken from
@@ -110,9 +118,9 @@ class Bench:
     def calibration(self, recipe: Recipe, seed: int) -> Callable[[str], Iterable[Any]]:
         key = recipe.criterion == "projection", recipe.signal, seed
         if key not in self.batches:
-            stream = labels.calibration_stream(recipe, self.images, self.teacher.config, BATCH, seed)
+            stream = calibration_stream(recipe, self.images, self.teacher.config, BATCH, seed)
             self.batches[key] = list(itertools.islice(stream, IMAGES // BATCH))
-        return lambda name: train.calibration(iter(self.batches[key]), len(self.batches[key]))
+        return lambda name: calibration(iter(self.batches[key]), len(self.batches[key]))
 
     def prune(self, recipe: Recipe, ratio: float, seed: int) -> Sam:
         """Both stages, one after the other."""
@@ -123,12 +131,12 @@ class Bench:
                 continue
             key = (recipe.criterion in ("magnitude", "random"), recipe.signal, recipe.gradients, recipe.probes, seed)
             if sam is not self.teacher:
-                grads = jax.device_get(prune.gradients(sam, recipe, calibration, seed))
+                grads = jax.device_get(gradients(sam, recipe, calibration, seed))
             elif key not in self.gradients:
-                grads = self.gradients[key] = jax.device_get(prune.gradients(sam, recipe, calibration, seed))
+                grads = self.gradients[key] = jax.device_get(gradients(sam, recipe, calibration, seed))
             else:
                 grads = self.gradients[key]
-            keep = prune.choose(
+            keep = choose(
                 sam.config, sam.params["image_encoder"], grads, stage, recipe, target, uniform=False, seed=seed
             )
             sam = prune.cut(sam, keep, recipe)
@@ -139,13 +147,13 @@ class Bench:
         errors, ious = [], []
         for (image, masks), wanted in zip(self.val, self.wanted, strict=True):
             encoded = encode_image(slim, image)
-            errors.append(metrics.relative_error(encoded.embedding, wanted))
+            errors.append(relative_error(encoded.embedding, wanted))
             ious.append(single_mask_iou(slim, encoded, masks))
-        macs = metrics.encoder_macs(slim.config)
+        macs = reference_macs.encoder_macs(slim.config)
         return {
             "error": float(np.mean(errors)),
             "point_miou": float(np.mean(ious)),
-            "encoder_parameters": metrics.encoder_parameters(slim.config),
+            "encoder_parameters": reference_macs.encoder_parameters(slim.config),
             "macs_linear": macs.linear,
             "macs_total": macs.total,
         }

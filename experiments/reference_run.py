@@ -14,15 +14,18 @@ import jax
 
 from converters.from_torch import load
 from experiments.reference_data import composites
-from slimsam_jax import __version__, checkpoint, data, labels, metrics, sharding
+from slimsam_jax import __version__, checkpoint, data, sharding
 from slimsam_jax.data import Sample
+from slimsam_jax.data.prompted import annotated
 from slimsam_jax.errors import InputError
-from slimsam_jax.mask_training import PROTOCOLS, MaskTraining, Settings
+from slimsam_jax.files import replacing
 from slimsam_jax.models import config as configs
 from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.sam import Sam, init
-from slimsam_jax.run import batch_size, check_batch, compute_dtype, split_images
-from slimsam_jax.run_folder import RunFolder
+from slimsam_jax.profiling import reference_macs
+from slimsam_jax.training.masks import PROTOCOLS, MaskTraining, Settings
+from slimsam_jax.training.run_folder import RunFolder
+from slimsam_jax.training.setup import batch_size, check_batch, compute_dtype, split_images
 
 if TYPE_CHECKING:
     from experiments.train_reference import Options
@@ -35,7 +38,7 @@ RATES = {"random": 5e-4, "init": 5e-5}  # the default learning rates
 def run(options: Options) -> dict[str, Any]:
     """See `train_reference.main`, which checks the options first."""
     settings = settings_of(options)
-    images, val = (labels.annotated(samples, "training") for samples in images_of(options))
+    images, val = (annotated(samples, "training") for samples in images_of(options))
     if settings.batch > type(options).batch:  # the default may be more than there are
         check_batch(options, settings.batch, len(images))
     sam = first_model(options)
@@ -115,7 +118,7 @@ def architecture(preset: str, sizes: dict[str, int]) -> Config:
         config = dataclasses.replace(base, image_size=size, embed_dim=has["embed_dim"], blocks=blocks)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if (count := metrics.encoder_parameters(config)) > MOST_PARAMETERS:
+    if (count := reference_macs.encoder_parameters(config)) > MOST_PARAMETERS:
         raise InputError(f"an image encoder of these sizes has {count / 1e9:.1f} G parameters, too many to train")
     return config
 
@@ -188,5 +191,5 @@ def draw(log: Sequence[dict[str, Any]], out: Path) -> None:
         right.plot([e["step"] for e in losses], [100 * e[name] for e in losses], lw=0.5, label=f"training, {clicks}")
     right.set(title="mIoU, %", xlabel="step")
     right.legend()
-    with checkpoint.replacing(out) as temporary:
+    with replacing(out) as temporary:
         figure.savefig(temporary, format="png", dpi=100)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from slimsam_jax.checkpoint import replacing
+from slimsam_jax.files import replacing
 
 FOLDER = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"

@@ -21,15 +21,19 @@ import numpy as np
 
 from experiments import results
 from experiments.rows import COMMON, SEEDS, TABLES, Row, plan
-from slimsam_jax import checkpoint, cli, metrics
-from slimsam_jax.compress import Options
+from slimsam_jax import checkpoint, cli
+from slimsam_jax.compression.options import Options
+from slimsam_jax.compression.pipeline import prepare, slim
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import agreement, encode_image, read_annotated, single_mask_iou
+from slimsam_jax.evaluation import agreement, single_mask_iou
 from slimsam_jax.evaluation.clicks import click_scores
-from slimsam_jax.models.latency import encoder_runner, interleaved
+from slimsam_jax.evaluation.scores import relative_error
+from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.recipes import RECIPES
-from slimsam_jax.run import prepare, slim
+from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling.latency import encoder_runner, interleaved
 
 FILE = results.FOLDER / "slimming.jsonl"
 CLICKS, CLICKED = 5, 30  # clicks on each object of so many pictures
@@ -138,12 +142,12 @@ class Bench:
             self._of_image(slim, *each, clicks=more and i < CLICKED)
             for i, each in enumerate(zip(self.val, self.wanted, strict=True))
         ]
-        macs = metrics.encoder_macs(slim.config)
+        macs = reference_macs.encoder_macs(slim.config)
         runs = [encoder_runner(sam.config, sam.params) for sam in (self.teacher, slim)]
         teacher, own = interleaved(runs)
         return {
             **{name: float(np.mean([each[name] for each in found if name in each])) for name in found[0]},
-            "encoder_parameters": metrics.encoder_parameters(slim.config),
+            "encoder_parameters": reference_macs.encoder_parameters(slim.config),
             "macs_linear": macs.linear,
             "macs_total": macs.total,
             "speedup": teacher / own,
@@ -153,7 +157,7 @@ class Bench:
         image, truth = annotated
         encoded = encode_image(slim, image)
         found = {
-            "error": metrics.relative_error(encoded.embedding, wanted.embedding),
+            "error": relative_error(encoded.embedding, wanted.embedding),
             "point": single_mask_iou(slim, encoded, truth, "point"),
             "box": single_mask_iou(slim, encoded, truth, "box"),
             "agreement": float(agreement([(self.teacher, wanted), (slim, encoded)], grid=4)[1].mean()),

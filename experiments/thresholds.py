@@ -12,13 +12,14 @@ from typing import NamedTuple
 import numpy as np
 
 from converters.from_torch import load
-from slimsam_jax import cli, data, metrics
-from slimsam_jax.evaluation import read_annotated
+from slimsam_jax import cli, data
+from slimsam_jax.data.reading import read_annotated
+from slimsam_jax.imaging.overlap import iou
 from slimsam_jax.inference import amg
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
 from slimsam_jax.inference.calibration import Scores, Shares, fitting
 from slimsam_jax.inference.candidates import unpack
-from slimsam_jax.inference.masks import encode_image
+from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.config import Thresholds
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import track
@@ -62,7 +63,7 @@ def search(sam: Sam, sample: data.Sample, points_per_side: int) -> Found:
     nothing = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
     found = SamAutomaticMaskGenerator(sam, points_per_side, **nothing).candidates(encoded)
     truth = np.stack([annotation.mask for annotation in annotations])
-    ious = [metrics.iou(unpack(found, i, encoded.original_size)[None], truth) for i in range(len(found.bits))]
+    ious = [iou(unpack(found, i, encoded.original_size)[None], truth) for i in range(len(found.bits))]
     return Found(Scores(found.predicted_iou, found.stability), found.boxes, np.array(ious))
 
 

@@ -14,9 +14,11 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from slimsam_jax import cli, limits
+from slimsam_jax import cli, limits, sharding
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range
+from slimsam_jax.output_checks import check_seed, check_share
+from slimsam_jax.training.folder_lock import check_run_folder
 
 Part = Literal["image_encoder", "prompt_encoder", "mask_decoder"]
 COUNTED = {
@@ -150,9 +152,9 @@ class Options:
             raise InputError(f"--ema {self.ema:g} is not the share that an average keeps, 0 <= ema < 1")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 10:
             raise InputError(f"--learning-rate {self.learning_rate} must be positive, and at most 10")
-        cli.check_share(self.max_broken)
-        cli.check_seed(self.seed)
-        cli.check_run_folder(self.out, self.resume)
+        check_share(self.max_broken)
+        check_seed(self.seed)
+        check_run_folder(self.out, self.resume)
 
     def sizes(self) -> dict[str, int]:
         """Those that are asked for, instead of the preset's."""
@@ -179,7 +181,7 @@ def main(options: Options) -> dict[str, Any]:
     """
     options.check()
     if options.distributed:
-        cli.join_processes(options.distributed)
+        sharding.join_processes(options.distributed)
     from experiments.reference_run import run  # here, so that --help need not wait for JAX
 
     return run(options)

@@ -29,6 +29,7 @@ def main(model: Positional[Path], images: tuple[str, ...] = (), like: Path | Non
 
     from converters.from_torch import load
     from slimsam_jax import checkpoint, data
+    from slimsam_jax.files import write_json
     from slimsam_jax.inference.calibration import calibrate
 
     sam, teacher = checkpoint.load(model), load(like) if like else None
@@ -37,7 +38,7 @@ def main(model: Positional[Path], images: tuple[str, ...] = (), like: Path | Non
         raise InputError(
             f"{like} lets no mask pass, so there is nothing to go by; calibrate it first, or give no --like"
         )
-    checkpoint.write_json(model / "config.json", checkpoint.describe(dataclasses.replace(sam, thresholds=thresholds)))
+    write_json(model / "config.json", checkpoint.describe(dataclasses.replace(sam, thresholds=thresholds)))
     values = ", ".join(f"{name} {value:.3f}" for name, value in thresholds.to_json().items())
     print(f"wrote {model / 'config.json'}: {values}")
 

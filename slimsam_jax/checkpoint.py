@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from slimsam_jax import files, weights
+from slimsam_jax import safetensors_file
 from slimsam_jax.errors import InputError, blaming, printable, writing
+from slimsam_jax.files import open_regular, read_json, replacing, write_json
 from slimsam_jax.models.config import Config, Thresholds
 from slimsam_jax.models.sam import Params, Sam, abstract_params
 
@@ -58,14 +54,14 @@ def load(folder: Path | str) -> Sam:
     for name in ("config.json", "model.safetensors"):
         if not os.path.lexists(folder / name):
             raise InputError(f"{folder} is not a model folder: it has no {name}")
-    description = files.read_json(folder / "config.json")
+    description = read_json(folder / "config.json")
     with blaming(folder):
         if description.get("format") != FORMAT:
             theirs = printable(repr(description.get("format")), 40)
             raise InputError(f"{folder} has format {theirs}, and {FORMAT!r} is what we read")
         config = Config.from_json(description["architecture"])
         provenance = _provenance(description.get("provenance", {}))
-        flat = weights.read(folder / "model.safetensors")
+        flat = safetensors_file.read(folder / "model.safetensors")
         check_depth(config, set(flat), str(folder))
         thresholds = description.get("thresholds")
         thresholds = None if thresholds is None else Thresholds.from_json(thresholds)
@@ -133,44 +129,6 @@ def check_shapes(pairs: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], wher
         raise InputError(f"{where} has arrays of the wrong shape: {'; '.join(wrong[:4])}{more}")
 
 
-def write_json(path: Path, content: Any) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; renames it to `path` on success, removes it on failure."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `folder` on success, and is removed on failure."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def sha256(path: Path | str) -> str:
     """Of a file, or of those of a model folder that hold the weights.
 
@@ -178,8 +136,8 @@ def sha256(path: Path | str) -> str:
       InputError: one is no regular file, or cannot be read.
     """
     path, digest = Path(path).expanduser(), hashlib.sha256()
-    for part in weights.files_of(path) if path.is_dir() else [path]:
-        with files.open_regular(part) as file:
+    for part in safetensors_file.files_of(path) if path.is_dir() else [path]:
+        with open_regular(part) as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()

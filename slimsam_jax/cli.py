@@ -6,21 +6,17 @@ import contextlib
 import functools
 import io
 import logging
-import os
 import re
 import sys
-import tempfile
 import typing
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import tyro
 
-from slimsam_jax import compilation, folder_lock
+from slimsam_jax import compilation
 from slimsam_jax.errors import InputError, RunError, Stopped, printable
-from slimsam_jax.limits import quoted
 
 Arguments = Callable[..., Any] | dict[str, Callable[..., Any]]
 
@@ -148,93 +144,3 @@ def check_values(given: list[str], arguments: Arguments) -> None:
 def fail(message: str, code: int) -> None:
     print(f"error: {printable(' '.join(message.split()), 2000)}", file=sys.stderr)
     sys.exit(code)
-
-
-def join_processes(how: str) -> None:
-    """Makes this process one of several that JAX runs as one: "auto", or HOST:PORT,PROCESSES,INDEX.
-
-    Raises:
-      InputError: neither; or no cluster was found, or its other processes were not.
-    """
-    import jax
-
-    # When one stops by a fault of its own, the others wait for it in vain; so long, instead of five minutes.
-    patience = {"shutdown_timeout_seconds": 30}
-    try:
-        if how == "auto":
-            jax.distributed.initialize(**patience)
-            return
-        match = re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5}),([0-9]{1,6}),([0-9]{1,6})", how, re.ASCII)
-        if not match or not 0 < int(match[2]) < 2**16 or not int(match[4]) < int(match[3]):
-            raise ValueError("not HOST:PORT,PROCESSES,INDEX")
-        jax.distributed.initialize(f"{match[1]}:{match[2]}", int(match[3]), int(match[4]), **patience)
-    except (ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or ["no cluster found"])[0]
-        raise InputError(f"--distributed {how}: {reason}; give auto, or HOST:PORT,PROCESSES,INDEX") from None
-
-
-def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**31:
-        raise InputError(f"--seed {quoted(seed)} must be between 0 and {2**31 - 1}")
-
-
-def check_share(max_broken: float) -> None:
-    if not 0 <= max_broken <= 1:
-        raise InputError(f"--max-broken {max_broken:g} is not a share of the images: between 0 and 1")
-
-
-def check_run_folder(folder: Path, resume: bool) -> None:
-    """Raises InputError unless a run can begin in `folder`, or go on there."""
-    folder_lock.check_free(folder)
-    if not resume:
-        check_empty(folder)
-    elif not os.path.isfile(folder / "checkpoints" / "origin.json"):
-        raise InputError(f"{folder} holds no unfinished run to resume")
-
-
-def check_empty(folder: Path) -> None:
-    """Raises InputError unless `folder` can become an output folder: absent, or an empty folder."""
-    if os.path.exists(folder) and not folder.is_dir():
-        raise InputError(f"{folder} is a file, and an output folder is needed")
-    if os.path.exists(folder) and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty; choose another folder, or remove it first")
-    _check_writable(folder)
-
-
-def check_file(path: Path) -> None:
-    """Raises InputError unless `path` can become an output file; an existing file will be replaced."""
-    if os.path.isdir(path):
-        raise InputError(f"{path} is a folder, and an output file is needed")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path} is no regular file, and an output file would replace it")
-    _check_writable(path.parent)
-    _check_name(path)
-
-
-def check_files(paths: Sequence[Path]) -> None:
-    """The same of several, which must not be one."""
-    for path in paths:
-        check_file(path)
-    if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise InputError(f"{' and '.join(map(str, paths))} are one file; each output needs its own")
-
-
-def _check_name(path: Path) -> None:
-    """Raises InputError if a file of this name, or the temporary one beside it, has no room in a folder's entry."""
-    if len(os.fsencode(path.name)) > 240:
-        raise InputError(f"{printable(path)} is too long a name for a file")
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
-        for part in folder.absolute().parts:
-            _check_name(Path(part))
-        if len(os.fsencode(folder.absolute())) > 3000:  # Linux opens 4095, with the names of files in it
-            raise InputError(f"{printable(folder)} is too long a name for a folder")
-        with tempfile.TemporaryFile(dir=nearest):  # permissions tell neither root nor a read-only disk the truth
-            pass
-    except OSError:
-        raise InputError(
-            f"{printable(folder)} cannot be written: {printable(nearest)} is no folder, or takes no file"
-        ) from None

@@ -2,134 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from slimsam_jax import cli, limits
-from slimsam_jax.errors import InputError
-from slimsam_jax.limits import Range
+from slimsam_jax import cli, sharding
+from slimsam_jax.compression.options import Options
 from slimsam_jax.progress import say
-from slimsam_jax.recipes import RECIPES
-
-COUNTED = {
-    "steps": Range(0, limits.STEPS, True),
-    "batch": Range(1, limits.BATCH, True),
-    "limit": Range(1, limits.COUNT, True),
-    "importance_images": Range(1, limits.COUNT, True),
-    "save_every": Range(1, limits.COUNT, True),
-    "accumulate": Range(1, limits.BATCH, True),
-    "fsdp": Range(1, limits.BATCH, True),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Compress a Segment Anything Model with unlabelled images.
-
-    Alternate slimming (SlimSAM, Chen et al., NeurIPS 2024): prune the embedding, distil, prune the
-    attention heads and MLPs, distil. Without arguments a small SAM and the photographs that ship
-    with the package are used, and a slim model appears in ./slim after a minute or two on a CPU.
-
-    The output folder holds model.safetensors, config.json (architecture and provenance), report.json
-    (every number of the table printed at the end), log.jsonl and report.png.
-    """
-
-    teacher: Path | None = None
-    """The SAM to compress: a .pth in segment_anything layout (fused qkv, or q, k and v apart), a Hugging
-    Face SamModel folder, or a model folder of ours. Default: the small SAM in the package."""
-    images: tuple[str, ...] = ()
-    """What to learn from, no labels needed: folders, searched recursively, of images and .tar shards; .tar shards
-    themselves; a COCO .json; tfds:DIR. Default: the photographs in the package."""
-    val: tuple[str, ...] = ()
-    """What to measure on, of the same kinds. Annotations (an SA-1B .json of the same name beside an image) make it
-    count for mIoU. Default: an eighth of --images, at most 50, held out."""
-    ratio: float | None = None
-    """Share of the channels to remove, between 0 and 1 (default 0.5). Parameters and work fall about with its
-    square: 0.5 leaves a quarter of the encoder, 0.77 a sixteenth."""
-    budget: str | None = None
-    """Instead of --ratio, what the slim SAM may cost: params=9.1M (the whole SAM's), macs=47G (the image encoder's,
-    attention included) or latency=120ms (of the image encoder, one image, measured on this machine)."""
-    recipe: Literal["default", "taylor", "slimsam"] = "default"
-    """"default" chooses a basis before it cuts; "taylor" cuts whole channels by Disturbed Taylor importance
-    without the reference's slips; "slimsam" does what the original code does (slimsam_jax/recipes.py lists
-    the differences with reasons)."""
-    set: tuple[str, ...] = ()
-    """Single choices that differ from the recipe's, as NAME=VALUE: multiple=8, criterion=fisher, ... (all of them
-    with their reasons in slimsam_jax/recipes.py)."""
-    uniform: bool = False
-    """Prune every block alike, so that the result loads into stock segment_anything and transformers."""
-    steps: int | None = None
-    """Optimiser steps in each of the paper's two stages, so half of those of the default, which distils once; 0 prunes
-    without distilling. Default: 6 passes over the images (taylor: 12, slimsam: 20, as in the paper)."""
-    batch: int | None = None
-    """Images per step, a multiple of the number of devices. Default: 4, or as many more as that takes."""
-    limit: int | None = None
-    """Learn from so many of --images only, drawn by --seed: 10000 of SA-1B's 11 million are the paper's."""
-    importance_images: int = 100
-    """Images that importance or statistics are estimated from, before each pruning."""
-    seed: int = 0
-    """Of noise and order; on one CPU machine the same seed gives the same model."""
-    out: Path = Path("slim")
-    """The folder to write. Must not exist or be empty, unless --resume is given."""
-    resume: bool = False
-    """Continue the unfinished run in --out, with the same options."""
-    save_every: int = 100
-    """Steps between two checkpoints for --resume. SIGTERM makes one, too, and ends the run."""
-    accumulate: int = 1
-    """Parts that a step's images are taken in, one after the other: less memory for nearly the same gradient (the
-    relative loss divides by each part's own variance)."""
-    fsdp: int = 1
-    """Devices that parameters and optimiser state are split over; 1 keeps them whole on each. Images are always
-    split over all devices."""
-    attention: Literal["auto", "plain", "rows", "folded"] = "auto"
-    """How the encoders compute it while distilling: "plain" keeps all logits, "rows" some at a time, "folded" runs
-    flash attention on GPUs that can; "auto" is what needs no more memory than it must."""
-    cache: Path | None = None
-    """A folder for the teacher's embeddings of --images (2 MB each at 1024 px): each is computed once, not once an
-    epoch. For this teacher only, but any number of runs."""
-    max_broken: float = 0.1
-    """The share of --images that may be unreadable; more stops the run. The others are named and skipped. Of --val,
-    too, but more of those are found out before the run, or do not stop it: the exit code is 1 in the end."""
-    strict: bool = False
-    """As --max-broken 0: stop at the first of --images that cannot be read."""
-    distributed: str | None = None
-    """For several processes, each with the same arguments and a shared file system: "auto" on TPU pods and under
-    SLURM or MPI; or HOST:PORT,PROCESSES,INDEX, where HOST:PORT is a free port of process 0."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation while distilling; parameters stay float32. "auto" is bfloat16 on GPU and TPU."""
-
-    def check(self) -> None:
-        """Raises InputError for what can be told wrong without looking at files."""
-        if self.ratio is not None and self.budget is not None:
-            raise InputError("--ratio and --budget both say how much to cut; give one of them")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise InputError(f"--ratio {self.ratio:g} is not the share of channels to remove: 0 < ratio < 1")
-        if self.steps is not None and self.steps < 0:
-            raise InputError(f"--steps {self.steps} must not be negative")
-        limits.check_options(self, COUNTED)
-        cli.check_share(self.max_broken)
-        cli.check_seed(self.seed)
-        RECIPES[self.recipe].change(self.set)
-        cli.check_run_folder(self.out, self.resume)
-
-    def channel_ratio(self) -> float | None:
-        """The share of channels to remove, or None if a budget says how much."""
-        return 0.5 if self.ratio is None and self.budget is None else self.ratio
-
-    def broken_share(self) -> float:
-        """The share of images that may be unreadable."""
-        return 0.0 if self.strict else self.max_broken
-
-    def fixing_the_result(self) -> dict[str, Any]:
-        """What a resumed run must share with the run it continues."""
-        fields = dataclasses.asdict(self)
-        for name in ("out", "resume", "save_every", "fsdp", "distributed", "attention", "max_broken", "strict"):
-            del fields[name]
-        fields["teacher"] = str(self.teacher) if self.teacher else None
-        fields["cache"] = self.cache is not None
-        fields["ratio"] = self.channel_ratio()
-        return fields | {name: [str(path) for path in fields[name]] for name in ("images", "val", "set")}
 
 
 def compress(options: Options) -> dict[str, Any]:
@@ -145,10 +22,10 @@ def compress(options: Options) -> dict[str, Any]:
     """
     options.check()
     if options.distributed:
-        cli.join_processes(options.distributed)
+        sharding.join_processes(options.distributed)
     else:
         announce(options)
-    from slimsam_jax.run import run  # here, so that --help and wrong options need not wait for JAX
+    from slimsam_jax.compression.pipeline import run  # here, so that --help and wrong options need not wait for JAX
 
     return run(options)
 

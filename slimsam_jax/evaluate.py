@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from slimsam_jax import cli, limits
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range
+from slimsam_jax.output_checks import check_files, check_seed, check_share
 
 if TYPE_CHECKING:
     from slimsam_jax.models.sam import Sam
@@ -60,15 +61,17 @@ def main(
         protocol = ("point", "box")
     _check(model, data, protocol, boxes, figure)
     _check_numbers(clicks, points_per_side, seed, resamples)
-    cli.check_share(max_broken)
+    check_share(max_broken)
     outputs = [path for path in (json, markdown, figure) if path]
-    cli.check_files(outputs)
+    check_files(outputs)
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
     from converters.from_torch import load
-    from slimsam_jax.checkpoint import sha256, write_json
-    from slimsam_jax.data import coco, find
-    from slimsam_jax.evaluation import Protocols, detections, figures, measure_models, statistics, tables
+    from slimsam_jax.checkpoint import sha256
+    from slimsam_jax.data import find
+    from slimsam_jax.data.sources import coco
+    from slimsam_jax.evaluation import Protocols, bootstrap, detections, figures, measure_models, tables
+    from slimsam_jax.files import write_json
 
     names, samples = _names(model), find(data)
     found = detections.read_boxes(boxes) if boxes else None
@@ -76,7 +79,7 @@ def main(
     sams = [load(path) for path in model]
     protocols = Protocols(tuple(dict.fromkeys(protocol)), clicks=clicks, points_per_side=points_per_side, seed=seed)
     measured = measure_models(sams, samples, protocols, found, 0.0 if strict else max_broken)
-    summary = statistics.summarise(list(measured.scores.values()), seed, resamples)
+    summary = bootstrap.summarise(list(measured.scores.values()), seed, resamples)
     if boxes:
         ids = [sample.image_id for sample in measured.samples.values()]
         summary |= detections.precisions(truth, list(measured.results.values()), ids, seed, resamples)
@@ -114,7 +117,7 @@ def _check(
 
 def _is_coco(location: str) -> bool:
     """By its name; what is in it is seen when it is read."""
-    from slimsam_jax.data import coco
+    from slimsam_jax.data.sources import coco
 
     path = coco.file_of(location)
     return path.suffix == ".json" and (path.is_file() or path == Path(location).expanduser())
@@ -124,7 +127,7 @@ def _check_numbers(clicks: int, points_per_side: int, seed: int, resamples: int)
     limits.check("--clicks", clicks, Range(1, limits.PROMPT_POINTS - 1, True))  # and one point that ends them
     limits.check("--points-per-side", points_per_side, limits.SEARCH["points_per_side"])
     limits.check("--resamples", resamples, Range(1, 10**6, True))
-    cli.check_seed(seed)
+    check_seed(seed)
 
 
 def _described(names: Sequence[str], paths: Sequence[Path], sams: Sequence[Sam]) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimsam_jax import cli, limits
 from slimsam_jax.errors import InputError
+from slimsam_jax.output_checks import check_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,12 +62,12 @@ def everything(options: Options) -> None:
     Raises:
       InputError: bad options or files, or not one picture could be read.
     """
-    cli.check_files([path for path in (options.out, options.sheet) if path])
+    check_files([path for path in (options.out, options.sheet) if path])
     limits.check_options(options, {name: r for name, r in limits.SEARCH.items() if hasattr(options, name)})
     from converters.from_torch import load
-    from slimsam_jax.checkpoint import write_json
     from slimsam_jax.data import find
-    from slimsam_jax.evaluation import map_readable
+    from slimsam_jax.data.reading import map_readable
+    from slimsam_jax.files import write_json
     from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
     from slimsam_jax.progress import track
 
@@ -128,8 +129,8 @@ def as_coco(found: dict[Sample, dict[str, Any]]) -> dict[str, Any]:
 
 def draw(found: dict[Sample, dict[str, Any]], out: Path) -> None:
     """Pictures with what was found in them."""
-    from slimsam_jax.checkpoint import replacing
     from slimsam_jax.data.check import draw_sheet
+    from slimsam_jax.files import replacing
 
     made = [dataclasses.replace(s, load_annotations=lambda r=result: r["masks"]) for s, result in found.items()]
     out.parent.mkdir(parents=True, exist_ok=True)

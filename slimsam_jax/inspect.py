@@ -9,6 +9,7 @@ import tyro
 
 from slimsam_jax import cli, limits
 from slimsam_jax.errors import InputError
+from slimsam_jax.output_checks import check_file, check_seed
 
 
 def main(
@@ -45,28 +46,29 @@ def main(
     if len(tried) > 20:
         raise InputError(f"--ratios: {len(tried)} of them are more than a plot can show; at most 20")
     limits.check("--importance-images", importance_images, limits.Range(1, limits.COUNT, True))
-    cli.check_seed(seed)
+    check_seed(seed)
     if images:
-        cli.check_file(out)
+        check_file(out)
     from converters.from_torch import load
-    from slimsam_jax import study, widths
+    from slimsam_jax.compression import analysis, widths
+    from slimsam_jax.compression.budget import Target
+    from slimsam_jax.compression.recipes import RECIPES
     from slimsam_jax.data import find
-    from slimsam_jax.recipes import RECIPES
 
     choices = RECIPES[recipe].change(set)
     found = find(images) if images else []
     sam = load(model)
-    study.print_blocks(sam.config)
+    analysis.print_blocks(sam.config)
     if not images:
         return
     for r in tried:
-        widths.check(sam.config, widths.Target(r), choices, uniform=False)
-    bench = study.Bench(sam, choices, found, importance_images, seed)
+        widths.check(sam.config, Target(r), choices, uniform=False)
+    bench = analysis.Bench(sam, choices, found, importance_images, seed)
     slims = {}
     for r in tried:
         slims[r] = bench.prune(r)
         print(f"ratio {r:<5g} error of the embedding, before any distillation: {slims[r].error:.3g} of its variance")
-    study.draw(bench, slims, ratio, out)
+    analysis.draw(bench, slims, ratio, out)
     print(f"drawn in {out}")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from slimsam_jax import cli, limits
 from slimsam_jax.errors import InputError, printable
+from slimsam_jax.output_checks import check_file
 
 # Python takes 1_0 for a number, too, and digits of any script.
 NUMBER = r" *[+-]?(?:[0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,3})? *"
@@ -57,17 +58,17 @@ def main(
         raise InputError(
             f"{printable(box, 60)} is not a box: X0,Y0 is its upper left corner and X1,Y1 its lower right one"
         )
-    cli.check_file(out)
+    check_file(out)
     if os.path.exists(out) and os.path.exists(image) and os.path.samefile(out, image):
         raise InputError(f"--out {out} would replace --image; choose another name")
 
     import numpy as np
 
     from converters.from_torch import load
-    from slimsam_jax import checkpoint
     from slimsam_jax.data import read_image
-    from slimsam_jax.evaluation import encode_image, predict_masks
-    from slimsam_jax.overlay import draw_masks, draw_prompts
+    from slimsam_jax.files import replacing
+    from slimsam_jax.imaging.draw import draw_masks, draw_prompts
+    from slimsam_jax.inference.decode import encode_image, predict_masks
 
     picture = read_image(image)
     for x, y in [*points, *(corner for b in boxes for corner in (b[:2], b[2:]))]:
@@ -79,7 +80,7 @@ def main(
     masks, scores = predict_masks(sam, encode_image(sam, picture), **prompt, boxes=np.array(boxes) if boxes else None)
     drawn = draw_prompts(draw_masks(picture, masks), points, boxes, labels)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.replacing(out) as temporary:
+    with replacing(out) as temporary:
         drawn.save(temporary, format="PNG" if out.suffix.lower() == ".png" else "JPEG")
     print(f"wrote {out}: mask of {int(masks[0].sum())} pixels, predicted IoU {scores[0]:.3f}")
 

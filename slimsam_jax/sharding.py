@@ -1,19 +1,41 @@
-"""Where arrays live: one mesh over all devices of all processes. Knows trees of arrays only.
-
-A batch is split over every device. Parameters and what belongs to them are split over the mesh's
-second axis, "fsdp" (Zhao et al., 2023), where its size divides them, and replicated over the first. XLA
-puts the collectives in: one all-reduce of the gradients in plain data parallel (fsdp = 1).
-"""
+"""What every command shares: arguments from a signature, one line for an error, an exit code that means something."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from slimsam_jax.errors import InputError
+
+
+def join_processes(how: str) -> None:
+    """Makes this process one of several that JAX runs as one: "auto", or HOST:PORT,PROCESSES,INDEX.
+
+    Raises:
+      InputError: neither; or no cluster was found, or its other processes were not.
+    """
+    import jax
+
+    # When one stops by a fault of its own, the others wait for it in vain; so long, instead of five minutes.
+    patience = {"shutdown_timeout_seconds": 30}
+    try:
+        if how == "auto":
+            jax.distributed.initialize(**patience)
+            return
+        match = re.fullmatch(r"([\w.-]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5}),([0-9]{1,6}),([0-9]{1,6})", how, re.ASCII)
+        if not match or not 0 < int(match[2]) < 2**16 or not int(match[4]) < int(match[3]):
+            raise ValueError("not HOST:PORT,PROCESSES,INDEX")
+        jax.distributed.initialize(f"{match[1]}:{match[2]}", int(match[3]), int(match[4]), **patience)
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["no cluster found"])[0]
+        raise InputError(f"--distributed {how}: {reason}; give auto, or HOST:PORT,PROCESSES,INDEX") from None
+
 
 Tree = Any
 EVERYWHERE = ("data", "fsdp")

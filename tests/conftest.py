@@ -22,7 +22,9 @@ import pytest
 from PIL import Image
 
 from slimsam_jax import checkpoint, compress
-from slimsam_jax.data import Sample, folder
+from slimsam_jax.compression.options import Options
+from slimsam_jax.data import Sample
+from slimsam_jax.data.sources import folder
 from slimsam_jax.models.config import GLOBAL, Block, Config, Thresholds
 from slimsam_jax.models.sam import Sam, abstract_params
 
@@ -131,7 +133,7 @@ def material(tmp_path_factory):
     return root
 
 
-def compress_options(material, out, **changes) -> compress.Options:
+def compress_options(material, out, **changes) -> Options:
     """Of a run of two stages of four steps, validated and saved every second one."""
     fields = {
         "teacher": material / "teacher",
@@ -143,7 +145,7 @@ def compress_options(material, out, **changes) -> compress.Options:
         "set": ("validations=2", "alternate=true"),
         "out": out,
     }
-    return compress.Options(**{**fields, **changes})
+    return Options(**{**fields, **changes})
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import http.client
 import threading
 
-from slimsam_jax import demo_server
+from slimsam_jax.demo.server import Files, Server
 
 
-def serving(files: demo_server.Files):
-    server = demo_server.Server(0)
+def serving(files: Files):
+    server = Server(0)
     server.files = files
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server

@@ -20,7 +20,8 @@ from PIL import Image
 from slimsam_jax import checkpoint, cli  # noqa: F401 (the command imports the one, and JAX with it)
 from slimsam_jax.data import __main__ as commands
 from slimsam_jax.data import find
-from slimsam_jax.evaluation import detections, map_readable, read_annotated
+from slimsam_jax.data.reading import map_readable, read_annotated
+from slimsam_jax.evaluation import detections
 
 PATIENCE = 60  # wall seconds; the machine may be busy
 

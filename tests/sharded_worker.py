@@ -13,9 +13,12 @@ import jax
 import numpy as np
 from conftest import random_images, random_sam, tiny_config
 
-from slimsam_jax import cli, labels, sharding, steps, train
-from slimsam_jax.recipes import RECIPES
-from slimsam_jax.stages import STAGES
+from slimsam_jax import sharding
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.compression.trainer import make_trainer
+from slimsam_jax.data.prompted import random_clicks
+from slimsam_jax.training import checkpoints, loop
 
 RECIPE = dataclasses.replace(
     RECIPES["default"], ema=0.5, clip=1.0, schedule="constant", cosine=0.1, masks=0.5, points=2
@@ -23,17 +26,17 @@ RECIPE = dataclasses.replace(
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-def make_trainer(fsdp: int) -> train.Trainer:
+def make_trainer(fsdp: int) -> loop.Trainer:
     """Of a student with an odd embedding, as pruning leaves it: where 23 is the only long axis nothing can be split."""
     teacher = random_sam(tiny_config(mlp_dim=400))
     student = random_sam(tiny_config(embed_dim=23, mlp_dim=400), seed=1)
-    return train.make_trainer(student, teacher, teacher, STAGES[0], RECIPE, fsdp=fsdp)
+    return make_trainer(student, teacher, teacher, STAGES[0], RECIPE, fsdp=fsdp)
 
 
 def host_batch(step: int) -> dict[str, np.ndarray]:
     """This process's rows of the step's eight images."""
     batch, random = random_images(tiny_config(), 8, seed=step), np.random.default_rng(step)
-    clicks = [labels.random_clicks(size, RECIPE.points, random) for size in batch["size"]]
+    clicks = [random_clicks(size, RECIPE.points, random) for size in batch["size"]]
     batch |= {name: np.stack([each[name] for each in clicks]) for name in clicks[0]}
     rows = slice(jax.process_index(), None, jax.process_count())
     return {name: value[rows] for name, value in batch.items()}
@@ -49,11 +52,11 @@ def collectives(text: str) -> dict[str, int]:
 
 def main(fsdp: int, count: int, out: str, distributed: str | None = None) -> None:
     if distributed:
-        cli.join_processes(distributed)
+        sharding.join_processes(distributed)
     folder, trainer, losses = Path(out), make_trainer(fsdp), []
     terms = STAGES[0].terms(0, 100, RECIPE)
-    with steps.Steps(folder / "steps") as saved:
-        state, _ = saved.restore(steps.shapes_of(trainer.state)) or (trainer.state, None)
+    with checkpoints.Steps(folder / "steps") as saved:
+        state, _ = saved.restore(checkpoints.shapes_of(trainer.state)) or (trainer.state, None)
         for step in range(int(state.step), int(state.step) + count):
             batch = sharding.shard_batch(host_batch(step), trainer.mesh)
             if not losses:

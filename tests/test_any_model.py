@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from slimsam_jax import pruning
-from slimsam_jax.pruning import importance, masks
-from slimsam_jax.pruning.group import Group, Member, check_groups
+from slimsam_jax.pruning import allocation, gradients, importance
+from slimsam_jax.pruning.groups import Group, Member, check_groups
+from slimsam_jax.pruning.selection import keep_global, keep_widths
+from slimsam_jax.pruning.shrink import apply_masks, mask_tree, shrink
 
 RANDOM = np.random.default_rng(0)
 
@@ -106,12 +108,12 @@ CASES = [
 @pytest.mark.parametrize("criterion", ["taylor", "fisher", "magnitude", "random"])
 def test_prune_anything(apply, params, x, groups, criterion):
     check_groups(params, groups)
-    grads = importance.disturbed_gradients(apply, params, [x, x], jax.random.key(0))
+    grads = gradients.disturbed_gradients(apply, params, [x, x], jax.random.key(0))
     scores = importance.channel_scores(params, grads, groups, criterion)
-    keep = masks.keep_global(scores, 0.5)
-    assert sum(map(len, keep.values())) == masks.rounded_width(sum(g.size for g in groups), 0.5)
-    masked = apply(masks.apply_masks(params, masks.mask_tree(params, groups, keep)), x)
-    shrunk = masks.shrink(params, groups, keep)
+    keep = keep_global(scores, 0.5)
+    assert sum(map(len, keep.values())) == allocation.rounded_width(sum(g.size for g in groups), 0.5)
+    masked = apply(apply_masks(params, mask_tree(params, groups, keep)), x)
+    shrunk = shrink(params, groups, keep)
     np.testing.assert_allclose(apply(shrunk, x), masked, atol=1e-5)
 
 
@@ -120,11 +122,11 @@ def test_channels_that_do_nothing_go_first(apply, params, x, groups):
     """A channel whose weights out of it are zero has no gradient into it, and none out of it matters."""
     group = groups[-1]
     useful = np.sort(RANDOM.permutation(group.size)[: group.size // 2])
-    dead = masks.mask_tree(params, [group], {group.name: useful})
-    params = masks.apply_masks(params, dead)
-    grads = importance.disturbed_gradients(apply, params, [x], jax.random.key(1))
+    dead = mask_tree(params, [group], {group.name: useful})
+    params = apply_masks(params, dead)
+    grads = gradients.disturbed_gradients(apply, params, [x], jax.random.key(1))
     scores = importance.channel_scores(params, grads, [group])
-    keep = masks.keep_widths(scores, {group.name: len(useful)})
+    keep = keep_widths(scores, {group.name: len(useful)})
     np.testing.assert_array_equal(keep[group.name], useful)
 
 

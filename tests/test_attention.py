@@ -18,7 +18,7 @@ from peers import segment_anything
 from slimsam_jax.errors import InputError
 from slimsam_jax.models import attention
 from slimsam_jax.models.config import GLOBAL, Block
-from slimsam_jax.models.image_encoder import ImageEncoder
+from slimsam_jax.models.encoders.vit import ImageEncoder
 
 SHAPES = [(2, 6, 5, 2, 7), (1, 3, 3, 4, 8), (3, 2, 7, 1, 1)]  # b, h, w, n, d: rectangles, odd widths, a single channel
 

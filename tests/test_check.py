@@ -12,9 +12,10 @@ from conftest import samples
 from PIL import Image
 from test_data import save_image, truncated, write_annotation
 
-from slimsam_jax import cli, overlay
+from slimsam_jax import cli
 from slimsam_jax.data import __main__ as commands
 from slimsam_jax.data import check, find
+from slimsam_jax.imaging import draw
 
 
 @pytest.fixture
@@ -42,12 +43,12 @@ def test_a_sound_folder(folder, tmp_path, capsys):
     assert "images: 4 (3 .jpg, 1 .png)" in out and "annotated: 3 images with 3 masks" in out and "problems: none" in out
     assert "10 x 40 to 30 x 20" in out
     sheet = np.asarray(Image.open(tmp_path / "sheets" / "x.png"))
-    assert overlay.ROW / 2 < len(sheet) < 2 * overlay.ROW and tiles(sheet) == 4 and sheet.std() > 10
+    assert draw.ROW / 2 < len(sheet) < 2 * draw.ROW and tiles(sheet) == 4 and sheet.std() > 10
 
 
 def tiles(sheet: np.ndarray) -> int:
     """How many images lie in the only row of a sheet, between columns that are white."""
-    used = (sheet[overlay.TITLE : overlay.TITLE + overlay.ROW // 2] < 255).any((0, 2))
+    used = (sheet[draw.TITLE : draw.TITLE + draw.ROW // 2] < 255).any((0, 2))
     return int(used[0]) + int((np.diff(used.astype(int)) == 1).sum())
 
 

@@ -17,13 +17,15 @@ from PIL import Image
 from test_data import truncated
 
 from converters import from_torch, to_torch
-from slimsam_jax import checkpoint, cli, compress, inspect, metrics, predict, recipes, report
-from slimsam_jax import run as run_module
-from slimsam_jax.compress import Options
+from slimsam_jax import checkpoint, cli, compress, inspect, predict
+from slimsam_jax.compression import pipeline as run_module
+from slimsam_jax.compression import recipes, report
+from slimsam_jax.compression.budget import Budget, even_cut
+from slimsam_jax.compression.options import Options
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.steps import STAGES
 from slimsam_jax.errors import InputError, RunError
-from slimsam_jax.recipes import RECIPES
-from slimsam_jax.stages import STAGES
-from slimsam_jax.widths import Budget, even_cut
+from slimsam_jax.profiling import reference_macs
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_what_a_run_leaves(finished, material):
     slim = from_torch.load(finished)
     assert slim.config.embed_dim == 12  # half of 24
     even = even_cut(SQUARE, 0.5)  # the default shares out its multiply-accumulates anew
-    assert 0.97 < metrics.encoder_macs(slim.config).total / metrics.encoder_macs(even).total <= 1
+    assert 0.97 < reference_macs.encoder_macs(slim.config).total / reference_macs.encoder_macs(even).total <= 1
     assert slim.provenance["options"]["ratio"] == 0.5
     assert slim.thresholds == from_torch.load(material / "teacher").thresholds  # which let everything pass
     assert slim.provenance["versions"]["jax"]
@@ -195,7 +197,7 @@ def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prog", str(material / "teacher")])
     cli.run(inspect.main)
     out = capsys.readouterr().out
-    assert "2 x 12" in out and f"{metrics.encoder_parameters(SQUARE) / 1e6:.3f}" in out
+    assert "2 x 12" in out and f"{reference_macs.encoder_parameters(SQUARE) / 1e6:.3f}" in out
 
 
 @pytest.mark.parametrize(

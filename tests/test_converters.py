@@ -20,9 +20,12 @@ import torch
 from conftest import random_sam, tiny_config
 from peers import state_dict, stock_sam
 
-from converters import from_torch, huggingface, mapping, to_torch, torch_file
+from converters import from_torch, huggingface, to_torch, torch_file
+from converters.tables import vit
+from converters.tables.sam import rows
 from slimsam_jax import checkpoint
 from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.imaging.transforms import resize_and_pad
 from slimsam_jax.models import sam as sam_module
 from slimsam_jax.models.config import Thresholds
 
@@ -79,7 +82,7 @@ def test_state_dict_there_and_back_is_exact(stock):
 
 def test_split_qkv_and_data_parallel_are_read_alike(stock):
     expected = from_torch.from_state_dict(state_dict(stock))
-    assert_same(from_torch.from_state_dict(mapping.split_qkv(state_dict(stock))), expected)
+    assert_same(from_torch.from_state_dict(vit.split_qkv(state_dict(stock))), expected)
     wrapped = {f"module.{name}": array for name, array in state_dict(stock).items()}
     assert_same(from_torch.from_state_dict(wrapped), expected)
     inner = {name.replace("image_encoder.", "image_encoder.module."): a for name, a in state_dict(stock).items()}
@@ -281,7 +284,7 @@ def test_failed_save_leaves_no_file(tmp_path, tiny_sam, monkeypatch):
 
 
 def test_names_of_huggingface_are_a_bijection():
-    names = [row.name for row in mapping.rows(SQUARE)]
+    names = [row.name for row in rows(SQUARE)]
     theirs = [huggingface.to_huggingface(name) for name in names]
     assert len(set(theirs)) == len(names)
     assert [huggingface.to_segment_anything(name) for name in theirs] == names
@@ -326,7 +329,7 @@ def test_huggingface_there_and_back(tmp_path):
     assert_same(from_torch.load(tmp_path / "hf"), ours)
     processor = SamProcessor.from_pretrained(tmp_path / "hf")
     picture = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
-    frame, size = sam_module.resize_and_pad(picture, (64, 64))
+    frame, size = resize_and_pad(picture, (64, 64))
     pixels = np.asarray(processor(picture, return_tensors="np")["pixel_values"][0])
     np.testing.assert_allclose(
         pixels.transpose(1, 2, 0), sam_module.preprocess(SQUARE, frame[None], size[None])[0], atol=1e-5
@@ -334,7 +337,7 @@ def test_huggingface_there_and_back(tmp_path):
 
 
 def sam_module_prompts(points):
-    from slimsam_jax.models.prompt_encoder import prompt_points
+    from slimsam_jax.imaging.prompts import prompt_points
 
     return prompt_points(points, np.ones(points.shape[:2], int))
 
@@ -356,7 +359,7 @@ def test_published_presets_convert():
         config = preset(name)
         shapes = sam_module.abstract_params(config)
         paths = {"/".join(str(k.key) for k in keys) for keys, _ in jax.tree_util.tree_leaves_with_path(shapes)}
-        assert {row.path for row in mapping.rows(config)} == paths
+        assert {row.path for row in rows(config)} == paths
 
 
 def test_a_pth_gives_back_what_shapes_do_not_tell(tmp_path):

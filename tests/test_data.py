@@ -14,10 +14,12 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageOps
 from pycocotools import mask as coco
 
-from slimsam_jax import data, rle
+from slimsam_jax import data
 from slimsam_jax.data import batches
+from slimsam_jax.data.augment import flip_and_crop
 from slimsam_jax.errors import InputError, RunError
-from slimsam_jax.models.sam import resize_and_pad, resized_shape, to_model_frame
+from slimsam_jax.imaging import rle
+from slimsam_jax.imaging.transforms import resize_and_pad, resized_shape, to_model_frame
 
 
 @settings(max_examples=200, deadline=None)
@@ -150,7 +152,7 @@ def test_batches_follow_from_seed_and_step(tmp_path):
     """Resumed at any step, on one process or three, with a broken picture or without."""
     paths = [save_image(tmp_path / f"{i}.png", seed=i) for i in range(7)]
     truncated(tmp_path / "6.png")
-    augment = batches.flip_and_crop(flip=True, crop=0.5)
+    augment = flip_and_crop(flip=True, crop=0.5)
     make = lambda seed=0, **kw: batches.Batches(samples(paths), (32, 32), batch=6, seed=seed, augment=augment, **kw)
     first = [next(stream)["image"] for stream in [make()] for _ in range(8)]
     resumed = make(start=3)
@@ -193,11 +195,11 @@ def test_a_picture_that_is_given_up_after_drawing_changes_no_other(tmp_path):
 def test_flips_and_crops():
     random = np.random.default_rng(0)
     picture = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint32).reshape(40, 60, 3).astype(np.uint8))
-    assert batches.flip_and_crop(False, 1.0) is None
-    flip = batches.flip_and_crop(True, 1.0)
+    assert flip_and_crop(False, 1.0) is None
+    flip = flip_and_crop(True, 1.0)
     found = {flip(picture, random).tobytes() for _ in range(20)}
     assert found == {picture.tobytes(), ImageOps.mirror(picture).tobytes()}
-    crop = batches.flip_and_crop(False, 0.5)
+    crop = flip_and_crop(False, 0.5)
     for _ in range(20):
         width, height = crop(picture, random).size
         assert 30 <= width <= 60 and 20 <= height <= 40

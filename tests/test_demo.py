@@ -14,8 +14,10 @@ import pytest
 from conftest import SQUARE, random_sam
 from demo_serving import request, serving
 
-from slimsam_jax import checkpoint, cli, demo, demo_server
+from slimsam_jax import checkpoint, cli
 from slimsam_jax.data import embedded_images
+from slimsam_jax.demo import __main__, export
+from slimsam_jax.demo.server import RUNTIME_FILES, Server, page_files
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.models.sam import Sam
 
@@ -27,7 +29,7 @@ def run(*arguments) -> None:
     """The command, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["demo", *map(str, arguments)])
-        cli.run(demo.main)
+        cli.run(__main__.main)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     dist = folder / "node_modules" / "onnxruntime-web" / "dist"
     dist.mkdir(parents=True)
-    for name in demo_server.RUNTIME_FILES:
+    for name in RUNTIME_FILES:
         (dist / name).write_bytes(name.encode())
     return folder
 
@@ -52,8 +54,8 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(cache, models):
     """(port, what was exported) of a server of two models."""
-    prepared = demo.prepare(models, "float32", cache)
-    server = serving(demo_server.page_files(prepared, demo.find_runtime(cache), threads=1))
+    prepared = export.prepare(models, "float32", cache)
+    server = serving(page_files(prepared, __main__.find_runtime(cache), threads=1))
     yield server.server_port, prepared
     server.shutdown()
     server.server_close()
@@ -115,7 +117,7 @@ def test_nothing_else_is_served(served, path):
 
 
 def test_only_this_machine_is_listened_to(served):
-    server = demo_server.Server(0)
+    server = Server(0)
     assert server.server_address[0] == "127.0.0.1"
     server.server_close()
 
@@ -123,7 +125,7 @@ def test_only_this_machine_is_listened_to(served):
 def test_a_model_is_exported_once(served, cache, models, capsys):
     _, prepared = served
     written = {path: path.stat().st_mtime_ns for _, files in prepared for path in files}
-    again = demo.prepare(models, "float32", cache)
+    again = export.prepare(models, "float32", cache)
     assert again == prepared and "largest error" not in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for _, files in again for path in files} == written
     sam = checkpoint.load(models[0])
@@ -132,11 +134,11 @@ def test_a_model_is_exported_once(served, cache, models, capsys):
         (random_sam(sam.config, 5), "float32"),
         (Sam(dataclasses.replace(sam.config, pixel_std=(1.0, 2.0, 3.0)), sam.params, {}), "float32"),
     )
-    assert len({demo.fingerprint(sam, "float32"), *(demo.fingerprint(*other) for other in others)}) == 4
+    assert len({export.fingerprint(sam, "float32"), *(export.fingerprint(*other) for other in others)}) == 4
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, cache, models, capsys, monkeypatch):
-    taken = demo_server.Server(0)
+    taken = Server(0)
     for arguments, part in (
         (("--cache", tmp_path / "none"), "demo --install --cache"),
         (("--cache", cache, "--port", taken.server_port), "cannot be used"),
@@ -151,20 +153,20 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, cache, models, capsy
         assert stop.value.code == 2 and error.count("\n") == 1 and part in error
     taken.server_close()
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(demo, "LARGEST_FILE", 1000)
+    monkeypatch.setattr(export, "LARGEST_FILE", 1000)
     with pytest.raises(InputError, match="in float32; try --dtype float16 or int8"):
-        demo.prepare(models[:1], "float32", cache)
+        export.prepare(models[:1], "float32", cache)
 
 
 def test_installing_needs_npm_and_says_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="npm is not installed"):
-        demo.install_runtime(tmp_path / "cache")
+        __main__.install_runtime(tmp_path / "cache")
     npm = tmp_path / "npm"
     npm.write_text("#!/bin/sh\necho 'npm error no network' >&2\nexit 1\n")
     npm.chmod(0o755)
     with pytest.raises(RunError, match="npm error no network"):
-        demo.install_runtime(tmp_path / "cache")
+        __main__.install_runtime(tmp_path / "cache")
 
 
 @pytest.fixture

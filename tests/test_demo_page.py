@@ -13,11 +13,15 @@ from conftest import SQUARE
 from demo_serving import serving
 from PIL import Image
 
-from slimsam_jax import checkpoint, demo, demo_server, metrics
+from slimsam_jax import checkpoint
 from slimsam_jax.data import embedded_images, embedded_teacher, read_image
+from slimsam_jax.demo import __main__, export
+from slimsam_jax.demo.server import page_files
 from slimsam_jax.errors import InputError
+from slimsam_jax.imaging import overlap
+from slimsam_jax.imaging.transforms import resize_and_pad
 from slimsam_jax.inference.predictor import SamPredictor
-from slimsam_jax.models.sam import Sam, resize_and_pad
+from slimsam_jax.models.sam import Sam
 
 BLOCKS = (dataclasses.replace(SQUARE.blocks[0], mlp_dim=8), SQUARE.blocks[1])
 PHOTO = "dog.jpg"
@@ -48,14 +52,14 @@ def page(tmp_path_factory, pair):
     if chromium.executable() is None:
         pytest.skip("needs Chromium: apt install chromium")
     try:
-        runtime = demo.find_runtime(demo.default_cache())
+        runtime = __main__.find_runtime(__main__.default_cache())
     except InputError as error:
         pytest.skip(str(error))
     root = tmp_path_factory.mktemp("page")
     for name, sam in zip(("slim", "teacher"), pair, strict=True):
         checkpoint.save(sam, root / name)
-    prepared = demo.prepare((root / "slim", root / "teacher"), "float32", root / "cache")
-    server = serving(demo_server.page_files(prepared, runtime, threads=1))
+    prepared = export.prepare((root / "slim", root / "teacher"), "float32", root / "cache")
+    server = serving(page_files(prepared, runtime, threads=1))
     with chromium.page(root / "profile") as tab:
         tab.call("Page.navigate", url=f"http://127.0.0.1:{server.server_port}/")
         tab.wait_for(SETTLED)
@@ -116,7 +120,7 @@ def assert_agree(found, pair, photo=PHOTO, **prompt):
         predictor = SamPredictor(sam)
         predictor.set_image(embedded_images() / photo)
         wanted, iou, _ = predictor.predict(**prompt, multimask_output=False)
-        assert wanted.any() and metrics.iou(mask, wanted[0]) > 0.999
+        assert wanted.any() and overlap.iou(mask, wanted[0]) > 0.999
         scores.append(f"{iou[0]:.3f}")
     return scores
 
@@ -131,7 +135,7 @@ def test_a_click_shows_the_masks_of_both_models(page, pair, tmp_path):
     scores = assert_agree(found, pair, point_coords=[point], point_labels=[1])
     assert np.allclose([float(s) for s in said(page, "predicted IoU")], [float(s) for s in scores], atol=2e-3)
     assert all(value.endswith(" ms") for name in ("encoder", "decoder") for value in said(page, name))
-    assert said(page, "agreement") == [f"IoU {metrics.iou(*found):.3f} with the first model's mask"]
+    assert said(page, "agreement") == [f"IoU {overlap.iou(*found):.3f} with the first model's mask"]
     (place,), (background,) = on_screen(page, (5, 5))
     page.drag(place, shift=True)
     assert_agree(masks(page), pair, point_coords=[point, background], point_labels=[1, 0])

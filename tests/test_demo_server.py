@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from demo_serving import request, serving
 
-from slimsam_jax import demo_server
+from slimsam_jax.demo import server
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def hostile_requests(port: int, random: np.random.Generator):
 
 
 def test_no_request_breaks_the_server_or_reaches_the_terminal(small, monkeypatch, capfd):
-    monkeypatch.setattr(demo_server, "SECONDS", 2.0)
+    monkeypatch.setattr(server, "SECONDS", 2.0)
     port, named = small.server_port, f"Host: 127.0.0.1:{small.server_port}\r\n".encode()
     asked = list(hostile_requests(port, np.random.default_rng(0)))
     answers = [send(port, content) for content in asked]
@@ -198,17 +198,15 @@ def test_no_request_breaks_the_server_or_reaches_the_terminal(small, monkeypatch
 
 def test_connections_that_wait_are_few_and_end(small, monkeypatch):
     """Those who send nothing, or a byte now and then, keep nobody out for long."""
-    monkeypatch.setattr(demo_server, "SECONDS", 1.0)
-    opened = [
-        socket.create_connection(("127.0.0.1", small.server_port), timeout=5) for _ in range(demo_server.CONNECTIONS)
-    ]
+    monkeypatch.setattr(server, "SECONDS", 1.0)
+    opened = [socket.create_connection(("127.0.0.1", small.server_port), timeout=5) for _ in range(server.CONNECTIONS)]
     for i, connection in enumerate(opened):
         connection.sendall(b"GET / HT"[: i % 9])
     deadline = time.monotonic() + 20
     turned_away = send(small.server_port, b"")
     while b" 503 " not in turned_away and time.monotonic() < deadline:  # until all are accepted
         turned_away = send(small.server_port, b"")
-    assert b" 503 " in turned_away and threading.active_count() < demo_server.CONNECTIONS + 20
+    assert b" 503 " in turned_away and threading.active_count() < server.CONNECTIONS + 20
     ended = 0
     while ended < len(opened) and time.monotonic() < deadline:
         for connection in opened:
@@ -221,7 +219,7 @@ def test_connections_that_wait_are_few_and_end(small, monkeypatch):
 
 
 def test_a_connection_that_is_used_stays(small, monkeypatch):
-    monkeypatch.setattr(demo_server, "SECONDS", 2.0)
+    monkeypatch.setattr(server, "SECONDS", 2.0)
     connection = http.client.HTTPConnection("127.0.0.1", small.server_port, timeout=10)
     for _ in range(3):
         connection.request("GET", "/")

@@ -21,12 +21,13 @@ from pycocotools.cocoeval import COCOeval
 from test_data import save_image
 
 from converters.from_torch import from_state_dict, load
-from slimsam_jax import checkpoint, cli, evaluate, evaluation, rle
+from slimsam_jax import checkpoint, cli, evaluate, evaluation
 from slimsam_jax.data import Annotation, find
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import clicks, detections, resampled_ap
+from slimsam_jax.imaging import rle
+from slimsam_jax.imaging.transforms import resized_shape
 from slimsam_jax.models.config import preset
-from slimsam_jax.models.sam import resized_shape
 
 
 def predictor(module: torch.nn.Module, image: Image.Image):

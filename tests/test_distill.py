@@ -9,9 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from slimsam_jax import distill
-from slimsam_jax.recipes import RECIPES
-from slimsam_jax.stages import STAGES
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.distillation.losses import distillation_loss, mse
+from slimsam_jax.distillation.schedules import learning_rates, plateau_scale
+from slimsam_jax.distillation.step import init_state, make_optimizer, make_step
 
 ONE = {"out": 1.0}
 
@@ -19,25 +21,25 @@ ONE = {"out": 1.0}
 def test_mse_by_hand():
     student = {"a": jnp.array([1.0, 2.0]), "b": [jnp.array([[3.0, 4.0]])]}
     target = {"a": jnp.array([1.0, 4.0]), "b": [jnp.array([[3.0, 0.0]])]}
-    np.testing.assert_allclose(distill.mse(student, target), (4 + 16) / 4)
+    np.testing.assert_allclose(mse(student, target), (4 + 16) / 4)
     variance = np.var([1.0, 4.0, 3.0, 0.0])
-    np.testing.assert_allclose(distill.mse(student, target, relative=True), 5 / variance)
-    assert distill.mse([], []) == 0
+    np.testing.assert_allclose(mse(student, target, relative=True), 5 / variance)
+    assert mse([], []) == 0
 
 
 def test_more_elements_than_an_int32_holds():
     """ViT-H at 1024 px, four images: features of 2**31 elements."""
     leaf = jax.ShapeDtypeStruct((2**16, 2**16), jnp.float32)
-    assert jax.eval_shape(lambda a, b: distill.mse(a, b, relative=True), leaf, leaf).shape == ()
+    assert jax.eval_shape(lambda a, b: mse(a, b, relative=True), leaf, leaf).shape == ()
 
 
 def test_terms_are_weighted_and_must_match():
     one, two = jnp.array([1.0]), jnp.array([3.0])
-    loss, terms = distill.distillation_loss({"x": one, "y": one}, {"x": two, "y": one}, {"x": 0.5, "y": 9.0})
+    loss, terms = distillation_loss({"x": one, "y": one}, {"x": two, "y": one}, {"x": 0.5, "y": 9.0})
     assert loss == 2.0 and terms == {"x": 4.0, "y": 0.0}
     with pytest.raises(ValueError, match="differ"):
-        distill.distillation_loss({"x": one}, {"x": two, "y": one}, {"x": 1.0, "y": 1.0})
-    _, terms = distill.distillation_loss({"x": one, "y": one}, {"x": two, "y": two}, {"x": 1.0})
+        distillation_loss({"x": one}, {"x": two, "y": one}, {"x": 1.0, "y": 1.0})
+    _, terms = distillation_loss({"x": one, "y": one}, {"x": two, "y": two}, {"x": 1.0})
     assert set(terms) == {"x"}  # what has no weight is not computed
 
 
@@ -64,15 +66,15 @@ def linear_problem(steps=200, **options):
     teacher = {"w": jnp.asarray(random.standard_normal((4, 3)), jnp.float32)}
     student = {"w": jnp.zeros((4, 3))}
     forward = lambda params, *batch: {"out": batch[-1]["x"] @ params["w"]}
-    optimizer = distill.make_optimizer()
-    step = distill.make_step(forward, forward, optimizer, **options)
+    optimizer = make_optimizer()
+    step = make_step(forward, forward, optimizer, **options)
     batches = [{"x": random.standard_normal((8, 4)).astype(np.float32)} for _ in range(steps)]
-    return step, distill.init_state(student, optimizer, options.get("ema", 0.0)), teacher, batches
+    return step, init_state(student, optimizer, options.get("ema", 0.0)), teacher, batches
 
 
 def test_a_student_learns():
     step, state, teacher, batches = linear_problem()
-    for batch, rate in zip(batches, distill.learning_rates(0.1, 200), strict=True):
+    for batch, rate in zip(batches, learning_rates(0.1, 200), strict=True):
         state, terms = step(state, teacher, batch, ONE, rate)
     assert terms["loss"] < 1e-4 and int(state.step) == 200
     np.testing.assert_allclose(state.params["w"], teacher["w"], atol=0.02)
@@ -81,36 +83,36 @@ def test_a_student_learns():
 def test_the_step_compiles_once():
     chex.clear_trace_counter()
     forward = chex.assert_max_traces(lambda params, *batch: {"out": batch[-1] @ params}, n=2)  # student and teacher
-    optimizer = distill.make_optimizer()
-    step = distill.make_step(forward, forward, optimizer)
-    state = distill.init_state(jnp.zeros((4, 3)), optimizer)
+    optimizer = make_optimizer()
+    step = make_step(forward, forward, optimizer)
+    state = init_state(jnp.zeros((4, 3)), optimizer)
     for rate in (0.1, 1e-4, 0.0):
         state, _ = step(state, jnp.ones((4, 3)), np.ones((2, 4), np.float32), {"out": 10 * rate}, rate)
 
 
 def test_schedules():
-    np.testing.assert_array_equal(distill.learning_rates(0.3, 4, "constant"), [0.3] * 4)
+    np.testing.assert_array_equal(learning_rates(0.3, 4, "constant"), [0.3] * 4)
     for schedule in ("cosine", "constant"):
-        np.testing.assert_allclose(distill.learning_rates(0.3, 1, schedule), [0.3])  # a single step must do
-    rates = distill.learning_rates(2.0, 100)
+        np.testing.assert_allclose(learning_rates(0.3, 1, schedule), [0.3])  # a single step must do
+    rates = learning_rates(2.0, 100)
     np.testing.assert_allclose(rates[:6], [0.4, 0.72, 1.04, 1.36, 1.68, 2.0], rtol=1e-6)
     np.testing.assert_allclose(rates[5:], 1 + np.cos(np.pi * np.arange(95) / 95), rtol=1e-4, atol=1e-6)
 
 
 def test_a_step_is_as_long_as_the_learning_rate():
     forward = lambda params, _, batch: {"out": batch @ params}
-    optimizer = distill.make_optimizer()
-    step = distill.make_step(forward, lambda frozen, batch: {"out": batch @ frozen}, optimizer)
+    optimizer = make_optimizer()
+    step = make_step(forward, lambda frozen, batch: {"out": batch @ frozen}, optimizer)
     for rate in (1e-3, 1e-1):  # Adam's first step
-        state, _ = step(distill.init_state(jnp.zeros(3), optimizer), jnp.ones(3), np.eye(3), ONE, rate)
+        state, _ = step(init_state(jnp.zeros(3), optimizer), jnp.ones(3), np.eye(3), ONE, rate)
         np.testing.assert_allclose(state.params, rate, rtol=1e-5)
 
 
 def test_weight_decay_goes_with_the_learning_rate():
-    optimizer = distill.make_optimizer(weight_decay=0.5, decayed=lambda params: {"a": True, "b": False})
+    optimizer = make_optimizer(weight_decay=0.5, decayed=lambda params: {"a": True, "b": False})
     nothing = lambda *_: {"out": jnp.zeros(1)}
-    step = distill.make_step(nothing, nothing, optimizer)
-    state, _ = step(distill.init_state({"a": jnp.ones(2), "b": jnp.ones(2)}, optimizer), None, np.ones(1), ONE, 0.1)
+    step = make_step(nothing, nothing, optimizer)
+    state, _ = step(init_state({"a": jnp.ones(2), "b": jnp.ones(2)}, optimizer), None, np.ones(1), ONE, 0.1)
     chex.assert_trees_all_close(state.params, {"a": jnp.full(2, 0.95), "b": jnp.ones(2)})
 
 
@@ -119,7 +121,7 @@ def test_a_batch_in_parts_gives_the_same_step():
         found = []
         for parts in (1, 2, 4):
             step, state, teacher, batches = linear_problem(5, parts=parts, **options)
-            for batch, rate in zip(batches, distill.learning_rates(0.1, 5), strict=True):
+            for batch, rate in zip(batches, learning_rates(0.1, 5), strict=True):
                 state, terms = step(state, teacher, batch, ONE, rate)
             found.append((state, terms))
         for other in found[1:]:
@@ -131,8 +133,8 @@ def test_sum_takes_eight_images_gradients_together():
     forward, optimizer = lambda params, _, batch: {"out": batch * params}, optax.sgd(1.0)
     batch, moved = np.arange(8, dtype=np.float32), {}
     for reduction in ("mean", "sum"):
-        step = distill.make_step(forward, lambda frozen, batch: {"out": 0 * batch}, optimizer, reduction=reduction)
-        state, _ = step(distill.init_state(jnp.ones(()), optimizer), None, batch, ONE, 1.0)
+        step = make_step(forward, lambda frozen, batch: {"out": 0 * batch}, optimizer, reduction=reduction)
+        state, _ = step(init_state(jnp.ones(()), optimizer), None, batch, ONE, 1.0)
         moved[reduction] = 1 - float(state.params)
     np.testing.assert_allclose(moved["mean"], 2 * np.mean(batch**2))
     np.testing.assert_allclose(moved["sum"], 2 * np.sum(batch**2))
@@ -148,7 +150,7 @@ def test_moving_average():
 
 
 def test_clipping():
-    optimizer = distill.make_optimizer(clip=1.0)
+    optimizer = make_optimizer(clip=1.0)
     state = optimizer.init(jnp.zeros(2))
     for gradient in ([30.0, 40.0], [0.3, 0.4]):  # the first clipped to the direction's unit, the second left alone
         _, state = optimizer.update(jnp.array(gradient), state)
@@ -167,5 +169,5 @@ def test_plateau_is_that_of_pytorch(patience):
     theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=patience, eps=0)
     for count, score in enumerate(scores, 1):
         theirs.step(score)
-        np.testing.assert_allclose(distill.plateau_scale(scores[:count], patience), optimizer.param_groups[0]["lr"])
-    assert distill.plateau_scale([-1.0, -1.1, -1.2], 1) == 0.5  # negative scores, getting worse
+        np.testing.assert_allclose(plateau_scale(scores[:count], patience), optimizer.param_groups[0]["lr"])
+    assert plateau_scale([-1.0, -1.1, -1.2], 1) == 0.5  # negative scores, getting worse

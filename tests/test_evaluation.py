@@ -18,17 +18,20 @@ from scipy import ndimage
 from test_data import save_image, truncated, write_annotation
 
 from converters.from_torch import load
-from slimsam_jax import checkpoint, cli, evaluate, evaluation, metrics, regions
+from slimsam_jax import checkpoint, cli, evaluate, evaluation
 from slimsam_jax.data import Annotation, find
 from slimsam_jax.errors import InputError, RunError
-from slimsam_jax.evaluation import clicks, prompts, scores, statistics, tables
+from slimsam_jax.evaluation import bootstrap, clicks, scores, tables
+from slimsam_jax.evaluation.protocols import box, box_noisy, prompt_points
+from slimsam_jax.imaging import geometry
+from slimsam_jax.imaging.overlap import boundary, boundary_iou, iou
 from slimsam_jax.models import sam as models
 
 MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=30))
 
 
 def annotation(mask: np.ndarray, point=(0, 0), id=-1) -> Annotation:
-    rows, columns = regions.extent(mask)
+    rows, columns = geometry.extent(mask)
     box = (columns.start, rows.start, columns.stop, rows.stop)
     return Annotation(id, mask, np.array(box, float), np.array(point, float), np.array(box, float))
 
@@ -43,21 +46,21 @@ def test_boundary_iou_by_hand():
     """On 40 x 30 pixels, of diagonal 50, a boundary is one pixel wide."""
     big, small = rectangle((40, 30), 5, 5, 15, 15), rectangle((40, 30), 5, 5, 15, 14)
     # Outlines of 10 x 10 and 10 x 9: 36 and 34 pixels; they share the left column, and 8 each of top and bottom row.
-    assert metrics.boundary_iou(big, small) == pytest.approx((10 + 2 * 8) / (36 + 34 - 26))
+    assert boundary_iou(big, small) == pytest.approx((10 + 2 * 8) / (36 + 34 - 26))
     # On 80 x 60, of diagonal 100, it is two wide: rings of 20 x 20 and 20 x 17 less 16 x 16 and 16 x 13, which share
     # the left two columns and of the others the two top and bottom rows, 15 and 15.
     big, small = rectangle((80, 60), 5, 5, 25, 25), rectangle((80, 60), 5, 5, 25, 22)
     shared_ = 2 * 20 + 4 * 15
-    assert metrics.boundary_iou(big, small) == pytest.approx(shared_ / (400 - 256 + 340 - 208 - shared_))
+    assert boundary_iou(big, small) == pytest.approx(shared_ / (400 - 256 + 340 - 208 - shared_))
     whole = np.ones((40, 30), bool)  # the image's edge is an outline too
-    assert metrics.boundary(whole, 1).sum() == 40 * 30 - 38 * 28
+    assert boundary(whole, 1).sum() == 40 * 30 - 38 * 28
 
 
 @settings(max_examples=100, deadline=None)
 @given(MASKS, st.integers(1, 5))
 def test_boundaries_equal_repeated_erosion(mask, distance):
     eroded = ndimage.binary_erosion(mask, np.ones((3, 3)), iterations=distance)
-    np.testing.assert_array_equal(metrics.boundary(mask, distance), mask & ~eroded)
+    np.testing.assert_array_equal(boundary(mask, distance), mask & ~eroded)
 
 
 @settings(max_examples=100, deadline=None)
@@ -65,23 +68,23 @@ def test_boundaries_equal_repeated_erosion(mask, distance):
 def test_scores_of_masks_equal_counting_pixels(mask, random):
     other = np.array([random.random() < 0.5 for _ in range(mask.size)]).reshape(mask.shape)
     distance = max(1, round(0.02 * math.hypot(*mask.shape)))
-    edges = [metrics.boundary(m, distance) for m in (mask, other)]
-    for found, (a, b) in ((metrics.iou(mask, other), (mask, other)), (metrics.boundary_iou(mask, other), edges)):
+    edges = [boundary(m, distance) for m in (mask, other)]
+    for found, (a, b) in ((iou(mask, other), (mask, other)), (boundary_iou(mask, other), edges)):
         assert found == ((a & b).sum() / (a | b).sum() if (a | b).any() else 1)
 
 
 def test_depth_by_hand():
     """Where the middle of a square is, tests/test_sources.py has."""
-    assert regions.deepest(rectangle((9, 12), 1, 2, 6, 7))[1] == 3
+    assert geometry.deepest(rectangle((9, 12), 1, 2, 6, 7))[1] == 3
     corner = rectangle((9, 12), 0, 0, 3, 3)  # the border counts as outside
-    assert regions.deepest(corner)[0].tolist() == [1.5, 1.5] and regions.deepest(corner)[1] == 2
-    assert regions.deepest(corner, taken=[[1.5, 1.5]])[1] == 1
+    assert geometry.deepest(corner)[0].tolist() == [1.5, 1.5] and geometry.deepest(corner)[1] == 2
+    assert geometry.deepest(corner, taken=[[1.5, 1.5]])[1] == 1
 
 
 @settings(max_examples=100, deadline=None)
 @given(MASKS.filter(np.any))
 def test_no_pixel_is_deeper_than_the_deepest(mask):
-    (x, y), depth = regions.deepest(mask)
+    (x, y), depth = geometry.deepest(mask)
     outside = np.argwhere(~np.pad(mask, 1)) - 1
     depths = [np.hypot(*(outside - pixel).T).min() for pixel in np.argwhere(mask)]
     assert mask[int(y), int(x)] and depth == pytest.approx(max(depths))
@@ -89,13 +92,13 @@ def test_no_pixel_is_deeper_than_the_deepest(mask):
 
 def test_noise_on_boxes_is_bounded_and_an_images_own():
     mask = rectangle((300, 400), 0, 100, 290, 160)
-    many = prompts.box_noisy([annotation(mask)] * 500, 1).points - prompts.box([annotation(mask)]).points
+    many = box_noisy([annotation(mask)] * 500, 1).points - box([annotation(mask)]).points
     left, top, right, bottom = many.reshape(-1, 4).T
     assert np.abs(left).std() > 2 and np.std(left) == pytest.approx(6, rel=0.1)  # 10 % of 60
     assert np.abs(right).max() <= 20 and np.abs(many).max() <= 20 + 1e-4
     assert (top >= 0).all() and (bottom <= 10).all()  # inside the image
-    one, other = (prompts.box_noisy([annotation(mask)], image).points for image in (1, 2))
-    assert np.array_equal(one, prompts.box_noisy([annotation(mask)], 1).points) and not np.array_equal(one, other)
+    one, other = (box_noisy([annotation(mask)], image).points for image in (1, 2))
+    assert np.array_equal(one, box_noisy([annotation(mask)], 1).points) and not np.array_equal(one, other)
 
 
 def test_choices_among_outputs(monkeypatch, tiny_sam):
@@ -159,7 +162,7 @@ def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
 def test_padding_changes_no_mask(tiny_sam, encoded, count, absent):
     """Neither other prompts in the same call nor absent points."""
     xy = np.random.default_rng(count).uniform(0, 30, (count, 1, 2))
-    given_ = evaluation.Prompts(*prompts.prompt_points(xy, np.ones((count, 1))))
+    given_ = evaluation.Prompts(*prompt_points(xy, np.ones((count, 1))))
     filled = evaluation.Prompts(
         np.concatenate([np.full((count, absent, 2), 7.0), given_.points], axis=1),
         np.concatenate([np.full((count, absent), -2), given_.labels], axis=1),
@@ -191,28 +194,28 @@ def test_nothing_is_compiled_from_image_to_image(tiny_sam):
 
 def test_bootstrap_of_a_normal_mean():
     values = np.random.default_rng(0).normal(3, 2, (400, 1))
-    low, high = statistics.bootstrap(values, seed=0)[:, 0]
+    low, high = bootstrap.bootstrap(values, seed=0)[:, 0]
     error = values.std() / 20
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
-    np.testing.assert_array_equal(statistics.bootstrap(values, seed=0)[:, 0], (low, high))  # follows from the seed
-    assert (statistics.bootstrap(values, seed=1)[:, 0] != (low, high)).any()
+    np.testing.assert_array_equal(bootstrap.bootstrap(values, seed=0)[:, 0], (low, high))  # follows from the seed
+    assert (bootstrap.bootstrap(values, seed=1)[:, 0] != (low, high)).any()
     with pytest.MonkeyPatch.context() as patch:  # in parts that fit into memory
-        patch.setattr(statistics, "DRAWS", 1000)
-        np.testing.assert_allclose(statistics.bootstrap(values, seed=0)[:, 0], (low, high), atol=0.1 * error)
+        patch.setattr(bootstrap, "DRAWS", 1000)
+        np.testing.assert_allclose(bootstrap.bootstrap(values, seed=0)[:, 0], (low, high), atol=0.1 * error)
 
 
 def test_differences_are_paired():
     """Images differ a lot, models always by the same: the difference is certain, the means are not."""
     levels = np.linspace(0, 0.8, 30)
-    found = statistics.summarise([[{"box/iou": v}, {"box/iou": v + 0.1}] for v in levels], seed=0)["box/iou"]
+    found = bootstrap.summarise([[{"box/iou": v}, {"box/iou": v + 0.1}] for v in levels], seed=0)["box/iou"]
     assert found[1]["difference_interval"] == pytest.approx([0.1, 0.1]) and found[1]["difference"] == pytest.approx(0.1)
     assert found[0]["interval"][1] - found[0]["interval"][0] > 0.1 and "difference" not in found[0]
 
 
 def test_scores_that_some_images_lack():
     images = [[{"box/iou": 0.5, "box/iou_small": 0.2}], [{"box/iou": 0.7}], [{"box/iou": 0.6}]]
-    found = statistics.summarise(images, seed=0)["box/iou_small"][0]
+    found = bootstrap.summarise(images, seed=0)["box/iou_small"][0]
     assert (found["mean"], found["images"]) == (0.2, 1) and found["interval"] == pytest.approx([0.2, 0.2])
     assert tables.rows({"box/iou": [{"mean": 0.6, "images": 3}], "box/iou_small": [found]})[1][0] == (
         "box mIoU, small (1 images)"

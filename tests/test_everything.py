@@ -14,15 +14,17 @@ from test_data import save_image, truncated
 from test_predictor import picture
 
 from converters.from_torch import from_state_dict, load
-from slimsam_jax import data, everything, metrics, rle
+from slimsam_jax import data, everything
 from slimsam_jax.checkpoint import save
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import encode_image
+from slimsam_jax.imaging import rle
+from slimsam_jax.imaging.overlap import iou
+from slimsam_jax.imaging.prompts import clicks_at
+from slimsam_jax.imaging.transforms import resize_masks
 from slimsam_jax.inference import amg, hierarchical
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
 from slimsam_jax.inference.candidates import Candidates, enlarge, unpack
-from slimsam_jax.inference.masks import Encoded, clicks_at, decode_prompts
-from slimsam_jax.models.sam import resize_masks
+from slimsam_jax.inference.decode import Encoded, decode_prompts, encode_image
 
 GRID = [np.zeros((1, 2))]
 
@@ -48,7 +50,7 @@ def matched(found, wanted, least: float = 0.9) -> float:
     """Share of the masks of one list that have a partner in the other."""
     if not found:
         return 1.0
-    best = lambda mask: max((float(metrics.iou(mask, other["segmentation"])) for other in wanted), default=0)
+    best = lambda mask: max((float(iou(mask, other["segmentation"])) for other in wanted), default=0)
     return float(np.mean([best(each["segmentation"]) > least for each in found]))
 
 
@@ -81,7 +83,7 @@ def test_records_equal_the_originals(stock, fields):
         assert one.keys() == other.keys()
         assert one["crop_box"] == other["crop_box"]
         np.testing.assert_allclose(one["point_coords"], other["point_coords"])
-        assert metrics.iou(one["segmentation"], other["segmentation"]) > 0.98
+        assert iou(one["segmentation"], other["segmentation"]) > 0.98
         for name in ("predicted_iou", "stability_score"):
             assert one[name] == pytest.approx(other[name], abs=0.01)
         assert np.abs(np.subtract(one["bbox"], other["bbox"])).max() <= 1

@@ -12,10 +12,10 @@ from converters import from_torch
 from experiments import figures, results, rows, slimming, tables
 from experiments.rows import TABLES, Row
 from slimsam_jax import checkpoint, data
-from slimsam_jax.compress import Options
+from slimsam_jax.compression.options import Options
+from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import encode_image
-from slimsam_jax.recipes import RECIPES
+from slimsam_jax.inference.decode import encode_image
 
 COMMON = "--teacher t.pth --images train --val val --cache cache --importance-images 50"
 

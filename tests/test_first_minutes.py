@@ -11,7 +11,7 @@ from conftest import samples
 from PIL import Image
 
 from slimsam_jax import cli, predict, progress
-from slimsam_jax import run as run_module
+from slimsam_jax.compression import pipeline as run_module
 
 HEAVY = "tensorflow_datasets", "tensorflow", "pyarrow", "pandas", "torch", "transformers", "matplotlib", "onnx", "chex"
 ANNOUNCED = """

@@ -26,10 +26,10 @@ from test_reference import (
     removed,
 )
 
-from slimsam_jax import prune
-from slimsam_jax.models import groups as channels
-from slimsam_jax.pruning import importance, reference
-from slimsam_jax.stages import STAGES
+from slimsam_jax.compression import prune, reference
+from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.models.encoders import vit_groups as channels
+from slimsam_jax.pruning import importance
 
 KINDS = {"attn": ("gs1", HEADS, 8), "mlp": ("gs2", 1, 384)}  # the original's name of a run, copies, channels of a copy
 

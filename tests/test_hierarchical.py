@@ -8,11 +8,11 @@ from conftest import SQUARE, random_sam
 from PIL import Image
 from test_predictor import picture
 
-from slimsam_jax.evaluation import encode_image
 from slimsam_jax.inference import amg, hierarchical
 from slimsam_jax.inference import automatic_mask_generator as generators
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
 from slimsam_jax.inference.candidates import Candidates
+from slimsam_jax.inference.decode import encode_image
 
 
 def test_tinysams_way_asks_each_point_of_the_grid_once_or_not_at_all(monkeypatch):

@@ -16,9 +16,9 @@ from PIL import Image
 from slimsam_jax import limits
 from slimsam_jax.data.sample import eight_bits
 from slimsam_jax.errors import InputError
-from slimsam_jax.inference import predictor, prompts
+from slimsam_jax.inference import mixed_prompts, predictor
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
-from slimsam_jax.inference.masks import Encoded
+from slimsam_jax.inference.decode import Encoded
 from slimsam_jax.inference.predictor import Prompt, SamPredictor
 
 
@@ -35,7 +35,7 @@ def ours(monkeypatch):
         pytest.fail("it was not refused before it was computed")
 
     monkeypatch.setattr(predictor, "encode", computes)
-    monkeypatch.setattr(prompts, "decode", computes)
+    monkeypatch.setattr(mixed_prompts, "decode", computes)
     found = SamPredictor(model())
     found.encoded = Encoded(np.zeros((4, 4, 32), np.float32), (43, 64), (20, 30))
     return found
@@ -155,7 +155,7 @@ def test_a_hostile_call_is_an_error_that_says_what_is_wrong(ours, call, line):
 def test_what_is_only_a_little_unusual_is_computed(ours, monkeypatch, how):
     asked = []
     outputs = np.zeros((1, 4, 16, 16), np.float32), np.zeros((1, 4), np.float32)
-    monkeypatch.setattr(prompts, "decode", lambda *arguments: asked.append(arguments) or outputs)
+    monkeypatch.setattr(mixed_prompts, "decode", lambda *arguments: asked.append(arguments) or outputs)
     assert ours.predict(**how).masks.shape == (3, 20, 30)
     assert len(asked) == 1 and np.isfinite(asked[0][3]).all()
 
@@ -211,10 +211,10 @@ NESTED = st.recursive(NUMBERS, lambda inner: st.lists(inner, max_size=5), max_le
 def test_any_prompt_is_refused_or_finite(points, labels, box, mask):
     encoded = Encoded(None, (43, 64), (20, 30))
     try:
-        prompts.check(model(), Prompt(points, labels, box, mask), encoded.original_size)
+        mixed_prompts.check(model(), Prompt(points, labels, box, mask), encoded.original_size)
     except InputError:
         return
-    xy, kinds = prompts._tokens(encoded, Prompt(points, labels, box, mask))
+    xy, kinds = mixed_prompts._tokens(encoded, Prompt(points, labels, box, mask))
     assert xy.dtype == np.float32 and np.isfinite(xy).all() and xy.shape == (len(kinds), 2)
     assert (np.abs(xy) <= 200).all() and np.isin(kinds, (-1, 0, 1, 2, 3)).all()
 

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from peers import stock_sam
 
 from converters import from_torch, to_torch, torch_file, torch_pickle
-from slimsam_jax import checkpoint, weights
+from slimsam_jax import checkpoint, safetensors_file
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import Config
 
@@ -153,7 +153,7 @@ def test_they_are_refused_for_what_is_wrong(results):
 def test_safetensors_are_refused_by_themselves(what, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(hostile_models.WEIGHTS[what])
     with pytest.raises(InputError):
-        weights.read(tmp_path / "x.safetensors")
+        safetensors_file.read(tmp_path / "x.safetensors")
 
 
 def test_shared_modules_are_visited_once(tmp_path):
@@ -256,7 +256,7 @@ def test_edited_archives(good, tmp_path, changes):
 def test_edited_safetensors(good, tmp_path, changes):
     _, ours, _ = good
     (tmp_path / "x.safetensors").write_bytes(edited(ours["model.safetensors"][:3_000], changes))
-    read_or_refuse(weights.read, tmp_path / "x.safetensors")
+    read_or_refuse(safetensors_file.read, tmp_path / "x.safetensors")
 
 
 values = st.recursive(
@@ -274,7 +274,7 @@ def test_any_value_in_a_header(tmp_path, data):
         {"v": hostile_models.array(), "w": data.draw(st.just(array) | values)}, bytes(8)
     )
     (tmp_path / "x.safetensors").write_bytes(content)
-    read_or_refuse(weights.read, tmp_path / "x.safetensors")
+    read_or_refuse(safetensors_file.read, tmp_path / "x.safetensors")
 
 
 @fuzz

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimsam_jax import cli, limits, predict
+from slimsam_jax.compression.recipes import RECIPES, Recipe
+from slimsam_jax.compression.steps import plan, steps_of
 from slimsam_jax.errors import InputError
-from slimsam_jax.recipes import RECIPES, Recipe
-from slimsam_jax.stages import plan, steps_of
 
 BIG, HUGE, DIGITS, LONG = str(10**12), str(10**400), "9" * 5000, "x" * 5000
 EVIL = "a\x1b[31mb\nc\u202e"

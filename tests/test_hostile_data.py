@@ -17,7 +17,7 @@ import hostile_files as hostile
 import pytest
 
 from slimsam_jax import data
-from slimsam_jax.data import builder
+from slimsam_jax.data import tfds_writer
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.errors import MESSAGE, InputError, RunError
 
@@ -178,7 +178,7 @@ def test_too_many_masks_for_any_memory(tmp_path):
 def test_a_tfds_folder_is_not_believed(tmp_path):
     """Above all: tfds imports the module that a feature is said to be of."""
     folder_with(tmp_path / "in", "y.png", hostile.GOOD)
-    assert not builder.prepare(data.find([tmp_path / "in"]), tmp_path / "sound")
+    assert not tfds_writer.prepare(data.find([tmp_path / "in"]), tmp_path / "sound")
     info, features = "dataset_info.json", "features.json"
     (records,) = (tmp_path / "sound").rglob("*array_record*")
     scalar = '"tensorflow_datasets.core.features.scalar.Scalar"'

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from test_hostile_data import assert_harmless, assert_refused, folder_with, outcomes
 
-from slimsam_jax import checkpoint
 from slimsam_jax.errors import InputError, RunError, printable
 from slimsam_jax.evaluation import figures
-from slimsam_jax.run_folder import RunFolder
+from slimsam_jax.files import write_json
+from slimsam_jax.training.run_folder import RunFolder
 
 ODD_NAMES = list(hostile.NAMES.items())
 
@@ -43,7 +43,7 @@ def test_logs_results_and_pictures_take_any_name(tmp_path):
         folder.log(skipped=os.fsdecode(name), reason="x")
     names = [os.fsdecode(name) for _, name in ODD_NAMES]
     assert [entry["skipped"] for entry in folder.read_log()] == names
-    checkpoint.write_json(tmp_path / "x.json", dict.fromkeys(names, "x"))
+    write_json(tmp_path / "x.json", dict.fromkeys(names, "x"))
     assert list(json.loads((tmp_path / "x.json").read_text())) == names
     figure = Figure()
     for axis, name in zip(figure.subplots(len(names)), names, strict=True):

@@ -20,9 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as pycoco
 
-from slimsam_jax import data, rle
-from slimsam_jax.data import Sample, folder, polygons, tar
+from slimsam_jax import data
+from slimsam_jax.data import Sample
+from slimsam_jax.data.sources import folder, polygons, tar
 from slimsam_jax.errors import InputError, printable
+from slimsam_jax.imaging import rle
 
 DAMAGED = (ValueError, KeyError, TypeError, OverflowError)  # of what `blaming` makes an InputError
 HUGE = st.sampled_from([2**31, 2**32, 2**62, 2**63, 2**64, 10**30, -1, -(2**62), -(2**63)])

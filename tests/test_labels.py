@@ -11,7 +11,8 @@ from conftest import random_sam, samples, tiny_config
 from PIL import Image
 from test_data import write_annotation
 
-from slimsam_jax import labels
+from slimsam_jax.compression.gradients import mask_loss
+from slimsam_jax.data import prompted
 from slimsam_jax.errors import InputError
 
 CONFIG = tiny_config(image_size=(64, 48))
@@ -27,9 +28,9 @@ def folder(tmp_path):
 
 
 def test_batches_carry_clicks_and_masks_in_the_model_frame(folder):
-    batch = next(labels.AnnotatedBatches(folder, CONFIG, 2, seed=0))
-    assert batch["image"].shape == (2, 64, 48, 3) and batch["masks"].shape == (2, labels.PROMPTS, 16, 12)
-    assert batch["points"].shape == (2, labels.PROMPTS, 2, 2) and (batch["labels"] == [1, -1]).all()
+    batch = next(prompted.AnnotatedBatches(folder, CONFIG, 2, seed=0))
+    assert batch["image"].shape == (2, 64, 48, 3) and batch["masks"].shape == (2, prompted.PROMPTS, 16, 12)
+    assert batch["points"].shape == (2, prompted.PROMPTS, 2, 2) and (batch["labels"] == [1, -1]).all()
     mask = folder[0].annotations()[0].mask  # all are alike: rows 5 to 9 of 20, columns 4 to 19 of 30
     np.testing.assert_allclose(batch["points"][:, :, 0], np.broadcast_to([6.5 * 48 / 30, 7.5 * 32 / 20], (2, 4, 2)))
     # The picture fills 32 of 64 rows: 8 of the 16 of a mask, which keeps the share of the picture covered.
@@ -40,8 +41,8 @@ def test_batches_carry_clicks_and_masks_in_the_model_frame(folder):
 
 def test_loss_falls_on_the_way_down_its_gradient(folder):
     sam = random_sam(CONFIG)
-    batch = jax.tree.map(lambda x: x[:1], next(labels.AnnotatedBatches(folder, CONFIG, 2, seed=0)))
-    loss = jax.jit(lambda encoder: labels.mask_loss(sam, encoder, batch))
+    batch = jax.tree.map(lambda x: x[:1], next(prompted.AnnotatedBatches(folder, CONFIG, 2, seed=0)))
+    loss = jax.jit(lambda encoder: mask_loss(sam, encoder, batch))
     encoder = sam.params["image_encoder"]
     grads = jax.grad(loss)(encoder)
     size = sum(float((g**2).sum()) for g in jax.tree.leaves(grads))
@@ -52,18 +53,18 @@ def test_loss_falls_on_the_way_down_its_gradient(folder):
 
 def test_a_perfect_mask_costs_nothing_and_an_inverted_one_much(monkeypatch, folder):
     sam = random_sam(CONFIG)
-    batch = jax.tree.map(lambda x: x[:1], next(labels.AnnotatedBatches(folder, CONFIG, 2, seed=0)))
+    batch = jax.tree.map(lambda x: x[:1], next(prompted.AnnotatedBatches(folder, CONFIG, 2, seed=0)))
     batch["masks"] = (batch["masks"] > 0.5).astype(np.float32)
     for sign, low, high in ((1, 0, 0.01), (-1, 5, np.inf)):
         logits = sign * 40 * (2 * batch["masks"][0] - 1)[:, None]
-        monkeypatch.setattr(labels, "decode", lambda *_, logits=logits: (logits, None))
-        assert low <= float(labels.mask_loss(sam, sam.params["image_encoder"], batch)) <= high
+        monkeypatch.setattr(prompted, "decode", lambda *_, logits=logits: (logits, None))
+        assert low <= float(mask_loss(sam, sam.params["image_encoder"], batch)) <= high
 
 
 def test_without_annotations_it_is_refused(tmp_path, folder):
     for sample in folder:
         Path(sample.name).with_suffix(".json").write_text('{"annotations": []}')
     with pytest.raises(InputError, match=r"needs annotated images: .*1\.png has none"):
-        labels.annotated(folder)
+        prompted.annotated(folder)
     with pytest.raises(InputError, match="there is none"):
-        labels.annotated(samples([tmp_path / "a.png"]))
+        prompted.annotated(samples([tmp_path / "a.png"]))

@@ -10,11 +10,12 @@ from conftest import compress_options, samples
 from test_data import truncated
 from test_validation import shaken
 
-from slimsam_jax import distill, metrics
-from slimsam_jax.distillation import Distillation, starting_error
+from slimsam_jax.compression.distill import Distillation, starting_error
+from slimsam_jax.compression.pipeline import prepare
+from slimsam_jax.distillation.schedules import learning_rates
 from slimsam_jax.errors import RunError
-from slimsam_jax.evaluation import encode_image
-from slimsam_jax.run import prepare
+from slimsam_jax.evaluation.scores import relative_error
+from slimsam_jax.inference.decode import encode_image
 
 
 def rate(run, student) -> float:
@@ -58,7 +59,7 @@ def test_it_reaches_the_step(material, tmp_path, given):
     distillation.trainer = distillation.trainer._replace(step=note)
     for step in range(1, 9):
         distillation.step(None, step, {})
-    np.testing.assert_array_equal(rates, distill.learning_rates(wanted, 8))
+    np.testing.assert_array_equal(rates, learning_rates(wanted, 8))
 
 
 def test_it_is_halved_on_a_plateau(material, tmp_path):
@@ -80,4 +81,4 @@ def test_it_is_chosen_on_pictures_that_can_be_read(material, tmp_path):
     with pytest.raises(RunError, match=r"not one of 1 images can be read, such as .*broken\.jpg"):
         starting_error(dataclasses.replace(run, images=[broken]), student)
     found, wanted = (encode_image(sam, one.image()).embedding for sam in (student, run.teacher))
-    assert alone == metrics.relative_error(found, wanted)
+    assert alone == relative_error(found, wanted)

@@ -10,10 +10,13 @@ import pytest
 from conftest import random_sam, samples, tiny_config
 from PIL import Image
 
-from slimsam_jax import evaluation, metrics
-from slimsam_jax.inference.masks import padded
+from slimsam_jax import evaluation
+from slimsam_jax.evaluation.scores import relative_error
+from slimsam_jax.imaging.overlap import iou
+from slimsam_jax.inference.decode import padded
 from slimsam_jax.models.config import preset
 from slimsam_jax.models.sam import abstract_params
+from slimsam_jax.profiling import reference_macs
 
 # Encoder MACs, encoder parameters, whole parameters, encoder + decoder MACs (one point): the original counter's.
 COUNTS = {
@@ -29,12 +32,12 @@ COUNTS = {
 def test_counts_equal_the_reference(name):
     config = preset(name)
     params = abstract_params(config)
-    encoder = metrics.encoder_macs(config)
+    encoder = reference_macs.encoder_macs(config)
     found = (
         encoder.linear,
-        metrics.parameters(params["image_encoder"]),
-        metrics.parameters(params),
-        encoder.linear + metrics.decoder_macs(config).linear,
+        reference_macs.parameters(params["image_encoder"]),
+        reference_macs.parameters(params),
+        encoder.linear + reference_macs.decoder_macs(config).linear,
     )
     assert found == COUNTS[name]
 
@@ -44,7 +47,7 @@ def test_attention_counts_equal_the_closed_form():
     for name in COUNTS:
         analytic = counts[f"uniform/{name}"]["analytic"]
         expected = analytic["uncounted_qk_av_macs"] + analytic["uncounted_rel_pos_macs"]
-        assert metrics.encoder_macs(preset(name)).attention == expected
+        assert reference_macs.encoder_macs(preset(name)).attention == expected
 
 
 def test_iou_by_hand():
@@ -52,7 +55,7 @@ def test_iou_by_hand():
     other = np.array([[True, False], [True, False]])
     empty = np.zeros((2, 2), bool)
     np.testing.assert_allclose(
-        metrics.iou(np.stack([one, one, empty, empty]), np.stack([other, one, one, empty])), [1 / 3, 1, 0, 1]
+        iou(np.stack([one, one, empty, empty]), np.stack([other, one, one, empty])), [1 / 3, 1, 0, 1]
     )
 
 
@@ -78,7 +81,7 @@ def test_the_number_of_prompts_does_not_change_a_mask(tmp_path, tiny_sam):
     assert masks.shape == (70, 40, 30) and scores.shape == (70,)
     for index in (0, 66):
         alone, score = evaluation.predict_masks(tiny_sam, encoded, points[index : index + 1])
-        assert metrics.iou(alone[0], masks[index]) > 0.99
+        assert iou(alone[0], masks[index]) > 0.99
         np.testing.assert_allclose(score[0], scores[index], atol=1e-5)
 
 
@@ -91,6 +94,6 @@ def test_prompts_are_split_over_few_sizes():
 
 def test_relative_error_by_hand():
     wanted = np.array([1.0, 3.0, 1.0, 3.0])  # variance 1
-    assert metrics.relative_error(wanted, wanted) == 0
-    assert metrics.relative_error(np.full(4, 2.0), wanted) == 1
-    assert metrics.relative_error(wanted + 0.5, wanted) == 0.25
+    assert relative_error(wanted, wanted) == 0
+    assert relative_error(np.full(4, 2.0), wanted) == 1
+    assert relative_error(wanted + 0.5, wanted) == 0.25

@@ -14,12 +14,13 @@ from conftest import random_images, random_sam, shared, tiny_config
 from peers import segment_anything, state_dict, stock_sam
 
 from converters.from_torch import from_state_dict
+from slimsam_jax.imaging.prompts import prompt_points
+from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks, resized_shape, to_model_frame
 from slimsam_jax.models import sam
 from slimsam_jax.models.config import GLOBAL, PRESETS, Block, Config, preset
-from slimsam_jax.models.features import run_encoder
-from slimsam_jax.models.image_encoder import ImageEncoder, window_partition, window_unpartition
+from slimsam_jax.models.encoders.vit import ImageEncoder, window_partition, window_unpartition
+from slimsam_jax.models.encoders.vit_features import run_encoder
 from slimsam_jax.models.mask_decoder import Doubling
-from slimsam_jax.models.prompt_encoder import prompt_points
 
 SQUARE = tiny_config(image_size=(64, 64))
 
@@ -118,12 +119,12 @@ def test_mask_postprocessing_equals_the_original(stock):
     low = np.random.default_rng(3).standard_normal((2, 3, 16, 16)).astype(np.float32)
     for size, original in (((64, 40), (90, 57)), ((33, 64), (17, 33)), ((64, 64), (64, 64)), ((1, 64), (3, 500))):
         expected = stock.postprocess_masks(torch.from_numpy(low), size, original).numpy()
-        np.testing.assert_allclose(sam.resize_masks(SQUARE, low, size, original), expected, atol=1e-5)
+        np.testing.assert_allclose(resize_masks(SQUARE, low, size, original), expected, atol=1e-5)
 
 
 def test_preprocessing_equals_the_original(stock):
     image = np.random.default_rng(4).integers(0, 256, (40, 64, 3), np.uint8)
-    frame, size = sam.resize_and_pad(image, (64, 64))
+    frame, size = resize_and_pad(image, (64, 64))
     expected = stock.preprocess(torch.from_numpy(image).permute(2, 0, 1)[None].float())[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(sam.preprocess(SQUARE, frame[None], size[None])[0], expected, atol=1e-6)
 
@@ -131,9 +132,9 @@ def test_preprocessing_equals_the_original(stock):
 def test_resized_shape_equals_the_original():
     expected = segment_anything().utils.transforms.ResizeLongestSide.get_preprocess_shape
     for height, width in ((480, 640), (640, 481), (1500, 2250), (333, 333), (7, 1000), (1365, 2048)):
-        assert sam.resized_shape((height, width), (1024, 1024)) == expected(height, width, 1024)
-    assert sam.resized_shape((100, 400), (64, 128)) == (32, 128)  # a rectangular frame: what fits
-    assert sam.resized_shape((1, 4000), (1024, 1024)) == (1, 1024)  # never empty
+        assert resized_shape((height, width), (1024, 1024)) == expected(height, width, 1024)
+    assert resized_shape((100, 400), (64, 128)) == (32, 128)  # a rectangular frame: what fits
+    assert resized_shape((1, 4000), (1024, 1024)) == (1, 1024)  # never empty
 
 
 @pytest.mark.parametrize("grid", [(4, 3), (6, 6), (5, 7)])
@@ -215,7 +216,7 @@ GOLDEN_CASES = ("point1", "points3", "box", "box_point", "mask", "point1_mask", 
 def golden():
     arrays = np.load(shared("golden/tiny_sam.npz"))
     model = from_state_dict({key[3:]: arrays[key] for key in arrays.files if key.startswith("sd/")})
-    frame, size = sam.resize_and_pad(arrays["image_uint8"], model.config.image_size)
+    frame, size = resize_and_pad(arrays["image_uint8"], model.config.image_size)
     return arrays, model, frame, size
 
 
@@ -240,7 +241,7 @@ def test_golden_prompts(golden, case):
         points = points.reshape(-1, *points.shape[-2:])
         labels = arrays["prompt/labels3"].reshape(1, -1) if case == "points3" else np.ones(points.shape[:2], int)
         own = {"points3": "point3", "batch2": "batch2_points"}.get(case, "point1")
-        scaled = sam.to_model_frame(arrays[f"prompt/{own}"], size, original)
+        scaled = to_model_frame(arrays[f"prompt/{own}"], size, original)
         np.testing.assert_allclose(scaled.reshape(points.shape), points, atol=1e-4)
     masks = np.asarray(arrays["prompt/mask_input"]).reshape(1, 32, 32, 1) if "mask" in case else None
     coordinates, kinds = prompt_points(points, labels, None if boxes is None else boxes.reshape(-1, 4))
@@ -250,7 +251,7 @@ def test_golden_prompts(golden, case):
         found = np.asarray(low)[:, outputs]
         np.testing.assert_allclose(found, given(f"{mode}/low_res_masks"), atol=5e-5)
         np.testing.assert_allclose(iou[:, outputs], given(f"{mode}/iou_predictions"), atol=1e-5)
-        logits = sam.resize_masks(model.config, found, tuple(size), original)
+        logits = resize_masks(model.config, found, tuple(size), original)
         np.testing.assert_allclose(logits, given(f"{mode}/mask_logits"), atol=5e-5)
 
 

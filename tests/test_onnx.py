@@ -14,12 +14,14 @@ from conftest import random_images, random_sam, shared, tiny_config
 from peers import segment_anything, stock_sam
 from PIL import Image
 
-from converters import onnx_check, onnx_encoder, to_onnx, to_torch
+from converters import to_onnx, to_torch
+from converters.onnx import check, encoder
 from slimsam_jax import checkpoint, cli, data
 from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.imaging.prompts import prompt_points
+from slimsam_jax.imaging.transforms import resize_masks, resized_shape
 from slimsam_jax.models import sam as jax_sam
 from slimsam_jax.models.config import GLOBAL, Block
-from slimsam_jax.models.prompt_encoder import prompt_points
 
 SQUARE = tiny_config(image_size=(64, 64))
 UNEVEN = dataclasses.replace(
@@ -53,7 +55,7 @@ def sessions(sam, layout="sam", dtype=np.float32, **options):
     found = []
     for model in to_onnx.models(sam, layout, dtype, **options):
         onnx.checker.check_model(model, full_check=True)
-        run = onnx_check.session(model.SerializeToString()).run
+        run = check.session(model.SerializeToString()).run
         found.append(lambda run=run, **inputs: run(None, inputs))
     return found
 
@@ -94,12 +96,12 @@ def sam_inputs(config, embedding, points, labels, masks=None, original_size=(100
 
 def assert_close(found, wanted, tolerance=1e-5):
     assert found.shape == wanted.shape
-    assert onnx_check.largest_error(np.asarray(found), np.asarray(wanted)) < tolerance
+    assert check.largest_error(np.asarray(found), np.asarray(wanted)) < tolerance
 
 
-@pytest.mark.parametrize("logits", [0, onnx_encoder.LOGITS_AT_ONCE])  # one head after the other, or all at once
+@pytest.mark.parametrize("logits", [0, encoder.LOGITS_AT_ONCE])  # one head after the other, or all at once
 def test_encoders(sam, logits, monkeypatch):
-    monkeypatch.setattr(onnx_encoder, "LOGITS_AT_ONCE", logits)
+    monkeypatch.setattr(encoder, "LOGITS_AT_ONCE", logits)
     batch = random_images(sam.config, 3)
     wanted, pixels = embed(sam, batch)
     encoder, _ = sessions(sam, "transformers_js")
@@ -127,10 +129,10 @@ def test_decoder_of_meta(sam):
     for masks, wanted_masks in ((None, None), (three, three), (one, one.repeat(3, 0))):
         wanted, iou = decode(sam, embedding[0], *MIXED, wanted_masks)
         full, found_iou, low = decoder(**sam_inputs(sam.config, embedding, *MIXED, masks, size))
-        frame = jax_sam.resized_shape(size, sam.config.image_size)
+        frame = resized_shape(size, sam.config.image_size)
         assert_close(low, wanted)
         assert_close(found_iou, iou)
-        assert_close(full, jax_sam.resize_masks(sam.config, wanted, frame, size))
+        assert_close(full, resize_masks(sam.config, wanted, frame, size))
 
 
 def test_decoder_of_transformers_js(sam):
@@ -238,10 +240,10 @@ def test_command(tmp_path, capsys):
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
     printed = capsys.readouterr().out
     assert "float32: largest error" in printed and "decoder_quantized.onnx" in printed
-    expected = onnx_check.reference(random_sam(UNEVEN, 2), Image.new("RGB", (50, 20), (200, 90, 30)))
+    expected = check.reference(random_sam(UNEVEN, 2), Image.new("RGB", (50, 20), (200, 90, 30)))
     for suffix, bound in (("", 1e-5), ("_fp16", 1.5e-3), ("_quantized", 0.03)):
         paths = [tmp_path / "out" / f"{part}{suffix}.onnx" for part in ("encoder", "decoder")]
-        assert max(onnx_check.compare_sam(expected, *paths)[:3]) < bound
+        assert max(check.compare_sam(expected, *paths)[:3]) < bound
     kinds = {node.name: node.op_type for node in onnx.load(tmp_path / "out" / "decoder_quantized.onnx").graph.node}
     path = "mask_decoder/transformer/layers_0"
     assert kinds[f"{path}/cross_attn_image_to_token/q_proj"] == "MatMul"
@@ -335,8 +337,8 @@ def test_a_trained_sam_gives_the_same_masks(tmp_path):
 
     teacher = load(shared("teacher/sam_small_256.pth"))
     picture = data.read_image(data.embedded_images() / "chelsea_cat.jpg")
-    expected = onnx_check.reference(teacher, picture)
+    expected = check.reference(teacher, picture)
     to_onnx.export(teacher, tmp_path / "out", "sam", ("float32", "float16", "int8"), picture)
     for suffix, agreement in (("", 0.9999), ("_fp16", 0.999), ("_quantized", 0.985)):
         paths = [tmp_path / "out" / f"{part}{suffix}.onnx" for part in ("encoder", "decoder")]
-        assert onnx_check.compare_sam(expected, *paths).agreement > agreement
+        assert check.compare_sam(expected, *paths).agreement > agreement

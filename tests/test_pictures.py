@@ -10,7 +10,8 @@ from conftest import SQUARE, samples
 from PIL import Image
 from test_data import save_image, truncated, write_annotation
 
-from slimsam_jax import overlay, report, showcase
+from slimsam_jax.compression import report, showcase
+from slimsam_jax.imaging import draw
 
 GREY = Image.new("RGB", (60, 40), (100, 100, 100))
 
@@ -23,8 +24,8 @@ def square(left: int, top: int, side: int, size=(40, 60)) -> np.ndarray:
 
 def test_masks_are_filled_outlined_and_hide_what_lies_below():
     masks = np.stack([square(5, 5, 30), square(15, 15, 10), np.zeros((40, 60), bool)])
-    drawn = np.asarray(overlay.draw_masks(GREY, masks)).astype(int)
-    one, other = np.array(overlay.COLOURS[:2])
+    drawn = np.asarray(draw.draw_masks(GREY, masks)).astype(int)
+    one, other = np.array(draw.COLOURS[:2])
     assert (drawn[~masks[0]] == 100).all()
     for (x, y), colour, share in (
         ((10, 10), one, 0.45),
@@ -34,19 +35,19 @@ def test_masks_are_filled_outlined_and_hide_what_lies_below():
     ):
         plain = 100 if share < 0.9 else 55 + 0.45 * colour  # lines lie on the tint
         np.testing.assert_allclose(drawn[y, x], (1 - share) * plain + share * colour, atol=1)
-    above = np.asarray(overlay.draw_masks(GREY, np.stack([masks[0], square(0, 12, 16)]))).astype(int)
+    above = np.asarray(draw.draw_masks(GREY, np.stack([masks[0], square(0, 12, 16)]))).astype(int)
     np.testing.assert_allclose(above[20, 5], 55 + 0.45 * other, atol=1)  # where the line of the first was
-    np.testing.assert_array_equal(np.asarray(overlay.draw_masks(GREY, np.zeros((0, 40, 60), bool))), np.asarray(GREY))
+    np.testing.assert_array_equal(np.asarray(draw.draw_masks(GREY, np.zeros((0, 40, 60), bool))), np.asarray(GREY))
 
 
 def test_colours_are_told_apart():
-    palette = overlay.colours(24)
+    palette = draw.colours(24)
     apart = np.linalg.norm(palette[:, None] - palette, axis=-1) + 999 * np.eye(24)
     assert palette.min() >= 0 and palette.max() <= 255 and apart.min() > 15 and apart[:6, :6].min() > 70
-    covered = np.full((40, 60, 3), overlay.COLOURS[0])
+    covered = np.full((40, 60, 3), draw.COLOURS[0])
     masks = [square(0, 0, 9), square(9, 9, 9)]
-    first, second = overlay.contrasting(covered, masks)
-    assert (first != second).any() and np.linalg.norm(first - overlay.COLOURS[0]) > 250
+    first, second = draw.contrasting(covered, masks)
+    assert (first != second).any() and np.linalg.norm(first - draw.COLOURS[0]) > 250
 
 
 @pytest.mark.parametrize(
@@ -54,20 +55,20 @@ def test_colours_are_told_apart():
 )
 def test_a_sheet_has_no_gaps_and_every_image_in_its_own_shape(shapes):
     images = [Image.new("RGB", shape, (10, 20, 30)) for shape in shapes]
-    made = overlay.sheet(images, ["a very long name of an image.jpg: 3 masks"] * len(images))
-    assert 1 <= made.width <= overlay.SHEET and made.height < 4000
+    made = draw.sheet(images, ["a very long name of an image.jpg: 3 masks"] * len(images))
+    assert 1 <= made.width <= draw.SHEET and made.height < 4000
     if shapes == [(60, 40)] * 7:
         dark = (np.asarray(made) == (10, 20, 30)).all(-1)
         rows = dark.mean(1)
-        assert made.width == overlay.SHEET and rows.max() > 0.97 and (rows > 0.97).mean() > 0.85
-    assert overlay.sheet([], []).getextrema() == ((255, 255),) * 3
+        assert made.width == draw.SHEET and rows.max() > 0.97 and (rows > 0.97).mean() > 0.85
+    assert draw.sheet([], []).getextrema() == ((255, 255),) * 3
 
 
 def test_titles_fit():
-    font = overlay.ImageFont.load_default(15)
-    assert overlay.fitted("dog.jpg", 500, font) == "dog.jpg"
-    cut = overlay.fitted("x" * 300 + "\x1b[2J\u2603", 90, font)
-    assert font.getlength(cut) <= 90 and cut.endswith("...") and overlay.fitted("dog", 0, font) == ""
+    font = draw.ImageFont.load_default(15)
+    assert draw.fitted("dog.jpg", 500, font) == "dog.jpg"
+    cut = draw.fitted("x" * 300 + "\x1b[2J\u2603", 90, font)
+    assert font.getlength(cut) <= 90 and cut.endswith("...") and draw.fitted("dog", 0, font) == ""
 
 
 def test_background_and_specks_are_no_objects():

@@ -15,10 +15,10 @@ from PIL import Image
 
 from converters.from_torch import from_state_dict, load
 from slimsam_jax.errors import InputError
+from slimsam_jax.imaging.transforms import resized_shape
 from slimsam_jax.inference import predictor as predictors
 from slimsam_jax.inference.predictor import Prompt, SamPredictor
 from slimsam_jax.models import sam as models
-from slimsam_jax.models.sam import resized_shape
 
 CLICKS = [[12.0, 7.5], [25.0, 15.0], [3.0, 18.0]]
 BOX = [4.0, 3.0, 22.0, 17.0]

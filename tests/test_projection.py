@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from conftest import random_images, random_sam, tiny_config
 
-from slimsam_jax.models import groups as channels
-from slimsam_jax.models import projection as sam_projection
-from slimsam_jax.models import statistics
-from slimsam_jax.models.features import make_encoder, run_encoder
-from slimsam_jax.models.groups import shrunk_config
+from slimsam_jax.compression.projection import attention, mlp, statistics
+from slimsam_jax.compression.projection import embedding as sam_projection
+from slimsam_jax.models.encoders import vit_groups as channels
+from slimsam_jax.models.encoders.vit_features import make_encoder, run_encoder
+from slimsam_jax.models.encoders.vit_groups import shrunk_config
 from slimsam_jax.models.sam import preprocess
-from slimsam_jax.pruning import masks, projection
+from slimsam_jax.pruning.bases import bilinear_basis, choose_units, output_basis, refit, residual_basis
+from slimsam_jax.pruning.shrink import apply_masks, mask_tree
 
 RANDOM = np.random.default_rng(0)
 
@@ -28,7 +29,7 @@ def moment(size: int, rank: int | None = None) -> np.ndarray:
 
 def test_residual_basis_keeps_means_and_what_varies():
     low_rank = moment(12, rank=4)
-    basis = projection.residual_basis(low_rank, 6)
+    basis = residual_basis(low_rank, 6)
     np.testing.assert_allclose(basis @ basis.T, np.eye(6), atol=1e-12)
     x = RANDOM.standard_normal((5, 12))
     np.testing.assert_allclose((x @ basis.T).mean(1) * 6**0.5, x.mean(1) * 12**0.5, atol=1e-12)
@@ -41,13 +42,13 @@ def test_residual_basis_keeps_means_and_what_varies():
 @pytest.mark.parametrize("width", [1, 2, 12])
 def test_residual_basis_of_any_width_is_orthonormal(width):
     for matrix in (moment(12), np.zeros((12, 12))):
-        basis = projection.residual_basis(matrix, width)
+        basis = residual_basis(matrix, width)
         np.testing.assert_allclose(basis @ basis.T, np.eye(width), atol=1e-12)
 
 
 def test_bilinear_basis_is_exact_when_nothing_is_cut_and_best_when_something_is():
     left, right = moment(6), moment(6)
-    basis = projection.bilinear_basis(left, right)
+    basis = bilinear_basis(left, right)
     np.testing.assert_allclose(basis.left.T @ basis.right, np.eye(6), atol=1e-10)
     # E[(q·k - (Aq)·(Bk))²] is the sum of the squared singular values left out (Eckart and Young).
     missing = np.eye(6) - basis.left[:3].T @ basis.right[:3]
@@ -59,9 +60,9 @@ def test_bilinear_basis_is_exact_when_nothing_is_cut_and_best_when_something_is(
 
 def test_output_basis_is_exact_when_nothing_is_cut_and_loses_what_it_says():
     covariance, weights = moment(6), RANDOM.standard_normal((9, 6))
-    basis = projection.output_basis(covariance, weights.T @ weights)
+    basis = output_basis(covariance, weights.T @ weights)
     np.testing.assert_allclose(basis.decode @ basis.encode, np.eye(6), atol=1e-10)
-    tiny = projection.output_basis(covariance, 1e-8 * weights.T @ weights)
+    tiny = output_basis(covariance, 1e-8 * weights.T @ weights)
     np.testing.assert_allclose(tiny.encode, basis.encode, rtol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(tiny.encode, axis=1), np.linalg.norm(tiny.decode, axis=0))
     missing = weights @ (np.eye(6) - basis.decode[:, :3] @ basis.encode[:3])
@@ -75,12 +76,12 @@ def test_units_that_repeat_others_are_worth_nothing():
     weights = RANDOM.standard_normal((5, 4))
     centred = activations - activations.mean(0)
     covariance = centred.T @ centred / 500
-    order, gains = projection.choose_units(covariance, weights)
+    order, gains = choose_units(covariance, weights)
     assert sorted(order) == list(range(5)) and (np.diff(gains) <= 0).all()
     assert gains[2] > 1e-3 > 1e-5 > gains[3]
-    assert projection.choose_units(covariance, weights, 2)[0].tolist() == order[:2].tolist()
+    assert choose_units(covariance, weights, 2)[0].tolist() == order[:2].tolist()
     kept = np.sort(order[:3])
-    new, bias = projection.refit(covariance, activations.mean(0), weights, kept, ridge=1e-12)
+    new, bias = refit(covariance, activations.mean(0), weights, kept, ridge=1e-12)
     assert np.abs(bias).max() > 1
     np.testing.assert_allclose(activations[:, kept] @ new + bias, activations @ weights, atol=1e-6)
 
@@ -114,9 +115,9 @@ def project(model, encoder, kind: str, widths, weighting: str, masked: bool = Fa
         return sam_projection.project_embedding(config, encoder, moments(model, encoder, "stream")["stream"], widths)
     found = moments(model, encoder, kind, "sensitivity")
     if kind == "attention":
-        bases = sam_projection.attention_bases(config, encoder, found, weighting)
-        return sam_projection.project_attention(config, encoder, bases, widths, masked)
-    return sam_projection.project_mlp(encoder, sam_projection.hidden_units(encoder, found, weighting), widths)
+        bases = attention.attention_bases(config, encoder, found, weighting)
+        return attention.project_attention(config, encoder, bases, widths, masked)
+    return mlp.project_mlp(encoder, mlp.hidden_units(encoder, found, weighting), widths)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -142,7 +143,7 @@ def test_attention_that_uses_five_channels_loses_nothing_when_cut_to_five(model,
     config, groups = model.config, channels.attention_groups(model.config)
     keep = {group.name: np.arange(5) for group in groups}
     encoder = model.params["image_encoder"]
-    encoder = masks.apply_masks(encoder, masks.mask_tree(encoder, groups, keep))
+    encoder = apply_masks(encoder, mask_tree(encoder, groups, keep))
     new = project(model, encoder, "attention", [5, 5], weighting)
     batch = batches(model)[0]
     np.testing.assert_allclose(embed(shrunk_config(config, new), new, batch), embed(config, encoder, batch), atol=1e-4)
@@ -171,8 +172,8 @@ def test_unweighted_worth_is_the_share_of_the_stream_that_would_be_wrong(model):
     """The first block's MLP without its last units, refitted: the stream behind it errs by what they were worth."""
     config, encoder = model.config, jax.tree.map(jnp.asarray, model.params["image_encoder"])
     found = moments(model, encoder, "mlp")
-    units = sam_projection.hidden_units(encoder, found, "none")
-    slim = sam_projection.project_mlp(encoder, units, [30, 40])
+    units = mlp.hidden_units(encoder, found, "none")
+    slim = mlp.project_mlp(encoder, units, [30, 40])
     error = total = 0.0
     for batch in batches(model):
         before, after = (run_encoder(shrunk_config(config, e), e, batch)[1]["blocks_0"]["out"] for e in (encoder, slim))
@@ -205,11 +206,11 @@ def test_weighted_worth_is_the_share_of_the_embedding_that_is_wrong(four_heads, 
     width, whole = (3, 6) if kind == "attention" else (20, 40)
     widths = [width if i == block else whole for i in (0, 1)]
     if kind == "attention":
-        groups = sam_projection.attention_bases(config, encoder, found, "disturbed")
-        slim = sam_projection.project_attention(config, encoder, groups, widths)
+        groups = attention.attention_bases(config, encoder, found, "disturbed")
+        slim = attention.project_attention(config, encoder, groups, widths)
     else:
-        groups = sam_projection.hidden_units(encoder, found, "disturbed")
-        slim = sam_projection.project_mlp(encoder, groups, widths)
+        groups = mlp.hidden_units(encoder, found, "disturbed")
+        slim = mlp.project_mlp(encoder, groups, widths)
     after = shrunk_config(config, slim)
     error = sum(np.square(embed(after, slim, batch) - embed(config, encoder, batch)).sum() for batch in images)
     np.testing.assert_allclose(groups[block].worth[width:].sum(), error / found["embedding"], rtol=0.12)

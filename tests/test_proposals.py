@@ -13,10 +13,10 @@ from pycocotools import mask as pycoco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from slimsam_jax import metrics
 from slimsam_jax.data import Annotation
-from slimsam_jax.evaluation import encode_image
 from slimsam_jax.evaluation.proposals import average_recall, proposal_scores
+from slimsam_jax.imaging.overlap import iou
+from slimsam_jax.inference.decode import encode_image
 
 
 def test_average_recall_by_hand():
@@ -63,7 +63,7 @@ def test_average_recall_equals_pycocotools(seed):
         evaluation.evaluate()
         evaluation.accumulate()
     recall = evaluation.eval["recall"][:, 0, 0, 1:].mean(0)  # [10 and 100 masks]
-    found = average_recall(np.stack([metrics.iou(mask[None], truth) for mask in masks]))
+    found = average_recall(np.stack([iou(mask[None], truth) for mask in masks]))
     assert [found["ar_10"], found["ar_100"]] == pytest.approx(recall.tolist())
     assert 0 < found["ar_10"] < found["ar_100"]
 

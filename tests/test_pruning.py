@@ -18,11 +18,14 @@ from conftest import random_images, random_sam, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimsam_jax.models import groups as channels
-from slimsam_jax.models.features import run_encoder
-from slimsam_jax.pruning import importance, masks, reference
-from slimsam_jax.pruning.group import Group, Member, check_groups
-from slimsam_jax.recipes import RECIPES
+from slimsam_jax.compression import reference
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.models.encoders import vit_groups as channels
+from slimsam_jax.models.encoders.vit_features import run_encoder
+from slimsam_jax.pruning import allocation, gradients, importance
+from slimsam_jax.pruning.groups import Group, Member, check_groups
+from slimsam_jax.pruning.selection import keep_global, keep_local
+from slimsam_jax.pruning.shrink import apply_masks, mask_tree, shrink
 
 PARAMS = {
     "first": jnp.array([[1.0, -2.0], [3.0, 4.0]]),
@@ -55,44 +58,44 @@ def test_fisher_scores_by_hand():
 
 def test_keep_masks_and_shrink_by_hand():
     keep = {"hidden": np.array([1])}
-    shrunk = masks.shrink(PARAMS, [HIDDEN], keep)
+    shrunk = shrink(PARAMS, [HIDDEN], keep)
     chex.assert_trees_all_equal(
         shrunk, {"first": jnp.array([[-2.0], [4.0]]), "bias": jnp.array([6.0]), "last": jnp.array([[-1.0]])}
     )
-    mask = masks.mask_tree(PARAMS, [HIDDEN], keep)
+    mask = mask_tree(PARAMS, [HIDDEN], keep)
     chex.assert_trees_all_equal(
         mask, {"first": jnp.array([[0.0, 1.0]]), "bias": jnp.array([0.0, 1.0]), "last": jnp.array([[0.0], [1.0]])}
     )
-    masked = masks.apply_masks(PARAMS, mask)
+    masked = apply_masks(PARAMS, mask)
     chex.assert_trees_all_equal(masked["first"], jnp.array([[0.0, -2.0], [0.0, 4.0]]))
 
 
 def test_ties_are_settled_and_the_exact_number_goes():
-    keep = masks.keep_local({"g": np.array([1.0, 1.0, 1.0, 1.0])}, 0.5)
+    keep = keep_local({"g": np.array([1.0, 1.0, 1.0, 1.0])}, 0.5)
     np.testing.assert_array_equal(keep["g"], [0, 1])
-    keep = masks.keep_global({"a": np.ones(4), "b": np.ones(4)}, 0.5)
+    keep = keep_global({"a": np.ones(4), "b": np.ones(4)}, 0.5)
     assert sum(map(len, keep.values())) == 4
 
 
 def test_global_selection_by_hand():
     scores = {"a": np.array([9.0, 8.0, 7.0, 6.0]), "b": np.array([1.0, 2.0, 3.0, 10.0])}
-    keep = masks.keep_global(scores, 0.5)
+    keep = keep_global(scores, 0.5)
     np.testing.assert_array_equal(keep["a"], [0, 1, 2])
     np.testing.assert_array_equal(keep["b"], [3])
-    keep = masks.keep_global(scores, 0.5, multiple=2)  # pairs: a (9, 8) and (7, 6), b (10, 3) and (2, 1)
+    keep = keep_global(scores, 0.5, multiple=2)  # pairs: a (9, 8) and (7, 6), b (10, 3) and (2, 1)
     np.testing.assert_array_equal(keep["a"], [0, 1])  # every group keeps one pair
     np.testing.assert_array_equal(keep["b"], [2, 3])
-    keep = masks.keep_global({"a": np.array([9.0, 8.0, 7.0, 6.0]), "b": np.array([0.1, 0.4, 0.2, 0.3])}, 0.5, least=0.5)
+    keep = keep_global({"a": np.array([9.0, 8.0, 7.0, 6.0]), "b": np.array([0.1, 0.4, 0.2, 0.3])}, 0.5, least=0.5)
     np.testing.assert_array_equal(keep["b"], [1, 3])
 
 
 def test_every_group_keeps_its_least_whatever_is_left():
     scores = {name: np.array([4.0, 3.0, 2.0, 1.0]) for name in "abc"}
-    assert masks.global_widths(scores, 0.95) == {"a": 1, "b": 1, "c": 1}  # 0.6 of 12 channels, that is 1
-    assert masks.global_widths(scores, 0.95, multiple=2) == {"a": 2, "b": 2, "c": 2}
+    assert allocation.global_widths(scores, 0.95) == {"a": 1, "b": 1, "c": 1}  # 0.6 of 12 channels, that is 1
+    assert allocation.global_widths(scores, 0.95, multiple=2) == {"a": 2, "b": 2, "c": 2}
     # Half of each is one chunk of two, not two chunks.
-    assert masks.global_widths(scores, 0.95, multiple=2, least=0.5) == {"a": 2, "b": 2, "c": 2}
-    assert masks.global_widths({"a": 9 * np.ones(4), "b": np.ones(4)}, 0.25, 2, least=0.5) == {"a": 4, "b": 2}
+    assert allocation.global_widths(scores, 0.95, multiple=2, least=0.5) == {"a": 2, "b": 2, "c": 2}
+    assert allocation.global_widths({"a": 9 * np.ones(4), "b": np.ones(4)}, 0.25, 2, least=0.5) == {"a": 4, "b": 2}
 
 
 def test_reference_rounds_down_and_spares_the_highest_numbers():
@@ -120,9 +123,9 @@ def test_reference_ties_channels_over_heads():
 def test_global_selection_keeps_its_promises(sizes, ratio, multiple, seed):
     random = np.random.default_rng(seed)
     scores = {str(i): random.random(size // multiple * multiple) for i, size in enumerate(sizes)}
-    keep = masks.keep_global(scores, ratio, multiple)
+    keep = keep_global(scores, ratio, multiple)
     total = sum(map(len, scores.values()))
-    wanted = max(masks.rounded_width(total, ratio, multiple), multiple * len(scores))
+    wanted = max(allocation.rounded_width(total, ratio, multiple), multiple * len(scores))
     assert sum(map(len, keep.values())) == wanted
     for name, kept in keep.items():
         assert len(kept) >= multiple and len(kept) % multiple == 0
@@ -134,7 +137,7 @@ def test_global_selection_keeps_its_promises(sizes, ratio, multiple, seed):
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5])
 def test_impossible_ratios_are_refused(ratio):
     with pytest.raises(ValueError, match="share of channels"):
-        masks.rounded_width(8, ratio)
+        allocation.rounded_width(8, ratio)
 
 
 def test_unknown_paths_name_their_neighbours():
@@ -177,8 +180,8 @@ def test_masked_equals_shrunk_in_the_bottlenecks(model):
     groups = channels.attention_groups(config) + channels.mlp_groups(config)
     random = np.random.default_rng(0)
     keep = {g.name: np.sort(random.choice(g.size, size, False)) for g, size in zip(groups, (5, 7, 11, 13), strict=True)}
-    masked = masks.apply_masks(encoder, masks.mask_tree(encoder, groups, keep))
-    shrunk = masks.shrink(encoder, groups, keep)
+    masked = apply_masks(encoder, mask_tree(encoder, groups, keep))
+    shrunk = shrink(encoder, groups, keep)
     after = channels.shrunk_config(config, shrunk)
     assert [(b.head_dim, b.mlp_dim) for b in after.blocks] == [(5, 11), (7, 13)]
     rescaled = channels.keep_logit_scale(shrunk, config, after)
@@ -194,8 +197,8 @@ def test_masked_equals_shrunk_when_heads_keep_their_own_values(model):
     keep = {f"blocks_{i}/attn/v": np.stack([some(width), some(width)]) for i, width in enumerate((5, 7))}
     keep |= {f"blocks_{i}/attn/qk": some(width) for i, width in enumerate((5, 7))}
     check_groups(encoder, groups)
-    masked = masks.apply_masks(encoder, masks.mask_tree(encoder, groups, keep))
-    shrunk = masks.shrink(encoder, groups, keep)
+    masked = apply_masks(encoder, mask_tree(encoder, groups, keep))
+    shrunk = shrink(encoder, groups, keep)
     after = channels.shrunk_config(config, shrunk)
     assert [b.head_dim for b in after.blocks] == [5, 7]
     rescaled = channels.keep_logit_scale(shrunk, config, after)
@@ -205,8 +208,8 @@ def test_masked_equals_shrunk_when_heads_keep_their_own_values(model):
 def test_masked_equals_shrunk_for_whole_heads(model):
     config, encoder = model.config, model.params["image_encoder"]
     groups, keep = channels.head_groups(config), {"blocks_0/attn/heads": np.array([1])}
-    masked = masks.apply_masks(encoder, masks.mask_tree(encoder, groups, keep))
-    shrunk = masks.shrink(encoder, groups, keep)
+    masked = apply_masks(encoder, mask_tree(encoder, groups, keep))
+    shrunk = shrink(encoder, groups, keep)
     after = channels.shrunk_config(config, shrunk)
     assert [b.heads for b in after.blocks] == [1, 2]
     np.testing.assert_allclose(embed(after, shrunk), embed(config, masked), atol=2e-5)
@@ -229,8 +232,8 @@ def test_masked_differs_from_shrunk_in_the_embedding_only_by_the_layer_norms(mod
     config, encoder = model.config, model.params["image_encoder"]
     group = channels.embedding_group(config)
     keep = {"embedding": np.arange(0, 24, 2)}
-    masked = masks.apply_masks(encoder, masks.mask_tree(encoder, [group], keep))
-    shrunk = masks.shrink(encoder, [group], keep)
+    masked = apply_masks(encoder, mask_tree(encoder, [group], keep))
+    shrunk = shrink(encoder, [group], keep)
     after = channels.shrunk_config(config, shrunk)
     assert after.embed_dim == 12
     batch = random_images(config)
@@ -250,16 +253,16 @@ def test_disturbed_gradient_is_that_of_the_loss(model, probes):
     @jax.jit
     def expected(image, noise):
         target = function(encoder, image)
-        return jax.grad(lambda p: importance.disturbed_loss(function, p, image, target, noise))(encoder)
+        return jax.grad(lambda p: gradients.disturbed_loss(function, p, image, target, noise))(encoder)
 
     singles = []
     for i, image_key in enumerate(jax.random.split(jax.random.fold_in(key, 0), 2)):
         image = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
         noise = 0.01 * jax.random.normal(image_key, (probes, 1, *config.grid, config.out_chans))
         singles += [expected(image, eps) for eps in noise]
-    found = importance.disturbed_gradients(function, encoder, [batch], key, reduce="sum", probes=probes)
+    found = gradients.disturbed_gradients(function, encoder, [batch], key, reduce="sum", probes=probes)
     chex.assert_trees_all_close(found, jax.tree.map(lambda *g: sum(g), *singles), atol=1e-6)
-    found = importance.disturbed_gradients(function, encoder, [batch], key, reduce="rms", probes=probes)
+    found = gradients.disturbed_gradients(function, encoder, [batch], key, reduce="rms", probes=probes)
     squares = jax.tree.map(lambda *g: jnp.sqrt(sum(x**2 for x in g)), *singles)
     chex.assert_trees_all_close(found, squares, atol=1e-6)
 
@@ -273,7 +276,7 @@ def test_rms_gradients_estimate_the_jacobian():
     exact = np.sqrt(sum((np.asarray(b) ** 2).sum(0) for b in batches))  # the same for every output
     error = {}
     for reduce in ("rms", "sum"):
-        grads = importance.disturbed_gradients(embed_linear, params, batches, jax.random.key(0), reduce=reduce)
+        grads = gradients.disturbed_gradients(embed_linear, params, batches, jax.random.key(0), reduce=reduce)
         ratio = np.abs(np.asarray(grads["w"])) / exact[:, None]
         error[reduce] = ratio.std() / ratio.mean()
     assert error["rms"] < 0.1 < 0.5 < error["sum"]
@@ -284,7 +287,7 @@ def test_importance_compiles_once(model):
     chex.clear_trace_counter()
     function = chex.assert_max_traces(lambda params, batch: run_encoder(config, params, batch)[0], n=1)
     batches = [random_images(config, seed=seed) for seed in range(3)]
-    importance.disturbed_gradients(function, model.params["image_encoder"], batches, jax.random.key(0))
+    gradients.disturbed_gradients(function, model.params["image_encoder"], batches, jax.random.key(0))
 
 
 def test_random_scores_follow_the_seed():

@@ -21,7 +21,7 @@ from torch import nn
 from converters import from_torch, to_torch
 from slimsam_jax import checkpoint
 from slimsam_jax.models.config import GLOBAL, Block
-from slimsam_jax.models.image_encoder import ImageEncoder
+from slimsam_jax.models.encoders.vit import ImageEncoder
 
 # Globally pruned: widths differ per block, the number of heads never does, and no 3 heads make 14.
 PRUNED = dataclasses.replace(

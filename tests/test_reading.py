@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
+from slimsam_jax.data.reading import map_readable
 from slimsam_jax.errors import InputError, RunError
-from slimsam_jax.evaluation import map_readable
 
 
 class Named(str):

@@ -16,17 +16,19 @@ import pytest
 from conftest import shared
 from golden import subset
 
-from converters.mapping import rows
-from slimsam_jax import distill, prune, train
-from slimsam_jax.models import groups as channels
+from converters.tables.sam import rows
+from slimsam_jax.compression import prune, reference, selection, trainer
+from slimsam_jax.compression.budget import Target
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.distillation.losses import distillation_loss
 from slimsam_jax.models.config import GLOBAL, Block, Config
-from slimsam_jax.models.features import bottleneck_features, stream_features
-from slimsam_jax.models.image_encoder import ImageEncoder
+from slimsam_jax.models.encoders import vit_groups as channels
+from slimsam_jax.models.encoders.vit import ImageEncoder
+from slimsam_jax.models.encoders.vit_features import bottleneck_features, stream_features
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.pruning import importance, reference
-from slimsam_jax.recipes import RECIPES
-from slimsam_jax.stages import STAGES
-from slimsam_jax.widths import Target
+from slimsam_jax.pruning import importance
+from slimsam_jax.pruning.gradients import disturbed_loss
 
 RECIPE = RECIPES["slimsam"]
 HEADS, DEPTH = 12, 12
@@ -76,7 +78,7 @@ def gradients(golden, sam: Sam, noise: np.ndarray):
     @jax.jit
     def gradient(params, image, noise):
         function = lambda p, x: ImageEncoder(sam.config).apply({"params": p}, x)[0]
-        loss = lambda p: importance.disturbed_loss(function, p, image, function(params, image), noise)
+        loss = lambda p: disturbed_loss(function, p, image, function(params, image), noise)
         return jax.value_and_grad(loss)(params)
 
     pairs = zip(images(golden), noise.transpose(0, 1, 3, 4, 2), strict=True)
@@ -91,7 +93,7 @@ def removed(keep: np.ndarray, size: int, copies: int = 1) -> np.ndarray:
 
 
 def choose(sam: Sam, grads, stage, ratio: float, recipe=RECIPE, uniform=False):
-    return prune.choose(sam.config, sam.params["image_encoder"], grads, stage, recipe, Target(ratio), uniform)
+    return selection.choose(sam.config, sam.params["image_encoder"], grads, stage, recipe, Target(ratio), uniform)
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +268,7 @@ def losses_of(golden, student: Sam, target, stage, progress: float, recipe=RECIP
         found |= bottleneck_features(student.config, outputs[1])
     else:
         found |= {"previous": outputs[0], **stream_features(student.config, outputs[1])}
-    loss, terms = distill.distillation_loss(found, target, stage.weights(progress, recipe))
+    loss, terms = distillation_loss(found, target, stage.weights(progress, recipe))
     return float(loss), {name: float(term) for name, term in terms.items()}
 
 
@@ -309,8 +311,8 @@ def test_two_steps_of_training(golden, monkeypatch, stage):
     teacher, previous, student = (model(golden, p) for p in ("sd/", "step1/sd/", "step2/global/sd/"))
     previous, student = (previous, student) if number == 2 else (teacher, previous)
     encode = lambda config, encoder, batch, **_: run(config, encoder, batch["image"])
-    monkeypatch.setattr(train, "run_encoder", encode)
-    trainer = train.make_trainer(student, previous, teacher, stage, RECIPE)
+    monkeypatch.setattr(trainer, "run_encoder", encode)
+    trainer = trainer.make_trainer(student, previous, teacher, stage, RECIPE)
     terms = stage.terms(0, 10_000, RECIPE)
     batches = [{"image": images(golden)[i : i + 4]} for i in (0, 4)]
     state, losses = trainer.state, []

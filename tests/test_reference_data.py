@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 from experiments.reference_data import composites, pack, surfaces
 from experiments.reference_data.sources import Source
 from slimsam_jax.data import find
+from slimsam_jax.data.prompted import MaskBatches
+from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import read_annotated
-from slimsam_jax.mask_batches import MaskBatches
 from slimsam_jax.models import config as configs
 
 

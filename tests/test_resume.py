@@ -20,12 +20,14 @@ from conftest import compress_options
 from test_data import truncated
 
 from converters import from_torch
-from slimsam_jax import cli, compress, distill, sharding, steps
-from slimsam_jax.distillation import Distillation
+from slimsam_jax import cli, compress, sharding
+from slimsam_jax.compression.distill import Distillation
+from slimsam_jax.compression.options import Options
+from slimsam_jax.distillation.step import TrainState, init_state, make_optimizer
 from slimsam_jax.errors import InputError, RunError, Stopped
-from slimsam_jax.loop import Loop, Schedule
-from slimsam_jax.run_folder import RunFolder
-from slimsam_jax.train import Trainer
+from slimsam_jax.training import checkpoints
+from slimsam_jax.training.loop import Loop, Schedule, Trainer
+from slimsam_jax.training.run_folder import RunFolder
 
 
 def assert_same_run(out: Path, finished: Path) -> None:
@@ -156,22 +158,22 @@ def test_sigterm_saves_and_ends_cleanly(finished, material, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["prog"])
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        cli.run(compress.Options, stopped)
+        cli.run(Options, stopped)
     assert end.value.code == 143 and capsys.readouterr().err == "stopped after step 3\n"
 
 
-def small_state(value: float) -> distill.TrainState:
+def small_state(value: float) -> TrainState:
     # Noise, which compression leaves alone: an altered byte is then an altered number and no broken archive.
     params = {"w": value * jax.random.normal(jax.random.key(0), (400, 30)), "b": jnp.arange(3.0) + value}
-    return distill.init_state(params, distill.make_optimizer(), ema=0.9)
+    return init_state(params, make_optimizer(), ema=0.9)
 
 
-def shapes() -> distill.TrainState:
-    return steps.shapes_of(small_state(0))
+def shapes() -> TrainState:
+    return checkpoints.shapes_of(small_state(0))
 
 
 def test_a_state_that_is_not_finite_is_refused(tmp_path):
-    with steps.Steps(tmp_path / "steps") as saved:
+    with checkpoints.Steps(tmp_path / "steps") as saved:
         saved.check_finite(1, small_state(1))
         with pytest.raises(RunError, match="state after step 2 is not finite"):
             saved.check_finite(2, small_state(np.inf))
@@ -204,7 +206,7 @@ class Spoilt(Loop):
             params = state.params * (jnp.nan if state.step == 2 else 1.0)
             return state._replace(params=params, step=state.step + 1), {"loss": 0.0}
 
-        start = distill.TrainState(jnp.zeros(3), (), None, jnp.int32(0))
+        start = TrainState(jnp.zeros(3), (), None, jnp.int32(0))
         trainer = Trainer(step, start, {}, sharding.make_mesh())
         super().__init__(folder, trainer, Schedule("spoilt", "the training", 6, 1, save_every=2, validations=0))
 
@@ -219,7 +221,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
 
 @pytest.mark.parametrize("damage", ["altered", "shortened", "emptied", "removed"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capfd, damage):
-    with steps.Steps(tmp_path / "steps") as saved:
+    with checkpoints.Steps(tmp_path / "steps") as saved:
         for step in (1, 2):
             saved.save(step, small_state(step), {"note": step})
     state = tmp_path / "steps" / "2" / "state"
@@ -233,12 +235,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capfd, damag
         "emptied": lambda: data.write_bytes(b""),
         "removed": data.unlink,
     }[damage]()
-    with steps.Steps(tmp_path / "steps") as saved:
+    with checkpoints.Steps(tmp_path / "steps") as saved:
         restored, notes = saved.restore(shapes())
         chex.assert_trees_all_equal(restored, small_state(1))
         assert notes == {"note": 1}
         saved.save(2, small_state(3))
-    with steps.Steps(tmp_path / "steps") as saved:
+    with checkpoints.Steps(tmp_path / "steps") as saved:
         chex.assert_trees_all_equal(saved.restore(shapes())[0], small_state(3))
     out = capfd.readouterr().out
     assert "checkpoint of step 2 is damaged" in out and out.count("\n") == 1
@@ -246,22 +248,22 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capfd, damag
 
 def test_what_cannot_be_read_is_never_removed(tmp_path, monkeypatch):
     """No memory, a disk that is away for a moment: not a reason to throw checkpoints away."""
-    with steps.Steps(tmp_path / "steps") as saved:
+    with checkpoints.Steps(tmp_path / "steps") as saved:
         assert saved.restore(shapes()) is None
         saved.save(1, small_state(1))
-    with steps.Steps(tmp_path / "steps") as saved, monkeypatch.context() as patched:
+    with checkpoints.Steps(tmp_path / "steps") as saved, monkeypatch.context() as patched:
         patched.setattr(saved.manager, "restore", lambda *_, **__: jnp.ones(()).missing)
         with pytest.raises(RunError, match="remove it to start the stage anew"):
             saved.restore(shapes())
-    with steps.Steps(tmp_path / "steps") as saved:
+    with checkpoints.Steps(tmp_path / "steps") as saved:
         chex.assert_trees_all_equal(saved.restore(shapes())[0], small_state(1))
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
-    with steps.Steps(tmp_path / "steps") as saved:
+    with checkpoints.Steps(tmp_path / "steps") as saved:
         saved.save(1, small_state(1))
     (tmp_path / "steps" / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-    with steps.Steps(tmp_path / "steps") as saved:
+    with checkpoints.Steps(tmp_path / "steps") as saved:
         chex.assert_trees_all_equal(saved.restore(shapes())[0], small_state(1))
 
 
@@ -269,19 +271,19 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
     """Written in the background, while the next step has already taken the donated state."""
     bump = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = small_state(0)
-    with steps.Steps(tmp_path / "steps") as saved:
+    with checkpoints.Steps(tmp_path / "steps") as saved:
         expected = jax.tree.map(np.array, state)
         saved.save(1, state)
         for _ in range(3):
             state = bump(state)
-    with steps.Steps(tmp_path / "steps") as saved:
+    with checkpoints.Steps(tmp_path / "steps") as saved:
         chex.assert_trees_all_equal(saved.restore(shapes())[0], expected)
 
 
 def test_checksums_see_every_bit_and_order():
     array = jnp.arange(6.0).reshape(2, 3)
     others = array.at[1, 2].set(jnp.nextafter(5.0, 6.0)), array.at[0].set(array[0, ::-1]), -array, jnp.int32(3)
-    sums = {steps._checksums({"x": other})[0] for other in (array, *others, jnp.int32(-3))}
+    sums = {checkpoints._checksums({"x": other})[0] for other in (array, *others, jnp.int32(-3))}
     assert len(sums) == 6
 
 
@@ -289,9 +291,9 @@ def test_checksums_and_finiteness_are_the_same_on_the_host_and_on_devices():
     """Arrays of this process are read by numpy; those of an accelerator or of several processes by a program."""
     random = np.random.default_rng(0)
     leaves = [jnp.asarray(random.standard_normal((3, 5)), jnp.float32), jnp.int32(-7), jnp.float32(np.nan)]
-    assert steps._checksums(leaves) == [int(found) for found in steps._all_checksums(leaves)]
+    assert checkpoints._checksums(leaves) == [int(found) for found in checkpoints._all_checksums(leaves)]
     for some in (leaves[:2], leaves):
-        assert steps._finite(some) == bool(steps._all_finite(some)) == (len(some) == 2)
+        assert checkpoints._finite(some) == bool(checkpoints._all_finite(some)) == (len(some) == 2)
 
 
 @pytest.mark.slow

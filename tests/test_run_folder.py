@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import train_reference
-from slimsam_jax import checkpoint, compress, folder_lock, sharding
+from slimsam_jax import compress, files, sharding
 from slimsam_jax.errors import InputError
-from slimsam_jax.run_folder import RunFolder
+from slimsam_jax.training.folder_lock import FolderLock, check_free, fcntl
+from slimsam_jax.training.run_folder import RunFolder
 
 HOLD = """
 import sys, time
@@ -50,7 +51,7 @@ def test_a_folder_in_use_is_refused_with_the_process_named_until_that_dies(held,
     before = state_of(folder)
     train = {"images": (str(material / "val"),), "out": folder}
     for attempt in (
-        lambda: folder_lock.check_free(folder),
+        lambda: check_free(folder),
         lambda: RunFolder(folder, {}, resume=True),
         lambda: RunFolder(folder, {}),
         lambda: compress.compress(compress_options(material, folder)),
@@ -63,7 +64,7 @@ def test_a_folder_in_use_is_refused_with_the_process_named_until_that_dies(held,
         assert "\n" not in str(error.value) and state_of(folder) == before
     process.send_signal(signal.SIGKILL)
     process.wait()
-    folder_lock.check_free(folder)
+    check_free(folder)
     RunFolder(folder, {}, resume=True).release()
     assert (folder / "checkpoints" / "lock").read_text().startswith(f"process {os.getpid()} on ")
 
@@ -102,7 +103,7 @@ def test_what_cannot_begin_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_json", full)
+    monkeypatch.setattr(files, "write_json", full)
     for name in ("new", "empty"):
         with pytest.raises(OSError, match="No space"):
             RunFolder(tmp_path / name, {})
@@ -111,11 +112,11 @@ def test_what_cannot_begin_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_a_lock_that_somebody_else_wrote_is_quoted_by_nobody(tmp_path):
     RunFolder(tmp_path, {}).release()
-    lock = folder_lock.FolderLock(tmp_path)
+    lock = FolderLock(tmp_path)
     for content in (b"\x1b[31m\xff", b"", b"process 1 on a b\n", b"process 12 on x\nand more", b"9" * 10**6):
         (tmp_path / "checkpoints" / "lock").write_bytes(content)
         with pytest.raises(InputError, match="is in use by another process; wait"):
-            folder_lock.check_free(tmp_path)
+            check_free(tmp_path)
     lock.release()
 
 
@@ -123,7 +124,7 @@ def test_a_file_system_without_locks_is_told_about(tmp_path, monkeypatch, capsys
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(folder_lock.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     RunFolder(tmp_path / "out", {})
     assert "out cannot be locked (Operation not supported): start no other run in it" in capsys.readouterr().out
 

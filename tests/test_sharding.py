@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec
 from test_data import save_image
 
 from converters import from_torch
-from slimsam_jax import metrics, sharding
+from slimsam_jax import sharding
+from slimsam_jax.profiling import reference_macs
 
 
 def start(program: list[str], devices: int = 1) -> subprocess.Popen:
@@ -109,7 +110,7 @@ compress(compress_options(Path(sys.argv[1]), Path(sys.argv[2]), distributed=sys.
     one, two = (from_torch.load(folder) for folder in (finished, out))
     # Noise is drawn for each batch, and batches are as wide as there are devices, so widths may differ by a channel.
     assert one.config.embed_dim == two.config.embed_dim
-    costs = [metrics.encoder_macs(sam.config).total for sam in (one, two)]
+    costs = [reference_macs.encoder_macs(sam.config).total for sam in (one, two)]
     np.testing.assert_allclose(costs[1], costs[0], rtol=0.02)
     errors = [json.loads((folder / "report.json").read_text())["embedding_error"] for folder in (finished, out)]
     np.testing.assert_allclose(errors[1], errors[0], rtol=0.3)

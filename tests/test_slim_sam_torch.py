@@ -18,7 +18,7 @@ from peers import segment_anything, state_dict, stock_sam
 from converters import from_torch, to_torch
 from slimsam_jax import data
 from slimsam_jax.models.config import GLOBAL, Block, preset
-from slimsam_jax.models.image_encoder import ImageEncoder
+from slimsam_jax.models.encoders.vit import ImageEncoder
 
 RANDOM = np.random.default_rng(0)
 
@@ -113,7 +113,7 @@ def test_shapes_tell_the_architecture(slim_sam_torch, name):
     """Made anew from them, a model has the same arrays."""
     import flax.traverse_util
 
-    from converters.mapping import rows
+    from converters.tables.sam import rows
     from slimsam_jax.models.sam import abstract_params
 
     flat = flax.traverse_util.flatten_dict(abstract_params(CONFIGS[name]), sep="/")

@@ -16,11 +16,12 @@ from conftest import SQUARE, random_sam, samples
 from pycocotools import mask as pycoco
 from test_data import save_image, truncated, write_annotation
 
-from slimsam_jax import data, regions
-from slimsam_jax.data import builder
+from slimsam_jax import data
+from slimsam_jax.data import tfds_writer
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import Protocols, measure_models
+from slimsam_jax.imaging import geometry
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def everywhere(sa1b):
     """{kind: location} of the same five pictures."""
     root = sa1b.parent
     coco = make_coco(sa1b, root / "instances_sa1b.json")
-    assert not builder.prepare(data.find([sa1b]), root / "prepared")
+    assert not tfds_writer.prepare(data.find([sa1b]), root / "prepared")
     return {
         "folder": sa1b,
         "tar": make_tar(sa1b, root / "sa_000000.tar"),
@@ -103,17 +104,17 @@ def test_prepared_data_has_the_features_of_segment_anything(everywhere):
     import tensorflow_datasets as tfds
 
     stock = tfds.builder("segment_anything", file_format="array_record", data_dir=everywhere["folder"]).info.features
-    ours = builder.Sa1b(data_dir=everywhere["folder"], file_format="array_record").info.features
+    ours = tfds_writer.Sa1b(data_dir=everywhere["folder"], file_format="array_record").info.features
     without_words = lambda features: re.sub(r", description=.*(?=\),$)", "", repr(features), flags=re.MULTILINE)
     assert without_words(ours) == without_words(stock)
 
 
 def test_what_cannot_be_prepared_is_named(sa1b, tmp_path):
     bad = truncated(tmp_path / "sa_9.jpg")
-    skipped = builder.prepare(data.find([sa1b]) + samples([bad]), tmp_path / "out")
+    skipped = tfds_writer.prepare(data.find([sa1b]) + samples([bad]), tmp_path / "out")
     assert list(skipped) == [str(bad)] and len(data.find([f"tfds:{tmp_path / 'out'}"])) == 5
     with pytest.raises(InputError, match="no image can be used"):
-        builder.prepare(samples([bad]), tmp_path / "none")
+        tfds_writer.prepare(samples([bad]), tmp_path / "none")
     assert not (tmp_path / "none").exists() and {p.name for p in tmp_path.iterdir()} == {"sa_9.jpg", "out"}
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["sa1b"]
 
@@ -123,7 +124,7 @@ def test_odd_names_and_annotations_without_ids_can_be_prepared(tmp_path):
     write_annotation(path)
     fields = json.loads(path.with_suffix(".json").read_text())
     path.with_suffix(".json").write_text(json.dumps({"annotations": fields["annotations"] * 2}))
-    assert not builder.prepare(data.find([tmp_path / "in"]), tmp_path / "out")
+    assert not tfds_writer.prepare(data.find([tmp_path / "in"]), tmp_path / "out")
     (sample,) = data.find([f"tfds:{tmp_path / 'out'}"])
     assert [annotation.id for annotation in sample.annotations()] == [0, 1]
 
@@ -217,7 +218,7 @@ def test_other_things_are_refused(everywhere, tmp_path):
 def test_deepest_point_by_hand():
     mask = np.zeros((9, 12), bool)
     mask[:5, 2:7] = True  # 5 x 5 at the upper border, which counts as outside
-    np.testing.assert_array_equal(regions.deepest(mask)[0], [4.5, 2.5])
+    np.testing.assert_array_equal(geometry.deepest(mask)[0], [4.5, 2.5])
     mask[7, 11] = True
-    np.testing.assert_array_equal(regions.deepest(mask)[0], [4.5, 2.5])
-    np.testing.assert_array_equal(regions.deepest(np.zeros((4, 6), bool))[0], [3, 2])
+    np.testing.assert_array_equal(geometry.deepest(mask)[0], [4.5, 2.5])
+    np.testing.assert_array_equal(geometry.deepest(np.zeros((4, 6), bool))[0], [3, 2])

@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 from conftest import random_images, random_sam, tiny_config
 
-from slimsam_jax import distill, labels, train, widths
+from slimsam_jax.compression import widths
+from slimsam_jax.compression.budget import Target
+from slimsam_jax.compression.pipeline import drawn_anew
+from slimsam_jax.compression.recipes import RECIPES, Recipe
+from slimsam_jax.compression.steps import STAGES, plan, steps_of
+from slimsam_jax.compression.trainer import _student_features, _target_features, make_trainer, run_encoder
+from slimsam_jax.data.prompted import random_clicks
+from slimsam_jax.distillation.losses import mse
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.sam import decode
-from slimsam_jax.recipes import RECIPES, Recipe
-from slimsam_jax.run import drawn_anew, some_of
-from slimsam_jax.stages import STAGES, plan, steps_of
-from slimsam_jax.widths import Target
+from slimsam_jax.training.setup import some_of
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,7 @@ def test_weights_drawn_anew_keep_the_widths():
 
 def batch_with_clicks(count: int) -> dict[str, np.ndarray]:
     batch = random_images(tiny_config())
-    clicks = [labels.random_clicks(size, count, np.random.default_rng(0)) for size in batch["size"]]
+    clicks = [random_clicks(size, count, np.random.default_rng(0)) for size in batch["size"]]
     return batch | {name: np.stack([each[name] for each in clicks]) for name in clicks[0]}
 
 
@@ -131,11 +135,11 @@ def features_of(recipe: Recipe, stage=STAGES[0]):
     """Student's and target's, of a batch with clicks."""
     teacher, student = random_sam(tiny_config()), random_sam(tiny_config(embed_dim=23), seed=1)
     batch = batch_with_clicks(recipe.points)
-    trainer = train.make_trainer(student, teacher, teacher, stage, recipe)
-    encode = lambda config, encoder, batch: train.run_encoder(config, encoder, batch)
+    trainer = make_trainer(student, teacher, teacher, stage, recipe)
+    encode = lambda config, encoder, batch: run_encoder(config, encoder, batch)
     arguments = trainer.frozen, batch
-    found = train._student_features(encode, student.config, stage, recipe, student.params, *arguments)
-    wanted = train._target_features(encode, teacher.config, teacher.config, stage, recipe, *arguments)
+    found = _student_features(encode, student.config, stage, recipe, student.params, *arguments)
+    wanted = _target_features(encode, teacher.config, teacher.config, stage, recipe, *arguments)
     return teacher, batch, found, wanted
 
 
@@ -144,7 +148,7 @@ def test_directions_are_told_apart_by_their_cosine():
     one, other = found["embedding"], wanted["embedding"]
     cosine = (one * other).sum(-1) / jnp.linalg.norm(one, axis=-1) / jnp.linalg.norm(other, axis=-1)
     expected = 2 * (1 - cosine).mean() / one.shape[-1]
-    np.testing.assert_allclose(distill.mse(found["direction"], wanted["direction"]), expected, rtol=1e-5)
+    np.testing.assert_allclose(mse(found["direction"], wanted["direction"]), expected, rtol=1e-5)
 
 
 def test_masks_are_those_of_the_decoder_for_each_click():
@@ -160,7 +164,7 @@ def test_masks_are_those_of_the_decoder_for_each_click():
 
 
 def test_clicks_lie_on_the_picture():
-    clicks = labels.random_clicks(np.array([40, 7]), 500, np.random.default_rng(0))
+    clicks = random_clicks(np.array([40, 7]), 500, np.random.default_rng(0))
     xy = clicks["points"][clicks["labels"] == 1]
     assert len(xy) == 500 and (xy >= 0).all() and (xy < [7.5, 40.5]).all() and (xy.max(0) > [6, 36]).all()
 
@@ -171,7 +175,7 @@ def test_the_decoder_learns_in_the_end():
     assert [stage.trains for stage in plan(recipe)] == [("image_encoder",)] * 2 + [("image_encoder", "mask_decoder")]
     teacher, batch = random_sam(tiny_config()), batch_with_clicks(recipe.points)
     student = random_sam(tiny_config(embed_dim=23), seed=1)
-    trainer = train.make_trainer(student, student, teacher, polish, recipe)
+    trainer = make_trainer(student, student, teacher, polish, recipe)
     terms = polish.terms(0, 10, recipe)
     assert terms == {"embedding": 1.0, "masks": 1.0, "iou": 1.0}
     state, _ = trainer.step(trainer.state, trainer.frozen, batch, terms, 1e-3)
@@ -185,7 +189,7 @@ def test_a_later_round_aligns_what_was_cut_before():
     blocks = tuple(dataclasses.replace(block, head_dim=9, mlp_dim=30) for block in teacher.config.blocks)
     previous = random_sam(dataclasses.replace(teacher.config, embed_dim=20, blocks=blocks))
     student = random_sam(dataclasses.replace(previous.config, embed_dim=15))
-    trainer = train.make_trainer(student, previous, teacher, STAGES[0], Recipe(rounds=2, alternate=True))
+    trainer = make_trainer(student, previous, teacher, STAGES[0], Recipe(rounds=2, alternate=True))
     terms = STAGES[0].terms(0, 10, Recipe(rounds=2, alternate=True))
     _, found = trainer.step(trainer.state, trainer.frozen, random_images(teacher.config), terms, 1e-3)
     assert np.isfinite(found["loss"]) and found["mlp"] > 0

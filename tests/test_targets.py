@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from conftest import SQUARE, random_sam, samples
 
-from slimsam_jax import targets, train
-from slimsam_jax.compress import Options
-from slimsam_jax.models.features import run_encoder
-from slimsam_jax.models.sam import resize_and_pad
-from slimsam_jax.recipes import RECIPES
-from slimsam_jax.stages import STAGES, plan
+from slimsam_jax.compression import targets, trainer
+from slimsam_jax.compression.options import Options
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.steps import STAGES, plan
+from slimsam_jax.imaging.transforms import resize_and_pad
+from slimsam_jax.models.encoders.vit_features import run_encoder
 
 
 def a_run(material, steps=6, **changes):
@@ -36,7 +36,7 @@ def test_they_are_those_that_a_step_computes(material, stage):
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(known, run.images[:2]))
     frozen = {"teacher": run.teacher.params["image_encoder"], "previous": previous.params["image_encoder"]}
     encode = functools.partial(run_encoder, dtype=jnp.float32)
-    of = jax.jit(functools.partial(train._target_features, encode, SQUARE, SQUARE, stage, run.recipe))
+    of = jax.jit(functools.partial(trainer._target_features, encode, SQUARE, SQUARE, stage, run.recipe))
     found, wanted = of({}, {**batch, "targets": stacked}), of(frozen, batch)
     assert set(found) == set(stage.terms(0, 10, run.recipe))
     for name, trees in found.items():

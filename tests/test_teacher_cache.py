@@ -13,13 +13,14 @@ from conftest import SQUARE, compress_options, random_images, random_sam, sample
 from test_data import truncated
 
 from converters import from_torch
-from slimsam_jax import teacher_cache, train
 from slimsam_jax.compress import compress
+from slimsam_jax.compression import teacher_cache
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.compression.teacher_cache import TeacherCache
+from slimsam_jax.compression.trainer import make_trainer
 from slimsam_jax.errors import RunError
-from slimsam_jax.evaluation import encode_image
-from slimsam_jax.recipes import RECIPES
-from slimsam_jax.stages import STAGES
-from slimsam_jax.teacher_cache import TeacherCache
+from slimsam_jax.inference.decode import encode_image
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_several_processes_leave_nothing_out(material, teacher, tmp_path, monkey
 def test_the_teacher_leaves_the_step(teacher):
     """Where its embedding alone is wanted: all of the second stage."""
     previous = dataclasses.replace(teacher)  # whose features are wanted
-    trainer = train.make_trainer(teacher, previous, teacher, STAGES[1], RECIPES["default"])
+    trainer = make_trainer(teacher, previous, teacher, STAGES[1], RECIPES["default"])
     batch = random_images(SQUARE, 1)
     embedding = np.zeros((1, *SQUARE.grid, SQUARE.out_chans), np.float16)
     terms = STAGES[1].terms(0, 10, RECIPES["default"])

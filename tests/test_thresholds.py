@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from test_data import save_image, truncated
 
 from slimsam_jax import calibrate as command
-from slimsam_jax import checkpoint, data, everything, run
+from slimsam_jax import checkpoint, data, everything
+from slimsam_jax.compression import pipeline
 from slimsam_jax.errors import InputError
 from slimsam_jax.inference import calibration
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
@@ -138,7 +139,7 @@ def test_a_slim_model_without_masks_is_not_lost(images, monkeypatch, capsys):
     teacher = dataclasses.replace(estimating(0, 0.4), thresholds=Thresholds(**SOME))
     few = Scores(np.array([0.9]), np.array([0.9]))
     monkeypatch.setattr(calibration, "scores", lambda sam, *_: few if sam is teacher else Scores(*np.zeros((2, 0))))
-    found = run.calibrated(SimpleNamespace(images=images, teacher=teacher), random_sam(SQUARE))
+    found = pipeline.calibrated(SimpleNamespace(images=images, teacher=teacher), random_sam(SQUARE))
     assert found.thresholds == teacher.thresholds and "the model has no masks" in capsys.readouterr().out
 
 

@@ -15,11 +15,12 @@ from peers import segment_anything, stock_sam
 from PIL import Image
 
 from converters import from_torch, to_torch
-from converters.padding import pad_to_uniform, uniform_config
-from slimsam_jax import checkpoint, data, metrics
+from converters.pad_to_uniform import pad_to_uniform, uniform_config
+from slimsam_jax import checkpoint, data
 from slimsam_jax.errors import InputError, RunError
-from slimsam_jax.evaluation import encode_image, predict_masks
-from slimsam_jax.models.image_encoder import ImageEncoder
+from slimsam_jax.imaging.overlap import iou
+from slimsam_jax.inference.decode import encode_image, predict_masks
+from slimsam_jax.models.encoders.vit import ImageEncoder
 
 RANDOM = np.random.default_rng(0)
 PICTURE = RANDOM.integers(0, 256, (40, 52, 3), np.uint8)
@@ -128,7 +129,7 @@ def assert_all_roads_agree(model: Path, tmp_path: Path, slim_sam_torch) -> None:
         "in place of a stock one": masks_of_predictor(registry["vit_b"](checkpoint=str(tmp_path / "out.pth"))),
     }
     for road, masks in found.items():
-        assert metrics.iou(masks, expected).min() > 0.999, road
+        assert iou(masks, expected).min() > 0.999, road
 
 
 def test_all_roads_give_the_same_masks(uneven, tmp_path, slim_sam_torch):
@@ -139,11 +140,12 @@ def test_all_roads_give_the_same_masks(uneven, tmp_path, slim_sam_torch):
 def test_all_roads_give_the_same_masks_from_a_slimmed_pth(tmp_path, slim_sam_torch, monkeypatch):
     """`.pth` -> ours -> slim -> `.pth`, Hugging Face, standalone, with the small SAM of the package."""
     from slimsam_jax import compress
+    from slimsam_jax.compression.options import Options
 
     to_torch.main(data.embedded_teacher(), tmp_path / "teacher.pth")
     from_torch.main(tmp_path / "teacher.pth", tmp_path / "teacher")
     options = {"teacher": tmp_path / "teacher.pth", "steps": 0, "importance_images": 4, "out": tmp_path / "slim"}
-    compress.compress(compress.Options(**options, ratio=0.6, set=("whole_heads=true",), recipe="taylor"))
+    compress.compress(Options(**options, ratio=0.6, set=("whole_heads=true",), recipe="taylor"))
     slim = from_torch.load(tmp_path / "slim").config
     assert not slim.uniform and len({block.heads for block in slim.blocks}) > 1
     picture = Image.open(data.embedded_images() / "dog.jpg").convert("RGB")

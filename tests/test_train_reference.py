@@ -16,13 +16,26 @@ from test_data import truncated
 
 from converters import from_torch, to_torch
 from experiments import reference_results, reference_run, results, train_reference
-from slimsam_jax import checkpoint, compress, interactive, mask_losses, mask_training, rle
-from slimsam_jax.data.batches import draw_framing, flip_and_crop
+from slimsam_jax import checkpoint, compress
+from slimsam_jax.data.augment import draw_framing, flip_and_crop
+from slimsam_jax.data.prompted import MaskBatches, first_prompt
+from slimsam_jax.distillation import mask_losses
 from slimsam_jax.errors import InputError, RunError
-from slimsam_jax.mask_batches import MaskBatches, first_prompt
-from slimsam_jax.mask_training import MaskTraining, join, kernels, split
+from slimsam_jax.imaging import rle
+from slimsam_jax.imaging.prompts import ABSENT
 from slimsam_jax.models.config import preset
-from slimsam_jax.models.prompt_encoder import ABSENT
+from slimsam_jax.training import prompt_loop
+from slimsam_jax.training.masks import (
+    FREQUENCIES,
+    OBJECTIVES,
+    MaskTraining,
+    Settings,
+    join,
+    kernels,
+    make_trainer,
+    mious,
+    split,
+)
 
 
 @pytest.fixture
@@ -76,7 +89,7 @@ def test_clicks_are_in_the_region_of_error_all_of_it_and_nowhere_else():
     inside = np.broadcast_to(inside, (6, 5))
     wrong = ((logits > 0) != (target > 0.5)) & inside
     keys = jax.random.split(jax.random.key(0), 1000)
-    cells, kinds = jax.jit(jax.vmap(interactive.correction, (0, None, None, None)))(keys, logits, target, inside)
+    cells, kinds = jax.jit(jax.vmap(prompt_loop.correction, (0, None, None, None)))(keys, logits, target, inside)
     x, y = np.array(cells, int).T
     assert wrong[y, x].all()
     np.testing.assert_array_equal(kinds, target[y, x])
@@ -86,9 +99,9 @@ def test_clicks_are_in_the_region_of_error_all_of_it_and_nowhere_else():
 
 def test_a_correction_is_a_click_in_pixels_and_the_logits_it_corrects():
     target = jnp.zeros((1, 16, 16)).at[0, 3, 9].set(1)  # one cell of 4 x 4 pixels is missing
-    before = interactive.Prompts(jnp.zeros((1, 2, 2)), jnp.array([[1, -1]]))
+    before = prompt_loop.Prompts(jnp.zeros((1, 2, 2)), jnp.array([[1, -1]]))
     low, keys = jnp.full((1, 16, 16), -3.0), jax.random.split(jax.random.key(0), 1)
-    after = interactive.corrected(SQUARE, keys, before, low, target, jnp.ones((1, 16, 16), bool))
+    after = prompt_loop.corrected(SQUARE, keys, before, low, target, jnp.ones((1, 16, 16), bool))
     np.testing.assert_array_equal(after.points, [[[0, 0], [0, 0], [4 * 9 + 2, 4 * 3 + 2]]])
     assert after.labels.tolist() == [[1, -1, 1]]
     np.testing.assert_array_equal(after.masks, low[..., None])
@@ -96,14 +109,14 @@ def test_a_correction_is_a_click_in_pixels_and_the_logits_it_corrects():
 
 def test_where_nothing_is_wrong_there_is_no_click(tiny_sam):
     target = jnp.zeros((16, 12)).at[3:5, 4:9].set(1)
-    click = jax.jit(interactive.correction)
+    click = jax.jit(prompt_loop.correction)
     _, kind = click(jax.random.key(0), 10 * (target - 0.5), target, jnp.ones((16, 12), bool))
     assert kind == ABSENT
     # and what is said by such a prompt is what was said before
     points, labels_ = jnp.full((1, 1, 2), 9.0), jnp.ones((1, 1), jnp.int32)
     more = jnp.concatenate([points, points + 20], 1), jnp.concatenate([labels_, jnp.array([[ABSENT]])], 1)
     embedding = jax.random.normal(jax.random.key(1), (*tiny_sam.config.grid, tiny_sam.config.out_chans))
-    found = [interactive.decode(tiny_sam.config, tiny_sam.params, embedding, *p) for p in ((points, labels_), more)]
+    found = [prompt_loop.decode(tiny_sam.config, tiny_sam.params, embedding, *p) for p in ((points, labels_), more)]
     chex.assert_trees_all_close(*found, atol=1e-4)
 
 
@@ -113,7 +126,7 @@ def test_rounds_draw_anew_and_what_lies_beside_the_picture_costs_nothing(monkeyp
     target[..., 3:9, 2:7] = 1
     prompts = {"points": np.zeros((1, 1, 2, 2)), "labels": np.array([[[1, -1]]]), "masks": target}
     batch = {**prompts, "size": np.array([[64, 32]]), "seed": np.zeros(1, np.uint32)}
-    logits, drawn, corrected = random.standard_normal((1, 4, 16, 16)), [], interactive.corrected
+    logits, drawn, corrected = random.standard_normal((1, 4, 16, 16)), [], prompt_loop.corrected
 
     def recorded(config, keys, *rest):
         drawn.append(jax.random.key_data(keys).tolist())
@@ -121,18 +134,18 @@ def test_rounds_draw_anew_and_what_lies_beside_the_picture_costs_nothing(monkeyp
 
     def loss(beside: float) -> float:
         decoded = jnp.where(jnp.arange(16) < 8, logits, beside), jnp.zeros((1, 4))
-        monkeypatch.setattr(interactive, "decode", lambda *_: decoded)
-        weights = mask_training.OBJECTIVES["short"].weights
-        return float(interactive.interactive_loss(SQUARE, None, jnp.zeros((1, 4, 4, 32)), batch, weights, 2)[0])
+        monkeypatch.setattr(prompt_loop, "decode", lambda *_: decoded)
+        weights = OBJECTIVES["short"].weights
+        return float(prompt_loop.interactive_loss(SQUARE, None, jnp.zeros((1, 4, 4, 32)), batch, weights, 2)[0])
 
-    monkeypatch.setattr(interactive, "corrected", recorded)
+    monkeypatch.setattr(prompt_loop, "corrected", recorded)
     assert loss(9.0) == loss(-9.0) == loss(0.1) > 0
     assert drawn[0] != drawn[1] and drawn[:2] == drawn[2:4]
 
 
 @pytest.mark.parametrize("outputs", ["sam", "both"])
 def test_outputs_that_learn(outputs):
-    found = [interactive.learning(SQUARE, turn, outputs) for turn in (0, 1)]
+    found = [prompt_loop.learning(SQUARE, turn, outputs) for turn in (0, 1)]
     assert found == ([[[1, 2, 3]], [[0]]] if outputs == "sam" else [[[0], [1, 2, 3]]] * 2)
 
 
@@ -219,10 +232,10 @@ def test_a_batch_in_parts_gives_the_same_gradients(pictures):
     sam, found = random_sam(SQUARE), []
     for accumulate in (1, 2):
         how = {"prompts": 2, "accumulate": accumulate, "clip": 0.0, "freeze": ("image_encoder",)}
-        settings = mask_training.Settings(steps=1, batch=2, **how)
-        trainer = mask_training.make_trainer(sam, settings)
+        settings = Settings(steps=1, batch=2, **how)
+        trainer = make_trainer(sam, settings)
         batch = next(MaskBatches(samples(sorted(pictures.glob("*.png"))), SQUARE, 2, seed=0, prompts=2))
-        how = mask_training.OBJECTIVES["short"].weights, 1e-3
+        how = OBJECTIVES["short"].weights, 1e-3
         state, terms = trainer.step(trainer.state, trainer.frozen, batch, *how)
         found.append((optax.tree_utils.tree_get(state.opt_state, "mu"), terms))
     chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
@@ -270,7 +283,7 @@ def test_two_pictures_are_learnt_by_heart(learnt):
 @pytest.mark.slow
 def test_the_frequencies_of_positions_stay(learnt, start):
     before, after = (from_torch.load(path).params for path in (start, learnt))
-    name = mask_training.FREQUENCIES
+    name = FREQUENCIES
     np.testing.assert_array_equal(before["prompt_encoder"][name], after["prompt_encoder"][name])
     assert not np.array_equal(before["prompt_encoder"]["no_mask_embed"], after["prompt_encoder"]["no_mask_embed"])
 
@@ -308,7 +321,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(pictures, start, tmp_pat
 
 def test_a_picture_that_cannot_be_measured_on_is_named(tmp_path, capsys):
     broken = samples([truncated(tmp_path / "x.jpg")])
-    assert np.isnan(mask_training.mious(random_sam(SQUARE), broken)["box"])
+    assert np.isnan(mious(random_sam(SQUARE), broken)["box"])
     assert "not measured on: " in capsys.readouterr().out
 
 

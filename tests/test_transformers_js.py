@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from converters import onnx_check, to_onnx
-from slimsam_jax import checkpoint, metrics
+from converters import to_onnx
+from converters.onnx import check
+from slimsam_jax import checkpoint
 from slimsam_jax.data import embedded_images, embedded_teacher, read_image
-from slimsam_jax.models.sam import resize_and_pad, resize_masks
+from slimsam_jax.imaging.overlap import iou
+from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks
 
 MIDDLE = {"browser": 0.5, "node": 0.0}  # where a pixel is sampled
 SIDE = checkpoint.load(embedded_teacher()).config.image_size[0]
@@ -104,7 +106,7 @@ def masks():
     """(image as it was, image in the model frame) -> bool [16 points, 3, height, width], by the exported models."""
     sam = checkpoint.load(embedded_teacher())
     made = to_onnx.models(sam, "transformers_js", np.float32)
-    encoder, decoder = (onnx_check.session(model.SerializeToString()) for model in made)
+    encoder, decoder = (check.session(model.SerializeToString()) for model in made)
 
     def ask(image: np.ndarray, scaled: np.ndarray) -> np.ndarray:
         size, original = np.array(scaled.shape[:2]), image.shape[:2]
@@ -129,7 +131,7 @@ def test_masks_deviate_as_readme_says(masks):
         expected = masks(image, ours)
         for where, middle in MIDDLE.items():
             theirs = scaled_by_transformers_js(image, SIDE, middle)
-            agreement[where, name] = metrics.iou(masks(image, theirs), expected).mean()
+            agreement[where, name] = iou(masks(image, theirs), expected).mean()
             fewer |= {name} if theirs.shape != ours.shape else set()
         assert scaled_by_transformers_js(ours, SIDE, MIDDLE["node"]) is ours  # the way around it
     assert fewer == {"coffee.jpg", "windmill.jpg"}

@@ -10,12 +10,15 @@ from conftest import compress_options, samples
 from test_data import truncated
 
 from converters import from_torch
-from slimsam_jax import loop, metrics, run, validation
 from slimsam_jax.compress import compress
+from slimsam_jax.compression import pipeline, validation
+from slimsam_jax.compression.validation import validator
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import compare_models, encode_image
+from slimsam_jax.evaluation import compare_models
+from slimsam_jax.evaluation.scores import relative_error
+from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.validation import validator
+from slimsam_jax.training import loop
 
 
 def shaken(sam: Sam) -> Sam:
@@ -27,7 +30,7 @@ def test_error_is_that_of_the_embedding(material):
     teacher, pictures = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
     score, student = validator(teacher, pictures, "error"), shaken(teacher)
     errors = [
-        metrics.relative_error(*(encode_image(sam, sample.image()).embedding for sam in (student, teacher)))
+        relative_error(*(encode_image(sam, sample.image()).embedding for sam in (student, teacher)))
         for sample in pictures
     ]
     np.testing.assert_allclose(score(student), -np.mean(errors), rtol=1e-6)
@@ -83,7 +86,7 @@ def test_of_equal_scores_the_later_is_the_best():
 def test_best_and_last_are_both_kept(material, tmp_path, monkeypatch):
     """With scores that fall from validation to validation the first is the best."""
     scores = iter(range(0, -100, -1))
-    monkeypatch.setattr(run, "validator", lambda *_: lambda sam: float(next(scores)))
+    monkeypatch.setattr(pipeline, "validator", lambda *_: lambda sam: float(next(scores)))
     choices = ("validations=2", "keep=last", "schedule=plateau", "learning_rate=1e-3")
     compress(compress_options(material, tmp_path / "slim", set=choices))
     last, best = (from_torch.load(path) for path in (tmp_path / "slim", tmp_path / "slim" / "best"))

@@ -10,48 +10,51 @@ from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimsam_jax import metrics, widths
+from slimsam_jax.compression import widths
+from slimsam_jax.compression.budget import Budget, Target, _ratio_of, group_costs
+from slimsam_jax.compression.recipes import RECIPES, Recipe
+from slimsam_jax.compression.widths import with_widths
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import preset
 from slimsam_jax.models.sam import abstract_params
-from slimsam_jax.pruning import budget, masks
-from slimsam_jax.recipes import RECIPES, Recipe
-from slimsam_jax.widths import Budget, Target, with_widths
+from slimsam_jax.profiling import reference_macs
+from slimsam_jax.pruning import allocation
+from slimsam_jax.pruning.selection import keep_widths
 
 
 def test_allocation_by_hand():
     worth = {"a": np.array([9.0, 5.0, 1.0]), "b": np.array([8.0, 7.0, 6.0])}
     even = {name: np.arange(4.0) for name in worth}
-    assert budget.allocate(worth, even, 4) == {"a": 1, "b": 3}
+    assert allocation.allocate(worth, even, 4) == {"a": 1, "b": 3}
     dear = {"a": np.arange(4.0), "b": 3 * np.arange(4.0)}  # b's 8 for 3 is worth less than a's 5 for 1, not 1 for 1
-    assert budget.allocate(worth, dear, 5) == {"a": 2, "b": 1}
-    assert budget.allocate(worth, even, 100) == {"a": 3, "b": 3}
-    assert budget.allocate(worth, even, 2) == {"a": 1, "b": 1}
-    assert budget.allocate(worth, even, 4, least=0.7) == {"a": 2, "b": 2}
-    with pytest.raises(budget.TooSmall, match="less than the 2 "):
-        budget.allocate(worth, even, 1.5)
+    assert allocation.allocate(worth, dear, 5) == {"a": 2, "b": 1}
+    assert allocation.allocate(worth, even, 100) == {"a": 3, "b": 3}
+    assert allocation.allocate(worth, even, 2) == {"a": 1, "b": 1}
+    assert allocation.allocate(worth, even, 4, least=0.7) == {"a": 2, "b": 2}
+    with pytest.raises(allocation.TooSmall, match="less than the 2 "):
+        allocation.allocate(worth, even, 1.5)
 
 
 def test_allocation_with_costs_that_jump():
     """A step that costs nothing is taken, one that costs too much is left out."""
     worth = {"a": np.array([4.0, 3.0, 2.0, 1.0])}
     stairs = {"a": np.array([0.0, 5, 5, 10, 10])}
-    assert budget.allocate(worth, stairs, 5) == {"a": 2}
-    assert budget.allocate(worth, stairs, 9.9) == {"a": 2}
-    assert budget.allocate(worth, stairs, 10) == {"a": 4}
+    assert allocation.allocate(worth, stairs, 5) == {"a": 2}
+    assert allocation.allocate(worth, stairs, 9.9) == {"a": 2}
+    assert allocation.allocate(worth, stairs, 10) == {"a": 4}
 
 
 def test_what_is_left_goes_where_it_is_worth_most():
     """A step that is too dear keeps the price above what the others pay; the room left is for one of them."""
     worth = {"dear": np.array([30.0, 30.0]), "a": np.array([3.0, 3.0]), "b": np.array([6.0, 6.0])}
     costs = {"dear": np.array([0.0, 1, 11]), "a": np.array([0.0, 1, 3]), "b": np.array([0.0, 1, 4])}
-    assert budget.allocate(worth, costs, 6) == {"dear": 1, "a": 1, "b": 2}  # 6 for 3, not 3 for 2
-    assert budget.allocate(worth, costs, 5) == {"dear": 1, "a": 2, "b": 1}
+    assert allocation.allocate(worth, costs, 6) == {"dear": 1, "a": 1, "b": 2}  # 6 for 3, not 3 for 2
+    assert allocation.allocate(worth, costs, 5) == {"dear": 1, "a": 2, "b": 1}
 
 
 def test_worth_that_is_negative_has_no_price():
     with pytest.raises(ValueError, match="not negative"):
-        budget.allocate({"a": np.array([1.0, -1.0])}, {"a": np.arange(3.0)}, 2)
+        allocation.allocate({"a": np.array([1.0, -1.0])}, {"a": np.arange(3.0)}, 2)
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,8 +71,8 @@ def test_allocation_keeps_its_promises(sizes, share, multiple, seed):
     costs = {name: random.integers(1000, 5000) * np.arange(len(gains) + 1) for name, gains in worth.items()}
     room = share * sum(cost[-1] for cost in costs.values())
     try:
-        found = budget.allocate(worth, costs, room, multiple)
-    except budget.TooSmall:
+        found = allocation.allocate(worth, costs, room, multiple)
+    except allocation.TooSmall:
         smallest = sum(costs[name][min(multiple, len(gains))] for name, gains in worth.items())
         assert smallest > room
         return
@@ -102,8 +105,8 @@ def test_what_is_no_budget_is_refused(text):
 def test_closed_form_parameters_count_every_array():
     for config in (tiny_config(), preset("vit_p77"), tiny_config(heads=3, head_dim=5, embed_dim=17)):
         shapes = abstract_params(config)
-        assert metrics.encoder_parameters(config) == metrics.parameters(shapes["image_encoder"])
-        assert metrics.sam_parameters(config) == metrics.parameters(shapes)
+        assert reference_macs.encoder_parameters(config) == reference_macs.parameters(shapes["image_encoder"])
+        assert reference_macs.sam_parameters(config) == reference_macs.parameters(shapes)
 
 
 def worth_of(config, seed=0):
@@ -136,7 +139,7 @@ def test_an_embedding_rounded_down_is_widened_until_the_budget_can_be_used_up():
     recipe, target = dataclasses.replace(Recipe(), multiple=64), Target(budget=Budget.parse("params=72M"))
     assert target.budget.cost(dataclasses.replace(VIT_B, embed_dim=576)) < 72e6
     assert widths.embedding_width(VIT_B, target, recipe) == 768
-    assert masks.rounded_width(768, target.channel_ratio(VIT_B), 192) == 576
+    assert allocation.rounded_width(768, target.channel_ratio(VIT_B), 192) == 576
 
 
 @pytest.mark.parametrize("text", ["params=100M", "params=4M", "macs=1G"])
@@ -147,7 +150,7 @@ def test_a_budget_out_of_reach_is_refused(text):
 
 def test_latency_budget_is_measured(monkeypatch):
     """With a clock that charges by the MAC, the result meets the budget as measured, not as the parts promised."""
-    seconds = lambda config: 1e-3 + metrics.encoder_macs(config).total * 1e-11
+    seconds = lambda config: 1e-3 + reference_macs.encoder_macs(config).total * 1e-11
     monkeypatch.setattr(widths, "encoder_seconds", lambda configs: [seconds(config) for config in configs])
 
     def blocks(config, some):  # parts are measured 20 % too slow
@@ -157,17 +160,17 @@ def test_latency_budget_is_measured(monkeypatch):
     monkeypatch.setattr(widths, "block_seconds", blocks)
     wanted = Budget.parse("latency=600ms")
     target = Target(budget=wanted)
-    widths._ratio_of.cache_clear()
+    _ratio_of.cache_clear()
     config = dataclasses.replace(VIT_B, embed_dim=widths.embedding_width(VIT_B, target, Recipe()))
     slim = with_widths(config, widths.bottleneck_widths(config, worth_of(config), target, Recipe(), False))
-    widths._ratio_of.cache_clear()
+    _ratio_of.cache_clear()
     assert seconds(slim) == pytest.approx(0.6, rel=0.01)
 
 
 def test_real_times_rise_with_the_widths():
     config = tiny_config(image_size=(128, 128), embed_dim=96, heads=4, head_dim=8, mlp_dim=1024)
     config = dataclasses.replace(config, blocks=config.blocks[:1])
-    tables = widths.group_costs(config, "latency")
+    tables = group_costs(config, "latency")
     assert set(tables) == set(worth_of(config))
     for name, worth in worth_of(config).items():
         assert tables[name].shape == (len(worth) + 1,) and (np.diff(tables[name]) >= 0).all()
@@ -208,9 +211,11 @@ def test_ratios(compete):
 
 def test_values_that_differ_between_heads():
     """Two copies keep their own channels; the widths are shared."""
-    keep = masks.keep_widths({"v": np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])}, {"v": 2})
+    keep = keep_widths({"v": np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])}, {"v": 2})
     np.testing.assert_array_equal(keep["v"], [[0, 2], [1, 2]])
-    np.testing.assert_array_equal(masks.worth_of({"v": np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])})["v"], [6, 4, 2])
+    np.testing.assert_array_equal(
+        allocation.worth_of({"v": np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])})["v"], [6, 4, 2]
+    )
 
 
 def test_choices_are_set_by_name():

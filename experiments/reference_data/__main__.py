@@ -7,6 +7,7 @@ from typing import Literal
 
 from slimsam_jax import cli
 from slimsam_jax.errors import InputError
+from slimsam_jax.output_checks import check_empty, check_seed
 
 
 def pack(out: Path, downloads: Path = Path("downloads")) -> None:
@@ -18,7 +19,7 @@ def pack(out: Path, downloads: Path = Path("downloads")) -> None:
     """
     from experiments.reference_data import pack as packs
 
-    cli.check_empty(out)
+    check_empty(out)
     counts = packs.make(out, downloads.absolute())
     print(", ".join(f"{count} {place}" for place, count in counts.items()), f"-> {out}")
 
@@ -41,8 +42,8 @@ def draw(
 
     if not 1 <= count <= 100_000:
         raise InputError(f"--count {count} must be between 1 and 100000")
-    cli.check_seed(seed)
-    cli.check_empty(out)
+    check_seed(seed)
+    check_empty(out)
     out.mkdir(parents=True, exist_ok=True)
     for sample in composites.samples(pack, part, count, seed):
         composites.write(sample, out)

@@ -19,9 +19,9 @@ from PIL import Image, ImageFilter
 
 from experiments.reference_data.pack import listed
 from experiments.reference_data.surfaces import Rng, Size, shape, texture
-from slimsam_jax import rle
 from slimsam_jax.data import Sample
-from slimsam_jax.regions import deepest, extent
+from slimsam_jax.imaging import rle
+from slimsam_jax.imaging.geometry import deepest, extent
 
 SIDE = 256  # the longer one, pixels
 SMALLEST = 60  # pixels of a mask worth asking for

@@ -23,11 +23,12 @@ from rich.table import Table
 
 from experiments import results
 from experiments.rows import TABLES
-from slimsam_jax import cli, metrics
+from slimsam_jax import cli
+from slimsam_jax.compression.budget import even_cut
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.steps import plan
 from slimsam_jax.models.config import Config, preset
-from slimsam_jax.recipes import RECIPES
-from slimsam_jax.stages import plan
-from slimsam_jax.widths import even_cut
+from slimsam_jax.profiling import reference_macs
 
 IMAGES = 10_000
 TEACHERS = ("vit_b", "vit_l", "vit_h")
@@ -46,8 +47,8 @@ def work_of(teacher: Config, ratio: float) -> dict[str, Work]:
     """By what the stage cuts."""
     slim = even_cut(teacher, ratio)
     narrow = dataclasses.replace(teacher, embed_dim=slim.embed_dim)
-    macs = lambda config: metrics.encoder_macs(config).total
-    size = metrics.encoder_parameters
+    macs = lambda config: reference_macs.encoder_macs(config).total
+    size = reference_macs.encoder_parameters
     # The student has its gradient and Adam's two moments beside it, float32.
     return {
         "embedding": Work(macs(teacher) + 4 * macs(narrow), 4 * (size(teacher) + 4 * size(narrow))),
@@ -78,7 +79,7 @@ def passes_of(recipe: str) -> dict[str, float]:
 
 def cost_of(teacher: str, ratio: float, seconds: float, factor: float = 1.5, recipe: str = "default") -> Cost:
     """See `main`."""
-    per_mac, passes = seconds / metrics.encoder_macs(preset("vit_b")).total, passes_of(recipe)
+    per_mac, passes = seconds / reference_macs.encoder_macs(preset("vit_b")).total, passes_of(recipe)
     work = work_of(preset(teacher), ratio)
     each = {cuts: factor * per_mac * work[cuts].macs for cuts in passes}
     hours = IMAGES * sum(passes[cuts] * each[cuts] for cuts in passes) / 3600

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from slimsam_jax.data import coco, folder, shards, tfds
 from slimsam_jax.data.sample import Annotation, Sample, check_one_is_readable, decode, read_image
+from slimsam_jax.data.sources import coco, folder, shards, tfds
 from slimsam_jax.errors import InputError, printable
 
 __all__ = ["Annotation", "Sample", "check_one_is_readable", "decode", "find", "read_image", "without_picture"]

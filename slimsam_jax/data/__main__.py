@@ -10,6 +10,7 @@ import tyro
 
 from slimsam_jax import cli
 from slimsam_jax.errors import printable
+from slimsam_jax.output_checks import check_empty, check_file
 
 Locations = Annotated[tuple[str, ...], tyro.conf.Positional]
 
@@ -23,19 +24,19 @@ def check(locations: Locations, sheet: Path | None = None) -> None:
       locations: folders of images or of SA-1B, .tar shards, COCO .json files, tfds:DIR.
       sheet: also draw some of the images with their masks, points and boxes into this PNG.
     """
-    from slimsam_jax import checkpoint
     from slimsam_jax.data import check as checks
     from slimsam_jax.data import find, without_picture
+    from slimsam_jax.files import replacing
 
     if sheet:
-        cli.check_file(sheet)
+        check_file(sheet)
     samples, alone = find(locations), without_picture(locations)
     findings = checks.check(samples)
     print("\n".join(checks.describe(samples, findings)))
     print("".join(f"{printable(name)} annotates no picture: there is none of its name\n" for name in alone), end="")
     if sheet:
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        with checkpoint.replacing(sheet) as temporary:
+        with replacing(sheet) as temporary:
             checks.draw_sheet(samples).save(temporary, format="PNG")
         print(f"drawn in {sheet}")
     if alone or any(f.problems for f in findings):
@@ -49,11 +50,11 @@ def prepare(locations: Locations, out: Path) -> None:
       locations: as for check.
       out: a new folder; `--images tfds:OUT` reads it.
     """
-    cli.check_empty(out)
-    from slimsam_jax.data import builder, find
+    check_empty(out)
+    from slimsam_jax.data import find, tfds_writer
 
     samples = find(locations)
-    skipped = builder.prepare(samples, out)
+    skipped = tfds_writer.prepare(samples, out)
     for reason in skipped.values():
         print(f"skipped: {reason}")
     print(f"wrote {len(samples) - len(skipped)} images; read them with tfds:{out}")

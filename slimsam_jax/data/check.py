@@ -14,9 +14,9 @@ from PIL import Image
 
 from slimsam_jax.data.sample import Annotation, Sample
 from slimsam_jax.errors import InputError, printable
-from slimsam_jax.overlay import draw_masks, draw_prompts, sheet
+from slimsam_jax.imaging.draw import draw_masks, draw_prompts, sheet
+from slimsam_jax.imaging.geometry import extent
 from slimsam_jax.progress import track
-from slimsam_jax.regions import extent
 
 SHEET = 12  # pictures on a sheet
 

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from slimsam_jax import files, rle
 from slimsam_jax.errors import InputError, RunError, blaming, printable
-from slimsam_jax.regions import deepest
+from slimsam_jax.files import read_bytes
+from slimsam_jax.imaging import rle
+from slimsam_jax.imaging.geometry import deepest
 
 MOST_BYTES = 2**28  # of an encoded image
 MOST_MASKED = 2**32  # pixels of all masks of an image together, which are in memory at once
@@ -200,7 +201,7 @@ def read_image(path: Path | str) -> Image.Image:
     Raises:
       InputError: missing or not decodable.
     """
-    return decode(files.read_bytes(path, MOST_BYTES), path)
+    return decode(read_bytes(path, MOST_BYTES), path)
 
 
 def check_one_is_readable(samples: Sequence[Sample]) -> None:

@@ -1,9 +1,10 @@
 """How good the masks are: against annotations, and against another model's masks."""
 
-from slimsam_jax.evaluation.models import Measured, compare_models, measure_models
-from slimsam_jax.evaluation.reading import map_readable, read_annotated
+from slimsam_jax.data.reading import map_readable, read_annotated
+from slimsam_jax.evaluation.compare import Measured, compare_models, measure_models
 from slimsam_jax.evaluation.scores import Protocols, agreement, single_mask_iou
-from slimsam_jax.inference.masks import Encoded, Prompts, decode_prompts, encode_image, point_grid, predict_masks
+from slimsam_jax.imaging.prompts import Prompts, point_grid
+from slimsam_jax.inference.decode import Encoded, decode_prompts, encode_image, predict_masks
 
 __all__ = [
     "Encoded",

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from slimsam_jax import metrics
 from slimsam_jax.data import Annotation
-from slimsam_jax.inference.masks import Encoded, Prompts, decode_prompts, original_masks
-from slimsam_jax.models.prompt_encoder import ABSENT, NOT_A_POINT
+from slimsam_jax.imaging.geometry import deepest
+from slimsam_jax.imaging.overlap import iou
+from slimsam_jax.imaging.prompts import ABSENT, NOT_A_POINT, Prompts
+from slimsam_jax.inference.decode import Encoded, decode_prompts, original_masks
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.regions import deepest
 
 TARGETS = (0.85, 0.9)  # IoU; the field's
 
@@ -47,7 +47,7 @@ def click_ious(sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], cl
         new, _ = decode_prompts(sam, encoded, prompts, low)
         low = new[:, 0] if low is None else np.where(np.array(open_)[:, None, None], new[:, 0], low)
         masks = list(original_masks(sam, encoded, low))
-        ious[:, k] = [metrics.iou(mask, wanted) for mask, wanted in zip(masks, truth, strict=True)]
+        ious[:, k] = [iou(mask, wanted) for mask, wanted in zip(masks, truth, strict=True)]
     return ious
 
 

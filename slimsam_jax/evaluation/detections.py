@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slimsam_jax import rle
-from slimsam_jax.data import coco
 from slimsam_jax.data.sample import corners
+from slimsam_jax.data.sources import coco
 from slimsam_jax.errors import InputError, blaming
 from slimsam_jax.evaluation.resampled_ap import RESAMPLES, categories, intervals
-from slimsam_jax.inference.masks import Encoded, Prompts, decode_prompts, original_masks
-from slimsam_jax.models.prompt_encoder import prompt_points
+from slimsam_jax.imaging import rle
+from slimsam_jax.imaging.prompts import Prompts, prompt_points
+from slimsam_jax.inference.decode import Encoded, decode_prompts, original_masks
 from slimsam_jax.models.sam import Sam
 
 MEASURES = ("ap", "ap_50", "ap_75", "ap_small", "ap_medium", "ap_large")  # the first of COCOeval.stats, in its order

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from slimsam_jax import checkpoint
 from slimsam_jax.data import Annotation
+from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import printable
-from slimsam_jax.evaluation.models import Measured
-from slimsam_jax.evaluation.prompts import PROMPTS
-from slimsam_jax.evaluation.reading import read_annotated
+from slimsam_jax.evaluation.compare import Measured
+from slimsam_jax.evaluation.protocols import PROMPTS
 from slimsam_jax.evaluation.scores import Protocols
-from slimsam_jax.inference.masks import Prompts, clicks_at, decode_prompts, encode_image, original_masks, point_grid
+from slimsam_jax.files import replacing
+from slimsam_jax.imaging.draw import draw_masks
+from slimsam_jax.imaging.prompts import Prompts, clicks_at, point_grid
+from slimsam_jax.inference.decode import decode_prompts, encode_image, original_masks
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.overlay import draw_masks
 
 SHOWN = {"clicks": "iou_1", "everything": "ar_1000"}  # of what is measured by a protocol; else IoU
 WORST = 4
@@ -57,7 +58,7 @@ def draw(names: Sequence[str], sams: Sequence[Sam], measured: Measured, protocol
         for axis, model in zip(column[-len(shown) :], shown, strict=True):
             masks = _masks(sams[model], image, prompts)
             _show(axis, f"{images[i]}: {names[model]}, {values[model, i]:.3f}", image, masks)
-    with checkpoint.replacing(out) as temporary:
+    with replacing(out) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 

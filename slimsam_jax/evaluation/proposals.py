@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from slimsam_jax import metrics
 from slimsam_jax.data import Annotation
+from slimsam_jax.imaging.overlap import iou
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
 from slimsam_jax.inference.candidates import unpack
-from slimsam_jax.inference.masks import Encoded
+from slimsam_jax.inference.decode import Encoded
 from slimsam_jax.models.sam import Sam
 
 COUNTS = (10, 100, 1000)
@@ -31,7 +31,7 @@ def proposal_scores(
     found = generator.candidates(encoded)
     found = found.take(np.argsort(-(found.predicted_iou + found.stability), kind="stable")[: COUNTS[-1]])
     truth = np.stack([a.mask for a in annotations])
-    ious = [metrics.iou(unpack(found, i, encoded.original_size)[None], truth) for i in range(len(found.bits))]
+    ious = [iou(unpack(found, i, encoded.original_size)[None], truth) for i in range(len(found.bits))]
     return average_recall(np.array(ious).reshape(-1, len(truth)))
 
 

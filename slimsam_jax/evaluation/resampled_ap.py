@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slimsam_jax.evaluation.statistics import LEVEL
+from slimsam_jax.evaluation.bootstrap import LEVEL
 
 RESAMPLES = 1000  # at most: COCO's 5000 images take about three minutes for each choice of masks
 RECALLS = np.linspace(0, 1, 101)  # COCO's

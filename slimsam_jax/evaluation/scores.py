@@ -1,4 +1,4 @@
-"""What is measured of one image: protocol -> per annotation -> mean of the image."""
+"""Scores of one image: mask IoU by protocol, agreement between models, error of the embedding."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from slimsam_jax import metrics
 from slimsam_jax.data import Annotation
 from slimsam_jax.evaluation.clicks import click_scores
-from slimsam_jax.evaluation.prompts import PROMPTS
 from slimsam_jax.evaluation.proposals import proposal_scores
-from slimsam_jax.inference.masks import Encoded, Prompts, clicks_at, decode_prompts, original_masks, point_grid
+from slimsam_jax.evaluation.protocols import PROMPTS
+from slimsam_jax.imaging import overlap
+from slimsam_jax.imaging.prompts import Prompts, clicks_at, point_grid
+from slimsam_jax.inference.decode import Encoded, decode_prompts, original_masks
 from slimsam_jax.models.sam import Sam
+
+
+def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Mean squared error over the variance of what was wanted: 0 is equal, 1 as bad as its mean everywhere."""
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    return float(np.square(found - wanted).mean() / wanted.var())
+
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, pixels of a mask
 LABELLED = (*PROMPTS, "clicks", "everything")  # protocols that need annotations
@@ -102,14 +110,14 @@ def prompt_scores(
 def _overlaps(sam: Sam, encoded: Encoded, low: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """IoU and boundary IoU of one prompt's outputs [outputs, 4h, 4w]."""
     masks = original_masks(sam, encoded, low)
-    return metrics.iou(masks, truth[None]), metrics.boundary_iou(masks, truth[None])
+    return overlap.iou(masks, truth[None]), overlap.boundary_iou(masks, truth[None])
 
 
 def single_mask_iou(sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], protocol: str = "point") -> float:
     """Mean over annotations of the single mask's IoU: all that is wanted while a model is learning."""
     low, _ = decode_prompts(sam, encoded, PROMPTS[protocol](annotations))
     masks = (original_masks(sam, encoded, logits[0]) for logits in low)
-    return float(np.mean([metrics.iou(mask, a.mask) for mask, a in zip(masks, annotations, strict=True)]))
+    return float(np.mean([overlap.iou(mask, a.mask) for mask, a in zip(masks, annotations, strict=True)]))
 
 
 def agreement(pairs: Sequence[tuple[Sam, Encoded]], grid: int) -> list[np.ndarray]:
@@ -119,5 +127,5 @@ def agreement(pairs: Sequence[tuple[Sam, Encoded]], grid: int) -> list[np.ndarra
     ious = []
     for logits in zip(*low, strict=True):  # point by point: one mask per model in memory
         masks = np.stack([original_masks(*pair, one) for pair, one in zip(pairs, logits, strict=True)])
-        ious.append(metrics.iou(masks, masks[:1]))
+        ious.append(overlap.iou(masks, masks[:1]))
     return list(np.stack(ious, axis=1))

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from slimsam_jax import checkpoint
-from slimsam_jax.evaluation.models import Measured
+from slimsam_jax.evaluation.compare import Measured
 from slimsam_jax.evaluation.scores import Protocols
+from slimsam_jax.files import replacing
 
 Summary = dict[str, list[dict[str, Any]]]  # of statistics.summarise
 
@@ -88,7 +88,7 @@ def markdown(names: Sequence[str], summary: Summary) -> str:
 
 
 def write_markdown(path: Path, names: Sequence[str], summary: Summary) -> None:
-    with checkpoint.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(markdown(names, summary))
 
 

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from scipy import ndimage
 
-from slimsam_jax.regions import extent
+from slimsam_jax.imaging.geometry import extent
 
 
 def build_point_grid(n_per_side: int) -> np.ndarray:

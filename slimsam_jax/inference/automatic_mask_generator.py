@@ -13,14 +13,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from slimsam_jax import rle
 from slimsam_jax.errors import InputError
+from slimsam_jax.imaging import rle
+from slimsam_jax.imaging.prompts import clicks_at
 from slimsam_jax.inference import amg, hierarchical
 from slimsam_jax.inference.candidates import Candidates, concatenate, enlarge, unpack
+from slimsam_jax.inference.decode import Encoded, decode_prompts
 from slimsam_jax.inference.hierarchical import Decoded
-from slimsam_jax.inference.masks import Encoded, clicks_at, decode_prompts
+from slimsam_jax.inference.mixed_prompts import real_array
 from slimsam_jax.inference.predictor import AnyImage, as_picture, check_list, check_model, encode_images
-from slimsam_jax.inference.prompts import real_array
 from slimsam_jax.limits import SEARCH, quoted
 from slimsam_jax.limits import check as check_number
 from slimsam_jax.models.config import Thresholds

@@ -14,7 +14,7 @@ import numpy as np
 from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
-from slimsam_jax.inference.masks import Encoded, encode_image
+from slimsam_jax.inference.decode import Encoded, encode_image
 from slimsam_jax.models.config import Thresholds
 from slimsam_jax.models.sam import Sam
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax.inference.masks import Encoded, padded
-from slimsam_jax.models.sam import Sam, enlarging
+from slimsam_jax.imaging.transforms import enlarging
+from slimsam_jax.inference.decode import Encoded, padded
+from slimsam_jax.models.sam import Sam
 
 FRAME = 256  # pictures are enlarged into frames of multiples of this, so that few sizes are compiled
 

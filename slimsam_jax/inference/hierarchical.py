@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from slimsam_jax.imaging.geometry import extent
 from slimsam_jax.inference import amg
 from slimsam_jax.inference.candidates import Candidates, concatenate, enlarge
-from slimsam_jax.inference.masks import Encoded
+from slimsam_jax.inference.decode import Encoded
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.regions import extent
 
 SLACK = 0.03  # by which masks may miss the thresholds and still have the points beside theirs asked
 DUPLICATE = 0.8  # box IoU from which a mask is taken for another point's

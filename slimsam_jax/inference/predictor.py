@@ -12,10 +12,11 @@ from PIL import Image
 from slimsam_jax.data import read_image
 from slimsam_jax.data.sample import eight_bits
 from slimsam_jax.errors import InputError, blaming
-from slimsam_jax.inference.masks import Encoded, padded
-from slimsam_jax.inference.prompts import Prompt, check, decode_mixed, kind_of, real_array
+from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks
+from slimsam_jax.inference.decode import Encoded, padded
+from slimsam_jax.inference.mixed_prompts import Prompt, check, decode_mixed, kind_of, real_array
 from slimsam_jax.limits import IMAGE_SIDE, quoted
-from slimsam_jax.models.sam import Sam, encode, resize_and_pad, resize_masks
+from slimsam_jax.models.sam import Sam, encode
 
 AnyImage = str | Path | Image.Image | np.ndarray
 

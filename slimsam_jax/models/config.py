@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 GLOBAL = 0  # the `window` of a block whose tokens all attend to each other
 # Bounds far beyond any SAM (SAM-H: 5120 wide, 32 blocks), so that nothing is built that a file merely asks for.
 WIDEST, DEEPEST, MOST_LAYERS = 1 << 16, 128, 32
@@ -207,56 +205,6 @@ def preset(name: str, image_size: int | tuple[int, int] | None = None) -> Config
         Block(heads, embed_dim // heads, mlp_dim, GLOBAL if i in global_blocks else window) for i in range(depth)
     )
     return Config(image_size=(size, size) if isinstance(size, int) else tuple(size), embed_dim=embed_dim, blocks=blocks)
-
-
-def from_state_dict(state: Mapping[str, np.ndarray]) -> Config:
-    """Reads the architecture off the shapes of a `segment_anything` state dict (q, k, v apart).
-
-    The head width comes from the relative position tables, so a pruned model needs no
-    file beside it. A window as large as the whole grid is reported as global: they are
-    the same computation.
-
-    Raises:
-      ValueError: the arrays that fix the architecture are missing or contradict each other.
-    """
-    try:
-        _, rows, columns, embed_dim = state["image_encoder.pos_embed"].shape
-        patch = state["image_encoder.patch_embed.proj.weight"].shape[-1]
-        depth = len({k.split(".")[2] for k in state if k.startswith("image_encoder.blocks.")})
-        if not 0 < depth <= DEEPEST:
-            raise ValueError(f"it has {depth} blocks, and 1 to {DEEPEST} are taken")
-        decoder = "mask_decoder.transformer.layers."
-        return Config(
-            image_size=(rows * patch, columns * patch),
-            embed_dim=embed_dim,
-            blocks=tuple(_block(state, i, (rows, columns)) for i in range(depth)),
-            patch_size=patch,
-            out_chans=state["image_encoder.neck.0.weight"].shape[0],
-            mask_in_chans=state["prompt_encoder.mask_downscaling.3.weight"].shape[0],
-            decoder_mlp_dim=state[decoder + "0.mlp.lin1.weight"].shape[0],
-            decoder_depth=len({k.split(".")[3] for k in state if k.startswith(decoder)}),
-            multimask_outputs=state["mask_decoder.mask_tokens.weight"].shape[0] - 1,
-            iou_head_dim=state["mask_decoder.iou_prediction_head.layers.0.weight"].shape[0],
-        )
-    except KeyError as missing:
-        raise ValueError(f"not a SAM checkpoint: it has no {missing}") from None
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"not a SAM checkpoint: {error}") from None
-
-
-def _block(state: Mapping[str, np.ndarray], index: int, grid: tuple[int, int]) -> Block:
-    prefix = f"image_encoder.blocks.{index}."
-    width = state[prefix + "attn.q.weight"].shape[0]
-    rows, head_dim = state[prefix + "attn.rel_pos_h"].shape
-    columns, _ = state[prefix + "attn.rel_pos_w"].shape
-    span = (rows + 1) // 2, (columns + 1) // 2
-    if not head_dim or width % head_dim or (span != grid and span[0] != span[1]):
-        raise ValueError(
-            f"{prefix}attn: relative positions of {rows} x {columns} rows and {head_dim} channels fit neither "
-            f"the grid {grid} nor a square window, or do not divide the {width} channels of q"
-        )
-    mlp_dim = state[prefix + "mlp.lin1.weight"].shape[0]
-    return Block(width // head_dim, head_dim, mlp_dim, GLOBAL if span == grid else span[0])
 
 
 def tokens(config: Config, block: Block) -> int:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from slimsam_jax.imaging.prompts import NOT_A_POINT
 from slimsam_jax.models.config import Config
-
-NOT_A_POINT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 2, 3  # besides 0, background, and 1, foreground
-ABSENT = -2  # fills prompts up to one length; `sam.decode` passes it by, where "not a point" is a token to the original
 
 
 class PromptEncoder(nn.Module):
@@ -77,31 +74,3 @@ class PromptEncoder(nn.Module):
         h, w = self.config.grid
         y, x = jnp.meshgrid((jnp.arange(h) + 0.5) / h, (jnp.arange(w) + 0.5) / w, indexing="ij")
         return self.encode_positions(jnp.stack([x, y], axis=-1))
-
-
-def prompt_points(points=None, labels=None, boxes=None) -> tuple[np.ndarray, np.ndarray]:
-    """Joins points and boxes the way the original does, into what `PromptEncoder` takes. On the host.
-
-    Without a box the original appends a "not a point" at (0, 0); with one it appends the corners.
-
-    Args:
-      points: [p, n, 2] (x, y) in pixels of the model frame, or None.
-      labels: [p, n] 1 foreground, 0 background, -1 ignore; needed with points.
-      boxes: [p, 4] x0, y0, x1, y1 in the same frame, or None.
-
-    Returns:
-      ([p, m, 2] float32, [p, m] int32), m = n + 1, n + 2, 2 or (mask prompt alone, p = 1) 0.
-    """
-    if points is None and boxes is None:
-        return np.zeros((1, 0, 2), np.float32), np.zeros((1, 0), np.int32)
-    count = len(points) if points is not None else len(boxes)
-    parts = []
-    if points is not None:
-        parts.append((np.asarray(points, np.float32), np.asarray(labels, np.int32)))
-    if boxes is not None:
-        corners = np.asarray(boxes, np.float32).reshape(count, 2, 2)
-        parts.append((corners, np.tile(np.array([[BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]]), (count, 1))))
-    else:
-        parts.append((np.zeros((count, 1, 2), np.float32), np.full((count, 1), NOT_A_POINT)))
-    coordinates, kinds = zip(*parts, strict=True)
-    return np.concatenate(coordinates, axis=1), np.concatenate(kinds, axis=1).astype(np.int32)

@@ -1,25 +1,15 @@
-"""Parameters and gradients -> a score per channel.
-
-Disturbed Taylor importance (SlimSAM, section 3.3): the gradient is that of the MSE between
-a model's embedding and the same embedding plus Gaussian noise, so no labels are needed and
-the goal of pruning is that of distilling.
-"""
+"""Parameters and gradients -> a score per channel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
 
-from slimsam_jax.pruning.group import Group, Member, Scores, Tree, by_path
+from slimsam_jax.pruning.groups import Group, Member, Scores, Tree, by_path
 
 Criterion = Literal["taylor", "fisher", "magnitude", "random"]
-Reduce = Literal["rms", "sum"]
-Gradients = Callable[[Tree, Any, jax.Array], Tree]  # params, a batch of one, key -> gradients [draws, ...]
 
 # Importance of each single weight, from the weight and its gradient.
 CRITERIA: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -71,127 +61,3 @@ def channel_scores(
         return score if kept == sorted(kept) else score.T
 
     return {group.name: np.mean([member_score(m) for m in group.members if m.votes], axis=0) for group in groups}
-
-
-def disturbed_loss(
-    embed: Callable[[Tree, Any], jax.Array], params: Tree, batch: Any, target: jax.Array, noise: jax.Array
-):
-    """MSE between a model's embedding and a target plus noise; its gradient in `params` is the disturbed one."""
-    return jnp.mean(jnp.square(embed(params, batch) - jax.lax.stop_gradient(target) - noise))
-
-
-def disturbed_gradients(
-    embed: Callable[[Tree, Any], jax.Array],
-    params: Tree,
-    batches: Iterable[Any],
-    key: jax.Array,
-    std: float = 0.01,
-    reduce: Reduce = "rms",
-    probes: int = 1,
-    mesh: Mesh | None = None,
-) -> Tree:
-    """Gradients of the disturbed loss of a model against itself, reduced over images and probes.
-
-    With target and model equal, the gradient is the noise pulled back through the Jacobian,
-    -(2/N) Jᵀε: no second model is run, `std` only scales it, and several draws share one
-    forward pass. It has mean zero, so the reference's sum over images is a random walk whose
-    end is one draw. Squared for each image and draw by itself, the cross terms of independent
-    noise vanish: "rms" is an unbiased estimate of Σ diag(JᵀJ) before its root.
-
-    Args:
-      embed: (params, batch) -> embeddings; compiled here, once per shape of batch.
-      params: the model.
-      batches: what `embed` takes, images along the first axis.
-      key: of the noise; every image and probe has its own.
-      std: of the noise (the paper's 0.01; only the scale depends on it).
-      reduce, mesh: see `reduce_gradients`.
-      probes: draws of noise per image. Each takes the memory of a set of gradients per image of the batch.
-
-    Returns:
-      A tree like `params`; only its absolute values mean something.
-    """
-
-    return reduce_gradients(disturbed(embed, std, probes), params, batches, key, reduce, mesh)
-
-
-def disturbed(embed: Callable[[Tree, Any], jax.Array], std: float = 0.01, probes: int = 1) -> Gradients:
-    """The disturbed gradients of one image, one for each probe; see `disturbed_gradients`."""
-
-    def gradients(params: Tree, item: Any, key: jax.Array) -> Tree:
-        embedding, pull_back = jax.vjp(lambda p: embed(p, item), params)
-        noise = std * jax.random.normal(key, (probes, *embedding.shape), embedding.dtype)
-        return jax.vmap(pull_back)(-2.0 / embedding.size * noise)[0]
-
-    return gradients
-
-
-def loss_gradients(
-    loss: Callable[[Tree, Any], jax.Array],
-    params: Tree,
-    batches: Iterable[Any],
-    reduce: Reduce = "rms",
-    mesh: Mesh | None = None,
-) -> Tree:
-    """Gradients of any loss of (params, batch), such as that of labelled masks, reduced over images."""
-
-    def gradients(params: Tree, item: Any, key: jax.Array) -> Tree:
-        return jax.tree.map(lambda g: g[None], jax.grad(loss)(params, item))
-
-    return reduce_gradients(gradients, params, batches, jax.random.key(0), reduce, mesh)
-
-
-def reduce_gradients(
-    gradients: Gradients,
-    params: Tree,
-    batches: Iterable[Any],
-    key: jax.Array,
-    reduce: Reduce,
-    mesh: Mesh | None = None,
-) -> Tree:
-    """Reduces the gradients of single images over batches.
-
-    Args:
-      gradients: of one image.
-      reduce: "rms" (root of the summed squares) or "sum" (the reference's).
-      mesh: devices that a batch is split over, along its first axis; None for one device.
-    """
-    params, accumulate = jax.tree.map(jnp.asarray, params), accumulator(gradients, reduce, mesh)
-    # Placed as the parameters are: placed otherwise, the second call would compile again.
-    total = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype, device=p.sharding), params)
-    for index, batch in enumerate(batches):
-        total = accumulate(total, params, batch, jax.random.fold_in(key, index))
-    return jax.tree.map(jnp.sqrt, total) if reduce == "rms" else total
-
-
-def accumulator(
-    gradients: Gradients, reduce: Reduce, mesh: Mesh | None = None
-) -> Callable[[Tree, Tree, Any, jax.Array], Tree]:
-    """The compiled (total, params, batch, key) -> total. The total is donated.
-
-    A batch takes the memory of a set of gradients for each of its images on a device, so one
-    image per device is best where the model is large.
-    """
-    power = jnp.square if reduce == "rms" else lambda g: g
-
-    def of_images(params: Tree, batch: Any, keys: jax.Array) -> Tree:
-        of_one = lambda item, key: gradients(params, jax.tree.map(lambda x: x[None], item), key)
-        return jax.tree.map(lambda g: power(g).sum((0, 1)), jax.vmap(of_one)(batch, keys))
-
-    if mesh is not None:
-        # Left to the compiler, gradients of single images with respect to convolutions come out wrong on
-        # several CPU devices (jax 0.10.2). Here each device squares its own, and only their sum travels;
-        # check_vma would sum the gradients themselves, before the square.
-        axes, of_own = mesh.axis_names, of_images
-        of_images = jax.shard_map(
-            lambda *own: jax.lax.psum(of_own(*own), axes),
-            mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(axes), PartitionSpec(axes)),
-            out_specs=PartitionSpec(),
-            check_vma=False,
-        )
-
-    def accumulate(total: Tree, params: Tree, batch: Any, key: jax.Array) -> Tree:
-        keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
-        return jax.tree.map(jnp.add, total, of_images(params, batch, keys))
-
-    return jax.jit(accumulate, donate_argnums=0)

@@ -1,0 +1,170 @@
+"""Are the ONNX files the model? The same picture and prompts through JAX and through onnxruntime, compared."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+from slimsam_jax.errors import RunError
+from slimsam_jax.imaging import overlap
+from slimsam_jax.imaging.prompts import BOX_TOP_LEFT, prompt_points
+from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks
+from slimsam_jax.models import sam as jax_sam
+from slimsam_jax.models.config import Config
+from slimsam_jax.models.sam import Sam
+
+Outputs = list[tuple[np.ndarray, np.ndarray]]  # (masks, IoU) of each prompt that a layout knows
+
+
+class Prompt(NamedTuple):
+    """One prompt and JAX's answer.
+
+    Attributes:
+      points, labels: [1, n, 2] float32 in the model frame, [1, n] int32.
+      mask: [1, 4h, 4w, 1] logits, or None.
+      low: [1, m, 4h, 4w] logits, m = 1 + multimask_outputs.
+      iou: [1, m].
+    """
+
+    points: np.ndarray
+    labels: np.ndarray
+    mask: np.ndarray | None
+    low: np.ndarray
+    iou: np.ndarray
+
+
+class Reference(NamedTuple):
+    """What JAX makes of a picture.
+
+    Attributes:
+      frame: [H, W, 3] uint8, the picture in the model frame.
+      size, original_size: (height, width) of the picture there and by itself.
+      embedding: [h, w, C].
+      prompts: a point, a box, and the point with a mask.
+    """
+
+    config: Config
+    frame: np.ndarray
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+    embedding: np.ndarray
+    pixels: np.ndarray
+    prompts: tuple[Prompt, ...]
+
+
+class Errors(NamedTuple):
+    """The largest differences, each relative to the largest value; and the mean IoU of the masks."""
+
+    embedding: float
+    masks: float
+    iou: float
+    agreement: float
+
+
+def reference(sam: Sam, picture: Image.Image) -> Reference:
+    """Asks JAX, in float32: the picture's middle as a point, its middle half as a box, the point with its own mask."""
+    frame, size = resize_and_pad(picture, sam.config.image_size)
+    embedding = jax_sam.encode(sam.config, sam.params, frame[None], size[None])[0]
+    pixels = np.asarray(jax_sam.preprocess(sam.config, frame[None], size[None]))
+    height, width = size
+    point = prompt_points(np.array([[[width / 2, height / 2]]]), np.ones((1, 1)))
+    box = prompt_points(boxes=np.array([[width / 4, height / 4, 3 * width / 4, 3 * height / 4]]))
+
+    def ask(points: np.ndarray, labels: np.ndarray, mask: np.ndarray | None = None) -> Prompt:
+        low, iou = jax_sam.decode(sam.config, sam.params, embedding, points, labels, mask)
+        return Prompt(points.astype(np.float32), labels, mask, np.asarray(low), np.asarray(iou))
+
+    first = ask(*point)
+    prompts = (first, ask(*box), ask(*point, mask=first.low[:, :1].transpose(0, 2, 3, 1)))
+    original_size = picture.height, picture.width
+    return Reference(sam.config, frame, (height, width), original_size, np.asarray(embedding), pixels, prompts)
+
+
+def session(model: Path | bytes) -> onnxruntime.InferenceSession:
+    """On the CPUs that this process may use; left to itself, onnxruntime binds threads to all that there are.
+
+    Its threads sleep while they wait for each other: spinning takes the core from the one that is waited for, where
+    others work beside it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # its warnings are about its own optimisations, and what it logs it also raises
+    options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def compare_sam(expected: Reference, encoder: Path, decoder: Path, return_single_mask: bool = False) -> Errors:
+    """Measures models of the layout `sam`: masks at low resolution and at the picture's own."""
+    picture = expected.frame[: expected.size[0], : expected.size[1]]
+    (embedding,) = session(encoder).run(None, {"images": picture.transpose(2, 0, 1)[None]})
+    run, found, wanted = session(decoder).run, [], []
+    for prompt in expected.prompts:
+        mask = np.zeros((1, *prompt.low.shape[2:], 1)) if prompt.mask is None else prompt.mask
+        inputs = {
+            "image_embeddings": embedding,
+            "point_coords": prompt.points,
+            "point_labels": prompt.labels,
+            "mask_input": mask.transpose(0, 3, 1, 2),
+            "has_mask_input": [prompt.mask is not None],
+            "orig_im_size": expected.original_size,
+        }
+        full, iou, low = run(None, {name: np.asarray(value, np.float32) for name, value in inputs.items()})
+        kept = [chosen(prompt)] if return_single_mask else slice(None)
+        resized = resize_masks(expected.config, prompt.low[:, kept], expected.size, expected.original_size)
+        found += [(low, iou), (full, iou)]
+        wanted += [(prompt.low[:, kept], prompt.iou[:, kept]), (resized, prompt.iou[:, kept])]
+    return errors(expected, embedding, found, wanted)
+
+
+def chosen(prompt: Prompt) -> int:
+    """The output that Meta's `return_single_mask` takes: the first for more than two points, else the best other."""
+    return 0 if prompt.points.shape[1] > 2 else 1 + int(prompt.iou[0, 1:].argmax())
+
+
+def compare_transformers_js(expected: Reference, encoder: Path, decoder: Path) -> Errors:
+    """Measures models of the layout `transformers_js`, which takes no mask prompts."""
+    pixels = expected.pixels.transpose(0, 3, 1, 2)
+    embedding, positions = session(encoder).run(None, {"pixel_values": pixels})
+    run, found, wanted = session(decoder).run, [], []
+    for prompt in expected.prompts:
+        if prompt.mask is not None:
+            continue
+        given = slice(None) if BOX_TOP_LEFT in prompt.labels else slice(-1)  # it appends the "not a point" itself
+        inputs = {
+            "input_points": prompt.points[None, :, given],
+            "input_labels": prompt.labels[None, :, given].astype(np.int64),
+            "image_embeddings": embedding,
+            "image_positional_embeddings": positions,
+        }
+        iou, masks = run(None, inputs)
+        found.append((masks[0], iou[0]))
+        wanted.append((prompt.low[:, 1:], prompt.iou[:, 1:]))
+    return errors(expected, embedding, found, wanted)
+
+
+def errors(expected: Reference, embedding: np.ndarray, found: Outputs, wanted: Outputs) -> Errors:
+    """Raises RunError for values that are not finite."""
+    pairs = list(zip(found, wanted, strict=True))
+    return Errors(
+        largest_error(embedding.transpose(0, 2, 3, 1), expected.embedding[None]),
+        max(largest_error(f[0], w[0]) for f, w in pairs),
+        max(largest_error(f[1], w[1]) for f, w in pairs),
+        float(np.mean([overlap.iou(f[0] > 0, w[0] > 0).mean() for f, w in pairs])),
+    )
+
+
+def largest_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest difference over the largest value.
+
+    Raises:
+      RunError: shapes differ, or a value found is not finite.
+    """
+    if found.shape != wanted.shape or not np.isfinite(found).all():
+        what = "values that are not finite" if found.shape == wanted.shape else f"{found.shape}, not {wanted.shape}"
+        raise RunError(f"the ONNX model gives {what}")
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())

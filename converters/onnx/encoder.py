@@ -1,0 +1,102 @@
+"""The image encoder as an ONNX graph: what `slimsam_jax/models/image_encoder.py` computes, of any widths per block.
+
+Shapes: b images, h x w tokens, D embedding channels, n heads, d channels per head, L tokens of a window or an image.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from converters.onnx.graph import Graph
+from slimsam_jax.models.config import GLOBAL, Block, Config
+
+# Where all heads of an image have more logits, one head follows the other. At 64 x 64 tokens and 12 heads that takes
+# 0.8 GB instead of 3.8, and no more time; a browser's WebAssembly has 4.
+LOGITS_AT_ONCE = 2**22
+
+
+def image_encoder(g: Graph, config: Config, pixels: str) -> str:
+    """[b, 3, H, W] normalised -> [b, C, h, w]."""
+    root, patch = "image_encoder", config.patch_size
+    x = g.conv(g.half(g.transpose(pixels, 0, 2, 3, 1)), f"{root}/patch_embed_proj", stride=patch)
+    x = g.wide(g.add(x, g.param(f"{root}/pos_embed", g.dtype)))
+    for i, block in enumerate(config.blocks):
+        x = encoder_block(g, config, block, x, f"{root}/blocks_{i}")
+    x = g.layer_norm(g.wide(g.linear(g.half(x), f"{root}/neck_0")), f"{root}/neck_1")  # a 1 x 1 convolution
+    x = g.layer_norm(g.wide(g.conv(g.half(x), f"{root}/neck_2", pad=1)), f"{root}/neck_3")
+    return g.transpose(x, 0, 3, 1, 2)
+
+
+def encoder_block(g: Graph, config: Config, block: Block, x: str, path: str) -> str:
+    """norm1, attention, residual; norm2, MLP, residual. x: [b, h, w, D]."""
+    y = g.half(g.layer_norm(x, f"{path}/norm1"))
+    if block.window == GLOBAL:
+        y = attention(g, block, config.grid, y, f"{path}/attn")
+    else:
+        y = window_partition(g, y, block.window, config)
+        y = attention(g, block, (block.window, block.window), y, f"{path}/attn")
+        y = window_unpartition(g, y, block.window, config)
+    x = g.add(x, g.wide(y))
+    y = g.linear(g.half(g.layer_norm(x, f"{path}/norm2")), f"{path}/mlp_lin1")
+    return g.add(x, g.wide(g.linear(g.gelu(y), f"{path}/mlp_lin2")))
+
+
+def window_partition(g: Graph, x: str, window: int, config: Config) -> str:
+    """[b, h, w, D] -> [b * windows, window, window, D], zero-padded at the bottom and right."""
+    rows, columns = (-(-side // window) for side in config.grid)
+    bottom, right = rows * window - config.grid[0], columns * window - config.grid[1]
+    if bottom or right:
+        x = g.op("Pad", x, (0, 0, 0, 0, 0, bottom, right, 0))
+    x = g.reshape(x, -1, rows, window, columns, window, config.embed_dim)
+    return g.reshape(g.transpose(x, 0, 1, 3, 2, 4, 5), -1, window, window, config.embed_dim)
+
+
+def window_unpartition(g: Graph, x: str, window: int, config: Config) -> str:
+    """Inverse of `window_partition`; drops the padding."""
+    rows, columns = (-(-side // window) for side in config.grid)
+    x = g.transpose(g.reshape(x, -1, rows, columns, window, window, config.embed_dim), 0, 1, 3, 2, 4, 5)
+    x = g.reshape(x, -1, rows * window, columns * window, config.embed_dim)
+    if (rows * window, columns * window) == config.grid:
+        return x
+    return g.op("Slice", x, (0, 0), config.grid, (1, 2))
+
+
+def attention(g: Graph, block: Block, span: tuple[int, int], x: str, path: str) -> str:
+    """x: [b, h, w, D] with (h, w) == span. Returns the same shape."""
+    (h, w), heads, dim = span, block.heads, block.head_dim
+    split = lambda name: g.reshape(g.linear(x, f"{path}/{name}"), -1, h * w, heads, dim)
+    q, v = (g.transpose(split(name), 0, 2, 1, 3) for name in "qv")  # [b, n, L, d]
+    k = g.transpose(split("k"), 0, 2, 3, 1)  # [b, n, d, L]
+    if heads * (h * w) ** 2 <= LOGITS_AT_ONCE:
+        out = attend(g, q, k, v, span, path)
+    else:
+        each = [[g.op("Slice", part, [i], [i + 1], [1]) for part in (q, k, v)] for i in range(heads)]
+        out = g.concat(*(attend(g, *head, span, path) for head in each), axis=1)
+    return g.linear(g.reshape(g.transpose(out, 0, 2, 1, 3), -1, h, w, heads * dim), f"{path}/proj")
+
+
+def attend(g: Graph, q: str, k: str, v: str, span: tuple[int, int], path: str) -> str:
+    """softmax(q k / sqrt(d) + q Rh + q Rw) v. q, v: [b, n, L, d]; k: [b, n, d, L]. Returns [b, n, L, d]."""
+    dim = g.params[f"{path}/rel_pos_h"].shape[-1]
+    logits = add_positions(g, g.op("MatMul", g.mul(q, dim**-0.5), k), q, span, path)
+    tokens = span[0] * span[1]
+    logits = g.op("Reshape", logits, g.concat(g.sizes(q, 0, 2), [tokens, tokens]))
+    return g.op("MatMul", g.softmax(logits), v)
+
+
+def add_positions(g: Graph, logits: str, q: str, span: tuple[int, int], path: str) -> str:
+    """[b, n, L, L] logits and [b, n, L, d] queries before scaling -> [b * n * L, h, w] logits with positions."""
+    h, w = span
+    heads = g.reshape(q, 0, 0, h, w, -1)
+    by_row = g.op("MatMul", heads, by_distance(g, f"{path}/rel_pos_h", h))  # [b, n, h, w, h]
+    by_column = g.op("MatMul", g.transpose(heads, 0, 1, 3, 2, 4), by_distance(g, f"{path}/rel_pos_w", w))
+    by_column = g.transpose(by_column, 0, 1, 3, 2, 4)  # [b, n, h, w, w]
+    logits = g.add(g.reshape(logits, -1, h, w), g.reshape(by_row, -1, h, 1))
+    return g.add(logits, g.reshape(by_column, -1, 1, w))
+
+
+def by_distance(g: Graph, path: str, side: int) -> str:
+    """The table [2 * side - 1, d] of a parameter as [side, d, side], by query and by key."""
+    position = np.arange(side)
+    table = g.params[path][position[:, None] - position + side - 1]
+    return g.constant(table.transpose(0, 2, 1).astype(g.dtype), path)

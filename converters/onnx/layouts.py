@@ -1,0 +1,170 @@
+"""The four ONNX models we write: encoder and decoder, as Meta's tools and as transformers.js call them.
+
+Shapes: b images, p prompts of n points, m masks, [C, h, w] an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+
+from converters.onnx.decoder import dense_embedding, dense_positions, mask_decoder, no_mask, prompt_tokens
+from converters.onnx.encoder import image_encoder
+from converters.onnx.graph import FLOAT, INT64, UINT8, Graph
+from slimsam_jax.imaging.prompts import NOT_A_POINT
+from slimsam_jax.models.config import Config
+
+Params = Mapping[str, np.ndarray]  # paths joined by slashes
+
+
+def sam_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx.ModelProto:
+    """`SamPredictor.set_torch_image`: `Sam.preprocess` and the image encoder.
+
+    Input `images`: uint8 [b, 3, height, width], RGB, scaled to fit the model frame (`ResizeLongestSide.apply_image`)
+    and not padded: normalising and padding are part of the graph.
+    Output `image_embeddings`: float32 [b, C, h, w].
+    """
+    g = Graph(params, dtype)
+    mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (config.pixel_mean, config.pixel_std))
+    pixels = g.op("Div", g.op("Sub", g.op("Cast", "images", to=FLOAT), mean), std)
+    # Never negative, which would crop: a picture larger than the frame fails where positions are added instead.
+    missing = g.op("Max", g.op("Sub", config.image_size, g.sizes("images", 2, 4)), [0])
+    embedding = image_encoder(g, config, g.op("Pad", pixels, g.concat([0] * 6, missing)))
+    inputs = {"images": (UINT8, ("batch_size", 3, "height", "width"))}
+    outputs = {"image_embeddings": (embedding, ("batch_size", config.out_chans, *config.grid))}
+    return g.model("sam_encoder", config, inputs, outputs)
+
+
+def vision_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx.ModelProto:
+    """What transformers.js runs as `vision_encoder`.
+
+    Input `pixel_values`: float32 [b, 3, H, W], normalised and then padded to the model frame. transformers.js scales
+    images otherwise than everyone else before that (`tests/test_transformers_js.py`); the graph cannot make up for it.
+    Outputs `image_embeddings` and `image_positional_embeddings`: float32 [b, C, h, w].
+    """
+    g = Graph(params, dtype)
+    embedding = image_encoder(g, config, "pixel_values")
+    shape = (config.out_chans, *config.grid)
+    positions = g.transpose(g.reshape(dense_positions(g, config), 1, *config.grid, config.out_chans), 0, 3, 1, 2)
+    positions = g.op("Expand", positions, g.concat(g.sizes("pixel_values", 0, 1), shape))
+    inputs = {"pixel_values": (FLOAT, ("batch_size", 3, *config.image_size))}
+    outputs = {
+        "image_embeddings": (embedding, ("batch_size", *shape)),
+        "image_positional_embeddings": (positions, ("batch_size", *shape)),
+    }
+    return g.model("vision_encoder", config, inputs, outputs)
+
+
+def sam_decoder(
+    config: Config, params: Params, dtype: Any = np.float32, return_single_mask: bool = False
+) -> onnx.ModelProto:
+    """`segment_anything.utils.onnx.SamOnnxModel`, for p prompts at once where it takes one.
+
+    Inputs, float32 all:
+      image_embeddings [1, C, h, w];
+      point_coords [p, n, 2]: (x, y) in pixels of the model frame; point_labels [p, n]: 0 background, 1 foreground,
+        2 and 3 the corners of a box, -1 not a point. A prompt without a box ends with a "not a point" at (0, 0), as
+        the original's do;
+      mask_input [1 or p, 1, 4h, 4w]: logits; has_mask_input [1 or p]: 1, or 0 to ignore them;
+      orig_im_size [2]: (height, width) of the picture.
+    Outputs, float32:
+      masks [p, m, height, width]: logits in the picture; iou_predictions [p, m]; low_res_masks [p, m, 4h, 4w].
+      m is 1 + multimask_outputs, the first the single mask; or, if `return_single_mask`, 1: the first for more than
+      two points, else the best of the others, as the original chooses.
+    """
+    g = Graph(params, dtype)
+    h, w = config.grid
+    sparse = prompt_tokens(g, config, "point_coords", g.op("Cast", "point_labels", to=INT64))
+    image = g.reshape(g.transpose("image_embeddings", 0, 2, 3, 1), 1, h * w, config.out_chans)
+    image = g.add(image, dense_embedding(g, config, "mask_input", "has_mask_input"))
+    image = g.op("Expand", image, g.concat(g.sizes("point_coords", 0, 1), (1, 1)))
+    masks, iou = mask_decoder(g, config, image, dense_positions(g, config), sparse)
+    if return_single_mask:
+        masks, iou = select_mask(g, config, masks, iou, g.sizes("point_coords", 1, 2))
+    count = 1 if return_single_mask else 1 + config.multimask_outputs
+    inputs = {
+        "image_embeddings": (FLOAT, (1, config.out_chans, h, w)),
+        "point_coords": (FLOAT, ("num_prompts", "num_points", 2)),
+        "point_labels": (FLOAT, ("num_prompts", "num_points")),
+        "mask_input": (FLOAT, ("num_mask_inputs", 1, 4 * h, 4 * w)),
+        "has_mask_input": (FLOAT, ("num_has_mask_inputs",)),
+        "orig_im_size": (FLOAT, (2,)),
+    }
+    outputs = {
+        "masks": (original_masks(g, config, masks, "orig_im_size"), ("num_prompts", count, "height", "width")),
+        "iou_predictions": (iou, ("num_prompts", count)),
+        "low_res_masks": (masks, ("num_prompts", count, 4 * h, 4 * w)),
+    }
+    return g.model("sam_decoder", config, inputs, outputs)
+
+
+def select_mask(g: Graph, config: Config, masks: str, iou: str, points: str) -> tuple[str, str]:
+    """[p, m, 4h, 4w], [p, m] -> [p, 1, 4h, 4w], [p, 1]; `points` is how many each prompt has, int64 [1]."""
+    bonus = np.array([[1000.0] + [0.0] * config.multimask_outputs], np.float32)
+    surplus = g.op("Sub", g.op("Cast", points, to=FLOAT), np.float32(2.5))
+    best = g.op("ArgMax", g.add(iou, g.mul(surplus, bonus)), axis=1, keepdims=1)
+    pick = lambda x: g.op("Unsqueeze", g.op("GatherND", x, best, batch_dims=1), [1])
+    return pick(masks), pick(iou)
+
+
+def original_masks(g: Graph, config: Config, masks: str, original_size: str) -> str:
+    """Enlarges logits to the model frame, drops the padding, and resizes to `original_size`, float32 [2]."""
+    frame = np.array(config.image_size, np.float32)
+    scale = g.op("ReduceMin", g.op("Div", frame, original_size))
+    size = g.op("Floor", g.add(g.mul(original_size, scale), np.float32(0.5)))
+    size = g.op("Max", g.op("Cast", size, to=INT64), [1])
+    bilinear = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+    larger = config.patch_size / 4
+    masks = g.op("Resize", masks, "", np.array([1, 1, larger, larger], np.float32), **bilinear)
+    masks = g.op("Slice", masks, (0, 0), size, (2, 3))
+    sizes = g.concat(g.sizes(masks, 0, 2), g.op("Cast", original_size, to=INT64))
+    return g.op("Resize", masks, "", "", sizes, **bilinear)
+
+
+def prompt_encoder_mask_decoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx.ModelProto:
+    """What transformers.js runs under this name: `SamModel` with `multimask_output=True`.
+
+    It has no input for a mask prompt, nor for the single mask: transformers.js passes points, labels and boxes alone.
+
+    Inputs, for b images with p prompts each:
+      input_points float32 [b, p, n, 2]: (x, y) in pixels of the model frame; input_labels int64 [b, p, n]: 0, 1, -1
+        not a point, -10 nothing at all; and, which `SamModel` does not know, 2 and 3 for the corners of a box. Like
+        `SamModel` it appends a "not a point", unless a label is 2 or 3;
+      image_embeddings, image_positional_embeddings float32 [b, C, h, w], from `vision_encoder`.
+    Outputs: iou_scores float32 [b, p, m]; pred_masks float32 [b, p, m, 4h, 4w], logits. m is multimask_outputs.
+    """
+    g = Graph(params, dtype)
+    (h, w), many = config.grid, config.multimask_outputs
+    counts = g.sizes("input_points", 0, 2)
+    points = g.op("Reshape", "input_points", g.concat([-1], g.sizes("input_points", 2, 4)))
+    labels = g.op("Reshape", "input_labels", g.concat([-1], g.sizes("input_labels", 2, 3)))
+    sparse = prompt_tokens(g, config, *append_not_a_point(g, points, labels))
+
+    def per_prompt(value: str) -> str:
+        x = g.reshape(g.transpose(value, 0, 2, 3, 1), -1, 1, h * w, config.out_chans)
+        return g.reshape(g.op("Expand", x, g.concat(counts, (1, 1))), -1, h * w, config.out_chans)
+
+    image = g.add(per_prompt("image_embeddings"), no_mask(g))
+    masks, iou = mask_decoder(g, config, image, per_prompt("image_positional_embeddings"), sparse)
+    split = lambda x, *rest: g.op("Reshape", g.op("Slice", x, [1], [1 + many], [1]), g.concat(counts, (many, *rest)))
+    shape = ("batch_size", "point_batch_size", many)
+    inputs = {
+        "input_points": (FLOAT, ("batch_size", "point_batch_size", "nb_points_per_image", 2)),
+        "input_labels": (INT64, ("batch_size", "point_batch_size", "nb_points_per_image")),
+        "image_embeddings": (FLOAT, ("batch_size", config.out_chans, h, w)),
+        "image_positional_embeddings": (FLOAT, ("batch_size", config.out_chans, h, w)),
+    }
+    outputs = {"iou_scores": (split(iou), shape), "pred_masks": (split(masks, 4 * h, 4 * w), (*shape, 4 * h, 4 * w))}
+    return g.model("prompt_encoder_mask_decoder", config, inputs, outputs)
+
+
+def append_not_a_point(g: Graph, points: str, labels: str) -> tuple[str, str]:
+    """points [p, n, 2], labels [p, n] -> with n + 1 each; or as they are, if any label is a corner of a box."""
+    largest = g.reshape(g.op("ReduceMax", labels, keepdims=0), 1)
+    count = g.op("Cast", g.op("Less", largest, [2]), to=INT64)
+    shape = g.concat(g.sizes(labels, 0, 1), count)
+    points = g.concat(points, g.filled(g.concat(shape, [2]), np.float32(0)), axis=1)
+    return points, g.concat(labels, g.filled(shape, np.int64(NOT_A_POINT)), axis=1)

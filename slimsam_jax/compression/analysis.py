@@ -1,0 +1,131 @@
+"""A model taken apart, and pruned in several ways without distilling: what `python -m slimsam_jax.inspect` shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from slimsam_jax import data
+from slimsam_jax.compression import prune
+from slimsam_jax.compression.budget import Target
+from slimsam_jax.compression.calibration import calibration, calibration_stream
+from slimsam_jax.compression.recipes import Recipe
+from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.data import Sample
+from slimsam_jax.data.reading import map_readable
+from slimsam_jax.errors import InputError
+from slimsam_jax.evaluation.scores import relative_error
+from slimsam_jax.files import replacing
+from slimsam_jax.inference.decode import encode_image
+from slimsam_jax.models.config import Config
+from slimsam_jax.models.sam import Sam
+from slimsam_jax.profiling import reference_macs
+
+
+def print_blocks(config: Config) -> None:
+    """Widths, parameters and multiply-accumulates of every block and of the whole encoder."""
+    table = Table("block", "window", "heads", "MLP", "params [M]", "MACs [G]", "attention MACs [G]")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    number = lambda value, unit: f"{value / unit:.3f}"
+    costs = lambda config: np.array([reference_macs.encoder_parameters(config), *reference_macs.encoder_macs(config)])
+    cells = lambda cost: map(number, cost, (1e6, 1e9, 1e9))
+    for i, block in enumerate(config.blocks):
+        # The whole encoder without the block: what is missing is the block's.
+        rest = dataclasses.replace(config, blocks=config.blocks[:i] + config.blocks[i + 1 :])
+        heads, window = f"{block.heads} x {block.head_dim}", str(block.window or "global")
+        table.add_row(str(i), window, heads, str(block.mlp_dim), *cells(costs(config) - costs(rest)))
+    table.add_section()
+    table.add_row("encoder", "", "", "", *cells(costs(config)))
+    Console().print(table)
+    height, width = config.image_size
+    print(
+        f"embedding {config.embed_dim} wide, whole SAM {reference_macs.sam_parameters(config) / 1e6:.3f} M parameters, "
+        f"{height} x {width} pixels"
+    )
+
+
+class Pruned(NamedTuple):
+    """A model after the first stage, after the second, and the relative squared error of its embedding then."""
+
+    narrow: Sam
+    slim: Sam
+    error: float
+
+
+class Bench:
+    """A model with the images to prune it by, and those to measure on: an eighth of them, at most 16.
+
+    Raises:
+      InputError: none of them can be read, or the recipe wants labels and there are none.
+    """
+
+    def __init__(self, sam: Sam, recipe: Recipe, images: Sequence[Sample], count: int, seed: int):
+        self.sam, self.recipe, self.seed = sam, recipe, seed
+        held_out = list(images[::8])[:16]
+        used = [sample for sample in images if sample not in held_out] or held_out
+        batch = jax.local_device_count()
+        data.check_one_is_readable(used)
+        stream = calibration_stream(recipe, used, sam.config, batch, seed)
+        self.batches = list(itertools.islice(stream, max(1, min(count, len(used)) // batch)))
+        found, skipped = map_readable(Sample.image, held_out)
+        if not found:
+            raise InputError(f"none of the images to measure on can be read: {next(iter(skipped.values()))}")
+        self.pictures = list(found.values())
+        self.wanted = [encode_image(sam, picture).embedding for picture in self.pictures]
+
+    def calibration(self, name: str) -> Iterable[Any]:
+        return calibration(iter(self.batches), len(self.batches))
+
+    def prune(self, ratio: float) -> Pruned:
+        models, target = [self.sam], Target(ratio)
+        for stage in STAGES:
+            models.append(prune.prune(models[-1], stage, self.recipe, target, self.calibration, self.seed))
+        found = [encode_image(models[-1], picture).embedding for picture in self.pictures]
+        errors = list(map(relative_error, found, self.wanted))
+        return Pruned(models[1], models[2], float(np.mean(errors)))
+
+
+def draw(bench: Bench, pruned: Mapping[float, Pruned], ratio: float, out: Path) -> None:
+    """Writes a PNG: the worth of every channel with what `ratio` keeps, and the error against the ratio."""
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    (stream, errors), (heads, hidden) = figure.subplots(2, 2)
+    narrow, slim, _ = pruned[ratio]
+    worth = lambda sam, stage: prune.worth(sam, stage, bench.recipe, bench.calibration, bench.seed)
+    gains = worth(bench.sam, STAGES[0])["embedding"]
+    stream.semilogy(np.maximum(gains, 1e-9 * gains.max()))
+    stream.axvline(slim.config.embed_dim, color="black", label=f"kept at {ratio:g}")
+    stream.set(title="embedding: worth of each further channel", xlabel="channels")
+    stream.legend()
+    errors.semilogy(list(pruned), [cut.error for cut in pruned.values()], "o-")
+    errors.set(title="error of the embedding before distillation", xlabel="share of the channels removed")
+    errors.grid(alpha=0.3)
+    gains = worth(narrow, STAGES[1])
+    for axes, kind, field, title in ((heads, "attn", "head_dim", "heads"), (hidden, "mlp", "mlp_dim", "MLPs")):
+        rows = [gains[f"blocks_{i}/{kind}"] for i in range(len(slim.config.blocks))]
+        _draw_blocks(axes, rows, [getattr(block, field) for block in slim.config.blocks])
+        axes.set(title=f"{title}: worth of each further channel (log10)", xlabel="channels", ylabel="block")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def _draw_blocks(axes: Any, rows: Sequence[np.ndarray], kept: Sequence[int]) -> None:
+    """A row per block, worth as colour, a white line where the cut falls."""
+    width, floor = max(map(len, rows)), 1e-9 * max(row.max() for row in rows)
+    picture = np.full((len(rows), width), np.nan)
+    for i, row in enumerate(rows):
+        picture[i, : len(row)] = np.log10(np.maximum(row, max(floor, 1e-300)))
+    image = axes.imshow(picture, aspect="auto", interpolation="nearest", extent=(0, width, len(rows) - 0.5, -0.5))
+    edges = np.arange(len(rows))[:, None] + [-0.5, 0.5]
+    axes.plot(np.repeat(kept, 2), edges.ravel(), color="white")
+    axes.figure.colorbar(image, ax=axes)

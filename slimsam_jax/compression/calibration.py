@@ -1,0 +1,38 @@
+"""The calibration set: images that importance and statistics are estimated from, as batches on the devices."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from slimsam_jax import sharding
+from slimsam_jax.compression.recipes import Recipe
+from slimsam_jax.compression.trainer import Batch
+from slimsam_jax.data import Sample
+from slimsam_jax.data.batches import Batches
+from slimsam_jax.data.prompted import AnnotatedBatches
+from slimsam_jax.models.config import Config
+
+
+def calibration_stream(
+    recipe: Recipe, samples: Sequence[Sample], config: Config, batch: int, seed: int, max_broken: float = 1.0
+) -> Batches:
+    """What a recipe learns from, to cut by: images, with annotations if it reads those; this process's share."""
+    part = jax.process_index(), jax.process_count()
+    if recipe.needs_labels:
+        # Pictures without annotations are passed over, too, and are not broken: distillation counts those.
+        return AnnotatedBatches(samples, config, batch, seed, part)
+    return Batches(samples, config.image_size, batch, seed, part=part, max_broken=max_broken)
+
+
+def calibration(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+    """The first `count` batches of a stream, on all devices."""
+    mesh = sharding.make_mesh()
+    return (sharding.shard_batch(batch, mesh) for batch in itertools.islice(batches, count))
+
+
+Batch = dict[str, Any]
+Calibration = Callable[[str], Iterable[Batch]]  # what it is for -> batches, the same images at each call

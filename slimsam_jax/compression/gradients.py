@@ -1,0 +1,55 @@
+"""Gradients of a SAM that its importance is estimated from: disturbed, or of the loss of annotated masks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from slimsam_jax import sharding
+from slimsam_jax.compression.calibration import Calibration
+from slimsam_jax.compression.recipes import Recipe
+from slimsam_jax.distillation import mask_losses
+from slimsam_jax.errors import RunError
+from slimsam_jax.models.encoders.vit_features import run_encoder
+from slimsam_jax.models.sam import Sam, decode
+from slimsam_jax.pruning.gradients import disturbed_gradients, loss_gradients
+
+
+def mask_loss(sam: Sam, encoder: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """SAM's loss, 20 focal + dice (Kirillov et al., section 3), of the single mask for one click each.
+
+    Args:
+      sam: architecture, prompt encoder and mask decoder.
+      encoder: the image encoder's parameters.
+      batch: one image, from `AnnotatedBatches`.
+    """
+    embedding, _ = run_encoder(sam.config, encoder, batch)
+    logits, _ = decode(sam.config, sam.params, embedding[0], batch["points"][0], batch["labels"][0])
+    logits, target = logits[:, 0], batch["masks"][0]
+    return 20 * mask_losses.focal(logits, target).mean() + mask_losses.dice(logits, target).mean()
+
+
+def _check_finite(found: Any) -> Any:
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)):
+        raise RunError("the statistics of the model are not finite; does it give finite embeddings for these images?")
+    return found
+
+
+# ------------------------------------------------------------------------------------- whole channels
+
+
+def gradients(sam: Sam, recipe: Recipe, calibration: Calibration, seed: int) -> Any:
+    """What the criterion reads besides the parameters; nothing but the parameters themselves if it reads none."""
+    if recipe.criterion in ("magnitude", "random"):
+        return sam.params["image_encoder"]
+    mesh, batches = sharding.make_mesh(), calibration("importance")
+    encoder = sharding.replicate(sam.params["image_encoder"], mesh)
+    if recipe.needs_labels:
+        loss = functools.partial(mask_loss, sam)
+        return _check_finite(loss_gradients(loss, encoder, batches, recipe.gradients, mesh))
+    embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
+    options = (recipe.noise_std, recipe.gradients, recipe.probes, mesh)
+    return _check_finite(disturbed_gradients(embed, encoder, batches, jax.random.key(seed), *options))

@@ -1,0 +1,174 @@
+"""What bases are chosen from: second moments of activations, and of the embedding's gradient, over images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slimsam_jax.models.config import GLOBAL, Block, Config
+from slimsam_jax.models.encoders.vit import window_partition
+from slimsam_jax.models.encoders.vit_features import make_encoder, run_encoder, stream_features
+from slimsam_jax.models.sam import Params, preprocess
+
+Weighting = Literal["none", "disturbed"]
+
+
+def _wide(tree: Moments) -> Moments:
+    """In float64."""
+    return jax.tree.map(np.float64, tree)
+
+
+def like(encoder: Params, new: Params) -> Params:
+    """`new` in the dtype of the encoder that it was made from, on the host: nothing is compiled to convert it."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, encoder["pos_embed"].dtype), new)
+
+
+Batch = dict[str, Any]
+Moments = dict[str, Any]
+Statistic = Callable[[Params, Batch, jax.Array], Any]  # encoder, batch, key of noise -> sums over the batch
+Part = Literal["stream", "attention", "mlp", "sensitivity"]
+LAYERNORM_EPSILON = 1e-6
+
+
+def accumulate(statistic: Statistic, encoder: Params, batches: Iterable[Batch], seed: int = 0) -> Any:
+    """Sum of a tree of statistics over batches, on the device; numpy out, of the dtype that was summed.
+
+    Moments of all hidden units of SAM-H are 3.4 GB in float32, so float64 is for who computes with one block's.
+
+    Raises:
+      ValueError: there was no batch.
+    """
+    found, add = _programs(statistic)
+    total, key = None, jax.random.key(seed)
+    for index, batch in enumerate(batches):
+        if total is None:
+            zeros = lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), encoder["pos_embed"].sharding)
+            total = jax.tree.map(zeros, jax.eval_shape(found, encoder, batch, key))
+        total = add(total, encoder, batch, jax.random.fold_in(key, index))
+    if total is None:
+        raise ValueError("statistics need at least one batch")
+    return jax.device_get(total)
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(statistic: Statistic) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What a statistic finds, and that added to a total, which is donated; compiled once for the same statistic."""
+
+    @jax.jit  # traced once, though asked for its shapes and then for sums
+    def found(encoder: Params, batch: Batch, key: jax.Array) -> Any:
+        with jax.default_matmul_precision("highest"):  # accelerators would round Gram matrices to 10 bits
+            return statistic(encoder, batch, key)
+
+    def add(total: Any, *inputs: Any) -> Any:
+        return jax.tree.map(jnp.add, total, found(*inputs))
+
+    return found, jax.jit(add, donate_argnums=0)
+
+
+def moments_of(config: Config, parts: Sequence[Part]) -> Statistic:
+    """The statistic that gives {part: moments} of the parts asked for.
+
+    Parts:
+      stream: [D, D] second moment of the residual stream after patch embedding and after the attention and
+        the MLP of every block together, each token centred and scaled as LayerNorm will.
+      attention, mlp: a dict per block, see `_attention` and `_mlp`.
+      sensitivity: see `_sensitivity`; takes a backward pass.
+    """
+
+    def statistic(encoder: Params, batch: Batch, key: jax.Array) -> dict[str, Any]:
+        embedding, features = run_encoder(config, encoder, batch)
+        blocks = [features[f"blocks_{i}"] for i in range(len(config.blocks))]
+        found: dict[str, Any] = {
+            "tokens": jnp.array(float(embedding[..., 0].size)),
+            "embedding": jnp.square(embedding - embedding.mean()).sum(),
+            "blocks": [_variance(block["out"]) for block in blocks],
+        }
+        if "stream" in parts:
+            found["stream"] = sum(_gram(_normal(x)) for x in stream_features(config, features)["stream"])
+        if "attention" in parts:
+            real = [_real_tokens(config, block) for block in config.blocks]
+            found["attention"] = [_attention(*pair) for pair in zip(blocks, real, strict=True)]
+        if "mlp" in parts:
+            found["mlp"] = [_mlp(block) for block in blocks]
+        if "sensitivity" in parts:
+            found["sensitivity"] = _sensitivity(config, encoder, batch, key)
+        return found
+
+    return statistic
+
+
+def _gram(x: jax.Array) -> jax.Array:
+    """[..., c] -> [c, c]: sum of x xᵀ."""
+    x = x.reshape(-1, x.shape[-1])
+    return x.T @ x
+
+
+def _normal(x: jax.Array) -> jax.Array:
+    return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + LAYERNORM_EPSILON)
+
+
+def _variance(stream: jax.Array) -> jax.Array:
+    """Sum over tokens and channels of a stream's squares, each token centred."""
+    return jnp.square(stream - stream.mean(-1, keepdims=True)).sum()
+
+
+def _real_tokens(config: Config, block: Block) -> jax.Array:
+    """1 for a token, 0 for what pads a window; broadcasts to [b * windows, rows, columns, 1, 1]."""
+    real = jnp.ones((1, *config.grid, 1))
+    return (real if block.window == GLOBAL else window_partition(real, block.window))[..., None]
+
+
+def _attention(block: dict[str, jax.Array], real: jax.Array) -> Moments:
+    """Second moments of q and k (mean over heads), of each head's output, its sum, and the number of tokens.
+
+    The padding of windows is left out where nobody reads it: in q and the outputs. As keys it is attended to.
+    """
+    windows = block["q"].shape[0] // real.shape[0]
+    real = jnp.tile(real, (windows, 1, 1, 1, 1))
+    flat = lambda x: x.reshape(-1, *x.shape[-2:])
+    q, k, o = flat(block["q"] * real), flat(block["k"]), flat(block["heads"] * real)
+    return {
+        "q": _gram(q) / q.shape[1],
+        "k": _gram(k) / k.shape[1],
+        "keys": jnp.array(float(len(k))),
+        "output": jnp.einsum("tni,tnj->nij", o, o),
+        "output_sum": o.sum(0),
+        "tokens": real.sum(),
+    }
+
+
+def _mlp(block: dict[str, jax.Array]) -> Moments:
+    """Second moment and sum of the hidden activations, and the number of tokens."""
+    hidden = block["mlp"].reshape(-1, block["mlp"].shape[-1])
+    return {"hidden": _gram(hidden), "hidden_sum": hidden.sum(0), "tokens": jnp.array(float(len(hidden)))}
+
+
+def _sensitivity(config: Config, encoder: Params, batch: Batch, key: jax.Array) -> dict[str, Any]:
+    """How an error inside shows in the embedding: the disturbed gradient's second moments.
+
+    With unit noise ε at the embedding and g = Jᵀε the gradient somewhere inside, E[g gᵀ] = JᵀJ:
+    a small error δ there is an error of |J δ|² = E[(g·δ)²] of the embedding. Only the terms within
+    a token are kept, as if the errors of different tokens were not correlated.
+
+    Returns:
+      Sums over tokens: "middle", "out": a [D, D] per block, "queries": a [d, d] per block (mean over heads).
+    """
+    pixels = preprocess(config, batch["image"], batch["size"])
+    model = make_encoder(config, len(pixels), encoder["pos_embed"].dtype)
+    shapes = jax.eval_shape(model.init, key, pixels)["perturbations"]
+
+    def embed(perturbations: Any) -> jax.Array:
+        return model.apply({"params": encoder, "perturbations": perturbations}, pixels)[0]
+
+    embedding, pull_back = jax.vjp(embed, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+    (grads,) = pull_back(jax.random.normal(key, embedding.shape, embedding.dtype))
+    blocks = [grads[f"blocks_{i}"] for i in range(len(config.blocks))]
+    return {
+        **{name: [_gram(block[name]) for block in blocks] for name in ("middle", "out")},
+        "queries": [_gram(block["attn"]["queries"]) / config.blocks[i].heads for i, block in enumerate(blocks)],
+    }

@@ -1,0 +1,87 @@
+"""What the frozen models give for each image, kept in memory: a small set of images is seen many times."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slimsam_jax.compression import trainer
+from slimsam_jax.compression.steps import Stage
+from slimsam_jax.data import Sample
+from slimsam_jax.imaging.transforms import resize_and_pad
+from slimsam_jax.inference.decode import encode_image
+from slimsam_jax.models.encoders.vit_features import run_encoder
+from slimsam_jax.models.sam import Sam
+
+if TYPE_CHECKING:
+    from slimsam_jax.compression.pipeline import Run
+
+ROOM = 2**28  # bytes that targets may take: those of 24 images of the small SAM are 63 MB, of 200 too many
+
+
+class Targets:
+    """Called with an image, gives its targets [1, ...] as numpy; computed when first asked for, in any thread.
+
+    Args:
+      previous: the model that was pruned.
+      names: of the terms of the loss; those that are no features of the frozen models are not kept.
+    """
+
+    def __init__(self, run: Run, stage: Stage, previous: Sam, names: Sequence[str]):
+        self.run, self.names, self.previous = run, names, previous
+        encode = functools.partial(run_encoder, dtype=run.dtype, attention=run.options.attention)
+        configs = previous.config, run.teacher.config
+        self.program = jax.jit(functools.partial(trainer.frozen_features, encode, *configs, stage))
+        encoder = previous.params["image_encoder"]
+        self.frozen = {"previous": jax.tree.map(lambda leaf: jnp.asarray(leaf, run.dtype), encoder)}
+        self.known: dict[Sample, Any] = {}
+        self.lock = threading.Lock()  # the first call compiles for the others
+
+    def __call__(self, sample: Sample) -> dict[str, Any]:
+        with self.lock:
+            if sample not in self.known:
+                self.known[sample] = self._compute(sample)
+        return self.known[sample]
+
+    def _compute(self, sample: Sample) -> dict[str, Any]:
+        image, cache = sample.image(), self.run.cache
+        embedding = cache.read(sample) if cache else np.asarray(encode_image(self.run.teacher, image).embedding)
+        frame, size = resize_and_pad(image, self.run.teacher.config.image_size)
+        if not self._features():
+            return {"embedding": embedding[None]}
+        found = self.program(self.frozen, {"image": frame[None], "size": size[None], "embedding": embedding[None]})
+        return jax.device_get({name: found[name] for name in found if name in self.names})
+
+    def _features(self) -> bool:
+        """Whether anything is compared besides the embedding and what is made of it."""
+        return not set(self.names) <= {"embedding", "direction", "masks", "iou"}
+
+    def bytes_per_image(self) -> int:
+        config, row = self.run.teacher.config, jax.ShapeDtypeStruct
+        embedding = row((1, *config.grid, config.out_chans), np.float32)
+        batch = {"image": row((1, *config.image_size, 3), np.uint8), "size": row((1, 2), np.int32)}
+        found = {"embedding": embedding}
+        if self._features():
+            found = jax.eval_shape(self.program, self.frozen, {**batch, "embedding": embedding})
+        kept = jax.tree.leaves({name: found[name] for name in found if name in self.names})
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+
+
+def remembered(run: Run, stage: Stage, previous: Sam, names: Sequence[str]) -> Targets | None:
+    """`Targets` where they save work: images come again, as they are, and those of all fit into `ROOM`.
+
+    With several devices none: programs of reader threads would run between those that wait for each other.
+    """
+    count, config = len(run.images), run.teacher.config
+    again = run.steps_of(stage) * run.batch > count and not run.recipe.flip and run.recipe.crop == 1
+    least = 4 * count * config.grid[0] * config.grid[1] * config.out_chans
+    if not again or least > ROOM or jax.device_count() > 1:
+        return None
+    targets = Targets(run, stage, previous, names)
+    return targets if count * targets.bytes_per_image() <= ROOM else None

@@ -1,0 +1,141 @@
+"""The step of a distillation: which features a student is compared by, with which targets."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slimsam_jax import sharding
+from slimsam_jax.compression.recipes import Recipe
+from slimsam_jax.compression.steps import Stage
+from slimsam_jax.distillation.losses import Features
+from slimsam_jax.distillation.step import init_state, make_optimizer, make_step
+from slimsam_jax.models.attention import Form
+from slimsam_jax.models.config import Config
+from slimsam_jax.models.encoders.vit import Features
+from slimsam_jax.models.encoders.vit_features import bottleneck_features, run_encoder, stream_features
+from slimsam_jax.models.sam import Params, Sam, decode
+from slimsam_jax.training.loop import Trainer
+
+Batch = dict[str, Any]
+Encode = Callable[[Config, Any, Batch], tuple[jax.Array, Features]]
+
+
+def make_trainer(
+    student: Sam,
+    previous: Sam,
+    teacher: Sam,
+    stage: Stage,
+    recipe: Recipe,
+    dtype: Any = jnp.float32,
+    parts: int = 1,
+    fsdp: int = 1,
+    attention: Form = "auto",
+    known: bool = False,
+) -> Trainer:
+    """Places a stage's models on the devices and builds its step.
+
+    Args:
+      previous: the model that was pruned; in the first stage the teacher itself.
+      dtype: of the encoders' computation and of the frozen ones' parameters; the student's own, prompt encoder and
+        mask decoder stay float32.
+      parts: that each batch is taken in, see `distill.make_step`.
+      fsdp: devices that parameters are split over, see `sharding`.
+      attention: how it is computed, see `models.attention`.
+      known: whether batches bring their targets, see `targets`.
+    """
+    mesh = sharding.make_mesh(fsdp)
+    optimizer = make_optimizer(recipe.clip, recipe.weight_decay)
+    encode = functools.partial(run_encoder, dtype=dtype, devices=mesh.size, attention=attention)
+    step = make_step(
+        functools.partial(_student_features, encode, student.config, stage, recipe),
+        functools.partial(_target_features, encode, previous.config, teacher.config, stage, recipe),
+        optimizer,
+        recipe.relative_loss,
+        parts,
+        recipe.reduction,
+        recipe.ema,
+        mesh,
+    )
+    frozen = {} if known else {"teacher": teacher.params["image_encoder"]}
+    if previous is not teacher and stage.aligns(recipe) and not known:
+        frozen["previous"] = previous.params["image_encoder"]
+    frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), frozen)
+    if recipe.masks:
+        frozen["head"] = {name: teacher.params[name] for name in ("prompt_encoder", "mask_decoder")}
+    state = init_state({part: student.params[part] for part in stage.trains}, optimizer, recipe.ema)
+    return Trainer(step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
+
+
+def _student_features(
+    encode: Encode, config: Config, stage: Stage, recipe: Recipe, params: Any, frozen: Any, batch: Batch
+) -> Features:
+    embedding, features = encode(config, params["image_encoder"], batch)
+    head = {**frozen.get("head", {}), **params}
+    found = {"embedding": embedding, **_views(config, recipe, embedding, head, batch)}
+    if stage.features == "bottleneck":
+        return found | bottleneck_features(config, features)
+    return found | {"previous": embedding, **stream_features(config, features)}
+
+
+def _target_features(
+    encode: Encode, previous: Config, teacher: Config, stage: Stage, recipe: Recipe, frozen: Any, batch: Batch
+) -> Features:
+    """`frozen_features`, or those that come with the batch (see `targets`): [b, 1, ...], then; and views of them."""
+    if "targets" in batch:
+        found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch["targets"])
+    else:
+        found = frozen_features(encode, previous, teacher, stage, frozen, batch)
+    return found | _views(teacher, recipe, found["embedding"], frozen.get("head"), batch)
+
+
+def frozen_features(
+    encode: Encode, previous: Config, teacher: Config, stage: Stage, frozen: Any, batch: Batch
+) -> Features:
+    """The teacher's embedding, and features of the model before the cut, which may be the teacher.
+
+    A teacher's embedding that comes with the batch (see `teacher_cache`) is not computed again.
+    """
+    before = None
+    if "teacher" in frozen:
+        before, features = encode(teacher, frozen["teacher"], batch)
+    embedding = batch.get("embedding", before)
+    if "previous" in frozen:
+        before, features = encode(previous, frozen["previous"], batch)
+    found = {"embedding": embedding}
+    if stage.features == "bottleneck":
+        return found | bottleneck_features(previous, features)
+    return found | {"previous": before, **stream_features(previous, features)}
+
+
+def _views(config: Config, recipe: Recipe, embedding: jax.Array, head: Any, batch: Batch) -> Features:
+    """The embedding as others see it; see `Recipe.cosine` and `Recipe.masks`."""
+    found, embedding = {}, embedding.astype(jnp.float32)
+    if recipe.cosine:
+        found["direction"] = embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
+    if recipe.masks:
+        found["masks"], found["iou"] = masks_at_clicks(config, head, embedding, batch)
+    return found
+
+
+def masks_at_clicks(config: Config, head: Params, embedding: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """What the decoder makes of a batch's clicks.
+
+    Args:
+      head: {"prompt_encoder": ..., "mask_decoder": ...}.
+      embedding: [b, h, w, C].
+      batch: with "points" [b, p, n, 2] and "labels" [b, p, n].
+
+    Returns:
+      Mask probabilities [b * p, 1 + multimask_outputs, 4h, 4w] and predicted IoU [b * p, 1 + multimask_outputs],
+      float32 0..1.
+    """
+    points, labels = batch["points"], batch["labels"]
+    each = jnp.repeat(embedding, points.shape[1], axis=0)
+    flat = lambda array: array.reshape(-1, *array.shape[2:])
+    logits, iou = decode(config, head, each, flat(points), flat(labels))
+    return jax.nn.sigmoid(logits), iou

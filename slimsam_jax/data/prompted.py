@@ -1,0 +1,173 @@
+"""Annotated images with prompts: batches to train a SAM with, and to read importance from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from slimsam_jax.data import Annotation, Sample
+from slimsam_jax.data.augment import Framing, draw_framing
+from slimsam_jax.data.batches import Batches
+from slimsam_jax.data.reading import read_annotated
+from slimsam_jax.errors import InputError
+from slimsam_jax.imaging.geometry import deepest, extent
+from slimsam_jax.imaging.prompts import noisy, prompt_points
+from slimsam_jax.imaging.transforms import resize_and_pad, to_model_frame
+from slimsam_jax.models.config import Config
+
+LARGEST = 0.9  # share of the picture: masks above it are left out, as in the paper's appendix A
+
+
+class MaskBatches(Batches):
+    """Batches of pictures, each with p of its masks, drawn at random, and a prompt for each.
+
+    Besides `image` and `size`: "points" [b, p, 2, 2] and "labels" [b, p, 2] as the prompt encoder takes them (a
+    click and the padding point, or the corners of a box; model frame), "masks" [b, p, 4h, 4w] float32 0..1, and
+    "seed" [b] uint32 for what is drawn later. A picture with fewer masks shows some of them more than once.
+
+    Args:
+      prompts: p.
+      flip, crop: see `data.batches.flip_and_crop`.
+      start, part, max_broken, workers: see `Batches`.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        config: Config,
+        batch: int,
+        seed: int,
+        prompts: int = 4,
+        flip: bool = False,
+        crop: float = 1.0,
+        start: int = 0,
+        part: tuple[int, int] = (0, 1),
+        max_broken: float = 1.0,
+        workers: int = 0,
+    ):
+        self.config, self.prompts, self.flip, self.crop = config, prompts, flip, crop
+        super().__init__(samples, config.image_size, batch, seed, start, part, max_broken=max_broken, workers=workers)
+
+    def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
+        picture, annotations = read_annotated(sample)
+        framing = draw_framing(picture.size, self.flip, self.crop, random)
+        whole = Framing((0, 0, *picture.size), framing.mirrored)
+        for framed in (framing, whole):  # a crop may have lost them all
+            image, size = resize_and_pad(framed.of_picture(picture), self.image_size)
+            if found := self._choose(annotations, framed, tuple(size), random):
+                masks, cells = zip(*(found[i % len(found)] for i in range(self.prompts)), strict=True)
+                points, labels = zip(*(first_prompt(mask, random) for mask in masks), strict=True)
+                points = to_model_frame(np.concatenate(points), size, masks[0].shape)
+                seed = random.integers(2**32, dtype=np.uint32)
+                prompts = {"points": points, "labels": np.concatenate(labels), "masks": np.stack(cells)}
+                return {"image": image, "size": size, **prompts, "seed": seed}
+        raise InputError(f"{sample.name} has no annotation to learn from")
+
+    def _choose(
+        self, annotations: Sequence[Annotation], framing: Framing, size: tuple[int, int], random: np.random.Generator
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Up to p masks, framed, in pixels and in the decoder's cells; each fills more than half of a cell."""
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        for i in random.permutation(len(annotations)):
+            mask = framing.of_mask(annotations[i].mask)
+            cells = coverage(mask, size, self.config) if mask.any() and mask.mean() <= LARGEST else np.zeros(1)
+            if (cells > 0.5).any():
+                found.append((mask, cells))
+            if len(found) == self.prompts:
+                break
+        return found
+
+
+def first_prompt(mask: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A box as somebody draws it by hand, or a click, as often; half of the clicks anywhere, half in the middle.
+
+    (The paper's clicks are all anywhere; those that our evaluation and SA-1B's annotations know are in the middle.)
+
+    Returns:
+      points [1, 2, 2] in pixels of the mask [h, w] and labels [1, 2], as `prompt_points` gives them.
+    """
+    if random.random() < 0.5:
+        rows, columns = extent(mask)
+        box = np.array([columns.start, rows.start, columns.stop, rows.stop], float)
+        return prompt_points(boxes=noisy(box, mask.shape, random)[None])
+    if random.random() < 0.5:
+        click = deepest(mask)[0]
+    else:
+        y, x = np.unravel_index(random.choice(np.flatnonzero(mask)), mask.shape)
+        click = np.array([x, y]) + 0.5
+    return prompt_points(click[None, None], np.ones((1, 1), np.int32))
+
+
+PROMPTS = 4  # annotations per image
+
+
+def annotated(samples: Sequence[Sample], user: str = "signal=masks") -> list[Sample]:
+    """Those with annotations.
+
+    Args:
+      user: who wants them, for the message.
+
+    Raises:
+      InputError: there is none, or not one can be used.
+    """
+    found = [sample for sample in samples if sample.load_annotations]
+    reason = "there is none"
+    for sample in found:
+        try:
+            if read_annotated(sample)[1]:
+                return found
+            reason = f"{sample.name} has none"
+        except InputError as error:
+            reason = str(error)
+    raise InputError(f"{user} needs annotated images: {reason}")
+
+
+class AnnotatedBatches(Batches):
+    """Batches of images with `PROMPTS` of their annotations each, spread over the file.
+
+    Besides `image` and `size`: "points" [b, p, 2, 2] and "labels" [b, p, 2] as the prompt encoder
+    takes them (a click and the padding point, model frame), "masks" [b, p, 4h, 4w] float32 0..1.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], config: Config, batch: int, seed: int, part: tuple[int, int] = (0, 1)
+    ):
+        self.config = config
+        super().__init__(annotated(samples), config.image_size, batch, seed, part=part)
+
+    def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
+        picture, annotations = read_annotated(sample)
+        if not annotations:
+            raise InputError(f"{sample.name} has no annotation")
+        chosen = [annotations[i] for i in np.linspace(0, len(annotations) - 1, PROMPTS).astype(int)]
+        item = self._item(sample, picture, random)
+        return item | _prompts(chosen, tuple(item["size"]), self.config)
+
+
+def random_clicks(size: np.ndarray, count: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """Foreground clicks anywhere on a picture of [2] `size` in the model frame, as in `AnnotatedBatches`."""
+    clicks = random.uniform(0, size[::-1], (count, 1, 2)).astype(np.float32)
+    points, labels = prompt_points(clicks, np.ones((count, 1), np.int32))
+    return {"points": points, "labels": labels}
+
+
+def _prompts(chosen: Sequence[Annotation], size: tuple[int, int], config: Config) -> dict[str, np.ndarray]:
+    xy = np.stack([a.point for a in chosen])[:, None]
+    clicks = to_model_frame(xy, size, chosen[0].mask.shape)
+    points, labels = prompt_points(clicks, np.ones(clicks.shape[:2], np.int32), None)
+    return {"points": points, "labels": labels, "masks": np.stack([coverage(a.mask, size, config) for a in chosen])}
+
+
+def coverage(mask: np.ndarray, size: tuple[int, int], config: Config) -> np.ndarray:
+    """A picture's mask [h0, w0] bool as the decoder should give it: [4h, 4w] float32, the share of each cell covered.
+
+    Args:
+      size: the picture's in the model frame, from `resize_and_pad`; what is below and right of it is 0.
+    """
+    cells = np.zeros([4 * side for side in config.grid], np.float32)
+    height, width = (max(1, round(4 * side / config.patch_size)) for side in size)
+    picture = Image.fromarray(mask.astype(np.float32))
+    cells[:height, :width] = np.asarray(picture.resize((width, height), Image.Resampling.BOX))
+    return cells

@@ -1,0 +1,118 @@
+"""A folder of pictures at any depth; SA-1B's layout is one with a .json of the same name beside each."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from slimsam_jax.data.sample import MOST_BYTES, Sample, lost
+from slimsam_jax.errors import InputError
+from slimsam_jax.files import read_bytes
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+MOST_OF_ANNOTATION = 2**23  # bytes; a large one of SA-1B has one or two million
+MOST_VALUES = 2**21  # in it: a value of two bytes takes a hundred in Python
+
+
+def samples(folder: Path) -> list[Sample]:
+    """All pictures below it, sorted, hidden files left out."""
+    found, unlisted = walk(folder)
+    pictures, annotated = _files(found)
+    return [sample(p, p.with_suffix("") in annotated) for p in pictures] + [lost(*each) for each in unlisted]
+
+
+def without_picture(folder: Path) -> list[str]:
+    """The annotations of SA-1B below it beside which there is no picture. Other .json files are none."""
+    pictures, annotated = _files(walk(folder)[0])
+    alone = annotated - {p.with_suffix("") for p in pictures}
+    paths = sorted(p.with_name(f"{p.name}.json") for p in alone)
+    return [str(path) for path in paths if _is_annotation_file(path)]
+
+
+def tars(folder: Path) -> list[Path]:
+    """All shards below it, sorted, hidden ones left out."""
+    return [path for path, is_folder in walk(folder)[0] if path.suffix == ".tar" and not is_folder]
+
+
+def walk(folder: Path) -> tuple[list[tuple[Path, bool]], list[tuple[str, str]]]:
+    """What is below a folder, sorted, hidden files left out; links to folders are not followed.
+
+    Returns:
+      [(path, whether it is a folder)], and [(folder, why it cannot be listed)]; not of those of other users, such as
+      the lost+found of a disk.
+    """
+    found, unlisted, waiting = [], [], [str(folder)]
+    while waiting:  # not recursively, which Python bounds: folders may be thousands deep
+        here = waiting.pop()
+        try:
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    found.append((Path(entry.path), _is_folder(entry)))
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+        except PermissionError:
+            continue
+        except OSError as error:
+            unlisted.append((here, f"{here} cannot be listed: {error.strerror}"))
+    return sorted(each for each in found if not each[0].name.startswith(".")), sorted(unlisted)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _files(found: list[tuple[Path, bool]]) -> tuple[list[Path], set[Path]]:
+    """The pictures among what `walk` found, and what has a .json, without that suffix."""
+    annotated = {path.with_suffix("") for path, _ in found if path.suffix == ".json"}
+    return [path for path, is_folder in found if path.suffix.lower() in SUFFIXES and not is_folder], annotated
+
+
+def sample(path: Path, annotated: bool) -> Sample:
+    load = functools.partial(annotations, path.with_suffix(".json")) if annotated else None
+    return Sample(str(path), functools.partial(read_bytes, path, MOST_BYTES), load)
+
+
+def annotations(path: Path) -> list[dict[str, Any]]:
+    """Of an SA-1B .json.
+
+    Raises:
+      InputError, ValueError, KeyError, TypeError: it is none.
+    """
+    return rows(read_bytes(path, MOST_OF_ANNOTATION))
+
+
+def rows(content: bytes) -> list[dict[str, Any]]:
+    """The annotations in what an SA-1B .json contains."""
+    found = _parse(content)["annotations"]
+    if not isinstance(found, list):
+        raise ValueError("its annotations are no list")
+    return found
+
+
+def is_annotation(content: bytes) -> bool:
+    """Whether a .json is one of SA-1B's; COCO's list `images`, too."""
+    try:
+        fields = _parse(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and "annotations" in fields and "images" not in fields
+
+
+def _parse(content: bytes) -> Any:
+    values = sum(content.count(mark) for mark in (b",", b"[", b"{"))
+    if values > MOST_VALUES:
+        raise ValueError(f"about {values} values, more than annotations of an image have")
+    return json.loads(content)
+
+
+def _is_annotation_file(path: Path) -> bool:
+    try:
+        return is_annotation(read_bytes(path, MOST_OF_ANNOTATION))
+    except InputError:  # a FIFO, a folder, or too large to be one
+        return False

@@ -1,0 +1,94 @@
+"""Tar shards, as SA-1B is published: read in place, by the offsets that one walk over the headers finds."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from slimsam_jax.data.sample import MOST_BYTES, Sample, lost
+from slimsam_jax.data.sources import tar
+from slimsam_jax.data.sources.folder import MOST_OF_ANNOTATION, is_annotation, rows
+from slimsam_jax.data.sources.folder import SUFFIXES as IMAGES
+from slimsam_jax.errors import InputError, printable
+from slimsam_jax.files import open_regular
+
+SUFFIXES = (".tar", ".tgz", ".gz")  # the compressed ones to be refused with a reason
+
+
+def samples(path: Path) -> list[Sample]:
+    """All pictures of a shard, sorted by name. What is lost of a cut or damaged shard is a last sample, which fails.
+
+    So is one that is no tar, or a compressed one, in which nothing has an offset.
+    """
+    try:
+        with open_regular(path) as file:
+            found = tar.index(file)
+    except InputError as error:
+        return [lost(str(path), str(error))]
+    members = _members(found)
+    pictures = [_sample(path, name, members) for name in sorted(members) if _is_picture(name)]
+    if not found.entries and not found.fault:
+        return [lost(str(path), f"{printable(path)} is a tar without a file")]
+    if not found.fault:
+        return pictures
+    if not found.end:
+        how = "not an uncompressed tar", "unpack it with gunzip if it is packed"
+        return [lost(str(path), f"{printable(path)} is {how[0]} ({printable(found.fault)}); {how[1]}")]
+    where = f"{path} from byte {found.end} on"
+    reason = "the tar ends or is damaged there; whatever follows is lost"
+    return [*pictures, lost(where, f"{printable(where)} cannot be read ({printable(found.fault)}: {reason})")]
+
+
+def without_picture(path: Path) -> list[str]:
+    """The annotations in a shard beside which there is no picture."""
+    try:
+        with open_regular(path) as file:
+            members = _members(tar.index(file))
+    except InputError:
+        return []  # `samples` names it
+    pictures = {_stem(name) for name in members if _is_picture(name)}
+    alone = sorted(name for name in members if PurePosixPath(name).suffix == ".json" and _stem(name) not in pictures)
+    return [f"{path}/{name}" for name in alone if _is_annotation(path, *members[name])]
+
+
+def _members(found: tar.Index) -> dict[str, tuple[int, int]]:
+    """{name: (offset, size)}, hidden files left out; of two of the same name the last."""
+    names = {str(PurePosixPath(name)): (offset, size) for name, offset, size in found.entries}
+    return {name: where for name, where in names.items() if not PurePosixPath(name).name.startswith(".")}
+
+
+def _is_picture(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in IMAGES
+
+
+def _stem(name: str) -> PurePosixPath:
+    return PurePosixPath(name).with_suffix("")
+
+
+def _sample(path: Path, name: str, members: dict[str, tuple[int, int]]) -> Sample:
+    beside = members.get(str(PurePosixPath(name).with_suffix(".json")))
+    load = functools.partial(_annotations, path, *beside) if beside else None
+    return Sample(f"{path}/{name}", functools.partial(_read, path, *members[name], MOST_BYTES), load)
+
+
+def _read(path: Path, offset: int, size: int, most: int) -> bytes:
+    if size > most:
+        raise ValueError(f"it has {size} bytes, and at most {most} are read")
+    with open_regular(path) as file:
+        file.seek(offset)
+        content = file.read(size)
+    if len(content) < size:
+        raise ValueError(f"the tar ends {size - len(content)} bytes before it does")
+    return content
+
+
+def _annotations(path: Path, offset: int, size: int) -> list[dict[str, Any]]:
+    return rows(_read(path, offset, size, MOST_OF_ANNOTATION))
+
+
+def _is_annotation(path: Path, offset: int, size: int) -> bool:
+    try:
+        return is_annotation(_read(path, offset, size, MOST_OF_ANNOTATION))
+    except ValueError:  # cut off, or too large to be one
+        return False

@@ -1,0 +1,92 @@
+"""Exports the models of the page to ONNX, once, into the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from slimsam_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from slimsam_jax.models.sam import Sam
+
+
+# What needs JAX or onnx is imported where it is used: --help should not wait for it.
+
+Dtype = Literal["float32", "float16", "int8"]
+BYTES = {"float32": 4, "float16": 2, "int8": 1}  # of a weight
+LARGEST_FILE = 2**31 - 2**24  # bytes; browsers hold no larger array
+
+
+def fingerprint(sam: Sam, dtype: Dtype) -> str:
+    """Changes with the weights, the architecture, the dtype, and the code that writes ONNX."""
+    import flax.traverse_util
+    import numpy as np
+
+    import converters
+
+    digest = hashlib.sha256(json.dumps([sam.config.to_json(), dtype]).encode())
+    for path, array in sorted(flax.traverse_util.flatten_dict(sam.params, sep="/").items()):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(array))
+    for source in sorted(Path(converters.__file__).parent.glob("*onnx*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check_size(sam: Sam, dtype: Dtype) -> None:
+    """Raises InputError if the encoder is too large for a browser, before it is exported for minutes."""
+    from slimsam_jax.profiling import reference_macs
+
+    if reference_macs.encoder_parameters(sam.config) * BYTES[dtype] > LARGEST_FILE:
+        smaller = " or ".join(other for other in BYTES if BYTES[other] < BYTES[dtype])
+        advice = f"try --dtype {smaller}" if smaller else "take a smaller model"
+        raise InputError(f"the encoder is too large for a browser in {dtype}; {advice}")
+
+
+def exported(sam: Sam, dtype: Dtype, cache: Path) -> tuple[Path, Path]:
+    """encoder.onnx and decoder.onnx of a model, written only if the cache has none of this model."""
+    from converters import to_onnx
+    from slimsam_jax import data
+
+    folder = cache / "onnx" / fingerprint(sam, dtype)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        picture = data.read_image(data.embedded_images() / "dog.jpg")
+        to_onnx.export(sam, folder, "sam", (dtype,), picture)
+    encoder, decoder = (folder / f"{stem}{to_onnx.SUFFIXES[dtype]}.onnx" for stem in to_onnx.STEMS["sam"])
+    return encoder, decoder
+
+
+def describe(name: str, sam: Sam, files: tuple[Path, Path]) -> dict[str, Any]:
+    """What the page says of a model, and needs to know of it."""
+    from slimsam_jax.profiling import reference_macs
+
+    return {
+        "name": name,
+        "image_size": sam.config.image_size,
+        "parameters": reference_macs.sam_parameters(sam.config),
+        "encoder_macs": reference_macs.encoder_macs(sam.config).total,
+        "bytes": sum(path.stat().st_size for path in files),
+    }
+
+
+def prepare(paths: tuple[Path, ...], dtype: Dtype, cache: Path) -> list[tuple[dict[str, Any], tuple[Path, Path]]]:
+    """Reads the models and exports them: what the page says of each, and its two files.
+
+    Raises:
+      InputError: not a model, or one that is too large for a browser.
+    """
+    from converters.from_torch import load
+
+    found = []
+    for path in paths:
+        sam = load(path)
+        check_size(sam, dtype)
+        print(f"{path}:", flush=True)
+        files = exported(sam, dtype, cache)
+        print(f"  in {files[0].parent}", flush=True)
+        found.append((describe(path.name or str(path), sam, files), files))
+    return found

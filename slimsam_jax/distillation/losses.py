@@ -1,0 +1,45 @@
+"""Losses between features of a student and of its targets. Knows neither Flax nor SAM.
+
+Features are dicts of trees of arrays. A term of the loss compares what student and target hold under one key; having
+two separate dicts, a term cannot compare the student with itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+Features = dict[str, Tree]
+Weights = dict[str, float]
+
+
+def mse(student: Tree, target: Tree, relative: bool = False) -> jax.Array:
+    """Mean squared error over all elements of two trees of equal structure, as if concatenated.
+
+    Args:
+      relative: divide by the variance of the target's elements (1 = as bad as their mean).
+    """
+    count = float(sum(leaf.size for leaf in jax.tree.leaves(target)))  # may be more than an int32 holds
+    if count == 0:
+        return jnp.zeros(())  # a kind of feature that this model has none of
+    total = lambda tree: sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(tree))
+    error = total(jax.tree.map(lambda s, t: jnp.square(s.astype(jnp.float32) - t), student, target)) / count
+    if not relative:
+        return error
+    mean = total(target) / count
+    return error / (total(jax.tree.map(lambda t: jnp.square(t.astype(jnp.float32) - mean), target)) / count)
+
+
+def distillation_loss(student: Features, target: Features, weights: Weights, relative: bool = False):
+    """Weighted sum of `mse` over the keys of `weights`. Returns it and {key: unweighted term}.
+
+    Raises:
+      ValueError: student or target lack a key.
+    """
+    if not set(weights) <= set(student) & set(target):
+        raise ValueError(f"terms {sorted(weights)}, student {sorted(student)} and target {sorted(target)} differ")
+    terms = {key: mse(student[key], target[key], relative) for key in weights}
+    return sum(weights[key] * terms[key] for key in weights), terms

@@ -1,0 +1,45 @@
+"""Protocols: what a user would have pointed at, from the annotations of an image.
+
+Each takes annotations and a seed, and gives one prompt per annotation, in pixels of the original
+frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from slimsam_jax.data import Annotation
+from slimsam_jax.imaging.geometry import deepest
+from slimsam_jax.imaging.prompts import Prompts, clicks_at, noisy, prompt_points
+
+
+def point(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
+    """SlimSAM's: the point that the annotation itself comes with."""
+    return clicks_at(np.stack([a.point for a in annotations]))
+
+
+def point_center(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
+    """The pixel deepest inside the mask."""
+    return clicks_at(np.stack([deepest(a.mask)[0] for a in annotations]))
+
+
+def box(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
+    return Prompts(*prompt_points(boxes=np.stack([a.box for a in annotations])))
+
+
+def box_noisy(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
+    """A box as somebody draws it by hand. The noise follows from seed, annotation's id (else its index) and box."""
+    numbers = [index if a.id < 0 else a.id for index, a in enumerate(annotations)]
+    random = lambda a, number: np.random.default_rng((seed, number, *np.abs(a.box).astype(int)))
+    pairs = zip(annotations, numbers, strict=True)
+    return Prompts(*prompt_points(boxes=np.stack([noisy(a.box, a.mask.shape, random(a, n)) for a, n in pairs])))
+
+
+PROMPTS: dict[str, Callable[..., Prompts]] = {
+    "point": point,
+    "point-center": point_center,
+    "box": box,
+    "box-noisy": box_noisy,
+}

@@ -1,0 +1,93 @@
+"""From an image and prompts to masks: the encoder runs once, then all prompts are decoded together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from slimsam_jax.imaging.prompts import Prompts, prompt_points
+from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks, to_model_frame
+from slimsam_jax.models.sam import Sam, decode, encode
+
+# Numbers of prompts that are ever compiled. Beyond 16 the decoder's activations leave a CPU's cache: a quarter slower.
+BUCKETS = (1, 4, 16)
+ACCELERATOR_BUCKETS = (1, 4, 16, 64)
+
+
+class Encoded(NamedTuple):
+    """A picture after the encoder: its [h, w, C] embedding, size in the model frame, and own size."""
+
+    embedding: jax.Array
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+
+
+def encode_image(sam: Sam, image: Image.Image) -> Encoded:
+    """Encodes an RGB picture of any size."""
+    frame, size = resize_and_pad(image, sam.config.image_size)
+    embedding = encode(sam.config, sam.params, frame[None], size[None], jnp.float32)[0]
+    return Encoded(embedding, tuple(int(side) for side in size), (image.height, image.width))
+
+
+def decode_prompts(
+    sam: Sam, encoded: Encoded, prompts: Prompts, masks: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """All outputs of p prompts, at the decoder's resolution.
+
+    Args:
+      masks: [p, 4h, 4w] logits of a previous mask of each prompt, or None.
+
+    Returns:
+      [p, 1 + multimask_outputs, 4h, 4w] logits and [p, 1 + multimask_outputs] predicted IoU.
+    """
+    points = to_model_frame(prompts.points, encoded.size, encoded.original_size)
+    found = []
+    for index, count in padded(len(points)):
+        previous = None if masks is None else masks[index][..., None]
+        outputs = decode(sam.config, sam.params, encoded.embedding, points[index], prompts.labels[index], previous)
+        found.append([np.asarray(array)[:count] for array in outputs])
+    low, scores = zip(*found, strict=True)
+    return np.concatenate(low), np.concatenate(scores)
+
+
+def padded(count: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Splits `count` prompts over buckets: (indices, padded by repetition to a bucket's size; how many are real)."""
+    buckets = BUCKETS if jax.default_backend() == "cpu" else ACCELERATOR_BUCKETS
+    start = 0
+    while start < count:
+        size = next(size for size in reversed(buckets) if count - start >= 0.75 * size)
+        yield np.minimum(np.arange(start, start + size), count - 1), min(size, count - start)
+        start += size
+
+
+def predict_masks(
+    sam: Sam, encoded: Encoded, points: np.ndarray | None = None, labels=None, boxes=None, mask: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Masks of p prompts in the original frame.
+
+    Args:
+      points: [p, n, 2] (x, y) in original pixels, or None.
+      labels: [p, n], 1 foreground and 0 background; all foreground if None.
+      boxes: [p, 4] x0, y0, x1, y1 in original pixels, or None.
+      mask: which output: 0 is the single mask (`multimask_output=False`), 1.. the others.
+
+    Returns:
+      [p, h0, w0] bool masks and [p] predicted IoU.
+    """
+    if points is not None and labels is None:
+        labels = np.ones(np.shape(points)[:2], np.int32)
+    low, scores = decode_prompts(sam, encoded, Prompts(*prompt_points(points, labels, boxes)))
+    return original_masks(sam, encoded, low[:, mask]), scores[:, mask]
+
+
+def original_masks(sam: Sam, encoded: Encoded, low: np.ndarray) -> np.ndarray:
+    """[..., 4h, 4w] logits -> [..., h0, w0] bool masks; of float32 there is never more than one mask."""
+    masks = np.empty((*low.shape[:-2], *encoded.original_size), bool)
+    for index in np.ndindex(low.shape[:-2]):
+        masks[index] = resize_masks(sam.config, low[index], encoded.size, encoded.original_size) > 0
+    return masks

@@ -1,0 +1,69 @@
+"""Checks of a command's numbers and outputs, before anything slow is imported: each raises InputError."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from slimsam_jax.errors import InputError, printable
+from slimsam_jax.limits import quoted
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        raise InputError(f"--seed {quoted(seed)} must be between 0 and {2**31 - 1}")
+
+
+def check_share(max_broken: float) -> None:
+    if not 0 <= max_broken <= 1:
+        raise InputError(f"--max-broken {max_broken:g} is not a share of the images: between 0 and 1")
+
+
+def check_empty(folder: Path) -> None:
+    """Raises InputError unless `folder` can become an output folder: absent, or an empty folder."""
+    if os.path.exists(folder) and not folder.is_dir():
+        raise InputError(f"{folder} is a file, and an output folder is needed")
+    if os.path.exists(folder) and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; choose another folder, or remove it first")
+    _check_writable(folder)
+
+
+def check_file(path: Path) -> None:
+    """Raises InputError unless `path` can become an output file; an existing file will be replaced."""
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder, and an output file is needed")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is no regular file, and an output file would replace it")
+    _check_writable(path.parent)
+    _check_name(path)
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """The same of several, which must not be one."""
+    for path in paths:
+        check_file(path)
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise InputError(f"{' and '.join(map(str, paths))} are one file; each output needs its own")
+
+
+def _check_name(path: Path) -> None:
+    """Raises InputError if a file of this name, or the temporary one beside it, has no room in a folder's entry."""
+    if len(os.fsencode(path.name)) > 240:
+        raise InputError(f"{printable(path)} is too long a name for a file")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+        for part in folder.absolute().parts:
+            _check_name(Path(part))
+        if len(os.fsencode(folder.absolute())) > 3000:  # Linux opens 4095, with the names of files in it
+            raise InputError(f"{printable(folder)} is too long a name for a folder")
+        with tempfile.TemporaryFile(dir=nearest):  # permissions tell neither root nor a read-only disk the truth
+            pass
+    except OSError:
+        raise InputError(
+            f"{printable(folder)} cannot be written: {printable(nearest)} is no folder, or takes no file"
+        ) from None

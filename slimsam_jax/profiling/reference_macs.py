@@ -1,0 +1,107 @@
+"""Parameters and multiply-accumulates of a SAM in closed form, as the papers count them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from slimsam_jax.models.config import Config, tokens
+from slimsam_jax.models.sam import abstract_params
+
+
+def parameters(params: Any) -> int:
+    """Number of scalars in a tree (of arrays or of shapes), as PyTorch counts a SAM.
+
+    The frequencies of the positional encoding are a buffer there, so they do not count.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return sum(math.prod(leaf.shape) for path, leaf in leaves if "gaussian_matrix" not in str(path[-1]))
+
+
+def encoder_parameters(config: Config) -> int:
+    """Of the image encoder, closed form."""
+    embed, out, grid = config.embed_dim, config.out_chans, math.prod(config.grid)
+    total = _conv(1, 3 * config.patch_size**2, embed) + grid * embed + embed * out + 9 * out * out + 4 * out
+    for block in config.blocks:
+        width = block.heads * block.head_dim
+        tables = sum(2 * side - 1 for side in config.attention_span(block)) * block.head_dim
+        total += 3 * _linear(1, embed, width) + _linear(1, width, embed) + tables + 4 * embed
+        total += _linear(1, embed, block.mlp_dim) + _linear(1, block.mlp_dim, embed)
+    return total
+
+
+def sam_parameters(config: Config) -> int:
+    """Of the whole SAM."""
+    return encoder_parameters(config) + _head_parameters(dataclasses.replace(config, embed_dim=1, blocks=()))
+
+
+@functools.lru_cache
+def _head_parameters(config: Config) -> int:
+    """Of prompt encoder and mask decoder, which the encoder's widths do not touch."""
+    shapes = abstract_params(config)
+    return parameters({name: shapes[name] for name in ("prompt_encoder", "mask_decoder")})
+
+
+class Macs(NamedTuple):
+    """Multiply-accumulates of one image.
+
+    Attributes:
+      linear: what the papers print: convolutions and linear layers, counted as SlimSAM's
+        counter does (biases once per call for a linear layer, per position for a
+        convolution; an activation one per element).
+      attention: what it leaves out: q·k, weights·v and the relative position products.
+    """
+
+    linear: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.attention
+
+
+def encoder_macs(config: Config) -> Macs:
+    """Of the image encoder, closed form; equals the reference's counter to the digit."""
+    embed, out, grid = config.embed_dim, config.out_chans, math.prod(config.grid)
+    linear = _conv(grid, 3 * config.patch_size**2, embed) + grid * out * (embed + 9 * out)
+    attention = 0
+    for block in config.blocks:
+        width, rows = block.heads * block.head_dim, tokens(config, block)
+        linear += 3 * _linear(rows, embed, width) + _linear(rows, width, embed)
+        linear += _linear(grid, embed, block.mlp_dim) + grid * block.mlp_dim + _linear(grid, block.mlp_dim, embed)
+        span = config.attention_span(block)
+        attention += rows * width * (2 * math.prod(span) + sum(span))
+    return Macs(linear, attention)
+
+
+def decoder_macs(config: Config, prompt_tokens: int = 2) -> Macs:
+    """Of the mask decoder for one prompt (a point makes two tokens: itself and the padding)."""
+    width, image, hidden = config.out_chans, math.prod(config.grid), config.decoder_mlp_dim
+    outputs = 1 + config.multimask_outputs
+    own = 1 + outputs + prompt_tokens
+    to_image = _linear(own, width, width // 2) + 2 * _linear(image, width, width // 2) + _linear(own, width // 2, width)
+    to_token = (
+        _linear(image, width, width // 2) + 2 * _linear(own, width, width // 2) + _linear(image, width // 2, width)
+    )
+    mlp = _linear(own, width, hidden) + own * hidden + _linear(own, hidden, width)
+    linear = config.decoder_depth * (4 * _linear(own, width, width) + to_image + mlp + to_token) + to_image
+    for positions, inputs, channels in ((4 * image, width, width // 4), (16 * image, width // 4, width // 8)):
+        # A transposed convolution counts as if every output saw all 2x2 taps; then its GELU.
+        linear += _conv(positions, 4 * inputs, channels) + positions * channels
+    linear += outputs * (2 * _linear(1, width, width) + _linear(1, width, width // 8))
+    linear += 2 * _linear(1, width, config.iou_head_dim) + _linear(1, config.iou_head_dim, outputs)
+    products = 2 * own * own * width + (2 * own * image * width // 2) * 2
+    attention = config.decoder_depth * products + 2 * own * image * width // 2
+    return Macs(linear, attention + outputs * 16 * image * width // 8)
+
+
+def _linear(rows: int, inputs: int, outputs: int) -> int:
+    return rows * inputs * outputs + outputs
+
+
+def _conv(positions: int, inputs: int, outputs: int) -> int:
+    return positions * (inputs * outputs + outputs)

@@ -1,0 +1,70 @@
+"""What every training sets up: batch size, dtype, images to learn from and to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slimsam_jax import data
+from slimsam_jax.data import Sample
+from slimsam_jax.data.sample import too_many
+from slimsam_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from slimsam_jax.compression.options import Options
+
+
+def batch_size(options: Options) -> int:
+    """Images in a step, over all processes."""
+    devices, parts = jax.device_count(), options.accumulate
+    if devices % options.fsdp:
+        raise InputError(f"--fsdp {options.fsdp} does not divide the {devices} devices")
+    batch = options.batch or devices * parts * -(-4 // (devices * parts))
+    if batch % (devices * parts):
+        times = f" times the {parts} parts of --accumulate" if parts > 1 else ""
+        raise InputError(f"--batch {batch} must be a multiple of the {devices} devices{times}")
+    return batch
+
+
+def check_batch(options: Options, batch: int, images: int) -> None:
+    """Raises InputError if somebody asked for a step of more images than there are."""
+    asked = "--batch" if options.batch else "--accumulate"
+    if (options.batch or options.accumulate > 1) and batch > max(images, jax.device_count()):
+        raise InputError(f"{asked} {getattr(options, asked[2:])} is more than the {images} images to learn from")
+
+
+def split_images(options: Options) -> tuple[list[Sample], list[Sample]]:
+    """Samples to learn from, and samples to measure on."""
+    images = data.find(options.images or [data.embedded_images()])
+    if options.val:
+        return images, data.find(options.val)
+    val = images[:: max(8, -(-len(images) // 50))]
+    held_out = set(val)
+    return [sample for sample in images if sample not in held_out] or images, val
+
+
+def some_of(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
+    """So many of them, drawn by seed, in their order."""
+    if limit is None or limit >= len(samples):
+        return samples
+    chosen = np.random.default_rng(seed).choice(len(samples), limit, replace=False)
+    return [samples[i] for i in sorted(chosen)]
+
+
+def too_many_of_val(
+    options: Options, images: Sequence[Sample], val: Sequence[Sample], broken: Mapping[str, str]
+) -> str | None:
+    """What is wrong if too many of `val` are `broken`; where they were held out, they are a share of all --images."""
+    if options.val:
+        return too_many(broken, len(val), options.broken_share(), "images of --val")
+    return too_many(broken, len(images) + len(val), options.broken_share())
+
+
+def compute_dtype(options: Options) -> Any:
+    if options.dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(options.dtype)
