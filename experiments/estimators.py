@@ -22,9 +22,10 @@ from scipy.stats import spearmanr
 from converters.from_torch import load
 from experiments import results
 from slimsam_jax import data
+from slimsam_jax.compression import gradients as sam_gradients
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.gradients import gradients
+from slimsam_jax.compression.calibration import on_devices
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.selection import choose
 from slimsam_jax.compression.steps import STAGES
@@ -65,8 +66,8 @@ def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
 def gradients(sam: Sam, name: str, batches: list[Any], seed: int) -> Any:
     reduce, probes = ESTIMATORS[name]
     recipe = dataclasses.replace(RECIPES["taylor"], gradients=reduce, probes=probes)
-    calibration = lambda _: calibration(iter(batches), len(batches))
-    return jax.device_get(gradients(sam, recipe, calibration, seed))
+    calibration = lambda _: on_devices(iter(batches), len(batches))
+    return jax.device_get(sam_gradients.gradients(sam, recipe, calibration, seed))
 
 
 def cut(sam: Sam, grads: Any) -> Sam:

@@ -25,7 +25,7 @@ from experiments import results
 from slimsam_jax import data
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.calibration import calibration, calibration_stream
+from slimsam_jax.compression.calibration import calibration_stream, on_devices
 from slimsam_jax.compression.gradients import gradients
 from slimsam_jax.compression.recipes import RECIPES, Recipe
 from slimsam_jax.compression.selection import choose
@@ -120,7 +120,7 @@ class Bench:
         if key not in self.batches:
             stream = calibration_stream(recipe, self.images, self.teacher.config, BATCH, seed)
             self.batches[key] = list(itertools.islice(stream, IMAGES // BATCH))
-        return lambda name: calibration(iter(self.batches[key]), len(self.batches[key]))
+        return lambda name: on_devices(iter(self.batches[key]), len(self.batches[key]))
 
     def prune(self, recipe: Recipe, ratio: float, seed: int) -> Sam:
         """Both stages, one after the other."""

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from converters.from_torch import load
 from experiments import results
 from experiments.rows import COMMON, SEEDS, TABLES, Row, plan
 from slimsam_jax import checkpoint, cli
@@ -74,7 +75,8 @@ def run(
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as out:
-            prepared = prepare(options_of(row, ratio, seed, teacher, images, val, cache, Path(out) / "slim"))
+            options = options_of(row, ratio, seed, teacher, images, val, cache, Path(out) / "slim")
+            prepared = prepare(options, load(options.teacher))
             if prepared.cache:
                 prepared.cache.fill(prepared.images)
             student = prepared.teacher

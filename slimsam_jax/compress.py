@@ -25,9 +25,11 @@ def compress(options: Options) -> dict[str, Any]:
         sharding.join_processes(options.distributed)
     else:
         announce(options)
-    from slimsam_jax.compression.pipeline import run  # here, so that --help and wrong options need not wait for JAX
+    from converters.from_torch import load  # here, so that --help and wrong options need not wait for JAX
+    from slimsam_jax.compression.pipeline import run
+    from slimsam_jax.data import embedded_teacher
 
-    return run(options)
+    return run(options, load(options.teacher or embedded_teacher()))
 
 
 def announce(options: Options) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 from conftest import random_images, random_sam, tiny_config
 
 from slimsam_jax import sharding
+from slimsam_jax.compression import trainer
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.steps import STAGES
-from slimsam_jax.compression.trainer import make_trainer
 from slimsam_jax.data.prompted import random_clicks
 from slimsam_jax.training import checkpoints, loop
 
@@ -30,7 +30,7 @@ def make_trainer(fsdp: int) -> loop.Trainer:
     """Of a student with an odd embedding, as pruning leaves it: where 23 is the only long axis nothing can be split."""
     teacher = random_sam(tiny_config(mlp_dim=400))
     student = random_sam(tiny_config(embed_dim=23, mlp_dim=400), seed=1)
-    return make_trainer(student, teacher, teacher, STAGES[0], RECIPE, fsdp=fsdp)
+    return trainer.make_trainer(student, teacher, teacher, STAGES[0], RECIPE, fsdp=fsdp)
 
 
 def host_batch(step: int) -> dict[str, np.ndarray]:

@@ -288,7 +288,7 @@ def test_unreadable_pictures_of_val_are_counted(material, tmp_path, unpictured, 
     with pytest.raises(InputError, match=r"1 of 3 images of --val cannot be used, more than .* 0\.1; .*z\.jpg"):
         compress.compress(options)
     assert not (tmp_path / "slim").exists()
-    monkeypatch.setattr("slimsam_jax.run.IMAGES", 2)
+    monkeypatch.setattr("slimsam_jax.compression.pipeline.IMAGES", 2)
     with pytest.raises(RunError, match=r"slim is finished, and measured on the rest; but 1 of 3 images of --val"):
         compress.compress(options)
     assert json.loads((tmp_path / "slim" / "report.json").read_text())["images"] == 2
@@ -301,12 +301,12 @@ def test_pictures_held_out_are_a_share_of_all_images(material, tmp_path):
     truncated(tmp_path / "images" / "0.png")  # the one of six that is held out
     held = lambda **kw: compress_options(material, tmp_path / "slim", images=(tmp_path / "images",), val=(), **kw)
     with pytest.raises(InputError, match=r"none of the 1 images"):
-        run_module.prepare(held())
+        run_module.prepare(held(), from_torch.load(material / "teacher"))
     for i in range(3):
         shutil.copy(material / "images" / "1.png", tmp_path / "images" / f"9{i}.png")
-    assert len(run_module.prepare(held(max_broken=1 / 9)).val) == 2
+    assert len(run_module.prepare(held(max_broken=1 / 9), from_torch.load(material / "teacher")).val) == 2
     with pytest.raises(InputError, match=r"1 of 9 images cannot be used, and --strict"):
-        run_module.prepare(held(strict=True))
+        run_module.prepare(held(strict=True), from_torch.load(material / "teacher"))
 
 
 def test_uniform_needs_a_uniform_teacher(material, tmp_path, monkeypatch, capsys):

@@ -27,6 +27,7 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import clicks, detections, resampled_ap
 from slimsam_jax.imaging import rle
 from slimsam_jax.imaging.transforms import resized_shape
+from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.config import preset
 
 
@@ -110,7 +111,7 @@ def test_clicks_equal_those_of_the_original_predictor():
     truth[10:30, 5:25] = True
     box = np.array([5.0, 10, 25, 30])
     annotation = Annotation(1, truth, box, box[:2], box)
-    ious = clicks.click_ious(sam, evaluation.encode_image(sam, image), [annotation], 5)[0]
+    ious = clicks.click_ious(sam, encode_image(sam, image), [annotation], 5)[0]
 
     original, prompts, low, mask = predictor(module, image), clicks._no_clicks(1, 5), None, np.zeros_like(truth)
     for k in range(5):

@@ -25,6 +25,8 @@ from slimsam_jax.evaluation import bootstrap, clicks, scores, tables
 from slimsam_jax.evaluation.protocols import box, box_noisy, prompt_points
 from slimsam_jax.imaging import geometry
 from slimsam_jax.imaging.overlap import boundary, boundary_iou, iou
+from slimsam_jax.imaging.prompts import Prompts
+from slimsam_jax.inference.decode import decode_prompts, encode_image
 from slimsam_jax.models import sam as models
 
 MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=30))
@@ -150,7 +152,7 @@ def test_number_of_clicks_by_hand():
 
 @pytest.fixture(scope="module")
 def encoded(tiny_sam):
-    return evaluation.encode_image(tiny_sam, noise((40, 30)))
+    return encode_image(tiny_sam, noise((40, 30)))
 
 
 def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
@@ -162,15 +164,15 @@ def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
 def test_padding_changes_no_mask(tiny_sam, encoded, count, absent):
     """Neither other prompts in the same call nor absent points."""
     xy = np.random.default_rng(count).uniform(0, 30, (count, 1, 2))
-    given_ = evaluation.Prompts(*prompt_points(xy, np.ones((count, 1))))
-    filled = evaluation.Prompts(
+    given_ = Prompts(*prompt_points(xy, np.ones((count, 1))))
+    filled = Prompts(
         np.concatenate([np.full((count, absent, 2), 7.0), given_.points], axis=1),
         np.concatenate([np.full((count, absent), -2), given_.labels], axis=1),
     )
-    low, predicted = evaluation.decode_prompts(tiny_sam, encoded, filled)
+    low, predicted = decode_prompts(tiny_sam, encoded, filled)
     assert len(low) == count
     i = count // 2
-    alone = evaluation.decode_prompts(tiny_sam, encoded, evaluation.Prompts(*(a[i : i + 1] for a in given_)))
+    alone = decode_prompts(tiny_sam, encoded, Prompts(*(a[i : i + 1] for a in given_)))
     np.testing.assert_allclose(low[i], alone[0][0], atol=2e-4)
     np.testing.assert_allclose(predicted[i], alone[1][0], atol=2e-4)
 
@@ -181,7 +183,7 @@ def test_nothing_is_compiled_from_image_to_image(tiny_sam):
 
     def measure(size: tuple[int, int], count: int) -> None:
         annotations = [annotation(rectangle(size, 2, 2, 9 + i, 12)) for i in range(count)]
-        found = evaluation.encode_image(tiny_sam, noise(size))
+        found = encode_image(tiny_sam, noise(size))
         scores.image_scores([tiny_sam], [found], annotations, protocols)
 
     sizes = lambda: (models.encode._cache_size(), models._decode._cache_size())

@@ -129,7 +129,7 @@ def test_enlarged_masks_equal_resized_logits():
     low = np.random.default_rng(0).standard_normal((5, 16, 16)).astype(np.float32)
     low[4] = -3
     bits, boxes, areas, stability = enlarge(sam, encoded, low, offset=0.5)
-    logits = resize_masks(sam.config, low, encoded.size, encoded.original_size)
+    logits = resize_masks(sam.config.image_size, low, encoded.size, encoded.original_size)
     masks = np.unpackbits(bits, axis=-1, count=33).astype(bool)
     np.testing.assert_array_equal(masks, logits > 0)
     np.testing.assert_array_equal(areas, (logits > 0).sum((1, 2)))

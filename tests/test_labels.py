@@ -11,6 +11,7 @@ from conftest import random_sam, samples, tiny_config
 from PIL import Image
 from test_data import write_annotation
 
+from slimsam_jax.compression import gradients
 from slimsam_jax.compression.gradients import mask_loss
 from slimsam_jax.data import prompted
 from slimsam_jax.errors import InputError
@@ -57,7 +58,7 @@ def test_a_perfect_mask_costs_nothing_and_an_inverted_one_much(monkeypatch, fold
     batch["masks"] = (batch["masks"] > 0.5).astype(np.float32)
     for sign, low, high in ((1, 0, 0.01), (-1, 5, np.inf)):
         logits = sign * 40 * (2 * batch["masks"][0] - 1)[:, None]
-        monkeypatch.setattr(prompted, "decode", lambda *_, logits=logits: (logits, None))
+        monkeypatch.setattr(gradients, "decode", lambda *_, logits=logits: (logits, None))
         assert low <= float(mask_loss(sam, sam.params["image_encoder"], batch)) <= high
 
 

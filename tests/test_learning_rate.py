@@ -10,6 +10,7 @@ from conftest import compress_options, samples
 from test_data import truncated
 from test_validation import shaken
 
+from converters.from_torch import load
 from slimsam_jax.compression.distill import Distillation, starting_error
 from slimsam_jax.compression.pipeline import prepare
 from slimsam_jax.distillation.schedules import learning_rates
@@ -18,12 +19,17 @@ from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.inference.decode import encode_image
 
 
+def prepared(material, tmp_path, **choices):
+    options = compress_options(material, tmp_path / "slim", **choices)
+    return prepare(options, load(options.teacher))
+
+
 def rate(run, student) -> float:
     return Distillation(run, run.stages[1], student, run.teacher).peak()
 
 
 def test_it_goes_with_the_root_of_the_embeddings_error(material, tmp_path):
-    run = prepare(compress_options(material, tmp_path / "slim", set=("pace=1e-4",)))
+    run = prepared(material, tmp_path, set=("pace=1e-4",))
     student, errors = shaken(run.teacher), []
     for sample in run.images:
         found, wanted = (np.asarray(encode_image(sam, sample.image()).embedding) for sam in (student, run.teacher))
@@ -33,12 +39,12 @@ def test_it_goes_with_the_root_of_the_embeddings_error(material, tmp_path):
 
 
 def test_it_has_a_limit(material, tmp_path):
-    run = prepare(compress_options(material, tmp_path / "slim", set=("pace=1e3",)))
+    run = prepared(material, tmp_path, set=("pace=1e3",))
     assert rate(run, shaken(run.teacher)) == 2e-3
 
 
 def test_a_resumed_stage_goes_on_with_the_rate_it_had(material, tmp_path):
-    run = prepare(compress_options(material, tmp_path / "slim"))
+    run = prepared(material, tmp_path)
     first = rate(run, shaken(run.teacher))
     assert rate(run, run.teacher) == first
     (entry,) = run.folder.read_log()
@@ -49,7 +55,9 @@ def test_a_resumed_stage_goes_on_with_the_rate_it_had(material, tmp_path):
 @pytest.mark.parametrize("given", [1e-3, 0.0])
 def test_it_reaches_the_step(material, tmp_path, given):
     """The one that was given, and otherwise the one that is logged."""
-    run = prepare(compress_options(material, tmp_path / "slim", set=(f"learning_rate={given}",)))
+    run = prepare(
+        compress_options(material, tmp_path / "slim", set=(f"learning_rate={given}",)), load(material / "teacher")
+    )
     distillation = Distillation(run, run.stages[1], shaken(run.teacher), run.teacher)
     wanted = given or run.folder.read_log()[0]["learning_rate"]
     assert wanted > 0
@@ -64,7 +72,10 @@ def test_it_reaches_the_step(material, tmp_path, given):
 
 def test_it_is_halved_on_a_plateau(material, tmp_path):
     """By the scores until then, which a resumed run reads in its log."""
-    run = prepare(compress_options(material, tmp_path / "slim", set=("schedule=plateau", "learning_rate=1e-3")))
+    run = prepare(
+        compress_options(material, tmp_path / "slim", set=("schedule=plateau", "learning_rate=1e-3")),
+        load(material / "teacher"),
+    )
     distillation = Distillation(run, run.stages[1], run.teacher, run.teacher)
     distillation.scores = {step: 0.9 for step in range(1, 6)}  # the best and four more, the stage's patience
     assert distillation.learning_rate(6) == 1e-3
@@ -73,7 +84,7 @@ def test_it_is_halved_on_a_plateau(material, tmp_path):
 
 
 def test_it_is_chosen_on_pictures_that_can_be_read(material, tmp_path):
-    run = prepare(compress_options(material, tmp_path / "slim"))
+    run = prepared(material, tmp_path)
     (broken,) = samples([truncated(tmp_path / "broken.jpg")])
     student, one = shaken(run.teacher), run.images[0]
     alone = starting_error(dataclasses.replace(run, images=[one]), student)

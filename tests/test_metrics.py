@@ -13,7 +13,8 @@ from PIL import Image
 from slimsam_jax import evaluation
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.imaging.overlap import iou
-from slimsam_jax.inference.decode import padded
+from slimsam_jax.imaging.prompts import point_grid
+from slimsam_jax.inference.decode import encode_image, padded, predict_masks
 from slimsam_jax.models.config import preset
 from slimsam_jax.models.sam import abstract_params
 from slimsam_jax.profiling import reference_macs
@@ -60,7 +61,7 @@ def test_iou_by_hand():
 
 
 def test_point_grid_lies_inside():
-    grid = evaluation.point_grid((20, 30), 2)
+    grid = point_grid((20, 30), 2)
     np.testing.assert_allclose(grid[:, 0], [[7.5, 5], [22.5, 5], [7.5, 15], [22.5, 15]])
 
 
@@ -75,12 +76,12 @@ def test_a_model_agrees_with_itself_alone(tmp_path):
 
 def test_the_number_of_prompts_does_not_change_a_mask(tmp_path, tiny_sam):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8))
-    encoded = evaluation.encode_image(tiny_sam, image)
+    encoded = encode_image(tiny_sam, image)
     points = np.random.default_rng(1).uniform(0, 30, (70, 1, 2))  # more than a bucket
-    masks, scores = evaluation.predict_masks(tiny_sam, encoded, points)
+    masks, scores = predict_masks(tiny_sam, encoded, points)
     assert masks.shape == (70, 40, 30) and scores.shape == (70,)
     for index in (0, 66):
-        alone, score = evaluation.predict_masks(tiny_sam, encoded, points[index : index + 1])
+        alone, score = predict_masks(tiny_sam, encoded, points[index : index + 1])
         assert iou(alone[0], masks[index]) > 0.99
         np.testing.assert_allclose(score[0], scores[index], atol=1e-5)
 

@@ -119,7 +119,7 @@ def test_mask_postprocessing_equals_the_original(stock):
     low = np.random.default_rng(3).standard_normal((2, 3, 16, 16)).astype(np.float32)
     for size, original in (((64, 40), (90, 57)), ((33, 64), (17, 33)), ((64, 64), (64, 64)), ((1, 64), (3, 500))):
         expected = stock.postprocess_masks(torch.from_numpy(low), size, original).numpy()
-        np.testing.assert_allclose(resize_masks(SQUARE, low, size, original), expected, atol=1e-5)
+        np.testing.assert_allclose(resize_masks(SQUARE.image_size, low, size, original), expected, atol=1e-5)
 
 
 def test_preprocessing_equals_the_original(stock):
@@ -251,7 +251,7 @@ def test_golden_prompts(golden, case):
         found = np.asarray(low)[:, outputs]
         np.testing.assert_allclose(found, given(f"{mode}/low_res_masks"), atol=5e-5)
         np.testing.assert_allclose(iou[:, outputs], given(f"{mode}/iou_predictions"), atol=1e-5)
-        logits = resize_masks(model.config, found, tuple(size), original)
+        logits = resize_masks(model.config.image_size, found, tuple(size), original)
         np.testing.assert_allclose(logits, given(f"{mode}/mask_logits"), atol=5e-5)
 
 

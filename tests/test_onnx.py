@@ -15,7 +15,8 @@ from peers import segment_anything, stock_sam
 from PIL import Image
 
 from converters import to_onnx, to_torch
-from converters.onnx import check, encoder
+from converters.onnx import check
+from converters.onnx import encoder as onnx_encoder
 from slimsam_jax import checkpoint, cli, data
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.imaging.prompts import prompt_points
@@ -99,9 +100,9 @@ def assert_close(found, wanted, tolerance=1e-5):
     assert check.largest_error(np.asarray(found), np.asarray(wanted)) < tolerance
 
 
-@pytest.mark.parametrize("logits", [0, encoder.LOGITS_AT_ONCE])  # one head after the other, or all at once
+@pytest.mark.parametrize("logits", [0, onnx_encoder.LOGITS_AT_ONCE])  # one head after the other, or all at once
 def test_encoders(sam, logits, monkeypatch):
-    monkeypatch.setattr(encoder, "LOGITS_AT_ONCE", logits)
+    monkeypatch.setattr(onnx_encoder, "LOGITS_AT_ONCE", logits)
     batch = random_images(sam.config, 3)
     wanted, pixels = embed(sam, batch)
     encoder, _ = sessions(sam, "transformers_js")
@@ -132,7 +133,7 @@ def test_decoder_of_meta(sam):
         frame = resized_shape(size, sam.config.image_size)
         assert_close(low, wanted)
         assert_close(found_iou, iou)
-        assert_close(full, resize_masks(sam.config, wanted, frame, size))
+        assert_close(full, resize_masks(sam.config.image_size, wanted, frame, size))
 
 
 def test_decoder_of_transformers_js(sam):

@@ -17,7 +17,8 @@ from conftest import shared
 from golden import subset
 
 from converters.tables.sam import rows
-from slimsam_jax.compression import prune, reference, selection, trainer
+from slimsam_jax.compression import prune, reference, selection
+from slimsam_jax.compression import trainer as distillations
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.steps import STAGES
@@ -311,8 +312,8 @@ def test_two_steps_of_training(golden, monkeypatch, stage):
     teacher, previous, student = (model(golden, p) for p in ("sd/", "step1/sd/", "step2/global/sd/"))
     previous, student = (previous, student) if number == 2 else (teacher, previous)
     encode = lambda config, encoder, batch, **_: run(config, encoder, batch["image"])
-    monkeypatch.setattr(trainer, "run_encoder", encode)
-    trainer = trainer.make_trainer(student, previous, teacher, stage, RECIPE)
+    monkeypatch.setattr(distillations, "run_encoder", encode)
+    trainer = distillations.make_trainer(student, previous, teacher, stage, RECIPE)
     terms = stage.terms(0, 10_000, RECIPE)
     batches = [{"image": images(golden)[i : i + 4]} for i in (0, 4)]
     state, losses = trainer.state, []

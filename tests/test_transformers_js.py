@@ -117,7 +117,7 @@ def masks():
         inputs = {"image_embeddings": embedding, "image_positional_embeddings": positions}
         inputs["input_points"] = (places * size[::-1]).astype(np.float32)
         low = decoder.run(None, {**inputs, "input_labels": np.ones((1, 16, 1), np.int64)})[1][0]
-        return resize_masks(sam.config, low, tuple(size), original) > 0
+        return resize_masks(sam.config.image_size, low, tuple(size), original) > 0
 
     return ask
 

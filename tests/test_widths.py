@@ -10,7 +10,7 @@ from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimsam_jax.compression import widths
+from slimsam_jax.compression import budget, widths
 from slimsam_jax.compression.budget import Budget, Target, _ratio_of, group_costs
 from slimsam_jax.compression.recipes import RECIPES, Recipe
 from slimsam_jax.compression.widths import with_widths
@@ -151,13 +151,13 @@ def test_a_budget_out_of_reach_is_refused(text):
 def test_latency_budget_is_measured(monkeypatch):
     """With a clock that charges by the MAC, the result meets the budget as measured, not as the parts promised."""
     seconds = lambda config: 1e-3 + reference_macs.encoder_macs(config).total * 1e-11
-    monkeypatch.setattr(widths, "encoder_seconds", lambda configs: [seconds(config) for config in configs])
+    monkeypatch.setattr(budget, "encoder_seconds", lambda configs: [seconds(config) for config in configs])
 
     def blocks(config, some):  # parts are measured 20 % too slow
         alone = [dataclasses.replace(config, blocks=(block,)) for block in some]
         return [1.2 * seconds(config) for config in alone]
 
-    monkeypatch.setattr(widths, "block_seconds", blocks)
+    monkeypatch.setattr(budget, "block_seconds", blocks)
     wanted = Budget.parse("latency=600ms")
     target = Target(budget=wanted)
     _ratio_of.cache_clear()

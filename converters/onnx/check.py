@@ -115,7 +115,7 @@ def compare_sam(expected: Reference, encoder: Path, decoder: Path, return_single
         }
         full, iou, low = run(None, {name: np.asarray(value, np.float32) for name, value in inputs.items()})
         kept = [chosen(prompt)] if return_single_mask else slice(None)
-        resized = resize_masks(expected.config, prompt.low[:, kept], expected.size, expected.original_size)
+        resized = resize_masks(expected.config.image_size, prompt.low[:, kept], expected.size, expected.original_size)
         found += [(low, iou), (full, iou)]
         wanted += [(prompt.low[:, kept], prompt.iou[:, kept]), (resized, prompt.iou[:, kept])]
     return errors(expected, embedding, found, wanted)

@@ -17,7 +17,7 @@ from rich.table import Table
 from slimsam_jax import data
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.calibration import calibration, calibration_stream
+from slimsam_jax.compression.calibration import calibration_stream, on_devices
 from slimsam_jax.compression.recipes import Recipe
 from slimsam_jax.compression.steps import STAGES
 from slimsam_jax.data import Sample
@@ -84,7 +84,7 @@ class Bench:
         self.wanted = [encode_image(sam, picture).embedding for picture in self.pictures]
 
     def calibration(self, name: str) -> Iterable[Any]:
-        return calibration(iter(self.batches), len(self.batches))
+        return on_devices(iter(self.batches), len(self.batches))
 
     def prune(self, ratio: float) -> Pruned:
         models, target = [self.sam], Target(ratio)

@@ -10,11 +10,13 @@ import jax
 
 from slimsam_jax import sharding
 from slimsam_jax.compression.recipes import Recipe
-from slimsam_jax.compression.trainer import Batch
 from slimsam_jax.data import Sample
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.data.prompted import AnnotatedBatches
 from slimsam_jax.models.config import Config
+
+Batch = dict[str, Any]
+Calibration = Callable[[str], Iterable[Batch]]  # what it is for -> batches, the same images at each call
 
 
 def calibration_stream(
@@ -28,11 +30,7 @@ def calibration_stream(
     return Batches(samples, config.image_size, batch, seed, part=part, max_broken=max_broken)
 
 
-def calibration(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+def on_devices(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
     """The first `count` batches of a stream, on all devices."""
     mesh = sharding.make_mesh()
     return (sharding.shard_batch(batch, mesh) for batch in itertools.islice(batches, count))
-
-
-Batch = dict[str, Any]
-Calibration = Callable[[str], Iterable[Batch]]  # what it is for -> batches, the same images at each call

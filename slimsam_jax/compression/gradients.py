@@ -32,13 +32,10 @@ def mask_loss(sam: Sam, encoder: Any, batch: dict[str, jax.Array]) -> jax.Array:
     return 20 * mask_losses.focal(logits, target).mean() + mask_losses.dice(logits, target).mean()
 
 
-def _check_finite(found: Any) -> Any:
+def check_finite(found: Any) -> Any:
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)):
         raise RunError("the statistics of the model are not finite; does it give finite embeddings for these images?")
     return found
-
-
-# ------------------------------------------------------------------------------------- whole channels
 
 
 def gradients(sam: Sam, recipe: Recipe, calibration: Calibration, seed: int) -> Any:
@@ -49,7 +46,7 @@ def gradients(sam: Sam, recipe: Recipe, calibration: Calibration, seed: int) -> 
     encoder = sharding.replicate(sam.params["image_encoder"], mesh)
     if recipe.needs_labels:
         loss = functools.partial(mask_loss, sam)
-        return _check_finite(loss_gradients(loss, encoder, batches, recipe.gradients, mesh))
+        return check_finite(loss_gradients(loss, encoder, batches, recipe.gradients, mesh))
     embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
     options = (recipe.noise_std, recipe.gradients, recipe.probes, mesh)
-    return _check_finite(disturbed_gradients(embed, encoder, batches, jax.random.key(seed), *options))
+    return check_finite(disturbed_gradients(embed, encoder, batches, jax.random.key(seed), *options))

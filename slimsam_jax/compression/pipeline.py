@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters.from_torch import load
 from slimsam_jax import __version__, checkpoint, data, sharding
 from slimsam_jax.compression import report, widths
 from slimsam_jax.compression.budget import Budget, Target
-from slimsam_jax.compression.calibration import calibration_stream
+from slimsam_jax.compression.calibration import calibration_stream, on_devices
 from slimsam_jax.compression.distill import distil
 from slimsam_jax.compression.prune import prune as prune_sam
 from slimsam_jax.compression.recipes import RECIPES, Recipe
@@ -72,9 +71,9 @@ class Run:
         return sum(map(self.steps_of, self.stages[: self.stages.index(stage)]))
 
 
-def run(options: Options) -> dict[str, Any]:
+def run(options: Options, teacher: Sam) -> dict[str, Any]:
     """See `compress.compress`, which checks the options first."""
-    run = prepare(options)
+    run = prepare(options, teacher)
     with run.folder:
         return carry_out(run)
 
@@ -154,12 +153,11 @@ def save_other(run: Run, student: Sam) -> None:
         checkpoint.save(other, run.options.out / name)
 
 
-def prepare(options: Options) -> Run:
+def prepare(options: Options, teacher: Sam) -> Run:
     """Everything that can be refused is refused here, before anything is written."""
     batch, recipe = batch_size(options), RECIPES[options.recipe].change(options.set)
     target = Target(options.channel_ratio(), Budget.parse(options.budget) if options.budget is not None else None)
     check_combinations(options, recipe, target)
-    teacher = load(options.teacher or data.embedded_teacher())
     if options.uniform and not teacher.config.uniform:
         raise InputError("--uniform needs a teacher whose blocks are alike, and this one's are not")
     images, val = split_images(options)
@@ -234,7 +232,7 @@ def prune(run: Run, stage: Stage, previous: Sam) -> Sam:
         batches = calibration_stream(recipe, run.images, config, devices, options.seed, options.broken_share())
         streams.append(batches)
         name = f"{stage.name}: {name}"
-        return track(calibration(batches, count), name, count, per_item=devices, compiles=True)
+        return track(on_devices(batches, count), name, count, per_item=devices, compiles=True)
 
     recipe = dataclasses.replace(recipe, least=recipe.least**stage.cut)  # all rounds together leave the least
     slim = prune_sam(previous, stage, recipe, run.target.part(stage.cut), calibration, options.seed, options.uniform)

@@ -14,7 +14,7 @@ from slimsam_jax import sharding
 from slimsam_jax.compression import widths
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.calibration import Batch, Calibration
-from slimsam_jax.compression.gradients import _check_finite, gradients
+from slimsam_jax.compression.gradients import check_finite, gradients
 from slimsam_jax.compression.projection import attention, embedding, mlp, statistics
 from slimsam_jax.compression.recipes import Recipe
 from slimsam_jax.compression.selection import choose
@@ -122,7 +122,7 @@ def project(
 
 def _moments(sam: Sam, batches: Iterable[Batch], seed: int, *parts: statistics.Part) -> statistics.Moments:
     encoder = sharding.replicate(sam.params["image_encoder"], sharding.make_mesh())
-    return _check_finite(statistics.accumulate(_statistic(sam.config, parts), encoder, batches, seed))
+    return check_finite(statistics.accumulate(_statistic(sam.config, parts), encoder, batches, seed))
 
 
 @functools.lru_cache(maxsize=2)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from slimsam_jax import sharding
 from slimsam_jax.compression.recipes import Recipe
 from slimsam_jax.compression.steps import Stage
-from slimsam_jax.distillation.losses import Features
+from slimsam_jax.distillation import losses
 from slimsam_jax.distillation.step import init_state, make_optimizer, make_step
 from slimsam_jax.models.attention import Form
 from slimsam_jax.models.config import Config
@@ -73,7 +73,7 @@ def make_trainer(
 
 def _student_features(
     encode: Encode, config: Config, stage: Stage, recipe: Recipe, params: Any, frozen: Any, batch: Batch
-) -> Features:
+) -> losses.Features:
     embedding, features = encode(config, params["image_encoder"], batch)
     head = {**frozen.get("head", {}), **params}
     found = {"embedding": embedding, **_views(config, recipe, embedding, head, batch)}
@@ -84,7 +84,7 @@ def _student_features(
 
 def _target_features(
     encode: Encode, previous: Config, teacher: Config, stage: Stage, recipe: Recipe, frozen: Any, batch: Batch
-) -> Features:
+) -> losses.Features:
     """`frozen_features`, or those that come with the batch (see `targets`): [b, 1, ...], then; and views of them."""
     if "targets" in batch:
         found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch["targets"])
@@ -95,7 +95,7 @@ def _target_features(
 
 def frozen_features(
     encode: Encode, previous: Config, teacher: Config, stage: Stage, frozen: Any, batch: Batch
-) -> Features:
+) -> losses.Features:
     """The teacher's embedding, and features of the model before the cut, which may be the teacher.
 
     A teacher's embedding that comes with the batch (see `teacher_cache`) is not computed again.
@@ -112,7 +112,7 @@ def frozen_features(
     return found | {"previous": before, **stream_features(previous, features)}
 
 
-def _views(config: Config, recipe: Recipe, embedding: jax.Array, head: Any, batch: Batch) -> Features:
+def _views(config: Config, recipe: Recipe, embedding: jax.Array, head: Any, batch: Batch) -> losses.Features:
     """The embedding as others see it; see `Recipe.cosine` and `Recipe.masks`."""
     found, embedding = {}, embedding.astype(jnp.float32)
     if recipe.cosine:

@@ -13,8 +13,6 @@ import numpy as np
 import scipy.sparse
 from PIL import Image
 
-from slimsam_jax.models.config import Config
-
 
 def resized_shape(size: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
     """Size in the model frame of a picture of `size`: largest that fits, rounded half up (never below 1)."""
@@ -50,7 +48,9 @@ def to_model_frame(xy: np.ndarray, size: tuple[int, int], original_size: tuple[i
     return (np.asarray(xy, np.float64) * scale).astype(np.float32)
 
 
-def resize_masks(config: Config, masks: np.ndarray, size: tuple[int, int], original_size: tuple[int, int]):
+def resize_masks(
+    image_size: tuple[int, int], masks: np.ndarray, size: tuple[int, int], original_size: tuple[int, int]
+) -> np.ndarray:
     """Low-resolution logits -> logits in the original frame.
 
     The original enlarges to the model frame, crops the padding and resizes again, all
@@ -58,12 +58,13 @@ def resize_masks(config: Config, masks: np.ndarray, size: tuple[int, int], origi
     three weights a row, which costs a fraction and compiles nothing per picture size.
 
     Args:
+      image_size: (H, W) of the model frame.
       masks: [..., 4h, 4w] logits from `decode`.
 
     Returns:
       [..., h0, w0] float32; a mask is where they exceed 0.
     """
-    rows, columns = (enlarging(masks.shape[i - 2], config.image_size[i], size[i], original_size[i]) for i in (0, 1))
+    rows, columns = (enlarging(masks.shape[i - 2], image_size[i], size[i], original_size[i]) for i in (0, 1))
     masks = np.asarray(masks, np.float32)
     enlarged = np.empty((*masks.shape[:-2], *original_size), np.float32)
     for index in np.ndindex(masks.shape[:-2]):

@@ -89,5 +89,5 @@ def original_masks(sam: Sam, encoded: Encoded, low: np.ndarray) -> np.ndarray:
     """[..., 4h, 4w] logits -> [..., h0, w0] bool masks; of float32 there is never more than one mask."""
     masks = np.empty((*low.shape[:-2], *encoded.original_size), bool)
     for index in np.ndindex(low.shape[:-2]):
-        masks[index] = resize_masks(sam.config, low[index], encoded.size, encoded.original_size) > 0
+        masks[index] = resize_masks(sam.config.image_size, low[index], encoded.size, encoded.original_size) > 0
     return masks

@@ -221,7 +221,7 @@ def predict(
     decoded = iter(decode_mixed(sam, [each for each, _ in flat], [prompt for _, prompt in flat]))
 
     def finished(each: Encoded, low: np.ndarray, scores: np.ndarray) -> Prediction:
-        masks = resize_masks(sam.config, low[outputs], each.size, each.original_size)
+        masks = resize_masks(sam.config.image_size, low[outputs], each.size, each.original_size)
         return Prediction(masks if return_logits else masks > 0, scores[outputs], low[outputs])
 
     return [[finished(each, *next(decoded)) for _ in of_image] for each, of_image in zip(encoded, prompts, strict=True)]
