@@ -354,7 +354,7 @@ def test_non_uniform_models_are_not_offered_to_transformers(tmp_path, tiny_sam):
 
 def test_published_presets_convert():
     """SAM-B and SlimSAM-77 by their shapes: every row of the table fits the tree."""
-        from slimsam_jax.models.config import preset
+    from slimsam_jax.models.config import preset
 
     for name in ("vit_b", "vit_p77"):
         config = preset(name)
