@@ -17,10 +17,10 @@ from converters.tables.rows import Row
 from converters.tables.sam import rows
 from converters.tables.vit import split_qkv
 from slimsam_jax import cli, safetensors_file
+from slimsam_jax.cli.checks import check_empty
 from slimsam_jax.errors import InputError, blaming
 from slimsam_jax.files import read_json
 from slimsam_jax.models import config as architecture
-from slimsam_jax.output_checks import check_empty
 
 if TYPE_CHECKING:
     from slimsam_jax.models.sam import Sam

@@ -12,8 +12,8 @@ from tyro.conf import Positional
 
 from converters import huggingface
 from slimsam_jax import cli
+from slimsam_jax.cli.checks import check_empty
 from slimsam_jax.errors import InputError, RunError, writing
-from slimsam_jax.output_checks import check_empty
 
 if TYPE_CHECKING:
     import onnx

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slimsam_jax import cli, limits, sharding
+from slimsam_jax.cli.checks import check_seed, check_share
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range
-from slimsam_jax.output_checks import check_seed, check_share
 from slimsam_jax.training.folder_lock import check_run_folder
 
 Part = Literal["image_encoder", "prompt_encoder", "mask_decoder"]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimsam_jax import cli, limits
+from slimsam_jax.cli.checks import check_files, check_seed, check_share
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range
-from slimsam_jax.output_checks import check_files, check_seed, check_share
 
 if TYPE_CHECKING:
     from slimsam_jax.models.sam import Sam

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimsam_jax import cli, limits
+from slimsam_jax.cli.checks import check_files
 from slimsam_jax.errors import InputError
-from slimsam_jax.output_checks import check_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

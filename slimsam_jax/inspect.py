@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import tyro
 
 from slimsam_jax import cli, limits
+from slimsam_jax.cli.checks import check_file, check_seed
 from slimsam_jax.errors import InputError
-from slimsam_jax.output_checks import check_file, check_seed
 
 
 def main(

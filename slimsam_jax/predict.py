@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 from slimsam_jax import cli, limits
+from slimsam_jax.cli.checks import check_file
 from slimsam_jax.errors import InputError, printable
-from slimsam_jax.output_checks import check_file
 
 # Python takes 1_0 for a number, too, and digits of any script.
 NUMBER = r" *[+-]?(?:[0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,3})? *"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slimsam_jax import compilation
+from slimsam_jax.cli import compilation
 
 COMPILE = """
 from slimsam_jax import compilation

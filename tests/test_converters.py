@@ -27,8 +27,8 @@ from slimsam_jax import checkpoint
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.imaging.transforms import resize_and_pad
 from slimsam_jax.models import sam as sam_module
-from slimsam_jax.models.encoders.vit import ImageEncoder
 from slimsam_jax.models.config import Thresholds
+from slimsam_jax.models.encoders.vit import ImageEncoder
 
 SQUARE = tiny_config(image_size=(64, 64))
 
@@ -316,9 +316,7 @@ def test_huggingface_there_and_back(tmp_path):
     with torch.no_grad():
         out = model(pixel_values=torch.from_numpy(images), input_points=torch.from_numpy(points), multimask_output=True)
         embedding = model.get_image_embeddings(torch.from_numpy(images))[0].permute(1, 2, 0).numpy()
-    expected = ImageEncoder(SQUARE).apply(
-        {"params": ours.params["image_encoder"]}, images.transpose(0, 2, 3, 1)
-    )[0][0]
+    expected = ImageEncoder(SQUARE).apply({"params": ours.params["image_encoder"]}, images.transpose(0, 2, 3, 1))[0][0]
     np.testing.assert_allclose(embedding, expected, atol=1e-5)
     coordinates, labels = sam_module_prompts(points[0])
     masks, iou = sam_module.decode(SQUARE, ours.params, expected, coordinates, labels)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from slimsam_jax import cli
+from slimsam_jax.cli.checks import check_empty, check_seed
 from slimsam_jax.errors import InputError
-from slimsam_jax.output_checks import check_empty, check_seed
 
 
 def pack(out: Path, downloads: Path = Path("downloads")) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from slimsam_jax import sharding
 from slimsam_jax.compression import targets
+from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.steps import Stage
 from slimsam_jax.compression.trainer import make_trainer
 from slimsam_jax.data import Sample
@@ -26,9 +27,6 @@ from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import reference_macs
 from slimsam_jax.training.loop import ADVICE, Loop, Schedule
-
-if TYPE_CHECKING:
-    from slimsam_jax.compression.pipeline import Run
 
 # Multiply-accumulates of the teacher in a stage, below which compiling a second program, without the terms that have
 # faded, takes longer than it saves: 1500 images of the small SAM, four of ViT-B at 1024 px.

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slimsam_jax import limits
+from slimsam_jax.cli.checks import check_seed, check_share
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range
-from slimsam_jax.output_checks import check_seed, check_share
 from slimsam_jax.training.folder_lock import check_run_folder
 
 COUNTED = {

@@ -24,7 +24,7 @@ from slimsam_jax.compression.prune import prune as prune_sam
 from slimsam_jax.compression.recipes import RECIPES, Recipe
 from slimsam_jax.compression.steps import Stage, plan, steps_of
 from slimsam_jax.compression.teacher_cache import TeacherCache
-from slimsam_jax.compression.validation import IMAGES, Score, validator
+from slimsam_jax.compression.validation import IMAGES, validator
 from slimsam_jax.data import Sample
 from slimsam_jax.data.prompted import annotated
 from slimsam_jax.data.reading import map_readable, read_annotated
@@ -39,36 +39,8 @@ from slimsam_jax.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from slimsam_jax.compression.options import Options
+from slimsam_jax.compression.run import Run
 from slimsam_jax.training.setup import batch_size, check_batch, compute_dtype, some_of, split_images, too_many_of_val
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What all stages share."""
-
-    options: Options
-    recipe: Recipe
-    target: Target
-    teacher: Sam
-    images: list[Sample]
-    val: list[Sample]
-    steps: int
-    batch: int
-    dtype: Any
-    cache: TeacherCache | None
-    score: Score | None
-    folder: RunFolder
-    provenance: dict[str, Any]
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        return plan(self.recipe)
-
-    def steps_of(self, stage: Stage) -> int:
-        return steps_of(self.stages, self.steps)[stage.name]
-
-    def steps_before(self, stage: Stage) -> int:
-        return sum(map(self.steps_of, self.stages[: self.stages.index(stage)]))
 
 
 def run(options: Options, teacher: Sam) -> dict[str, Any]:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax.compression import trainer
+from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.steps import Stage
 from slimsam_jax.data import Sample
 from slimsam_jax.imaging.transforms import resize_and_pad
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.encoders.vit_features import run_encoder
 from slimsam_jax.models.sam import Sam
-
-if TYPE_CHECKING:
-    from slimsam_jax.compression.pipeline import Run
 
 ROOM = 2**28  # bytes that targets may take: those of 24 images of the small SAM are 63 MB, of 200 too many
 

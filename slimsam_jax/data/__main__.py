@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 from slimsam_jax import cli
+from slimsam_jax.cli.checks import check_empty, check_file
 from slimsam_jax.errors import printable
-from slimsam_jax.output_checks import check_empty, check_file
 
 Locations = Annotated[tuple[str, ...], tyro.conf.Positional]
 

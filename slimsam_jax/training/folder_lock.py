@@ -10,8 +10,8 @@ import socket
 from pathlib import Path
 from typing import BinaryIO
 
+from slimsam_jax.cli.checks import check_empty
 from slimsam_jax.errors import InputError, printable
-from slimsam_jax.output_checks import check_empty
 
 
 def check_run_folder(folder: Path, resume: bool) -> None:

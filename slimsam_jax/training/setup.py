@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,19 @@ from slimsam_jax.data import Sample
 from slimsam_jax.data.sample import too_many
 from slimsam_jax.errors import InputError
 
-if TYPE_CHECKING:
-    from slimsam_jax.compression.options import Options
+
+class Options(Protocol):
+    """The options that every training shares, see `compression.options.Options`."""
+
+    images: tuple[str, ...]
+    val: tuple[str, ...]
+    batch: int | None
+    accumulate: int
+    fsdp: int
+    dtype: str
+
+    def broken_share(self) -> float:
+        """The share of images that may be unreadable."""
 
 
 def batch_size(options: Options) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from slimsam_jax import compilation
+from slimsam_jax.cli import compilation
 from slimsam_jax.errors import InputError, RunError, Stopped, printable
 
 Arguments = Callable[..., Any] | dict[str, Callable[..., Any]]
