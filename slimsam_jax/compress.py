@@ -10,7 +10,7 @@ from slimsam_jax.progress import say
 
 
 def compress(options: Options) -> dict[str, Any]:
-    """Runs the whole compression; the story is told in `run.py`.
+    """Runs the whole compression; the story is told in `compression.pipeline`.
 
     Returns:
       The report, as in `report.json`.
@@ -33,7 +33,7 @@ def compress(options: Options) -> dict[str, Any]:
 
 
 def announce(options: Options) -> None:
-    """Says what will be done before JAX is there, which takes seconds to come; `run.announce` goes on."""
+    """Says what will be done before JAX is there, which takes seconds to come; `pipeline.announce` goes on."""
     images = ", ".join(map(str, options.images)) or "the photographs in the package"
     val = ", ".join(map(str, options.val)) or "an eighth of them, held out"
     how_much = f"budget {options.budget}" if options.budget else f"{100 * options.channel_ratio():g} % of the channels"

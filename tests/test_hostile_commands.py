@@ -35,7 +35,7 @@ COMMANDS = {
         "--model {m}/teacher --images {m}/val --out e.json",
     ),
     "inspect": ("slimsam_jax.inspect", ("main",), "{m}/teacher --images {m}/images --out i.png"),
-    "demo": ("slimsam_jax.demo", ("main",), "--port 0 --cache none"),
+    "demo": ("slimsam_jax.demo.__main__", ("main",), "--port 0 --cache none"),
     "data": ("slimsam_jax.data.__main__", ("check", "prepare"), ""),
     "to_torch": ("converters.to_torch", ("main",), "{m}/teacher"),
     "from_torch": ("converters.from_torch", ("main",), "{m}/teacher"),
@@ -213,7 +213,12 @@ LINES = [(name, given) for name, all_ in HOSTILE.items() for given in all_]
 @pytest.fixture(scope="module")
 def imported():
     """What commands import once they have looked at their options: not part of what a refusal takes."""
-    for name in ("slimsam_jax.run", "slimsam_jax.evaluation.figures", "slimsam_jax.study", "experiments.reference_run"):
+    for name in (
+        "slimsam_jax.compression.pipeline",
+        "slimsam_jax.evaluation.figures",
+        "slimsam_jax.compression.analysis",
+        "experiments.reference_run",
+    ):
         importlib.import_module(name)
     for module, *_ in COMMANDS.values():
         importlib.import_module(module)

@@ -334,10 +334,11 @@ import numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 sys.path.insert(0, {tests!r})
 from conftest import random_images, random_sam, tiny_config
-from slimsam_jax import prune, sharding
-from slimsam_jax.recipes import RECIPES
-from slimsam_jax.stages import STAGES
-from slimsam_jax.widths import Target
+from slimsam_jax import sharding
+from slimsam_jax.compression import prune
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.compression.budget import Target
 
 batches = [random_images(tiny_config(), 2, seed) for seed in range(2)]
 for recipe in ("default", "taylor"):

@@ -1,4 +1,4 @@
-"""The distillation of a stage: the loop of `loop.py` with the terms, the scores and the schedule of a recipe."""
+"""The distillation of a stage: the loop of `training.loop` with the terms, the scores and the schedule of a recipe."""
 
 from __future__ import annotations
 

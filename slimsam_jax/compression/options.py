@@ -53,11 +53,11 @@ class Options:
     attention included) or latency=120ms (of the image encoder, one image, measured on this machine)."""
     recipe: Literal["default", "taylor", "slimsam"] = "default"
     """"default" chooses a basis before it cuts; "taylor" cuts whole channels by Disturbed Taylor importance
-    without the reference's slips; "slimsam" does what the original code does (slimsam_jax/recipes.py lists
+    without the reference's slips; "slimsam" does what the original code does (slimsam_jax/compression/recipes.py lists
     the differences with reasons)."""
     set: tuple[str, ...] = ()
     """Single choices that differ from the recipe's, as NAME=VALUE: multiple=8, criterion=fisher, ... (all of them
-    with their reasons in slimsam_jax/recipes.py)."""
+    with their reasons in slimsam_jax/compression/recipes.py)."""
     uniform: bool = False
     """Prune every block alike, so that the result loads into stock segment_anything and transformers."""
     steps: int | None = None

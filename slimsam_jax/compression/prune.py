@@ -46,7 +46,7 @@ def prune(
     Args:
       target: how much, of the embedding's channels or of all bottleneck channels.
       calibration: what it is for -> batches on the devices, the same images at each call; projection needs
-        them more than once. With labels (`labels.AnnotatedBatches`) if the recipe's signal is "masks".
+        them more than once. With labels (`data.prompted.AnnotatedBatches`) if the recipe's signal is "masks".
       uniform: equal widths in all blocks, as stock SAM needs.
 
     Raises:
@@ -99,7 +99,7 @@ def project(
     seed: int,
     uniform: bool,
 ) -> Sam:
-    """Chooses bases before it cuts (`models.projection`); the MLPs are refitted behind heads already cut."""
+    """Chooses bases before it cuts (`compression.projection`); the MLPs are refitted behind heads already cut."""
     encoder = sam.params["image_encoder"]
     if stage.cuts == "embedding":
         moment = _moments(sam, calibration("statistics of the stream"), seed, "stream")["stream"]
@@ -155,7 +155,7 @@ def worth(sam: Sam, stage: Stage, recipe: Recipe, calibration: Calibration, seed
     Returns:
       {"embedding": [D]} or {"blocks_i/attn": [head_dim], "blocks_i/mlp": [mlp_dim]}. Of a projection, channels
       are directions (units of an MLP), and worth is a share of variance: of the residual stream's for the
-      embedding, of the image embedding's or the stream's for the others (see `models.projection`).
+      embedding, of the image embedding's or the stream's for the others (see `compression.projection`).
     """
     if recipe.criterion == "projection":
         if stage.cuts == "embedding":

@@ -70,7 +70,7 @@ class Recipe:
     Slips of the reference (facts about the original code, each an option by itself):
       tie_embedding: channels c, c + D/heads, ... of the embedding stay or go together, because the
         tracing takes it for heads: 64 degrees of freedom of 768.
-      reference_selection: widths rounded down and a threshold with its ties, as in `pruning.reference`;
+      reference_selection: widths rounded down and a threshold with its ties, as in `compression.reference`;
         ours removes exactly the asked number.
       round_by_index: with that, a global selection rounds by sparing the highest channel numbers, not the most
         important channels.

@@ -1,7 +1,7 @@
 """Selection exactly as SlimSAM's code does it, quirks included. For `recipe="slimsam"` only.
 
 The quirks (file and line of the original in brackets) are what the paper measured, not
-what we recommend; `masks.py` has our own rules.
+what we recommend; `pruning` has our own rules.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def make_trainer(
       previous: the model that was pruned; in the first stage the teacher itself.
       dtype: of the encoders' computation and of the frozen ones' parameters; the student's own, prompt encoder and
         mask decoder stay float32.
-      parts: that each batch is taken in, see `distill.make_step`.
+      parts: that each batch is taken in, see `distillation.step.make_step`.
       fsdp: devices that parameters are split over, see `sharding`.
       attention: how it is computed, see `models.attention`.
       known: whether batches bring their targets, see `targets`.

@@ -29,7 +29,7 @@ class MaskBatches(Batches):
 
     Args:
       prompts: p.
-      flip, crop: see `data.batches.flip_and_crop`.
+      flip, crop: see `data.augment.flip_and_crop`.
       start, part, max_broken, workers: see `Batches`.
     """
 

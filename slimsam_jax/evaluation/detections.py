@@ -118,7 +118,7 @@ def precisions(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> dict[str, list[dict[str, Any]]]:
-    """AP of each model over some images: {"boxes/ap": per model {"mean", ...}, ...}, as `statistics.summarise`.
+    """AP of each model over some images: {"boxes/ap": per model {"mean", ...}, ...}, as `bootstrap.summarise`.
 
     Only of AP itself there are intervals, see `resampled_ap`.
 

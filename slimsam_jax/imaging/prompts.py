@@ -43,7 +43,7 @@ class Prompts(NamedTuple):
 
     Attributes:
       points: [p, n, 2] (x, y); box corners are points too.
-      labels: [p, n]; see `models.prompt_encoder`.
+      labels: [p, n]; see `PromptEncoder`.
     """
 
     points: np.ndarray

@@ -86,7 +86,7 @@ def allocate(worth: Worth, costs: Costs, budget: float, multiple: int = 1, least
       worth: {group: [size], falling}, comparable between groups.
       costs: {group: [size + 1]}, not falling.
       budget: what all groups may cost together.
-      multiple, least: as in `masks.global_widths`.
+      multiple, least: as in `global_widths`.
 
     Returns:
       {group: width}; their costs together are at most `budget`.

@@ -189,7 +189,7 @@ class Trainer(NamedTuple):
     """What a stage's distillation runs on.
 
     Attributes:
-      step: see `distill.make_step`.
+      step: see `distillation.step.make_step`.
       state: to start from, on the mesh; None once it has been taken.
       frozen: the parameters that targets are computed with, on the mesh.
       mesh: all devices.

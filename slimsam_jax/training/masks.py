@@ -38,7 +38,7 @@ class Objective:
 
     Attributes:
       weights: of the terms of `mask_losses.prompt_loss`.
-      outputs: which of the decoder's outputs learn, see `interactive.learning`.
+      outputs: which of the decoder's outputs learn, see `prompt_loop.learning`.
     """
 
     weights: dict[str, float]
@@ -63,14 +63,14 @@ class Settings:
       corrections: clicks after the first prompt.
       objective: a key of `OBJECTIVES`.
       learning_rate, clip, weight_decay, ema: see `recipes.Recipe`; weight decay is for kernels alone.
-      schedule: see `distill.learning_rates`.
+      schedule: see `schedules.learning_rates`.
       flip, crop: see `recipes.Recipe`.
       freeze: parts of the SAM that stay as they are.
       validations: of the training, evenly spaced.
       save_every: steps between two checkpoints.
       keep: the "best" model by validation, or the "last".
       dtype: of the image encoder's computation; prompt encoder and decoder compute in float32.
-      accumulate, fsdp: see `train.make_trainer`.
+      accumulate, fsdp: see `compression.trainer.make_trainer`.
       max_broken: the share of pictures that may be unusable.
       workers: see `data.batches.Batches`.
       seed: of order, crops and prompts.
@@ -149,7 +149,7 @@ def make_trainer(sam: Sam, settings: Settings) -> Trainer:
 
 
 def _gradients(config: Config, settings: Settings, devices: int, trained, frozen, batch, weights):
-    """({"loss": ..., term: ...}, gradients); see `distill.make_update`."""
+    """({"loss": ..., term: ...}, gradients); see `distillation.step.make_update`."""
 
     def loss(trained: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = join(trained, frozen)

@@ -15,7 +15,7 @@ def on_request() -> Iterator[Callable[[], bool]]:
     """Inside, SIGTERM ends nothing; what is yielded tells whether it has come.
 
     Only a main thread can listen. Of several processes none does here: JAX listens itself, so that all of them
-    stop at the same step (`steps.Steps.asked_to_stop`).
+    stop at the same step (`checkpoints.Steps.asked_to_stop`).
     """
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield lambda: False

@@ -1,6 +1,6 @@
 """Somebody who corrects a mask click by click, simulated inside the compiled training step.
 
-The training algorithm of Segment Anything (Kirillov et al. 2023, appendix A): after a first prompt (`mask_batches`)
+The training algorithm of Segment Anything (Kirillov et al. 2023, appendix A): after a first prompt (`data.prompted`)
 each round adds a click, drawn evenly from what is wrong, and gives the decoder its own logits back as a mask prompt.
 Gradients flow through every decoding, and not through clicks and logits given back.
 """
@@ -123,7 +123,7 @@ def given_back(predicted: jax.Array, groups: Groups) -> jax.Array:
 
 
 def inside_picture(config: Config, sizes: jax.Array) -> jax.Array:
-    """[b, 2] sizes in the model frame -> [b, 4h, 4w] bool, the cells that `labels.coverage` gives to the picture."""
+    """[b, 2] sizes in the model frame -> [b, 4h, 4w] bool, the cells that `prompted.coverage` gives to it."""
     cells = jnp.maximum(1, jnp.round(4 * sizes / config.patch_size))
     rows, columns = (jnp.arange(4 * side) for side in config.grid)
     return (rows[:, None] < cells[:, 0, None, None]) & (columns < cells[:, 1, None, None])
