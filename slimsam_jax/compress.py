@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimsam_jax import cli, sharding
+from slimsam_jax import cli
 from slimsam_jax.compression.options import Options
 from slimsam_jax.progress import say
 
@@ -22,7 +22,9 @@ def compress(options: Options) -> dict[str, Any]:
     """
     options.check()
     if options.distributed:
-        sharding.join_processes(options.distributed)
+        from slimsam_jax.sharding import join_processes  # needs JAX, whose import takes seconds
+
+        join_processes(options.distributed)
     else:
         announce(options)
     from converters.from_torch import load  # here, so that --help and wrong options need not wait for JAX

@@ -13,7 +13,7 @@ import pytest
 from slimsam_jax.cli import compilation
 
 COMPILE = """
-from slimsam_jax import compilation
+from slimsam_jax.cli import compilation
 compilation.prepare()
 import jax, jax.numpy as jnp
 print(float(jax.jit(lambda x: jnp.sin(x) + 1)(0.0)), jax.config.jax_compilation_cache_dir)

@@ -18,10 +18,12 @@ ANNOUNCED = """
 import sys
 import slimsam_jax
 from slimsam_jax import compress
-compress.announce(compress.Options())
+from slimsam_jax.compression.options import Options
+compress.announce(Options())
 sys.stdout.flush()
 assert not {*sys.argv[1:], "jax", "numpy"} & {*sys.modules}, "before the first word"
-from slimsam_jax import data, run
+from slimsam_jax import data
+from slimsam_jax.compression import pipeline
 assert len(data.find([data.embedded_images()])) == 28
 print(*({*sys.argv[1:]} & {*sys.modules}))
 """

@@ -305,8 +305,8 @@ jax.config.update("jax_num_cpu_devices", 4)
 sys.path.insert(0, {tests!r})
 from conftest import random_images, random_sam, tiny_config
 from slimsam_jax import sharding
-from slimsam_jax.models.features import run_encoder
-from slimsam_jax.pruning import importance
+from slimsam_jax.models.encoders.vit_features import run_encoder
+from slimsam_jax.pruning import gradients
 
 config = tiny_config()
 encoder = jax.tree.map(jax.numpy.asarray, random_sam(config).params["image_encoder"])
@@ -316,12 +316,12 @@ found = {{}}
 for name, devices in (("one", jax.devices()[:1]), ("four", jax.devices())):
     mesh = sharding.make_mesh(devices=devices)
     params, sharded = sharding.replicate(encoder, mesh), [sharding.shard_batch(batch, mesh) for batch in batches]
-    found[name] = importance.disturbed_gradients(embed, params, sharded, jax.random.key(0), mesh=mesh)
+    found[name] = gradients.disturbed_gradients(embed, params, sharded, jax.random.key(0), mesh=mesh)
 for i in range(2):  # the true gradient of k's bias is zero, and what is found is rounding
     for grads in found.values():
         grads[f"blocks_{{i}}"]["attn"]["k"].pop("bias")
 same = jax.tree.map(lambda a, b: float(abs(np.asarray(a) - np.asarray(b)).max() / np.asarray(a).max()), *found.values())
-accumulate = importance.accumulator(importance.disturbed(embed), "rms", mesh)
+accumulate = gradients.accumulator(gradients.disturbed(embed), "rms", mesh)
 program = accumulate.lower(params, params, sharded[0], jax.random.key(0)).compile().as_text()
 gathered = [line for line in program.splitlines() if re.search(r" all-(gather|to-all)", line)]
 print(json.dumps({{"worst": max(jax.tree.leaves(same)), "reduces": "all-reduce" in program, "gathered": gathered}}))

@@ -15,15 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import train_reference
-from slimsam_jax import compress, files, sharding
+from slimsam_jax import compress, sharding
 from slimsam_jax.errors import InputError
+from slimsam_jax.training import run_folder
 from slimsam_jax.training.folder_lock import FolderLock, check_free, fcntl
 from slimsam_jax.training.run_folder import RunFolder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from slimsam_jax.folder_lock import FolderLock
+from slimsam_jax.training.folder_lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(100)
@@ -103,7 +104,7 @@ def test_what_cannot_begin_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "write_json", full)
+    monkeypatch.setattr(run_folder, "write_json", full)
     for name in ("new", "empty"):
         with pytest.raises(OSError, match="No space"):
             RunFolder(tmp_path / name, {})

@@ -124,10 +124,10 @@ def test_processes_count_broken_pictures_together(tmp_path):
 import itertools, json, sys
 from pathlib import Path
 import jax
-from slimsam_jax import cli
+from slimsam_jax import sharding
 from slimsam_jax.data import batches, find
 from slimsam_jax.errors import RunError
-cli.join_processes(sys.argv[2])
+sharding.join_processes(sys.argv[2])
 make = lambda limit: batches.Batches(find([sys.argv[1]]), (32, 32), 2, 0, 0, (jax.process_index(), 2), max_broken=limit)
 def seen(limit):
     stream = make(limit)
