@@ -14,7 +14,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from slimsam_jax import cli, limits, sharding
+from slimsam_jax import cli, limits
 from slimsam_jax.cli.checks import check_seed, check_share
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range
@@ -181,7 +181,9 @@ def main(options: Options) -> dict[str, Any]:
     """
     options.check()
     if options.distributed:
-        sharding.join_processes(options.distributed)
+        from slimsam_jax.sharding import join_processes
+
+        join_processes(options.distributed)
     from experiments.reference_run import run  # here, so that --help need not wait for JAX
 
     return run(options)
