@@ -18,7 +18,7 @@ from experiments.bench import Options, Step
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.steps import STAGES
 from slimsam_jax.models.config import GLOBAL, Config
-from tests.peers import stock_sam
+from tests.helpers.peers import stock_sam
 
 Features = dict[str, list[torch.Tensor]]
 UPDATE_EVERY = 4  # images

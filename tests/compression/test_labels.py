@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import random_sam, samples, tiny_config
 from PIL import Image
-from test_data import write_annotation
 
+from helpers.images import samples, write_annotation
+from helpers.models import random_sam, tiny_config
 from slimsam_jax.compression import gradients
 from slimsam_jax.compression.gradients import mask_loss
 from slimsam_jax.data import prompted

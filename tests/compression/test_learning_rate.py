@@ -6,11 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import compress_options, samples
-from test_data import truncated
-from test_validation import shaken
 
 from converters.from_torch import load
+from helpers.images import samples, truncated
+from helpers.runs import compress_options, shaken
 from slimsam_jax.compression.distill import Distillation, starting_error
 from slimsam_jax.compression.pipeline import prepare
 from slimsam_jax.distillation.schedules import learning_rates

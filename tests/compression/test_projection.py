@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_images, random_sam, tiny_config
 
+from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax.compression.projection import attention, mlp, statistics
 from slimsam_jax.compression.projection import embedding as sam_projection
 from slimsam_jax.models.encoders import vit_groups as channels

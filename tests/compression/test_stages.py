@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_images, random_sam, tiny_config
 
+from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax.compression import widths
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.pipeline import drawn_anew

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SQUARE, random_sam, samples
 
+from helpers.images import samples
+from helpers.models import SQUARE, random_sam
 from slimsam_jax.compression import targets, trainer
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.recipes import RECIPES

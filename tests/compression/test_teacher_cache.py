@@ -9,10 +9,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import SQUARE, compress_options, random_images, random_sam, samples
-from test_data import truncated
 
 from converters import from_torch
+from helpers.images import samples, truncated
+from helpers.models import SQUARE, random_images, random_sam
+from helpers.runs import compress_options
 from slimsam_jax.compress import compress
 from slimsam_jax.compression import teacher_cache
 from slimsam_jax.compression.recipes import RECIPES

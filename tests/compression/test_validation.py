@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
-from conftest import compress_options, samples
-from test_data import truncated
 
 from converters import from_torch
+from helpers.images import samples, truncated
+from helpers.runs import compress_options, shaken
 from slimsam_jax.compress import compress
 from slimsam_jax.compression import pipeline, validation
 from slimsam_jax.compression.validation import validator
@@ -17,13 +15,7 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import compare_models
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.inference.decode import encode_image
-from slimsam_jax.models.sam import Sam
 from slimsam_jax.training import loop
-
-
-def shaken(sam: Sam) -> Sam:
-    encoder = {**sam.params["image_encoder"], "pos_embed": sam.params["image_encoder"]["pos_embed"] + 0.3}
-    return dataclasses.replace(sam, params={**sam.params, "image_encoder": encoder})
 
 
 def test_error_is_that_of_the_embedding(material):

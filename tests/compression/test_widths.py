@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.models import tiny_config
 from slimsam_jax.compression import budget, widths
 from slimsam_jax.compression.budget import Budget, Target, _ratio_of, group_costs
 from slimsam_jax.compression.recipes import RECIPES, Recipe

@@ -17,12 +17,12 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import random_sam, tiny_config
-from peers import state_dict, stock_sam
 
 from converters import from_torch, huggingface, to_torch, torch_file
 from converters.tables import vit
 from converters.tables.sam import rows
+from helpers.models import random_sam, tiny_config
+from helpers.peers import state_dict, stock_sam
 from slimsam_jax import checkpoint
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.imaging.transforms import resize_and_pad

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_everything import brute_nms, matched
 
 from converters import to_torch
+from helpers.masks import brute_nms, matched
 from slimsam_jax import SamAutomaticMaskGenerator, data, load
 
 THRESHOLDS = {"pred_iou_thresh": 0.35, "stability_score_thresh": 0.55}  # of a weak SAM

@@ -10,10 +10,10 @@ import re
 
 import numpy as np
 import pytest
-from conftest import UNEVEN, random_sam
 from PIL import Image
 
 from converters import model_card, to_torch
+from helpers.models import UNEVEN, random_sam
 from slimsam_jax import checkpoint
 
 REPORT = {

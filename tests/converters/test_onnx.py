@@ -10,13 +10,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import random_images, random_sam, shared, tiny_config
-from peers import segment_anything, stock_sam
 from PIL import Image
 
 from converters import to_onnx, to_torch
 from converters.onnx import check
 from converters.onnx import encoder as onnx_encoder
+from helpers.models import random_images, random_sam, tiny_config
+from helpers.peers import segment_anything, stock_sam
+from helpers.shared import shared
 from slimsam_jax import checkpoint, cli, data
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.imaging.prompts import prompt_points

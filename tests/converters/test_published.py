@@ -13,12 +13,12 @@ import chex
 import numpy as np
 import pytest
 import torch
-from conftest import random_sam, tiny_config
-from peers import segment_anything, stock_sam
 from safetensors.torch import load_file
 from torch import nn
 
 from converters import from_torch, to_torch
+from helpers.models import random_sam, tiny_config
+from helpers.peers import segment_anything, stock_sam
 from slimsam_jax import checkpoint
 from slimsam_jax.models.config import GLOBAL, Block
 from slimsam_jax.models.encoders.vit import ImageEncoder

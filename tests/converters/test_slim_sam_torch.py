@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SQUARE, UNEVEN, random_sam
-from peers import segment_anything, state_dict, stock_sam
 
 from converters import from_torch, to_torch
+from helpers.models import SQUARE, UNEVEN, random_sam
+from helpers.peers import segment_anything, state_dict, stock_sam
 from slimsam_jax import data
 from slimsam_jax.models.config import GLOBAL, Block, preset
 from slimsam_jax.models.encoders.vit import ImageEncoder

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SQUARE, UNEVEN, random_sam
-from peers import segment_anything, stock_sam
 from PIL import Image
 
 from converters import from_torch, to_torch
 from converters.pad_to_uniform import pad_to_uniform, uniform_config
+from helpers.models import SQUARE, UNEVEN, random_sam
+from helpers.peers import segment_anything, stock_sam
 from slimsam_jax import checkpoint, data
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.imaging.overlap import iou

@@ -11,13 +11,13 @@ from __future__ import annotations
 import base64
 import io
 
-import chromium
 import numpy as np
 import pytest
 from PIL import Image
 
 from converters import to_onnx
 from converters.onnx import check
+from helpers import chromium
 from slimsam_jax import checkpoint
 from slimsam_jax.data import embedded_images, embedded_teacher, read_image
 from slimsam_jax.imaging.overlap import iou

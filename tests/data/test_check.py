@@ -8,10 +8,9 @@ import tarfile
 
 import numpy as np
 import pytest
-from conftest import samples
 from PIL import Image
-from test_data import save_image, truncated, write_annotation
 
+from helpers.images import samples, save_image, truncated, write_annotation
 from slimsam_jax import cli
 from slimsam_jax.data import __main__ as commands
 from slimsam_jax.data import check, find

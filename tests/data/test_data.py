@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageOps
 from pycocotools import mask as coco
 
+from helpers.images import samples, save_image, truncated, write_annotation
 from slimsam_jax import data
 from slimsam_jax.data import batches
 from slimsam_jax.data.augment import flip_and_crop
@@ -62,13 +61,6 @@ def test_coordinates_survive_the_model_frame(height, width, frame):
     assert np.abs(back - corners).max() < 0.5
 
 
-def save_image(path, height=20, width=30, seed=0, **kw):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    Image.fromarray(pixels).save(path, **kw)
-    return path
-
-
 def test_images_are_found_at_any_depth(tmp_path):
     for name in ("b.png", "a.JPG", "deep/er/c.webp", "deep/d.bmp", "e.tiff", ".hidden.png"):
         save_image(tmp_path / name)
@@ -111,12 +103,6 @@ def test_sixteen_bits_become_eight(tmp_path):
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     Image.fromarray(grey).save(tmp_path / "x.png")
     np.testing.assert_array_equal(np.asarray(data.read_image(tmp_path / "x.png"))[..., 0], grey >> 8)
-
-
-def truncated(path):
-    save_image(path, 200, 300)
-    path.write_bytes(path.read_bytes()[:2000])
-    return path
 
 
 def test_broken_images_are_skipped_and_named(tmp_path):
@@ -203,19 +189,6 @@ def test_flips_and_crops():
     for _ in range(20):
         width, height = crop(picture, random).size
         assert 30 <= width <= 60 and 20 <= height <= 40
-
-
-def write_annotation(path, **changes):
-    mask = np.zeros((20, 30), np.uint8)
-    mask[5:10, 4:20] = 1
-    encoded = coco.encode(np.asfortranarray(mask))
-    fields = {
-        "bbox": [4, 5, 16, 5],
-        "point_coords": [[6.5, 7.5]],
-        "segmentation": {"size": [20, 30], "counts": encoded["counts"].decode()},
-    }
-    path.with_suffix(".json").write_text(json.dumps({"annotations": [{**fields, **changes}]}))
-    return mask.astype(bool)
 
 
 def test_annotations_of_sa1b(tmp_path):

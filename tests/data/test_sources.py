@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SQUARE, random_sam, samples
 from pycocotools import mask as pycoco
-from test_data import save_image, truncated, write_annotation
 
+from helpers.images import samples, save_image, truncated, write_annotation
+from helpers.models import SQUARE, random_sam
 from slimsam_jax import data
 from slimsam_jax.data import tfds_writer
 from slimsam_jax.data.batches import Batches

@@ -11,9 +11,9 @@ import sys
 from urllib.request import urlopen
 
 import pytest
-from conftest import SQUARE, random_sam
-from demo_serving import request, serving
 
+from helpers.demo_serving import request, serving
+from helpers.models import SQUARE, random_sam
 from slimsam_jax import checkpoint, cli
 from slimsam_jax.data import embedded_images
 from slimsam_jax.demo import __main__, export

@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import dataclasses
 
-import chromium
 import flax.traverse_util
 import numpy as np
 import pytest
-from conftest import SQUARE
-from demo_serving import serving
 from PIL import Image
 
+from helpers import chromium
+from helpers.demo_serving import serving
+from helpers.models import SQUARE
 from slimsam_jax import checkpoint
 from slimsam_jax.data import embedded_images, embedded_teacher, read_image
 from slimsam_jax.demo import __main__, export

@@ -10,8 +10,8 @@ import time
 
 import numpy as np
 import pytest
-from demo_serving import request, serving
 
+from helpers.demo_serving import request, serving
 from slimsam_jax.demo import server
 
 

@@ -12,15 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_sam, shared, tiny_config
-from peers import segment_anything, state_dict, stock_sam
 from PIL import Image
 from pycocotools import mask as pycoco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_data import save_image
 
 from converters.from_torch import from_state_dict, load
+from helpers.images import save_image
+from helpers.models import random_sam, tiny_config
+from helpers.peers import segment_anything, state_dict, stock_sam
+from helpers.shared import shared
 from slimsam_jax import checkpoint, cli, evaluate, evaluation
 from slimsam_jax.data import Annotation, find
 from slimsam_jax.errors import InputError
@@ -154,7 +155,7 @@ def coco_set(tmp_path_factory):
     sources = folder / "sources"
     for i in range(3):
         save_image(sources / f"{i}.png", seed=i)
-    from test_data import write_annotation
+    from helpers.images import write_annotation
 
     write_annotation(sources / "0.png")
     write_annotation(sources / "1.png")

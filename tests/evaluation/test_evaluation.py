@@ -9,15 +9,16 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import SQUARE, random_sam, samples, shared, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 from scipy import ndimage
-from test_data import save_image, truncated, write_annotation
 
 from converters.from_torch import load
+from helpers.images import samples, save_image, truncated, write_annotation
+from helpers.models import SQUARE, random_sam, tiny_config
+from helpers.shared import shared
 from slimsam_jax import checkpoint, cli, evaluate, evaluation
 from slimsam_jax.data import Annotation, find
 from slimsam_jax.errors import InputError, RunError
@@ -76,7 +77,7 @@ def test_scores_of_masks_equal_counting_pixels(mask, random):
 
 
 def test_depth_by_hand():
-    """Where the middle of a square is, tests/test_sources.py has."""
+    """Where the middle of a square is, tests/data/test_sources.py has."""
     assert geometry.deepest(rectangle((9, 12), 1, 2, 6, 7))[1] == 3
     corner = rectangle((9, 12), 0, 0, 3, 3)  # the border counts as outside
     assert geometry.deepest(corner)[0].tolist() == [1.5, 1.5] and geometry.deepest(corner)[1] == 2

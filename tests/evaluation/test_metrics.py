@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_sam, samples, tiny_config
 from PIL import Image
 
+from helpers.images import samples
+from helpers.models import random_sam, tiny_config
 from slimsam_jax import evaluation
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.imaging.overlap import iou
@@ -44,7 +45,7 @@ def test_counts_equal_the_reference(name):
 
 
 def test_attention_counts_equal_the_closed_form():
-    counts = json.loads((Path(__file__).parent / "golden/counts.json").read_text())
+    counts = json.loads((Path(__file__).parents[1] / "golden/counts.json").read_text())
     for name in COUNTS:
         analytic = counts[f"uniform/{name}"]["analytic"]
         expected = analytic["uncounted_qk_av_macs"] + analytic["uncounted_rel_pos_macs"]

@@ -7,12 +7,12 @@ import io
 
 import numpy as np
 import pytest
-from conftest import SQUARE, random_sam
 from PIL import Image
 from pycocotools import mask as pycoco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from helpers.models import SQUARE, random_sam
 from slimsam_jax.data import Annotation
 from slimsam_jax.evaluation.proposals import average_recall, proposal_scores
 from slimsam_jax.imaging.overlap import iou

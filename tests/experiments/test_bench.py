@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import SQUARE, random_sam, tiny_config
-from peers import state_dict, stock_sam
 
 from converters.from_torch import from_state_dict
 from experiments import bench, bench_everything, bench_torch, hierarchical
+from helpers.models import SQUARE, random_sam, tiny_config
+from helpers.peers import state_dict, stock_sam
 from slimsam_jax.compression.steps import STAGES
 from slimsam_jax.distillation.losses import mse
 from slimsam_jax.models.encoders.vit import ImageEncoder

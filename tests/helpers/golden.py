@@ -1,6 +1,6 @@
 """Cuts from the golden vectors of SlimSAM's original code what is small enough for the repository, and reads it.
 
-`python tests/golden/subset.py PATH/tiny_slimsam.npz` writes `tiny_slimsam_subset.npz` beside this file anew.
+`python tests/helpers/golden.py PATH/tiny_slimsam.npz` writes `tests/golden/tiny_slimsam_subset.npz` anew.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-FILE = Path(__file__).with_name("tiny_slimsam_subset.npz")
+FILE = Path(__file__).parents[1] / "golden" / "tiny_slimsam_subset.npz"
 PLANES = "#bytes"  # behind the name of a float32 array that is stored byte by byte: [bytes, ...], the highest first
 MODEL = "r77fix/step1/sd/"  # the one model whose weights are stored: the narrowest that a second step starts from
 OUTPUTS = {"r77fix/step1/out": 2, "r77fix/step2/global/out": 2, "r77fix/step2/local/out": 2}  # for so many images

@@ -11,8 +11,8 @@ from pathlib import Path
 import flax.traverse_util
 import jax
 import numpy as np
-from conftest import random_images, random_sam, tiny_config
 
+from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax import sharding
 from slimsam_jax.compression import trainer
 from slimsam_jax.compression.recipes import RECIPES

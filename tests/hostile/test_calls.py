@@ -8,11 +8,11 @@ import time
 
 import numpy as np
 import pytest
-from conftest import SQUARE, random_sam
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers.models import SQUARE, random_sam
 from slimsam_jax import limits
 from slimsam_jax.data.sample import eight_bits
 from slimsam_jax.errors import InputError

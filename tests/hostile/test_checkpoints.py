@@ -13,20 +13,20 @@ import sys
 import zipfile
 from pathlib import Path
 
-import hostile_archives
-import hostile_models
-import hostile_pickles
 import numpy as np
 import pytest
 import torch
-from conftest import random_sam, tiny_config
-from hostile_archives import of_state, pth, sparse
-from hostile_pickles import dump, tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peers import stock_sam
 
 from converters import from_torch, to_torch, torch_file, torch_pickle
+from helpers.hostile import archives as hostile_archives
+from helpers.hostile import models as hostile_models
+from helpers.hostile import pickles as hostile_pickles
+from helpers.hostile.archives import of_state, pth, sparse
+from helpers.hostile.pickles import dump, tensor
+from helpers.models import random_sam, tiny_config
+from helpers.peers import stock_sam
 from slimsam_jax import checkpoint, safetensors_file
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import Config
@@ -98,11 +98,9 @@ def results(tmp_path_factory, good):
     """{class: {what is wrong: what the command said and took}}, all by one process with little memory."""
     root = tmp_path_factory.mktemp("hostile")
     paths = write_all(root, good)
-    worker = Path(__file__).with_name("hostile_models_worker.py")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     given = json.dumps([str(path) for path in paths.values()])
     done = subprocess.run(
-        [sys.executable, worker], input=given, cwd=root, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "helpers.hostile.models_worker"], input=given, cwd=root, capture_output=True, text=True
     )
     lines = {found["path"]: found for found in map(json.loads, done.stdout.splitlines())}
     first = next((key for key, path in paths.items() if str(path) not in lines), None)

@@ -12,10 +12,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import SQUARE, random_sam
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.models import SQUARE, random_sam
 from slimsam_jax import cli, limits, predict
 from slimsam_jax.compression.recipes import RECIPES, Recipe
 from slimsam_jax.compression.steps import plan, steps_of

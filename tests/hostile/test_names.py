@@ -6,12 +6,12 @@ import io
 import json
 import os
 
-import hostile_files as hostile
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from test_hostile_data import assert_harmless, assert_refused, folder_with, outcomes
 
+from helpers.hostile import files as hostile
+from helpers.hostile.outcomes import assert_harmless, assert_refused, folder_with, outcomes
 from slimsam_jax.errors import InputError, RunError, printable
 from slimsam_jax.evaluation import figures
 from slimsam_jax.files import write_json

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hostile_files as hostile
 import numpy as np
 import pytest
-from hostile_annotations import TRIANGLE, coco, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as pycoco
 
+from helpers.hostile import files as hostile
+from helpers.hostile.annotations import TRIANGLE, coco, row
 from slimsam_jax import data
 from slimsam_jax.data import Sample
 from slimsam_jax.data.sources import folder, polygons, tar

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SQUARE, samples
 from PIL import Image
-from test_data import save_image, truncated, write_annotation
 
+from helpers.images import samples, save_image, truncated, write_annotation
+from helpers.models import SQUARE
 from slimsam_jax.compression import report, showcase
 from slimsam_jax.imaging import draw
 

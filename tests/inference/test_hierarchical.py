@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import SQUARE, random_sam
 from PIL import Image
-from test_predictor import picture
 
+from helpers.images import picture
+from helpers.models import SQUARE, random_sam
 from slimsam_jax.inference import amg, hierarchical
 from slimsam_jax.inference import automatic_mask_generator as generators
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator

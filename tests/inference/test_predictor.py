@@ -7,13 +7,15 @@ from pathlib import Path
 import chex
 import jax
 import numpy as np
-import peers
 import pytest
 import torch
-from conftest import SQUARE, random_sam, shared
 from PIL import Image
 
 from converters.from_torch import from_state_dict, load
+from helpers import peers
+from helpers.images import picture
+from helpers.models import SQUARE, random_sam
+from helpers.shared import shared
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.transforms import resized_shape
 from slimsam_jax.inference import predictor as predictors
@@ -30,10 +32,6 @@ PROMPTS = {
     "mask": {"mask_input": True},
     "all": {"point_coords": CLICKS, "point_labels": [0, 1, 1], "box": BOX, "mask_input": True},
 }
-
-
-def picture(seed: int = 0, height: int = 20, width: int = 30) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def prompt(kind: str, sam, seed: int = 0) -> dict:
@@ -213,7 +211,7 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch):
     """Line by line, on the small SAM of the package."""
     from slimsam_jax.data import embedded_images, embedded_teacher
 
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     example = readme.split("```python\n")[1].split("```")[0]
     (tmp_path / "slim").symlink_to(embedded_teacher())
     photo = Image.open(sorted(embedded_images().glob("*.jpg"))[0])

@@ -8,13 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import peers
 import pytest
-from conftest import SQUARE, random_sam, samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import save_image, truncated
 
+from helpers import peers
+from helpers.images import samples, save_image, truncated
+from helpers.models import SQUARE, random_sam
 from slimsam_jax import calibrate as command
 from slimsam_jax import checkpoint, data, everything
 from slimsam_jax.compression import pipeline

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import random_sam, tiny_config
-from peers import segment_anything
 
+from helpers.models import random_sam, tiny_config
+from helpers.peers import segment_anything
 from slimsam_jax.errors import InputError
 from slimsam_jax.models import attention
 from slimsam_jax.models.config import GLOBAL, Block

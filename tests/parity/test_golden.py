@@ -1,6 +1,6 @@
 """`recipe="slimsam"` against the original code, on the part of its golden vectors that the repository holds.
 
-With the whole of them tests/test_reference.py compares the rest: the first step's gradients, the losses, two steps of
+With the whole of them tests/parity/test_reference.py compares the rest: the first step's gradients, the losses, two steps of
 training. Tolerances are the same.
 """
 
@@ -10,9 +10,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import shared
-from golden import subset
-from test_reference import (
+
+from helpers import golden as subset
+from helpers.reference import (
     DEPTH,
     FULL,
     HEADS,
@@ -25,7 +25,7 @@ from test_reference import (
     model,
     removed,
 )
-
+from helpers.shared import shared
 from slimsam_jax.compression import prune, reference
 from slimsam_jax.compression.steps import STAGES
 from slimsam_jax.models.encoders import vit_groups as channels

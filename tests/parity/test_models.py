@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import random_images, random_sam, shared, tiny_config
-from peers import segment_anything, state_dict, stock_sam
 
 from converters.from_torch import from_state_dict
+from helpers.models import random_images, random_sam, tiny_config
+from helpers.peers import segment_anything, state_dict, stock_sam
+from helpers.shared import shared
 from slimsam_jax.imaging.prompts import prompt_points
 from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks, resized_shape, to_model_frame
 from slimsam_jax.models import sam

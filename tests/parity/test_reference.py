@@ -1,100 +1,48 @@
 """`recipe="slimsam"` against the original code: gradients, importances, indices, weights, outputs, losses.
 
-All of the golden vectors, which lie outside the repository; tests/test_golden.py compares with a part of them anywhere.
+All of the golden vectors, which lie outside the repository; tests/parity/test_golden.py compares with a part of them anywhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import shared
-from golden import subset
 
-from converters.tables.sam import rows
-from slimsam_jax.compression import prune, reference, selection
+from helpers import golden as subset
+from helpers.reference import (
+    DEPTH,
+    FULL,
+    HEADS,
+    RECIPE,
+    assert_removed,
+    choose,
+    embed,
+    encoder_rows,
+    gradients,
+    images,
+    model,
+    removed,
+    run,
+    tree,
+)
+from helpers.shared import shared
+from slimsam_jax.compression import prune, reference
 from slimsam_jax.compression import trainer as distillations
-from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.steps import STAGES
 from slimsam_jax.distillation.losses import distillation_loss
-from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.encoders import vit_groups as channels
-from slimsam_jax.models.encoders.vit import ImageEncoder
 from slimsam_jax.models.encoders.vit_features import bottleneck_features, stream_features
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.pruning import importance
-from slimsam_jax.pruning.gradients import disturbed_loss
-
-RECIPE = RECIPES["slimsam"]
-HEADS, DEPTH = 12, 12
-FULL = Config(
-    image_size=(64, 64),
-    embed_dim=96,
-    blocks=tuple(Block(HEADS, 8, 384, GLOBAL if i in (2, 5, 8, 11) else 2) for i in range(DEPTH)),
-)
 
 
 @pytest.fixture(scope="module")
 def golden():
     return np.load(shared("golden/tiny_slimsam.npz"))
-
-
-def encoder_rows():
-    return [row._replace(name=row.name[14:], path=row.path[14:]) for row in rows(FULL) if row.name.startswith("image_")]
-
-
-def tree(golden, prefix: str):
-    """Arrays under a prefix, by their PyTorch names, as our parameter tree."""
-    flat = {row.path: jnp.asarray(row.to_ours(golden[prefix + row.name])) for row in encoder_rows()}
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
-
-
-def model(golden, prefix: str) -> Sam:
-    encoder = tree(golden, prefix)
-    return Sam(channels.shrunk_config(FULL, encoder), {"image_encoder": encoder})
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def run(config, encoder, images):
-    return ImageEncoder(config).apply({"params": encoder}, images)
-
-
-def images(golden):
-    return golden["images"].transpose(0, 2, 3, 1)
-
-
-def embed(golden, sam: Sam) -> np.ndarray:
-    return np.asarray(run(sam.config, sam.params["image_encoder"], images(golden))[0]).transpose(0, 3, 1, 2)
-
-
-def gradients(golden, sam: Sam, noise: np.ndarray):
-    """The reference's: summed over images, one stored draw of noise for each."""
-
-    @jax.jit
-    def gradient(params, image, noise):
-        function = lambda p, x: ImageEncoder(sam.config).apply({"params": p}, x)[0]
-        loss = lambda p: disturbed_loss(function, p, image, function(params, image), noise)
-        return jax.value_and_grad(loss)(params)
-
-    pairs = zip(images(golden), noise.transpose(0, 1, 3, 4, 2), strict=True)
-    losses, grads = zip(*(gradient(sam.params["image_encoder"], image[None], eps) for image, eps in pairs), strict=True)
-    return np.array(losses), jax.tree.map(lambda *g: sum(g), *grads)
-
-
-def removed(keep: np.ndarray, size: int, copies: int = 1) -> np.ndarray:
-    """What the original lists: removed channels of the layer's own numbering, repeated over the heads."""
-    gone = np.setdiff1d(np.arange(size), keep)
-    return np.sort((gone + size * np.arange(copies)[:, None]).ravel())
-
-
-def choose(sam: Sam, grads, stage, ratio: float, recipe=RECIPE, uniform=False):
-    return selection.choose(sam.config, sam.params["image_encoder"], grads, stage, recipe, Target(ratio), uniform)
 
 
 @pytest.fixture(scope="module")
@@ -191,17 +139,6 @@ def test_step2_importance(golden, step2):
             np.testing.assert_allclose(raw, golden[f"step2/global/{run_name}/imp_raw/{kind}{block}"], rtol=5e-5)
             found = np.tile(normal[group.name], copies)
             np.testing.assert_allclose(found, golden[f"step2/global/{run_name}/imp/{kind}{block}"], atol=5e-5)
-
-
-def assert_removed(golden, prefix: dict[str, str], keep, config: Config):
-    for block in range(DEPTH):
-        attention, mlp = keep[f"blocks_{block}/attn"], keep[f"blocks_{block}/mlp"]
-        np.testing.assert_array_equal(
-            removed(attention, config.blocks[block].head_dim, HEADS), golden[f"{prefix['attn']}/pruned/attn{block}"]
-        )
-        np.testing.assert_array_equal(
-            removed(mlp, config.blocks[block].mlp_dim), golden[f"{prefix['mlp']}/pruned/mlp{block}"]
-        )
 
 
 GLOBAL_RUN = {"attn": "step2/global/gs1", "mlp": "step2/global/gs2"}

@@ -11,12 +11,13 @@ import chex
 import numpy as np
 import pytest
 import torch
-from conftest import SQUARE, compress_options, random_sam
-from peers import state_dict, stock_sam
 from PIL import Image
-from test_data import truncated
 
 from converters import from_torch, to_torch
+from helpers.images import truncated
+from helpers.models import SQUARE, random_sam
+from helpers.peers import state_dict, stock_sam
+from helpers.runs import compress_options
 from slimsam_jax import checkpoint, cli, compress, inspect, predict
 from slimsam_jax.compression import pipeline as run_module
 from slimsam_jax.compression import recipes, report

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import samples
 from PIL import Image
 
+from helpers.images import samples
 from slimsam_jax import cli, predict, progress
 from slimsam_jax.compression import pipeline as run_module
 

@@ -7,17 +7,16 @@ import functools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_images, random_sam, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax.compression import reference
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.models.encoders import vit_groups as channels
@@ -302,8 +301,7 @@ SHARDED = """
 import jax, json, re, sys
 import numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
-sys.path.insert(0, {tests!r})
-from conftest import random_images, random_sam, tiny_config
+from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax import sharding
 from slimsam_jax.models.encoders.vit_features import run_encoder
 from slimsam_jax.pruning import gradients
@@ -312,19 +310,19 @@ config = tiny_config()
 encoder = jax.tree.map(jax.numpy.asarray, random_sam(config).params["image_encoder"])
 embed = lambda params, batch: run_encoder(config, params, batch)[0]
 batches = [random_images(config, 4, seed) for seed in range(2)]
-found = {{}}
+found = {}
 for name, devices in (("one", jax.devices()[:1]), ("four", jax.devices())):
     mesh = sharding.make_mesh(devices=devices)
     params, sharded = sharding.replicate(encoder, mesh), [sharding.shard_batch(batch, mesh) for batch in batches]
     found[name] = gradients.disturbed_gradients(embed, params, sharded, jax.random.key(0), mesh=mesh)
 for i in range(2):  # the true gradient of k's bias is zero, and what is found is rounding
     for grads in found.values():
-        grads[f"blocks_{{i}}"]["attn"]["k"].pop("bias")
+        grads[f"blocks_{i}"]["attn"]["k"].pop("bias")
 same = jax.tree.map(lambda a, b: float(abs(np.asarray(a) - np.asarray(b)).max() / np.asarray(a).max()), *found.values())
 accumulate = gradients.accumulator(gradients.disturbed(embed), "rms", mesh)
 program = accumulate.lower(params, params, sharded[0], jax.random.key(0)).compile().as_text()
 gathered = [line for line in program.splitlines() if re.search(r" all-(gather|to-all)", line)]
-print(json.dumps({{"worst": max(jax.tree.leaves(same)), "reduces": "all-reduce" in program, "gathered": gathered}}))
+print(json.dumps({"worst": max(jax.tree.leaves(same)), "reduces": "all-reduce" in program, "gathered": gathered}))
 """
 
 
@@ -332,8 +330,7 @@ DEVICES = """
 import jax, sys
 import numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
-sys.path.insert(0, {tests!r})
-from conftest import random_images, random_sam, tiny_config
+from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax import sharding
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.recipes import RECIPES
@@ -351,7 +348,7 @@ for recipe in ("default", "taylor"):
 
 
 def test_both_stages_prune_on_several_devices(tmp_path):
-    program = DEVICES.format(tests=str(Path(__file__).parent))
+    program = DEVICES
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["default", "12", "taylor", "12"]
@@ -359,7 +356,7 @@ def test_both_stages_prune_on_several_devices(tmp_path):
 
 def test_sharded_importance_equals_one_device_and_gathers_nothing(tmp_path):
     """Each device squares the gradients of its own images; only their sum travels."""
-    program = SHARDED.format(tests=str(Path(__file__).parent))
+    program = SHARDED
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import compress_options
-from test_data import truncated
 
 from converters import from_torch
+from helpers.images import truncated
+from helpers.runs import compress_options
 from slimsam_jax import cli, compress, sharding
 from slimsam_jax.compression.distill import Distillation
 from slimsam_jax.compression.options import Options
@@ -305,15 +305,14 @@ import sys, jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[3])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 from pathlib import Path
-from conftest import compress_options
+from helpers.runs import compress_options
 from slimsam_jax.compress import compress
 out = Path(sys.argv[2])
 compress(compress_options(Path(sys.argv[1]), out, resume=(out / "checkpoints" / "origin.json").exists()))
 """
     arguments = [str(material), str(out), jax.config.jax_compilation_cache_dir]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     while not (out / "report.json").exists() or (out / "checkpoints").exists():
-        run = subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, stderr=subprocess.PIPE)
+        run = subprocess.Popen([sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE)
         try:
             _, error = run.communicate(timeout=random.uniform(4, 10) + 6 * kills)
             assert run.returncode == 0, error.decode()

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import compress_options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import train_reference
+from helpers.runs import compress_options
 from slimsam_jax import compress, sharding
 from slimsam_jax.errors import InputError
 from slimsam_jax.training import run_folder

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SQUARE, compress_options, random_sam, samples
 from PIL import Image
-from test_data import truncated
 
 from converters import from_torch, to_torch
 from experiments import reference_results, reference_run, results, train_reference
+from helpers.images import samples, truncated
+from helpers.models import SQUARE, random_sam
+from helpers.runs import compress_options
 from slimsam_jax import checkpoint, compress
 from slimsam_jax.data.augment import draw_framing, flip_and_crop
 from slimsam_jax.data.prompted import MaskBatches, first_prompt

@@ -10,7 +10,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from hostile_pickles import name, storage, table, tensor, text
+
+from helpers.hostile.pickles import name, storage, table, tensor, text
 
 WORD = b"d" * 16  # a storage; as int8 it says 100, and 99 x 100 is -84
 BOMB = 300_000_000  # bytes of zeros, which deflate to 0.3 MB

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hostile_archives import ARCHIVES, of_state, pth
-from hostile_pickles import TENSORS, dump, table, tensor
+
+from helpers.hostile.archives import ARCHIVES, of_state, pth
+from helpers.hostile.pickles import TENSORS, dump, table, tensor
 
 Content = bytes | Callable[[Path], Any]
 TOKENS, POSITIONS = "mask_decoder.mask_tokens.weight", "image_encoder.pos_embed"
