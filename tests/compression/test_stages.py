@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -137,9 +138,10 @@ def features_of(recipe: Recipe, stage=STAGES[0]):
     batch = batch_with_clicks(recipe.points)
     trainer = make_trainer(student, teacher, teacher, stage, recipe)
     encode = lambda config, encoder, batch: run_encoder(config, encoder, batch)
-    arguments = trainer.frozen, batch
-    found = _student_features(encode, student.config, stage, recipe, student.params, *arguments)
-    wanted = _target_features(encode, teacher.config, teacher.config, stage, recipe, *arguments)
+    student_features = jax.jit(functools.partial(_student_features, encode, student.config, stage, recipe))
+    target_features = jax.jit(functools.partial(_target_features, encode, *2 * [teacher.config], stage, recipe))
+    found = student_features(student.params, trainer.frozen, batch)
+    wanted = target_features(trainer.frozen, batch)
     return teacher, batch, found, wanted
 
 

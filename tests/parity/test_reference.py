@@ -1,6 +1,7 @@
 """`recipe="slimsam"` against the original code: gradients, importances, indices, weights, outputs, losses.
 
-All of the golden vectors, which lie outside the repository; tests/parity/test_golden.py compares with a part of them anywhere.
+All of the golden vectors, which lie outside the repository; tests/parity/test_golden.py compares with a part of them
+anywhere.
 """
 
 from __future__ import annotations

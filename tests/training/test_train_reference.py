@@ -232,8 +232,9 @@ def test_a_batch_in_parts_gives_the_same_gradients(pictures):
     """Each picture has its own clicks to correct, wherever it stands in the batch."""
     sam, found = random_sam(SQUARE), []
     for accumulate in (1, 2):
-        how = {"prompts": 2, "accumulate": accumulate, "clip": 0.0, "freeze": ("image_encoder",)}
-        settings = Settings(steps=1, batch=2, **how)
+        settings = Settings(
+            steps=1, batch=2, prompts=2, accumulate=accumulate, ema=0.9
+        )  # whole, it is that of `learnt`
         trainer = make_trainer(sam, settings)
         batch = next(MaskBatches(samples(sorted(pictures.glob("*.png"))), SQUARE, 2, seed=0, prompts=2))
         how = OBJECTIVES["short"].weights, 1e-3
