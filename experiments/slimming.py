@@ -24,7 +24,8 @@ from experiments import results
 from experiments.rows import COMMON, SEEDS, TABLES, Row, plan
 from slimsam_jax import checkpoint, cli
 from slimsam_jax.compression.options import Options
-from slimsam_jax.compression.pipeline import prepare, slim
+from slimsam_jax.compression.pipeline import slim
+from slimsam_jax.compression.prepare import prepare
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError

@@ -18,7 +18,7 @@ from test_data import truncated
 
 from converters import from_torch, to_torch
 from slimsam_jax import checkpoint, cli, compress, inspect, predict
-from slimsam_jax.compression import pipeline as run_module
+from slimsam_jax.compression import prepare as run_module
 from slimsam_jax.compression import recipes, report
 from slimsam_jax.compression.budget import Budget, even_cut
 from slimsam_jax.compression.options import Options

@@ -12,7 +12,7 @@ from test_validation import shaken
 
 from converters.from_torch import load
 from slimsam_jax.compression.distill import Distillation, starting_error
-from slimsam_jax.compression.pipeline import prepare
+from slimsam_jax.compression.prepare import prepare
 from slimsam_jax.distillation.schedules import learning_rates
 from slimsam_jax.errors import RunError
 from slimsam_jax.evaluation.scores import relative_error
