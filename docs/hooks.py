@@ -1,15 +1,17 @@
 """What `mkdocs build` adds to docs/: README.md as the front page, experiments/, and a page for every public module.
 
-No path of a module is written by hand: the pages of the API follow the folders, and `::: name` in a page finds the one
-module that has the name.
+No path of a module is written by hand: the pages of the API follow the folders, and `<!-- options: NAME -->` in a page
+finds the one class that has the name.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import posixpath
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("slimsam_jax", "converters")
 LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=(?:#[^)]*)?\))")  # relative ones: no colon
-NAMED = re.compile(r"(?m)^::: ([\w.]+)$")
+TABLE = re.compile(r"<!-- (options|choices): ([\w.]+) -->")  # fields of a class as a table
 
 
 def modules() -> dict[str, Path]:
@@ -31,6 +33,11 @@ def modules() -> dict[str, Path]:
         if not any(part.startswith("_") for part in parts):
             found[".".join(parts)] = path
     return dict(sorted(found.items()))
+
+
+def page_of(name: str) -> str:
+    """Of a module; that of a package is the index of what is in it."""
+    return f"api/{name}/index.md" if modules()[name].name == "__init__.py" else f"api/{name}.md"
 
 
 def on_config(config: Any) -> Any:
@@ -45,8 +52,8 @@ def on_config(config: Any) -> Any:
 
 def _nested(name: str, known: dict[str, Path]) -> dict[str, Any]:
     """{title: page} of a module, {title: [page, those in it]} of a package."""
-    title, page = name.rpartition(".")[2], f"api/{name}.md"
-    if known[name].name != "__init__.py" and not any(each.startswith(f"{name}.") for each in known):
+    title, page = name.rpartition(".")[2], page_of(name)
+    if known[name].name != "__init__.py":
         return {title: page}
     below = [each for each in known if each.rpartition(".")[0] == name]
     return {title: [page, *(_nested(each, known) for each in below)]}
@@ -59,21 +66,24 @@ def on_files(files: Files, config: Any) -> Files:
         if path.suffix in (".md", ".png"):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     for name in modules():
-        files.append(File.generated(config, f"api/{name}.md", content=f"# {name}\n\n::: {name}\n"))
-    files.append(File.generated(config, "api/index.md", content=_index()))
+        below = [each for each in modules() if each.rpartition(".")[0] == name]
+        content = f"# {name}\n\n::: {name}\n\n" + (_listing(below, posixpath.dirname(page_of(name))) if below else "")
+        files.append(File.generated(config, page_of(name), content=content))
+    head = "# API\n\nMade from the docstrings. What a newcomer needs first is on the [front page](../index.md).\n\n"
+    files.append(File.generated(config, "api/index.md", content=head + _listing(list(modules()), "api")))
     return files
 
 
-def _index() -> str:
-    """Every module with the first sentence of its docstring."""
-    rows = [f"| [{name}]({name}.md) | {_first_sentence(path)} |" for name, path in modules().items()]
-    head = "# API\n\nMade from the docstrings. What a newcomer needs first is on the [front page](../index.md).\n\n"
-    return head + "\n".join(["| module | what it is for |", "|---|---|", *rows, ""])
+def _listing(names: list[str], folder: str) -> str:
+    """Modules with the first sentences of their docstrings, as links from a page in `folder`."""
+    link = lambda name: f"[{name}]({os.path.relpath(page_of(name), folder)})"
+    rows = [f"| {link(name)} | {_first_sentence(modules()[name])} |" for name in names]
+    return "\n".join(["| module | what it is for |", "|---|---|", *rows, ""])
 
 
 def _first_sentence(path: Path) -> str:
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
-    return " ".join(re.split(r"(?<=[.:])\s", text, maxsplit=1)[0].split()).rstrip(":").replace("|", r"\|")
+    return _cell(re.split(r"(?<=\.)\s|\n\n", text, maxsplit=1)[0])
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
@@ -81,7 +91,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     uri = page.file.src_uri
     if not uri.startswith("api/"):
         markdown = LINK.sub(lambda link: _relative(link[1], uri), markdown)
-        markdown = NAMED.sub(lambda named: f"::: {_path_of(named[1])}", markdown)
+        markdown = TABLE.sub(lambda found: fields_of(*found.groups()), markdown)
     return markdown
 
 
@@ -93,16 +103,65 @@ def _relative(link: str, uri: str) -> str:
     return os.path.relpath(there, posixpath.dirname(uri) or ".")
 
 
-def _path_of(name: str) -> str:
-    """The full path of a class or function by its name, or by the end of its path if the name is not unique."""
-    member = name.rpartition(".")[2]
-    found = [f"{module}.{member}" for module, path in modules().items() if member in _defined(path)]
-    found = [path for path in found if f".{path}".endswith(f".{name}")]
+def fields_of(kind: str, name: str) -> str:
+    """The fields of a dataclass as tables: "options" as one types them, "choices" as NAME=VALUE takes them.
+
+    What a field is for stands below it, or in the docstring of the class as `name: text`, in sections.
+    """
+    node = _class(name)
+    fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+    defaults = {field.target.id: ast.unparse(field.value) if field.value else "" for field in fields}
+    told = _below(node) or _sections(ast.get_docstring(node) or "", defaults)
+    missing = set(defaults) - {field for section in told.values() for field in section}
+    if missing:
+        raise PluginError(f"{name}: nothing says what {', '.join(sorted(missing))} is for")
+    tables = []
+    for title, section in told.items():
+        show = (lambda field: f"--{field.replace('_', '-')}") if kind == "options" else str
+        rows = [f"| `{show(field)}` | `{defaults[field]}` | {_cell(text)} |" for field, text in section.items()]
+        tables.append("\n".join([*([f"### {title}", ""] if title else []), "| | default | |", "|---|---|---|", *rows]))
+    return "\n\n".join(tables)
+
+
+def _class(name: str) -> ast.ClassDef:
+    """A class by its name, or by the end of its path if the name is not unique."""
+    found = {}
+    for module, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and f".{module}.{node.name}".endswith(f".{name}"):
+                found[f"{module}.{node.name}"] = node
     if len(found) != 1:
-        raise PluginError(f"::: {name} names {len(found)} things: {', '.join(found)}")
-    return found[0]
+        raise PluginError(f"{name} names {len(found)} classes: {', '.join(found)}")
+    return next(iter(found.values()))
 
 
-def _defined(path: Path) -> set[str]:
-    kinds = (ast.ClassDef, ast.FunctionDef)
-    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, kinds)}
+def _below(node: ast.ClassDef) -> dict[str, dict[str, str]]:
+    """Of fields that a text follows."""
+    told = {}
+    for field, text in itertools.pairwise(node.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            told[field.target.id] = text.value.value
+    return {"": told} if told else {}
+
+
+def _sections(docstring: str, fields: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Of a docstring: {title: {field: text}}."""
+    told: dict[str, dict[str, str]] = {}
+    title = field = ""
+    for line in docstring.splitlines():
+        entry = re.match(r" +(\w+): (.*)", line)
+        if re.match(r"\S.*:$", line):
+            title = line.rstrip(":")
+        elif entry and entry[1] in fields:
+            field = entry[1]
+            told.setdefault(title, {})[field] = entry[2]
+        elif field and line.startswith("  "):
+            told[title][field] += f" {line}"
+        else:
+            field = ""
+    return told
+
+
+def _cell(text: str) -> str:
+    """Of a Markdown table."""
+    return " ".join(text.split()).replace("|", r"\|")

@@ -19,7 +19,7 @@ from slimsam_jax.checkpoint import replacing
 
 FOLDER = Path(__file__).parent / "results"
 TABLE_FOLDER = Path(__file__).parent / "tables"
-NOTE = "`{command}` writes this file: do not edit it. [{page}]({page}) says what it means."
+NOTE = "`{command}` writes this file: do not edit it. [{label}]({page}) says what it means."
 
 
 @functools.cache
@@ -64,6 +64,6 @@ def write_table(name: str, title: str, lines: Sequence[str], command: str, page:
       page: where the table is explained, relative to it: "../slimming.md", say.
     """
     TABLE_FOLDER.mkdir(exist_ok=True)
-    note = NOTE.format(command=command, page=page)
+    note = NOTE.format(command=command, page=page, label=page.removeprefix("../"))
     with replacing(TABLE_FOLDER / f"{name}.md") as temporary:
         temporary.write_text("\n".join([f"# {title}", "", note, "", *lines, ""]))
