@@ -12,6 +12,7 @@ import os
 import posixpath
 import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("slimsam_jax", "converters")
 LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=(?:#[^)]*)?\))")  # relative ones: no colon
-TABLE = re.compile(r"<!-- (options|choices): ([\w.]+) -->")  # fields of a class as a table
+TABLE = re.compile(r"<!-- (options|choices): ([\w.*]+) -->")  # fields of a class as a table
 
 
 def modules() -> dict[str, Path]:
@@ -124,11 +125,11 @@ def fields_of(kind: str, name: str) -> str:
 
 
 def _class(name: str) -> ast.ClassDef:
-    """A class by its name, or by the end of its path if the name is not unique."""
+    """A class by its name, or by the end of its path, with wildcards, if the name is not unique."""
     found = {}
     for module, path in modules().items():
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef) and f".{module}.{node.name}".endswith(f".{name}"):
+            if isinstance(node, ast.ClassDef) and fnmatchcase(f".{module}.{node.name}", f"*.{name}"):
                 found[f"{module}.{node.name}"] = node
     if len(found) != 1:
         raise PluginError(f"{name} names {len(found)} classes: {', '.join(found)}")
