@@ -19,7 +19,7 @@ PAGES += [
     page for page in sorted((ROOT / "experiments").rglob("*.md")) if page.name != "LOG.md"
 ]  # a journal: as it was
 LENGTHS = {"README.md": 120, "experiments/README.md": 150}
-# Of the next house, which docs/adding/ describes: folders, files, and names in files. What is there must leave this set.
+# Of the next house, which docs/adding/ describes: folders, files, names in files. What is there must leave this set.
 COMING = {
     "FAMILIES in slimsam_jax/models/encoders/__init__.py",
     "FORMATS in converters/__init__.py",
