@@ -93,7 +93,7 @@ def rank_correlations(sam: Sam, one: Any, other: Any) -> dict[str, float]:
 
 
 def table() -> None:
-    """Write the table into experiments/README.md."""
+    """Write experiments/tables/estimators.md."""
     lines = [
         "| images | estimator | rank correlation: embedding | attention | MLP | error at half the embedding |",
         "|---|---|---|---|---|---|",
@@ -105,7 +105,8 @@ def table() -> None:
             errors = [r["error"] for r in runs]
             spread = f"{np.mean(errors):.3f} ({min(errors):.3f} to {max(errors):.3f})"
             lines.append(f"| {count} | {name} | {' | '.join(f'{rank:.3f}' for rank in ranks)} | {spread} |")
-    results.write_section("estimators", "\n".join(lines))
+    title, command = "Images that an importance estimator needs", "python -m experiments.estimators table"
+    results.write_table("estimators", title, lines, command, "../estimators.md")
 
 
 if __name__ == "__main__":

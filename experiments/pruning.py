@@ -5,7 +5,7 @@
 
 `run` measures what experiments/results/pruning.jsonl does not hold yet; it can be stopped at any
 time, and several can share the work (`--part 0/2`, `--part 1/2`). `table` writes the rows
-into experiments/README.md.
+into experiments/tables/pruning.md.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Bench:
 
 
 def table() -> None:
-    """Write the table into experiments/README.md."""
+    """Write experiments/tables/pruning.md."""
     found = results.read(FILE)
     lines = [
         "| pruned by | ratio | encoder parameters | MACs, total | error | point mIoU |",
@@ -171,7 +171,8 @@ def table() -> None:
             runs = [entry for entry in found if (entry["row"], entry["ratio"]) == (row, ratio)]
             if runs:
                 lines.append(f"| {row} | {ratio:g} | {_cells(runs)} |")
-    results.write_section("pruning", "\n".join(lines))
+    title, command = "Pruning, before any distillation", "python -m experiments.pruning table"
+    results.write_table("pruning", title, lines, command, "../pruning.md")
 
 
 def _cells(runs: list[dict[str, Any]]) -> str:

@@ -30,11 +30,13 @@ class Table(NamedTuple):
     """Rows by label.
 
     Attributes:
+      title: its heading.
       paper: the paper's number of a (label, ratio), SA-1B single-point mIoU of SAM-B, in %.
       teacher: what is slimmed: the "small" SAM that all tables share, or another.
       more: begins with the teacher itself, and has the columns that take longer to measure.
     """
 
+    title: str
     ratios: tuple[float, ...]
     rows: dict[str, Row]
     paper: Mapping[tuple[str, float], float] = MappingProxyType({})
@@ -63,6 +65,7 @@ SLIMSAM = Row("slimsam")
 RATE = "learning_rate=1e-3"
 TABLES = {
     "compression": Table(
+        "Compression",
         (0.5, 0.77, 0.9),
         {
             "default": default(),
@@ -74,6 +77,7 @@ TABLES = {
         more=True,
     ),
     "narrow": Table(
+        "A teacher with less to spare",
         (0.5, 0.77),
         {
             "default": default(),
@@ -85,6 +89,7 @@ TABLES = {
         more=True,
     ),
     "criteria": Table(
+        "What tells which channels go",
         (0.77, 0.5),
         {
             "scratch": taylor("criterion=magnitude", "alternate=false", "scratch=true"),
@@ -112,6 +117,7 @@ TABLES = {
         },
     ),
     "ablations": Table(
+        "The paper's ablations",
         (0.77,),
         {
             "taylor": taylor(),
@@ -145,6 +151,7 @@ TABLES = {
         },
     ),
     "quirks": Table(
+        "The reference's slips, one by one",
         (0.77,),
         {
             "taylor": taylor(),
@@ -161,6 +168,7 @@ TABLES = {
         },
     ),
     "efficiency": Table(
+        "Steps and images",
         (0.77,),
         {
             f"{name}, {steps} steps": Row(name, steps=steps)
@@ -169,6 +177,7 @@ TABLES = {
         },
     ),
     "rates": Table(
+        "How fast to learn",
         (0.5, 0.77, 0.9),
         {
             "pace 3e-3": default("pace=3e-3"),
@@ -180,6 +189,7 @@ TABLES = {
         },
     ),
     "lengths": Table(
+        "How fast to learn, for other lengths",
         (0.77,),
         {
             # The default's own is not typed: it is the row of other tables.
@@ -189,6 +199,7 @@ TABLES = {
         },
     ),
     "order": Table(
+        "Alternate, or at once",
         (0.77, 0.5, 0.9),
         {
             "at once (default)": default(),
@@ -198,6 +209,7 @@ TABLES = {
         },
     ),
     "search": Table(
+        "Looking for a better recipe",
         (0.9,),
         {
             "default": default(),

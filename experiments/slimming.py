@@ -5,7 +5,7 @@
 
 `run` measures what experiments/results/slimming.jsonl does not hold yet; it can be stopped at any time, and several can
 share the work (`--part 0/2`, `--part 1/2`). Every run does what the command of its row does, but for the report:
-the teacher's side of the measuring is computed once. `table` writes the rows into experiments/README.md.
+the teacher's side of the measuring is computed once. `table` writes the rows into experiments/tables/.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from slimsam_jax.profiling import reference_macs
 from slimsam_jax.profiling.latency import encoder_runner, interleaved
 
 FILE = results.FOLDER / "slimming.jsonl"
+PROGRAM = "python -m experiments.slimming"
 CLICKS, CLICKED = 5, 30  # clicks on each object of so many pictures
 TEACHER = 0.39307  # point mIoU on bsds_val, by the original code
 
@@ -169,12 +170,12 @@ class Bench:
 
 
 def table() -> None:
-    """Write the tables into experiments/README.md, and their pictures beside it."""
+    """Write the tables into experiments/tables/, and their figures into experiments/figures/."""
     from experiments import figures
 
     found = results.read(FILE)
     for name in TABLES:
-        results.write_section(name, "\n".join(lines_of(name, found)))
+        results.write_table(name, TABLES[name].title, lines_of(name, found), f"{PROGRAM} table", "../slimming.md")
     figures.draw(lambda row, ratio: runs_of(row, ratio, found), TEACHER)
 
 

@@ -83,13 +83,12 @@ def test_what_is_measured_of_a_slim_model(material):
     assert "clicks" not in bench.measure(teacher)
 
 
-def test_the_readme_has_the_tables_of_the_results(tmp_path, monkeypatch):
-    readme, copy = results.README.read_text(), tmp_path / "README.md"
-    copy.write_text(readme)
-    monkeypatch.setattr(results, "README", copy)
+def test_the_folder_of_tables_is_what_the_results_give(tmp_path, monkeypatch):
+    kept = {path.name: path.read_text() for path in results.TABLE_FOLDER.iterdir()}
+    monkeypatch.setattr(results, "TABLE_FOLDER", tmp_path / "tables")
     monkeypatch.setattr(figures, "FOLDER", tmp_path / "figures")
     tables.main()
-    assert copy.read_text() == readme
+    assert {path.name: path.read_text() for path in results.TABLE_FOLDER.iterdir()} == kept
 
 
 def test_a_table_that_there_is_not():
