@@ -11,8 +11,7 @@ from test_data import truncated
 
 from converters import from_torch
 from slimsam_jax.compress import compress
-from slimsam_jax.compression import validation
-from slimsam_jax.compression import pipeline
+from slimsam_jax.compression import pipeline, validation
 from slimsam_jax.compression.validation import validator
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import compare_models

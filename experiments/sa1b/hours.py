@@ -26,7 +26,7 @@ from experiments.rows import TABLES
 from slimsam_jax import cli
 from slimsam_jax.compression.budget import even_cut
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.steps import plan
+from slimsam_jax.compression.steps import Distill, Prune
 from slimsam_jax.models.config import Config, preset
 from slimsam_jax.profiling import reference_macs
 
@@ -72,9 +72,15 @@ class Cost(NamedTuple):
     state: int
 
 
-def passes_of(recipe: str) -> dict[str, float]:
-    """Over the images, by what the stage cuts."""
-    return {stage.cuts: RECIPES[recipe].passes * stage.share for stage in plan(RECIPES[recipe]) if stage.share}
+def passes_of(recipe: str) -> dict[str, int]:
+    """Over the images, by the part that was cut before."""
+    found: dict[str, int] = {}
+    for step in RECIPES[recipe]:
+        if isinstance(step, Prune):
+            part = step.part
+        elif isinstance(step, Distill):
+            found[part] = step.optimizer.epochs
+    return found
 
 
 def cost_of(teacher: str, ratio: float, seconds: float, factor: float = 1.5, recipe: str = "default") -> Cost:

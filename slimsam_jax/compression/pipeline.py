@@ -47,12 +47,16 @@ def run(options: Options, teacher: Sam, recipe: Recipe | None = None) -> dict[st
     """
     run = prepare(options, teacher, recipe)
     with run.folder:
-        return carry_out(run)
+        student, seconds = carry_out(run)
+        numbers = finish(run, student, seconds) if sharding.is_main() else {}
+    sharding.barrier("finished")
+    if complaint := too_many_of_val(options, run.images, run.val, numbers.get("skipped", {})):
+        raise RunError(f"{options.out} is finished, and measured on the rest; but {complaint}")
+    return numbers
 
 
-def carry_out(run: Run) -> dict[str, Any]:
-    """What is left to do once nothing can be refused any more; returns the report."""
-    options = run.options
+def carry_out(run: Run) -> tuple[Sam, dict[str, float]]:
+    """Takes the steps one after the other; returns the last one's model, and {step: its seconds}."""
     if run.cache:
         run.cache.fill(run.images)
         sharding.barrier("teacher's embeddings")
@@ -63,11 +67,7 @@ def carry_out(run: Run) -> dict[str, Any]:
         student = take(run, each, student, previous)
         previous = before if isinstance(each.step, Prune) else previous
         seconds[each.name] = time.perf_counter() - start
-    numbers = finish(run, student, seconds) if sharding.is_main() else {}
-    sharding.barrier("finished")
-    if complaint := too_many_of_val(options, run.images, run.val, numbers.get("skipped", {})):
-        raise RunError(f"{options.out} is finished, and measured on the rest; but {complaint}")
-    return numbers
+    return student, seconds
 
 
 def take(run: Run, place: Planned, student: Sam, previous: Sam) -> Sam:
