@@ -1,9 +1,9 @@
-"""What a recipe makes of the paper's two stages, and the terms of the loss besides features."""
+"""Steps and recipes: how steps are shared out, what the terms of the loss weigh, and what is set by name."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 from conftest import random_images, random_sam, tiny_config
 
+from experiments import recipes as lists
 from slimsam_jax.compression import widths
+from slimsam_jax.compression.alignment import aligns
+from slimsam_jax.compression.alignment import terms as terms_of
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.pipeline import drawn_anew
-from slimsam_jax.compression.recipes import RECIPES, Recipe
-from slimsam_jax.compression.steps import STAGES, plan, steps_of
+from slimsam_jax.compression.pipeline import initialize
+from slimsam_jax.compression.plan import check, names, optimizer_steps
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.settings import FIELDS, change
+from slimsam_jax.compression.steps import Distill, Losses, Optimizer, Prune, Quirks, Validation
 from slimsam_jax.compression.trainer import _student_features, _target_features, make_trainer, run_encoder
 from slimsam_jax.data.prompted import random_clicks
 from slimsam_jax.distillation.losses import mse
@@ -24,88 +29,149 @@ from slimsam_jax.models.sam import decode
 from slimsam_jax.training.setup import some_of
 
 
-@pytest.mark.parametrize(
-    "choices",
-    [{}, {"rounds": 3}, {"polish": 0.25}, {"rounds": 2, "polish": 0.5}, {"alternate": False, "polish": 0.1}],
-)
-def test_steps_and_cuts_add_up(choices):
-    stages = plan(Recipe(**{"alternate": True, **choices}))
-    assert len({stage.name for stage in stages}) == len(stages)
-    assert math.isclose(sum(stage.share for stage in stages), 2)
+@pytest.mark.parametrize("name", lists.RECIPES)
+def test_steps_and_cuts_add_up(name):
+    recipe = lists.RECIPES[name](0.77)
+    check(recipe)
+    assert len(set(names(recipe))) == len(recipe)
     for each in (5, 7, 100):
-        steps = steps_of(stages, each)
-        assert sum(steps.values()) == 2 * each and all(steps[stage.name] for stage in stages if stage.share)
-    for kind in ("embedding", "bottleneck"):
-        assert math.isclose(sum(stage.cut for stage in stages if stage.cuts == kind), 1)
+        steps = optimizer_steps(recipe, 1000, 4, each)
+        assert sum(steps) == 2 * each
+        assert [bool(count) for count in steps] == [isinstance(step, Distill) for step in recipe]
+    for part in ("embedding", "bottleneck"):
+        cuts = [step.ratio or 0.77 for step in recipe if isinstance(step, Prune) and step.part == part]
+        np.testing.assert_allclose(1 - np.prod(1 - np.array(cuts)), 0.77)
 
 
 def test_steps_are_shared_out_evenly():
-    assert list(steps_of(plan(Recipe(alternate=True, rounds=3)), 5).values()) == [2, 1, 2, 2, 1, 2]
+    recipe = lists.progressive(0.5, rounds=3)
+    assert optimizer_steps(recipe, 1000, 4, 5) == [0, 2, 0, 1, 0, 2] * 2
+    assert optimizer_steps(RECIPES["default"], 1000, 4) == [0, 0, 3000]
+    assert optimizer_steps(RECIPES["slimsam"], 10_000, 4) == [0, 50_000] * 2  # the paper's 20 epochs
 
 
-def test_the_papers_recipes_have_the_papers_stages():
-    assert plan(RECIPES["slimsam"]) == plan(RECIPES["taylor"]) == STAGES
-    assert steps_of(STAGES, 7) == {"embedding": 7, "bottleneck": 7} and set(steps_of(STAGES, 0).values()) == {0}
+def test_steps_are_called_by_what_they_do():
+    assert names(RECIPES["default"]) == ["prune-embedding", "prune-bottleneck", "distill"]
+    assert names(RECIPES["taylor"]) == ["prune-embedding", "distill", "prune-bottleneck", "distill-2"]
+
+
+def test_recipes_of_the_paper():
+    """Alternate slimming: 20 epochs each by plain MSE at 1e-4, with every known bug; ours without."""
+    for recipe in (RECIPES["slimsam"], RECIPES["taylor"]):
+        assert [getattr(step, "part", None) or step.align for step in recipe] == [
+            "embedding",
+            "bottleneck",
+            "bottleneck",
+            "stream+embedding",
+        ]
+    for step in RECIPES["slimsam"]:
+        assert all(dataclasses.astuple(step.quirks))
+    assert [RECIPES["slimsam"][i].optimizer for i in (1, 3)] == [
+        Optimizer(20, 1e-4, schedule="plateau", patience=patience, reduction="sum") for patience in (3, 4)
+    ]
+    assert all(step.quirks == Quirks() for step in RECIPES["taylor"])
 
 
 def test_all_cuts_first_and_one_distillation():
-    recipe = RECIPES["default"]
-    first, second = plan(recipe)
-    assert steps_of((first, second), 100) == {"embedding": 0, "bottleneck": 200}
-    assert (first.cuts, second.cuts) == ("embedding", "bottleneck") and second.aligns(recipe)
-    weights = [second.terms(step, 200, recipe) for step in (0, 50, 100, 199)]
+    *cuts, distill = RECIPES["default"]
+    assert [step.part for step in cuts] == ["embedding", "bottleneck"] and aligns(distill)
+    weights = [terms_of(distill, step, 200) for step in (0, 50, 100, 199)]
     np.testing.assert_allclose([w["embedding"] for w in weights], [1 / 11, 6 / 11, 1, 1])
     np.testing.assert_allclose([w.get("stream", 0) for w in weights], [10 / 11, 5 / 11, 0, 0])
 
 
-@pytest.mark.parametrize("recipe", [Recipe(align=0), dataclasses.replace(RECIPES["taylor"], alternate=False)])
-def test_where_nothing_is_worth_aligning_with_the_embedding_alone_counts(recipe):
-    _, second = plan(recipe)
-    assert not second.aligns(recipe) and second.terms(0, 200, recipe) == {"embedding": 1.0}
+@pytest.mark.parametrize("distill", [Distill(losses=Losses(features=0)), lists.one_shot(0.5)[-1]])
+def test_where_nothing_is_worth_aligning_with_the_embedding_alone_counts(distill):
+    assert not aligns(distill) and terms_of(distill, 0, 200) == {"embedding": 1.0}
 
 
 def test_features_can_weigh_less_than_in_the_paper():
-    recipe = Recipe(align=0.5)
-    assert plan(recipe)[1].terms(0, 200, recipe) == pytest.approx({"embedding": 6 / 11, "stream": 5 / 11})
-    recipe = dataclasses.replace(RECIPES["taylor"], align=0.5)
-    first, second = (stage.terms(0, 100, recipe) for stage in STAGES)
-    assert first == {"embedding": 0.75, "qkv_window": 0.25, "qkv_global": 0.25, "mlp": 0.25}
-    assert second == pytest.approx({"embedding": 6 / 11, "stream": 5 / 11, "previous": 5 / 11})
-    with pytest.raises(InputError, match=r"align 1\.5 is not a share of the paper's weight"):
-        recipe.change(["align=1.5"])
+    half = Losses(features=0.5)
+    first, second, once = (Distill(align, losses=half) for align in ("bottleneck", "stream+embedding", "stream"))
+    assert terms_of(once, 0, 200) == pytest.approx({"embedding": 6 / 11, "stream": 5 / 11})
+    assert terms_of(first, 0, 100) == {"embedding": 0.75, "qkv_window": 0.25, "qkv_global": 0.25, "mlp": 0.25}
+    assert terms_of(second, 0, 100) == pytest.approx({"embedding": 6 / 11, "stream": 5 / 11, "previous": 5 / 11})
 
 
 def test_terms_besides_features():
-    recipe = Recipe(align=0, cosine=0.5, masks=2.0)
-    assert STAGES[0].terms(0, 10, recipe) == {"embedding": 1.0, "direction": 0.5, "masks": 2.0}
-    assert set(STAGES[0].terms(0, 10, Recipe())) == {"embedding", "qkv_window", "qkv_global", "mlp"}
+    distill = Distill("bottleneck", losses=Losses(features=0, direction=0.5, masks=2.0))
+    assert terms_of(distill, 0, 10) == {"embedding": 1.0, "direction": 0.5, "masks": 2.0}
+    assert set(terms_of(Distill("bottleneck"), 0, 10)) == {"embedding", "qkv_window", "qkv_global", "mlp"}
 
 
-def test_equal_cuts_in_a_row_leave_what_one_leaves():
-    part = Target(0.77).part(1 / 3)
-    np.testing.assert_allclose((1 - part.ratio) ** 3, 0.23)
-    assert Target(0.5).part(1.0) == Target(0.5)
-
-
-def test_rounds_together_leave_every_block_its_least():
-    """A block worth nothing keeps a quarter of the even cut's width, however many rounds get there."""
+def test_several_cuts_leave_every_block_its_least():
+    """A block worth nothing keeps a quarter of the even cut's width, however many cuts get there."""
     for rounds in (1, 2, 3):
-        config, part = tiny_config(mlp_dim=400), 1 / rounds
-        recipe = Recipe(least=0.25**part, compete="kind")
-        for _ in range(rounds):
+        config = tiny_config(mlp_dim=400)
+        for step in lists.progressive(0.77, rounds):
+            if not isinstance(step, Prune) or step.part == "embedding":
+                continue
             worth = {
                 f"blocks_{i}/{kind}": np.full(width, 1.0 if i else 1e-9)
                 for i in range(2)
                 for kind, width in (("attn", config.blocks[i].head_dim), ("mlp", config.blocks[i].mlp_dim))
             }
-            target = Target(0.77).part(part)
-            config = widths.with_widths(config, widths.bottleneck_widths(config, worth, target, recipe, False))
+            step = dataclasses.replace(step, allocation="global")
+            wanted = widths.target_of(step, Target(0.77))
+            config = widths.with_widths(config, widths.bottleneck_widths(config, worth, wanted, step, False))
         assert abs(config.blocks[0].mlp_dim - 0.25 * 0.23 * 400) <= 2
 
 
 def test_too_few_steps_are_refused():
-    with pytest.raises(InputError, match="4 steps are too few for the 6 stages"):
-        steps_of(plan(Recipe(rounds=3, alternate=True)), 2)
+    with pytest.raises(InputError, match="4 steps are too few for the 6 distillations"):
+        optimizer_steps(lists.progressive(0.5, rounds=3), 1000, 4, 2)
+
+
+def test_choices_are_set_by_name_in_every_step_that_has_them():
+    given = ["prune.round_to=8", "prune.criterion=fisher", "quirks.zeroed_rel_pos=True", "distill.lr=2e-3"]
+    first, one, second, two = change(RECIPES["taylor"], given)
+    for cut in (first, second):
+        assert (cut.round_to, cut.criterion, cut.quirks.zeroed_rel_pos, cut.min_keep) == (8, "fisher", True, 0.25)
+    assert one.optimizer == Optimizer(lr=2e-3, patience=3) and two.optimizer == Optimizer(lr=2e-3)
+    assert change(RECIPES["slimsam"], []) == RECIPES["slimsam"]
+    assert change(RECIPES["taylor"], ["distill.lr=auto"])[1].optimizer.lr == "auto"
+    assert len(FIELDS) <= 40
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("prune.roundto=8", "nearest are prune.round_to"),
+        ("prune.round_to", "NAME=VALUE"),
+        ("prune.round_to=eight", "is no int"),
+        ("prune.round_to=0", "at least 1"),
+        ("prune.criterion=best", "none of projection, taylor"),
+        ("quirks.zeroed_rel_pos=maybe", "is no bool"),
+        ("prune.min_keep=1", "must be a number from 0 to 1"),
+        ("distill.lr=nan", "lr nan"),
+        ("distill.lr=fast", "is no float"),
+        ("distill.features=1.5", "features 1.5 must be a number from 0 to 1"),
+        ("prune.head_channels=whole", "scores of whole channels"),
+        ("prune.criterion=taylor", "nothing to align with: set distill.align=none"),
+        ("distill.train=mask_decoder", "no such choice"),
+        ("multiple=8", "multiple=8: it is called prune.round_to=8 since 0.3"),
+        ("slice_rel_pos=false", "it is called quirks.zeroed_rel_pos=true since 0.3"),
+        ("slice_rel_pos=x", "it is called quirks.zeroed_rel_pos since 0.3"),
+        ("alternate=true", "since 0.3 a recipe is a list of steps"),
+    ],
+)
+def test_choices_that_are_none_are_refused(setting, message):
+    with pytest.raises(InputError, match=message):
+        change(RECIPES["default"], [setting])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "add distill.masks=1"),
+        ({"losses": Losses(masks=1.0)}, "add distill.validate_by=miou or keep_checkpoint=last"),
+        ({"losses": Losses(masks=1.0), "validation": Validation(keep_checkpoint="last")}, "add distill.lr=1e-4"),
+        ({"train": ("decoder",)}, "must name image_encoder, mask_decoder"),
+    ],
+)
+def test_a_decoder_learns_by_its_masks(fields, message):
+    with pytest.raises(InputError, match=message):
+        Distill(**{"train": ("image_encoder", "mask_decoder"), **fields})
 
 
 def test_some_images_are_drawn_by_seed():
@@ -117,7 +183,8 @@ def test_some_images_are_drawn_by_seed():
 
 def test_weights_drawn_anew_keep_the_widths():
     sam = random_sam(tiny_config())
-    new = drawn_anew(sam, 0)
+    run = SimpleNamespace(options=SimpleNamespace(seed=0))
+    new = initialize(run, None, sam, sam)
     shapes = lambda params: jax.tree.map(lambda leaf: leaf.shape, params)
     assert shapes(new.params) == shapes(sam.params)
     assert new.params["mask_decoder"] is sam.params["mask_decoder"]
@@ -131,20 +198,21 @@ def batch_with_clicks(count: int) -> dict[str, np.ndarray]:
     return batch | {name: np.stack([each[name] for each in clicks]) for name in clicks[0]}
 
 
-def features_of(recipe: Recipe, stage=STAGES[0]):
+def features_of(losses: Losses):
     """Student's and target's, of a batch with clicks."""
+    step = Distill("bottleneck", losses=losses)
     teacher, student = random_sam(tiny_config()), random_sam(tiny_config(embed_dim=23), seed=1)
-    batch = batch_with_clicks(recipe.points)
-    trainer = make_trainer(student, teacher, teacher, stage, recipe)
+    batch = batch_with_clicks(losses.points)
+    trainer = make_trainer(student, teacher, teacher, step)
     encode = lambda config, encoder, batch: run_encoder(config, encoder, batch)
     arguments = trainer.frozen, batch
-    found = _student_features(encode, student.config, stage, recipe, student.params, *arguments)
-    wanted = _target_features(encode, teacher.config, teacher.config, stage, recipe, *arguments)
+    found = _student_features(encode, student.config, step, student.params, *arguments)
+    wanted = _target_features(encode, teacher.config, teacher.config, step, *arguments)
     return teacher, batch, found, wanted
 
 
 def test_directions_are_told_apart_by_their_cosine():
-    _, _, found, wanted = features_of(Recipe(cosine=1.0))
+    _, _, found, wanted = features_of(Losses(direction=1.0))
     one, other = found["embedding"], wanted["embedding"]
     cosine = (one * other).sum(-1) / jnp.linalg.norm(one, axis=-1) / jnp.linalg.norm(other, axis=-1)
     expected = 2 * (1 - cosine).mean() / one.shape[-1]
@@ -152,7 +220,7 @@ def test_directions_are_told_apart_by_their_cosine():
 
 
 def test_masks_are_those_of_the_decoder_for_each_click():
-    teacher, batch, found, wanted = features_of(Recipe(masks=1.0, points=3))
+    teacher, batch, found, wanted = features_of(Losses(masks=1.0, points=3))
     assert found["masks"].shape == wanted["masks"].shape == (2 * 3, 4, 16, 12)
     for image in range(2):
         logits, iou = decode(
@@ -170,13 +238,12 @@ def test_clicks_lie_on_the_picture():
 
 
 def test_the_decoder_learns_in_the_end():
-    recipe = Recipe(polish=0.5, masks=1.0, tune_decoder=True, keep="last", learning_rate=1e-3)
-    *_, polish = plan(recipe)
-    assert [stage.trains for stage in plan(recipe)] == [("image_encoder",)] * 2 + [("image_encoder", "mask_decoder")]
-    teacher, batch = random_sam(tiny_config()), batch_with_clicks(recipe.points)
+    *_, first, last = lists.decoder(0.5)
+    assert (first.train, last.train) == (("image_encoder",), ("image_encoder", "mask_decoder"))
+    teacher, batch = random_sam(tiny_config()), batch_with_clicks(last.losses.points)
     student = random_sam(tiny_config(embed_dim=23), seed=1)
-    trainer = make_trainer(student, student, teacher, polish, recipe)
-    terms = polish.terms(0, 10, recipe)
+    trainer = make_trainer(student, student, teacher, last)
+    terms = terms_of(last, 0, 10)
     assert terms == {"embedding": 1.0, "masks": 1.0, "iou": 1.0}
     state, _ = trainer.step(trainer.state, trainer.frozen, batch, terms, 1e-3)
     before, after = (jax.tree.leaves(params["mask_decoder"]) for params in (student.params, state.params))
@@ -189,7 +256,7 @@ def test_a_later_round_aligns_what_was_cut_before():
     blocks = tuple(dataclasses.replace(block, head_dim=9, mlp_dim=30) for block in teacher.config.blocks)
     previous = random_sam(dataclasses.replace(teacher.config, embed_dim=20, blocks=blocks))
     student = random_sam(dataclasses.replace(previous.config, embed_dim=15))
-    trainer = make_trainer(student, previous, teacher, STAGES[0], Recipe(rounds=2, alternate=True))
-    terms = STAGES[0].terms(0, 10, Recipe(rounds=2, alternate=True))
+    step = Distill("bottleneck")
+    trainer, terms = make_trainer(student, previous, teacher, step), terms_of(step, 0, 10)
     _, found = trainer.step(trainer.state, trainer.frozen, random_images(teacher.config), terms, 1e-3)
     assert np.isfinite(found["loss"]) and found["mlp"] > 0
