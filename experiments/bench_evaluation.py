@@ -70,7 +70,7 @@ def original(
 
     from experiments.bench_torch import peak
     from slimsam_jax.imaging.transforms import resized_shape
-    from tests.peers import segment_anything, stock_sam
+    from tests.helpers.peers import segment_anything, stock_sam
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 from experiments.bench import Options, Step, distillation_of
 from slimsam_jax.compression.alignment import ALIGN
 from slimsam_jax.models.config import GLOBAL, Config
-from tests.peers import stock_sam
+from tests.helpers.peers import stock_sam
 
 Features = dict[str, list[torch.Tensor]]
 UPDATE_EVERY = 4  # images

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from test_data import save_image
 
 from converters import from_torch
+from helpers.images import save_image
 from slimsam_jax import sharding
 from slimsam_jax.profiling import reference_macs
 
@@ -26,7 +26,6 @@ from slimsam_jax.profiling import reference_macs
 def start(program: list[str], devices: int = 1) -> subprocess.Popen:
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
@@ -50,12 +49,12 @@ def free_address() -> str:
 
 
 def train(out: Path, count: int, devices: int = 1, fsdp: int = 1, processes: int = 1) -> dict[str, int]:
-    """Steps of sharded_worker.py, from the last checkpoint in `out`; what the compiled step holds."""
+    """Steps of `helpers.sharded_worker`, from the last checkpoint in `out`; what the compiled step holds."""
     out.mkdir(exist_ok=True)
-    worker, address = str(Path(__file__).with_name("sharded_worker.py")), free_address()
+    worker, address = ("-m", "helpers.sharded_worker"), free_address()
     arguments = {"out": str(out), "count": count, "fsdp": fsdp}
     several = [{**arguments, "distributed": f"{address},{processes},{i}"} for i in range(processes)]
-    wait_for(*(start([worker, json.dumps(one)], devices) for one in (several if processes > 1 else [arguments])))
+    wait_for(*(start([*worker, json.dumps(one)], devices) for one in (several if processes > 1 else [arguments])))
     return json.loads((out / "facts.json").read_text())
 
 
@@ -101,7 +100,7 @@ def test_the_command_in_two_processes(finished, material, tmp_path):
     program = """
 import sys
 from pathlib import Path
-from conftest import compress_options
+from helpers.runs import compress_options
 from slimsam_jax.compress import compress
 compress(compress_options(Path(sys.argv[1]), Path(sys.argv[2]), distributed=sys.argv[3]))
 """

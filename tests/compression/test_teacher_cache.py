@@ -1,0 +1,108 @@
+"""The teacher's embeddings on disk: computed once, found again, never trusted blindly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from converters import from_torch
+from helpers.images import samples, truncated
+from helpers.models import SQUARE, random_images, random_sam
+from helpers.runs import compress_options
+from slimsam_jax.compress import compress
+from slimsam_jax.compression import teacher_cache
+from slimsam_jax.compression.alignment import terms as terms_of
+from slimsam_jax.compression.steps import Distill
+from slimsam_jax.compression.teacher_cache import TeacherCache
+from slimsam_jax.compression.trainer import make_trainer
+from slimsam_jax.errors import RunError
+from slimsam_jax.inference.decode import encode_image
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return random_sam(SQUARE)
+
+
+def test_embeddings_are_computed_once_and_are_the_teachers(material, teacher, tmp_path, monkeypatch, capsys):
+    pictures = samples(sorted((material / "images").iterdir()))
+    shutil.copytree(material / "images", tmp_path / "images")
+    broken = truncated(tmp_path / "images" / "broken.jpg")
+    cache = TeacherCache(tmp_path / "cache", teacher, "0123456789abcdef")
+    cache.fill([*pictures[:4], *samples([broken])])
+    assert "about 0.00 GB in" in capsys.readouterr().out
+    encoded, encode = [], teacher_cache.encode_image
+    monkeypatch.setattr(teacher_cache, "encode_image", lambda *args: encoded.append(1) or encode(*args))
+    copies = samples(sorted((tmp_path / "images").glob("*.png")))  # the same pictures elsewhere are the same pictures
+    cache.fill(copies)
+    assert len(encoded) == 2
+    for sample in copies:
+        expected = np.asarray(encode_image(teacher, sample.image()).embedding)
+        np.testing.assert_allclose(cache.read(sample), expected, rtol=1e-3, atol=1e-3)
+        assert cache.read(sample).dtype == np.float16
+    assert len(list(cache.folder.iterdir())) == 6
+
+
+def test_what_is_damaged_missing_or_of_another_teacher_is_not_used(material, teacher, tmp_path):
+    (sample,) = samples([material / "images" / "0.png"])
+    cache = TeacherCache(tmp_path, teacher, "0" * 64)
+    cache.fill([sample])
+    whole = cache.file(sample).read_bytes()
+    with pytest.raises(RunError, match="cannot be read"):
+        TeacherCache(tmp_path, teacher, "1" * 64).read(sample)
+    np.save(cache.file(sample), np.zeros((2, 2), np.float16))
+    with pytest.raises(RunError, match=r"float16\[2, 2\].*continue with --resume"):
+        cache.read(sample)
+    cache.file(sample).write_bytes(whole[:50])
+    with pytest.raises(RunError, match="computed again"):
+        cache.read(sample)
+    cache.fill([sample])
+    assert cache.file(sample).read_bytes() == whole
+
+
+def test_several_processes_leave_nothing_out(material, teacher, tmp_path, monkeypatch):
+    """Each takes its share of all pictures, also when another has written some already."""
+    pictures = samples(sorted((material / "images").iterdir()))
+    cache = TeacherCache(tmp_path, teacher, "0" * 64)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        cache.fill(pictures)
+        assert len(list(cache.folder.iterdir())) == 3 * (index + 1)
+
+
+def test_the_teacher_leaves_the_step(teacher):
+    """Where its embedding alone is wanted: all of the second half."""
+    step, previous = Distill("stream+embedding"), dataclasses.replace(teacher)  # whose features are wanted
+    trainer = make_trainer(teacher, previous, teacher, step)
+    batch = random_images(SQUARE, 1)
+    embedding = np.zeros((1, *SQUARE.grid, SQUARE.out_chans), np.float16)
+    terms = terms_of(step, 0, 10)
+    flops = [
+        trainer.step.lower(trainer.state, trainer.frozen, each, terms, 1e-4).cost_analysis()["flops"]
+        for each in (batch, {**batch, "embedding": embedding})
+    ]
+    assert flops[1] < 0.9 * flops[0]
+
+
+def test_a_full_disk_is_told_beforehand(material, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(RunError, match="choose another --cache"):
+        TeacherCache(tmp_path, teacher, "0" * 64).fill(samples(sorted((material / "images").iterdir())))
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_a_run_with_a_cache_learns_the_same(finished, material, tmp_path):
+    """But for half precision."""
+    compress(compress_options(material, tmp_path / "with", cache=tmp_path / "cache"))
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 6
+    logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (tmp_path / "with", finished)]
+    for one, other in zip(*(map(json.loads, log) for log in logs), strict=True):
+        assert (one["stage"], one["step"]) == (other["stage"], other["step"])
+        np.testing.assert_allclose(one.get("embedding", 0), other.get("embedding", 0), rtol=0.02)
+    assert from_torch.load(tmp_path / "with").provenance["options"]["cache"] is True

@@ -1,0 +1,105 @@
+"""The README.md of a Hugging Face folder: true numbers or none, nothing of the machine, an example that runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from converters import model_card, to_torch
+from helpers.models import UNEVEN, random_sam
+from slimsam_jax import checkpoint
+
+REPORT = {
+    "teacher": {"encoder_parameters": 4406464, "point_miou": 0.3931},
+    "slim": {"encoder_parameters": 829683, "point_miou": 0.39154},
+    "agreement": 0.9478,
+    "images": 100,
+    "annotated_images": 99,
+    "provenance": {
+        "teacher": {"file": "teacher.pth", "sha256": "1a85"},
+        "images": {"count": 200},
+        "options": {"teacher": "/machine/teacher.pth", "images": ["/machine/photos"], "ratio": 0.77},
+        "versions": {"slimsam_jax": "0.1.0", "jax": "0.10.2"},
+    },
+}
+
+
+def test_the_card_tells_what_the_run_reached(tmp_path):
+    from huggingface_hub import ModelCard
+
+    sam = dataclasses.replace(random_sam(UNEVEN), provenance=REPORT["provenance"])
+    checkpoint.save(sam, tmp_path / "slim")
+    (tmp_path / "slim" / "report.json").write_text(json.dumps(REPORT))
+    to_torch.main(tmp_path / "slim", tmp_path / "hf", "hf", pad_to_uniform=True)
+    card = ModelCard.load(tmp_path / "hf" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "mask-generation"
+    for text in (
+        "| encoder parameters | 4.41 M | 0.83 M |\n| point mIoU | 39.31 % | 39.15 % |\n| agreement with the teacher",
+        "Measured by the run that made it, before padding, on 100 images, 99 of them with annotations.",
+        "python -m slimsam_jax.compress --teacher teacher.pth --images photos --ratio 0.77",
+        "Compressed from `teacher.pth` (sha256 `1a85`) with\n200 images:",
+        "slimsam_jax 0.1.0, jax 0.10.2",
+    ):
+        assert text in card.text
+    assert "machine" not in card.text
+
+
+def test_the_card_of_what_no_run_of_ours_made(tmp_path, uneven):
+    """No report, or the report of another model: no numbers."""
+    for name in ("hf", "hf again"):
+        to_torch.main(uneven, tmp_path / name, "hf", pad_to_uniform=True)
+        text = (tmp_path / name / "README.md").read_text()
+        assert "## Numbers" not in text and "Converted from `random`." in text and "Made slim" not in text
+        (uneven / "report.json").write_text(json.dumps(REPORT))
+
+
+@pytest.mark.slow
+def test_the_card_understands_the_report_of_a_run(finished, tmp_path):
+    to_torch.main(finished, tmp_path / "hf", "hf", pad_to_uniform=True)
+    text = (tmp_path / "hf" / "README.md").read_text()
+    report = json.loads((finished / "report.json").read_text())
+    assert f"| {100 * report['teacher']['point_miou']:.2f} % | {100 * report['slim']['point_miou']:.2f} % |" in text
+    assert "python -m slimsam_jax.compress --teacher teacher --images images --val val" in text
+    assert str(finished.parent) not in text and "None" not in text
+    assert all(len(line) <= 120 or line.startswith("python") for line in text.splitlines())
+
+
+def test_the_card_keeps_a_command_without_its_machine():
+    options = {"teacher": "/data/sam b.pth", "images": ["tfds:/data/prepared", "/x/sa_0.tar"], "uniform": True}
+    options |= {"ratio": 0.77, "budget": None, "set": ["multiple=8"], "cache": True, "seed": 0}
+    expected = "python -m slimsam_jax.compress --teacher 'sam b.pth' --images tfds:prepared sa_0.tar --uniform"
+    assert model_card.command(options) == f"{expected} --ratio 0.77 --set multiple=8"
+
+
+def test_the_example_of_the_card_runs(uneven, tmp_path, monkeypatch):
+    from transformers import AutoModelForMaskGeneration, AutoProcessor
+
+    to_torch.main(uneven, tmp_path / "hf", "hf", pad_to_uniform=True)
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.zeros((40, 52, 3), np.uint8)).save("picture.jpg")
+    example = re.search(r"```python\n(.*?)```", (tmp_path / "hf" / "README.md").read_text(), re.DOTALL)[1]
+    exec(example, names := {})
+    assert names["masks"].shape == (1, 3, 40, 52)
+    assert type(AutoModelForMaskGeneration.from_pretrained("hf")).__name__ == "SamModel"
+    assert type(AutoProcessor.from_pretrained("hf")).__name__ == "SamProcessor"
+
+
+def test_the_card_says_what_the_pipeline_needs(uneven, tmp_path):
+    from transformers import pipeline
+
+    to_torch.main(uneven, tmp_path / "hf", "hf", pad_to_uniform=True)
+    assert 'model="hf")` finds all masks of an image. It needs torchvision' in (tmp_path / "hf/README.md").read_text()
+    made = pipeline("mask-generation", model=str(tmp_path / "hf"), device="cpu")
+    ask = functools.partial(made, Image.new("RGB", (52, 40)), points_per_batch=512, pred_iou_thresh=-9.0)
+    if importlib.util.find_spec("torchvision") is None:
+        with pytest.raises(ImportError, match="Torchvision"):
+            ask()
+    else:
+        assert "masks" in ask()

@@ -1,0 +1,189 @@
+"""The walls between rooms: who may import whom, no circles, and no file or function that has outgrown a reader."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# From the ground up. A room imports what stands below its own line; rooms of one line do not import each other. A
+# module at the top of `slimsam_jax/` is a room of its own. A program in a package (`data/__main__.py`) is a program.
+LEVELS = (
+    ("slimsam_jax", "errors"),  # the package itself: its version, and what it gives when asked
+    ("limits", "files", "progress", "sharding"),
+    ("cli", "safetensors_file"),
+    ("imaging",),
+    ("pruning", "distillation"),
+    ("models",),
+    ("profiling", "checkpoint", "data"),
+    ("inference",),
+    ("evaluation",),
+    ("training",),
+    ("compression",),
+    ("converters",),
+    ("api",),
+    ("calibrate", "compress", "demo", "evaluate", "everything", "inspect", "predict", "programs"),
+)
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+# Rooms that could be lifted out for other models: of ours they know no more than this.
+ALONE = {"pruning": {"errors", "sharding"}, "distillation": {"errors", "sharding"}}
+FOREIGN = {"flax": {"imaging", "pruning", "distillation"}, "jax": {"imaging"}, "torch": set(LEVEL) - {"converters"}}
+MOST_FILES, MOST_LINES, MOST_OF_A_FUNCTION = 16, 320, 60
+
+Graph = dict[str, set[str]]
+
+
+def sources() -> dict[str, str]:
+    """{module: its text} of `slimsam_jax` and `converters`."""
+    paths = (path for package in ("slimsam_jax", "converters") for path in (ROOT / package).rglob("*.py"))
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path.read_text()
+        for path in paths
+    }
+
+
+def imported(text: str) -> set[str]:
+    """Full names, wherever in a module they are imported: of `from a import b` it is `a.b`."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def graph_of(modules: Mapping[str, str]) -> Graph:
+    """{module: those of the modules that it imports, or imports something from}."""
+    graph = {}
+    for module, text in modules.items():
+        either = ((name, name.rpartition(".")[0]) for name in imported(text))
+        graph[module] = {next((name for name in names if name in modules), module) for names in either} - {module}
+    return graph
+
+
+def room_of(module: str) -> str:
+    package, *rest = module.split(".")
+    if rest[-1:] == ["__main__"] and rest[0] != "demo":
+        return "programs"
+    return rest[0] if package == "slimsam_jax" and rest else package
+
+
+def rooms_of(graph: Graph) -> Graph:
+    rooms: Graph = {}
+    for module, others in graph.items():
+        room = room_of(module)
+        rooms.setdefault(room, set()).update(set(map(room_of, others)) - {room})
+    return rooms
+
+
+def circle(graph: Graph) -> list[str]:
+    """Nodes of circles and between them: what is left when nothing can go that has no arrow in or none out."""
+    left, before = set(graph), None
+    while left != before:
+        before, left = left, {n for n in left if graph[n] & left and any(n in graph[other] for other in left)}
+    return sorted(left)
+
+
+def upwards(graph: Graph) -> list[str]:
+    """Imports that the table does not allow."""
+    found = []
+    for module, others in graph.items():
+        room = room_of(module)
+        for other in sorted(others):
+            there = room_of(other)
+            allowed = LEVEL[there] < LEVEL[room] and there in ALONE.get(room, LEVEL)
+            found += [] if allowed or there == room else [f"{module} imports {other}"]
+    return found
+
+
+def too_long(modules: Mapping[str, str]) -> list[str]:
+    """Files by all their lines, functions without their docstrings, which of a program are its `--help`."""
+    found = [f"{name}: {text.count(chr(10))} lines" for name, text in modules.items() if text.count("\n") > MOST_LINES]
+    for name, text in modules.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (lines := length(node)) > MOST_OF_A_FUNCTION:
+                found.append(f"{name}.{node.name}: {lines} lines")
+    return found
+
+
+def length(function: ast.FunctionDef) -> int:
+    first = function.body[0]
+    told = ast.get_docstring(function) is not None
+    return function.end_lineno - function.lineno + 1 - told * (first.end_lineno - first.lineno + 1)
+
+
+@pytest.fixture(scope="module")
+def modules() -> dict[str, str]:
+    found = sources()
+    assert len(found) > 100
+    return found
+
+
+def test_every_room_has_its_place(modules):
+    unknown = set(map(room_of, modules)) - set(LEVEL)
+    assert not unknown, f"give {sorted(unknown)} a line in LEVELS"
+
+
+def test_nobody_imports_upwards(modules):
+    found = upwards(graph_of(modules))
+    assert not found
+
+
+def test_there_is_no_circle(modules):
+    files, rooms = circle(graph := graph_of(modules)), circle(rooms_of(graph))
+    assert not files and not rooms
+
+
+@pytest.mark.parametrize("package", FOREIGN)
+def test_rooms_that_do_without_a_package(modules, package):
+    tops = lambda text: {name.split(".")[0] for name in imported(text)}
+    assert not [name for name, text in modules.items() if room_of(name) in FOREIGN[package] and package in tops(text)]
+
+
+def test_nothing_has_outgrown_a_reader(modules):
+    assert len(list((ROOT / "slimsam_jax").glob("*.py"))) <= MOST_FILES
+    assert not too_long(modules)
+
+
+def test_what_the_package_never_needs(modules):
+    others = {"experiments", "tests", "helpers"}
+    assert not [name for name, text in modules.items() if others & {n.split(".")[0] for n in imported(text)}]
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "message"),
+    [
+        ("slimsam_jax.models.sam", "from slimsam_jax.data import x", "models.sam imports slimsam_jax.data"),
+        (
+            "slimsam_jax.data.check",
+            "def f():\n    import slimsam_jax.checkpoint",
+            "check imports slimsam_jax.checkpoint",
+        ),
+        ("slimsam_jax.pruning.bases", "from slimsam_jax import files", "bases imports slimsam_jax.files"),
+        ("slimsam_jax.training.loop", "from slimsam_jax.data import __main__", "imports slimsam_jax.data.__main__"),
+    ],
+)
+def test_a_hole_in_a_wall_is_seen(module, text, message):
+    rest = (
+        "slimsam_jax",
+        "slimsam_jax.data",
+        "slimsam_jax.data.__main__",
+        "slimsam_jax.checkpoint",
+        "slimsam_jax.files",
+    )
+    (said,) = upwards(graph_of({**dict.fromkeys(rest, ""), module: text}))
+    assert said.endswith(message)
+
+
+def test_circles_and_lengths_are_seen():
+    texts = {"a": "import b", "b": "from c import x, y", "c": "def f():\n    import a", "d": "import a", "e": ""}
+    assert circle(graph_of(texts)) == ["a", "b", "c"]
+    assert not circle(graph_of({**texts, "c": ""}))
+    long = "def f():\n" + "    x = 1\n" * MOST_OF_A_FUNCTION
+    assert too_long({"m": long, "n": "\n" * (MOST_LINES + 1)}) == ["n: 321 lines", "m.f: 61 lines"]
+    assert not too_long({"m": 'def f():\n    """\n' + "x\n" * 90 + '    """\n' + "    x = 1\n" * 50})
