@@ -122,5 +122,6 @@ def shrink(params: Tree, grouping: Grouping, keep: Keep) -> Tree:
     cut = masks.shrink(pieces, groups_of_pieces(grouping.groups, grouping.axes, (), own_of(keep)), keep)
     small = fold_tree(cut, params, grouping)
     if grouping.traced is not None:
-        grouping.traced.remember(by_path(small), keep)
+        arrays = by_path(small)
+        grouping.traced.made.remember(arrays, {path: arrays[path] for path in pieces}, keep)
     return small

@@ -12,6 +12,7 @@ import numpy as np
 
 from slimsam_jax.errors import InputError
 from slimsam_jax.pruning.group import Keep, Tree, by_path
+from slimsam_jax.pruning.made import Made
 from slimsam_jax.pruning.masks import shrink
 from slimsam_jax.pruning.program import Program, Step, Values, bind
 from slimsam_jax.pruning.rewriting import REWRITES, Cut
@@ -33,7 +34,7 @@ class Traced:
       values, program: the equations. Inputs are the leaves of (params, *inputs).
       operands, results: the axes of a step's; `outputs` of a program's.
       arguments, result: tree structures of (params, *inputs) and of what the function returns.
-      made: what was kept to make a tree of these shapes; None if two trees with other channels have them.
+      made: the trees that were cut, so that `run` needs not be told what they keep.
     """
 
     values: Values
@@ -43,7 +44,7 @@ class Traced:
     outputs: Mapping[Program, list[Row]]
     arguments: Any
     result: Any
-    made: dict[tuple, Keep | None] = dataclasses.field(default_factory=dict)
+    made: Made = dataclasses.field(default_factory=Made)
 
     def run(self, grouping: Grouping, params: Tree, inputs: tuple, keep: Keep | None) -> Any:
         """See `Grouping.run`."""
@@ -63,25 +64,10 @@ class Traced:
         check_paths(arrays, grouping)
         if keep is None and has_shapes(arrays, grouping, grouping.widths):
             return {}, grouping.widths
-        if keep is None and (keep := self.made.get(shapes_of(arrays))) is None:
+        if keep is None and (keep := self.made.keep_of(arrays)) is None:
             return None, solve_widths(grouping, arrays)
         keep = check_keep(grouping, keep)
         return keep, widths_of(grouping, keep)
-
-    def remember(self, arrays: Mapping[str, Any], keep: Keep) -> None:
-        """Notes what was kept to make these arrays, so that `run` needs not be told."""
-        key = shapes_of(arrays)
-        before = self.made.setdefault(key, keep)
-        if before is not None and not _same(before, keep):
-            self.made[key] = None
-
-
-def shapes_of(arrays: Mapping[str, Any]) -> tuple:
-    return tuple((path, tuple(array.shape)) for path, array in arrays.items())
-
-
-def _same(a: Keep, b: Keep) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
 class _Run:
