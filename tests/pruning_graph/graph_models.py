@@ -231,3 +231,39 @@ MODELS = {
     "recurrent": recurrent,
     "mapped_heads": mapped_heads,
 }
+
+
+# model -> sizes of its groups, in the order of use; a list that lacks one would pass every test of equality
+SIZES = {
+    "mlp": [32, 24],
+    "resnet": [16, 16, 32, 32],
+    "densenet": [12, 16, 8, 16, 8, 16, 8, 18, 16, 8, 16, 8, 16, 8, 21],
+    "c2f": [16, 12, 12, 12, 12, 8],
+    "mobilenet": [16, 4, 16, 8, 4, 16, 8, 4, 6, 12],
+    "vit_thirds": [48, *2 * (4, 12, 12, 96)],
+    "vit_3hd": [48, *2 * (4, 12, 96)],
+    "vit_h3d": [48, *2 * (4, 12, 96)],
+    "vit_gqa": [48, *2 * (2, 12, 12, 2, 96)],
+    "vit_rope": [48, *2 * (4, 6, 12, 96)],
+    "scanned": [20, 36],
+    "recurrent": [8, 7],
+    "mapped_heads": [12, 3, 8, 10],
+}
+
+
+def halves(groups, seed=0):
+    """{group: half of its channels, drawn at random}."""
+    random = np.random.default_rng(seed)
+    return {group.name: np.sort(random.permutation(group.size)[: max(1, group.size // 2)]) for group in groups}
+
+
+def doubled(tree):
+    """The tree in float64."""
+    return jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, tree)
+
+
+def largest_difference(a, b):
+    """The largest relative to the largest value, over two trees of equal shapes."""
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    assert all(x.shape == y.shape for x, y in pairs)
+    return max(float(np.abs(x - y).max() / np.abs(x).max()) for x, y in pairs)
