@@ -18,6 +18,7 @@ from slimsam_jax.pruning.grouping import FoundGroup, Grouping, places
 from slimsam_jax.pruning.program import Program, trace
 from slimsam_jax.pruning.rerun import Traced
 from slimsam_jax.pruning.rules.call import Nodes, fresh
+from slimsam_jax.pruning.silence import Silence
 from slimsam_jax.pruning.structure import names
 
 
@@ -94,34 +95,45 @@ def _freeze(axes: Axes, nodes: Nodes, why: str) -> None:
 
 
 def _grouping(graph: Graph, program: Program, params: Mapping[str, Nodes], arguments: Any, result: Any) -> Grouping:
-    axes = graph.axes
-    read = dict(zip(params, program.inputs, strict=False))
-    order = dict.fromkeys(path for path in (*graph.order, *params) if read[path] in program.read)
-    named = _names(axes, {path: params[path] for path in order})
+    read = {path: value in program.read for path, value in zip(params, program.inputs, strict=False)}
+    order = [path for path in dict.fromkeys((*graph.order, *params)) if read[path]]
+    named = _names(graph.axes, {path: params[path] for path in order})
     resolve = graph.resolver(named)
-    rows = lambda many: [tuple(map(resolve, nodes)) for nodes in many]
     structures = {path: tuple(map(resolve, params[path])) for path in order}
-    crossed = {name: axes.crossed(leaf) for leaf, name in named.items()}
-    numbered = copies(list(crossed), crossed, rows(graph.rows))
-    groups = tuple(
-        FoundGroup(name, axes.size(leaf), places(structures, name), crossed[name], numbered.get(name))
-        for leaf, name in named.items()
-    )
-    frozen = {
-        f"{path}:{i}": axes.why(node) or "indexed one by one"
-        for path in order
-        for i, node in enumerate(params[path])
-        if axes.size(node) > 1 and not names(structures[path][i])
-    }
-    if not groups:
+    frozen = _frozen(graph.axes, params, structures)
+    if not named:
         first = "; ".join(f"{axis}: {why}" for axis, why in list(frozen.items())[:3])
         raise InputError(f"nothing can be cut ({first or 'no parameter is read, or all axes have length 1'})")
-    by_step = lambda steps: {step: rows(nodes) for step, nodes in steps.items()}
+    rows = lambda many: [tuple(map(resolve, nodes)) for nodes in many]
+    steps = ({step: rows(nodes) for step, nodes in of.items()} for of in (graph.operands, graph.results))
     outputs = {inner: rows(nodes) for inner, nodes in graph.outputs.items()}
-    tree = jax.tree.structure(arguments)
-    traced = Traced(graph.values, program, by_step(graph.operands), by_step(graph.results), outputs, tree, result)
-    unused = tuple(path for path in params if path not in order)
+    traced = Traced(graph.values, program, *steps, outputs, jax.tree.structure(arguments), result)
+    crossed = _crossed(graph.axes, named, traced, [structures.get(path, ()) for path in params])
+    numbered = copies(list(crossed), crossed, rows(graph.rows))
+    sizes = {name: graph.axes.size(leaf) for leaf, name in named.items()}
+    members = places(structures)
+    groups = tuple(FoundGroup(n, sizes[n], members[n], crossed[n], numbered.get(n)) for n in named.values())
+    unused = tuple(path for path in params if not read[path])
     return Grouping(groups, structures, frozen, unused, frozenset(graph.kernels), traced)
+
+
+def _frozen(axes: Axes, params: Mapping[str, Nodes], structures: Mapping[str, tuple]) -> dict[str, str]:
+    """{"path:axis": why}"""
+    return {
+        f"{path}:{i}": axes.why(params[path][i]) or "indexed one by one"
+        for path, own in structures.items()
+        for i, structure in enumerate(own)
+        if not names(structure) and axes.size(params[path][i]) > 1
+    }
+
+
+def _crossed(axes: Axes, named: Mapping[int, str], traced: Traced, params: list[tuple]) -> dict[str, tuple[str, ...]]:
+    """{group: names of the reductions over it}, and of the contractions that would count a masked channel."""
+    silence = Silence(traced.values, traced.operands, traced.results)
+    silent = [frozenset(name for axis in own for name in names(axis)) for own in params]
+    inputs = [frozenset()] * (len(traced.program.inputs) - len(params))
+    silence.walk(traced.program, [*silent, *inputs])
+    return {name: tuple(sorted({*axes.crossed(leaf), *silence.counted[name]})) for leaf, name in named.items()}
 
 
 def _names(axes: Axes, params: Mapping[str, Nodes]) -> dict[int, str]:

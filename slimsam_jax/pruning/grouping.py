@@ -112,10 +112,12 @@ class Grouping:
             if data["format"] != FORMAT:
                 raise InputError(f"the grouping has format {data['format']!r}; this version reads {FORMAT}")
             axes = {path: tuple(map(structure.from_json, axes)) for path, axes in data["axes"].items()}
-            sizes = {group["name"]: group for group in data["groups"]}
+            members = places(axes)
             groups = tuple(
-                FoundGroup(name, _size(group), places(axes, name), tuple(group["crossed"]), group["copies"])
-                for name, group in sizes.items()
+                FoundGroup(
+                    group["name"], _size(group), members[group["name"]], tuple(group["crossed"]), group["copies"]
+                )
+                for group in data["groups"]
             )
             return cls(groups, axes, data["frozen"], tuple(data["unused"]), frozenset(data["kernels"]))._checked()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -130,8 +132,8 @@ class Grouping:
                 if name not in known:
                     raise InputError(f"{path} has channels of a group {name!r} that the grouping does not list")
         for group in self.groups:
-            if not group.members or group.copies not in (None, *known):
-                raise InputError(f"group {group.name!r} has no members, or copies of a group that is not listed")
+            if group.copies not in (None, *known):
+                raise InputError(f"group {group.name!r} has copies numbered by {group.copies!r}, which is not listed")
         return self
 
 
@@ -141,11 +143,11 @@ def _size(group: Mapping[str, Any]) -> int:
     return group["size"]
 
 
-def places(axes: Mapping[str, Sequence[Structure]], name: str) -> tuple[Place, ...]:
-    """Where the channels of a group lie."""
-    return tuple(
-        Place(path, i, axis)
-        for path, own in axes.items()
-        for i, axis in enumerate(own)
-        if name in structure.names(axis)
-    )
+def places(axes: Mapping[str, Sequence[Structure]]) -> dict[str, tuple[Place, ...]]:
+    """{group: where its channels lie}."""
+    found: dict[str, list[Place]] = {}
+    for path, own in axes.items():
+        for i, axis in enumerate(own):
+            for name in dict.fromkeys(structure.names(axis)):
+                found.setdefault(name, []).append(Place(path, i, axis))
+    return {name: tuple(members) for name, members in found.items()}

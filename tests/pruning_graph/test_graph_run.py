@@ -176,3 +176,27 @@ def test_an_array_is_unfolded_and_folded_back():
     keep = {group.name: np.arange(group.size) for group in grouping.groups}
     for tree in (pruning.mask(params, grouping, keep), pruning.shrink(params, grouping, keep)):
         jax.tree.map(np.testing.assert_array_equal, tree, params)
+
+
+def linear_attention(feature):
+    """Features of q and k contracted over their channels; (function, parameters)."""
+
+    def function(params, x):
+        q, k = (feature(x @ params[name]) for name in "qk")
+        return q @ k.T
+
+    shapes = {name: jax.ShapeDtypeStruct((3, 8), np.float32) for name in "qk"}
+    return function, randomized(shapes)
+
+
+@pytest.mark.parametrize(("feature", "crossed"), [(jax.nn.relu, ()), (lambda x: jax.nn.elu(x) + 1, ("dot_general",))])
+def test_a_contraction_that_counts_masked_channels_is_listed(feature, crossed):
+    """relu(0) relu(0) adds nothing, 1 · 1 does."""
+    function, params = linear_attention(feature)
+    grouping = find_groups(function, params, IMAGES[0, 0])
+    (group,) = grouping.groups
+    assert group.crossed == crossed
+    keep = halves(grouping.groups)
+    cut = grouping.run(pruning.shrink(params, grouping, keep), IMAGES[0, 0])
+    difference = largest_difference(function(pruning.mask(params, grouping, keep), IMAGES[0, 0]), cut)
+    assert difference > 1e-2 if crossed else difference < 1e-5
