@@ -8,9 +8,12 @@ from typing import Literal
 import numpy as np
 
 from slimsam_jax.errors import InputError
-from slimsam_jax.pruning import budget, importance, masks
+from slimsam_jax.pruning.budget import Costs, TooSmall, allocate
 from slimsam_jax.pruning.group import Keep, Scores, Tree, by_path
 from slimsam_jax.pruning.grouping import Grouping
+from slimsam_jax.pruning.importance import Criterion, channel_scores
+from slimsam_jax.pruning.masks import apply_masks, keep_global, keep_local, keep_widths, mask_tree, worth_of
+from slimsam_jax.pruning.masks import shrink as shrink_pieces
 from slimsam_jax.pruning.unfolding import fold_tree, groups_of_pieces, unfold_tree
 from slimsam_jax.pruning.widths import check_keep, own_of
 
@@ -21,7 +24,7 @@ def score(
     params: Tree,
     grouping: Grouping,
     gradients: Tree | None = None,
-    criterion: importance.Criterion = "taylor",
+    criterion: Criterion = "taylor",
     own: Collection[str] = (),
     seed: int = 0,
 ) -> Scores:
@@ -47,7 +50,7 @@ def score(
     groups = groups_of_pieces(grouping.groups, grouping.axes, grouping.kernels, own)
     weights = unfold_tree(params, grouping)
     slopes = weights if gradients is None else unfold_tree(gradients, grouping)
-    return importance.channel_scores(weights, slopes, groups, criterion, seed)
+    return channel_scores(weights, slopes, groups, criterion, seed)
 
 
 def select(
@@ -56,7 +59,7 @@ def select(
     allocation: Allocation = "local",
     multiple: int = 1,
     least: float = 0.0,
-    costs: budget.Costs | None = None,
+    costs: Costs | None = None,
 ) -> dict[str, np.ndarray]:
     """Chooses the channels that stay.
 
@@ -80,9 +83,9 @@ def select(
     if not scores:
         raise InputError("there are no groups to cut")
     if allocation == "local":
-        return masks.keep_local(scores, ratio, multiple)
+        return keep_local(scores, ratio, multiple)
     if allocation == "global":
-        return masks.keep_global(scores, ratio, multiple, least)
+        return keep_global(scores, ratio, multiple, least)
     if allocation != "cost" or costs is None:
         raise InputError(f"allocation is local, global or cost (then with costs=), not {allocation!r}")
     return _select_by_cost(scores, ratio, multiple, least, costs)
@@ -93,10 +96,10 @@ def _select_by_cost(scores: Scores, ratio: float, multiple: int, least: float, c
         raise InputError(f"costs lack the group {missing[0]!r}")
     total = sum(costs[name][-1] for name in scores)
     try:
-        widths = budget.allocate(masks.worth_of(scores), costs, (1 - ratio) * total, multiple, least)
-    except budget.TooSmall as error:
+        widths = allocate(worth_of(scores), costs, (1 - ratio) * total, multiple, least)
+    except TooSmall as error:
         raise InputError(f"ratio {ratio}: {error}") from None
-    return masks.keep_widths(scores, widths)
+    return keep_widths(scores, widths)
 
 
 def mask(params: Tree, grouping: Grouping, keep: Keep) -> Tree:
@@ -111,15 +114,15 @@ def mask(params: Tree, grouping: Grouping, keep: Keep) -> Tree:
     """
     keep = check_keep(grouping, keep)
     pieces = unfold_tree(params, grouping)
-    ones = masks.mask_tree(pieces, groups_of_pieces(grouping.groups, grouping.axes, (), own_of(keep)), keep)
-    return fold_tree(masks.apply_masks(pieces, ones), params, grouping)
+    ones = mask_tree(pieces, groups_of_pieces(grouping.groups, grouping.axes, (), own_of(keep)), keep)
+    return fold_tree(apply_masks(pieces, ones), params, grouping)
 
 
 def shrink(params: Tree, grouping: Grouping, keep: Keep) -> Tree:
     """Cuts out what is not kept; see `mask` for the arguments and errors. `grouping.run` runs the result."""
     keep = check_keep(grouping, keep)
     pieces = unfold_tree(params, grouping)
-    cut = masks.shrink(pieces, groups_of_pieces(grouping.groups, grouping.axes, (), own_of(keep)), keep)
+    cut = shrink_pieces(pieces, groups_of_pieces(grouping.groups, grouping.axes, (), own_of(keep)), keep)
     small = fold_tree(cut, params, grouping)
     if grouping.traced is not None:
         arrays = by_path(small)

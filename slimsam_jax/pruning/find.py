@@ -32,7 +32,8 @@ def find_groups(function: Callable, params: Tree, *inputs: Any, keep: Sequence[s
       function: (params, *inputs) -> anything, traceable; run on shapes alone.
       params: any tree of arrays, or of `jax.ShapeDtypeStruct`.
       inputs: what else it takes, arrays or structs. Axes of inputs and of outputs cannot be cut.
-      keep: paths, or patterns such as "head/*", of arrays none of whose channels may be cut.
+      keep: what may not be cut: an array "head/kernel", all below "head", one axis "head/kernel:1", or a pattern
+        such as "*/norm1/*".
 
     Returns:
       the groups; the frozen axes with their reasons; what is never read; and the function, to be run when cut.
@@ -53,8 +54,8 @@ def find_groups(function: Callable, params: Tree, *inputs: Any, keep: Sequence[s
     nodes = {number[path]: fresh(axes, tuple(array.shape)) for path, array in arrays.items()}
     others = program.inputs[len(arrays) :]
     nodes |= {value: fresh(axes, values.shape(value), "an axis of an input") for value in others}
-    for path in _matching(arrays, keep):
-        _freeze(axes, nodes[number[path]], "kept by request")
+    for path, axis in _kept(arrays, keep):
+        axes.freeze(nodes[number[path]][axis], "kept by request")
     graph = Graph(values, nodes, {value: path for path, value in number.items()}, axes)
     for output in graph.walk(program):
         _freeze(axes, output, "an axis of an output")
@@ -80,9 +81,12 @@ def _shape(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if has_shape else leaf
 
 
-def _matching(arrays: Mapping[str, Any], patterns: Sequence[str]) -> Iterator[str]:
+def _kept(arrays: Mapping[str, Any], patterns: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """(path, axis) of what is to be kept."""
+    every = {f"{path}:{axis}": (path, axis) for path, array in arrays.items() for axis in range(len(array.shape))}
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        found = [path for path in arrays if fnmatch.fnmatchcase(path, pattern)]
+        forms = (pattern, f"{pattern}:*", f"{pattern}/*")
+        found = [place for name, place in every.items() if any(fnmatch.fnmatchcase(name, form) for form in forms)]
         if not found:
             nearest = ", ".join(difflib.get_close_matches(pattern, arrays, n=3, cutoff=0))
             raise InputError(f"keep={pattern!r} matches no parameter; the nearest are {nearest}")

@@ -39,8 +39,9 @@ class FoundGroup:
       name: path and axis of the first array that has them, as "encoder/dense/kernel:1".
       size: number of channels.
       members: the axes in which they lie, in the order of use.
-      crossed: names of the reductions that run over them ("reduce_sum" of a norm, "reduce_max" of a softmax).
-        If it is empty, masked and cut are the same function; else a reduction may count what a mask leaves there.
+      crossed: names of the reductions that run over them ("reduce_sum" of a norm, "reduce_max" of a softmax), and of
+        what else sees a masked channel: a contraction of activations that are not zero there, a division by zero.
+        If it is empty, masked and cut are the same function.
       copies: the name of a group that numbers copies which may each keep channels of their own (the heads), or None.
     """
 
@@ -119,7 +120,8 @@ class Grouping:
                 )
                 for group in data["groups"]
             )
-            return cls(groups, axes, data["frozen"], tuple(data["unused"]), frozenset(data["kernels"]))._checked()
+            frozen = {str(axis): str(why) for axis, why in data["frozen"].items()}
+            return cls(groups, axes, frozen, tuple(data["unused"]), frozenset(data["kernels"]))._checked()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
@@ -127,6 +129,8 @@ class Grouping:
 
     def _checked(self) -> Grouping:
         known = self.widths.keys()
+        if len(known) < len(self.groups):
+            raise InputError("the grouping lists a group twice")
         for path, axes in self.axes.items():
             for name in (name for axis in axes for name in structure.names(axis)):
                 if name not in known:

@@ -1,9 +1,10 @@
-"""Which contractions count what a mask leaves behind.
+"""What counts or breaks on the zeros that a mask leaves behind, besides the reductions.
 
 A mask zeroes parameters. A channel that it removes is *silent* in a value if the value is zero
 there; a sum over silent channels is the sum over those that are left, so masked and cut agree.
 The contraction of an activation with a kernel is always of that kind, as the kernel is silent.
-That of two activations is if one of them is: q·k, but not elu(q) + 1 with elu(k) + 1.
+That of two activations is if one of them is: q·k, but not elu(q) + 1 with elu(k) + 1. And a kernel divided by its own norm is 0 / 0 where
+it is masked.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ Row = tuple[Structure, ...]
 Silent = frozenset[str]  # names of groups
 NOTHING: Silent = frozenset()
 
-# f(0) = 0, or the operand's numbers moved and summed.
+# f(0) = 0, or the first operand's numbers moved and summed.
 KEEPING = """abs asin asinh atan atanh cbrt ceil conj convert_element_type copy copy_p cumsum cumprod cummax cummin erf
 erf_inv expm1 floor imag integer_pow log1p neg real reduce_precision round sharding_constraint sign sin sinh sqrt square
 stop_gradient tan tanh transpose squeeze expand_dims reshape broadcast_in_dim tile split slice rev gather dynamic_slice
 reduce_sum reduce_max reduce_min reduce_prod reduce_or reduce_and reduce_window_sum reduce_window_max reduce_window_min
-div rem sort"""
+rem sort"""
+POLES = ("div", "rsqrt", "log")  # not finite where the last operand is zero
 ONE_IS_ENOUGH = ("mul", "and")
 ALL_ARE_NEEDED = ("add", "add_any", "sub", "or", "xor", "max", "min", "select_n", "clamp", "pad")
 JOINING = ("concatenate", "stack", "dynamic_update_slice", "scatter", "scatter-add", "scatter_add")
@@ -78,6 +80,10 @@ class Silence:
             result = self._contraction(step, *operands[:2])
         elif step.name in ONE_IS_ENOUGH:
             result = NOTHING.union(*operands)
+        elif step.name in POLES:
+            for name in operands[-1]:
+                self.counted[name].add(step.name)
+            result = operands[0] if step.name == "div" else NOTHING
         elif step.name in ALL_ARE_NEEDED or step.name in JOINING:
             result = self._agreed(step, operands)
         else:

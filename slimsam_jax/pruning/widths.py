@@ -28,10 +28,14 @@ def check_keep(grouping: Grouping, keep: Keep) -> dict[str, np.ndarray]:
         if name not in groups:
             nearest = difflib.get_close_matches(str(name), groups, n=3, cutoff=0)
             raise InputError(f"there is no group {name!r}; the nearest are {', '.join(nearest)}")
-    return {name: _check(groups, groups[name], np.asarray(kept)) for name, kept in keep.items()}
+    return {name: _check(groups, groups[name], kept) for name, kept in keep.items()}
 
 
-def _check(groups: Mapping[str, FoundGroup], group: FoundGroup, kept: np.ndarray) -> np.ndarray:
+def _check(groups: Mapping[str, FoundGroup], group: FoundGroup, kept: Any) -> np.ndarray:
+    try:
+        kept = np.asarray(kept)
+    except ValueError:  # rows of different lengths
+        raise InputError(f"keep[{group.name!r}]: every copy must keep equally many channels") from None
     if kept.size == 0:
         raise InputError(f"group {group.name!r} would keep none of its {group.size} channels; keep at least one")
     rows = groups[group.copies].size if group.copies else None

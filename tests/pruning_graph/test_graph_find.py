@@ -195,9 +195,10 @@ def test_kept_arrays_are_frozen_by_request():
     params = {"in": {"a": struct(3, 8)}, "out": {"b": struct(8, 6), "c": struct(6, 5)}}
     function = lambda p, x: x @ p["in"]["a"] @ p["out"]["b"] @ p["out"]["c"]
     assert [group.name for group in find_groups(function, params, X).groups] == ["in/a:1", "out/b:1"]
-    grouping = find_groups(function, params, X, keep=["in/*"])
-    assert [group.name for group in grouping.groups] == ["out/b:1"]
-    assert grouping.frozen["out/b:0"] == "kept by request"
+    for keep in ("in", "in/a", "i*/a", ["out/b:0"]):
+        grouping = find_groups(function, params, X, keep=keep)
+        assert [group.name for group in grouping.groups] == ["out/b:1"]
+        assert grouping.frozen["out/b:0"] == "kept by request"
 
 
 def test_the_json_is_the_grouping_without_the_function():

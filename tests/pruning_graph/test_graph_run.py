@@ -200,3 +200,11 @@ def test_a_contraction_that_counts_masked_channels_is_listed(feature, crossed):
     cut = grouping.run(pruning.shrink(params, grouping, keep), IMAGES[0, 0])
     difference = largest_difference(function(pruning.mask(params, grouping, keep), IMAGES[0, 0]), cut)
     assert difference > 1e-2 if crossed else difference < 1e-5
+
+
+def test_a_kernel_that_is_divided_by_its_norm_says_so():
+    """0 / 0 where it is masked; the cut function has no such channel."""
+    params = {"a": jax.ShapeDtypeStruct((3, 8), np.float32), "b": jax.ShapeDtypeStruct((8, 5), np.float32)}
+    function = lambda p, x: x @ (p["a"] / jnp.linalg.norm(p["a"], axis=0)) @ p["b"]
+    grouping = find_groups(function, params, IMAGES[0, 0])
+    assert grouping.groups[0].crossed == ("div",)

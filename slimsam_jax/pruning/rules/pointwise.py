@@ -10,7 +10,7 @@ convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp ex
 imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or polygamma
 population_count pow real reduce_precision rem round rsqrt select_n sharding_constraint shift_left
 shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
-clz complex regularized_incomplete_beta mesh_cast pvary"""
+clz complex name regularized_incomplete_beta mesh_cast pvary"""
 REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor"
 CUMULATIVE = "cumsum cumprod cummax cummin cumlogsumexp"
 
