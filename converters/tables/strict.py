@@ -114,7 +114,7 @@ def to_state(params: Mapping[str, Any], table: list[Row]) -> State:
 
 @functools.lru_cache(maxsize=32)  # tracing takes a second or two
 def abstract(encoder: Any) -> dict[str, Any]:
-    """The parameter tree of an encoder (a Flax module with a `config`) as shapes, not to be changed; costs no memory."""
+    """The parameter tree of an encoder (a Flax module with a `config`) as shapes, not to be changed."""
     import jax
     import jax.numpy as jnp
 

@@ -9,29 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimsam_jax.models.config import DEEPEST
-from slimsam_jax.models.encoders.checks import check_image_size, check_width, check_widths, pair
+from slimsam_jax.models.encoders.architecture import Block, block_of, check_image_size, check_width, check_widths, pair
 
 MOST_STAGES = 8
 PATCH = 4  # pixels of the image to a pixel of the first stage
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """Widths of a block of attention.
-
-    Attributes:
-      heads: attention heads.
-      key_dim, value_dim: channels per head of q and k, and of v.
-      mlp_dim: hidden channels of the MLP.
-    """
-
-    heads: int
-    key_dim: int
-    value_dim: int
-    mlp_dim: int
-
-    def __post_init__(self):
-        check_widths(self, ("heads", "key_dim", "value_dim", "mlp_dim"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,17 +182,10 @@ def _numbered(params: Mapping[str, Any], prefix: str) -> list[Any]:
 
 def _stage_of(stage: Mapping[str, Any], entry: Mapping[str, Any], stride: int) -> Stage:
     blocks = _numbered(stage, "blocks_")
-    widths = [
-        Block(
-            *b["attn"]["q"]["kernel"].shape[1:], b["attn"]["v"]["kernel"].shape[2], b["mlp"]["fc1"]["kernel"].shape[1]
-        )
-        for b in blocks
-    ]
-    window = blocks[0]["attn"]["attention_biases"].shape[1]
     return Stage(
         dim=entry["conv3"]["kernel"].shape[-1],
-        window=window,
-        blocks=tuple(widths),
+        window=blocks[0]["attn"]["attention_biases"].shape[1],
+        blocks=tuple(block_of(block["attn"], block["mlp"]["fc1"]["kernel"].shape[1]) for block in blocks),
         entry_dim=entry["conv1"]["kernel"].shape[-1],
         stride=stride,
     )

@@ -1,8 +1,9 @@
-"""What all encoder families ask of an architecture, before anything is built of it."""
+"""What the architectures of encoder families share: a block's widths, and what is asked of sizes beforehand."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from slimsam_jax.models.config import WIDEST
@@ -32,3 +33,31 @@ def check_image_size(image_size: Any, stride: int) -> None:
 def pair(image_size: int | Collection[int]) -> tuple[int, ...]:
     """One side, or (height, width), as a tuple."""
     return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Widths of a transformer block.
+
+    Attributes:
+      heads: attention heads.
+      key_dim, value_dim: channels per head of q and k, and of v.
+      mlp_dim: hidden channels of the MLP.
+
+    Raises:
+      ValueError: one is no width.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    mlp_dim: int
+
+    def __post_init__(self):
+        check_widths(self, ("heads", "key_dim", "value_dim", "mlp_dim"))
+
+
+def block_of(attention: Mapping[str, Any], mlp_dim: int) -> Block:
+    """Of an attention's parameters, arrays or shapes, with q and k kernels [C, n, d] and v's [C, n, e]."""
+    _, heads, key_dim = attention["q"]["kernel"].shape
+    return Block(heads, key_dim, attention["v"]["kernel"].shape[2], mlp_dim)
