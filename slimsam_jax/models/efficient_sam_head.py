@@ -35,7 +35,7 @@ class HeadConfig:
       out_chans: channels C of the embedding, and of the tokens.
       decoder_heads, decoder_mlp_dim, decoder_depth: the two-way transformer.
       multimask_outputs: masks of an ambiguous prompt, besides the single one.
-      iou_head_dim: hidden width of the IoU head and of the masks' MLPs.
+      iou_head_dim: hidden width of the IoU head; that of the masks' MLPs is C.
       upscaling_dims: channels after the first and the second doubling.
 
     Raises:
@@ -166,7 +166,7 @@ class MaskDecoder(nn.Module):
         tokens, image, between = transformer(image, image_pe.reshape(1, h * w, width), tokens)
         pixels = self.upscale(image).reshape(prompts, -1, c.upscaling_dims[1])
         names = [f"output_hypernetworks_mlps_{i}" for i in range(outputs)]
-        hyper = [MLP(c.iou_head_dim, c.upscaling_dims[1], name=name)(tokens[:, 1 + i]) for i, name in enumerate(names)]
+        hyper = [MLP(width, c.upscaling_dims[1], name=name)(tokens[:, 1 + i]) for i, name in enumerate(names)]
         masks = jnp.einsum("pmc,pnc->pmn", jnp.stack(hyper, axis=1), pixels)
         # The axes of one position, which has become 4 x 4, in their order only now that they have no channels.
         masks = masks.reshape(prompts, outputs, h, w, 2, 2, 2, 2).transpose(0, 1, 2, 4, 6, 3, 5, 7)
