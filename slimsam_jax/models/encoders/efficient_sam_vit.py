@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -203,12 +204,13 @@ def features(config: Config, features: Features) -> dict[str, dict[str, list[jax
 
 
 def _embedding(paths: Collection[str]) -> bool:
-    return any(path.endswith("pos_embed") for path in paths)
+    return any(path.endswith("norm1/bias") for path in paths)
 
 
 def _bottleneck(paths: Collection[str]) -> bool:
-    return not _embedding(paths) and not any(path.endswith("neck_1/bias") for path in paths)
+    return any(re.search(r"(^|/)blocks_\d+/", path) for path in paths) and not _embedding(paths)
 
 
-# Whether a group, by its members' paths, is cut in a stage. The neck's width is in neither.
+# Whether a group, by its members' paths, is cut in a stage. In neither are the neck's width, nor the rows and columns
+# of the learnt positions, which a graph finds to be groups of their own.
 STAGES = {"embedding": _embedding, "bottleneck": _bottleneck}

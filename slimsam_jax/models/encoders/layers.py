@@ -159,3 +159,22 @@ def with_statistics(params: Params, statistics: Params, momentum: float = 0.1) -
         else:
             moved[name] = (1 - momentum) * params[name] + momentum * part[-1]
     return moved
+
+
+def keep_logit_scale(params: Params, before: Params) -> Params:
+    """Undoes the change of the softmax temperature that narrower heads bring.
+
+    Attention divides q k by the root of the heads' width, so q is multiplied by the root of (after / before). A bias is
+    added after that division and stays as it is.
+
+    Args:
+      params: of an encoder whose channels of q and k have been cut.
+      before: the same before the cut, arrays or shapes.
+    """
+    scaled = {}
+    for name, part in params.items():
+        scaled[name] = keep_logit_scale(part, before[name]) if isinstance(part, Mapping) else part
+    if {"q", "k", "v"} <= set(params):
+        factor = (params["q"]["kernel"].shape[-1] / before["q"]["kernel"].shape[-1]) ** 0.5
+        scaled["q"] = {name: array * factor for name, array in params["q"].items()}
+    return scaled
