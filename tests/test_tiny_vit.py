@@ -179,7 +179,7 @@ def prompts(arrays, case: str):
 
 @pytest.fixture(scope="module")
 def batch(whole):
-    """The prompts of all cases as one, what is missing to four tokens absent: points, labels, masks, masked; and places."""
+    """Points, labels, masks, masked of all cases as one, where tokens are missing to four absent; and their places."""
     parts, places = [], {}
     for case in CASES:
         points, labels, mask = prompts(whole, case)

@@ -11,7 +11,8 @@ import scipy.sparse
 @functools.lru_cache(maxsize=32)
 def bicubic_matrix(source: int, target: int) -> scipy.sparse.csr_array:
     """[target, source] float32 weights of bicubic interpolation, `align_corners=False`, no antialiasing."""
-    centres = (np.arange(target) + 0.5) * (source / target) - 0.5
+    # Rounded as PyTorch rounds: at 64 pixels that moves a steep image by 2e-5 of its range.
+    centres = (np.arange(target, dtype=np.float32) + np.float32(0.5)) * np.float32(source / target) - np.float32(0.5)
     low = np.floor(centres).astype(int)
     offsets = np.arange(-1, 3)
     weights = kernel(centres[:, None] - (low[:, None] + offsets))
