@@ -8,7 +8,25 @@ from typing import Any
 import jax
 import numpy as np
 
+from slimsam_jax.models.encoders import efficient_sam_vit, tiny_vit
+from slimsam_jax.models.encoders.architecture import Block
+
 Tree = dict[str, Any]
+# Every kind of layer, widths that fit nothing, windows that are padded, one of them wider than its grid is high.
+SLIM_TINY_VIT = tiny_vit.Config(
+    image_size=(32, 48),
+    stem_dim=5,
+    conv_dim=8,
+    conv_blocks=(12, 7),
+    stages=(
+        tiny_vit.Stage(10, 5, (Block(2, 4, 3, 17), Block(3, 5, 6, 9)), 11, 2),
+        tiny_vit.Stage(12, 6, (Block(2, 3, 4, 13),), 14, 1),
+    ),
+    out_chans=16,
+)
+SLIM_VIT = efficient_sam_vit.Config(
+    image_size=(48, 32), embed_dim=10, blocks=(Block(2, 4, 3, 17), Block(3, 5, 6, 9)), pretrain_grid=4, out_chans=16
+)
 
 
 def random_params(shapes: Tree, seed: int = 0) -> Tree:

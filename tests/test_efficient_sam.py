@@ -1,4 +1,4 @@
-"""EfficientSAM against its own code: frames, encoder stage by stage, prompts, decoder; and attention in chunks.
+"""EfficientSAM against its own code: frames, encoder stage by stage, prompts, decoder.
 
 The vectors of the original are in the shared material; a part of them, with half of the blocks and without the decoder,
 is in tests/golden for any clone.
@@ -12,13 +12,12 @@ import re
 
 import flax.linen as nn
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from conftest import shared
-from family_models import images_of, mirrored, random_params, run, run_all
+from family_models import SLIM_VIT, images_of, mirrored, random_params, run, run_all
 from golden import families
 
 from converters.tables import efficient_sam as table
@@ -26,13 +25,10 @@ from converters.tables.strict import abstract
 from slimsam_jax.errors import InputError
 from slimsam_jax.models import efficient_sam, efficient_sam_head
 from slimsam_jax.models.bicubic import bicubic_matrix
-from slimsam_jax.models.encoders import attention
 from slimsam_jax.models.encoders import efficient_sam_vit as vit
 
 SUBSET = families.HERE / "efficient_sam_subset.npz"
 CASES = ("point1", "points2", "box", "points6", "points8", "queries4", "batch2")
-# Blocks that differ, widths that fit nothing, a rectangle.
-SMALL = vit.Config((48, 32), 10, (vit.Block(2, 4, 3, 17), vit.Block(3, 5, 6, 9)), pretrain_grid=4, out_chans=16)
 HEAD = efficient_sam_head.HeadConfig((256, 256))
 
 
@@ -240,36 +236,36 @@ def test_bicubic_equals_torch(source, target):
 
 @pytest.fixture(scope="module")
 def small():
-    return random_params(abstract(vit.ImageEncoder(SMALL)))
+    return random_params(abstract(vit.ImageEncoder(SLIM_VIT)))
 
 
 def test_a_mirrored_rectangle_gives_the_mirrored_embedding(small):
     """Rows and columns are told apart nowhere."""
-    images = images_of(SMALL, 2)
-    embedding, _ = run(vit.ImageEncoder(SMALL), small, images)
+    images = images_of(SLIM_VIT, 2)
+    embedding, _ = run(vit.ImageEncoder(SLIM_VIT), small, images)
     assert embedding.shape == (2, 3, 2, 16)
-    config = dataclasses.replace(SMALL, image_size=SMALL.image_size[::-1])
+    config = dataclasses.replace(SLIM_VIT, image_size=SLIM_VIT.image_size[::-1])
     other, _ = run(vit.ImageEncoder(config), mirrored(small), images.swapaxes(1, 2))
     np.testing.assert_allclose(other.swapaxes(1, 2), embedding, atol=2e-5)
     assert np.abs(embedding[0] - embedding[1]).max() > 0.1
 
 
 def test_half_precision_and_remat(small):
-    images = images_of(SMALL, 2)
-    expected, _ = run(vit.ImageEncoder(SMALL), small, images)
-    half, features = run(vit.ImageEncoder(SMALL, jnp.bfloat16, remat=True), small, images)
+    images = images_of(SLIM_VIT, 2)
+    expected, _ = run(vit.ImageEncoder(SLIM_VIT), small, images)
+    half, features = run(vit.ImageEncoder(SLIM_VIT, jnp.bfloat16, remat=True), small, images)
     assert half.dtype == jnp.float32 and features["blocks_0"]["out"].dtype == jnp.bfloat16
     assert 0 < np.abs(half - expected).mean() < 0.03 * np.abs(expected).mean()
 
 
 def test_features_are_named_and_shaped():
-    images = jax.ShapeDtypeStruct((2, *SMALL.image_size, 3), jnp.float32)
-    params = abstract(vit.ImageEncoder(SMALL))
-    _, features = jax.eval_shape(lambda p, x: vit.ImageEncoder(SMALL).apply({"params": p}, x), params, images)
+    images = jax.ShapeDtypeStruct((2, *SLIM_VIT.image_size, 3), jnp.float32)
+    params = abstract(vit.ImageEncoder(SLIM_VIT))
+    _, features = jax.eval_shape(lambda p, x: vit.ImageEncoder(SLIM_VIT).apply({"params": p}, x), params, images)
     assert features["blocks_1"]["q"].shape == features["blocks_1"]["k"].shape == (2, 3, 2, 3, 5)
     assert features["blocks_1"]["heads"].shape == (2, 3, 2, 3, 6)
     assert features["blocks_0"]["mlp"].shape == (2, 3, 2, 17) and features["patch"]["out"].shape == (2, 3, 2, 10)
-    sides = vit.features(SMALL, features)
+    sides = vit.features(SLIM_VIT, features)
     assert set(sides) == set(vit.STAGES)
     assert {name: len(parts) for name, parts in sides["embedding"].items()} == {"qkv": 6, "mlp": 2}
     assert {name: len(parts) for name, parts in sides["bottleneck"].items()} == {"stream": 5}
@@ -289,50 +285,3 @@ def test_groups_belong_to_stages(paths, stage):
     for prefix in ("", "image_encoder/"):
         found = [name for name, holds in vit.STAGES.items() if holds([prefix + path for path in paths])]
         assert found == ([stage] if stage else [])
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_attention_in_chunks_equals_all_at_once(monkeypatch, biased):
-    """With its gradients, where chunks do not divide the queries, and q and v differ in width."""
-    random = np.random.default_rng(0)
-    normal = lambda *shape: random.standard_normal(shape).astype(np.float32)
-    inputs = [normal(2, 7, 3, 4), normal(2, 5, 3, 4), normal(2, 5, 3, 6)] + ([normal(3, 7, 5)] if biased else [])
-
-    def value_and_gradients():  # compiled anew at each call
-        def loss(*inputs):
-            out = attention.attend(*inputs)
-            return jnp.sin(out).sum(), out
-
-        gradients, out = jax.jit(jax.grad(loss, range(len(inputs)), has_aux=True))(*inputs)
-        return out, gradients
-
-    expected, gradients = value_and_gradients()
-    monkeypatch.setattr(attention, "logits_at_once", lambda: 2 * 5 * 3)  # three queries at a time
-    seen = []
-    monkeypatch.setattr(attention, "plain", lambda *_: seen.append(1))
-    found, others = value_and_gradients()
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    for one, other in zip(gradients, others, strict=True):
-        np.testing.assert_allclose(other, one, atol=2e-6)
-    assert not seen
-
-
-def test_attention_by_hand():
-    q, k, v = (np.array(x, np.float32) for x in ([[[[2]]]], [[[[0]], [[np.log(3)]]]], [[[[1]], [[5]]]]))
-    np.testing.assert_allclose(attention.attend(q, k, v)[0, 0, 0], [(1 + 9 * 5) / 10], rtol=1e-6)
-    bias = np.array([[[np.log(9), 0]]], np.float32)
-    np.testing.assert_allclose(attention.attend(q, k, v, bias)[0, 0, 0], [3], rtol=1e-6)
-
-
-def test_no_array_of_all_logits_at_1024_pixels():
-    """The largest array that tracing meets, forward and backward, is far from heads x 4096 x 4096."""
-    shapes = [jax.ShapeDtypeStruct((1, 4096, 3, 64), jnp.float32)] * 3
-    traced = jax.make_jaxpr(jax.grad(lambda *qkv: attention.attend(*qkv).sum(), (0, 1, 2)))(*shapes)
-    assert max(sizes(traced.jaxpr)) <= 2**21
-
-
-def sizes(jaxpr):
-    for equation in jaxpr.eqns:
-        yield from (variable.aval.size for variable in equation.outvars)
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from sizes(inner)

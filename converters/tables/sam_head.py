@@ -20,7 +20,7 @@ def head_rows(head: Config) -> list[Row]:
     return [row for row in rows(head) if row.path.startswith(SECTIONS)]
 
 
-def head_architecture(state: Mapping[str, np.ndarray]) -> Config:
+def head_architecture(state: Mapping[str, np.ndarray], decoder_heads: int = 8) -> Config:
     """The head of a state dict: a `Config` without an image encoder, whose image size nothing tells: one patch.
 
     Raises:
@@ -34,6 +34,7 @@ def head_architecture(state: Mapping[str, np.ndarray]) -> Config:
             blocks=(),
             out_chans=shape("mask_decoder.iou_token.weight")[1],
             mask_in_chans=shape("prompt_encoder.mask_downscaling.3.weight")[0],
+            decoder_heads=decoder_heads,
             decoder_mlp_dim=shape(f"{layers}0.mlp.lin1.weight")[0],
             decoder_depth=len({name.split(".")[3] for name in state if name.startswith(layers)}),
             multimask_outputs=shape("mask_decoder.mask_tokens.weight")[0] - 1,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Container, Iterator, Mapping
-from typing import Any, NamedTuple
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -86,22 +87,26 @@ def outline(state: Mapping[str, np.ndarray]) -> Outline:
     """Of a state dict: heads and windows are the rows and the columns of its bias tables.
 
     Raises:
-      ValueError: it has too many blocks, or a table that is no square window's.
+      ValueError: it has too many blocks, or a block without a table, or with one that is no square window's.
     """
-    stages: list[list[tuple[int, int]]] = []
-    for i in range(1, MOST_STAGES + 1):
-        names = [f"image_encoder.layers.{i}.blocks.{j}.attn.attention_biases" for j in range(DEEPEST)]
-        tables = [(name, state[name].shape) for name in names if name in state]
-        stages.append([_window(*table) for table in tables])
-    while stages and not stages[-1]:
-        stages.pop()
-    convolutions = (f"image_encoder.layers.0.blocks.{j}.conv1.c.weight" in state for j in range(DEEPEST))
-    return Outline(sum(convolutions), tuple(map(tuple, stages)))
+    found = [re.match(r"image_encoder\.layers\.(\d+)\.blocks\.(\d+)\.", name) for name in state]
+    places = {(int(match[1][:4]), int(match[2][:4])) for match in found if match}
+    depths = [len({j for i, j in places if i == stage}) for stage in range(MOST_STAGES + 1)]
+    if sum(depths) > DEEPEST or any(i > MOST_STAGES for i, _ in places):
+        raise ValueError(f"it has {len(places)} blocks, and at most {DEEPEST} in 1 + {MOST_STAGES} stages are taken")
+    tables = "image_encoder.layers.{}.blocks.{}.attn.attention_biases"
+    stages = [tuple(_window(state, tables.format(i, j)) for j in range(depths[i])) for i in range(1, len(depths))]
+    last = max((i for i, stage in enumerate(stages, start=1) if stage), default=0)
+    return Outline(depths[0], tuple(stages[:last]))
 
 
-def _window(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    side = math.isqrt(shape[-1]) if len(shape) == 2 else 0
-    if len(shape) != 2 or not side or side**2 != shape[1] or not shape[0]:
+def _window(state: Mapping[str, np.ndarray], name: str) -> tuple[int, int]:
+    """(heads, side of the window) of a bias table."""
+    if name not in state:
+        raise ValueError(f"it has no {name}")
+    shape = state[name].shape
+    side = math.isqrt(shape[1]) if len(shape) == 2 else 0
+    if not side or side**2 != shape[1] or not shape[0]:
         raise ValueError(f"{name} of shape {shape} is no table of heads and a square window")
     return shape[0], side
 
@@ -116,14 +121,21 @@ def recognises(names: Container[str]) -> bool:
     return "image_encoder.patch_embed.seq.0.c.weight" in names
 
 
-def from_state_dict(state: Mapping[str, np.ndarray], where: str = "the state dict", **told: Any) -> Converted:
+def from_state_dict(
+    state: Mapping[str, np.ndarray],
+    where: str = "the state dict",
+    image_size: int | tuple[int, int] = 1024,
+    strides: Sequence[int] | None = None,
+    decoder_heads: int = 8,
+) -> Converted:
     """Converts a state dict of MobileSAM or TinySAM, or a slim one.
 
     Args:
       state: {name: array}.
       where: what to call it in error messages.
-      told: what arrays do not tell: image_size (1024; pixels, one side or height and width) and strides (of the
-        downsamplings: 2, and 1 for the last), as `config_of` takes them.
+      image_size: pixels, one side or (height, width).
+      strides: of the downsamplings; None for the published ones: 2, and 1 for the last.
+      decoder_heads: of the decoder.
 
     Raises:
       InputError: a name missing or surplus, a shape that fits no such model, or what is told does not fit.
@@ -135,9 +147,9 @@ def from_state_dict(state: Mapping[str, np.ndarray], where: str = "the state dic
     try:
         form = outline(used)
         used = split_qkv(used, form)
-        head = head_architecture(used)
+        head = head_architecture(used, decoder_heads)
         table = [*rows(form), *head_rows(head)]
-        encoder = config_of(shapes(used, table, where)["image_encoder"], **told)
+        encoder = config_of(shapes(used, table, where)["image_encoder"], image_size, strides)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"{where}: {error}") from None
     head = dataclasses.replace(head, image_size=encoder.image_size, patch_size=encoder.stride)

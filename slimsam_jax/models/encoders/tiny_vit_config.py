@@ -158,17 +158,19 @@ def config_of(
       ValueError: the tree lacks an array, or its image size fits none.
     """
     try:
-        tails = _numbered(params, "layers_")[1:]
+        stem, tails = params["patch_embed_0"], _numbered(params, "layers_")[1:]
         heads = [part["downsample"] for part in _numbered(params, "layers_")[:-1]]
         strides = (2,) * (len(tails) - 1) + (1,) if strides is None else tuple(strides)
+        if len(strides) != len(tails):
+            raise ValueError(f"strides {strides!r:.40} are not one for each of {len(tails)} downsamplings")
         return Config(
             image_size=pair(image_size),
-            stem_dim=params["patch_embed_0"]["kernel"].shape[-1],
+            stem_dim=stem["kernel"].shape[-1],
             conv_dim=params["patch_embed_2"]["kernel"].shape[-1],
             conv_blocks=tuple(b["conv1"]["kernel"].shape[-1] for b in _numbered(params["layers_0"], "blocks_")),
             stages=tuple(_stage_of(*parts) for parts in zip(tails, heads, strides, strict=True)),
             out_chans=params["neck_0"]["kernel"].shape[-1],
-            batch_norm="bn" in params["patch_embed_0"],
+            batch_norm="bn" in stem,
         )
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"not the parameters of a TinyViT: {error}") from None
