@@ -38,7 +38,8 @@ def read(request, name: str) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def whole():
-    return dict(np.load(shared("golden/efficient_sam.npz")))
+    with np.load(shared("golden/efficient_sam.npz")) as arrays:
+        return dict(arrays)
 
 
 @pytest.fixture(scope="module")

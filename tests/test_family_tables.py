@@ -61,8 +61,8 @@ def test_a_family_is_recognised_by_its_names():
     ("file", "table", "told"), [("tiny_vit_sam", tiny_vit, {}), ("efficient_sam", efficient_sam, {"heads": 3})]
 )
 def test_golden_models_there_and_back(file, table, told):
-    arrays = np.load(shared(f"golden/{file}.npz"))
-    state = {name[3:]: arrays[name] for name in arrays.files if name.startswith("sd/")}
+    with np.load(shared(f"golden/{file}.npz")) as arrays:
+        state = {name[3:]: arrays[name] for name in arrays if name.startswith("sd/")}
     assert_same(table.to_state_dict(table.from_state_dict(state, image_size=256, **told)), state)
 
 

@@ -40,7 +40,8 @@ def state_of(arrays) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def whole():
-    return dict(np.load(shared("golden/tiny_vit_sam.npz")))
+    with np.load(shared("golden/tiny_vit_sam.npz")) as arrays:
+        return dict(arrays)
 
 
 @pytest.fixture(scope="module")
