@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from converters.mapping import CONV, CONV_TRANSPOSE, LINEAR, Row, _attention, _layer, _norm
+from converters.tables.rows import CONV, CONV_TRANSPOSE, LINEAR, Row, _attention, _layer, _norm
 from converters.tables.strict import Converted, Layer, State, abstract, placed, shapes, to_params, to_state
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import DEEPEST, MOST_LAYERS

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from converters.mapping import Row, rows
+from converters.tables.rows import Row
+from converters.tables.sam import rows
 from slimsam_jax.models.config import Config
 
 SECTIONS = ("prompt_encoder", "mask_decoder")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from converters.mapping import Row
+from converters.tables.rows import Row
 from slimsam_jax.errors import InputError
 
 State = dict[str, np.ndarray]

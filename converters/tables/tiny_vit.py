@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from converters.mapping import CONV, LINEAR, VECTOR, Row, _attention, _layer, _norm
 from converters.tables import tiny_vit_unused as unused
+from converters.tables.rows import CONV, LINEAR, VECTOR, Row, _attention, _layer, _norm
 from converters.tables.sam_head import abstract_head, head_architecture, head_rows
 from converters.tables.strict import Converted, Layer, State, abstract, placed, shapes, to_params, to_state
 from slimsam_jax.errors import InputError

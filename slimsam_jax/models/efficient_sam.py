@@ -10,9 +10,9 @@ import numpy as np
 import scipy.sparse
 
 from slimsam_jax.errors import InputError
+from slimsam_jax.imaging.transforms import bilinear_matrix
 from slimsam_jax.models.bicubic import bicubic_matrix
 from slimsam_jax.models.efficient_sam_head import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, INVALID, MOST_POINTS, POINT
-from slimsam_jax.models.sam import bilinear_matrix
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
 

@@ -8,12 +8,13 @@ from typing import Literal
 import numpy as np
 
 from slimsam_jax.errors import InputError
-from slimsam_jax.pruning.budget import Costs, TooSmall, allocate
-from slimsam_jax.pruning.group import Keep, Scores, Tree, by_path
+from slimsam_jax.pruning.allocation import Costs, TooSmall, allocate, worth_of
 from slimsam_jax.pruning.grouping import Grouping
+from slimsam_jax.pruning.groups import Keep, Scores, Tree, by_path
 from slimsam_jax.pruning.importance import Criterion, channel_scores
-from slimsam_jax.pruning.masks import apply_masks, keep_global, keep_local, keep_widths, mask_tree, worth_of
-from slimsam_jax.pruning.masks import shrink as shrink_pieces
+from slimsam_jax.pruning.selection import keep_global, keep_local, keep_widths
+from slimsam_jax.pruning.shrink import apply_masks, mask_tree
+from slimsam_jax.pruning.shrink import shrink as shrink_pieces
 from slimsam_jax.pruning.unfolding import fold_tree, groups_of_pieces, unfold_tree
 from slimsam_jax.pruning.widths import check_keep, own_of
 
@@ -34,7 +35,7 @@ def score(
 
     Args:
       params: the tree that was traced.
-      gradients: a tree like it, as `importance.disturbed_gradients` gives; "magnitude" and "random" need none.
+      gradients: a tree like it, as `gradients.disturbed_gradients` gives; "magnitude" and "random" need none.
       criterion: a key of `importance.CRITERIA`, or "random".
       own: groups that have `copies` and are to be scored for each copy by itself.
       seed: for "random".

@@ -13,8 +13,8 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.pruning.axes import Axes
 from slimsam_jax.pruning.copies import copies
 from slimsam_jax.pruning.graph import Graph
-from slimsam_jax.pruning.group import Tree, path_of
 from slimsam_jax.pruning.grouping import FoundGroup, Grouping, places
+from slimsam_jax.pruning.groups import Tree, path_of
 from slimsam_jax.pruning.program import Program, trace
 from slimsam_jax.pruning.rerun import Traced
 from slimsam_jax.pruning.rules.call import Nodes, fresh

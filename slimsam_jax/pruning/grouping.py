@@ -9,7 +9,7 @@ from typing import Any
 
 from slimsam_jax.errors import InputError
 from slimsam_jax.pruning import structure
-from slimsam_jax.pruning.group import Keep, Tree
+from slimsam_jax.pruning.groups import Keep, Tree
 from slimsam_jax.pruning.rerun import Traced
 from slimsam_jax.pruning.structure import Structure
 

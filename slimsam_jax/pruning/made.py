@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from slimsam_jax.pruning.group import Keep
+from slimsam_jax.pruning.groups import Keep
 
 
 class Made:

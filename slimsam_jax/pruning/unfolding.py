@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from slimsam_jax.errors import InputError
-from slimsam_jax.pruning.group import Group, Member, Tree, by_path, path_of
+from slimsam_jax.pruning.groups import Group, Member, Tree, by_path, path_of
 from slimsam_jax.pruning.structure import Structure, Widths, fold, names, pieces_of, shape_of, unfold
 
 if TYPE_CHECKING:

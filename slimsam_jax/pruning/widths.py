@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimsam_jax.errors import InputError
-from slimsam_jax.pruning.group import Keep
+from slimsam_jax.pruning.groups import Keep
 from slimsam_jax.pruning.structure import Structure, Widths, length, names
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ import numpy as np
 from slimsam_jax.models.encoders.attention import attend
 from slimsam_jax.models.encoders.layers import ConvNorm, fold_batch_norm, gelu, neck
 from slimsam_jax.models.encoders.tiny_vit_config import PRESETS, Block, Config, Stage, config_of, uniform
-from slimsam_jax.models.image_encoder import window_partition, window_unpartition
+from slimsam_jax.models.encoders.vit import window_partition, window_unpartition
 
 # fmt: off
 __all__ = [

@@ -8,9 +8,9 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import shared
-from graph_oracle_models import ORACLE_MODELS
 
+from helpers.graph_oracle_models import ORACLE_MODELS
+from helpers.shared import shared
 from slimsam_jax.pruning import find_groups
 
 # Ours beyond theirs, and theirs beyond ours. A fused qkv is there one group of 3 · heads · channels, and what is left

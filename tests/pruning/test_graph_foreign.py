@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from graph_models import halves, largest_difference, randomized
 
+from helpers.graph_models import halves, largest_difference, randomized
 from slimsam_jax import pruning
 from slimsam_jax.pruning import find_groups
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_sam, tiny_config
-from graph_models import doubled, halves, largest_difference
 
+from helpers.graph_models import doubled, halves, largest_difference
+from helpers.models import random_sam, tiny_config
 from slimsam_jax import pruning
-from slimsam_jax.models import groups as written
 from slimsam_jax.models.config import preset
-from slimsam_jax.models.image_encoder import ImageEncoder
+from slimsam_jax.models.encoders import vit_groups as written
+from slimsam_jax.models.encoders.vit import ImageEncoder
 from slimsam_jax.models.sam import abstract_params
 from slimsam_jax.pruning import find_groups
 

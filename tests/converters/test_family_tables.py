@@ -7,12 +7,12 @@ import json
 
 import numpy as np
 import pytest
-from conftest import shared
-from family_models import SLIM_TINY_VIT, SLIM_VIT, random_params
-from golden import families
 
 from converters.tables import efficient_sam, tiny_vit, tiny_vit_unused
 from converters.tables.strict import Converted, abstract
+from helpers import golden_families as families
+from helpers.family_models import SLIM_TINY_VIT, SLIM_VIT, random_params
+from helpers.shared import shared
 from slimsam_jax.errors import InputError
 from slimsam_jax.models import efficient_sam_head
 from slimsam_jax.models.config import Config

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from graph_models import IMAGES, MODELS, SIZES, doubled, halves, largest_difference, randomized
 from jax import export
 
+from helpers.graph_models import IMAGES, MODELS, SIZES, doubled, halves, largest_difference, randomized
 from slimsam_jax import pruning
 from slimsam_jax.errors import InputError
-from slimsam_jax.pruning import find_groups, importance
+from slimsam_jax.pruning import find_groups, gradients
 
 # Every mean and variance in these models is Flax's: E[x²] - E[x]² counts a masked zero as nothing.
 CROSSED = {
@@ -149,7 +149,7 @@ def test_from_gradients_to_a_cut(allocation):
     grouping = find_groups(function, params, *inputs)
     useful = halves(grouping.groups)
     params = pruning.mask(params, grouping, useful)
-    grads = importance.loss_gradients(lambda p, x: (function(p, x) ** 2).sum(), params, [inputs[0]])
+    grads = gradients.loss_gradients(lambda p, x: (function(p, x) ** 2).sum(), params, [inputs[0]])
     scores = pruning.score(params, grouping, grads)
     assert {name: score.shape for name, score in scores.items()} == {g.name: (g.size,) for g in grouping.groups}
     costs = {group.name: np.arange(group.size + 1.0) for group in grouping.groups}

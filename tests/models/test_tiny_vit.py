@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import shared
-from family_models import run_all
-from golden import families
 
 from converters.tables import tiny_vit as table
 from converters.tables.strict import abstract
+from helpers import golden_families as families
+from helpers.family_models import run_all
+from helpers.shared import shared
 from slimsam_jax.models import sam
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.encoders import layers, tiny_vit

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import shared
-from family_models import SLIM_VIT, images_of, mirrored, random_params, run, run_all
-from golden import families
 
 from converters.tables import efficient_sam as table
 from converters.tables.strict import abstract
+from helpers import golden_families as families
+from helpers.family_models import SLIM_VIT, images_of, mirrored, random_params, run, run_all
+from helpers.shared import shared
 from slimsam_jax.errors import InputError
 from slimsam_jax.models import efficient_sam, efficient_sam_head
 from slimsam_jax.models.bicubic import bicubic_matrix

@@ -1,7 +1,7 @@
 """Cuts from the golden vectors of MobileSAM and EfficientSAM what is small enough for the repository, and reads it.
 
-`python tests/golden/families.py FOLDER` writes `tiny_vit_subset.npz`, `efficient_sam_subset.npz` and
-`families_counts.json` beside this file anew, from the whole ones in a folder.
+`PYTHONPATH=tests python tests/helpers/golden_families.py FOLDER` writes `tiny_vit_subset.npz`,
+`efficient_sam_subset.npz` and `families_counts.json` in tests/golden anew, from the whole ones in a folder.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-try:
-    from golden.subset import PLANES, from_planes, to_planes
-except ImportError:  # run as a script
-    from subset import PLANES, from_planes, to_planes
+from helpers.golden import PLANES, from_planes, to_planes
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "golden"
 COUNTED = ("vit_t", "efficient_sam_ti", "efficient_sam_s")
 # What is kept, by the beginnings of names. Of the encoders' weights what is wide is missing: the last stage's blocks,
 # the neck and half of EfficientSAM's blocks. So are the decoders.

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_models import SLIM_TINY_VIT, images_of, mirrored, random_params, run
 
 from converters.tables import tiny_vit as table
 from converters.tables.strict import Converted, abstract
+from helpers.family_models import SLIM_TINY_VIT, images_of, mirrored, random_params, run
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.encoders import layers, tiny_vit
 

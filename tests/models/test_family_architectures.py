@@ -10,11 +10,11 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_models import SLIM_TINY_VIT, SLIM_VIT
-from golden import families
 
 from converters.tables import efficient_sam, tiny_vit, tiny_vit_unused
 from converters.tables.strict import abstract
+from helpers import golden_families as families
+from helpers.family_models import SLIM_TINY_VIT, SLIM_VIT
 from slimsam_jax.models import efficient_sam_head
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.encoders import counts, efficient_sam_vit
