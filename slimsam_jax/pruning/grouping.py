@@ -10,7 +10,6 @@ from typing import Any
 from slimsam_jax.errors import InputError
 from slimsam_jax.pruning import structure
 from slimsam_jax.pruning.groups import Keep, Tree
-from slimsam_jax.pruning.rerun import Traced
 from slimsam_jax.pruning.structure import Structure
 
 FORMAT = 1
@@ -60,7 +59,7 @@ class Grouping:
     frozen: {"path:axis": why} of the axes longer than one that cannot be cut.
     unused: paths of the arrays that the function never reads.
     kernels: paths of those that a matrix product or a convolution reads; they vote on the importance of a channel.
-    traced: the function; None if the grouping was read from JSON.
+    traced: the function, a `rerun.Traced`; None if the grouping was read from JSON.
     """
 
     groups: tuple[FoundGroup, ...]
@@ -68,7 +67,7 @@ class Grouping:
     frozen: Mapping[str, str]
     unused: tuple[str, ...] = ()
     kernels: frozenset[str] = frozenset()
-    traced: Traced | None = dataclasses.field(default=None, compare=False, repr=False)
+    traced: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def widths(self) -> dict[str, int]:
