@@ -31,12 +31,18 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
+from slimsam_jax.compression.steps import Distill
 from slimsam_jax.models import config as configs
 from slimsam_jax.models.attention import Form
 from slimsam_jax.models.config import Config
 
 TEACHERS = {"vit_p50": "vit_b", "vit_p77": "vit_b", "small_p50": "small"}  # of the presets that are slim
 STAGES = ("embedding-stage", "bottleneck-stage")
+
+
+def distillation_of(what: str) -> Distill:
+    """The paper's distillation after the cut of that part, at the default's choices."""
+    return Distill("bottleneck" if what == "embedding-stage" else "stream+embedding")
 
 
 class Step(NamedTuple):

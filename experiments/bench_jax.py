@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import Options, Step
+from experiments.bench import Options, Step, distillation_of
 from slimsam_jax import sharding
-from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.compression.alignment import terms
 from slimsam_jax.compression.trainer import make_trainer
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.encoders.vit_features import run_encoder
@@ -69,10 +68,10 @@ def disturbed_gradient(config: Config, encode: Callable) -> Callable[[], None]:
 def distillation(models: tuple[Config, Config, Config], options: Options, dtype: Any) -> Callable[[], None]:
     """Steps of the default recipe at the start of a stage, which `models` (student, previous, teacher) is for."""
     sams = [random_model(config, seed) for seed, config in enumerate(models)]
-    stage = next(stage for stage in STAGES if options.what.startswith(stage.name))
+    step = distillation_of(options.what)
     steps = 10**6  # so that progress stays where all terms count
-    trainer = make_trainer(*sams, stage, RECIPES["default"], dtype, attention=options.attention)
-    weights, batch = stage.terms(0, steps, RECIPES["default"]), pictures(models[0], options.batch)
+    trainer = make_trainer(*sams, step, dtype, attention=options.attention)
+    weights, batch = terms(step, 0, steps), pictures(models[0], options.batch)
     if options.cached:
         batch["embedding"] = np.zeros((options.batch, *models[0].grid, models[0].out_chans), np.float16)
     state = trainer.state

@@ -14,9 +14,8 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import mse_loss
 
-from experiments.bench import Options, Step
-from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.steps import STAGES
+from experiments.bench import Options, Step, distillation_of
+from slimsam_jax.compression.alignment import ALIGN
 from slimsam_jax.models.config import GLOBAL, Config
 from tests.helpers.peers import stock_sam
 
@@ -117,8 +116,8 @@ def mean_square(student: list[torch.Tensor], target: list[torch.Tensor]) -> torc
 def distillation(modules: list[torch.nn.Module], teacher: Config, image: torch.Tensor, what: str) -> Callable[[], None]:
     """One image: student (modules[0]) towards the others, with the reference's weights at the start of a stage."""
     watched = [watch(module, teacher, what) for module in modules[:2]]
-    stage = next(stage for stage in STAGES if what.startswith(stage.name))
-    weights = stage.weights(0.0, RECIPES["default"])
+    step = distillation_of(what)
+    weights = ALIGN[step.align](0.0, step)
     optimizer = torch.optim.Adam(modules[0].parameters(), lr=1e-4)
     count = itertools.count(1)
 

@@ -28,7 +28,6 @@ from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.calibration import on_devices
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.selection import choose
-from slimsam_jax.compression.steps import STAGES
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.inference.decode import encode_image
@@ -38,6 +37,7 @@ from slimsam_jax.pruning import importance
 
 FILE = results.FOLDER / "estimators.jsonl"
 COUNTS = (1, 2, 5, 10, 20, 50, 100)
+EMBEDDING = RECIPES["taylor"][0]  # the step that cuts the embedding
 ESTIMATORS = {"sum": ("sum", 1), "rms": ("rms", 1), "rms, 4 probes": ("rms", 4)}
 
 
@@ -65,16 +65,15 @@ def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
 
 def gradients(sam: Sam, name: str, batches: list[Any], seed: int) -> Any:
     reduce, probes = ESTIMATORS[name]
-    recipe = dataclasses.replace(RECIPES["taylor"], gradients=reduce, probes=probes)
+    step = dataclasses.replace(EMBEDDING, grad_reduction=reduce, noise_samples=probes)
     calibration = lambda _: on_devices(iter(batches), len(batches))
-    return jax.device_get(sam_gradients.gradients(sam, recipe, calibration, seed))
+    return jax.device_get(sam_gradients.gradients(sam, step, calibration, seed))
 
 
 def cut(sam: Sam, grads: Any) -> Sam:
     """Half of the embedding goes."""
-    recipe = RECIPES["taylor"]
-    keep = choose(sam.config, sam.params["image_encoder"], grads, STAGES[0], recipe, Target(0.5))
-    return prune.cut(sam, keep, recipe)
+    keep = choose(sam.config, sam.params["image_encoder"], grads, EMBEDDING, Target(0.5))
+    return prune.cut(sam, keep, EMBEDDING)
 
 
 def rank_correlations(sam: Sam, one: Any, other: Any) -> dict[str, float]:
@@ -93,7 +92,7 @@ def rank_correlations(sam: Sam, one: Any, other: Any) -> dict[str, float]:
 
 
 def table() -> None:
-    """Write the table into experiments/README.md."""
+    """Write experiments/tables/estimators.md."""
     lines = [
         "| images | estimator | rank correlation: embedding | attention | MLP | error at half the embedding |",
         "|---|---|---|---|---|---|",
@@ -105,7 +104,8 @@ def table() -> None:
             errors = [r["error"] for r in runs]
             spread = f"{np.mean(errors):.3f} ({min(errors):.3f} to {max(errors):.3f})"
             lines.append(f"| {count} | {name} | {' | '.join(f'{rank:.3f}' for rank in ranks)} | {spread} |")
-    results.write_section("estimators", "\n".join(lines))
+    title, command = "Images that an importance estimator needs", "python -m experiments.estimators table"
+    results.write_table("estimators", title, lines, command, "../estimators.md")
 
 
 if __name__ == "__main__":

@@ -102,13 +102,13 @@ def compare(flat: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 
 
 def table() -> None:
-    """Write the table into experiments/README.md, of the pictures that all ways are measured on."""
+    """Write experiments/tables/hierarchical.md, of the images that all ways are measured on."""
     of_way = {way: results.find(FILE, {"way": way}) for way in WAYS}
     common = set.intersection(*({entry["picture"] for entry in entries} for entries in of_way.values()))
     if not common:
         raise SystemExit("no picture is measured in every way yet")
     lines = [
-        f"| points left out ({len(common)} pictures) | of flat's masks kept | masks flat has not | prompts | time |",
+        f"| points left out ({len(common)} images) | of flat's masks kept | masks flat has not | prompts | time |",
         "|---|---|---|---|---|",
     ]
     for way, entries in of_way.items():
@@ -116,7 +116,8 @@ def table() -> None:
         kept = f"{total('kept') / total('flat_masks'):.1%} of {total('flat_masks')}"
         prompts, seconds = (total(name) / total(f"flat_{name}") for name in ("prompts", "seconds"))
         lines.append(f"| {way} | {kept} | {total('masks') - total('known')} | {prompts:.3f} | {seconds:.2f} |")
-    results.write_section("hierarchical", "\n".join(lines))
+    title, command = "Fewer points in everything mode", "python -m experiments.hierarchical table"
+    results.write_table("hierarchical", title, lines, command, "../everything.md")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 `run` measures what experiments/results/pruning.jsonl does not hold yet; it can be stopped at any
 time, and several can share the work (`--part 0/2`, `--part 1/2`). `table` writes the rows
-into experiments/README.md.
+into experiments/tables/pruning.md.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ import tyro
 
 from converters.from_torch import load
 from experiments import results
+from experiments.old_results import prune_choices, pruning_key
 from slimsam_jax import data
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.calibration import calibration_stream, on_devices
 from slimsam_jax.compression.gradients import gradients
-from slimsam_jax.compression.recipes import RECIPES, Recipe
+from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.selection import choose
-from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.steps import Prune, Recipe
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.evaluation import single_mask_iou
 from slimsam_jax.evaluation.scores import relative_error
@@ -43,31 +45,31 @@ SEEDS = (0, 1, 2)
 MAIN = ("slimsam", "taylor", "default")
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "slimsam": ("slimsam", ()),
-    "slimsam, embedding not tied": ("slimsam", ("tie_embedding=false",)),
-    "slimsam, rel. positions kept": ("slimsam", ("slice_rel_pos=true",)),
-    "slimsam, logit scale kept": ("slimsam", ("keep_logit_scale=true",)),
-    "slimsam, rounded by importance": ("slimsam", ("round_by_index=false",)),
-    "slimsam, vanishing blocks cut": ("slimsam", ("skip_vanishing=false",)),
-    "slimsam, rms gradients": ("slimsam", ("gradients=rms",)),
-    "slimsam, local": ("slimsam", ("compete=block",)),
+    "slimsam, embedding not tied": ("slimsam", ("quirks.tied_embedding=false",)),
+    "slimsam, rel. positions kept": ("slimsam", ("quirks.zeroed_rel_pos=false",)),
+    "slimsam, logit scale kept": ("slimsam", ("quirks.jumping_logit_scale=false",)),
+    "slimsam, rounded by importance": ("slimsam", ("quirks.rounded_by_index=false",)),
+    "slimsam, vanishing blocks cut": ("slimsam", ("quirks.vanishing_kept=false",)),
+    "slimsam, rms gradients": ("slimsam", ("prune.grad_reduction=rms",)),
+    "slimsam, local": ("slimsam", ("prune.allocation=local",)),
     "taylor": ("taylor", ()),
-    "taylor, gradients summed": ("taylor", ("gradients=sum",)),
-    "taylor, labelled masks": ("taylor", ("signal=masks",)),
-    "taylor, gaussian": ("taylor", ("normalizer=gaussian",)),
-    "taylor, by MACs": ("taylor", ("compete=macs",)),
-    "taylor, local": ("taylor", ("compete=block",)),
-    "taylor, values apart": ("taylor", ("values_apart=true",)),
-    "taylor, whole heads": ("taylor", ("whole_heads=true",)),
-    "fisher": ("taylor", ("criterion=fisher",)),
-    "magnitude": ("taylor", ("criterion=magnitude",)),
-    "random": ("taylor", ("criterion=random",)),
+    "taylor, gradients summed": ("taylor", ("prune.grad_reduction=sum",)),
+    "taylor, labelled masks": ("taylor", ("prune.importance_loss=masks",)),
+    "taylor, gaussian": ("taylor", ("prune.normalizer=gaussian",)),
+    "taylor, by MACs": ("taylor", ("prune.allocation=macs",)),
+    "taylor, local": ("taylor", ("prune.allocation=local",)),
+    "taylor, values apart": ("taylor", ("prune.head_channels=separate",)),
+    "taylor, whole heads": ("taylor", ("prune.head_channels=whole",)),
+    "fisher": ("taylor", ("prune.criterion=fisher",)),
+    "magnitude": ("taylor", ("prune.criterion=magnitude",)),
+    "random": ("taylor", ("prune.criterion=random",)),
     "default": ("default", ()),
-    "default, not weighted": ("default", ("weighting=none",)),
-    "default, by parameters": ("default", ("compete=params",)),
-    "default, by kind": ("default", ("compete=kind",)),
-    "default, by kind, not weighted": ("default", ("compete=kind", "weighting=none")),
-    "default, local": ("default", ("compete=block",)),
-    "default, multiples of 8": ("default", ("multiple=8",)),
+    "default, not weighted": ("default", ("prune.importance_loss=none",)),
+    "default, by parameters": ("default", ("prune.allocation=params",)),
+    "default, by kind": ("default", ("prune.allocation=global",)),
+    "default, by kind, not weighted": ("default", ("prune.allocation=global", "prune.importance_loss=none")),
+    "default, local": ("default", ("prune.allocation=local",)),
+    "default, multiples of 8": ("default", ("prune.round_to=8",)),
 }
 
 
@@ -94,9 +96,9 @@ def run(teacher: Path, images: Path, val: Path, part: str = "0/1") -> None:
     bench = Bench(load(teacher), data.find([images]), data.find([val]))
     for row, ratio, seed in plan()[mine::parts]:
         name, settings = ROWS[row]
-        recipe = RECIPES[name].change(settings)
-        key = {"row": row, "ratio": ratio, "seed": seed, "recipe": recipe.pruning, "images": IMAGES}
-        if results.find(FILE, key):
+        recipe = change(RECIPES[name], settings)
+        key = {"row": row, "ratio": ratio, "seed": seed, "recipe": prune_choices(recipe[0]), "images": IMAGES}
+        if any(all(entry[k] == v for k, v in key.items()) for entry in map(pruning_key, results.read(FILE))):
             continue
         start = time.perf_counter()
         slim = bench.prune(recipe, ratio, seed)
@@ -115,31 +117,31 @@ class Bench:
         self.gradients: dict[Any, Any] = {}
         self.batches: dict[Any, list[Any]] = {}
 
-    def calibration(self, recipe: Recipe, seed: int) -> Callable[[str], Iterable[Any]]:
-        key = recipe.criterion == "projection", recipe.signal, seed
+    def calibration(self, step: Prune, seed: int) -> Callable[[str], Iterable[Any]]:
+        key = step.criterion == "projection", step.importance_loss, seed
         if key not in self.batches:
-            stream = calibration_stream(recipe, self.images, self.teacher.config, BATCH, seed)
+            stream = calibration_stream(step, self.images, self.teacher.config, BATCH, seed)
             self.batches[key] = list(itertools.islice(stream, IMAGES // BATCH))
         return lambda name: on_devices(iter(self.batches[key]), len(self.batches[key]))
 
     def prune(self, recipe: Recipe, ratio: float, seed: int) -> Sam:
-        """Both stages, one after the other."""
-        calibration, target, sam = self.calibration(recipe, seed), Target(ratio), self.teacher
-        for stage in STAGES:
-            if recipe.criterion == "projection":
-                sam = prune.prune(sam, stage, recipe, target, calibration, seed)
+        """All cuts of a recipe, one after the other."""
+        target, sam = Target(ratio), self.teacher
+        for step in (step for step in recipe if isinstance(step, Prune)):
+            calibration = self.calibration(step, seed)
+            if step.criterion == "projection":
+                sam = prune.prune(sam, step, target, calibration, seed)
                 continue
-            key = (recipe.criterion in ("magnitude", "random"), recipe.signal, recipe.gradients, recipe.probes, seed)
+            ungraded = step.criterion in ("magnitude", "random")
+            key = (ungraded, step.importance_loss, step.grad_reduction, step.noise_samples, seed)
             if sam is not self.teacher:
-                grads = jax.device_get(gradients(sam, recipe, calibration, seed))
+                grads = jax.device_get(gradients(sam, step, calibration, seed))
             elif key not in self.gradients:
-                grads = self.gradients[key] = jax.device_get(gradients(sam, recipe, calibration, seed))
+                grads = self.gradients[key] = jax.device_get(gradients(sam, step, calibration, seed))
             else:
                 grads = self.gradients[key]
-            keep = choose(
-                sam.config, sam.params["image_encoder"], grads, stage, recipe, target, uniform=False, seed=seed
-            )
-            sam = prune.cut(sam, keep, recipe)
+            keep = choose(sam.config, sam.params["image_encoder"], grads, step, target, uniform=False, seed=seed)
+            sam = prune.cut(sam, keep, step)
         return sam
 
     def measure(self, slim: Sam) -> dict[str, float]:
@@ -160,7 +162,7 @@ class Bench:
 
 
 def table() -> None:
-    """Write the table into experiments/README.md."""
+    """Write experiments/tables/pruning.md."""
     found = results.read(FILE)
     lines = [
         "| pruned by | ratio | encoder parameters | MACs, total | error | point mIoU |",
@@ -171,7 +173,8 @@ def table() -> None:
             runs = [entry for entry in found if (entry["row"], entry["ratio"]) == (row, ratio)]
             if runs:
                 lines.append(f"| {row} | {ratio:g} | {_cells(runs)} |")
-    results.write_section("pruning", "\n".join(lines))
+    title, command = "Pruning, before any distillation", "python -m experiments.pruning table"
+    results.write_table("pruning", title, lines, command, "../pruning.md")
 
 
 def _cells(runs: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Learning curves of trainings by `train_reference`: kept as lines of JSON, and shown in experiments/README.md.
+"""Learning curves of trainings by `train_reference`: lines of JSON, and a table of them.
 
 python -m experiments.reference_results record --name "small, from nothing" --folder reference
 python -m experiments.reference_results table
@@ -42,10 +42,11 @@ def record(name: str, folder: Path, minutes: float | None = None, beside: str = 
 
 
 def table() -> None:
-    """Write the table into experiments/README.md."""
+    """Write experiments/tables/reference.md."""
     lines = ["| training | steps x pictures x masks | minutes | point / box mIoU, after steps |", "|---|---|---|---|"]
     lines += [f"| {run['row']} | {_size(run)} | {_minutes(run)} | {_curve(run)} |" for run in results.read(FILE)]
-    results.write_section("reference", "\n".join(lines))
+    title, command = "Learning curves of reference teachers", "python -m experiments.reference_results table"
+    results.write_table("reference", title, lines, command, "../reference_teacher.md")
 
 
 def _size(run: dict[str, Any]) -> str:

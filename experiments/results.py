@@ -1,4 +1,4 @@
-"""Results as lines of JSON, each with what is needed to trust it; sections of experiments/README.md made from them."""
+"""Results as lines of JSON, each with what is needed to trust it, and the tables made from them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import jax
 from slimsam_jax.files import replacing
 
 FOLDER = Path(__file__).parent / "results"
-README = Path(__file__).parent / "README.md"
+TABLE_FOLDER = Path(__file__).parent / "tables"
+NOTE = "`{command}` writes this file: do not edit it. [{label}]({page}) says what it means."
 
 
 @functools.cache
@@ -51,12 +53,17 @@ def find(path: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
     return [entry for entry in read(path) if all(entry.get(name) == value for name, value in key.items())]
 
 
-def write_section(name: str, text: str) -> None:
-    """Replaces what stands between the marks of a section in experiments/README.md."""
-    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-    before, found, rest = README.read_text().partition(begin)
-    _, ended, after = rest.partition(end)
-    if not (found and ended):
-        raise ValueError(f"{README} has no marks for the section {name}")
-    with replacing(README) as temporary:
-        temporary.write_text(before + begin + text + end + after)
+def write_table(name: str, title: str, lines: Sequence[str], command: str, page: str) -> None:
+    """Writes experiments/tables/NAME.md, all of it.
+
+    Args:
+      name: of the file, without its suffix.
+      title: the heading.
+      lines: of the Markdown table, its head first.
+      command: that writes this file.
+      page: where the table is explained, relative to it: "../slimming.md", say.
+    """
+    TABLE_FOLDER.mkdir(exist_ok=True)
+    note = NOTE.format(command=command, page=page, label=page.removeprefix("../"))
+    with replacing(TABLE_FOLDER / f"{name}.md") as temporary:
+        temporary.write_text("\n".join([f"# {title}", "", note, "", *lines, ""]))

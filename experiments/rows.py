@@ -6,6 +6,11 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from experiments.recipes import RECIPES
+from slimsam_jax.compression.recipes import RECIPES as SHIPPED
+from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.steps import Recipe
+
 SEEDS = (0, 1, 2)
 
 
@@ -18,9 +23,14 @@ class Row(NamedTuple):
     limit: int | None = None
     uniform: bool = False
 
+    def steps_of(self, ratio: float) -> Recipe:
+        """The recipe with everything that is set."""
+        return change(RECIPES[self.recipe](ratio), [*COMMON["set"], *self.set])
+
     def arguments(self) -> str:
-        """As one types them."""
-        parts = [f"--recipe {self.recipe}", f"--steps {self.steps}"]
+        """As one types them, if the recipe is one of the package; else with its name in `experiments.recipes`."""
+        recipe = f"--recipe {self.recipe}" if self.recipe in SHIPPED else f"experiments.recipes.{self.recipe}"
+        parts = [recipe, f"--steps {self.steps}"]
         parts += [f"--limit {self.limit}"] if self.limit else []
         parts += ["--uniform"] if self.uniform else []
         return " ".join([*parts, "--set", *COMMON["set"], *self.set])
@@ -30,11 +40,13 @@ class Table(NamedTuple):
     """Rows by label.
 
     Attributes:
+      title: its heading.
       paper: the paper's number of a (label, ratio), SA-1B single-point mIoU of SAM-B, in %.
       teacher: what is slimmed: the "small" SAM that all tables share, or another.
       more: begins with the teacher itself, and has the columns that take longer to measure.
     """
 
+    title: str
     ratios: tuple[float, ...]
     rows: dict[str, Row]
     paper: Mapping[tuple[str, float], float] = MappingProxyType({})
@@ -43,7 +55,7 @@ class Table(NamedTuple):
 
 
 # As many images for importance as statistics; one validation, at the end, so that all rows keep their last model.
-COMMON = {"importance_images": 50, "set": ("validations=1",)}
+COMMON = {"importance_images": 50, "set": ("distill.validations=1",)}
 
 
 def taylor(*settings: str, **options) -> Row:
@@ -55,14 +67,14 @@ def default(*settings: str, **options) -> Row:
 
 
 def alternating(*settings: str, **options) -> Row:
-    """As the default was, before all cuts came first."""
-    return default("alternate=true", *settings, **options)
+    return Row("alternating", settings, **options)
 
 
 SLIMSAM = Row("slimsam")
-RATE = "learning_rate=1e-3"
+RATE = "distill.lr=1e-3"
 TABLES = {
     "compression": Table(
+        "Compression",
         (0.5, 0.77, 0.9),
         {
             "default": default(),
@@ -74,6 +86,7 @@ TABLES = {
         more=True,
     ),
     "narrow": Table(
+        "A teacher with less to spare",
         (0.5, 0.77),
         {
             "default": default(),
@@ -85,13 +98,14 @@ TABLES = {
         more=True,
     ),
     "criteria": Table(
+        "What tells which channels go",
         (0.77, 0.5),
         {
-            "scratch": taylor("criterion=magnitude", "alternate=false", "scratch=true"),
-            "random": taylor("criterion=random"),
-            "magnitude": taylor("criterion=magnitude"),
-            "Hessian (Fisher, labels)": taylor("criterion=fisher", "signal=masks"),
-            "Taylor, labels": taylor("signal=masks"),
+            "scratch": Row("scratch", ("prune.criterion=magnitude",)),
+            "random": taylor("prune.criterion=random"),
+            "magnitude": taylor("prune.criterion=magnitude"),
+            "Hessian (Fisher, labels)": taylor("prune.criterion=fisher", "prune.importance_loss=masks"),
+            "Taylor, labels": taylor("prune.importance_loss=masks"),
             "Disturbed Taylor": taylor(),
             "ours (projection), their order and learning rate": alternating(RATE),
             "ours (projection)": default(),
@@ -112,23 +126,24 @@ TABLES = {
         },
     ),
     "ablations": Table(
+        "The paper's ablations",
         (0.77,),
         {
             "taylor": taylor(),
-            "one-shot": taylor("alternate=false"),
-            "one-shot, labels": taylor("alternate=false", "signal=masks"),
-            "no intermediate features": taylor("align=0"),
-            "normaliser sum": taylor("normalizer=sum"),
-            "normaliser mean": taylor("normalizer=mean"),
-            "normaliser max": taylor("normalizer=max"),
-            "normaliser minmax": taylor("normalizer=minmax"),
-            "normaliser gaussian": taylor("normalizer=gaussian"),
-            "local": taylor("compete=block"),
+            "one-shot": Row("one_shot"),
+            "one-shot, labels": Row("one_shot", ("prune.importance_loss=masks",)),
+            "no intermediate features": taylor("distill.features=0"),
+            "normaliser sum": taylor("prune.normalizer=sum"),
+            "normaliser mean": taylor("prune.normalizer=mean"),
+            "normaliser max": taylor("prune.normalizer=max"),
+            "normaliser minmax": taylor("prune.normalizer=minmax"),
+            "normaliser gaussian": taylor("prune.normalizer=gaussian"),
+            "local": taylor("prune.allocation=local"),
             "100 images": taylor(limit=100),
             "30 images": taylor(limit=30),
             "default": default(),
             "default, alternating": alternating(),
-            "default, no intermediate features": default("align=0"),
+            "default, no intermediate features": default("distill.features=0"),
             "default, 100 images": default(limit=100),
             "default, 30 images": default(limit=30),
         },
@@ -145,22 +160,26 @@ TABLES = {
         },
     ),
     "quirks": Table(
+        "The reference's slips, one by one",
         (0.77,),
         {
             "taylor": taylor(),
-            "embedding tied with a period": taylor("tie_embedding=true"),
-            "relative positions zeroed": taylor("slice_rel_pos=false"),
-            "logit scale jumps": taylor("keep_logit_scale=false"),
-            "global q, k, v compared with themselves": taylor("align_global_attention=false"),
-            "rounded by index": taylor("reference_selection=true", "round_by_index=true", "skip_vanishing=true"),
-            "gradients summed": taylor("gradients=sum"),
-            "plain MSE": taylor("relative_loss=false"),
+            "embedding tied with a period": taylor("quirks.tied_embedding=true"),
+            "relative positions zeroed": taylor("quirks.zeroed_rel_pos=true"),
+            "logit scale jumps": taylor("quirks.jumping_logit_scale=true"),
+            "global q, k, v compared with themselves": taylor("quirks.self_aligned_global=true"),
+            "rounded by index": taylor(
+                "quirks.rounded_selection=true", "quirks.rounded_by_index=true", "quirks.vanishing_kept=true"
+            ),
+            "gradients summed": taylor("prune.grad_reduction=sum"),
+            "plain MSE": taylor("distill.relative=false"),
             "all of them, and gaussian (slimsam, learning rate and schedule of taylor)": Row(
-                "slimsam", (RATE, "schedule=cosine")
+                "slimsam", (RATE, "distill.schedule=cosine")
             ),
         },
     ),
     "efficiency": Table(
+        "Steps and images",
         (0.77,),
         {
             f"{name}, {steps} steps": Row(name, steps=steps)
@@ -169,55 +188,61 @@ TABLES = {
         },
     ),
     "rates": Table(
+        "How fast to learn",
         (0.5, 0.77, 0.9),
         {
-            "pace 3e-3": default("pace=3e-3"),
+            "pace 3e-3": default("distill.auto_lr=3e-3"),
             "pace 1e-2 (default)": default(),
-            "pace 3e-2": default("pace=3e-2"),
-            "taylor, learning rate 3e-4": taylor("learning_rate=3e-4"),
+            "pace 3e-2": default("distill.auto_lr=3e-2"),
+            "taylor, learning rate 3e-4": taylor("distill.lr=3e-4"),
             "taylor, learning rate 1e-3 (its own)": taylor(),
-            "taylor, learning rate 3e-3": taylor("learning_rate=3e-3"),
+            "taylor, learning rate 3e-3": taylor("distill.lr=3e-3"),
         },
     ),
     "lengths": Table(
+        "How fast to learn, for other lengths",
         (0.77,),
         {
             # The default's own is not typed: it is the row of other tables.
-            f"{steps} steps, pace {pace}": default(*([] if pace == "1e-2" else [f"pace={pace}"]), steps=steps)
+            f"{steps} steps, pace {pace}": default(
+                *([] if pace == "1e-2" else [f"distill.auto_lr={pace}"]), steps=steps
+            )
             for steps in (25, 100, 400)
             for pace in ("3e-3", "1e-2", "3e-2")
         },
     ),
     "order": Table(
+        "Alternate, or at once",
         (0.77, 0.5, 0.9),
         {
             "at once (default)": default(),
-            "at once, the embedding alone": default("align=0"),
+            "at once, the embedding alone": default("distill.features=0"),
             "alternating": alternating(),
-            "alternating, the embedding alone": alternating("align=0"),
+            "alternating, the embedding alone": alternating("distill.features=0"),
         },
     ),
     "search": Table(
+        "Looking for a better recipe",
         (0.9,),
         {
             "default": default(),
-            "features at half of their weight": default("align=0.5"),
-            "plain MSE": default("relative_loss=false"),
-            "cosine term 0.5": default("cosine=0.5"),
-            "constant learning rate": default("schedule=constant"),
-            "a quarter of the steps to polish": default("polish=0.25"),
-            "average of weights 0.95": default("ema=0.95"),
-            "AdamW 0.05": default("weight_decay=0.05"),
-            "clip 1": default("clip=1"),
-            "flip": default("flip=true"),
-            "crops and their scale": default("crop=0.5"),
-            "learning rate 1e-4": default("learning_rate=1e-4"),
-            "learning rate 1e-4, masks 1": default("learning_rate=1e-4", "masks=1"),
-            "the decoder tuned by its masks in a last quarter, learning rate 1e-4": default(
-                "learning_rate=1e-4", "masks=1", "polish=0.25", "tune_decoder=true", "keep=last"
+            "features at half of their weight": default("distill.features=0.5"),
+            "plain MSE": default("distill.relative=false"),
+            "cosine term 0.5": default("distill.direction=0.5"),
+            "constant learning rate": default("distill.schedule=constant"),
+            "a quarter of the steps to polish": Row("polish"),
+            "average of weights 0.95": default("distill.ema=0.95"),
+            "AdamW 0.05": default("distill.weight_decay=0.05"),
+            "clip 1": default("distill.clip=1"),
+            "flip": default("distill.flip=true"),
+            "crops and their scale": default("distill.crop=0.5"),
+            "learning rate 1e-4": default("distill.lr=1e-4"),
+            "learning rate 1e-4, masks 1": default("distill.lr=1e-4", "distill.masks=1"),
+            "the decoder tuned by its masks in a last quarter, learning rate 1e-4": Row(
+                "decoder", ("distill.lr=1e-4", "distill.masks=1", "distill.keep_checkpoint=last")
             ),
             "alternating": alternating(),
-            "alternating, 2 rounds": alternating("rounds=2"),
+            "alternating, 2 rounds": Row("progressive"),
             "taylor": taylor(),
             "slimsam": SLIMSAM,
         },

@@ -5,7 +5,7 @@
 
 `run` measures what experiments/results/slimming.jsonl does not hold yet; it can be stopped at any time, and several can
 share the work (`--part 0/2`, `--part 1/2`). Every run does what the command of its row does, but for the report:
-the teacher's side of the measuring is computed once. `table` writes the rows into experiments/README.md.
+the teacher's side of the measuring is computed once. `table` writes the rows into experiments/tables/.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import numpy as np
 
 from converters.from_torch import load
 from experiments import results
+from experiments.old_results import slimming_key
+from experiments.recipes import is_augmented
 from experiments.rows import COMMON, SEEDS, TABLES, Row, plan
 from slimsam_jax import checkpoint, cli
 from slimsam_jax.compression.options import Options
-from slimsam_jax.compression.pipeline import prepare, slim
-from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.pipeline import carry_out
+from slimsam_jax.compression.prepare import prepare
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import agreement, single_mask_iou
@@ -37,6 +39,7 @@ from slimsam_jax.profiling import reference_macs
 from slimsam_jax.profiling.latency import encoder_runner, interleaved
 
 FILE = results.FOLDER / "slimming.jsonl"
+PROGRAM = "python -m experiments.slimming"
 CLICKS, CLICKED = 5, 30  # clicks on each object of so many pictures
 TEACHER = 0.39307  # point mIoU on bsds_val, by the original code
 
@@ -71,21 +74,18 @@ def run(
     wanted = {(row, ratio) for table in tables for ratio in table.ratios for row in table.rows.values()}
     runs = [each for each in plan() if each[:2] in wanted and each[2] in seeds]
     for row, ratio, seed in runs[mine::parts]:
-        if results.find(FILE, key := key_of(row, ratio, seed, name)):
+        if matching(key := key_of(row, ratio, seed, name)):
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as out:
             options = options_of(row, ratio, seed, teacher, images, val, cache, Path(out) / "slim")
-            prepared = prepare(options, load(options.teacher))
-            if prepared.cache:
-                prepared.cache.fill(prepared.images)
-            student = prepared.teacher
-            for stage in prepared.stages:
-                student = slim(prepared, stage, student)
+            prepared = prepare(options, load(options.teacher), row.steps_of(ratio))
+            with prepared.folder:
+                student, _ = carry_out(prepared)
         seconds = time.perf_counter() - start
         bench = bench or Bench(prepared.teacher, prepared.val)
         more = any(t.more and t.teacher == name and row in t.rows.values() for t in TABLES.values())
-        if more and not results.find(FILE, uncut(name)):
+        if more and not matching(uncut(name)):
             results.append(
                 FILE, uncut(name) | bench.measure(prepared.teacher, more) | {"sha256": checkpoint.sha256(teacher)}
             )
@@ -101,6 +101,12 @@ def key_of(row: Row, ratio: float, seed: int, teacher: str = "small") -> dict[st
     return {"teacher": teacher, **COMMON, **row._asdict(), "set": settings, "ratio": ratio, "seed": seed}
 
 
+def matching(key: dict[str, Any]) -> list[dict[str, Any]]:
+    """What has been measured under a key, also by the names of version 0.2."""
+    entries = map(slimming_key, results.read(FILE))
+    return [entry for entry in entries if all(entry.get(name) == value for name, value in key.items())]
+
+
 def uncut(teacher: str) -> dict[str, Any]:
     """The key of the teacher itself."""
     return {"teacher": teacher, "recipe": "none", "ratio": 0.0}
@@ -111,9 +117,8 @@ def options_of(
 ) -> Options:
     """Those of the row's command."""
     given = {**COMMON, **row._asdict(), "set": (*COMMON["set"], *row.set)}
-    recipe = RECIPES[row.recipe].change(given["set"])
-    if recipe.flip or recipe.crop < 1:
-        cache = None  # it holds embeddings of pictures as they are
+    if is_augmented(row.steps_of(ratio)):
+        cache = None  # it holds embeddings of images as they are
     return Options(
         teacher=teacher, images=(str(images),), val=(str(val),), ratio=ratio, seed=seed, cache=cache, out=out, **given
     )
@@ -121,7 +126,7 @@ def options_of(
 
 def check_teacher(path: Path, name: str) -> None:
     """Raises InputError if other results of that name are another teacher's."""
-    known = results.find(FILE, uncut(name))
+    known = matching(uncut(name))
     if known and known[0]["sha256"] != checkpoint.sha256(path):
         raise InputError(f"{path} is not the teacher that {FILE.name} calls {name}")
 
@@ -168,12 +173,12 @@ class Bench:
 
 
 def table() -> None:
-    """Write the tables into experiments/README.md, and their pictures beside it."""
+    """Write the tables into experiments/tables/, and their figures into experiments/figures/."""
     from experiments import figures
 
-    found = results.read(FILE)
+    found = [slimming_key(entry) for entry in results.read(FILE)]
     for name in TABLES:
-        results.write_section(name, "\n".join(lines_of(name, found)))
+        results.write_table(name, TABLES[name].title, lines_of(name, found), f"{PROGRAM} table", "../slimming.md")
     figures.draw(lambda row, ratio: runs_of(row, ratio, found), TEACHER)
 
 

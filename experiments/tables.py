@@ -1,4 +1,4 @@
-"""All tables and figures of experiments/README.md, made anew from results/*.jsonl.
+"""All files of experiments/tables/ and experiments/figures/, made anew from results/*.jsonl.
 
 python -m experiments.tables
 """

@@ -4,7 +4,7 @@
     python -m experiments.train_reference --init sam_vit_b_01ec64.pth --images mine --val mine_val --out mine_b
 
 The interactive training of Segment Anything (Kirillov et al. 2023, appendix A); what differs from the paper is said
-in experiments/README.md.
+in experiments/reference_teacher.md.
 """
 
 from __future__ import annotations

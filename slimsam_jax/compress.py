@@ -6,11 +6,15 @@ from typing import Any
 
 from slimsam_jax import cli
 from slimsam_jax.compression.options import Options
+from slimsam_jax.compression.steps import Recipe
 from slimsam_jax.progress import say
 
 
-def compress(options: Options) -> dict[str, Any]:
+def compress(options: Options, recipe: Recipe | None = None) -> dict[str, Any]:
     """Runs the whole compression; the story is told in `compression.pipeline`.
+
+    Args:
+      recipe: the steps, if not those that the options name.
 
     Returns:
       The report, as in `report.json`.
@@ -31,7 +35,7 @@ def compress(options: Options) -> dict[str, Any]:
     from slimsam_jax.compression.pipeline import run
     from slimsam_jax.data import embedded_teacher
 
-    return run(options, load(options.teacher or embedded_teacher()))
+    return run(options, load(options.teacher or embedded_teacher()), recipe)
 
 
 def announce(options: Options) -> None:

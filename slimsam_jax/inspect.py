@@ -53,17 +53,18 @@ def main(
     from slimsam_jax.compression import analysis, widths
     from slimsam_jax.compression.budget import Target
     from slimsam_jax.compression.recipes import RECIPES
+    from slimsam_jax.compression.settings import change
     from slimsam_jax.data import find
 
-    choices = RECIPES[recipe].change(set)
+    choices = change(RECIPES[recipe], set)
     found = find(images) if images else []
     sam = load(model)
     analysis.print_blocks(sam.config)
     if not images:
         return
-    for r in tried:
-        widths.check(sam.config, Target(r), choices, uniform=False)
     bench = analysis.Bench(sam, choices, found, importance_images, seed)
+    for r in tried:
+        widths.check(sam.config, Target(r), bench.prunes, uniform=False)
     slims = {}
     for r in tried:
         slims[r] = bench.prune(r)

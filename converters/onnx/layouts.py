@@ -42,8 +42,8 @@ def vision_encoder(config: Config, params: Params, dtype: Any = np.float32) -> o
     """What transformers.js runs as `vision_encoder`.
 
     Input `pixel_values`: float32 [b, 3, H, W], normalised and then padded to the model frame. transformers.js scales
-    images otherwise than everyone else before that (`tests/converters/test_transformers_js.py`); the graph cannot make
-    up for it.
+    images otherwise than everyone else before that (tests/converters/test_transformers_js.py); the graph cannot make up
+    for it.
     Outputs `image_embeddings` and `image_positional_embeddings`: float32 [b, C, h, w].
     """
     g = Graph(params, dtype)

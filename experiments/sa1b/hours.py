@@ -2,7 +2,7 @@
 
     python -m experiments.bench --what forward --preset vit_b       # on the device: seconds per image, ours
     python -m experiments.sa1b.hours --seconds 6.2
-    python -m experiments.tables                                    # those of `DEVICES`, in experiments/README.md
+    python -m experiments.tables                                    # those of `DEVICES`, in experiments/tables/sa1b.md
 
 Counts multiply-accumulates, attention included: in the first stage the teacher's forward pass, and the student's with
 a backward pass of twice its work and its forward pass once more (blocks are recomputed at 1024 px); in the second
@@ -26,7 +26,7 @@ from experiments.rows import TABLES
 from slimsam_jax import cli
 from slimsam_jax.compression.budget import even_cut
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.steps import plan
+from slimsam_jax.compression.steps import Distill, Prune
 from slimsam_jax.models.config import Config, preset
 from slimsam_jax.profiling import reference_macs
 
@@ -72,9 +72,15 @@ class Cost(NamedTuple):
     state: int
 
 
-def passes_of(recipe: str) -> dict[str, float]:
-    """Over the images, by what the stage cuts."""
-    return {stage.cuts: RECIPES[recipe].passes * stage.share for stage in plan(RECIPES[recipe]) if stage.share}
+def passes_of(recipe: str) -> dict[str, int]:
+    """Over the images, by the part that was cut before."""
+    found: dict[str, int] = {}
+    for step in RECIPES[recipe]:
+        if isinstance(step, Prune):
+            part = step.part
+        elif isinstance(step, Distill):
+            found[part] = step.optimizer.epochs
+    return found
 
 
 def cost_of(teacher: str, ratio: float, seconds: float, factor: float = 1.5, recipe: str = "default") -> Cost:
@@ -110,7 +116,7 @@ def main(seconds: float, factor: float = 1.5, recipe: str = "default") -> None:
 
 
 def table() -> None:
-    """Write hours and memory with the default recipe into experiments/README.md, beside the paper's numbers."""
+    """Write experiments/tables/sa1b.md: hours and memory with the default recipe, beside the paper's numbers."""
     head = ["script", "paper, point mIoU", "parameters and optimiser", *(f"hours, {device}" for device in DEVICES)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for teacher, ratio in itertools.product(TEACHERS, RATIOS):
@@ -119,7 +125,8 @@ def table() -> None:
         hours = [f"{cost.hours:,.0f}" if cost.hours >= 10 else f"{cost.hours:.1f}" for cost in costs]
         cells = [f"`{script_of(teacher, ratio)}`", f"{paper}", f"{costs[0].state / 1e9:.1f} GB", *hours]
         lines.append("| " + " | ".join(cells) + " |")
-    results.write_section("sa1b", "\n".join(lines))
+    title = "Hours and memory of the runs on SA-1B"
+    results.write_table("sa1b", title, lines, "python -m experiments.tables", "../sa1b/README.md")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from slimsam_jax import data
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.calibration import calibration_stream, on_devices
-from slimsam_jax.compression.recipes import Recipe
-from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.compression.steps import Prune, Recipe
+from slimsam_jax.compression.widths import target_of
 from slimsam_jax.data import Sample
 from slimsam_jax.data.reading import map_readable
 from slimsam_jax.errors import InputError
@@ -55,7 +55,7 @@ def print_blocks(config: Config) -> None:
 
 
 class Pruned(NamedTuple):
-    """A model after the first stage, after the second, and the relative squared error of its embedding then."""
+    """A model before its bottlenecks are cut and in the end, and the relative squared error of its embedding then."""
 
     narrow: Sam
     slim: Sam
@@ -70,12 +70,14 @@ class Bench:
     """
 
     def __init__(self, sam: Sam, recipe: Recipe, images: Sequence[Sample], count: int, seed: int):
-        self.sam, self.recipe, self.seed = sam, recipe, seed
+        self.sam, self.seed = sam, seed
+        self.prunes = [step for step in recipe if isinstance(step, Prune)]
+        self.steps = {step.part: step for step in self.prunes}
         held_out = list(images[::8])[:16]
         used = [sample for sample in images if sample not in held_out] or held_out
         batch = jax.local_device_count()
         data.check_one_is_readable(used)
-        stream = calibration_stream(recipe, used, sam.config, batch, seed)
+        stream = calibration_stream(self.prunes[0], used, sam.config, batch, seed)
         self.batches = list(itertools.islice(stream, max(1, min(count, len(used)) // batch)))
         found, skipped = map_readable(Sample.image, held_out)
         if not found:
@@ -87,12 +89,13 @@ class Bench:
         return on_devices(iter(self.batches), len(self.batches))
 
     def prune(self, ratio: float) -> Pruned:
-        models, target = [self.sam], Target(ratio)
-        for stage in STAGES:
-            models.append(prune.prune(models[-1], stage, self.recipe, target, self.calibration, self.seed))
-        found = [encode_image(models[-1], picture).embedding for picture in self.pictures]
+        slim = narrow = self.sam
+        for step in self.prunes:
+            narrow = slim if step.part == "bottleneck" else narrow
+            slim = prune.prune(slim, step, target_of(step, Target(ratio)), self.calibration, self.seed)
+        found = [encode_image(slim, picture).embedding for picture in self.pictures]
         errors = list(map(relative_error, found, self.wanted))
-        return Pruned(models[1], models[2], float(np.mean(errors)))
+        return Pruned(narrow, slim, float(np.mean(errors)))
 
 
 def draw(bench: Bench, pruned: Mapping[float, Pruned], ratio: float, out: Path) -> None:
@@ -100,8 +103,8 @@ def draw(bench: Bench, pruned: Mapping[float, Pruned], ratio: float, out: Path) 
     figure = Figure(figsize=(12, 8), layout="constrained")
     (stream, errors), (heads, hidden) = figure.subplots(2, 2)
     narrow, slim, _ = pruned[ratio]
-    worth = lambda sam, stage: prune.worth(sam, stage, bench.recipe, bench.calibration, bench.seed)
-    gains = worth(bench.sam, STAGES[0])["embedding"]
+    worth = lambda sam, part: prune.worth(sam, bench.steps[part], bench.calibration, bench.seed)
+    gains = worth(bench.sam, "embedding")["embedding"]
     stream.semilogy(np.maximum(gains, 1e-9 * gains.max()))
     stream.axvline(slim.config.embed_dim, color="black", label=f"kept at {ratio:g}")
     stream.set(title="embedding: worth of each further channel", xlabel="channels")
@@ -109,7 +112,7 @@ def draw(bench: Bench, pruned: Mapping[float, Pruned], ratio: float, out: Path) 
     errors.semilogy(list(pruned), [cut.error for cut in pruned.values()], "o-")
     errors.set(title="error of the embedding before distillation", xlabel="share of the channels removed")
     errors.grid(alpha=0.3)
-    gains = worth(narrow, STAGES[1])
+    gains = worth(narrow, "bottleneck")
     for axes, kind, field, title in ((heads, "attn", "head_dim", "heads"), (hidden, "mlp", "mlp_dim", "MLPs")):
         rows = [gains[f"blocks_{i}/{kind}"] for i in range(len(slim.config.blocks))]
         _draw_blocks(axes, rows, [getattr(block, field) for block in slim.config.blocks])

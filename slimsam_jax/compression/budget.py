@@ -70,10 +70,6 @@ class Target:
     ratio: float | None = None
     budget: Budget | None = None
 
-    def part(self, share: float) -> Target:
-        """One of several equal cuts in a row: what is left after it is a root of what is left in the end."""
-        return self if share == 1 or self.ratio is None else Target(1 - (1 - self.ratio) ** share)
-
     def channel_ratio(self, config: Config) -> float:
         """The share of all channels to remove.
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from slimsam_jax import sharding
-from slimsam_jax.compression.recipes import Recipe
+from slimsam_jax.compression.steps import Prune
 from slimsam_jax.data import Sample
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.data.prompted import AnnotatedBatches
@@ -20,11 +20,11 @@ Calibration = Callable[[str], Iterable[Batch]]  # what it is for -> batches, the
 
 
 def calibration_stream(
-    recipe: Recipe, samples: Sequence[Sample], config: Config, batch: int, seed: int, max_broken: float = 1.0
+    step: Prune, samples: Sequence[Sample], config: Config, batch: int, seed: int, max_broken: float = 1.0
 ) -> Batches:
-    """What a recipe learns from, to cut by: images, with annotations if it reads those; this process's share."""
+    """What a step that prunes looks at: images, with annotations if it reads those; this process's share."""
     part = jax.process_index(), jax.process_count()
-    if recipe.needs_labels:
+    if step.needs_labels:
         # Pictures without annotations are passed over, too, and are not broken: distillation counts those.
         return AnnotatedBatches(samples, config, batch, seed, part)
     return Batches(samples, config.image_size, batch, seed, part=part, max_broken=max_broken)

@@ -1,4 +1,4 @@
-"""The distillation of a stage: the loop of `training.loop` with the terms, the scores and the schedule of a recipe."""
+"""The step `Distill`: `training.loop` with its terms, scores and schedule."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 
 from slimsam_jax import sharding
 from slimsam_jax.compression import targets
+from slimsam_jax.compression.alignment import terms
+from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.run import Run
-from slimsam_jax.compression.steps import Stage
 from slimsam_jax.compression.trainer import make_trainer
 from slimsam_jax.data import Sample
 from slimsam_jax.data.augment import flip_and_crop
@@ -28,25 +29,28 @@ from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import reference_macs
 from slimsam_jax.training.loop import ADVICE, Loop, Schedule
 
-# Multiply-accumulates of the teacher in a stage, below which compiling a second program, without the terms that have
-# faded, takes longer than it saves: 1500 images of the small SAM, four of ViT-B at 1024 px.
+# Multiply-accumulates of the teacher in a distillation, below which compiling a second program, without the terms
+# that have faded, takes longer than it saves: 1500 images of the small SAM, four of ViT-B at 1024 px.
 WORTH_A_PROGRAM = 2e12
 FASTEST = 2e-3  # peak learning rate; no larger one was ever tried where it did good (0.0015 after a cut of 90 %)
-JUDGED = 16  # images that a stage's learning rate is chosen by
+JUDGED = 16  # images that the learning rate is chosen by
 
 
-def distil(run: Run, stage: Stage, student: Sam, previous: Sam) -> Sam:
-    """Trains the student, from the stage's last checkpoint if there is one.
+def distill(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:
+    """Trains the student, from the step's last checkpoint if there is one.
+
+    Args:
+      previous: the model before the last cut, with whose features the student's are aligned.
 
     Returns:
-      The best student by validation, or the last, as the recipe says.
+      The best student by validation, or the last, as the step says.
 
     Raises:
-      RunError: the loss is not finite, or too many pictures cannot be read. Checkpoints hold finite states only, so
+      RunError: the loss is not finite, or too many images cannot be read. Checkpoints hold finite states only, so
         the last good one is kept.
       Stopped: SIGTERM came; the state is saved.
     """
-    return Distillation(run, stage, student, previous).run()
+    return Distillation(run, planned, student, previous).run() if planned.steps else student
 
 
 def starting_error(run: Run, student: Sam) -> float:
@@ -64,61 +68,64 @@ def starting_error(run: Run, student: Sam) -> float:
 
 
 class Distillation(Loop):
-    """One stage, in one run folder."""
+    """One distillation, in one run folder."""
 
-    def __init__(self, run: Run, stage: Stage, student: Sam, previous: Sam):
-        options, recipe = run.options, run.recipe
-        self.whole, self.stage, self.student = run, stage, student
-        self.steps = run.steps_of(stage)
+    def __init__(self, run: Run, planned: Planned, student: Sam, previous: Sam):
+        options, step = run.options, planned.step
+        self.whole, self.planned, self.distill, self.student = run, planned, step, student
+        self.steps = planned.steps
         work = self.steps * run.batch * reference_macs.encoder_macs(run.teacher.config).total
-        every = [stage.terms(step, self.steps, recipe) for step in range(self.steps)]
+        every = [terms(step, index, self.steps) for index in range(self.steps)]
         names = sorted(set(itertools.chain.from_iterable(every)))
         self.faded = dict.fromkeys(names, 0.0) if work < WORTH_A_PROGRAM else {}
-        self.targets = targets.remembered(run, stage, previous, names)
+        self.targets = targets.remembered(run, step, self.steps, previous, names)
         how = (run.dtype, options.accumulate, options.fsdp, options.attention, self.targets is not None)
-        self.rates = learning_rates(recipe.learning_rate or self.peak(), self.steps, recipe.schedule)
-        trainer = make_trainer(student, previous, run.teacher, stage, recipe, *how)
-        fields = (self.steps, run.batch, options.save_every, recipe.validations, recipe.keep, run.steps_before(stage))
-        super().__init__(run.folder, trainer, Schedule(stage.name, f"the {stage.name} stage", *fields))
+        self.rates = learning_rates(self.peak(), self.steps, step.optimizer.schedule)
+        trainer = make_trainer(student, previous, run.teacher, step, *how)
+        judged = step.validation
+        fields = (self.steps, run.batch, options.save_every, judged.validations, judged.keep_checkpoint, planned.before)
+        super().__init__(run.folder, trainer, Schedule(planned.name, f"the step {planned.name}", *fields))
 
     def peak(self) -> float:
-        """The peak learning rate by `Recipe.pace`; as logged, where the stage began in a run that is resumed."""
-        folder, name = self.whole.folder, "learning_rate"
+        """The peak learning rate, if "auto" as logged where the step began in a run that is resumed."""
+        folder, name, optimizer = self.whole.folder, "learning_rate", self.distill.optimizer
+        if optimizer.lr != "auto":
+            return optimizer.lr
         for entry in folder.read_log():
-            if entry.get("stage") == self.stage.name and name in entry:
+            if entry.get("stage") == self.planned.name and name in entry:
                 return entry[name]
-        found = self.whole.recipe.pace * starting_error(self.whole, self.student) ** 0.5
+        found = optimizer.auto_lr * starting_error(self.whole, self.student) ** 0.5
         found = sharding.agree(min(found, FASTEST))
-        folder.log(stage=self.stage.name, step=0, **{name: found})
+        folder.log(stage=self.planned.name, step=0, **{name: found})
         return found
 
     def label(self) -> str:
-        return f"{self.stage.name}: distilling"
+        return self.planned.name
 
     def stream(self, start: int) -> Batches:
-        run, seed = self.whole, self.whole.options.seed + 1 + self.stage.order
+        run, seed, augment = self.whole, self.whole.options.seed + 1 + self.distill.order, self.distill.augment
         part = jax.process_index(), jax.process_count()
-        augment = flip_and_crop(run.recipe.flip, run.recipe.crop)
-        size = run.teacher.config.image_size
-        limit = run.options.broken_share()
-        return Batches(run.images, size, run.batch, seed, start, part, augment, self.extra, limit)
+        size, limit = run.teacher.config.image_size, run.options.broken_share()
+        framing = flip_and_crop(augment.flip, augment.crop)
+        return Batches(run.images, size, run.batch, seed, start, part, framing, self.extra, limit)
 
     def extra(self, sample: Sample, size: np.ndarray, random: np.random.Generator) -> dict[str, Any]:
-        """What a step needs of a picture besides its pixels."""
+        """What a step needs of an image besides its pixels."""
         found: dict[str, Any] = {}
         if self.targets:
             found["targets"] = self.targets(sample)
         elif self.whole.cache:
             found["embedding"] = self.whole.cache.read(sample)
-        recipe = self.whole.recipe
-        return found | (random_clicks(size, recipe.points, random) if recipe.masks else {})
+        losses = self.distill.losses
+        return found | (random_clicks(size, losses.points, random) if losses.masks else {})
 
     def weights(self, step: int) -> dict[str, float]:
-        """A short stage computes all of its terms to the end, some at weight 0."""
-        return self.faded | self.stage.terms(step - 1, self.steps, self.whole.recipe)
+        """A short distillation computes all of its terms to the end, some at weight 0."""
+        return self.faded | terms(self.distill, step - 1, self.steps)
 
     def score(self, sam: Sam, step: int) -> dict[str, float]:
-        score = sharding.agree(self.whole.score(sam) if self.whole.score else 0.0)
+        judge = self.whole.scores.get(self.distill.validation.validate_by)
+        score = sharding.agree(judge(sam) if judge else 0.0)
         if not np.isfinite(score):
             raise RunError(f"the student after step {step} gives no finite embeddings; {ADVICE}")
         return {"score": score}
@@ -126,9 +133,9 @@ class Distillation(Loop):
     def learning_rate(self, step: int) -> float:
         """By the schedule, and by the validations until now if that is "plateau"."""
         rate = float(self.rates[step - 1])
-        if self.whole.recipe.schedule != "plateau":
+        if self.distill.optimizer.schedule != "plateau":
             return rate
-        return rate * plateau_scale(list(self.scores.values()), self.stage.patience)
+        return rate * plateau_scale(list(self.scores.values()), self.distill.optimizer.patience)
 
     def sam(self, state: TrainState) -> Sam:
         """The student as it stands, off the mesh."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from slimsam_jax import sharding
 from slimsam_jax.compression.calibration import Calibration
-from slimsam_jax.compression.recipes import Recipe
+from slimsam_jax.compression.steps import Prune
 from slimsam_jax.distillation import mask_losses
 from slimsam_jax.errors import RunError
 from slimsam_jax.models.encoders.vit_features import run_encoder
@@ -38,15 +38,15 @@ def check_finite(found: Any) -> Any:
     return found
 
 
-def gradients(sam: Sam, recipe: Recipe, calibration: Calibration, seed: int) -> Any:
+def gradients(sam: Sam, step: Prune, calibration: Calibration, seed: int) -> Any:
     """What the criterion reads besides the parameters; nothing but the parameters themselves if it reads none."""
-    if recipe.criterion in ("magnitude", "random"):
+    if step.criterion in ("magnitude", "random"):
         return sam.params["image_encoder"]
     mesh, batches = sharding.make_mesh(), calibration("importance")
     encoder = sharding.replicate(sam.params["image_encoder"], mesh)
-    if recipe.needs_labels:
+    if step.needs_labels:
         loss = functools.partial(mask_loss, sam)
-        return check_finite(loss_gradients(loss, encoder, batches, recipe.gradients, mesh))
+        return check_finite(loss_gradients(loss, encoder, batches, step.grad_reduction, mesh))
     embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
-    options = (recipe.noise_std, recipe.gradients, recipe.probes, mesh)
-    return check_finite(disturbed_gradients(embed, encoder, batches, jax.random.key(seed), *options))
+    options = {"reduce": step.grad_reduction, "probes": step.noise_samples, "mesh": mesh}
+    return check_finite(disturbed_gradients(embed, encoder, batches, jax.random.key(seed), **options))

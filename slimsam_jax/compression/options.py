@@ -9,6 +9,7 @@ from typing import Any, Literal
 from slimsam_jax import limits
 from slimsam_jax.cli.checks import check_seed, check_share
 from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.settings import change
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range
 from slimsam_jax.training.folder_lock import check_run_folder
@@ -111,7 +112,7 @@ class Options:
         limits.check_options(self, COUNTED)
         check_share(self.max_broken)
         check_seed(self.seed)
-        RECIPES[self.recipe].change(self.set)
+        change(RECIPES[self.recipe], self.set)
         check_run_folder(self.out, self.resume)
 
     def channel_ratio(self) -> float | None:

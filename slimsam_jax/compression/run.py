@@ -1,4 +1,4 @@
-"""What all steps of a compression run share."""
+"""What all steps of a compression run share, and the run's own plan of them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.recipes import Recipe
-from slimsam_jax.compression.steps import Stage, plan, steps_of
+from slimsam_jax.compression.steps import Distill
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.validation import Score
 from slimsam_jax.data import Sample
@@ -16,32 +15,32 @@ from slimsam_jax.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from slimsam_jax.compression.options import Options
+from slimsam_jax.compression.plan import Planned
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What all stages share."""
+    """What all steps share.
+
+    Attributes:
+      scores: how good a student is, by `Validation.validate_by`; only in the process that validates.
+      provenance: for the slim model's config.json.
+    """
 
     options: Options
-    recipe: Recipe
+    plan: tuple[Planned, ...]
     target: Target
     teacher: Sam
     images: list[Sample]
     val: list[Sample]
-    steps: int
     batch: int
     dtype: Any
     cache: TeacherCache | None
-    score: Score | None
+    scores: dict[str, Score]
     folder: RunFolder
     provenance: dict[str, Any]
 
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        return plan(self.recipe)
-
-    def steps_of(self, stage: Stage) -> int:
-        return steps_of(self.stages, self.steps)[stage.name]
-
-    def steps_before(self, stage: Stage) -> int:
-        return sum(map(self.steps_of, self.stages[: self.stages.index(stage)]))
+    def is_named_later(self, step: Planned) -> bool:
+        """Whether a distillation follows at once: it meets every image, and names those that cannot be read."""
+        following = self.plan[self.plan.index(step) + 1 :][:1]
+        return any(isinstance(each.step, Distill) and each.steps for each in following)

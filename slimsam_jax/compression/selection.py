@@ -6,8 +6,7 @@ from typing import Any
 
 from slimsam_jax.compression import reference, widths
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.recipes import Recipe
-from slimsam_jax.compression.steps import Stage
+from slimsam_jax.compression.steps import Prune
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.encoders import vit_groups as channels
 from slimsam_jax.pruning import allocation, importance
@@ -19,62 +18,62 @@ def choose(
     config: Config,
     encoder: Any,
     grads: Any,
-    stage: Stage,
-    recipe: Recipe,
+    step: Prune,
     target: Target,
     uniform: bool = False,
     seed: int = 0,
 ) -> Keep:
     """Parameters and gradients -> the channels that stay, for all groups of a stage."""
-    score = lambda groups: importance.channel_scores(encoder, grads, groups, recipe.criterion, seed)
-    if stage.cuts == "embedding":
-        return _choose_embedding(config, score([channels.embedding_group(config)]), recipe, target)
+    score = lambda groups: importance.channel_scores(encoder, grads, groups, step.criterion, seed)
+    if step.part == "embedding":
+        return _choose_embedding(config, score([channels.embedding_group(config)]), step, target)
     attention, mlp = score(channels.attention_groups(config)), score(channels.mlp_groups(config))
-    if recipe.reference_selection and target.budget is None:
-        return _choose_as_reference(config, attention, mlp, recipe, target.ratio, uniform)
-    if recipe.whole_heads:
-        return _choose_heads(score(channels.head_groups(config)), mlp, recipe, target)
-    normal = reference.normalize(attention, recipe.normalizer) | reference.normalize(mlp, recipe.normalizer)
-    chosen = widths.bottleneck_widths(config, allocation.worth_of(normal), target, recipe, uniform)
+    if step.quirks.rounded_selection and target.budget is None:
+        return _choose_as_reference(config, attention, mlp, step, target.ratio, uniform)
+    if step.head_channels == "whole":
+        return _choose_heads(score(channels.head_groups(config)), mlp, step, target)
+    normal = reference.normalize(attention, step.normalizer) | reference.normalize(mlp, step.normalizer)
+    chosen = widths.bottleneck_widths(config, allocation.worth_of(normal), target, step, uniform)
     keep = keep_widths(attention | mlp, chosen)
-    if not recipe.values_apart:
+    if step.head_channels == "shared":
         return keep
     return _choose_values(keep, score(channels.logit_groups(config)), score(channels.value_groups(config)))
 
 
-def _choose_embedding(config: Config, scores: Scores, recipe: Recipe, target: Target) -> Keep:
+def _choose_embedding(config: Config, scores: Scores, step: Prune, target: Target) -> Keep:
     heads = config.blocks[0].heads
-    if recipe.tie_embedding:
+    if step.quirks.tied_embedding:
         return reference.keep_local_tied(scores, target.channel_ratio(config), round_to=heads, ties=heads)
-    if recipe.reference_selection:
+    if step.quirks.rounded_selection:
         return reference.keep_local(scores, target.channel_ratio(config), round_to=heads)
-    return keep_widths(scores, {"embedding": widths.embedding_width(config, target, recipe)})
+    return keep_widths(scores, {"embedding": widths.embedding_width(config, target, step)})
 
 
 def _choose_as_reference(
-    config: Config, attention: Scores, mlp: Scores, recipe: Recipe, ratio: float, uniform: bool
+    config: Config, attention: Scores, mlp: Scores, step: Prune, ratio: float, uniform: bool
 ) -> Keep:
     heads = config.blocks[0].heads
     if uniform:
         # Stock SAM has heads * head_dim == embed_dim, which stage 1 has fixed.
         head_dim = dict.fromkeys(attention, config.embed_dim // heads)
         return keep_widths(attention, head_dim) | reference.keep_local(mlp, ratio, heads)
-    if recipe.compete == "block":
+    if step.allocation == "local":
         return reference.keep_local(attention, ratio, 1) | reference.keep_local(mlp, ratio, heads)
 
     def over_blocks(scores: Scores, copies: int) -> Keep:
-        normal = reference.normalize(scores, recipe.normalizer, copies)
-        return reference.keep_global(normal, ratio, heads, copies, recipe.round_by_index, recipe.skip_vanishing)
+        normal = reference.normalize(scores, step.normalizer, copies)
+        quirks = step.quirks
+        return reference.keep_global(normal, ratio, heads, copies, quirks.rounded_by_index, quirks.vanishing_kept)
 
     return over_blocks(attention, heads) | over_blocks(mlp, 1)
 
 
-def _choose_heads(heads: Scores, mlp: Scores, recipe: Recipe, target: Target) -> Keep:
+def _choose_heads(heads: Scores, mlp: Scores, step: Prune, target: Target) -> Keep:
     """Whole heads compete with heads, MLP channels with MLP channels, over all blocks."""
-    normal = lambda scores: reference.normalize(scores, recipe.normalizer)
-    least = recipe.least * (1 - target.ratio)
+    normal = lambda scores: reference.normalize(scores, step.normalizer)
+    least = step.min_keep * (1 - target.ratio)
     kept = keep_global(normal(heads), target.ratio, least=least)
-    return kept | keep_global(normal(mlp), target.ratio, recipe.multiple, least)
+    return kept | keep_global(normal(mlp), target.ratio, step.round_to, least)
 
 
 def _choose_values(keep: Keep, logits: Scores, values: Scores) -> Keep:

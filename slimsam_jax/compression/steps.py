@@ -1,134 +1,276 @@
-"""The stages of alternate slimming (paper, section 3.2): what each cuts, and what its distillation looks at."""
+"""The steps that a compression run is a list of, as data: prune, distil, initialize. A recipe is a tuple of them.
+
+Each step turns one SAM into another; `pipeline` runs them. What no step can tell by itself is checked in `plan.check`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
+import typing
 from typing import Literal
 
 from slimsam_jax import limits
-from slimsam_jax.compression.recipes import Recipe
 from slimsam_jax.errors import InputError
+from slimsam_jax.limits import Range
 
-Weights = dict[str, float]
-EPOCHS = 20  # the schedules below are written in the reference's 20 epochs, whatever the number of steps
+
+class Record:
+    """Checks the choices of a record: those of a `Literal`, and numbers by its `RANGES`."""
+
+    RANGES: typing.ClassVar[dict[str, Range]] = {}
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            allowed = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+            if allowed and getattr(self, name) not in allowed:
+                raise InputError(f"{name} {getattr(self, name)!r} is none of {', '.join(map(str, allowed))}")
+        for name, allowed in self.RANGES.items():
+            if not isinstance(value := getattr(self, name), str | None):  # "auto", and what is not given
+                limits.check(name, value, allowed)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """A cut and the distillation after it.
+class Quirks(Record):
+    """Known bugs of the reference, each an option by itself. Only the recipe "slimsam" has them.
 
     Attributes:
-      name: of its folder and its lines in the log.
-      cuts: what is pruned; None cuts nothing.
-      features: which features of the student are compared with the targets', besides the embedding.
-      weights: (progress in [0, 1), recipe) -> weight of each term of the loss.
-      patience: validations that a plateau may last before the learning rate is halved.
-      share: of the steps that a stage has; more than 1 is longer than the paper's.
-      cut: share of the wanted cut, as an exponent of what is left.
-      order: of the images; stages of the same order see the same images one after the other.
-      trains: the parts of the student that learn.
+      tied_embedding: channels c, c + D/heads, ... of the embedding stay or go together, because the tracing takes it
+        for heads: 64 degrees of freedom of 768.
+      rounded_selection: widths are rounded down, and a threshold takes its ties along (`compression.reference`); ours
+        removes exactly the asked number. Leaves `round_to`, `min_keep` and separate head channels aside.
+      rounded_by_index: with that, a global selection rounds by sparing the highest channel numbers, not the most
+        important channels.
+      vanishing_kept: with that, a block that would lose every channel loses none.
+      zeroed_rel_pos: relative positions are set to zero in both cuts and learned anew; ours are sliced with their
+        channels.
+      jumping_logit_scale: the softmax temperature jumps by the root of the ratio where heads get narrower; ours stays.
+      self_aligned_global: q, k and v of the global blocks are compared with themselves, a term that is always zero.
     """
 
-    name: str
-    cuts: Literal["embedding", "bottleneck"] | None
-    features: Literal["bottleneck", "stream"]
-    weights: Callable[[float, Recipe], Weights]
-    patience: int
-    share: float = 1.0
-    cut: float = 1.0
-    order: int = 0
-    trains: tuple[str, ...] = ("image_encoder",)
-
-    def terms(self, step: int, steps: int, recipe: Recipe) -> Weights:
-        """The terms of the loss that count in a step, counted from 0, with their weights."""
-        weights = self.weights(step / steps, recipe)
-        views = {"direction": recipe.cosine, "masks": recipe.masks}
-        if "mask_decoder" in self.trains:
-            views["iou"] = recipe.masks  # what the decoder thinks of its masks shall stay true
-        return {name: float(weight) for name, weight in (weights | views).items() if weight}
-
-    def aligns(self, recipe: Recipe) -> bool:
-        """Whether features of the model before the cut are compared, at least in the beginning."""
-        return not set(self.terms(0, 1, recipe)) <= {"embedding", "direction", "masks", "iou"}
+    tied_embedding: bool = False
+    rounded_selection: bool = False
+    rounded_by_index: bool = False
+    vanishing_kept: bool = False
+    zeroed_rel_pos: bool = False
+    jumping_logit_scale: bool = False
+    self_aligned_global: bool = False
 
 
-def bottleneck_aligning(progress: float, recipe: Recipe) -> Weights:
-    """First half: embedding and bottleneck features by halves (with `align=1`); second half: the embedding alone."""
-    a = 0.5 * recipe.align * (progress < 0.5)
-    return {
-        "embedding": 1 - a,
-        "qkv_window": a,
-        "qkv_global": a * recipe.align_global_attention,
-        "mlp": a,
+@dataclasses.dataclass(frozen=True)
+class Prune(Record):
+    """Cuts one half of the image encoder's channels. What each choice costs is measured in experiments/.
+
+    Attributes:
+      part: "embedding", the residual stream; or "bottleneck", the channels within heads and MLPs.
+      ratio: share of the channels to remove; None for that of the run (or what its budget asks for).
+      criterion: "projection" chooses a basis first and cuts in that; it reads `importance_loss`, `allocation`,
+        `round_to` and `min_keep`. The others score whole channels (`pruning.importance.CRITERIA`): "taylor" is the
+        paper's Disturbed Taylor.
+      importance_loss: the loss whose gradient tells what a weight matters. "disturbance": the distance between the
+        embedding and itself plus noise, without labels. "masks": SAM's loss of annotated masks, the paper's baseline.
+        "none": a projection of the bottlenecks is measured where it is made, not in the embedding. (The residual
+        stream's own basis is never weighted: all ways that we tried lose more, experiments/LOG.md.)
+      grad_reduction: over images. "rms", the root of the summed squares, is up to scale an estimate of the Jacobian's
+        size; "sum" is the reference's, one draw of a random walk.
+      noise_samples: draws of the disturbing noise per image; each takes the memory of a set of gradients.
+      allocation: how bottleneck channels compete. "global": heads with heads and MLPs with MLPs over all blocks (the
+        paper's global pruning); "macs", "params": all with all, by gain per multiply-accumulate or parameter, for as
+        many of them as an even cut would leave; "local": each block loses the same share (the paper's local pruning).
+      normalizer: makes the blocks' scores comparable before they compete; "projection" needs none, as its gains have a
+        unit. The reference's best is "gaussian", which hides that some blocks matter less.
+      round_to: every width that stays is a multiple of this (a narrower one stays as it is); hardware likes 8 or 16.
+      min_keep: every block keeps this share of the width that an even cut would leave it: scores are of first order,
+        and cannot see a block vanish.
+      head_channels: "shared": q, k, v and proj of all heads keep the same channels. "separate": each head has its own
+        of v and proj (q and k must share theirs, with the relative positions). "whole": whole heads are cut.
+      quirks: of the reference.
+    """
+
+    part: Literal["embedding", "bottleneck"]
+    ratio: float | None = None
+    criterion: Literal["projection", "taylor", "fisher", "magnitude", "random"] = "projection"
+    importance_loss: Literal["disturbance", "masks", "none"] = "disturbance"
+    grad_reduction: Literal["rms", "sum"] = "rms"
+    noise_samples: int = 1
+    allocation: Literal["macs", "params", "global", "local"] = "macs"
+    normalizer: Literal["none", "sum", "mean", "max", "minmax", "gaussian"] = "none"
+    round_to: int = 1
+    min_keep: float = 1 / 4
+    head_channels: Literal["shared", "separate", "whole"] = "shared"
+    quirks: Quirks = Quirks()
+
+    RANGES: typing.ClassVar = {
+        "ratio": Range(1e-9, 1 - 1e-9),
+        "noise_samples": Range(1, 256, True),
+        "round_to": Range(1, 2**16, True),
+        "min_keep": Range(0, 1 - 1e-9),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        projects = self.criterion == "projection"
+        if not projects and self.normalizer == "gaussian" and self.allocation in ("macs", "params"):
+            raise InputError(
+                "normalizer gaussian gives negative scores, which have no price: set prune.allocation=global, or minmax"
+            )
+        if self.head_channels == "whole" and (projects or self.quirks.rounded_selection):
+            raise InputError("head_channels whole goes with scores of whole channels alone (recipe taylor)")
+        if self.criterion in ("taylor", "fisher") and self.importance_loss == "none":
+            raise InputError(f"criterion {self.criterion} needs a gradient: importance_loss disturbance or masks")
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.importance_loss == "masks" and self.criterion in ("taylor", "fisher")
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses(Record):
+    """The terms of a distillation's loss, besides the embedding itself.
+
+    Attributes:
+      features: share of the paper's weight of the intermediate features, which count in the first half of a
+        distillation; 0 is the embedding alone (the paper's ablation).
+      direction: weight of the direction of the embedding at each place: twice one minus the cosine, by the variance.
+      masks: weight of the mask probabilities that the frozen decoder gives for random points (as EdgeSAM and TinySAM
+        distil); 0 leaves the decoder out, as the paper does.
+      points: on each image, for `masks`.
+      relative: divide each term by the variance of its target, so that weights do not depend on the scale of
+        activations; the reference takes plain MSE.
+    """
+
+    features: float = 1.0
+    direction: float = 0.0
+    masks: float = 0.0
+    points: int = 2
+    relative: bool = True
+
+    RANGES: typing.ClassVar = {
+        "features": Range(0, 1),
+        "direction": Range(0, 1e6),
+        "masks": Range(0, 1e6),
+        "points": Range(1, limits.PROMPT_POINTS, True),
     }
 
 
-def embedding_aligning(progress: float, recipe: Recipe) -> Weights:
-    """From the stage-1 model's residual stream and embedding over to the teacher's embedding."""
-    a = recipe.align * _falling(progress)
-    return {"embedding": 1 - a, "stream": a, "previous": a}
+@dataclasses.dataclass(frozen=True)
+class Optimizer(Record):
+    """Adam, and how long and how fast it runs.
 
-
-def stream_aligning(progress: float, recipe: Recipe) -> Weights:
-    """From the residual stream of the model whose embedding alone is cut over to the teacher's embedding."""
-    a = recipe.align * _falling(progress)
-    return {"embedding": 1 - a, "stream": a}
-
-
-def _falling(progress: float) -> float:
-    """From 10/11 to 0 over the first half, an epoch at a time."""
-    epoch = int(progress * EPOCHS + 1e-6)
-    return (epoch < 11) * (10 - epoch) / 11
-
-
-def embedding_alone(progress: float, recipe: Recipe) -> Weights:
-    """What is wanted in the end, and nothing besides."""
-    return {"embedding": 1.0}
-
-
-STAGES = (
-    Stage("embedding", "embedding", "bottleneck", bottleneck_aligning, patience=3),
-    Stage("bottleneck", "bottleneck", "stream", embedding_aligning, patience=4),
-)
-
-
-def plan(recipe: Recipe) -> tuple[Stage, ...]:
-    """The stages of a recipe, in order: `STAGES`, and what its choices make of them. Their shares add up to 2."""
-    first, second = STAGES
-    cutting, each = 1 - recipe.polish, 1 / recipe.rounds
-    if not recipe.alternate:
-        # The model before the second cut has not been distilled: nearly the teacher after a projection, else a wreck.
-        weights = stream_aligning if recipe.criterion == "projection" else embedding_alone
-        all_at_once = dataclasses.replace(second, weights=weights, share=2 * cutting)
-        stages = [dataclasses.replace(first, share=0.0), all_at_once]
-    else:
-        ends = ["", *(f"-{i}" for i in range(2, recipe.rounds + 1))]
-        stages = [
-            dataclasses.replace(stage, name=stage.name + end, share=cutting * each, cut=each, order=i)
-            for i, end in enumerate(ends)
-            for stage in STAGES
-        ]
-    if recipe.polish:
-        trains = ("image_encoder", "mask_decoder") if recipe.tune_decoder else ("image_encoder",)
-        last = {"share": 2 * recipe.polish, "order": recipe.rounds, "trains": trains}
-        stages.append(Stage("polish", None, "stream", embedding_alone, patience=4, **last))
-    return tuple(stages)
-
-
-def steps_of(stages: Sequence[Stage], each: int) -> dict[str, int]:
-    """{stage: its number of steps}, where the paper's two have `each`; together twice that.
-
-    Raises:
-      InputError: too few for every stage to have one, or more than anybody has.
+    Attributes:
+      epochs: passes over the images, unless the command gives a number of steps. The paper's is 20 a distillation.
+      lr: the peak learning rate, for batches of any size, or "auto": see `auto_lr`.
+      auto_lr: with "auto", the peak is this many times the root of the relative error of the embedding that the step
+        starts with, at most 0.002. Adam's first steps move the embedding by a distance that goes with the learning rate
+        alone: a large one undoes what a good cut has left, a small one mends little of a bad one.
+      schedule: "cosine" after a warm-up of 5 % of the steps, down to zero; "plateau" halves the rate when validation
+        has not become better for more than `patience` validations, as the reference does; or "constant".
+      patience: validations.
+      reduction: of gradients over a step's images. "sum" is the reference's: it adds up four images' and does not
+        divide, from which Adam takes everything but its epsilon.
+      clip: the largest norm of all gradients together; 0 for no limit, as the reference.
+      weight_decay: AdamW's; 0 is Adam, as the reference.
+      ema: share that an exponential moving average of the weights keeps at each step, 0.999 say. The average is then
+        what is validated and kept; 0 for none, as the reference.
     """
-    if each > limits.STEPS:
-        raise InputError(
-            f"{each:.3g} steps in each of two stages are more than {limits.STEPS}; lower --steps or passes"
-        )
-    ends = [round(each * total + 1e-9) for total in itertools.accumulate(stage.share for stage in stages)]
-    steps = {stage.name: end - start for stage, start, end in zip(stages, [0, *ends], ends, strict=False)}
-    if each and any(stage.share and not steps[stage.name] for stage in stages):
-        raise InputError(f"{2 * each} steps are too few for the {len(stages)} stages of this recipe")
-    return steps
+
+    epochs: int = 12
+    lr: float | Literal["auto"] = "auto"
+    auto_lr: float = 1e-2
+    schedule: Literal["cosine", "plateau", "constant"] = "cosine"
+    patience: int = 4
+    reduction: Literal["mean", "sum"] = "mean"
+    clip: float = 0.0
+    weight_decay: float = 0.0
+    ema: float = 0.0
+
+    RANGES: typing.ClassVar = {
+        "epochs": Range(1, 10**6, True),
+        "lr": Range(1e-12, 10.0),
+        "auto_lr": Range(1e-12, 1e4),
+        "patience": Range(0, 10**5, True),
+        "clip": Range(0, 1e9),
+        "weight_decay": Range(0, 100.0),
+        "ema": Range(0, 1 - 1e-9),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment(Record):
+    """What is done to images at random; the paper augments nothing.
+
+    Attributes:
+      flip: mirror half of them.
+      crop: take crops with sides of at least this share of the image's; 1 for none.
+    """
+
+    flip: bool = False
+    crop: float = 1.0
+
+    RANGES: typing.ClassVar = {"crop": Range(0.01, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation(Record):
+    """How a student is judged while it learns.
+
+    Attributes:
+      validations: of the step, evenly spaced; the paper's is one an epoch, 20.
+      validate_by: "error" of the embedding on the images held out, or "miou": the reference's single-point mIoU, with
+        the teacher's own masks where there are no annotations.
+      keep_checkpoint: "best" by validation, or "last". The other one is kept beside it.
+    """
+
+    validations: int = 5
+    validate_by: Literal["error", "miou"] = "error"
+    keep_checkpoint: Literal["best", "last"] = "best"
+
+    RANGES: typing.ClassVar = {"validations": Range(1, 10**5, True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill(Record):
+    """Trains the student towards the teacher.
+
+    Attributes:
+      align: the intermediate features that are compared in the first half, with those of the model before the last
+        cut (`compression.alignment`): "bottleneck", what cutting the embedding leaves whole; "stream", what cutting
+        the bottlenecks leaves whole; "stream+embedding", and that model's embedding, as the paper's second step; or
+        "none", where that model is a wreck.
+      train: the parts of the SAM that learn; the paper never trains the decoder.
+      order: of the images; steps of the same order see them one after the other alike.
+    """
+
+    align: Literal["none", "bottleneck", "stream", "stream+embedding"] = "stream"
+    losses: Losses = Losses()
+    optimizer: Optimizer = Optimizer()
+    augment: Augment = Augment()
+    validation: Validation = Validation()
+    train: tuple[str, ...] = ("image_encoder",)
+    order: int = 0
+    quirks: Quirks = Quirks()
+
+    RANGES: typing.ClassVar = {"order": Range(0, 10**5, True)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.train or not {*self.train} <= {"image_encoder", "mask_decoder"}:
+            raise InputError(f"train {self.train} must name image_encoder, mask_decoder or both")
+        if "mask_decoder" not in self.train:
+            return
+        if not self.losses.masks:
+            raise InputError("the decoder learns by its masks: add distill.masks=1, say")
+        if self.validation.validate_by == "error" and self.validation.keep_checkpoint == "best":
+            raise InputError(
+                "the embedding's error cannot tell decoders apart: add distill.validate_by=miou or keep_checkpoint=last"
+            )
+        if self.optimizer.lr == "auto":
+            raise InputError("lr auto follows the embedding's error, and breaks decoders: add distill.lr=1e-4, say")
+
+
+@dataclasses.dataclass(frozen=True)
+class Initialize(Record):
+    """Draws the image encoder's weights anew, at the widths that it has: what distillation gives by itself."""
+
+
+Step = Prune | Distill | Initialize
+Recipe = tuple[Step, ...]

@@ -13,7 +13,7 @@ import numpy as np
 
 from slimsam_jax.compression import trainer
 from slimsam_jax.compression.run import Run
-from slimsam_jax.compression.steps import Stage
+from slimsam_jax.compression.steps import Distill
 from slimsam_jax.data import Sample
 from slimsam_jax.imaging.transforms import resize_and_pad
 from slimsam_jax.inference.decode import encode_image
@@ -31,11 +31,11 @@ class Targets:
       names: of the terms of the loss; those that are no features of the frozen models are not kept.
     """
 
-    def __init__(self, run: Run, stage: Stage, previous: Sam, names: Sequence[str]):
+    def __init__(self, run: Run, step: Distill, previous: Sam, names: Sequence[str]):
         self.run, self.names, self.previous = run, names, previous
         encode = functools.partial(run_encoder, dtype=run.dtype, attention=run.options.attention)
         configs = previous.config, run.teacher.config
-        self.program = jax.jit(functools.partial(trainer.frozen_features, encode, *configs, stage))
+        self.program = jax.jit(functools.partial(trainer.frozen_features, encode, *configs, step))
         encoder = previous.params["image_encoder"]
         self.frozen = {"previous": jax.tree.map(lambda leaf: jnp.asarray(leaf, run.dtype), encoder)}
         self.known: dict[Sample, Any] = {}
@@ -71,15 +71,15 @@ class Targets:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
 
 
-def remembered(run: Run, stage: Stage, previous: Sam, names: Sequence[str]) -> Targets | None:
+def remembered(run: Run, step: Distill, steps: int, previous: Sam, names: Sequence[str]) -> Targets | None:
     """`Targets` where they save work: images come again, as they are, and those of all fit into `ROOM`.
 
     With several devices none: programs of reader threads would run between those that wait for each other.
     """
     count, config = len(run.images), run.teacher.config
-    again = run.steps_of(stage) * run.batch > count and not run.recipe.flip and run.recipe.crop == 1
+    again = steps * run.batch > count and not step.augment.flip and step.augment.crop == 1
     least = 4 * count * config.grid[0] * config.grid[1] * config.out_chans
     if not again or least > ROOM or jax.device_count() > 1:
         return None
-    targets = Targets(run, stage, previous, names)
+    targets = Targets(run, step, previous, names)
     return targets if count * targets.bytes_per_image() <= ROOM else None

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from slimsam_jax import sharding
-from slimsam_jax.compression.recipes import Recipe
-from slimsam_jax.compression.steps import Stage
+from slimsam_jax.compression.alignment import aligns
+from slimsam_jax.compression.steps import Distill
 from slimsam_jax.distillation import losses
 from slimsam_jax.distillation.step import init_state, make_optimizer, make_step
 from slimsam_jax.models.attention import Form
@@ -29,18 +29,17 @@ def make_trainer(
     student: Sam,
     previous: Sam,
     teacher: Sam,
-    stage: Stage,
-    recipe: Recipe,
+    step: Distill,
     dtype: Any = jnp.float32,
     parts: int = 1,
     fsdp: int = 1,
     attention: Form = "auto",
     known: bool = False,
 ) -> Trainer:
-    """Places a stage's models on the devices and builds its step.
+    """Places the models of a distillation on the devices and builds its step.
 
     Args:
-      previous: the model that was pruned; in the first stage the teacher itself.
+      previous: the model that was pruned; before any cut the teacher itself.
       dtype: of the encoders' computation and of the frozen ones' parameters; the student's own, prompt encoder and
         mask decoder stay float32.
       parts: that each batch is taken in, see `distillation.step.make_step`.
@@ -49,52 +48,52 @@ def make_trainer(
       known: whether batches bring their targets, see `targets`.
     """
     mesh = sharding.make_mesh(fsdp)
-    optimizer = make_optimizer(recipe.clip, recipe.weight_decay)
+    optimizer = make_optimizer(step.optimizer.clip, step.optimizer.weight_decay)
     encode = functools.partial(run_encoder, dtype=dtype, devices=mesh.size, attention=attention)
-    step = make_step(
-        functools.partial(_student_features, encode, student.config, stage, recipe),
-        functools.partial(_target_features, encode, previous.config, teacher.config, stage, recipe),
+    train_step = make_step(
+        functools.partial(_student_features, encode, student.config, step),
+        functools.partial(_target_features, encode, previous.config, teacher.config, step),
         optimizer,
-        recipe.relative_loss,
+        step.losses.relative,
         parts,
-        recipe.reduction,
-        recipe.ema,
+        step.optimizer.reduction,
+        step.optimizer.ema,
         mesh,
     )
     frozen = {} if known else {"teacher": teacher.params["image_encoder"]}
-    if previous is not teacher and stage.aligns(recipe) and not known:
+    if previous is not teacher and aligns(step) and not known:
         frozen["previous"] = previous.params["image_encoder"]
     frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), frozen)
-    if recipe.masks:
+    if step.losses.masks:
         frozen["head"] = {name: teacher.params[name] for name in ("prompt_encoder", "mask_decoder")}
-    state = init_state({part: student.params[part] for part in stage.trains}, optimizer, recipe.ema)
-    return Trainer(step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
+    state = init_state({part: student.params[part] for part in step.train}, optimizer, step.optimizer.ema)
+    return Trainer(train_step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 
 
 def _student_features(
-    encode: Encode, config: Config, stage: Stage, recipe: Recipe, params: Any, frozen: Any, batch: Batch
+    encode: Encode, config: Config, step: Distill, params: Any, frozen: Any, batch: Batch
 ) -> losses.Features:
     embedding, features = encode(config, params["image_encoder"], batch)
     head = {**frozen.get("head", {}), **params}
-    found = {"embedding": embedding, **_views(config, recipe, embedding, head, batch)}
-    if stage.features == "bottleneck":
+    found = {"embedding": embedding, **_views(config, step, embedding, head, batch)}
+    if step.align == "bottleneck":
         return found | bottleneck_features(config, features)
     return found | {"previous": embedding, **stream_features(config, features)}
 
 
 def _target_features(
-    encode: Encode, previous: Config, teacher: Config, stage: Stage, recipe: Recipe, frozen: Any, batch: Batch
+    encode: Encode, previous: Config, teacher: Config, step: Distill, frozen: Any, batch: Batch
 ) -> losses.Features:
     """`frozen_features`, or those that come with the batch (see `targets`): [b, 1, ...], then; and views of them."""
     if "targets" in batch:
         found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch["targets"])
     else:
-        found = frozen_features(encode, previous, teacher, stage, frozen, batch)
-    return found | _views(teacher, recipe, found["embedding"], frozen.get("head"), batch)
+        found = frozen_features(encode, previous, teacher, step, frozen, batch)
+    return found | _views(teacher, step, found["embedding"], frozen.get("head"), batch)
 
 
 def frozen_features(
-    encode: Encode, previous: Config, teacher: Config, stage: Stage, frozen: Any, batch: Batch
+    encode: Encode, previous: Config, teacher: Config, step: Distill, frozen: Any, batch: Batch
 ) -> losses.Features:
     """The teacher's embedding, and features of the model before the cut, which may be the teacher.
 
@@ -107,17 +106,17 @@ def frozen_features(
     if "previous" in frozen:
         before, features = encode(previous, frozen["previous"], batch)
     found = {"embedding": embedding}
-    if stage.features == "bottleneck":
+    if step.align == "bottleneck":
         return found | bottleneck_features(previous, features)
     return found | {"previous": before, **stream_features(previous, features)}
 
 
-def _views(config: Config, recipe: Recipe, embedding: jax.Array, head: Any, batch: Batch) -> losses.Features:
-    """The embedding as others see it; see `Recipe.cosine` and `Recipe.masks`."""
+def _views(config: Config, step: Distill, embedding: jax.Array, head: Any, batch: Batch) -> losses.Features:
+    """The embedding as others see it; see `Losses`."""
     found, embedding = {}, embedding.astype(jnp.float32)
-    if recipe.cosine:
+    if step.losses.direction:
         found["direction"] = embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
-    if recipe.masks:
+    if step.losses.masks:
         found["masks"], found["iou"] = masks_at_clicks(config, head, embedding, batch)
     return found
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from slimsam_jax.compression.budget import Budget, Target, even_cut, group_costs
-from slimsam_jax.compression.recipes import Recipe
+from slimsam_jax.compression.steps import Prune
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import Config
 from slimsam_jax.pruning import allocation
@@ -18,9 +18,9 @@ from slimsam_jax.pruning.allocation import Worth
 Widths = dict[str, int]
 
 
-def embedding_width(config: Config, target: Target, recipe: Recipe) -> int:
+def embedding_width(config: Config, target: Target, step: Prune) -> int:
     """A multiple of the heads, so that equal heads can fill it; for a budget wide enough that it can be used up."""
-    multiple = math.lcm(config.blocks[0].heads, recipe.multiple)
+    multiple = math.lcm(config.blocks[0].heads, step.round_to)
     width = allocation.rounded_width(config.embed_dim, target.channel_ratio(config), multiple)
     if target.budget and target.budget.kind != "latency":
         cost = lambda width: target.budget.cost(dataclasses.replace(config, embed_dim=width))
@@ -29,7 +29,7 @@ def embedding_width(config: Config, target: Target, recipe: Recipe) -> int:
     return width
 
 
-def bottleneck_widths(config: Config, worth: Worth, target: Target, recipe: Recipe, uniform: bool) -> Widths:
+def bottleneck_widths(config: Config, worth: Worth, target: Target, step: Prune, uniform: bool) -> Widths:
     """Widths of heads ("blocks_i/attn") and MLPs ("blocks_i/mlp").
 
     Args:
@@ -41,48 +41,56 @@ def bottleneck_widths(config: Config, worth: Worth, target: Target, recipe: Reci
       InputError: the budget cannot be met.
     """
     if target.budget:
-        return _within(target.budget, config, worth, recipe, uniform)
+        return _within(target.budget, config, worth, step, uniform)
     if uniform:
-        width = lambda size: allocation.rounded_width(size, target.ratio, recipe.multiple)
-        return _uniform(config, worth, width, recipe.multiple)
-    if recipe.compete == "block":
-        return allocation.local_widths(worth, target.ratio, recipe.multiple)
-    if recipe.compete in ("params", "macs"):
+        width = lambda size: allocation.rounded_width(size, target.ratio, step.round_to)
+        return _uniform(config, worth, width, step.round_to)
+    if step.allocation == "local":
+        return allocation.local_widths(worth, target.ratio, step.round_to)
+    if step.allocation in ("params", "macs"):
         even = dataclasses.replace(even_cut(config, target.ratio), embed_dim=config.embed_dim)
-        same = Budget(recipe.compete, Budget(recipe.compete, 1).cost(even))
-        return _within(same, config, worth, recipe, uniform)
+        same = Budget(step.allocation, Budget(step.allocation, 1).cost(even))
+        return _within(same, config, worth, step, uniform)
     widths = {}
     for kind in ("attn", "mlp"):
         of_kind = {name: gains for name, gains in worth.items() if name.endswith(kind)}
-        widths |= allocation.global_widths(of_kind, target.ratio, recipe.multiple, recipe.least * (1 - target.ratio))
+        widths |= allocation.global_widths(of_kind, target.ratio, step.round_to, step.min_keep * (1 - target.ratio))
     return widths
 
 
-def check(config: Config, target: Target, recipe: Recipe, uniform: bool) -> None:
+def target_of(step: Prune, target: Target) -> Target:
+    """How much a step cuts: what it says itself, else what the run is asked for."""
+    return target if step.ratio is None else Target(step.ratio)
+
+
+def check(config: Config, target: Target, steps: Sequence[Prune], uniform: bool) -> None:
     """Raises InputError now for what could not be met later. A latency budget is held against measured times."""
-    embed_dim, heads = embedding_width(config, target, recipe), config.blocks[0].heads
-    ratio = target.channel_ratio(config)
-    if recipe.reference_selection:
-        _check_reference_rounding(config, ratio, heads, narrow=uniform or recipe.compete == "block")
-    if target.budget is None or target.budget.kind != "latency":
-        config = dataclasses.replace(config, embed_dim=embed_dim)
-        sizes = {f"blocks_{i}/attn": block.head_dim for i, block in enumerate(config.blocks)}
-        sizes |= {f"blocks_{i}/mlp": block.mlp_dim for i, block in enumerate(config.blocks)}
-        equal = {name: np.ones(size) for name, size in sizes.items()}
-        bottleneck_widths(config, equal, target, recipe, uniform)
+    for step in steps:
+        wanted, heads = target_of(step, target), config.blocks[0].heads
+        width, ratio = embedding_width(config, wanted, step), wanted.channel_ratio(config)
+        if step.quirks.rounded_selection:
+            _check_reference_rounding(config, ratio, heads, step, uniform)
+        if step.part == "embedding":
+            config = dataclasses.replace(config, embed_dim=width)
+        elif wanted.budget is None or wanted.budget.kind != "latency":
+            sizes = {f"blocks_{i}/attn": block.head_dim for i, block in enumerate(config.blocks)}
+            sizes |= {f"blocks_{i}/mlp": block.mlp_dim for i, block in enumerate(config.blocks)}
+            equal = {name: np.ones(size) for name, size in sizes.items()}
+            config = with_widths(config, bottleneck_widths(config, equal, wanted, step, uniform))
 
 
-def _check_reference_rounding(config: Config, ratio: float, heads: int, narrow: bool) -> None:
+def _check_reference_rounding(config: Config, ratio: float, heads: int, step: Prune, uniform: bool) -> None:
     """The reference rounds down, to nothing if need be."""
-    kept = {"embedding": config.embed_dim * (1 - ratio) / heads}
-    if narrow:
+    kept: dict[str, float] = {}
+    if step.part == "embedding":
+        kept = {"embedding": config.embed_dim * (1 - ratio) / heads}
+        if config.embed_dim % heads:
+            raise InputError(f"the reference needs an embedding ({config.embed_dim}) that the {heads} heads divide")
+    elif uniform or step.allocation == "local":
         kept["heads"] = min(block.head_dim for block in config.blocks) * (1 - ratio)
         kept["MLPs"] = min(block.mlp_dim for block in config.blocks) * (1 - ratio) / heads
-    vanishing = [name for name, share in kept.items() if share < 1]
-    if vanishing:
+    if vanishing := [name for name, share in kept.items() if share < 1]:
         raise InputError(f"at ratio {ratio:.3g} the reference's rounding leaves nothing of the {vanishing[0]}")
-    if config.embed_dim % heads:
-        raise InputError(f"the reference needs an embedding ({config.embed_dim}) that the {heads} heads divide")
 
 
 def _uniform(config: Config, worth: Worth, mlp_width: Callable[[int], int], multiple: int) -> Widths:
@@ -117,7 +125,7 @@ def with_widths(config: Config, widths: Mapping[str, int]) -> Config:
     return dataclasses.replace(config, blocks=tuple(blocks))
 
 
-def _within(wanted: Budget, config: Config, worth: Worth, recipe: Recipe, uniform: bool) -> Widths:
+def _within(wanted: Budget, config: Config, worth: Worth, step: Prune, uniform: bool) -> Widths:
     """The widths that are worth most within a budget."""
     tables = group_costs(config, wanted.kind)
     whole = sum(table[-1] for table in tables.values())
@@ -125,15 +133,15 @@ def _within(wanted: Budget, config: Config, worth: Worth, recipe: Recipe, unifor
 
     def choose(room: float) -> Widths:
         if uniform:
-            return _uniform_within(config, worth, room, tables, recipe.multiple)
-        return allocation.allocate(worth, tables, room, recipe.multiple, recipe.least * max(0.0, room / whole))
+            return _uniform_within(config, worth, room, tables, step.round_to)
+        return allocation.allocate(worth, tables, room, step.round_to, step.min_keep * max(0.0, room / whole))
 
     try:
         widths = choose(room)
     except allocation.TooSmall as error:
         raise InputError(
             f"the bottlenecks cannot be made as narrow as asked for: of {wanted.kind}, {error}; "
-            f"cut less, or choose a smaller multiple ({recipe.multiple}) or least ({recipe.least:g})"
+            f"cut less, or choose a smaller round_to ({step.round_to}) or min_keep ({step.min_keep:g})"
         ) from None
     return _measured(wanted, config, widths, room, choose) if wanted.kind == "latency" else widths
 

@@ -11,7 +11,7 @@ from converters.from_torch import load
 from helpers.images import samples, truncated
 from helpers.runs import compress_options, shaken
 from slimsam_jax.compression.distill import Distillation, starting_error
-from slimsam_jax.compression.pipeline import prepare
+from slimsam_jax.compression.prepare import prepare
 from slimsam_jax.distillation.schedules import learning_rates
 from slimsam_jax.errors import RunError
 from slimsam_jax.evaluation.scores import relative_error
@@ -24,11 +24,11 @@ def prepared(material, tmp_path, **choices):
 
 
 def rate(run, student) -> float:
-    return Distillation(run, run.stages[1], student, run.teacher).peak()
+    return Distillation(run, run.plan[-1], student, run.teacher).peak()
 
 
 def test_it_goes_with_the_root_of_the_embeddings_error(material, tmp_path):
-    run = prepared(material, tmp_path, set=("pace=1e-4",))
+    run = prepared(material, tmp_path, set=("distill.auto_lr=1e-4",))
     student, errors = shaken(run.teacher), []
     for sample in run.images:
         found, wanted = (np.asarray(encode_image(sam, sample.image()).embedding) for sam in (student, run.teacher))
@@ -38,7 +38,7 @@ def test_it_goes_with_the_root_of_the_embeddings_error(material, tmp_path):
 
 
 def test_it_has_a_limit(material, tmp_path):
-    run = prepared(material, tmp_path, set=("pace=1e3",))
+    run = prepared(material, tmp_path, set=("distill.auto_lr=1e3",))
     assert rate(run, shaken(run.teacher)) == 2e-3
 
 
@@ -47,20 +47,20 @@ def test_a_resumed_stage_goes_on_with_the_rate_it_had(material, tmp_path):
     first = rate(run, shaken(run.teacher))
     assert rate(run, run.teacher) == first
     (entry,) = run.folder.read_log()
-    assert entry == {"stage": "bottleneck", "step": 0, "learning_rate": first}
-    assert Distillation(run, run.stages[0], run.teacher, run.teacher).peak() == 0  # another stage, nothing lost
+    assert entry == {"stage": "distill-2", "step": 0, "learning_rate": first}
+    assert Distillation(run, run.plan[1], run.teacher, run.teacher).peak() == 0  # another step, nothing lost
 
 
-@pytest.mark.parametrize("given", [1e-3, 0.0])
+@pytest.mark.parametrize("given", [1e-3, "auto"])
 def test_it_reaches_the_step(material, tmp_path, given):
     """The one that was given, and otherwise the one that is logged."""
     run = prepare(
-        compress_options(material, tmp_path / "slim", set=(f"learning_rate={given}",)), load(material / "teacher")
+        compress_options(material, tmp_path / "slim", set=(f"distill.lr={given}",)), load(material / "teacher")
     )
-    distillation = Distillation(run, run.stages[1], shaken(run.teacher), run.teacher)
-    wanted = given or run.folder.read_log()[0]["learning_rate"]
+    distillation = Distillation(run, run.plan[-1], shaken(run.teacher), run.teacher)
+    wanted = run.folder.read_log()[0]["learning_rate"] if given == "auto" else given
     assert wanted > 0
-    assert bool(run.folder.read_log()) == (given == 0)
+    assert bool(run.folder.read_log()) == (given == "auto")
     rates = []
     note = lambda state, frozen, batch, weights, rate: (rates.append(rate), (state, {"loss": 1.0}))[1]
     distillation.trainer = distillation.trainer._replace(step=note)
@@ -72,10 +72,10 @@ def test_it_reaches_the_step(material, tmp_path, given):
 def test_it_is_halved_on_a_plateau(material, tmp_path):
     """By the scores until then, which a resumed run reads in its log."""
     run = prepare(
-        compress_options(material, tmp_path / "slim", set=("schedule=plateau", "learning_rate=1e-3")),
+        compress_options(material, tmp_path / "slim", set=("distill.schedule=plateau", "distill.lr=1e-3")),
         load(material / "teacher"),
     )
-    distillation = Distillation(run, run.stages[1], run.teacher, run.teacher)
+    distillation = Distillation(run, run.plan[-1], run.teacher, run.teacher)
     distillation.scores = {step: 0.9 for step in range(1, 6)}  # the best and four more, the stage's patience
     assert distillation.learning_rate(6) == 1e-3
     distillation.scores[6] = 0.8

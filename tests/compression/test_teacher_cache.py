@@ -16,8 +16,8 @@ from helpers.models import SQUARE, random_images, random_sam
 from helpers.runs import compress_options
 from slimsam_jax.compress import compress
 from slimsam_jax.compression import teacher_cache
-from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.compression.alignment import terms as terms_of
+from slimsam_jax.compression.steps import Distill
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.trainer import make_trainer
 from slimsam_jax.errors import RunError
@@ -77,12 +77,12 @@ def test_several_processes_leave_nothing_out(material, teacher, tmp_path, monkey
 
 
 def test_the_teacher_leaves_the_step(teacher):
-    """Where its embedding alone is wanted: all of the second stage."""
-    previous = dataclasses.replace(teacher)  # whose features are wanted
-    trainer = make_trainer(teacher, previous, teacher, STAGES[1], RECIPES["default"])
+    """Where its embedding alone is wanted: all of the second half."""
+    step, previous = Distill("stream+embedding"), dataclasses.replace(teacher)  # whose features are wanted
+    trainer = make_trainer(teacher, previous, teacher, step)
     batch = random_images(SQUARE, 1)
     embedding = np.zeros((1, *SQUARE.grid, SQUARE.out_chans), np.float16)
-    terms = STAGES[1].terms(0, 10, RECIPES["default"])
+    terms = terms_of(step, 0, 10)
     flops = [
         trainer.step.lower(trainer.state, trainer.frozen, each, terms, 1e-4).cost_analysis()["flops"]
         for each in (batch, {**batch, "embedding": embedding})

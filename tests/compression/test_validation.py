@@ -9,7 +9,8 @@ from converters import from_torch
 from helpers.images import samples, truncated
 from helpers.runs import compress_options, shaken
 from slimsam_jax.compress import compress
-from slimsam_jax.compression import pipeline, validation
+from slimsam_jax.compression import prepare as preparation
+from slimsam_jax.compression import validation
 from slimsam_jax.compression.validation import validator
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import compare_models
@@ -78,8 +79,8 @@ def test_of_equal_scores_the_later_is_the_best():
 def test_best_and_last_are_both_kept(material, tmp_path, monkeypatch):
     """With scores that fall from validation to validation the first is the best."""
     scores = iter(range(0, -100, -1))
-    monkeypatch.setattr(pipeline, "validator", lambda *_: lambda sam: float(next(scores)))
-    choices = ("validations=2", "keep=last", "schedule=plateau", "learning_rate=1e-3")
+    monkeypatch.setattr(preparation, "validator", lambda *_: lambda sam: float(next(scores)))
+    choices = ("distill.validations=2", "distill.keep_checkpoint=last", "distill.schedule=plateau", "distill.lr=1e-3")
     compress(compress_options(material, tmp_path / "slim", set=choices))
     last, best = (from_torch.load(path) for path in (tmp_path / "slim", tmp_path / "slim" / "best"))
     assert last.config == best.config and best.provenance == last.provenance

@@ -1,4 +1,4 @@
-"""Widths from ratios and budgets, and the choices of a recipe."""
+"""Widths from ratios and budgets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from helpers.models import tiny_config
 from slimsam_jax.compression import budget, widths
 from slimsam_jax.compression.budget import Budget, Target, _ratio_of, group_costs
-from slimsam_jax.compression.recipes import RECIPES, Recipe
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.steps import Prune
 from slimsam_jax.compression.widths import with_widths
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import preset
@@ -124,10 +126,10 @@ VIT_B = preset("vit_b")
 @pytest.mark.parametrize("text", ["params=28M", "params=9.7M", "macs=152G", "macs=47G"])
 def test_a_budget_is_met_within_a_percent(text, multiple, uniform):
     """ViT-B, about to SlimSAM-50 and -77: both stages, with the widths alone."""
-    wanted, recipe = Budget.parse(text), dataclasses.replace(Recipe(), multiple=multiple)
+    wanted, step = Budget.parse(text), Prune("bottleneck", round_to=multiple)
     target = Target(budget=wanted)
-    config = dataclasses.replace(VIT_B, embed_dim=widths.embedding_width(VIT_B, target, recipe))
-    chosen = widths.bottleneck_widths(config, worth_of(config), target, recipe, uniform)
+    config = dataclasses.replace(VIT_B, embed_dim=widths.embedding_width(VIT_B, target, step))
+    chosen = widths.bottleneck_widths(config, worth_of(config), target, step, uniform)
     slim = with_widths(config, chosen)
     assert 0.99 * wanted.amount <= wanted.cost(slim) <= wanted.amount
     assert slim.embed_dim % multiple == 0 and (slim.uniform or not uniform)
@@ -136,9 +138,9 @@ def test_a_budget_is_met_within_a_percent(text, multiple, uniform):
 
 def test_an_embedding_rounded_down_is_widened_until_the_budget_can_be_used_up():
     """The nearest multiple of 192 is 576, with which not even uncut bottlenecks cost 72 M."""
-    recipe, target = dataclasses.replace(Recipe(), multiple=64), Target(budget=Budget.parse("params=72M"))
+    step, target = Prune("embedding", round_to=64), Target(budget=Budget.parse("params=72M"))
     assert target.budget.cost(dataclasses.replace(VIT_B, embed_dim=576)) < 72e6
-    assert widths.embedding_width(VIT_B, target, recipe) == 768
+    assert widths.embedding_width(VIT_B, target, step) == 768
     assert allocation.rounded_width(768, target.channel_ratio(VIT_B), 192) == 576
 
 
@@ -161,8 +163,8 @@ def test_latency_budget_is_measured(monkeypatch):
     wanted = Budget.parse("latency=600ms")
     target = Target(budget=wanted)
     _ratio_of.cache_clear()
-    config = dataclasses.replace(VIT_B, embed_dim=widths.embedding_width(VIT_B, target, Recipe()))
-    slim = with_widths(config, widths.bottleneck_widths(config, worth_of(config), target, Recipe(), False))
+    config = dataclasses.replace(VIT_B, embed_dim=widths.embedding_width(VIT_B, target, Prune("embedding")))
+    slim = with_widths(config, widths.bottleneck_widths(config, worth_of(config), target, Prune("bottleneck"), False))
     _ratio_of.cache_clear()
     assert seconds(slim) == pytest.approx(0.6, rel=0.01)
 
@@ -179,32 +181,36 @@ def test_real_times_rise_with_the_widths():
 
 def test_scores_that_may_be_negative_cannot_compete_by_price():
     with pytest.raises(InputError, match="have no price"):
-        RECIPES["taylor"].change(["compete=macs", "normalizer=gaussian"])
+        change(RECIPES["taylor"], ["prune.allocation=macs", "prune.normalizer=gaussian"])
 
 
 def test_ratios_that_the_reference_cannot_round_are_refused():
+    cuts = [step for step in RECIPES["slimsam"] if isinstance(step, Prune)]
     with pytest.raises(InputError, match="leaves nothing of the embedding"):
-        widths.check(VIT_B, Target(0.99), RECIPES["slimsam"], uniform=False)
-    widths.check(VIT_B, Target(0.95), RECIPES["slimsam"], uniform=False)
-    narrow, recipe = tiny_config(embed_dim=48, head_dim=4), RECIPES["slimsam"].change(["compete=block"])
+        widths.check(VIT_B, Target(0.99), cuts, uniform=False)
+    widths.check(VIT_B, Target(0.95), cuts, uniform=False)
+    narrow, local = (
+        tiny_config(embed_dim=48, head_dim=4),
+        [dataclasses.replace(cut, allocation="local") for cut in cuts],
+    )
     with pytest.raises(InputError, match="leaves nothing of the heads"):
-        widths.check(narrow, Target(0.8), recipe, uniform=False)
+        widths.check(narrow, Target(0.8), local, uniform=False)
     with pytest.raises(InputError, match="that the 2 heads divide"):
-        widths.check(tiny_config(embed_dim=25), Target(0.5), recipe, uniform=False)
+        widths.check(tiny_config(embed_dim=25), Target(0.5), cuts, uniform=False)
 
 
-@pytest.mark.parametrize("compete", ["macs", "params", "kind", "block"])
-def test_ratios(compete):
+@pytest.mark.parametrize("allocation", ["macs", "params", "global", "local"])
+def test_ratios(allocation):
     config = dataclasses.replace(VIT_B, embed_dim=384)
-    recipe = dataclasses.replace(Recipe(), compete=compete)
-    found = widths.bottleneck_widths(config, worth_of(config), Target(0.5), recipe, uniform=False)
+    step = Prune("bottleneck", allocation=allocation)
+    found = widths.bottleneck_widths(config, worth_of(config), Target(0.5), step, uniform=False)
     slim, even = with_widths(config, found), preset("vit_p50")
-    if compete == "kind":
+    if allocation == "global":
         assert sum(b.head_dim for b in slim.blocks) == 12 * 32 and sum(b.mlp_dim for b in slim.blocks) == 12 * 1536
-    if compete == "block":
+    if allocation == "local":
         assert slim == even
-    if compete in ("macs", "params"):
-        cost = Budget(compete, 1).cost
+    if allocation in ("macs", "params"):
+        cost = Budget(allocation, 1).cost
         assert 0.999 * cost(even) <= cost(slim) <= cost(even)
     assert min(b.mlp_dim for b in slim.blocks) >= 1536 / 4 and min(b.head_dim for b in slim.blocks) >= 32 / 4
 
@@ -216,28 +222,3 @@ def test_values_that_differ_between_heads():
     np.testing.assert_array_equal(
         allocation.worth_of({"v": np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])})["v"], [6, 4, 2]
     )
-
-
-def test_choices_are_set_by_name():
-    recipe = RECIPES["default"].change(["multiple=8", "criterion=fisher", "slice_rel_pos=False", "least=0.1"])
-    assert (recipe.multiple, recipe.criterion, recipe.slice_rel_pos, recipe.least) == (8, "fisher", False, 0.1)
-    assert RECIPES["slimsam"].change([]) == RECIPES["slimsam"]
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("multipel=8", "nearest are multiple"),
-        ("multiple", "NAME=VALUE"),
-        ("multiple=eight", "is no int"),
-        ("multiple=0", "at least 1"),
-        ("criterion=best", "none of projection, taylor"),
-        ("slice_rel_pos=maybe", "is no bool"),
-        ("least=1", "not a share"),
-        ("noise_std=nan", "must be positive"),
-        ("whole_heads=true", "scores of whole channels"),
-    ],
-)
-def test_choices_that_are_none_are_refused(setting, message):
-    with pytest.raises(InputError, match=message):
-        RECIPES["default"].change([setting])

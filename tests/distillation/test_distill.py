@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from slimsam_jax.compression.alignment import ALIGN, terms
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.compression.steps import Distill
 from slimsam_jax.distillation.losses import distillation_loss, mse
 from slimsam_jax.distillation.schedules import learning_rates, plateau_scale
 from slimsam_jax.distillation.step import init_state, make_optimizer, make_step
@@ -44,20 +45,20 @@ def test_terms_are_weighted_and_must_match():
 
 
 def test_schedules_of_the_paper():
-    recipe = RECIPES["default"]
-    first, last = (STAGES[0].terms(step, 100, recipe) for step in (49, 50))
+    one, two = Distill("bottleneck"), Distill("stream+embedding")
+    first, last = (terms(one, step, 100) for step in (49, 50))
     assert first == {"embedding": 0.5, "qkv_window": 0.5, "qkv_global": 0.5, "mlp": 0.5}
     assert last == {"embedding": 1.0}
-    assert set(STAGES[0].terms(0, 100, RECIPES["slimsam"])) == {"embedding", "qkv_window", "mlp"}
+    assert set(terms(RECIPES["slimsam"][1], 0, 100)) == {"embedding", "qkv_window", "mlp"}
     for steps in (20, 60, 700):  # a whole number of steps an epoch: the weight changes just where an epoch begins
-        found = [STAGES[1].terms(step, steps, recipe).get("stream", 0) for step in range(steps)]
+        found = [terms(two, step, steps).get("stream", 0) for step in range(steps)]
         epochs = np.arange(steps) * 20 // steps
         np.testing.assert_allclose(found, np.where(epochs < 11, (10 - epochs) / 11, 0), atol=1e-12)
-    weights = STAGES[1].weights(0.0, recipe)
+    weights = ALIGN[two.align](0.0, two)
     np.testing.assert_allclose(
         [weights["embedding"], weights["stream"], weights["previous"]], [1 / 11, 10 / 11, 10 / 11]
     )
-    assert STAGES[1].weights(0.56, recipe)["stream"] == 0
+    assert ALIGN[two.align](0.56, two)["stream"] == 0
 
 
 def linear_problem(steps=200, **options):

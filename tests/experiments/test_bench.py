@@ -15,7 +15,6 @@ from converters.from_torch import from_state_dict
 from experiments import bench, bench_everything, bench_torch, hierarchical
 from helpers.models import SQUARE, random_sam, tiny_config
 from helpers.peers import state_dict, stock_sam
-from slimsam_jax.compression.steps import STAGES
 from slimsam_jax.distillation.losses import mse
 from slimsam_jax.models.encoders.vit import ImageEncoder
 from slimsam_jax.models.encoders.vit_features import bottleneck_features, stream_features
@@ -34,8 +33,7 @@ def test_features_that_pytorch_compares_are_ours(what):
     for name in student[0]:
         found = bench_torch.mean_square(student[0][name], target[0][name]).item()
         np.testing.assert_allclose(mse(student[1][name], target[1][name]), found, rtol=1e-4)
-    stage = next(stage for stage in STAGES if what.startswith(stage.name))
-    assert len(student[0]) == {"bottleneck": 3, "stream": 1}[stage.features]
+    assert len(student[0]) == {"bottleneck": 3, "stream+embedding": 1}[bench.distillation_of(what).align]
 
 
 def _both_sides(config, image: torch.Tensor, what: str):

@@ -19,7 +19,7 @@ from slimsam_jax.models.encoders.vit import ImageEncoder
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.pruning.gradients import disturbed_loss
 
-RECIPE = RECIPES["slimsam"]
+EMBEDDING, FIRST, BOTTLENECK, SECOND = RECIPES["slimsam"]  # the steps
 
 HEADS, DEPTH = 12, 12
 
@@ -78,8 +78,8 @@ def removed(keep: np.ndarray, size: int, copies: int = 1) -> np.ndarray:
     return np.sort((gone + size * np.arange(copies)[:, None]).ravel())
 
 
-def choose(sam: Sam, grads, stage, ratio: float, recipe=RECIPE, uniform=False):
-    return selection.choose(sam.config, sam.params["image_encoder"], grads, stage, recipe, Target(ratio), uniform)
+def choose(sam: Sam, grads, step, ratio: float, uniform=False):
+    return selection.choose(sam.config, sam.params["image_encoder"], grads, step, Target(ratio), uniform)
 
 
 def assert_removed(golden, prefix: dict[str, str], keep, config: Config):

@@ -7,9 +7,16 @@ import dataclasses
 from slimsam_jax.compression.options import Options
 from slimsam_jax.models.sam import Sam
 
+PROJECTED = ("prune.criterion=projection", "prune.allocation=macs", "distill.lr=auto")
+ALTERNATING = {"recipe": "taylor", "set": ("distill.validations=2", *PROJECTED)}
+
 
 def compress_options(material, out, **changes) -> Options:
-    """Of a run of two stages of four steps, validated and saved every second one."""
+    """Of a run that distils after each of its two cuts, four steps each, validated and saved every second one.
+
+    Another recipe or other choices are those of the default recipe, which distils once.
+    """
+    once = {"recipe": "default", "set": ("distill.validations=2",)}
     fields = {
         "teacher": material / "teacher",
         "images": (material / "images",),
@@ -17,10 +24,9 @@ def compress_options(material, out, **changes) -> Options:
         "steps": 4,
         "batch": 2,
         "save_every": 2,
-        "set": ("validations=2", "alternate=true"),
         "out": out,
     }
-    return Options(**{**fields, **changes})
+    return Options(**{**fields, **(once if {"recipe", "set"} & {*changes} else ALTERNATING), **changes})
 
 
 def shaken(sam: Sam) -> Sam:

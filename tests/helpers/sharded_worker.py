@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import sys
@@ -15,13 +14,15 @@ import numpy as np
 from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax import sharding
 from slimsam_jax.compression import trainer
-from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.compression.alignment import terms as terms_of
+from slimsam_jax.compression.steps import Distill, Losses, Optimizer
 from slimsam_jax.data.prompted import random_clicks
 from slimsam_jax.training import checkpoints, loop
 
-RECIPE = dataclasses.replace(
-    RECIPES["default"], ema=0.5, clip=1.0, schedule="constant", cosine=0.1, masks=0.5, points=2
+DISTILL = Distill(
+    "bottleneck",
+    losses=Losses(direction=0.1, masks=0.5, points=2),
+    optimizer=Optimizer(ema=0.5, clip=1.0, schedule="constant"),
 )
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -31,13 +32,13 @@ def make_trainer(fsdp: int) -> loop.Trainer:
     small = {"mlp_dim": 400, "decoder_depth": 1}
     teacher = random_sam(tiny_config(**small))
     student = random_sam(tiny_config(embed_dim=23, **small), seed=1)
-    return trainer.make_trainer(student, teacher, teacher, STAGES[0], RECIPE, fsdp=fsdp)
+    return trainer.make_trainer(student, teacher, teacher, DISTILL, fsdp=fsdp)
 
 
 def host_batch(step: int) -> dict[str, np.ndarray]:
     """This process's rows of the step's eight images."""
     batch, random = random_images(tiny_config(), 8, seed=step), np.random.default_rng(step)
-    clicks = [random_clicks(size, RECIPE.points, random) for size in batch["size"]]
+    clicks = [random_clicks(size, DISTILL.losses.points, random) for size in batch["size"]]
     batch |= {name: np.stack([each[name] for each in clicks]) for name in clicks[0]}
     rows = slice(jax.process_index(), None, jax.process_count())
     return {name: value[rows] for name, value in batch.items()}
@@ -55,7 +56,7 @@ def main(fsdp: int, count: int, out: str, distributed: str | None = None) -> Non
     if distributed:
         sharding.join_processes(distributed)
     folder, trainer, losses, compiled = Path(out), make_trainer(fsdp), [], None
-    terms = STAGES[0].terms(0, 100, RECIPE)
+    terms = terms_of(DISTILL, 0, 100)
     with checkpoints.Steps(folder / "steps") as saved:
         state, _ = saved.restore(checkpoints.shapes_of(trainer.state)) or (trainer.state, None)
         for step in range(int(state.step), int(state.step) + count):

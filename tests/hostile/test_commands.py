@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import re
@@ -10,6 +9,7 @@ import resource
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from helpers.models import SQUARE, random_sam
 from slimsam_jax import cli, limits, predict
-from slimsam_jax.compression.recipes import RECIPES, Recipe
-from slimsam_jax.compression.steps import plan, steps_of
+from slimsam_jax.compression.old_names import GONE, RENAMED
+from slimsam_jax.compression.plan import describe, optimizer_steps
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.settings import FIELDS, change
 from slimsam_jax.errors import InputError
 
 BIG, HUGE, DIGITS, LONG = str(10**12), str(10**400), "9" * 5000, "x" * 5000
@@ -150,7 +152,7 @@ HOSTILE = {
     "inspect": [
         *("--ratio nan", "--ratio 2", "--ratio 0", "--ratios nan", "--ratios 0.5 inf", "--ratios", f"--seed {BIG}"),
         *(f"--importance-images {value}" for value in (HUGE, "0")),
-        *("--ratios " + " ".join(f"0.{i}" for i in range(1000, 1400)), "--set rounds=1e9", "--recipe x", "extra"),
+        *("--ratios " + " ".join(f"0.{i}" for i in range(1000, 1400)), "--set prune.ratio=1e9", "--recipe x", "extra"),
         *(["--images", value] for value in ("", "nowhere")),
     ],
     "demo": [
@@ -278,7 +280,7 @@ def test_there_are_as_many_as_were_asked_for():
     assert len(LINES) >= 115
 
 
-CHOICES = [field.name for field in dataclasses.fields(Recipe)]
+CHOICES = [*FIELDS, *RENAMED, *GONE]
 TEXTS = st.one_of(st.floats().map(str), st.integers().map(str), st.text(max_size=8), st.sampled_from(["true", "false"]))
 
 
@@ -290,13 +292,13 @@ TEXTS = st.one_of(st.floats().map(str), st.integers().map(str), st.text(max_size
 )
 def test_any_choices_are_refused_or_make_a_plan_that_can_be_held(recipe, changes, steps):
     try:
-        changed = RECIPES[recipe].change(changes)
-        steps_of(plan(changed), steps)
+        changed = change(RECIPES[recipe], changes)
+        counts = optimizer_steps(changed, 10_000, 4, steps)
     except InputError as error:
         assert str(error).isprintable()
         return
-    assert len(plan(changed)) <= 2 * 64 + 1 and steps <= limits.STEPS
-    numbers = (value for value in dataclasses.asdict(changed).values() if isinstance(value, float))
+    assert max(counts) <= 2 * limits.STEPS and steps <= limits.STEPS
+    numbers = [leaf for leaf in jax.tree.leaves(describe(changed)) if isinstance(leaf, float)]
     assert np.isfinite(np.fromiter(numbers, np.float32)).all()
 
 

@@ -13,10 +13,11 @@ import pytest
 
 from helpers import golden as subset
 from helpers.reference import (
+    BOTTLENECK,
     DEPTH,
     FULL,
     HEADS,
-    RECIPE,
+    SECOND,
     assert_removed,
     choose,
     embed,
@@ -27,7 +28,7 @@ from helpers.reference import (
 )
 from helpers.shared import shared
 from slimsam_jax.compression import prune, reference
-from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.compression.alignment import ALIGN
 from slimsam_jax.models.encoders import vit_groups as channels
 from slimsam_jax.pruning import importance
 
@@ -135,17 +136,17 @@ def test_disturbed_gradients_and_importance(golden, step2):
             np.testing.assert_allclose(scores, raw[name], rtol=5e-5)
 
 
-@pytest.mark.parametrize("compete", ["kind", "block"])
-def test_second_step(golden, step2, compete):
+@pytest.mark.parametrize("allocation", ["global", "local"])
+def test_second_step(golden, step2, allocation):
     student, _, grads = step2
-    keep = choose(student, grads, STAGES[1], 0.77, dataclasses.replace(RECIPE, compete=compete))
-    where = "r77fix/step2/local" if compete == "block" else "r77fix/step2/global"
-    of = {kind: where if compete == "block" else f"{where}/{run}" for kind, (run, *_) in KINDS.items()}
+    keep = choose(student, grads, dataclasses.replace(BOTTLENECK, allocation=allocation), 0.77)
+    where = "r77fix/step2/local" if allocation == "local" else "r77fix/step2/global"
+    of = {kind: where if allocation == "local" else f"{where}/{run}" for kind, (run, *_) in KINDS.items()}
     assert_removed(golden, of, keep, student.config)
-    slim = prune.cut(student, keep, RECIPE)
+    slim = prune.cut(student, keep, BOTTLENECK)
     np.testing.assert_allclose(embed(golden, slim)[:2], golden[f"{where}/out"], atol=5e-5)
 
 
 def test_weights_of_the_features(golden):
-    weights = [STAGES[1].weights((epoch + 0.5) / 20, RECIPE)["stream"] for epoch in range(20)]
+    weights = [ALIGN[SECOND.align]((epoch + 0.5) / 20, SECOND)["stream"] for epoch in range(20)]
     np.testing.assert_allclose(weights, golden["distill2/a_weight_by_epoch"], atol=1e-9)

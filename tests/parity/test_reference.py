@@ -15,10 +15,13 @@ import pytest
 
 from helpers import golden as subset
 from helpers.reference import (
+    BOTTLENECK,
     DEPTH,
+    EMBEDDING,
+    FIRST,
     FULL,
     HEADS,
-    RECIPE,
+    SECOND,
     assert_removed,
     choose,
     embed,
@@ -33,7 +36,9 @@ from helpers.reference import (
 from helpers.shared import shared
 from slimsam_jax.compression import prune, reference
 from slimsam_jax.compression import trainer as distillations
-from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.compression.alignment import ALIGN
+from slimsam_jax.compression.alignment import terms as terms_of
+from slimsam_jax.compression.steps import Quirks
 from slimsam_jax.distillation.losses import distillation_loss
 from slimsam_jax.models.encoders import vit_groups as channels
 from slimsam_jax.models.encoders.vit_features import bottleneck_features, stream_features
@@ -118,7 +123,7 @@ def test_step1_taylor_lets_the_first_head_decide(golden, step1):
 
 def test_step1_pruned_weights_and_output(golden, step1):
     teacher, _, grads = step1
-    slim = prune.cut(teacher, choose(teacher, grads, STAGES[0], 0.5), RECIPE)
+    slim = prune.cut(teacher, choose(teacher, grads, EMBEDDING, 0.5), EMBEDDING)
     expected = model(golden, "step1/sd/")
     assert slim.config == expected.config
     jax.tree.map(np.testing.assert_array_equal, slim.params["image_encoder"], expected.params["image_encoder"])
@@ -147,9 +152,9 @@ GLOBAL_RUN = {"attn": "step2/global/gs1", "mlp": "step2/global/gs2"}
 
 def test_step2_global(golden, step2):
     student, _, grads = step2
-    keep = choose(student, grads, STAGES[1], 0.5)
+    keep = choose(student, grads, BOTTLENECK, 0.5)
     assert_removed(golden, GLOBAL_RUN, keep, student.config)
-    slim = prune.cut(student, keep, RECIPE)
+    slim = prune.cut(student, keep, BOTTLENECK)
     jax.tree.map(np.testing.assert_array_equal, slim.params["image_encoder"], tree(golden, "step2/global/sd/"))
     np.testing.assert_allclose(embed(golden, slim), golden["step2/global/out"], atol=5e-5)
 
@@ -165,49 +170,49 @@ def test_step2_local(golden, step2):
         for block, group in enumerate(groups):
             normal = reference.normalize(scores, "mean", copies)[group.name]
             np.testing.assert_allclose(np.tile(normal, copies), golden[f"step2/local/imp/{kind}{block}"], rtol=5e-5)
-    keep = choose(student, grads, STAGES[1], 0.5, dataclasses.replace(RECIPE, compete="block"))
+    keep = choose(student, grads, dataclasses.replace(BOTTLENECK, allocation="local"), 0.5)
     assert_removed(golden, {"attn": "step2/local", "mlp": "step2/local"}, keep, student.config)
-    slim = prune.cut(student, keep, RECIPE)
+    slim = prune.cut(student, keep, BOTTLENECK)
     np.testing.assert_allclose(embed(golden, slim), golden["step2/local/out"], atol=5e-5)
 
 
 def test_ratio_77(golden, step1):
     """The original shuffles its LayerNorms here (r77); ours keep their order, as r77fix does."""
     teacher, _, grads = step1
-    keep = choose(teacher, grads, STAGES[0], 0.77)
+    keep = choose(teacher, grads, EMBEDDING, 0.77)
     np.testing.assert_array_equal(removed(keep["embedding"], 96), golden["r77/step1/pruned"])
-    slim = prune.cut(teacher, keep, RECIPE)
+    slim = prune.cut(teacher, keep, EMBEDDING)
     narrow = {subset.MODEL + name: array for name, array in subset.narrow_model(golden).items()}
     jax.tree.map(np.testing.assert_array_equal, slim.params["image_encoder"], tree(narrow, subset.MODEL))
     np.testing.assert_allclose(embed(golden, slim), golden["r77fix/step1/out"], atol=5e-5)
     losses, grads = gradients(golden, slim, golden["noise2"])
     np.testing.assert_allclose(losses, golden["r77fix/step2/grad_loss"], rtol=1e-5)
-    keep = choose(slim, grads, STAGES[1], 0.77)
+    keep = choose(slim, grads, BOTTLENECK, 0.77)
     assert_removed(golden, {k: f"r77fix/{v}" for k, v in GLOBAL_RUN.items()}, keep, slim.config)
     np.testing.assert_allclose(
-        embed(golden, prune.cut(slim, keep, RECIPE)), golden["r77fix/step2/global/out"], atol=5e-5
+        embed(golden, prune.cut(slim, keep, BOTTLENECK)), golden["r77fix/step2/global/out"], atol=5e-5
     )
 
 
 @pytest.mark.parametrize("percent", [50, 77])
 def test_groups_that_would_vanish_are_skipped(golden, step2, percent):
     student, _, grads = step2
-    recipe = dataclasses.replace(RECIPE, normalizer="none")
-    keep = choose(student, grads, STAGES[1], percent / 100, recipe)
+    step = dataclasses.replace(BOTTLENECK, normalizer="none")
+    keep = choose(student, grads, step, percent / 100)
     prefix = f"quirk_norm_none/r{percent}"
     assert_removed(golden, {"attn": f"{prefix}/gs1", "mlp": f"{prefix}/gs2"}, keep, student.config)
-    out = embed(golden, prune.cut(student, keep, recipe))
+    out = embed(golden, prune.cut(student, keep, step))
     np.testing.assert_allclose(out, golden[f"{prefix}/out"], atol=5e-5)
 
 
-def losses_of(golden, student: Sam, target, stage, progress: float, recipe=RECIPE):
+def losses_of(golden, student: Sam, target, step, progress: float):
     outputs = run(student.config, student.params["image_encoder"], images(golden)[:1])
     found = {"embedding": outputs[0]}
-    if stage.features == "bottleneck":
+    if step.align == "bottleneck":
         found |= bottleneck_features(student.config, outputs[1])
     else:
         found |= {"previous": outputs[0], **stream_features(student.config, outputs[1])}
-    loss, terms = distillation_loss(found, target, stage.weights(progress, recipe))
+    loss, terms = distillation_loss(found, target, ALIGN[step.align](progress, step))
     return float(loss), {name: float(term) for name, term in terms.items()}
 
 
@@ -215,15 +220,15 @@ def test_stage1_loss(golden):
     student, teacher = model(golden, "step1/sd/"), model(golden, "sd/")
     embedding, features = run(teacher.config, teacher.params["image_encoder"], images(golden)[:1])
     target = {"embedding": embedding, **bottleneck_features(FULL, features)}
-    loss, terms = losses_of(golden, student, target, STAGES[0], 0.0)
+    loss, terms = losses_of(golden, student, target, FIRST, 0.0)
     expected = {"embedding": "emb", "qkv_window": "qkv_window", "qkv_global": "qkv_global_intended", "mlp": "mid"}
     for name, theirs in expected.items():
         np.testing.assert_allclose(terms[name], golden[f"distill1/term_{theirs}"], rtol=1e-5)
     np.testing.assert_allclose(loss, golden["distill1/loss_epoch_lt10_as_written"], rtol=1e-5)
-    intended = dataclasses.replace(RECIPE, align_global_attention=True)
-    loss, _ = losses_of(golden, student, target, STAGES[0], 0.49, intended)
+    intended = dataclasses.replace(FIRST, quirks=Quirks())
+    loss, _ = losses_of(golden, student, target, intended, 0.49)
     np.testing.assert_allclose(loss, golden["distill1/loss_epoch_lt10_intended"], rtol=1e-5)
-    loss, _ = losses_of(golden, student, target, STAGES[0], 0.5)
+    loss, _ = losses_of(golden, student, target, FIRST, 0.5)
     np.testing.assert_allclose(loss, golden["distill1/loss_epoch_ge10"], rtol=1e-5)
 
 
@@ -234,29 +239,29 @@ def test_stage2_loss(golden, kind):
     before, features = run(previous.config, previous.params["image_encoder"], images(golden)[:1])
     target = {"embedding": embedding, "previous": before, **stream_features(previous.config, features)}
     for epoch in (0, 5, 10, 11):
-        loss, terms = losses_of(golden, student, target, STAGES[1], (epoch + 0.5) / 20)
+        loss, terms = losses_of(golden, student, target, SECOND, (epoch + 0.5) / 20)
         np.testing.assert_allclose(loss, golden[f"distill2/{kind}/loss_epoch{epoch}"], rtol=1e-5)
     for name, theirs in {"embedding": "emb_teacher", "stream": "block_pruned", "previous": "emb_pruned"}.items():
         np.testing.assert_allclose(terms[name], golden[f"distill2/{kind}/term_{theirs}"], rtol=1e-5)
-    weights = [float(STAGES[1].weights((epoch + 0.5) / 20, RECIPE)["stream"]) for epoch in range(20)]
+    weights = [float(ALIGN[SECOND.align]((epoch + 0.5) / 20, SECOND)["stream"]) for epoch in range(20)]
     np.testing.assert_allclose(weights, golden["distill2/a_weight_by_epoch"], atol=1e-9)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_two_steps_of_training(golden, monkeypatch, stage):
+@pytest.mark.parametrize("number", [1, 2])
+def test_two_steps_of_training(golden, monkeypatch, number):
     """Eight images in order, summed by fours: losses, parameters and outputs of the original loop."""
-    number = 1 + STAGES.index(stage)
+    step = (FIRST, SECOND)[number - 1]
     teacher, previous, student = (model(golden, p) for p in ("sd/", "step1/sd/", "step2/global/sd/"))
     previous, student = (previous, student) if number == 2 else (teacher, previous)
     encode = lambda config, encoder, batch, **_: run(config, encoder, batch["image"])
     monkeypatch.setattr(distillations, "run_encoder", encode)
-    trainer = distillations.make_trainer(student, previous, teacher, stage, RECIPE)
-    terms = stage.terms(0, 10_000, RECIPE)
+    trainer = distillations.make_trainer(student, previous, teacher, step)
+    terms = terms_of(step, 0, 10_000)
     batches = [{"image": images(golden)[i : i + 4]} for i in (0, 4)]
     state, losses = trainer.state, []
     for batch in batches:
-        state, found = trainer.step(state, trainer.frozen, batch, terms, RECIPE.learning_rate)
+        state, found = trainer.step(state, trainer.frozen, batch, terms, step.optimizer.lr)
         losses.append(float(found["loss"]))
     np.testing.assert_allclose(losses, golden[f"train{number}/losses"].reshape(2, 4).mean(1), rtol=1e-5)
     flat = flax.traverse_util.flatten_dict(state.params["image_encoder"], sep="/")

@@ -14,17 +14,20 @@ import torch
 from PIL import Image
 
 from converters import from_torch, to_torch
+from experiments import recipes as lists
 from helpers.images import truncated
 from helpers.models import SQUARE, random_sam
 from helpers.peers import state_dict, stock_sam
 from helpers.runs import compress_options
 from slimsam_jax import checkpoint, cli, compress, inspect, predict
-from slimsam_jax.compression import pipeline as run_module
-from slimsam_jax.compression import recipes, report
+from slimsam_jax.compression import prepare as run_module
+from slimsam_jax.compression import report
 from slimsam_jax.compression.budget import Budget, even_cut
 from slimsam_jax.compression.options import Options
+from slimsam_jax.compression.plan import describe
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.steps import STAGES
+from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.steps import Distill, Optimizer, Validation
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.profiling import reference_macs
 
@@ -67,11 +70,13 @@ def test_what_a_run_leaves(finished, material):
     for key in ("point_miou", "box_miou", "encoder_latency_ms", "encoder_macs_linear", "encoder_macs_total"):
         assert report["slim"][key] > 0 and report["teacher"][key] > 0
     assert report["embedding_error"] > 0 and 0 < report["agreement"] <= 1 and report["annotated_images"] == 2
-    assert set(report["seconds"]) == {"embedding stage", "bottleneck stage", "measuring"}
+    assert set(report["seconds"]) == {"prune-embedding", "distill", "prune-bottleneck", "distill-2", "measuring"}
     log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     steps, scores = ([e for e in log if key in e] for key in ("loss", "score"))
-    assert [(e["stage"], e["step"]) for e in steps] == [(s.name, i) for s in STAGES for i in range(1, 5)]
-    assert [(e["stage"], e["step"]) for e in scores] == [(s.name, i) for s in STAGES for i in (2, 4)]
+    assert [(e["stage"], e["step"]) for e in steps] == [
+        (name, i) for name in ("distill", "distill-2") for i in range(1, 5)
+    ]
+    assert [(e["stage"], e["step"]) for e in scores] == [(name, i) for name in ("distill", "distill-2") for i in (2, 4)]
     assert all(np.isfinite(e["loss"]) for e in steps) and all(e["score"] < 0 for e in scores)
     with Image.open(finished / "report.png") as picture:
         assert min(picture.size) > 500
@@ -106,14 +111,16 @@ def test_uniform_result_loads_strictly_into_stock_code(material, tmp_path, unpic
 def test_recipes_run_to_the_end(material, tmp_path, unpictured, recipe, steps):
     compress.compress(compress_options(material, tmp_path / "slim", recipe=recipe, steps=steps, set=()))
     slim = from_torch.load(tmp_path / "slim")
-    assert slim.config.embed_dim == 12 and slim.provenance["recipe"] == dataclasses.asdict(RECIPES[recipe])
+    assert slim.config.embed_dim == 12 and slim.provenance["recipe"] == json.loads(
+        json.dumps(describe(RECIPES[recipe]))
+    )
     positions = [slim.params["image_encoder"][f"blocks_{i}"]["attn"]["rel_pos_h"] for i in range(2)]
     assert all(np.abs(table).max() > 0.02 for table in positions) == (recipe != "slimsam")  # reset, then one small step
     if steps:
         log = [json.loads(line) for line in (tmp_path / "slim" / "log.jsonl").read_text().splitlines()]
         losses = [(entry["stage"], entry["step"], "stream" in entry) for entry in log if "loss" in entry]
-        alternating = [("embedding", 1, False), ("bottleneck", 1, True)]
-        assert losses == (alternating if recipe == "slimsam" else [("bottleneck", 1, True), ("bottleneck", 2, True)])
+        alternating = [("distill", 1, False), ("distill-2", 1, True)]
+        assert losses == (alternating if recipe == "slimsam" else [("distill", 1, True), ("distill", 2, True)])
 
 
 @pytest.mark.parametrize(
@@ -121,9 +128,12 @@ def test_recipes_run_to_the_end(material, tmp_path, unpictured, recipe, steps):
     [
         {"budget": "params=62k"},
         {"budget": "macs=400k", "uniform": True},
-        {"set": ("multiple=4",)},
-        {"recipe": "taylor", "set": ("values_apart=true", "criterion=fisher", "probes=2")},
-        {"recipe": "taylor", "set": ("whole_heads=true",)},
+        {"set": ("prune.round_to=4",)},
+        {
+            "recipe": "taylor",
+            "set": ("prune.head_channels=separate", "prune.criterion=fisher", "prune.noise_samples=2"),
+        },
+        {"recipe": "taylor", "set": ("prune.head_channels=whole",)},
     ],
     ids=str,
 )
@@ -134,40 +144,42 @@ def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, unpictu
         report = json.loads((tmp_path / "slim" / "report.json").read_text())["budget"]
         assert report["reached"] == Budget.parse(choices["budget"]).cost(config)
         assert 0.99 < report["reached"] / report["amount"] <= 1
-    if "multiple=4" in choices.get("set", ()):
+    if "prune.round_to=4" in choices.get("set", ()):
         assert config.embed_dim % 4 == 0 and all(b.head_dim % 4 == b.mlp_dim % 4 == 0 for b in config.blocks)
-    if "whole_heads=true" in choices.get("set", ()):
+    if "prune.head_channels=whole" in choices.get("set", ()):
         assert [b.head_dim for b in config.blocks] == [12, 12] and sum(b.heads for b in config.blocks) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("choices", "stages"),
+    ("recipe", "direction", "distilled"),
     [
-        (
-            ("criterion=magnitude", "rounds=2", "cosine=0.5", "align=0"),
-            ["embedding", "bottleneck", "embedding-2", "bottleneck-2"],
-        ),
-        (("criterion=magnitude", "alternate=false", "scratch=true"), ["bottleneck"]),
+        (lists.progressive(0.5), 0.5, ["distill", "distill-2", "distill-3", "distill-4"]),
+        (lists.scratch(0.5), 0, ["distill"]),
     ],
+    ids=["progressive", "scratch"],
 )
-def test_other_stages_than_the_papers(material, tmp_path, unpictured, choices, stages):
-    options = compress_options(
-        material, tmp_path / "slim", recipe="taylor", limit=4, set=("validations=1", *choices), ratio=0.5
-    )
-    compress.compress(options)
+def test_other_orders_than_the_papers(material, tmp_path, unpictured, recipe, direction, distilled):
+    choices = ("distill.validations=1", f"distill.direction={direction}", "prune.criterion=magnitude")
+    options = compress_options(material, tmp_path / "slim", limit=4, set=("distill.validations=1",), ratio=0.5)
+    compress.compress(options, change(recipe, (*choices, "distill.features=0")))
     slim = from_torch.load(tmp_path / "slim")
     assert slim.config.embed_dim == 12 and slim.provenance["images"]["count"] == 4
     log = [json.loads(line) for line in (tmp_path / "slim" / "log.jsonl").read_text().splitlines()]
     steps = [entry for entry in log if "loss" in entry]
     assert len(steps) == 8 and all(np.isfinite(entry["loss"]) for entry in steps)
-    assert list(dict.fromkeys(entry["stage"] for entry in steps)) == stages
-    assert ("direction" in steps[0]) == ("cosine=0.5" in choices)
+    assert list(dict.fromkeys(entry["stage"] for entry in steps)) == distilled
+    assert ("direction" in steps[0]) == bool(direction)
 
 
 def test_labelled_masks_can_tell_what_to_cut(material, tmp_path, unpictured):
     labelled = compress_options(
-        material, tmp_path / "slim", images=(material / "val",), steps=0, recipe="taylor", set=("signal=masks",)
+        material,
+        tmp_path / "slim",
+        images=(material / "val",),
+        steps=0,
+        recipe="taylor",
+        set=("prune.importance_loss=masks",),
     )
     compress.compress(labelled)
     compress.compress(dataclasses.replace(labelled, set=(), out=tmp_path / "other"))
@@ -224,27 +236,20 @@ def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
         (("--budget", "9.1M"), "write params=9.1M, macs=47G or latency=120ms"),
         (("--budget", "params=9G"), "choose something between"),
         (("--budget", "params=30k", "--ratio", "0.5"), "give one of them"),
-        (("--set", "multipel=8"), "the nearest are multiple"),
-        (("--set", "multiple=40"), "choose a smaller multiple"),
-        (("--set", "multiple=4", "--set", "least=0.1"), "--set is given twice"),
+        (("--set", "prune.roundto=8"), "the nearest are prune.round_to"),
+        (("--set", "prune.round_to=40"), "choose a smaller round_to"),
+        (("--set", "prune.round_to=4", "--set", "prune.min_keep=0.1"), "--set is given twice"),
         (("--recipe", "slimsam", "--ratio", "0.95"), "leaves nothing of the embedding"),
-        (("--set", "signal=masks", "criterion=taylor"), "needs annotated images"),
-        (("--recipe", "taylor", "--set", "whole_heads=true", "--uniform"), "goes neither with --uniform"),
-        (("--set", "flip=true", "--cache", "cache"), "goes with neither flip nor crop"),
+        (("--recipe", "taylor", "--set", "prune.importance_loss=masks"), "needs annotated images"),
+        (("--recipe", "taylor", "--set", "prune.head_channels=whole", "--uniform"), "goes neither with --uniform"),
+        (("--set", "distill.flip=true", "--cache", "cache"), "goes with neither flip nor crop"),
         (("--cache", "{root}/val/0.png"), "cannot be made a folder"),
-        (("--set", "crop=0"), "crop 0 is not a share"),
-        (("--set", "ema=1"), "ema 1 is not the share"),
-        (("--set", "rounds=2"), "cut and distil in turn: add alternate=true"),
-        (("--set", "scratch=true", "alternate=true"), "add alternate=false"),
-        (("--set", "tune_decoder=true"), "add polish=0.25 masks=1"),
-        (("--set", "tune_decoder=true", "polish=0.5", "masks=1"), "add validate_by=miou or keep=last"),
-        (("--set", "tune_decoder=true", "polish=0.5", "masks=1", "keep=last"), "add learning_rate=1e-4"),
-        (("--set", "rounds=2", "alternate=true"), "2 steps are too few for the 4 stages"),
-        (("--set", "rounds=2", "--recipe", "slimsam"), "rounds go neither with reference_selection"),
-        (("--set", "polish=1"), "polish 1 is not a share of the steps"),
-        (("--set", "rounds=2", "alternate=true", "--budget", "params=30k"), "rounds share out a --ratio"),
+        (("--set", "distill.crop=0"), "crop 0.0 must be at least 0.01"),
+        (("--set", "distill.ema=1"), "ema 1.0 must be a number from 0 to 1"),
+        (("--set", "multiple=8"), "it is called prune.round_to=8 since 0.3"),
+        (("--set", "alternate=true"), "since 0.3 a recipe is a list of steps"),
         (("--limit", "0"), "--limit 0 must be at least 1"),
-        (("--set", "clip=-1"), "clip -1.0 must not be negative"),
+        (("--set", "distill.clip=-1"), "clip -1.0 must be at least 0"),
         (("--fsdp", "3"), "--fsdp 3 does not divide the 1 devices"),
         (("--accumulate", "2", "--batch", "3"), "must be a multiple of the 1 devices times the 2 parts"),
         (("--distributed", "here"), "give auto, or HOST:PORT,PROCESSES,INDEX"),
@@ -289,7 +294,7 @@ def test_unreadable_pictures_of_val_are_counted(material, tmp_path, unpictured, 
     with pytest.raises(InputError, match=r"1 of 3 images of --val cannot be used, more than .* 0\.1; .*z\.jpg"):
         compress.compress(options)
     assert not (tmp_path / "slim").exists()
-    monkeypatch.setattr("slimsam_jax.compression.pipeline.IMAGES", 2)
+    monkeypatch.setattr("slimsam_jax.compression.prepare.IMAGES", 2)
     with pytest.raises(RunError, match=r"slim is finished, and measured on the rest; but 1 of 3 images of --val"):
         compress.compress(options)
     assert json.loads((tmp_path / "slim" / "report.json").read_text())["images"] == 2
@@ -339,9 +344,9 @@ def test_an_unwritable_output_is_one_clear_line(material, tmp_path, monkeypatch,
 
 def test_numbers_that_are_not_finite_stop_the_run(material, tmp_path, monkeypatch, capsys):
     arguments = ("--teacher", material / "teacher", "--images", material / "images", "--steps", "3", "--out")
-    monkeypatch.setitem(recipes.LARGEST, "learning_rate", 1e30)  # more than a user may ask for
-    choices = {"learning_rate": 1e30, "schedule": "constant", "validations": 1, "alternate": True}
-    wild = dataclasses.replace(RECIPES["default"], **choices)
+    optimizer = Optimizer(lr=1e-3, schedule="constant")
+    object.__setattr__(optimizer, "lr", 1e30)  # more than a user may ask for
+    wild = (*RECIPES["default"][:2], Distill("none", optimizer=optimizer, validation=Validation(1)))
     monkeypatch.setitem(RECIPES, "default", wild)
     code, error = run(compress, *arguments, tmp_path / "out", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1 and "error: the loss of step 2 is not finite (images" in error  # the first's is still the start's

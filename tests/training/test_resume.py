@@ -18,11 +18,14 @@ import numpy as np
 import pytest
 
 from converters import from_torch
+from experiments.recipes import decoder
 from helpers.images import truncated
 from helpers.runs import compress_options
 from slimsam_jax import cli, compress, sharding
 from slimsam_jax.compression.distill import Distillation
 from slimsam_jax.compression.options import Options
+from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.steps import Initialize
 from slimsam_jax.distillation.step import TrainState, init_state, make_optimizer
 from slimsam_jax.errors import InputError, RunError, Stopped
 from slimsam_jax.training import checkpoints
@@ -35,10 +38,10 @@ def assert_same_run(out: Path, finished: Path) -> None:
     assert (out / "log.jsonl").read_text() == (finished / "log.jsonl").read_text()
 
 
-@pytest.mark.parametrize("stop", [("embedding", 3), ("bottleneck", 1)])
+@pytest.mark.parametrize("stop", [("distill", 3), ("distill-2", 1)])
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, material, tmp_path, monkeypatch, stop):
     def step(self, state, number, batch, whole=Distillation.step):
-        if (self.stage.name, number - 1) == stop:
+        if (self.planned.name, number - 1) == stop:
             raise RunError("pulled the plug")
         return whole(self, state, number, batch)
 
@@ -75,28 +78,21 @@ def test_the_default_recipe_is_resumed(material, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_stages_of_other_recipes_are_resumed_too(material, tmp_path, monkeypatch):
     """In the last of them, with everything that a step draws or carries along."""
-    drawn = (
-        "alternate=false",
-        "polish=0.5",
-        "masks=1",
-        "tune_decoder=true",
-        "keep=last",
-        "ema=0.5",
-        "learning_rate=1e-3",
-    )
-    choices = {"recipe": "taylor", "set": ("criterion=magnitude", "validations=2", *drawn)}
-    compress.compress(compress_options(material, tmp_path / "whole", **choices))
+    options = compress_options(material, tmp_path / "whole", set=("distill.validations=2", "distill.ema=0.5"))
+    *cuts, first, last = decoder(0.5)
+    recipe = change((*cuts, Initialize(), first, last), options.set)
+    compress.compress(options, recipe)
 
     def step(self, state, number, batch, whole=Distillation.step):
-        if (self.stage.name, number) == ("polish", 3):
+        if (self.planned.name, number) == ("distill-2", 2):
             raise RunError("pulled the plug")
         return whole(self, state, number, batch)
 
     with monkeypatch.context() as patched:
         patched.setattr(Distillation, "step", step)
         with pytest.raises(RunError, match="plug"):
-            compress.compress(compress_options(material, tmp_path / "slim", **choices))
-    compress.compress(compress_options(material, tmp_path / "slim", **choices, resume=True))
+            compress.compress(dataclasses.replace(options, out=tmp_path / "slim"), recipe)
+    compress.compress(dataclasses.replace(options, out=tmp_path / "slim", resume=True), recipe)
     assert_same_run(tmp_path / "slim", tmp_path / "whole")
     decoders = (from_torch.load(folder).params["mask_decoder"] for folder in (material / "teacher", tmp_path / "slim"))
     assert not all(map(np.array_equal, *map(jax.tree.leaves, decoders)))
@@ -110,7 +106,7 @@ def test_broken_pictures_are_named_and_skipped(material, tmp_path, monkeypatch, 
     options = compress_options(material, tmp_path / "slim", images=(tmp_path / "images",), max_broken=0.5)
 
     def step(self, state, number, batch, whole=Distillation.step):
-        if (self.stage.name, number) == ("bottleneck", 4):
+        if (self.planned.name, number) == ("distill-2", 4):
             raise RunError("pulled the plug")
         return whole(self, state, number, batch)
 
@@ -121,7 +117,7 @@ def test_broken_pictures_are_named_and_skipped(material, tmp_path, monkeypatch, 
     compress.compress(dataclasses.replace(options, resume=True))
     log = [json.loads(line) for line in (tmp_path / "slim" / "log.jsonl").read_text().splitlines()]
     names = [(entry["stage"], Path(entry["skipped"]).name) for entry in log if "skipped" in entry]
-    assert names == [(stage, name) for stage in ("embedding", "bottleneck") for name in ("a.jpg", "b.jpg")]
+    assert names == [(stage, name) for stage in ("distill", "distill-2") for name in ("a.jpg", "b.jpg")]
     assert "a.jpg is not a readable image" in capsys.readouterr().out
 
 
@@ -134,20 +130,20 @@ def test_what_another_process_cannot_read_counts_here(material, tmp_path, monkey
     assert [entry["reason"] for entry in log if "skipped" in entry] == ["torn elsewhere"] * 2
     with pytest.raises(RunError, match=r"1 of 6 images cannot be used, more than --max-broken 0\.1; the last: torn"):
         compress.compress(compress_options(material, tmp_path / "other"))
-    assert not (tmp_path / "other" / "checkpoints" / "embedding").exists()
+    assert not (tmp_path / "other" / "checkpoints" / "prune-embedding").exists()
 
 
 def test_sigterm_saves_and_ends_cleanly(finished, material, tmp_path, monkeypatch, capsys):
     def step(self, state, number, batch, whole=Distillation.step):
-        if (self.stage.name, number) == ("embedding", 3):
+        if (self.planned.name, number) == ("distill", 3):
             os.kill(os.getpid(), signal.SIGTERM)
         return whole(self, state, number, batch)
 
     with monkeypatch.context() as patched:
         patched.setattr(Distillation, "step", step)
-        with pytest.raises(Stopped, match="after step 3 of the embedding stage"):
+        with pytest.raises(Stopped, match="after step 3 of the step distill"):
             compress.compress(compress_options(material, tmp_path / "slim", save_every=100))
-    saved = tmp_path / "slim" / "checkpoints" / "embedding" / "steps" / "3"
+    saved = tmp_path / "slim" / "checkpoints" / "distill" / "steps" / "3"
     assert saved.exists() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     compress.compress(compress_options(material, tmp_path / "slim", resume=True))
     assert_same_run(tmp_path / "slim", finished)

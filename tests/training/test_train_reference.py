@@ -232,9 +232,8 @@ def test_a_batch_in_parts_gives_the_same_gradients(pictures):
     """Each picture has its own clicks to correct, wherever it stands in the batch."""
     sam, found = random_sam(SQUARE), []
     for accumulate in (1, 2):
-        settings = Settings(
-            steps=1, batch=2, prompts=2, accumulate=accumulate, ema=0.9
-        )  # whole, it is that of `learnt`
+        # With `learnt`'s settings, whose compiled step the first one then is.
+        settings = Settings(steps=1, batch=2, prompts=2, accumulate=accumulate, ema=0.9)
         trainer = make_trainer(sam, settings)
         batch = next(MaskBatches(samples(sorted(pictures.glob("*.png"))), SQUARE, 2, seed=0, prompts=2))
         how = OBJECTIVES["short"].weights, 1e-3
@@ -371,8 +370,7 @@ def test_what_does_not_fit_is_said_in_a_line(pictures, start, tmp_path, material
 
 def test_learning_curves_are_kept_and_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(reference_results, "FILE", tmp_path / "reference.jsonl")
-    monkeypatch.setattr(results, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text("<!-- reference -->\n\n<!-- end of reference -->\n")
+    monkeypatch.setattr(results, "TABLE_FOLDER", tmp_path / "tables")
     log = [{"step": 1, "loss": 2.0}, {"step": 2, "score": 0.4, "point_miou": 0.3, "box_miou": 0.5}]
     (tmp_path / "config.json").write_text('{"provenance": {"options": {"steps": 2, "batch": 8, "prompts": 4}}}')
     (tmp_path / "log.jsonl").write_text(json.dumps(log[0]) + "\n")
@@ -381,4 +379,4 @@ def test_learning_curves_are_kept_and_shown(tmp_path, monkeypatch):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
     reference_results.record("tiny", tmp_path, minutes=3)
     reference_results.table()
-    assert "| tiny | 2 x 8 x 4 | 3 | 2: 30.0 / 50.0 |" in (tmp_path / "README.md").read_text()
+    assert "| tiny | 2 x 8 x 4 | 3 | 2: 30.0 / 50.0 |" in (tmp_path / "tables" / "reference.md").read_text()

@@ -1,0 +1,94 @@
+"""A recipe as a whole: what goes together, what its steps are called, and how many optimizer steps each takes."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from slimsam_jax import limits
+from slimsam_jax.compression.steps import Distill, Prune, Recipe, Step
+from slimsam_jax.errors import InputError
+
+
+def check(recipe: Recipe) -> None:
+    """Raises InputError for steps that do not go together."""
+    cuts: list[Prune] = []
+    for step in recipe:
+        if isinstance(step, Prune):
+            cuts.append(step)
+        elif isinstance(step, Distill):
+            wreck = len(cuts) > 1 and cuts[-1].criterion != "projection"
+            if wreck and step.align != "none" and step.losses.features:
+                raise InputError(
+                    "after two cuts of whole channels there is nothing to align with: set distill.align=none, "
+                    "or distil between them (recipe taylor)"
+                )
+            cuts = []
+    if not any(isinstance(step, Prune) for step in recipe):
+        raise InputError("a recipe needs a step that prunes")
+
+
+def names(recipe: Recipe) -> list[str]:
+    """One for each step, of its folder and its lines in the log: "prune-embedding", "distill", then "distill-2", ..."""
+    met: collections.Counter[str] = collections.Counter()
+    found = []
+    for step in recipe:
+        name = type(step).__name__.lower() + (f"-{step.part}" if isinstance(step, Prune) else "")
+        met[name] += 1
+        found.append(name if met[name] == 1 else f"{name}-{met[name]}")
+    return found
+
+
+def optimizer_steps(recipe: Recipe, images: int, batch: int, each: int | None = None) -> list[int]:
+    """How many optimizer steps each step takes, 0 of those that are no distillation.
+
+    Args:
+      each: in each of the paper's two distillations, if given; other recipes share out as many by their epochs.
+
+    Raises:
+      InputError: too few for every distillation to have one, or more than anybody has.
+    """
+    epochs = [step.optimizer.epochs if isinstance(step, Distill) else 0 for step in recipe]
+    if each is None:
+        counts = [max(1, n * images // batch) if n else 0 for n in epochs]
+    else:
+        if each > limits.STEPS:
+            raise InputError(f"--steps {each:.3g} is more than {limits.STEPS}")
+        ends = [round(2 * each * total / max(1, sum(epochs)) + 1e-9) for total in itertools.accumulate(epochs)]
+        counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    if max(counts) > 2 * limits.STEPS:
+        raise InputError(f"{max(counts):.3g} steps are more than {2 * limits.STEPS}; lower --steps or distill.epochs")
+    distills = sum(map(bool, epochs))
+    if each and any(n and not count for n, count in zip(epochs, counts, strict=True)):
+        raise InputError(f"{2 * each} steps are too few for the {distills} distillations of this recipe")
+    return counts
+
+
+def describe(recipe: Recipe) -> list[dict[str, Any]]:
+    """The recipe as JSON: a dict per step, with its kind under "step"."""
+    return [{"step": type(step).__name__.lower(), **dataclasses.asdict(step)} for step in recipe]
+
+
+class Planned(NamedTuple):
+    """A step of a recipe in a run.
+
+    Attributes:
+      name: of its folder and its lines in the log.
+      step: what to do.
+      steps: optimizer steps, 0 of what is no distillation.
+      before: optimizer steps of the distillations before it.
+    """
+
+    name: str
+    step: Step
+    steps: int
+    before: int
+
+
+def planned(recipe: Recipe, counts: Sequence[int]) -> tuple[Planned, ...]:
+    """The steps of a recipe with their numbers of optimizer steps (`steps.optimizer_steps`)."""
+    before = [0, *itertools.accumulate(counts)]
+    return tuple(map(Planned._make, zip(names(recipe), recipe, counts, before, strict=False)))

@@ -1,0 +1,111 @@
+"""The beginning of a compression run: everything that can be refused is refused here, before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from slimsam_jax import __version__, checkpoint, data, sharding
+from slimsam_jax.compression import widths
+from slimsam_jax.compression.budget import Budget, Target
+from slimsam_jax.compression.plan import Planned, check, describe, optimizer_steps, planned
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.run import Run
+from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.steps import Augment, Distill, Prune, Recipe
+from slimsam_jax.compression.teacher_cache import TeacherCache
+from slimsam_jax.compression.validation import IMAGES, validator
+from slimsam_jax.data import Sample
+from slimsam_jax.data.prompted import annotated
+from slimsam_jax.data.reading import map_readable, read_annotated
+from slimsam_jax.errors import InputError
+from slimsam_jax.models.sam import Sam
+from slimsam_jax.progress import say
+from slimsam_jax.training.run_folder import RunFolder
+from slimsam_jax.training.setup import batch_size, check_batch, compute_dtype, some_of, split_images, too_many_of_val
+
+if TYPE_CHECKING:
+    from slimsam_jax.compression.options import Options
+
+
+def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run:
+    """Everything that can be refused is refused here, before anything is written."""
+    batch, recipe = batch_size(options), recipe or change(RECIPES[options.recipe], options.set)
+    target = Target(options.channel_ratio(), Budget.parse(options.budget) if options.budget is not None else None)
+    check(recipe)
+    prunes = [step for step in recipe if isinstance(step, Prune)]
+    check_combinations(options, recipe, target)
+    if options.uniform and not teacher.config.uniform:
+        raise InputError("--uniform needs a teacher whose blocks are alike, and this one's are not")
+    images, val = split_images(options)
+    images = some_of(images, options.limit, options.seed)
+    check_batch(options, batch, len(images))
+    for paths in (images, val):
+        data.check_one_is_readable(paths)
+    _, broken = map_readable(lambda sample: read_annotated(sample) and None, val[:IMAGES])  # as validation will
+    if complaint := too_many_of_val(options, images, val, broken):
+        raise InputError(complaint)
+    if any(step.needs_labels for step in prunes):
+        annotated(images)
+    if not options.resume:  # a latency may be measured otherwise the second time
+        widths.check(teacher.config, target, prunes, options.uniform)
+    counts = optimizer_steps(recipe, len(images), batch, options.steps)
+    dtype, plan = compute_dtype(options), planned(recipe, counts)
+    if sharding.is_main():
+        announce(dtype, plan, batch, len(images), len(val))
+    origin = provenance(options, recipe, teacher, images, counts, batch)
+    cache = TeacherCache(options.cache, teacher, origin["teacher"]["sha256"]) if options.cache else None
+    measures = {each.step.validation.validate_by for each in plan if each.steps} if sharding.is_main() else set()
+    scores = {measure: validator(teacher, val, measure) for measure in measures}
+    folder = RunFolder(options.out, origin, options.resume)
+    return Run(options, plan, target, teacher, images, val, batch, dtype, cache, scores, folder, origin)
+
+
+def announce(dtype: Any, plan: Sequence[Planned], batch: int, images: int, val: int) -> None:
+    """What `compress.announce` could not know yet."""
+    say("device", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jnp.dtype(dtype).name}")
+    done = ", ".join(each.name + (f" ({each.steps} steps of {batch} images)" if each.steps else "") for each in plan)
+    say("steps", f"{done}; {images} images to learn from, {val} to measure on")
+
+
+def check_combinations(options: Options, recipe: Recipe, target: Target) -> None:
+    """Raises InputError for choices that do not go together."""
+    prunes = [step for step in recipe if isinstance(step, Prune)]
+    parts = [step.part for step in prunes]
+    for step in prunes:
+        if target.budget and step.normalizer == "gaussian" and step.criterion != "projection":
+            raise InputError("--budget needs scores that are not negative; add --set prune.normalizer=none")
+        if step.head_channels == "whole" and (options.uniform or target.budget):
+            raise InputError(
+                "head_channels whole goes neither with --uniform nor with --budget: they fix the number of heads"
+            )
+    if target.budget and len(set(parts)) < len(parts):
+        raise InputError("a --budget is met in one cut of each part; several cuts in a row share out a --ratio")
+    if target.budget and target.budget.kind == "latency" and jax.process_count() > 1:
+        raise InputError("--budget latency is measured by one process; give params= or macs=, or no --distributed")
+    augmented = [step.augment for step in recipe if isinstance(step, Distill) and step.augment != Augment()]
+    if options.cache and augmented:
+        raise InputError("--cache holds the teacher's embeddings of whole images; it goes with neither flip nor crop")
+
+
+def provenance(
+    options: Options, recipe: Recipe, teacher: Sam, images: list[Sample], counts: list[int], batch: int
+) -> dict[str, Any]:
+    """Where a slim model comes from, for its config.json; a resumed run must agree in all of it."""
+    path = Path(options.teacher or data.embedded_teacher())
+    names = "\n".join(image.name for image in images).encode(errors="surrogatepass")  # which may be no UTF-8
+    packages = ("jax", "flax", "optax", "numpy")
+    return {
+        "teacher": {"file": path.name, "sha256": checkpoint.sha256(path), "provenance": teacher.provenance},
+        "images": {"count": len(images), "sha256_of_names": hashlib.sha256(names).hexdigest()},
+        "options": {**options.fixing_the_result(), "batch": batch},
+        "recipe": describe(recipe),
+        "optimizer_steps": counts,
+        "versions": {"slimsam_jax": __version__, **{name: version(name) for name in packages}},
+    }

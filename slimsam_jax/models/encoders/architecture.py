@@ -1,0 +1,63 @@
+"""What the architectures of encoder families share: a block's widths, and what is asked of sizes beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from slimsam_jax.models.config import WIDEST
+
+
+def check_widths(record: Any, names: Collection[str]) -> None:
+    """Raises ValueError unless these fields are whole numbers from 1 to `WIDEST`."""
+    for name in names:
+        check_width(name, getattr(record, name))
+
+
+def check_width(name: str, width: Any) -> None:
+    """Raises ValueError unless `width` is a whole number from 1 to `WIDEST`."""
+    if type(width) is not int or not 1 <= width <= WIDEST:
+        raise ValueError(f"{name} {width!r:.40} is no whole number from 1 to {WIDEST}")
+
+
+def check_image_size(image_size: Any, stride: int) -> None:
+    """Raises ValueError unless it is (height, width) in pixels, multiples of the embedding's stride."""
+    whole = isinstance(image_size, tuple) and all(type(side) is int and 0 < side <= WIDEST for side in image_size)
+    if not whole or len(image_size) != 2:
+        raise ValueError(f"image_size {image_size!r:.40} must be (height, width) in pixels, at most {WIDEST}")
+    if any(side % stride for side in image_size):
+        raise ValueError(f"image_size {image_size} must be multiples of the embedding's stride {stride}")
+
+
+def pair(image_size: int | Collection[int]) -> tuple[int, ...]:
+    """One side, or (height, width), as a tuple."""
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Widths of a transformer block.
+
+    Attributes:
+      heads: attention heads.
+      key_dim, value_dim: channels per head of q and k, and of v.
+      mlp_dim: hidden channels of the MLP.
+
+    Raises:
+      ValueError: one is no width.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    mlp_dim: int
+
+    def __post_init__(self):
+        check_widths(self, ("heads", "key_dim", "value_dim", "mlp_dim"))
+
+
+def block_of(attention: Mapping[str, Any], mlp_dim: int) -> Block:
+    """Of an attention's parameters, arrays or shapes, with q and k kernels [C, n, d] and v's [C, n, e]."""
+    _, heads, key_dim = attention["q"]["kernel"].shape
+    return Block(heads, key_dim, attention["v"]["kernel"].shape[2], mlp_dim)

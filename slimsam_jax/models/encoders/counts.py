@@ -1,0 +1,97 @@
+"""Multiply-accumulates of encoder families in closed form, as the papers count them, and parameters of their trees.
+
+The papers' column is linear layers and convolutions, without biases, norms and activations, and with the tokens that
+pad windows; what it leaves out is the other: attention's products q k and weights v.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from slimsam_jax.models.config import Config
+from slimsam_jax.models.efficient_sam_head import HeadConfig
+from slimsam_jax.models.encoders import efficient_sam_vit, tiny_vit
+from slimsam_jax.models.encoders.architecture import Block
+
+
+class Macs(NamedTuple):
+    """Multiply-accumulates of one image: the papers' column, and attention's products."""
+
+    linear: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.attention
+
+
+def parameters(params: Any) -> int:
+    """Number of scalars in a tree (of arrays or of shapes), as PyTorch counts them.
+
+    Batch norm's statistics and the frequencies of positional encodings are buffers there, so they do not count.
+    """
+    buffers = ("bn/mean", "bn/var", "gaussian_matrix")
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves)
+    return sum(math.prod(leaf.shape) for name, leaf in named if not name.endswith(buffers))
+
+
+def macs(config: tiny_vit.Config | efficient_sam_vit.Config) -> Macs:
+    """Of an image encoder for one image of its own size."""
+    return tiny_vit_macs(config) if isinstance(config, tiny_vit.Config) else efficient_sam_vit_macs(config)
+
+
+def tiny_vit_macs(config: tiny_vit.Config) -> Macs:
+    """Of TinyViT, windows padded as they run."""
+    grids = [math.prod(grid) for grid in config.grids]
+    # The first of the patch embedding's convolutions has four times the positions.
+    linear = 4 * grids[0] * 27 * config.stem_dim + grids[0] * 9 * config.stem_dim * config.conv_dim
+    linear += sum(grids[0] * (2 * config.conv_dim + 9) * hidden for hidden in config.conv_blocks)
+    attention, width = 0, config.conv_dim
+    for stage, before, grid, sides in zip(config.stages, grids, grids[1:], config.grids[1:], strict=False):
+        linear += before * width * stage.entry_dim + grid * (9 + stage.dim) * stage.entry_dim
+        rows = math.prod(math.ceil(side / stage.window) * stage.window for side in sides)
+        for block in stage.blocks:
+            linear += rows * _projections(stage.dim, block) + grid * (9 + 2 * block.mlp_dim) * stage.dim
+            attention += rows * _products(stage.window**2, block)
+        width = stage.dim
+    return Macs(linear + _neck(grids[-1], width, config.out_chans), attention)
+
+
+def efficient_sam_vit_macs(config: efficient_sam_vit.Config) -> Macs:
+    """Of EfficientSAM's ViT; the positions' interpolation, done once, does not count."""
+    grid, dim = math.prod(config.grid), config.embed_dim
+    linear = grid * 3 * config.patch_size**2 * dim + _neck(grid, dim, config.out_chans)
+    linear += sum(grid * (_projections(dim, block) + 2 * dim * block.mlp_dim) for block in config.blocks)
+    return Macs(linear, sum(grid * _products(grid, block) for block in config.blocks))
+
+
+def decoder_macs(head: Config | HeadConfig, prompt_tokens: int) -> int:
+    """Of a mask decoder for one prompt, the papers' column: to SAM's a point is 2 tokens, to EfficientSAM's 6.
+
+    `metrics.decoder_macs` counts as SlimSAM's counter does: with biases, and transposed convolutions fourfold.
+    """
+    width, image, tokens = head.out_chans, math.prod(head.grid), 2 + head.multimask_outputs + prompt_tokens
+    first, second = getattr(head, "upscaling_dims", (width // 4, width // 8))
+    one_way = (tokens + image) * width * width  # four projections to or from half of the width, two on either side
+    block = 4 * tokens * width * width + 2 * one_way + 2 * tokens * width * head.decoder_mlp_dim
+    linear = head.decoder_depth * block + one_way + 4 * image * (width + 4 * second) * first
+    linear += (1 + head.multimask_outputs) * width * (2 * width + second)
+    return linear + head.iou_head_dim * (width + head.iou_head_dim + 1 + head.multimask_outputs)
+
+
+def _projections(dim: int, block: Block) -> int:
+    """Of one token: q, k, v and proj."""
+    return 2 * dim * block.heads * (block.key_dim + block.value_dim)
+
+
+def _products(keys: int, block: Block) -> int:
+    """Of one query."""
+    return keys * block.heads * (block.key_dim + block.value_dim)
+
+
+def _neck(positions: int, width: int, out_chans: int) -> int:
+    return positions * out_chans * (width + 9 * out_chans)

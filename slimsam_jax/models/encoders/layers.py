@@ -1,0 +1,180 @@
+"""Layers that encoder families share: convolutions with batch norm, the neck. Shapes: b images, h x w pixels.
+
+Batch norm's mean and variance are leaves of the parameter tree like its scale and bias, so that a model is one tree:
+one layout on disk, one graph to prune, one table to convert. No gradient reaches them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from slimsam_jax.models.attention import at_least_float32
+
+Params = dict[str, Any]
+BATCH_NORM_EPSILON = 1e-5
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """By the error function, as PyTorch's default."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class BatchNorm(nn.Module):
+    """Normalises channels by running statistics, or by the batch's, which it then tells.
+
+    Attributes:
+      of_batch: use the statistics of the batch, and sow them into the collection "statistics".
+    """
+
+    of_batch: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, h, w, c] -> the same."""
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        inits = {"scale": ones, "bias": zeros, "mean": zeros, "var": ones}
+        leaf = {name: self.param(name, init, x.shape[-1:]) for name, init in inits.items()}
+        mean, var = (jax.lax.stop_gradient(leaf[name]) for name in ("mean", "var"))
+        if self.of_batch:
+            wide = x.astype(at_least_float32(x))
+            mean, var, count = wide.mean((0, 1, 2)), wide.var((0, 1, 2)), x[..., 0].size
+            self.sow("statistics", "mean", mean)
+            # PyTorch normalises by the biased variance and remembers the unbiased; Flax takes the biased for both.
+            self.sow("statistics", "var", var * (count / max(count - 1, 1)))
+        factor = leaf["scale"] * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
+        return x * factor.astype(self.dtype) + (leaf["bias"] - mean * factor).astype(self.dtype)
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias and its batch norm `bn`; or, folded, a convolution with a bias.
+
+    Attributes:
+      features: output channels; of a depthwise one those of its input, too.
+      size: side of the kernel, padded by half of it: 1 (kernel [i, o]) or 3 (kernel [3, 3, i, o], depthwise i = 1).
+      batch_norm: False after `fold_batch_norm`.
+      of_batch: as `BatchNorm` takes it.
+    """
+
+    features: int
+    size: int = 1
+    stride: int = 1
+    depthwise: bool = False
+    batch_norm: bool = True
+    of_batch: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, h, w, i] -> [b, h / stride, w / stride, features], rounded up."""
+        inputs = 1 if self.depthwise else x.shape[-1]
+        shape = (self.size, self.size, inputs, self.features) if self.size > 1 else (inputs, self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        convolution = depthwise if self.depthwise else convolve
+        # 1 x 1 as a product: on a CPU, XLA's convolution takes three times as long.
+        x = x.astype(self.dtype)
+        x = x @ kernel if self.size == 1 else convolution(x, kernel, self.stride)
+        if self.batch_norm:
+            return BatchNorm(self.of_batch, self.dtype, name="bn")(x)
+        return x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
+    """Padded by half of the kernel, as PyTorch's with `padding=size // 2`: x [b, h, w, i], kernel [k, k, i, o]."""
+    padding = [(side // 2, side // 2) for side in kernel.shape[:2]]
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, (1, 1), (1, 1), layout, groups)
+
+
+def depthwise(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    """Each channel by its own kernel: x [b, h, w, c], kernel [k, k, 1, c].
+
+    On a CPU as a sum of shifted images, which XLA makes one loop of: a quarter of the CPU seconds of its convolution
+    (256 x 256 pixels, 256 channels, kernels of 3 x 3).
+    """
+    if jax.default_backend() != "cpu":
+        return convolve(x, kernel, stride, x.shape[-1])
+    (h, w), (rows, columns) = x.shape[1:3], kernel.shape[:2]
+    padded = jnp.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
+    shifted = lambda i, j: padded[:, i : i + h : stride, j : j + w : stride]
+    return sum(shifted(i, j) * kernel[i, j, 0] for i in range(rows) for j in range(columns))
+
+
+def neck(x: jax.Array, out_chans: int, dtype: Any) -> jax.Array:
+    """SAM's: [b, h, w, C] -> [b, h, w, out_chans], at least float32. To be called inside a compact module."""
+    for i, size in ((0, 1), (2, 3)):
+        conv = nn.Conv(out_chans, (size, size), padding="SAME", use_bias=False, dtype=dtype, name=f"neck_{i}")
+        x = nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=f"neck_{i + 1}")(conv(x))
+    return x.astype(at_least_float32(x))
+
+
+def fold_batch_norm(params: Params) -> Params:
+    """Multiplies every batch norm into the convolution before it, for inference; other arrays stay themselves.
+
+    Args:
+      params: a tree; where a "bn" lies beside a "kernel", both become one kernel and a bias.
+
+    Returns:
+      a tree for the same architecture with `batch_norm=False`.
+    """
+    if "bn" not in params:
+        return {name: fold_batch_norm(part) if isinstance(part, Mapping) else part for name, part in params.items()}
+    norm = params["bn"]
+    factor = norm["scale"] * (norm["var"] + BATCH_NORM_EPSILON) ** -0.5
+    return {"kernel": params["kernel"] * factor, "bias": norm["bias"] - norm["mean"] * factor}
+
+
+def unfold_batch_norm(params: Params, paths: Iterable[str]) -> Params:
+    """Gives a folded tree batch norms that change nothing, to rounding: for layouts that want them.
+
+    Args:
+      paths: of the convolutions that `fold_batch_norm` has changed.
+    """
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    for path in paths:
+        bias = flat.pop(f"{path}/bias")
+        norm = {"scale": bias * 0 + 1, "bias": bias, "mean": bias * 0, "var": bias * 0 + (1 - BATCH_NORM_EPSILON)}
+        flat |= {f"{path}/bn/{name}": array for name, array in norm.items()}
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def with_statistics(params: Params, statistics: Params, momentum: float = 0.1) -> Params:
+    """Moves the running statistics of batch norms towards a batch's.
+
+    Args:
+      params: of an encoder.
+      statistics: what it sowed with `of_batch`, {..., "bn": {"mean": (array,), "var": (array,)}}.
+      momentum: weight of the batch, in PyTorch's sense; 1 forgets what was before.
+    """
+    moved = dict(params)
+    for name, part in statistics.items():
+        if isinstance(part, Mapping):
+            moved[name] = with_statistics(params[name], part, momentum)
+        else:
+            moved[name] = (1 - momentum) * params[name] + momentum * part[-1]
+    return moved
+
+
+def keep_logit_scale(params: Params, before: Params) -> Params:
+    """Undoes the change of the softmax temperature that narrower heads bring.
+
+    Attention divides q k by the root of the heads' width, so q is multiplied by the root of (after / before). A bias is
+    added after that division and stays as it is.
+
+    Args:
+      params: of an encoder whose channels of q and k have been cut.
+      before: the same before the cut, arrays or shapes.
+    """
+    scaled = {}
+    for name, part in params.items():
+        scaled[name] = keep_logit_scale(part, before[name]) if isinstance(part, Mapping) else part
+    if {"q", "k", "v"} <= set(params):
+        factor = (params["q"]["kernel"].shape[-1] / before["q"]["kernel"].shape[-1]) ** 0.5
+        scaled["q"] = {name: array * factor for name, array in params["q"].items()}
+    return scaled

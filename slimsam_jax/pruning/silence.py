@@ -1,0 +1,137 @@
+"""What counts or breaks on the zeros that a mask leaves behind, besides the reductions.
+
+A mask zeroes parameters. A channel that it removes is *silent* in a value if the value is zero
+there; a sum over silent channels is the sum over those that are left, so masked and cut agree.
+The contraction of an activation with a kernel is always of that kind, as the kernel is silent.
+That of two activations is if one of them is: q·k, but not elu(q) + 1 with elu(k) + 1. And a kernel
+divided by its own norm is 0 / 0 where it is masked.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from slimsam_jax.pruning.program import Program, Step, Values
+from slimsam_jax.pruning.structure import Structure, names
+
+Row = tuple[Structure, ...]
+Silent = frozenset[str]  # names of groups
+NOTHING: Silent = frozenset()
+
+# f(0) = 0, or the first operand's numbers moved and summed.
+KEEPING = """abs asin asinh atan atanh cbrt ceil conj convert_element_type copy copy_p cumsum cumprod cummax cummin erf
+erf_inv expm1 floor imag integer_pow log1p neg real reduce_precision round sharding_constraint sign sin sinh sqrt square
+stop_gradient tan tanh transpose squeeze expand_dims reshape broadcast_in_dim tile split slice rev gather dynamic_slice
+reduce_sum reduce_max reduce_min reduce_prod reduce_or reduce_and reduce_window_sum reduce_window_max reduce_window_min
+rem sort"""
+POLES = ("div", "rsqrt", "log")  # not finite where the last operand is zero
+ONE_IS_ENOUGH = ("mul", "and")
+ALL_ARE_NEEDED = ("add", "add_any", "sub", "or", "xor", "max", "min", "select_n", "clamp", "pad")
+JOINING = ("concatenate", "stack", "dynamic_update_slice", "scatter", "scatter-add", "scatter_add")
+KEEPS = frozenset(KEEPING.split())
+# What a constant may be without disturbing the zeros of the other operands.
+HARMLESS = {"max": lambda c: c <= 0, "min": lambda c: c >= 0, "clamp": lambda c: c == 0}
+
+
+class Silence:
+    """Walks a program as a mask would be seen by it.
+
+    Attributes:
+      counted: {group: names of the primitives that count its masked channels}.
+    """
+
+    def __init__(self, values: Values, operands: Mapping[Step, list[Row]], results: Mapping[Step, list[Row]]):
+        self.counted: dict[str, set[str]] = defaultdict(set)
+        self._values, self._operands, self._results = values, operands, results
+        self._silent: dict[int, Silent] = {}
+
+    def walk(self, program: Program, inputs: Sequence[Silent]) -> list[Silent]:
+        """Takes a program whose inputs are silent so; returns how silent its outputs are."""
+        self._silent |= dict(zip(program.inputs, inputs, strict=True))
+        for step in program.steps:
+            operands = [self._of(value, row) for value, row in zip(step.inputs, self._operands[step], strict=True)]
+            results = self._loops(step, operands) if step.inner else self._rule(step, operands)
+            for value, row, silent in zip(step.outputs, self._results[step], results, strict=True):
+                self._silent[value] = silent & _names(row)
+        return [self._silent.get(value, NOTHING) for value in program.outputs]
+
+    def _of(self, value: int, row: Row) -> Silent:
+        if value in self._values.constants:
+            return _names(row) if self._number(value) == 0 else NOTHING
+        return self._silent[value]
+
+    def _number(self, value: int) -> float | None:
+        """The number that a constant is all over, if that is plain to see."""
+        source = self._values.constants.get(value)
+        while isinstance(source, Step):
+            if source.name not in ("broadcast_in_dim", "convert_element_type", "reshape"):
+                return None
+            source = self._values.constants[source.inputs[0]]
+        kinds = (jnp.floating, jnp.integer)
+        plain = source is not None and source.size == 1 and any(jnp.issubdtype(source.dtype, kind) for kind in kinds)
+        return float(np.asarray(source).item()) if plain else None
+
+    def _rule(self, step: Step, operands: list[Silent]) -> list[Silent]:
+        if step.name in ("dot_general", "conv_general_dilated"):
+            result = self._contraction(step, *operands[:2])
+        elif step.name in ONE_IS_ENOUGH:
+            result = NOTHING.union(*operands)
+        elif step.name in POLES:
+            for name in operands[-1]:
+                self.counted[name].add(step.name)
+            result = operands[0] if step.name == "div" else NOTHING
+        elif step.name in ALL_ARE_NEEDED or step.name in JOINING:
+            result = self._agreed(step, operands)
+        else:
+            result = operands[0] if step.name in KEEPS else NOTHING
+        return [result] * len(step.outputs)
+
+    def _contraction(self, step: Step, left: Silent, right: Silent) -> Silent:
+        rows, params = self._operands[step], step.eqn.params
+        if step.name == "dot_general":
+            contracted = [rows[0][i] for i in params["dimension_numbers"][0][0]]
+        else:
+            contracted = [rows[0][params["dimension_numbers"].lhs_spec[1]]]
+        for name in _names(tuple(contracted)) - left - right:
+            self.counted[name].add(step.name)
+        return left | right
+
+    def _agreed(self, step: Step, operands: list[Silent]) -> Silent:
+        """Zero where all operands are. Joined arrays that lack a group say nothing about it."""
+        rows, harmless = self._operands[step], HARMLESS.get(step.name, lambda c: c == 0)
+        result = NOTHING.union(*map(_names, rows))
+        first = 1 if step.name == "select_n" else 0  # which of the operands is taken does not matter
+        for value, row, silent in list(zip(step.inputs, rows, operands, strict=True))[first:]:
+            number = self._number(value)
+            if step.name in JOINING:
+                result -= _names(row) - silent
+            elif number is None or not harmless(number):
+                result &= silent
+        return result
+
+    def _loops(self, step: Step, operands: list[Silent]) -> list[Silent]:
+        """Branches must agree; what is carried is silent if it is at first and stays so."""
+        carried, params = {}, step.eqn.params
+        if step.name == "scan":
+            first = params["num_consts"]
+            carried = {first + i: i for i in range(params["num_carry"])}
+        elif step.name == "while":
+            first = params["cond_nconsts"] + params["body_nconsts"]
+            carried = {first + i: i for i in range(len(operands) - first)}
+        while True:
+            runs = [self.walk(program, [operands[k] for k in fed]) for program, fed in step.inner]
+            results = (
+                runs[-1] if carried else [NOTHING.union(*all_).intersection(*all_) for all_ in zip(*runs, strict=True)]
+            )
+            after = [silent & results[carried[k]] if k in carried else silent for k, silent in enumerate(operands)]
+            if after == operands:
+                return results
+            operands = after
+
+
+def _names(row: Row) -> Silent:
+    return frozenset(name for axis in row for name in names(axis))

@@ -1,0 +1,90 @@
+"""What tests of encoder families share: random weights, a mirrored model, an encoder with all that it computes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from slimsam_jax.models.encoders import efficient_sam_vit, tiny_vit
+from slimsam_jax.models.encoders.architecture import Block
+
+Tree = dict[str, Any]
+# Every kind of layer, widths that fit nothing, windows that are padded, one of them wider than its grid is high.
+SLIM_TINY_VIT = tiny_vit.Config(
+    image_size=(32, 48),
+    stem_dim=5,
+    conv_dim=8,
+    conv_blocks=(12, 7),
+    stages=(
+        tiny_vit.Stage(10, 5, (Block(2, 4, 3, 17), Block(3, 5, 6, 9)), 11, 2),
+        tiny_vit.Stage(12, 6, (Block(2, 3, 4, 13),), 14, 1),
+    ),
+    out_chans=16,
+)
+SLIM_VIT = efficient_sam_vit.Config(
+    image_size=(48, 32), embed_dim=10, blocks=(Block(2, 4, 3, 17), Block(3, 5, 6, 9)), pretrain_grid=4, out_chans=16
+)
+
+
+def random_params(shapes: Tree, seed: int = 0) -> Tree:
+    """Without zeros, so that every array matters; variances positive, activations near 1."""
+    random = np.random.default_rng(seed)
+
+    def array(path, leaf):
+        fan = np.prod(leaf.shape[:-1]) if path[-1].key == "kernel" else 16
+        values = random.standard_normal(leaf.shape) / np.sqrt(max(1, fan))
+        values = np.exp(values) if path[-1].key == "var" else values
+        return ((path[-1].key == "scale") + values).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(array, shapes)
+
+
+def mirrored(params: Tree) -> Tree:
+    """The encoder that gives the mirror image of what `params` gives, of a mirrored image: rows become columns."""
+
+    def mirror(path, leaf):
+        name = path[-1].key
+        if name == "kernel" and leaf.ndim == 4 and leaf.shape[0] == leaf.shape[1]:
+            return np.swapaxes(leaf, 0, 1)
+        if name == "attention_biases":
+            return np.swapaxes(leaf, 1, 2)
+        if name == "pos_embed":
+            side = round((len(leaf) - 1) ** 0.5)
+            grid = leaf[1:].reshape(side, side, -1)
+            return np.concatenate([leaf[:1], np.swapaxes(grid, 0, 1).reshape(side * side, -1)])
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(mirror, params)
+
+
+@functools.partial(jax.jit, static_argnames="encoder")
+def run(encoder, params: Tree, images):
+    """(embedding, features)."""
+    return encoder.apply({"params": params}, images)
+
+
+@functools.partial(jax.jit, static_argnames="encoder")
+def run_all(encoder, params: Tree, images):
+    """Embedding, features, and what every module gives, by path: {"layers_0/blocks_1": ...}."""
+    (embedding, features), kept = encoder.apply(
+        {"params": params}, images, capture_intermediates=True, mutable=["intermediates"]
+    )
+    flat = {}
+
+    def collect(tree, path):
+        for name, part in tree.items():
+            if name == "__call__":
+                flat["/".join(path)] = part[0][0] if isinstance(part[0], tuple) else part[0]
+            else:
+                collect(part, (*path, name))
+
+    collect(kept["intermediates"], ())
+    return embedding, features, flat
+
+
+def images_of(config, count: int = 1, seed: int = 0) -> np.ndarray:
+    """Normalised random images [count, H, W, 3]."""
+    return np.random.default_rng(seed).standard_normal((count, *config.image_size, 3)).astype(np.float32)

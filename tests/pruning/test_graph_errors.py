@@ -1,0 +1,154 @@
+"""Bad input is answered with one line that names the path."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slimsam_jax import pruning
+from slimsam_jax.errors import InputError
+from slimsam_jax.pruning import Grouping, find_groups
+
+PARAMS = {"a": np.ones((3, 8), np.float32), "b": np.ones((8, 5), np.float32)}
+X = np.ones((2, 3), np.float32)
+
+
+def function(params, x):
+    return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+
+@pytest.fixture(scope="module")
+def grouping():
+    return find_groups(function, PARAMS, X)
+
+
+def heads(params, x):
+    q, k = ((x @ params[name]).reshape(2, 2, 4) for name in "qk")
+    return jnp.einsum("nhd,mhd->nm", q, k)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: find_groups(lambda p, x: x @ p["a"] if p["a"].sum() > 0 else x, PARAMS, X),
+            "cannot be traced: Tracer",
+        ),
+        (lambda: find_groups(lambda p, x: x @ p["missing"], PARAMS, X), "cannot be traced: KeyError: 'missing'"),
+        (lambda: find_groups(lambda p: p, {"layer": {"a": "text"}}), "parameter 'layer/a' is a str, not an array"),
+        (lambda: find_groups(lambda p: 1, {}), "there are no parameters"),
+        (lambda: find_groups(lambda p, x: x @ p["a"], PARAMS, X), "nothing can be cut .a:0: an axis of an input; a:1"),
+        (
+            lambda: find_groups(lambda p, x: jnp.fft.fft(x @ p["a"]).real @ p["b"], PARAMS, X),
+            "a:1: primitive fft has no",
+        ),
+        (lambda: find_groups(function, PARAMS, X, keep=["c/*"]), "keep='c/.' matches no parameter; the nearest are"),
+    ],
+)
+def test_what_cannot_be_grouped(call, message):
+    with pytest.raises(InputError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"a:2": [0]}, "there is no group 'a:2'; the nearest are a:1"),
+        ({"a:1": []}, "group 'a:1' would keep none of its 8 channels"),
+        ({"a:1": [2, 1]}, "ascending and between 0 and 7"),
+        ({"a:1": [1, 1]}, "ascending and between 0 and 7"),
+        ({"a:1": [1, 8]}, "ascending and between 0 and 7"),
+        ({"a:1": [-1, 3]}, "ascending and between 0 and 7"),
+        ({"a:1": [[0, 1]]}, r"must be indices of channels, \[width\]; it is int64\(1, 2\)"),
+        ({"a:1": [True, False]}, "must be indices of channels"),
+    ],
+)
+@pytest.mark.parametrize("what", [pruning.mask, pruning.shrink])
+def test_what_cannot_be_kept(grouping, what, keep, message):
+    with pytest.raises(InputError, match=message):
+        what(PARAMS, grouping, keep)
+
+
+def test_another_tree(grouping):
+    keep = {"a:1": [0, 1]}
+    with pytest.raises(InputError, match=r"there is no array 'b', which was traced; the nearest are a"):
+        pruning.shrink({"a": PARAMS["a"]}, grouping, keep)
+    with pytest.raises(InputError, match=r"array 'b' has shape \(7, 5\), not \(8, 5\)"):
+        pruning.mask({**PARAMS, "b": PARAMS["b"][:7]}, grouping, keep)
+    with pytest.raises(InputError, match="array 'c' was not there when the function was traced"):
+        pruning.mask({**PARAMS, "c": X}, grouping, keep)
+
+
+def test_what_cannot_be_selected(grouping):
+    with pytest.raises(InputError, match="'taylor' needs gradients"):
+        pruning.score(PARAMS, grouping)
+    with pytest.raises(InputError, match="group 'a:1' has no copies"):
+        pruning.score(PARAMS, grouping, criterion="magnitude", own=["a:1"])
+    scores = pruning.score(PARAMS, grouping, criterion="magnitude")
+    for ratio in (1, 1.5, -0.1):
+        with pytest.raises(InputError, match="would leave no channel of a group"):
+            pruning.select(scores, ratio)
+    with pytest.raises(InputError, match="there are no groups"):
+        pruning.select({}, 0.5)
+    with pytest.raises(InputError, match="local, global or cost"):
+        pruning.select(scores, 0.5, "block")
+    with pytest.raises(InputError, match="costs lack the group 'a:1'"):
+        pruning.select(scores, 0.5, "cost", costs={})
+    with pytest.raises(InputError, match=r"ratio 0\.99: .* is less than"):
+        pruning.select(scores, 0.99, "cost", costs={"a:1": np.arange(9.0)})
+
+
+def test_what_cannot_be_run(grouping):
+    slim = pruning.shrink(PARAMS, grouping, {"a:1": [0, 1, 5]})
+    with pytest.raises(InputError, match=r"an input has shape \(4, 3\), but \(2, 3\) was traced"):
+        grouping.run(slim, np.ones((4, 3), np.float32))
+    with pytest.raises(InputError, match="the arguments are"):
+        grouping.run(slim)
+    with pytest.raises(InputError, match=r"array 'b' has shape \(8, 5\), not \(3, 5\)"):
+        grouping.run({**slim, "b": PARAMS["b"]}, X)
+    with pytest.raises(InputError, match="is wider than group 'a:1', which has 8"):
+        grouping.run({"a": np.ones((3, 9), np.float32), "b": np.ones((9, 5), np.float32)}, X)
+
+
+def test_shapes_that_leave_a_width_open():
+    """2 heads of 2 channels and 1 of 4 have the same shapes; arrays that nobody cut here do not say which they are."""
+    params = {"q": np.ones((3, 8), np.float32), "k": np.ones((3, 8), np.float32)}
+    grouping = find_groups(heads, params, X)
+    keep = {"q:1.1": [0, 2]}
+    slim = pruning.shrink(params, grouping, keep)
+    strange = {name: array + 1 for name, array in slim.items()}
+    other = pruning.shrink(params, grouping, {"q:1.0": [1]})
+    assert grouping.run(slim, X).shape == grouping.run(other, X).shape == (2, 2)
+    with pytest.raises(InputError, match=r"do not tell how many channels of group 'q:1.0' stay \(q\): pass keep="):
+        grouping.run(strange, X)
+    np.testing.assert_allclose(grouping.run(strange, X, keep=keep), 2 * 2 * 36)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.update(format=9),
+        lambda data: data.update(axes={"a": [{"quotient": [1, 2]}]}),
+        lambda data: data.update(axes={"a": [3, "gone"]}),
+        lambda data: data["groups"][0].update(size=-1),
+        lambda data: data["groups"][0].update(copies="gone"),
+        lambda data: data.pop("frozen"),
+        lambda data: data.update(groups=[1]),
+    ],
+)
+def test_json_that_is_no_grouping(grouping, change):
+    data = json.loads(grouping.to_json())
+    change(data)
+    with pytest.raises(InputError):
+        Grouping.from_json(json.dumps(data))
+
+
+def test_text_that_is_no_json():
+    for text in ("", "[]", "{", "[" * 5000):
+        with pytest.raises(InputError, match="not the JSON of a grouping"):
+            Grouping.from_json(text)
