@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import subprocess
@@ -16,11 +18,23 @@ SECONDS, MEGABYTES = 1.0, 500
 
 
 def outcomes(cases: list[list[str]], **variables: str) -> list[dict[str, Any]]:
-    """Of the worker, in their order."""
-    command, text = [sys.executable, "-m", "helpers.hostile.worker"], json.dumps(cases)
-    done = subprocess.run(command, input=text, capture_output=True, text=True, env=os.environ | variables)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """Of the worker, in their order; with variables of its environment one is started for them alone."""
+    worker = started(**variables)
+    worker.stdin.write(f"{json.dumps(cases)}\n")
+    worker.stdin.flush()
+    answer = worker.stdout.readline()
+    assert answer, f"the worker ended with {worker.wait()}"
+    return json.loads(answer)
+
+
+@functools.cache
+def started(**variables: str) -> subprocess.Popen:
+    """A worker that has imported everything, for all tests of this process."""
+    command = [sys.executable, "-m", "helpers.hostile.worker"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    worker = subprocess.Popen(command, env=os.environ | variables, **pipes)
+    atexit.register(worker.communicate)  # which ends it
+    return worker
 
 
 def assert_harmless(found: dict[str, Any], name: str) -> None:

@@ -1,6 +1,6 @@
 """Runs readers on hostile files, each in a process of its own that forks from one in which all is imported.
 
-Takes a JSON list of [what, argument, ...] from standard input, and writes one of outcomes.
+Takes lines of standard input, each a JSON list of [what, argument, ...], and answers each by a list of outcomes.
 """
 
 from __future__ import annotations
@@ -92,5 +92,5 @@ def _be_child(out: int, error: int, what: str, arguments: tuple[str, ...]) -> No
 
 if __name__ == "__main__":
     Image.init()
-    cases = json.load(sys.stdin)
-    json.dump([outcome(*case) for case in cases], sys.stdout)
+    for line in sys.stdin:
+        print(json.dumps([outcome(*case) for case in json.loads(line)]), flush=True)
