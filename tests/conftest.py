@@ -13,6 +13,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="slim
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Most of the suite is compilation, of programs that run a few times. (Level 0 breaks parity: experiments/LOG.md.)
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# Workers fill the cores by themselves: more threads of PyTorch and BLAS would wait for each other, and busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # What tests start imports this checkout and `helpers`, too.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [*map(str, Path(__file__).parents[1::-1]), os.environ.get("PYTHONPATH")])
@@ -37,10 +40,13 @@ def tiny_sam() -> Sam:
 
 
 def pytest_collection_modifyitems(items):
-    """What needs the finished run goes to one worker, so that it is made once."""
+    """What needs the finished run goes to one worker, so that it is made once; so do the fixtures of a file."""
     for item in items:
-        if "finished" in item.fixturenames:
+        fixtures = item._fixtureinfo.name2fixturedefs
+        if "finished" in fixtures:
             item.add_marker(pytest.mark.xdist_group("finished"))
+        elif any(found[-1].scope == "module" for found in fixtures.values()):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture()

@@ -75,30 +75,36 @@ def test_ap_equals_that_of_the_original_predictor(tmp_path):
     ours = detections.precisions(detections.read_truth(truth, found), list(measured.results.values()), ids)
     module = stock_sam(preset("small"))
     module.load_state_dict(torch.load(checkpoint_path, weights_only=True))
-    for several, suffix in ((False, ""), (True, "_best")):
-        expected = original_precision(module, truth, json.loads(boxes.read_text()), several)
+    of_original = original_precisions(module, truth, json.loads(boxes.read_text()))
+    for expected, suffix in zip(of_original, ("", "_best"), strict=True):
         assert expected > 0.1  # something is at stake
         assert ours[f"boxes/ap{suffix}"][0]["mean"] == pytest.approx(expected, abs=0.001)
 
 
-def original_precision(module: torch.nn.Module, path: Path, boxes: list[dict], several: bool) -> float:
-    """AP of the single mask, or of the most promising of three, box by box."""
-    results = []
+def original_precisions(module: torch.nn.Module, path: Path, boxes: list[dict]) -> list[float]:
+    """AP of the single mask, and of the most promising of three, box by box."""
+    results: tuple[list, list] = [], []
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(path))
         for image_id, image in truth.imgs.items():
             original = predictor(module, Image.open(path.parent / image["file_name"]))
             for box in (box for box in boxes if box["image_id"] == image_id):
                 x, y, width, height = box["bbox"]
-                masks, scores, _ = original.predict(
-                    box=np.array([x, y, x + width, y + height]), multimask_output=several
-                )
-                mask = pycoco.encode(np.asfortranarray(masks[scores.argmax()].astype(np.uint8)))
-                results.append({key: box[key] for key in ("image_id", "category_id", "score")} | {"segmentation": mask})
-        judge = COCOeval(truth, truth.loadRes(results), "segm")
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
+                for several, found in enumerate(results):
+                    masks, scores, _ = original.predict(
+                        box=np.array([x, y, x + width, y + height]), multimask_output=bool(several)
+                    )
+                    mask = pycoco.encode(np.asfortranarray(masks[scores.argmax()].astype(np.uint8)))
+                    same = {key: box[key] for key in ("image_id", "category_id", "score")}
+                    found.append(same | {"segmentation": mask})
+        return [judged(truth, found) for found in results]
+
+
+def judged(truth: COCO, found: list[dict]) -> float:
+    judge = COCOeval(truth, truth.loadRes(found), "segm")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
     return judge.stats[0]
 
 
