@@ -21,7 +21,7 @@ import tyro
 from experiments.bench_jax import pictures, random_model
 from slimsam_jax.errors import InputError
 from slimsam_jax.models import config as configs
-from slimsam_jax.models.encoders.vit_features import run_encoder
+from slimsam_jax.models.sam import run_encoder
 
 
 @dataclasses.dataclass(frozen=True)

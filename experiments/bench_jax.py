@@ -16,8 +16,7 @@ from slimsam_jax import sharding
 from slimsam_jax.compression.alignment import terms
 from slimsam_jax.compression.trainer import make_trainer
 from slimsam_jax.models.config import Config
-from slimsam_jax.models.encoders.vit_features import run_encoder
-from slimsam_jax.models.sam import Sam, init
+from slimsam_jax.models.sam import Sam, init, run_encoder
 from slimsam_jax.profiling.memory import peak_memory
 from slimsam_jax.pruning import gradients
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 from experiments.bench import Options, Step, distillation_of
-from slimsam_jax.compression.alignment import ALIGN
+from slimsam_jax.compression.alignment import ALIGN, SAM
 from slimsam_jax.models.config import GLOBAL, Config
 from tests.helpers.peers import stock_sam
 
@@ -117,7 +117,7 @@ def distillation(modules: list[torch.nn.Module], teacher: Config, image: torch.T
     """One image: student (modules[0]) towards the others, with the reference's weights at the start of a stage."""
     watched = [watch(module, teacher, what) for module in modules[:2]]
     step = distillation_of(what)
-    weights = ALIGN[step.align](0.0, step)
+    weights = ALIGN[step.align](0.0, step, SAM)
     optimizer = torch.optim.Adam(modules[0].parameters(), lr=1e-4)
     count = itertools.count(1)
 

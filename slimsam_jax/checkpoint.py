@@ -17,10 +17,12 @@ from safetensors.numpy import save_file
 from slimsam_jax import safetensors_file
 from slimsam_jax.errors import InputError, blaming, printable, writing
 from slimsam_jax.files import open_regular, read_json, replacing, write_json
+from slimsam_jax.models.composed import SamConfig
 from slimsam_jax.models.config import Config, Thresholds
-from slimsam_jax.models.sam import Params, Sam, abstract_params
+from slimsam_jax.models.encoders import FAMILIES, family_of, name_of
+from slimsam_jax.models.sam import Architecture, Params, Sam, abstract_params
 
-FORMAT = "slimsam_jax/1"
+FORMAT, FIRST = "slimsam_jax/2", "slimsam_jax/1"  # the first had no family: SAM's ViT
 MOST_LEVELS = 100  # of provenance; a teacher's teacher's are four deeper each
 
 
@@ -41,7 +43,8 @@ def save(sam: Sam, folder: Path | str) -> None:
 def describe(sam: Sam) -> dict[str, Any]:
     """What `config.json` holds; thresholds only of a model that has some."""
     thresholds = {"thresholds": sam.thresholds.to_json()} if sam.thresholds else {}
-    return {"format": FORMAT, "architecture": sam.config.to_json(), **thresholds, "provenance": sam.provenance}
+    described = {"format": FORMAT, "family": name_of(sam.config.encoder), "architecture": sam.config.to_json()}
+    return {**described, **thresholds, "provenance": sam.provenance}
 
 
 def load(folder: Path | str) -> Sam:
@@ -56,10 +59,7 @@ def load(folder: Path | str) -> Sam:
             raise InputError(f"{folder} is not a model folder: it has no {name}")
     description = read_json(folder / "config.json")
     with blaming(folder):
-        if description.get("format") != FORMAT:
-            theirs = printable(repr(description.get("format")), 40)
-            raise InputError(f"{folder} has format {theirs}, and {FORMAT!r} is what we read")
-        config = Config.from_json(description["architecture"])
+        config = _architecture(description, str(folder))
         provenance = _provenance(description.get("provenance", {}))
         flat = safetensors_file.read(folder / "model.safetensors")
         check_depth(config, set(flat), str(folder))
@@ -70,6 +70,19 @@ def load(folder: Path | str) -> Sam:
     check_shapes({k: (v.shape, shapes[k].shape) for k, v in flat.items()}, str(folder))
     params = to_device(flat, str(folder))
     return Sam(config, params, provenance, thresholds)
+
+
+def _architecture(description: dict[str, Any], where: str) -> Architecture:
+    """By its family; in the first format SAM's ViT was the only one."""
+    if description.get("format") not in (FORMAT, FIRST):
+        theirs = printable(repr(description.get("format")), 40)
+        raise InputError(f"{where} has format {theirs}, and {FORMAT!r} is what we read")
+    name = description["family"] if description["format"] == FORMAT else "vit"
+    if name not in FAMILIES:
+        raise InputError(f"{where} is of the family {printable(repr(name), 40)}, and there are {', '.join(FAMILIES)}")
+    if name == "vit":
+        return Config.from_json(description["architecture"])
+    return SamConfig.from_json(FAMILIES[name], description["architecture"])
 
 
 def _provenance(found: Any) -> dict[str, Any]:
@@ -101,14 +114,15 @@ def to_device(flat: dict[str, np.ndarray], where: str) -> Params:
     return jax.device_put(flax.traverse_util.unflatten_dict(tree, sep="/"))  # at once: no program for each shape
 
 
-def check_depth(config: Config, found: set[str], where: str) -> None:
+def check_depth(config: Architecture, found: set[str], where: str) -> None:
     """Raises InputError unless the last block, decoder layer and mask of `config` are there; costs next to nothing."""
+    own = getattr(family_of(config.encoder), "last_arrays", lambda encoder: [])
+    expected = {f"image_encoder/{path}" for path in own(config.encoder)}
     lasts = {
-        "image_encoder/blocks_{}/norm1/scale": len(config.blocks),
         "mask_decoder/transformer/layers_{}/norm1/scale": config.decoder_depth,
         "mask_decoder/output_hypernetworks_mlps_{}/layers_0/kernel": 1 + config.multimask_outputs,
     }
-    expected = {name.format(count - 1) for name, count in lasts.items() if count}
+    expected |= {name.format(count - 1) for name, count in lasts.items() if count}
     check_names(found & expected, expected, where)
 
 

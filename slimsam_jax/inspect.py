@@ -55,13 +55,16 @@ def main(
     from slimsam_jax.compression.recipes import RECIPES
     from slimsam_jax.compression.settings import change
     from slimsam_jax.data import find
+    from slimsam_jax.models.encoders import name_of
 
     choices = change(RECIPES[recipe], set)
     found = find(images) if images else []
     sam = load(model)
-    analysis.print_blocks(sam.config)
+    analysis.print_parts(sam)
     if not images:
         return
+    if name_of(sam.config.encoder) != "vit":
+        raise InputError(f"{model}: what cutting costs is drawn for SAM's ViT alone; leave out --images")
     bench = analysis.Bench(sam, choices, found, importance_images, seed)
     for r in tried:
         widths.check(sam.config, Target(r), bench.prunes, uniform=False)

@@ -31,6 +31,18 @@ from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import reference_macs
 
 
+def print_parts(sam: Sam) -> None:
+    """Of a ViT its blocks; of another family the parts of its tree, with their parameters."""
+    if isinstance(sam.config, Config):
+        return print_blocks(sam.config)
+    table = Table("part", "params [M]")
+    for name, part in sam.params["image_encoder"].items():
+        table.add_row(name, f"{reference_macs.parameters({name: part}) / 1e6:.3f}")
+    Console().print(table)
+    macs, size = reference_macs.encoder_macs(sam.config), reference_macs.sam_parameters(sam.config)
+    print(f"encoder {macs.total / 1e9:.3f} G MACs (attention {macs.attention / 1e9:.3f}), whole SAM {size / 1e6:.3f} M")
+
+
 def print_blocks(config: Config) -> None:
     """Widths, parameters and multiply-accumulates of every block and of the whole encoder."""
     table = Table("block", "window", "heads", "MLP", "params [M]", "MACs [G]", "attention MACs [G]")

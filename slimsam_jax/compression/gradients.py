@@ -13,8 +13,7 @@ from slimsam_jax.compression.calibration import Calibration
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.distillation import mask_losses
 from slimsam_jax.errors import RunError
-from slimsam_jax.models.encoders.vit_features import run_encoder
-from slimsam_jax.models.sam import Sam, decode
+from slimsam_jax.models.sam import Sam, decode, run_encoder
 from slimsam_jax.pruning.gradients import disturbed_gradients, loss_gradients
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from slimsam_jax import __version__, checkpoint, data, sharding
-from slimsam_jax.compression import widths
+from slimsam_jax.compression import found_groups, widths
 from slimsam_jax.compression.budget import Budget, Target
 from slimsam_jax.compression.plan import Planned, check, describe, optimizer_steps, planned
 from slimsam_jax.compression.recipes import RECIPES
@@ -25,6 +25,7 @@ from slimsam_jax.data import Sample
 from slimsam_jax.data.prompted import annotated
 from slimsam_jax.data.reading import map_readable, read_annotated
 from slimsam_jax.errors import InputError
+from slimsam_jax.models.encoders import name_of
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import say
 from slimsam_jax.training.run_folder import RunFolder
@@ -54,7 +55,8 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run
     if any(step.needs_labels for step in prunes):
         annotated(images)
     if not options.resume:  # a latency may be measured otherwise the second time
-        widths.check(teacher.config, target, prunes, options.uniform)
+        checked = widths.check if name_of(teacher.config.encoder) == "vit" else found_groups.check
+        checked(teacher.config, target, prunes, options.uniform)
     counts = optimizer_steps(recipe, len(images), batch, options.steps)
     dtype, plan = compute_dtype(options), planned(recipe, counts)
     if sharding.is_main():

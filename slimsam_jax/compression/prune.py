@@ -14,11 +14,13 @@ from slimsam_jax import sharding
 from slimsam_jax.compression import widths
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.calibration import Batch, Calibration
+from slimsam_jax.compression.found_groups import prune_found
 from slimsam_jax.compression.gradients import check_finite, gradients
 from slimsam_jax.compression.projection import attention, embedding, mlp, statistics
 from slimsam_jax.compression.selection import choose
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.models.config import Config
+from slimsam_jax.models.encoders import name_of
 from slimsam_jax.models.encoders import vit_groups as channels
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import reference_macs
@@ -51,6 +53,8 @@ def prune(
       InputError: the budget cannot be met.
       RunError: the model's statistics are not finite.
     """
+    if name_of(sam.config.encoder) != "vit":
+        return prune_found(sam, step, target, calibration, seed)
     if step.criterion == "projection":
         slim = project(sam, step, target, calibration, seed, uniform)
     else:

@@ -16,6 +16,7 @@ from slimsam_jax.compression import showcase
 from slimsam_jax.data import Sample
 from slimsam_jax.evaluation import compare_models
 from slimsam_jax.files import replacing
+from slimsam_jax.models.encoders import name_of
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import reference_macs
 from slimsam_jax.profiling.latency import encoder_runner, interleaved
@@ -121,8 +122,12 @@ def draw(
     edges = {"left": 0.045, "right": 0.99, "bottom": 0.55 / height, "top": (PLOTS - 0.5) / height}
     left, middle, right = (figure.add_subplot(cell) for cell in figure.add_gridspec(1, 3, **edges, wspace=0.16))
     _plot_losses(left, log)
-    _plot_widths(middle, teacher, slim, "head_dim", "channels per head")
-    _plot_widths(right, teacher, slim, "mlp_dim", "MLP channels")
+    if name_of(teacher.config.encoder) == "vit":
+        _plot_widths(middle, teacher, slim, "head_dim", "channels per head")
+        _plot_widths(right, teacher, slim, "mlp_dim", "MLP channels")
+    else:
+        _plot_parameters(middle, teacher, slim)
+        right.axis("off")
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -163,3 +168,15 @@ def _plot_widths(axes: Any, teacher: Sam, slim: Sam, field: str, title: str) -> 
     axes.set_xticks(blocks[:: -(-len(blocks) // 12)])
     axes.margins(y=0.25)  # room for the legend
     axes.legend(ncols=2, frameon=False, loc="upper center")
+
+
+def _plot_parameters(axes: Any, teacher: Sam, slim: Sam) -> None:
+    """Of the parts of an image encoder of any family."""
+    parts = list(teacher.params["image_encoder"])
+    for offset, (name, sam) in enumerate((("teacher", teacher), ("slim", slim))):
+        encoder = sam.params["image_encoder"]
+        sizes = [reference_macs.parameters({part: encoder[part]}) / 1e3 for part in parts]
+        axes.bar(np.arange(len(parts)) + 0.4 * (offset - 0.5), sizes, 0.4, label=name)
+    axes.set(title="parameters of the image encoder, thousands")
+    axes.set_xticks(np.arange(len(parts)), parts, rotation=90, fontsize=6)
+    axes.legend(frameon=False)

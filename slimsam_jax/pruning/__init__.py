@@ -10,5 +10,6 @@ grouping.run(slim, *inputs)                            # no model class is asked
 from slimsam_jax.pruning.cut import mask, score, select, shrink
 from slimsam_jax.pruning.find import find_groups
 from slimsam_jax.pruning.grouping import FoundGroup, Grouping, Place
+from slimsam_jax.pruning.groups import by_path
 
-__all__ = ["FoundGroup", "Grouping", "Place", "find_groups", "mask", "score", "select", "shrink"]
+__all__ = ["FoundGroup", "Grouping", "Place", "by_path", "find_groups", "mask", "score", "select", "shrink"]

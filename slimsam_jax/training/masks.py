@@ -22,8 +22,7 @@ from slimsam_jax.errors import RunError
 from slimsam_jax.evaluation import single_mask_iou
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.config import Config
-from slimsam_jax.models.encoders.vit_features import run_encoder
-from slimsam_jax.models.sam import Params, Sam
+from slimsam_jax.models.sam import Params, Sam, run_encoder
 from slimsam_jax.training.loop import Loop, Schedule, Trainer
 from slimsam_jax.training.prompt_loop import Outputs, interactive_loss
 from slimsam_jax.training.run_folder import RunFolder

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from slimsam_jax.compression.alignment import ALIGN, terms
+from slimsam_jax.compression.alignment import ALIGN, SAM, terms
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.steps import Distill
 from slimsam_jax.distillation.losses import distillation_loss, mse
@@ -54,11 +54,11 @@ def test_schedules_of_the_paper():
         found = [terms(two, step, steps).get("stream", 0) for step in range(steps)]
         epochs = np.arange(steps) * 20 // steps
         np.testing.assert_allclose(found, np.where(epochs < 11, (10 - epochs) / 11, 0), atol=1e-12)
-    weights = ALIGN[two.align](0.0, two)
+    weights = ALIGN[two.align](0.0, two, SAM)
     np.testing.assert_allclose(
         [weights["embedding"], weights["stream"], weights["previous"]], [1 / 11, 10 / 11, 10 / 11]
     )
-    assert ALIGN[two.align](0.56, two)["stream"] == 0
+    assert ALIGN[two.align](0.56, two, SAM)["stream"] == 0
 
 
 def linear_problem(steps=200, **options):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax.compression import reference
 from slimsam_jax.models.encoders import vit_groups as channels
-from slimsam_jax.models.encoders.vit_features import run_encoder
+from slimsam_jax.models.sam import run_encoder
 from slimsam_jax.pruning import allocation, gradients, importance
 from slimsam_jax.pruning.groups import Group, Member, check_groups
 from slimsam_jax.pruning.selection import keep_global, keep_local
@@ -302,7 +302,7 @@ import numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
 from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax import sharding
-from slimsam_jax.models.encoders.vit_features import run_encoder
+from slimsam_jax.models.sam import run_encoder
 from slimsam_jax.pruning import gradients
 
 config = tiny_config()
