@@ -35,7 +35,7 @@ def main(
       ratio: what is drawn as kept.
       ratios: shares of the channels to try.
       recipe: as in slimsam_jax.compress.
-      set: choices that differ from the recipe's, as NAME=VALUE.
+      set: choices that differ from the recipe's, as prune.NAME=VALUE.
       importance_images: how many images importance or statistics are estimated from.
       seed: of noise and order of images.
       out: the picture to write.
