@@ -38,7 +38,7 @@ from PIL import Image
 from transformers import SamModel, SamProcessor
 
 model, processor = SamModel.from_pretrained("{name}"), SamProcessor.from_pretrained("{name}")
-image = Image.open("picture.jpg").convert("RGB")
+image = Image.open("image.jpg").convert("RGB")
 inputs = processor(image, input_points=[[[image.width / 2, image.height / 2]]], return_tensors="pt")
 with torch.no_grad():
     outputs = model(**inputs)
@@ -56,7 +56,7 @@ masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"
 ## Licence
 
 The code, slimsam_jax, is Apache-2.0. The weights derive from those of `{teacher}`
-and stay under their licence (Meta's own Segment Anything checkpoints are Apache-2.0). The pictures that they learned
+and stay under their licence (Meta's own Segment Anything checkpoints are Apache-2.0). The images that they learned
 from have terms of their own.
 """
 
@@ -141,7 +141,7 @@ def _table(report: dict[str, Any], when: str) -> str:
 
 
 def origin(provenance: dict[str, Any]) -> str:
-    """Teacher, pictures, command and versions, as far as they are known."""
+    """Teacher, images, command and versions, as far as they are known."""
     digest = lambda source: f" (sha256 `{source['sha256']}`)" if "sha256" in source else ""
     if "options" not in provenance:
         return f"Converted from `{teacher(provenance)}`{digest(provenance)}."

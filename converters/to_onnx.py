@@ -122,7 +122,7 @@ def describe(config: Config, folder: Path) -> None:
 
 
 def export(
-    sam: Sam, folder: Path, layout: Layout, dtypes: tuple[Dtype, ...], picture: Any, return_single_mask: bool = False
+    sam: Sam, folder: Path, layout: Layout, dtypes: tuple[Dtype, ...], image: Any, return_single_mask: bool = False
 ) -> None:
     """Writes the folder and prints errors and sizes.
 
@@ -132,7 +132,7 @@ def export(
     from converters.onnx import check
     from slimsam_jax.files import new_folder
 
-    expected = check.reference(sam, picture)
+    expected = check.reference(sam, image)
     lines = []
     with new_folder(folder) as temporary:
         for dtype in ("float32", *(d for d in dtypes if d != "float32")):  # float32 proves the graph
@@ -173,7 +173,7 @@ def main(
 ) -> None:
     """Convert a model into ONNX files, and check them against JAX with onnxruntime.
 
-    Blocks need not be alike, nor pictures square. In the layout sam, encoder.onnx takes uint8 pictures
+    Blocks need not be alike, nor images square. In the layout sam, encoder.onnx takes uint8 images
     [b, 3, height, width] scaled to fit the model (as ResizeLongestSide does), and normalises and pads
     them itself; decoder.onnx has the signature of Meta's SamOnnxModel. The layout transformers_js is a
     folder for SamModel.from_pretrained of transformers.js, which scales images otherwise than everyone
@@ -186,7 +186,7 @@ def main(
       dtype: one or several. float16 keeps residual stream, LayerNorm, softmax and positions in float32;
         int8 quantizes the weights of linear layers, and their inputs as they come.
       return_single_mask: of the layout sam: the decoder chooses one of its masks, as Meta's option does.
-      image: the picture to check with; one of ours if not given.
+      image: the image to check with; one of ours if not given.
     """
     check_empty(folder)
     if layout != "sam" and return_single_mask:
@@ -199,12 +199,12 @@ def main(
     from converters.from_torch import load
     from slimsam_jax import data
 
-    picture = data.read_image(image or data.embedded_images() / "dog.jpg")
+    photo = data.read_image(image or data.embedded_images() / "dog.jpg")
     sam = load(source)
     if layout == "transformers_js" and len(set(sam.config.image_size)) > 1:
         height, width = sam.config.image_size
-        raise InputError(f"transformers.js pads pictures to squares, and {source} takes {height} x {width}; use sam")
-    export(sam, folder, layout, dtype, picture, return_single_mask)
+        raise InputError(f"transformers.js pads images to squares, and {source} takes {height} x {width}; use sam")
+    export(sam, folder, layout, dtype, photo, return_single_mask)
     print(f"wrote {folder}")
 
 

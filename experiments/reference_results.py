@@ -43,7 +43,7 @@ def record(name: str, folder: Path, minutes: float | None = None, beside: str = 
 
 def table() -> None:
     """Write experiments/tables/reference.md."""
-    lines = ["| training | steps x pictures x masks | minutes | point / box mIoU, after steps |", "|---|---|---|---|"]
+    lines = ["| training | steps x images x masks | minutes | point / box mIoU, after steps |", "|---|---|---|---|"]
     lines += [f"| {run['row']} | {_size(run)} | {_minutes(run)} | {_curve(run)} |" for run in results.read(FILE)]
     title, command = "Learning curves of reference teachers", "python -m experiments.reference_results table"
     results.write_table("reference", title, lines, command, "../reference_teacher.md")

@@ -1,4 +1,4 @@
-"""All masks of many pictures. `python -m slimsam_jax.everything --model M --images D --out masks.json`."""
+"""All masks of many images. `python -m slimsam_jax.everything --model M --images D --out masks.json`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Find all masks of pictures and write them in COCO's format.
+    """Find all masks of images and write them in COCO's format.
 
     A grid of points is asked; masks that the model itself thinks poor, or that change much with the threshold, are
     dropped, and so are duplicates. Of images that are files of their own it can be read again by `evaluate
@@ -57,10 +57,10 @@ class Options:
 
 
 def everything(options: Options) -> None:
-    """Searches every picture; those that cannot be read are named and left out.
+    """Searches every image; those that cannot be read are named and left out.
 
     Raises:
-      InputError: bad options or files, or not one picture could be read.
+      InputError: bad options or files, or not one image could be read.
     """
     check_files([path for path in (options.out, options.sheet) if path])
     limits.check_options(options, {name: r for name, r in limits.SEARCH.items() if hasattr(options, name)})
@@ -111,8 +111,8 @@ def why_nothing(generator: SamAutomaticMaskGenerator, samples: Sequence[Sample])
 
 def search(generator: SamAutomaticMaskGenerator, sample: Sample) -> dict[str, Any]:
     """{"size": (height, width), "masks": records}."""
-    picture = sample.image()
-    return {"size": (picture.height, picture.width), "masks": generator.generate(picture)}
+    image = sample.image()
+    return {"size": (image.height, image.width), "masks": generator.generate(image)}
 
 
 def as_coco(found: dict[Sample, dict[str, Any]]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def as_coco(found: dict[Sample, dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(found: dict[Sample, dict[str, Any]], out: Path) -> None:
-    """Pictures with what was found in them."""
+    """Images with what was found in them."""
     from slimsam_jax.data.check import draw_sheet
     from slimsam_jax.files import replacing
 

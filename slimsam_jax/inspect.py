@@ -38,7 +38,7 @@ def main(
       set: choices that differ from the recipe's, as prune.NAME=VALUE.
       importance_images: how many images importance or statistics are estimated from.
       seed: of noise and order of images.
-      out: the picture to write.
+      out: the figure to write, PNG.
     """
     tried = sorted({ratio, *ratios})
     if not all(0 < r < 1 for r in tried):

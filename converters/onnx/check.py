@@ -1,4 +1,4 @@
-"""Are the ONNX files the model? The same picture and prompts through JAX and through onnxruntime, compared."""
+"""Are the ONNX files the model? The same image and prompts through JAX and through onnxruntime, compared."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Prompt(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What JAX makes of a picture.
+    """What JAX makes of an image.
 
     Attributes:
-      frame: [H, W, 3] uint8, the picture in the model frame.
-      size, original_size: (height, width) of the picture there and by itself.
+      frame: [H, W, 3] uint8, the image in the model frame.
+      size, original_size: (height, width) of the image there and by itself.
       embedding: [h, w, C].
       prompts: a point, a box, and the point with a mask.
     """
@@ -66,9 +66,9 @@ class Errors(NamedTuple):
     agreement: float
 
 
-def reference(sam: Sam, picture: Image.Image) -> Reference:
-    """Asks JAX, in float32: the picture's middle as a point, its middle half as a box, the point with its own mask."""
-    frame, size = resize_and_pad(picture, sam.config.image_size)
+def reference(sam: Sam, image: Image.Image) -> Reference:
+    """Asks JAX, in float32: the image's middle as a point, its middle half as a box, the point with its own mask."""
+    frame, size = resize_and_pad(image, sam.config.image_size)
     embedding = jax_sam.encode(sam.config, sam.params, frame[None], size[None])[0]
     pixels = np.asarray(jax_sam.preprocess(sam.config, frame[None], size[None]))
     height, width = size
@@ -81,7 +81,7 @@ def reference(sam: Sam, picture: Image.Image) -> Reference:
 
     first = ask(*point)
     prompts = (first, ask(*box), ask(*point, mask=first.low[:, :1].transpose(0, 2, 3, 1)))
-    original_size = picture.height, picture.width
+    original_size = image.height, image.width
     return Reference(sam.config, frame, (height, width), original_size, np.asarray(embedding), pixels, prompts)
 
 
@@ -99,9 +99,9 @@ def session(model: Path | bytes) -> onnxruntime.InferenceSession:
 
 
 def compare_sam(expected: Reference, encoder: Path, decoder: Path, return_single_mask: bool = False) -> Errors:
-    """Measures models of the layout `sam`: masks at low resolution and at the picture's own."""
-    picture = expected.frame[: expected.size[0], : expected.size[1]]
-    (embedding,) = session(encoder).run(None, {"images": picture.transpose(2, 0, 1)[None]})
+    """Measures models of the layout `sam`: masks at low resolution and at the image's own."""
+    image = expected.frame[: expected.size[0], : expected.size[1]]
+    (embedding,) = session(encoder).run(None, {"images": image.transpose(2, 0, 1)[None]})
     run, found, wanted = session(decoder).run, [], []
     for prompt in expected.prompts:
         mask = np.zeros((1, *prompt.low.shape[2:], 1)) if prompt.mask is None else prompt.mask

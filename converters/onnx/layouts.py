@@ -30,7 +30,7 @@ def sam_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx
     g = Graph(params, dtype)
     mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (config.pixel_mean, config.pixel_std))
     pixels = g.op("Div", g.op("Sub", g.op("Cast", "images", to=FLOAT), mean), std)
-    # Never negative, which would crop: a picture larger than the frame fails where positions are added instead.
+    # Never negative, which would crop: an image larger than the frame fails where positions are added instead.
     missing = g.op("Max", g.op("Sub", config.image_size, g.sizes("images", 2, 4)), [0])
     embedding = image_encoder(g, config, g.op("Pad", pixels, g.concat([0] * 6, missing)))
     inputs = {"images": (UINT8, ("batch_size", 3, "height", "width"))}
@@ -70,9 +70,9 @@ def sam_decoder(
         2 and 3 the corners of a box, -1 not a point. A prompt without a box ends with a "not a point" at (0, 0), as
         the original's do;
       mask_input [1 or p, 1, 4h, 4w]: logits; has_mask_input [1 or p]: 1, or 0 to ignore them;
-      orig_im_size [2]: (height, width) of the picture.
+      orig_im_size [2]: (height, width) of the image.
     Outputs, float32:
-      masks [p, m, height, width]: logits in the picture; iou_predictions [p, m]; low_res_masks [p, m, 4h, 4w].
+      masks [p, m, height, width]: logits in the image; iou_predictions [p, m]; low_res_masks [p, m, 4h, 4w].
       m is 1 + multimask_outputs, the first the single mask; or, if `return_single_mask`, 1: the first for more than
       two points, else the best of the others, as the original chooses.
     """

@@ -82,8 +82,8 @@ class Bench:
         found, skipped = map_readable(Sample.image, held_out)
         if not found:
             raise InputError(f"none of the images to measure on can be read: {next(iter(skipped.values()))}")
-        self.pictures = list(found.values())
-        self.wanted = [encode_image(sam, picture).embedding for picture in self.pictures]
+        self.judged = list(found.values())
+        self.wanted = [encode_image(sam, image).embedding for image in self.judged]
 
     def calibration(self, name: str) -> Iterable[Any]:
         return on_devices(iter(self.batches), len(self.batches))
@@ -93,7 +93,7 @@ class Bench:
         for step in self.prunes:
             narrow = slim if step.part == "bottleneck" else narrow
             slim = prune.prune(slim, step, target_of(step, Target(ratio)), self.calibration, self.seed)
-        found = [encode_image(slim, picture).embedding for picture in self.pictures]
+        found = [encode_image(slim, image).embedding for image in self.judged]
         errors = list(map(relative_error, found, self.wanted))
         return Pruned(narrow, slim, float(np.mean(errors)))
 
@@ -125,10 +125,10 @@ def draw(bench: Bench, pruned: Mapping[float, Pruned], ratio: float, out: Path) 
 def _draw_blocks(axes: Any, rows: Sequence[np.ndarray], kept: Sequence[int]) -> None:
     """A row per block, worth as colour, a white line where the cut falls."""
     width, floor = max(map(len, rows)), 1e-9 * max(row.max() for row in rows)
-    picture = np.full((len(rows), width), np.nan)
+    pixels = np.full((len(rows), width), np.nan)
     for i, row in enumerate(rows):
-        picture[i, : len(row)] = np.log10(np.maximum(row, max(floor, 1e-300)))
-    image = axes.imshow(picture, aspect="auto", interpolation="nearest", extent=(0, width, len(rows) - 0.5, -0.5))
+        pixels[i, : len(row)] = np.log10(np.maximum(row, max(floor, 1e-300)))
+    image = axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=(0, width, len(rows) - 0.5, -0.5))
     edges = np.arange(len(rows))[:, None] + [-0.5, 0.5]
     axes.plot(np.repeat(kept, 2), edges.ravel(), color="white")
     axes.figure.colorbar(image, ax=axes)

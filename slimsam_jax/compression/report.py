@@ -1,4 +1,4 @@
-"""What a run cost and what it kept: a table, a JSON, a picture."""
+"""What a run cost and what it kept: a table, a JSON, a figure."""
 
 from __future__ import annotations
 

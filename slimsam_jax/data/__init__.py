@@ -1,8 +1,8 @@
-"""Pictures and their annotations, from wherever they lie: folders, SA-1B, tar shards, COCO, TFDS.
+"""Images and their annotations, from wherever they lie: folders, SA-1B, tar shards, COCO, TFDS.
 
     samples = find(["~/sa1b", "sa_000001.tar", "coco/annotations/instances_val2017.json", "tfds:~/prepared"])
 
-A source is a list of `Sample`s. Nothing of a picture is read before it is asked for, in any order and from any
+A source is a list of `Sample`s. Nothing of an image is read before it is asked for, in any order and from any
 thread, so shuffling, sharding and resuming are index arithmetic (`batches.py`).
 """
 
@@ -17,20 +17,20 @@ from slimsam_jax.data.sample import Annotation, Sample, check_one_is_readable, d
 from slimsam_jax.data.sources import coco, folder, shards, tfds
 from slimsam_jax.errors import InputError, printable
 
-__all__ = ["Annotation", "Sample", "check_one_is_readable", "decode", "find", "read_image", "without_picture"]
+__all__ = ["Annotation", "Sample", "check_one_is_readable", "decode", "find", "read_image", "without_image"]
 
 
 def find(locations: Sequence[str | Path]) -> list[Sample]:
-    """All pictures of the locations, each once, in a fixed order.
+    """All images of the locations, each once, in a fixed order.
 
     What cannot be opened in them (a damaged shard, a FIFO called x.jpg) is a sample, too, which fails when it is read.
 
     Args:
-      locations: each a folder (pictures at any depth with SA-1B .json files beside them, and .tar shards; or, with
+      locations: each a folder (images at any depth with SA-1B .json files beside them, and .tar shards; or, with
         an annotations.json in it, COCO), a .tar shard, a COCO .json, or `tfds:DIR`.
 
     Raises:
-      InputError: a location is missing, of another kind, or holds no picture.
+      InputError: a location is missing, of another kind, or holds no image.
     """
     if not locations:
         raise InputError("no folder of images is given, nor anything else that holds some")
@@ -68,15 +68,15 @@ def _path(location: str | Path) -> Path:
     return Path(os.path.expanduser(location))
 
 
-def without_picture(locations: Sequence[str | Path]) -> list[str]:
-    """Names of SA-1B annotations in folders and shards whose picture is missing, so that `find` passes them by."""
+def without_image(locations: Sequence[str | Path]) -> list[str]:
+    """Names of SA-1B annotations in folders and shards whose image is missing, so that `find` passes them by."""
     found: list[str] = []
     for path in map(_path, locations):
         if os.path.isdir(path) and coco.in_folder(path) is None:
-            found += folder.without_picture(path)
-            found += [name for tar in folder.tars(path) for name in shards.without_picture(tar)]
+            found += folder.without_image(path)
+            found += [name for tar in folder.tars(path) for name in shards.without_image(tar)]
         elif os.path.isfile(path) and path.suffix.lower() == ".tar":
-            found += shards.without_picture(path)
+            found += shards.without_image(path)
     return found
 
 

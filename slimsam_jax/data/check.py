@@ -18,14 +18,14 @@ from slimsam_jax.imaging.draw import draw_masks, draw_prompts, sheet
 from slimsam_jax.imaging.geometry import extent
 from slimsam_jax.progress import track
 
-SHEET = 12  # pictures on a sheet
+SHEET = 12  # images on a sheet
 
 
 class Findings(NamedTuple):
     """What one sample is.
 
     Attributes:
-      size: (height, width), or None if the picture cannot be read.
+      size: (height, width), or None if the image cannot be read.
       masks: how many; None if it is not annotated, or not readably.
       problems: one line each.
     """
@@ -36,17 +36,17 @@ class Findings(NamedTuple):
 
 
 def check(samples: Sequence[Sample], threads: int = 4) -> list[Findings]:
-    """Reads every picture and every annotation."""
+    """Reads every image and every annotation."""
     with ThreadPoolExecutor(threads) as pool:
         return list(track(pool.map(examine, samples), "check", len(samples)))
 
 
 def examine(sample: Sample) -> Findings:
     try:
-        picture = sample.image()
+        image = sample.image()
     except InputError as error:
         return Findings(None, None, [str(error)])
-    size = picture.height, picture.width
+    size = image.height, image.width
     if not sample.load_annotations:
         return Findings(size, None, [])
     try:
@@ -57,7 +57,7 @@ def examine(sample: Sample) -> Findings:
 
 
 def contradictions(annotations: Iterable[Annotation], size: tuple[int, int]) -> tuple[int, list[str]]:
-    """What in the annotations of a picture of `size` (height, width) cannot be true.
+    """What in the annotations of an image of `size` (height, width) cannot be true.
 
     Returns:
       how many annotations there are, and one line for each kind of problem.
@@ -82,9 +82,9 @@ def _contradictions(annotation: Annotation, size: tuple[int, int]) -> list[str]:
     if not mask.any():
         found.append("an empty mask")
     if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
-        found.append("a box that leaves the picture")
+        found.append("a box that leaves the image")
     if not (0 <= x <= width and 0 <= y <= height):
-        found.append("a point outside of the picture")
+        found.append("a point outside of the image")
     if mask.any() and not _holds(annotation):
         found.append("a box that does not hold its mask")
     return found
@@ -116,7 +116,7 @@ def describe(samples: Sequence[Sample], findings: Sequence[Findings]) -> list[st
 
 
 def draw_sheet(samples: Sequence[Sample], prompts: bool = True) -> Image.Image:
-    """Up to `SHEET` pictures, spread over the samples, with their masks; unreadable ones are left out.
+    """Up to `SHEET` images, spread over the samples, with their masks; unreadable ones are left out.
 
     Args:
       prompts: also points and boxes.
@@ -128,15 +128,15 @@ def draw_sheet(samples: Sequence[Sample], prompts: bool = True) -> Image.Image:
 
 def _tile(sample: Sample, prompts: bool) -> tuple[Image.Image, str] | None:
     try:
-        picture = sample.image()
+        image = sample.image()
     except InputError:
         return None
     try:
-        annotations = sample.annotations((picture.height, picture.width))
+        annotations = sample.annotations((image.height, image.width))
     except InputError:
         annotations = []
     largest_first = sorted(annotations, key=lambda a: -a.mask.sum())
-    picture = draw_masks(picture, np.array([a.mask for a in largest_first]))
+    image = draw_masks(image, np.array([a.mask for a in largest_first]))
     if prompts:
-        picture = draw_prompts(picture, [a.point for a in annotations], [a.box for a in annotations])
-    return picture, f"{PurePath(sample.name).name}: {len(annotations)} mask{'s' * (len(annotations) != 1)}"
+        image = draw_prompts(image, [a.point for a in annotations], [a.box for a in annotations])
+    return image, f"{PurePath(sample.name).name}: {len(annotations)} mask{'s' * (len(annotations) != 1)}"

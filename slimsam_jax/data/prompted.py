@@ -17,15 +17,15 @@ from slimsam_jax.imaging.prompts import noisy, prompt_points
 from slimsam_jax.imaging.transforms import resize_and_pad, to_model_frame
 from slimsam_jax.models.config import Config
 
-LARGEST = 0.9  # share of the picture: masks above it are left out, as in the paper's appendix A
+LARGEST = 0.9  # share of the image: masks above it are left out, as in the paper's appendix A
 
 
 class MaskBatches(Batches):
-    """Batches of pictures, each with p of its masks, drawn at random, and a prompt for each.
+    """Batches of images, each with p of its masks, drawn at random, and a prompt for each.
 
     Besides `image` and `size`: "points" [b, p, 2, 2] and "labels" [b, p, 2] as the prompt encoder takes them (a
     click and the padding point, or the corners of a box; model frame), "masks" [b, p, 4h, 4w] float32 0..1, and
-    "seed" [b] uint32 for what is drawn later. A picture with fewer masks shows some of them more than once.
+    "seed" [b] uint32 for what is drawn later. An image with fewer masks shows some of them more than once.
 
     Args:
       prompts: p.
@@ -51,18 +51,18 @@ class MaskBatches(Batches):
         super().__init__(samples, config.image_size, batch, seed, start, part, max_broken=max_broken, workers=workers)
 
     def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
-        picture, annotations = read_annotated(sample)
-        framing = draw_framing(picture.size, self.flip, self.crop, random)
-        whole = Framing((0, 0, *picture.size), framing.mirrored)
+        image, annotations = read_annotated(sample)
+        framing = draw_framing(image.size, self.flip, self.crop, random)
+        whole = Framing((0, 0, *image.size), framing.mirrored)
         for framed in (framing, whole):  # a crop may have lost them all
-            image, size = resize_and_pad(framed.of_picture(picture), self.image_size)
+            pixels, size = resize_and_pad(framed.of_image(image), self.image_size)
             if found := self._choose(annotations, framed, tuple(size), random):
                 masks, cells = zip(*(found[i % len(found)] for i in range(self.prompts)), strict=True)
                 points, labels = zip(*(first_prompt(mask, random) for mask in masks), strict=True)
                 points = to_model_frame(np.concatenate(points), size, masks[0].shape)
                 seed = random.integers(2**32, dtype=np.uint32)
                 prompts = {"points": points, "labels": np.concatenate(labels), "masks": np.stack(cells)}
-                return {"image": image, "size": size, **prompts, "seed": seed}
+                return {"image": pixels, "size": size, **prompts, "seed": seed}
         raise InputError(f"{sample.name} has no annotation to learn from")
 
     def _choose(
@@ -138,16 +138,16 @@ class AnnotatedBatches(Batches):
         super().__init__(annotated(samples), config.image_size, batch, seed, part=part)
 
     def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
-        picture, annotations = read_annotated(sample)
+        image, annotations = read_annotated(sample)
         if not annotations:
             raise InputError(f"{sample.name} has no annotation")
         chosen = [annotations[i] for i in np.linspace(0, len(annotations) - 1, PROMPTS).astype(int)]
-        item = self._item(sample, picture, random)
+        item = self._item(sample, image, random)
         return item | _prompts(chosen, tuple(item["size"]), self.config)
 
 
 def random_clicks(size: np.ndarray, count: int, random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Foreground clicks anywhere on a picture of [2] `size` in the model frame, as in `AnnotatedBatches`."""
+    """Foreground clicks anywhere on an image of [2] `size` in the model frame, as in `AnnotatedBatches`."""
     clicks = random.uniform(0, size[::-1], (count, 1, 2)).astype(np.float32)
     points, labels = prompt_points(clicks, np.ones((count, 1), np.int32))
     return {"points": points, "labels": labels}
@@ -161,13 +161,13 @@ def _prompts(chosen: Sequence[Annotation], size: tuple[int, int], config: Config
 
 
 def coverage(mask: np.ndarray, size: tuple[int, int], config: Config) -> np.ndarray:
-    """A picture's mask [h0, w0] bool as the decoder should give it: [4h, 4w] float32, the share of each cell covered.
+    """An image's mask [h0, w0] bool as the decoder should give it: [4h, 4w] float32, the share of each cell covered.
 
     Args:
-      size: the picture's in the model frame, from `resize_and_pad`; what is below and right of it is 0.
+      size: the image's in the model frame, from `resize_and_pad`; what is below and right of it is 0.
     """
     cells = np.zeros([4 * side for side in config.grid], np.float32)
     height, width = (max(1, round(4 * side / config.patch_size)) for side in size)
-    picture = Image.fromarray(mask.astype(np.float32))
-    cells[:height, :width] = np.asarray(picture.resize((width, height), Image.Resampling.BOX))
+    image = Image.fromarray(mask.astype(np.float32))
+    cells[:height, :width] = np.asarray(image.resize((width, height), Image.Resampling.BOX))
     return cells

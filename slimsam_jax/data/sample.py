@@ -1,4 +1,4 @@
-"""One picture and what is annotated in it, wherever they come from."""
+"""One image and what is annotated in it, wherever they come from."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BEYOND = 8  # times an image's longer side: what lies farther out is no coordina
 
 
 class Annotation(NamedTuple):
-    """One mask, in the picture's own pixels.
+    """One mask, in the image's own pixels.
 
     Attributes:
       id: as the file says; -1 if it does not.
       mask: [h, w] bool.
       box: (x0, y0, x1, y1), from `bbox`'s x, y, width, height.
       point: (x, y), the first of SA-1B's `point_coords`; the deepest one where the format has none (COCO).
-      crop_box: (x0, y0, x1, y1), the part of the picture that SA-1B's generator was shown.
+      crop_box: (x0, y0, x1, y1), the part of the image that SA-1B's generator was shown.
     """
 
     id: int
@@ -43,14 +43,14 @@ class Annotation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A picture that can be read. Two of the same name are the same.
+    """An image that can be read. Two of the same name are the same.
 
     Attributes:
       name: what messages and results call it: its path, or shard.tar/path, or DIR/split/number.
-      load: gives the encoded picture.
+      load: gives the encoded image.
       load_annotations: gives the annotations' fields, as SA-1B's JSON has them; None if there are none.
       image_id: COCO's, by which detections refer to it.
-      lost: why there is no picture to be read, see `lost`.
+      lost: why there is no image to be read, see `lost`.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Sample:
     lost: str = dataclasses.field(default="", compare=False, repr=False)
 
     def read(self) -> bytes:
-        """The encoded picture.
+        """The encoded image.
 
         Raises:
           InputError: it is missing or cut short.
@@ -73,7 +73,7 @@ class Sample:
             return self.load()
 
     def image(self) -> Image.Image:
-        """The picture, as `decode` gives it.
+        """The image, as `decode` gives it.
 
         Raises:
           InputError: missing or not decodable.
@@ -81,13 +81,13 @@ class Sample:
         return decode(self.read(), self.name)
 
     def annotations(self, size: tuple[int, int] | None = None) -> list[Annotation]:
-        """Its annotations, masks of the picture's size.
+        """Its annotations, masks of the image's size.
 
         Args:
-          size: (height, width) of the picture, by whoever has decoded it already.
+          size: (height, width) of the image, by whoever has decoded it already.
 
         Raises:
-          InputError: they are there, but cannot be read, or are not of this picture.
+          InputError: they are there, but cannot be read, or are not of this image.
         """
         return list(self.each_annotation(size))
 
@@ -96,8 +96,8 @@ class Sample:
         if not self.load_annotations:
             return
         if not size:
-            picture = self.image()
-            size = picture.height, picture.width
+            image = self.image()
+            size = image.height, image.width
         with blaming(f"the annotation of {self.name}"):
             for fields in self.rows(size):
                 yield parse(fields, size)
@@ -123,7 +123,7 @@ def parse(fields: dict[str, Any], size: tuple[int, int] | None = None) -> Annota
     """An annotation from the fields of SA-1B's JSON.
 
     Args:
-      size: (height, width) of its picture, which the mask must have.
+      size: (height, width) of its image, which the mask must have.
 
     Raises:
       ValueError, KeyError, TypeError: it is damaged.
@@ -134,7 +134,7 @@ def parse(fields: dict[str, Any], size: tuple[int, int] | None = None) -> Annota
     given = fields.get("point_coords")
     point = deepest(mask)[0] if given is None else np.asarray(given, np.float64).reshape(-1, 2)[0]
     if not (np.abs([*box, *crop_box, *point]) <= BEYOND * max(mask.shape)).all():  # a point that is NaN, too
-        raise ValueError("a box or a point that is none, or far outside of the picture")
+        raise ValueError("a box or a point that is none, or far outside of the image")
     number = int(fields.get("id", -1))
     if not -(2**63) <= number < 2**63:
         raise ValueError("an id of more than 64 bits")
@@ -154,10 +154,10 @@ def corners(bbox: Sequence[float]) -> np.ndarray:
 
 
 def decode(content: bytes, name: object) -> Image.Image:
-    """Decodes a picture as 8-bit RGB, upright (EXIF), as `cv2.imread` would give it.
+    """Decodes an image as 8-bit RGB, upright (EXIF), as `cv2.imread` would give it.
 
     Raises:
-      InputError: not a picture, or damaged.
+      InputError: not an image, or damaged.
     """
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
@@ -196,7 +196,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def read_image(path: Path | str) -> Image.Image:
-    """Opens and decodes a picture file, as `decode`.
+    """Opens and decodes an image file, as `decode`.
 
     Raises:
       InputError: missing or not decodable.

@@ -1,6 +1,6 @@
 """A page to click on: models side by side in the browser. `python -m slimsam_jax.demo --model slim --against sam.pth`.
 
-The models are exported to ONNX and run in the browser, on onnxruntime-web; nothing is computed here, and no picture
+The models are exported to ONNX and run in the browser, on onnxruntime-web; nothing is computed here, and no image
 leaves the browser.
 """
 
@@ -73,7 +73,7 @@ def main(
     cache: Path | None = None,
     install: bool = False,
 ) -> None:
-    """Serve a page on this machine on which to click on pictures and see the masks of models side by side.
+    """Serve a page on this machine on which to click on images and see the masks of models side by side.
 
     The models run in the browser, which shows their masks, predicted IoU and milliseconds.
 

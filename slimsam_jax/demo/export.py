@@ -54,8 +54,8 @@ def exported(sam: Sam, dtype: Dtype, cache: Path) -> tuple[Path, Path]:
     folder = cache / "onnx" / fingerprint(sam, dtype)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        picture = data.read_image(data.embedded_images() / "dog.jpg")
-        to_onnx.export(sam, folder, "sam", (dtype,), picture)
+        image = data.read_image(data.embedded_images() / "dog.jpg")
+        to_onnx.export(sam, folder, "sam", (dtype,), image)
     encoder, decoder = (folder / f"{stem}{to_onnx.SUFFIXES[dtype]}.onnx" for stem in to_onnx.STEMS["sam"])
     return encoder, decoder
 

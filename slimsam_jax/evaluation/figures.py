@@ -1,4 +1,4 @@
-"""The picture of an evaluation: scores of one model against another's, and the images where it did worst."""
+"""The figure of an evaluation: scores of one model against another's, and the images where it did worst."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ def extent(*masks: np.ndarray) -> tuple[slice, slice]:
 
 
 def deepest(region: np.ndarray, taken: Sequence[Sequence[float]] = ()) -> tuple[np.ndarray, float]:
-    """The pixel farthest from everything outside a region, of which the picture's border is part.
+    """The pixel farthest from everything outside a region, of which the image's border is part.
 
     Args:
-      region: [h, w] bool. The first of equals, by rows; the middle of the picture if it is empty.
+      region: [h, w] bool. The first of equals, by rows; the middle of the image if it is empty.
       taken: (x, y) in pixels that shall not be chosen.
 
     Returns:

@@ -56,7 +56,7 @@ def clicks_at(points: np.ndarray) -> Prompts:
 
 
 def point_grid(original_size: tuple[int, int], side: int) -> np.ndarray:
-    """A regular grid of points inside a picture: [side * side, 1, 2] (x, y) in its pixels."""
+    """A regular grid of points inside an image: [side * side, 1, 2] (x, y) in its pixels."""
     height, width = original_size
     steps = (np.arange(side) + 0.5) / side
     return np.stack(np.meshgrid(steps * width, steps * height), axis=-1).reshape(-1, 1, 2)

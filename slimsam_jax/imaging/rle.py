@@ -38,7 +38,7 @@ def run_lengths(rle: dict[str, Any], size: tuple[int, int] | None = None) -> np.
     """
     height, width = (operator.index(side) for side in rle["size"])
     if size is not None and (height, width) != tuple(size):
-        raise ValueError(f"a mask of {width} x {height} pixels, the picture has {size[1]} x {size[0]}")
+        raise ValueError(f"a mask of {width} x {height} pixels, the image has {size[1]} x {size[0]}")
     if min(height, width) < 0 or height * width > MOST_PIXELS:
         raise ValueError(f"a mask of {width} x {height} pixels, which no image has")
     pixels, counts = height * width, rle["counts"]

@@ -15,20 +15,20 @@ from PIL import Image
 
 
 def resized_shape(size: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
-    """Size in the model frame of a picture of `size`: largest that fits, rounded half up (never below 1)."""
+    """Size in the model frame of an image of `size`: largest that fits, rounded half up (never below 1)."""
     scale = min(image_size[0] / size[0], image_size[1] / size[1])
     return tuple(max(1, int(side * scale + 0.5)) for side in size)
 
 
 def resize_and_pad(image: np.ndarray | Image.Image, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Puts a picture into the model frame, to the pixel as the original does (PIL bilinear).
+    """Puts an image into the model frame, to the pixel as the original does (PIL bilinear).
 
     Args:
       image: [h0, w0, 3] uint8 RGB, or a PIL image in mode RGB.
       image_size: (H, W) of the model frame.
 
     Returns:
-      [H, W, 3] uint8 with zeros below and right of the picture, and the picture's [2] int32 size in it.
+      [H, W, 3] uint8 with zeros below and right of the image, and the image's [2] int32 size in it.
     """
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     height, width = resized_shape((image.height, image.width), image_size)
@@ -41,7 +41,7 @@ def to_model_frame(xy: np.ndarray, size: tuple[int, int], original_size: tuple[i
     """Scales (x, y) pairs from the original to the model frame: [..., 2] -> [..., 2] float32.
 
     Args:
-      size: the picture's size in the model frame, from `resize_and_pad`.
+      size: the image's size in the model frame, from `resize_and_pad`.
       original_size: its own size.
     """
     scale = np.array([size[1] / original_size[1], size[0] / original_size[0]])
@@ -55,7 +55,7 @@ def resize_masks(
 
     The original enlarges to the model frame, crops the padding and resizes again, all
     bilinear. Each is linear and separable, so the two become one matrix per axis, of
-    three weights a row, which costs a fraction and compiles nothing per picture size.
+    three weights a row, which costs a fraction and compiles nothing per image size.
 
     Args:
       image_size: (H, W) of the model frame.
@@ -74,7 +74,7 @@ def resize_masks(
 
 @functools.lru_cache(maxsize=32)
 def enlarging(source: int, frame: int, size: int, original: int) -> scipy.sparse.csr_array:
-    """[original, source]: one axis of a mask from the decoder to the model frame, and `size` of that to the picture."""
+    """[original, source]: one axis of a mask from the decoder to the model frame, and `size` of that to the image."""
     return scipy.sparse.csr_array(bilinear_matrix(size, original) @ bilinear_matrix(source, frame)[:size])
 
 
@@ -86,7 +86,7 @@ def bilinear_matrix(source: int, target: int) -> scipy.sparse.csr_array:
     high = np.minimum(low + 1, source - 1)
     weights = np.concatenate([1 - (centres - low), centres - low])
     places = np.tile(np.arange(target), 2), np.concatenate([low, high])
-    # Not dense: one side of a picture may be tens of thousands of pixels.
+    # Not dense: one side of an image may be tens of thousands of pixels.
     matrix = scipy.sparse.csr_array((weights, places), shape=(target, source)).astype(np.float32)
     matrix.eliminate_zeros()
     return matrix

@@ -1,1 +1,1 @@
-"""From pictures and prompts to masks."""
+"""From images and prompts to masks."""

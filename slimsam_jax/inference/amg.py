@@ -21,7 +21,7 @@ def build_point_grid(n_per_side: int) -> np.ndarray:
 
 
 def generate_crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float) -> list[tuple[np.ndarray, int]]:
-    """The whole picture, then 4, 16, ... overlapping crops of it.
+    """The whole image, then 4, 16, ... overlapping crops of it.
 
     Args:
       size: (height, width).
@@ -42,10 +42,10 @@ def generate_crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float
 
 
 def is_box_near_crop_edge(boxes: np.ndarray, crop_box: np.ndarray, size: tuple[int, int], atol: float = 20.0):
-    """[n] bool: boxes (in the picture's frame) cut off by the crop's edge, where that is not the picture's."""
-    picture = np.array([0, 0, size[1], size[0]])
-    near_crop, near_picture = (np.abs(boxes - edge) <= atol for edge in (crop_box, picture))
-    return (near_crop & ~near_picture).any(axis=1)
+    """[n] bool: boxes (in the image's frame) cut off by the crop's edge, where that is not the image's."""
+    image = np.array([0, 0, size[1], size[0]])
+    near_crop, near_image = (np.abs(boxes - edge) <= atol for edge in (crop_box, image))
+    return (near_crop & ~near_image).any(axis=1)
 
 
 def mask_to_box(mask: np.ndarray) -> np.ndarray:

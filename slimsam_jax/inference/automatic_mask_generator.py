@@ -1,4 +1,4 @@
-"""All masks of a picture: `segment_anything`'s `SamAutomaticMaskGenerator`, and ways to ask fewer points.
+"""All masks of an image: `segment_anything`'s `SamAutomaticMaskGenerator`, and ways to ask fewer points.
 
 A grid of points is decoded in batches; what the model thinks poor is dropped before anything is enlarged, the rest is
 enlarged, measured and packed to bits on the device, and only what survives suppression is unpacked.
@@ -21,7 +21,7 @@ from slimsam_jax.inference.candidates import Candidates, concatenate, enlarge, u
 from slimsam_jax.inference.decode import Encoded, decode_prompts
 from slimsam_jax.inference.hierarchical import Decoded
 from slimsam_jax.inference.mixed_prompts import real_array
-from slimsam_jax.inference.predictor import AnyImage, as_picture, check_list, check_model, encode_images
+from slimsam_jax.inference.predictor import AnyImage, as_image, check_list, check_model, encode_images
 from slimsam_jax.limits import SEARCH, quoted
 from slimsam_jax.limits import check as check_number
 from slimsam_jax.models.config import Thresholds
@@ -30,7 +30,7 @@ from slimsam_jax.models.sam import Sam
 
 @dataclasses.dataclass(frozen=True)
 class SamAutomaticMaskGenerator:
-    """Finds the masks of whole pictures. Fields as the original's, with its defaults but for the model's thresholds.
+    """Finds the masks of whole images. Fields as the original's, with its defaults but for the model's thresholds.
 
     Attributes:
       sam: the model. Thresholds that are None become its own, or those of Segment Anything if it has none.
@@ -95,7 +95,7 @@ class SamAutomaticMaskGenerator:
             raise InputError(f"hierarchical {quoted(self.hierarchical)} is neither True nor False")
 
     def generate(self, image: AnyImage) -> list[dict[str, Any]]:
-        """The masks of a picture, best first; [] if there are none.
+        """The masks of an image, best first; [] if there are none.
 
         Returns:
           A dict of each: segmentation (see `output_mode`), area in pixels, bbox (x, y, width, height of the box
@@ -103,13 +103,13 @@ class SamAutomaticMaskGenerator:
           width, height).
 
         Raises:
-          InputError: not a picture.
+          InputError: not an image.
         """
-        picture = np.asarray(as_picture(image))
-        size = picture.shape[:2]
+        pixels = np.asarray(as_image(image))
+        size = pixels.shape[:2]
         crops = amg.generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
-        crops = [(box, layer) for box, layer in crops if (box[2:] > box[:2]).all()]  # of a tiny picture some are empty
-        found = concatenate([self._of_crop(picture, crop_box, layer) for crop_box, layer in crops])
+        crops = [(box, layer) for box, layer in crops if (box[2:] > box[:2]).all()]  # of a tiny image some are empty
+        found = concatenate([self._of_crop(pixels, crop_box, layer) for crop_box, layer in crops])
         if len(crops) > 1:
             found = found.take(amg.nms(found.boxes, 1 / amg.box_area(found.crop_boxes), self.crop_nms_thresh))
         masks = [unpack(found, i, size) for i in range(len(found.bits))]
@@ -117,15 +117,15 @@ class SamAutomaticMaskGenerator:
             found, masks = self._without_small_regions(found, masks)
         return [_record(found, i, mask, self.output_mode) for i, mask in enumerate(masks)]
 
-    def _of_crop(self, picture: np.ndarray, crop_box: np.ndarray, layer: int) -> Candidates:
+    def _of_crop(self, pixels: np.ndarray, crop_box: np.ndarray, layer: int) -> Candidates:
         x0, y0, x1, y1 = crop_box
-        (encoded,) = encode_images(self.sam, [picture[y0:y1, x0:x1]])
-        return self.candidates(encoded, crop_box, layer, picture.shape[:2])
+        (encoded,) = encode_images(self.sam, [pixels[y0:y1, x0:x1]])
+        return self.candidates(encoded, crop_box, layer, pixels.shape[:2])
 
     def candidates(
         self, encoded: Encoded, crop_box: np.ndarray | None = None, layer: int = 0, size: tuple[int, int] | None = None
     ) -> Candidates:
-        """What is found in a picture that is encoded already, best first; or in a crop of one of `size`."""
+        """What is found in an image that is encoded already, best first; or in a crop of one of `size`."""
         height, width = encoded.original_size
         crop_box = np.array([0, 0, width, height]) if crop_box is None else crop_box
         decode = functools.partial(self._decode, encoded)

@@ -94,11 +94,11 @@ def _encoded(sam: Sam, samples: Sequence[Sample], images: int) -> Iterator[Encod
     step, count = max(1, len(samples) // images), 0
     for index in (index for start in range(step) for index in range(start, len(samples), step)):
         try:
-            picture = samples[index].image()
+            image = samples[index].image()
         except InputError as error:
             last = error
             continue
-        yield encode_image(sam, picture)
+        yield encode_image(sam, image)
         count += 1
         if count == images:
             return

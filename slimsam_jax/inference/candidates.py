@@ -1,4 +1,4 @@
-"""Masks of a picture while it is searched for them: enlarged, measured and packed to bits on the device."""
+"""Masks of an image while it is searched for them: enlarged, measured and packed to bits on the device."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from slimsam_jax.imaging.transforms import enlarging
 from slimsam_jax.inference.decode import Encoded, padded
 from slimsam_jax.models.sam import Sam
 
-FRAME = 256  # pictures are enlarged into frames of multiples of this, so that few sizes are compiled
+FRAME = 256  # images are enlarged into frames of multiples of this, so that few sizes are compiled
 
 
 class Candidates(NamedTuple):
-    """n masks on a picture.
+    """n masks on an image.
 
     Attributes:
       bits: [n, h, ceil(w / 8)] uint8, rows of the crop they were found in, packed.
-      boxes: [n, 4] x0, y0, x1, y1 in the picture's frame, all within the mask.
+      boxes: [n, 4] x0, y0, x1, y1 in the image's frame, all within the mask.
       areas: [n] pixels.
       predicted_iou, stability: [n].
       points: [n, 2] (x, y), what was asked.
@@ -46,7 +46,7 @@ def concatenate(parts: Sequence[Candidates]) -> Candidates:
 
 
 def enlarge(sam: Sam, encoded: Encoded, low: np.ndarray, offset: float = 1.0, threshold: float = 0.0):
-    """Brings logits into the picture's frame, measures them, and packs the masks.
+    """Brings logits into the image's frame, measures them, and packs the masks.
 
     Args:
       low: [n, 4h, 4w] logits.
@@ -71,7 +71,7 @@ def enlarge(sam: Sam, encoded: Encoded, low: np.ndarray, offset: float = 1.0, th
 
 
 def _matrix(sam: Sam, encoded: Encoded, axis: int, frame: int) -> np.ndarray:
-    """[frame, 4h or 4w] weights of one axis, zero beyond the picture."""
+    """[frame, 4h or 4w] weights of one axis, zero beyond the image."""
     source, side = 4 * sam.config.grid[axis], encoded.original_size[axis]
     weights = enlarging(source, sam.config.image_size[axis], encoded.size[axis], side)
     return np.pad(weights.toarray(), ((0, frame - side), (0, 0)))
@@ -98,7 +98,7 @@ def _edge(used: jax.Array, last: bool = False) -> jax.Array:
 
 
 def unpack(found: Candidates, index: int, size: tuple[int, int]) -> np.ndarray:
-    """[h0, w0] bool, in the whole picture."""
+    """[h0, w0] bool, in the whole image."""
     x0, y0, x1, y1 = found.crop_boxes[index]
     mask = np.zeros(size, bool)
     mask[y0:y1, x0:x1] = np.unpackbits(found.bits[index], axis=-1, count=x1 - x0)

@@ -20,7 +20,7 @@ ACCELERATOR_BUCKETS = (1, 4, 16, 64)
 
 
 class Encoded(NamedTuple):
-    """A picture after the encoder: its [h, w, C] embedding, size in the model frame, and own size."""
+    """An image after the encoder: its [h, w, C] embedding, size in the model frame, and own size."""
 
     embedding: jax.Array
     size: tuple[int, int]
@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
 
 
 def encode_image(sam: Sam, image: Image.Image) -> Encoded:
-    """Encodes an RGB picture of any size."""
+    """Encodes an RGB image of any size."""
     frame, size = resize_and_pad(image, sam.config.image_size)
     embedding = encode(sam.config, sam.params, frame[None], size[None], jnp.float32)[0]
     return Encoded(embedding, tuple(int(side) for side in size), (image.height, image.width))

@@ -23,7 +23,7 @@ class Prompt(NamedTuple):
     """What one object is asked for by; at least one of points, box and mask.
 
     Attributes:
-      point_coords: [n, 2] (x, y) in pixels of the picture, no farther from it than it is large; or None.
+      point_coords: [n, 2] (x, y) in pixels of the image, no farther from it than it is large; or None.
       point_labels: [n], 1 foreground and 0 background; all foreground if None.
       box: [4] x0, y0, x1, y1 in the same frame, x0 < x1 and y0 < y1; or None.
       mask_input: [1, 4h, 4w] (or without the 1) logits of an earlier mask, as `predict` gives them, or None.
@@ -38,7 +38,7 @@ class Prompt(NamedTuple):
 def decode_mixed(
     sam: Sam, encoded: Sequence[Encoded], prompts: Sequence[Prompt]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Decodes each prompt on the picture beside it, all together.
+    """Decodes each prompt on the image beside it, all together.
 
     Returns:
       [1 + multimask_outputs, 4h, 4w] logits and as many predicted IoU, of each prompt.
@@ -52,7 +52,7 @@ def decode_mixed(
     masks, masked = _masks(sam, prompts)
     found = []
     for index, count in padded(len(prompts)):
-        # The embedding of the one picture where there is but one: a decoder shares its projections among prompts.
+        # The embedding of the one image where there is but one: a decoder shares its projections among prompts.
         alone = all(encoded[i] is encoded[index[0]] for i in index)
         embedding = encoded[index[0]].embedding if alone else jnp.stack([encoded[i].embedding for i in index])
         previous = (masks[index], masked[index]) if masked[index].any() else (None, None)
@@ -62,7 +62,7 @@ def decode_mixed(
 
 
 def check(sam: Sam, prompt: Prompt, original_size: tuple[int, int]) -> None:
-    """Raises InputError if a prompt is none for this model, on a picture of (height, width)."""
+    """Raises InputError if a prompt is none for this model, on an image of (height, width)."""
     if not isinstance(prompt, Prompt):
         raise InputError(f"a prompt is a Prompt(point_coords, point_labels, box, mask_input), not {kind_of(prompt)}")
     _points(prompt, original_size)
@@ -111,7 +111,7 @@ def _box(box, original_size: tuple[int, int]) -> np.ndarray:
 
 
 def _check_near(xy: np.ndarray, name: str, original_size: tuple[int, int]) -> None:
-    """Raises InputError for points farther from a picture than the picture is large: they are of another one.
+    """Raises InputError for points farther from an image than the image is large: they are of another one.
 
     A detector's boxes may well leave it a little.
     """

@@ -122,7 +122,7 @@ def preprocess(config: Config, images: jax.Array, sizes: jax.Array) -> jax.Array
 
     Args:
       images: [b, H, W, 3] uint8, RGB, each in the top left corner of its frame.
-      sizes: [b, 2] int, the part of each frame that is picture.
+      sizes: [b, 2] int, the part of each frame that is image.
 
     Returns:
       [b, H, W, 3] float32.

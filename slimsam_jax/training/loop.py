@@ -33,7 +33,7 @@ class Schedule(NamedTuple):
       name: of the training within its folder and log ("stage" there).
       title: what messages call it.
       steps: in all.
-      batch: pictures in a step, over all processes.
+      batch: images in a step, over all processes.
       save_every: steps between two checkpoints.
       validations: how many, evenly spaced.
       keep: which model is the result; the other one is saved beside it.
@@ -91,7 +91,7 @@ class Loop(abc.ABC):
           The best model by score, or the last.
 
         Raises:
-          RunError: the loss is not finite, or too many pictures cannot be read. Checkpoints hold finite states only,
+          RunError: the loss is not finite, or too many images cannot be read. Checkpoints hold finite states only,
             so the last good one is kept.
           Stopped: SIGTERM came; the state is saved.
         """
@@ -120,7 +120,7 @@ class Loop(abc.ABC):
         return self.result(state)
 
     def start(self, saved: Steps) -> tuple[TrainState, dict[str, str]]:
-        """The last checkpoint, or the beginning; and the pictures that could not be read until then."""
+        """The last checkpoint, or the beginning; and the images that could not be read until then."""
         state, self.trainer = self.trainer.state, self.trainer._replace(state=None)
         like = shapes_of(state)
         if saved.manager.latest_step() is None:

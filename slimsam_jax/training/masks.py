@@ -58,8 +58,8 @@ class Settings:
     """Choices of a training, apart from data and folder.
 
     Attributes:
-      steps, batch: optimiser steps, and pictures in each, over all processes.
-      prompts: masks of each picture in a step.
+      steps, batch: optimiser steps, and images in each, over all processes.
+      prompts: masks of each image in a step.
       corrections: clicks after the first prompt.
       objective: a key of `OBJECTIVES`.
       learning_rate, clip, weight_decay, ema: see `recipes.Recipe`; weight decay is for kernels alone.
@@ -71,7 +71,7 @@ class Settings:
       keep: the "best" model by validation, or the "last".
       dtype: of the image encoder's computation; prompt encoder and decoder compute in float32.
       accumulate, fsdp: see `compression.trainer.make_trainer`.
-      max_broken: the share of pictures that may be unusable.
+      max_broken: the share of images that may be unusable.
       workers: see `data.batches.Batches`.
       seed: of order, crops and prompts.
     """
@@ -128,7 +128,7 @@ class MaskTraining(Loop):
         found = mious(sam, self.val) if sharding.is_main() else dict.fromkeys(PROTOCOLS, 0.0)
         found = {name: sharding.agree(value) for name, value in found.items()}
         if not np.isfinite(found["point"]):
-            raise RunError("none of the pictures to measure on can be used")
+            raise RunError("none of the images to measure on can be used")
         return {"score": float(np.mean(list(found.values()))), **{f"{name}_miou": v for name, v in found.items()}}
 
     def sam(self, state: TrainState) -> Sam:
@@ -181,9 +181,9 @@ def kernels(params: Params) -> Params:
 
 
 def mious(sam: Sam, samples: Sequence[Sample]) -> dict[str, float]:
-    """{"point": ..., "box": ...}: IoU of the single mask, mean per picture, then over the pictures that are annotated.
+    """{"point": ..., "box": ...}: IoU of the single mask, mean per image, then over the images that are annotated.
 
-    Pictures that cannot be read are named and left out; nan if not one can be used.
+    Images that cannot be read are named and left out; nan if not one can be used.
     """
 
     def one(sample: Sample) -> list[float] | None:

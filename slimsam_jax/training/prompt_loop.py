@@ -52,7 +52,7 @@ def interactive_loss(
     """
     count = batch["labels"].shape[1]
     spread = lambda rows: jnp.repeat(rows, count, axis=0)  # an image's for each of its prompts
-    embedding, inside = spread(embedding), spread(inside_picture(config, batch["size"]))
+    embedding, inside = spread(embedding), spread(inside_image(config, batch["size"]))
     keys = _flat(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), count))(batch["seed"]))
     prompts, target = Prompts(_flat(batch["points"]), _flat(batch["labels"])), _flat(batch["masks"])
     rounds, ious = [], {}
@@ -122,7 +122,7 @@ def given_back(predicted: jax.Array, groups: Groups) -> jax.Array:
     return first[predicted[:, first].argmax(1)]
 
 
-def inside_picture(config: Config, sizes: jax.Array) -> jax.Array:
+def inside_image(config: Config, sizes: jax.Array) -> jax.Array:
     """[b, 2] sizes in the model frame -> [b, 4h, 4w] bool, the cells that `prompted.coverage` gives to it."""
     cells = jnp.maximum(1, jnp.round(4 * sizes / config.patch_size))
     rows, columns = (jnp.arange(4 * side) for side in config.grid)

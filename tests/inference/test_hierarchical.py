@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.images import picture
+from helpers.images import random_image
 from helpers.models import SQUARE, random_sam
 from slimsam_jax.inference import amg, hierarchical
 from slimsam_jax.inference import automatic_mask_generator as generators
@@ -17,7 +17,7 @@ from slimsam_jax.inference.decode import encode_image
 
 def test_tinysams_way_asks_each_point_of_the_grid_once_or_not_at_all(monkeypatch):
     """Whatever is covered: nothing, one half, everything."""
-    sam, image = random_sam(SQUARE), picture(3, 40, 60)
+    sam, image = random_sam(SQUARE), random_image(3, 40, 60)
     asked = []
     decode = SamAutomaticMaskGenerator._decode
 
@@ -88,7 +88,7 @@ def test_who_wants_near_duplicates_has_points_asked_beside_them(monkeypatch, wan
         hierarchical, "around_the_best", lambda *arguments: (taken.append(arguments[-1]), search(*arguments))[1]
     )
     SamAutomaticMaskGenerator(random_sam(SQUARE), 4, hierarchical=True, box_nms_thresh=wanted).generate(
-        picture(3, 40, 60)
+        random_image(3, 40, 60)
     )
     assert taken == [expected]
 
@@ -110,7 +110,7 @@ def test_an_unstable_mask_has_no_neighbours_asked():
 
 def test_covered_is_where_a_mask_is_sure():
     sam = random_sam(SQUARE)
-    encoded = encode_image(sam, Image.fromarray(picture(0, 64, 64)))
+    encoded = encode_image(sam, Image.fromarray(random_image(0, 64, 64)))
     low = np.full((2, 16, 16), -9.0, np.float32)
     low[0, :4], low[1, 8:, 8:] = 20, 8
     found = hierarchical.covered(sam, encoded, low, 8.5)
@@ -118,7 +118,7 @@ def test_covered_is_where_a_mask_is_sure():
 
 
 def test_a_lower_threshold_covers_more(monkeypatch):
-    sam, image, asked = random_sam(SQUARE), picture(3, 40, 60), []
+    sam, image, asked = random_sam(SQUARE), random_image(3, 40, 60), []
     decode = generators.decode_prompts
     watch = lambda sam, encoded, prompts: (asked.append(len(prompts.labels)), decode(sam, encoded, prompts))[1]
     monkeypatch.setattr(generators, "decode_prompts", watch)

@@ -98,7 +98,7 @@ def test_stages_of_other_recipes_are_resumed_too(material, tmp_path, monkeypatch
     assert not all(map(np.array_equal, *map(jax.tree.leaves, decoders)))
 
 
-def test_broken_pictures_are_named_and_skipped(material, tmp_path, monkeypatch, capsys):
+def test_broken_images_are_named_and_skipped(material, tmp_path, monkeypatch, capsys):
     """Also those that were met before the run was stopped; each once a stage."""
     shutil.copytree(material / "images", tmp_path / "images")
     for name in ("a.jpg", "b.jpg"):
@@ -176,7 +176,7 @@ def test_a_state_that_is_not_finite_is_refused(tmp_path):
 
 
 class Numbers:
-    """What a loop asks of `data.Batches`, without a picture."""
+    """What a loop asks of `data.Batches`, without an image."""
 
     def __init__(self):
         self.skipped: dict[str, str] = {}

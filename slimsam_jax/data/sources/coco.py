@@ -1,4 +1,4 @@
-"""COCO's format: one .json with `images` and `annotations`, the pictures in a folder near it."""
+"""COCO's format: one .json with `images` and `annotations`, the images in a folder near it."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def read(path: Path) -> Any:
 
 
 def in_folder(folder: Path) -> list[Sample] | None:
-    """The pictures that a folder's annotations.json lists, or None: there is no such file, or without `images`.
+    """The images that a folder's annotations.json lists, or None: there is no such file, or without `images`.
 
-    (SA-1B's have `image`; beside a picture of that name it may be one.)
+    (SA-1B's have `image`; beside an image of that name it may be one.)
     """
     path = file_of(folder)
     if not os.path.isfile(path):
@@ -49,10 +49,10 @@ def in_folder(folder: Path) -> list[Sample] | None:
 
 
 def samples(path: Path) -> list[Sample]:
-    """The pictures that a COCO file lists, in its order. Crowds (`iscrowd`), which are no single object, are left out.
+    """The images that a COCO file lists, in its order. Crowds (`iscrowd`), which are no single object, are left out.
 
     Raises:
-      InputError: not such a file, or its pictures are nowhere near it.
+      InputError: not such a file, or its images are nowhere near it.
     """
     with blaming(f"the COCO file {path}"):
         return _samples(path, read(path))
@@ -76,7 +76,7 @@ def _samples(path: Path, content: dict[str, Any]) -> list[Sample]:
 
 
 def _root(path: Path, names: list[str]) -> Path:
-    """The folder of the pictures: the file's own, `images` in it, or, as COCO lays them out, ../val2017."""
+    """The folder of the images: the file's own, `images` in it, or, as COCO lays them out, ../val2017."""
     split = path.stem.rpartition("_")[2]
     near = [path.parent, path.parent / "images", path.parent / split, path.parent.parent / split, path.parent.parent]
     near += [path.parent.parent / "images", path.parent.parent / "images" / split]

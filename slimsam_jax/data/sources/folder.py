@@ -1,4 +1,4 @@
-"""A folder of pictures at any depth; SA-1B's layout is one with a .json of the same name beside each."""
+"""A folder of images at any depth; SA-1B's layout is one with a .json of the same name beside each."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ MOST_VALUES = 2**21  # in it: a value of two bytes takes a hundred in Python
 
 
 def samples(folder: Path) -> list[Sample]:
-    """All pictures below it, sorted, hidden files left out."""
+    """All images below it, sorted, hidden files left out."""
     found, unlisted = walk(folder)
-    pictures, annotated = _files(found)
-    return [sample(p, p.with_suffix("") in annotated) for p in pictures] + [lost(*each) for each in unlisted]
+    images, annotated = _files(found)
+    return [sample(p, p.with_suffix("") in annotated) for p in images] + [lost(*each) for each in unlisted]
 
 
-def without_picture(folder: Path) -> list[str]:
-    """The annotations of SA-1B below it beside which there is no picture. Other .json files are none."""
-    pictures, annotated = _files(walk(folder)[0])
-    alone = annotated - {p.with_suffix("") for p in pictures}
+def without_image(folder: Path) -> list[str]:
+    """The annotations of SA-1B below it beside which there is no image. Other .json files are none."""
+    images, annotated = _files(walk(folder)[0])
+    alone = annotated - {p.with_suffix("") for p in images}
     paths = sorted(p.with_name(f"{p.name}.json") for p in alone)
     return [str(path) for path in paths if _is_annotation_file(path)]
 
@@ -68,7 +68,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _files(found: list[tuple[Path, bool]]) -> tuple[list[Path], set[Path]]:
-    """The pictures among what `walk` found, and what has a .json, without that suffix."""
+    """The images among what `walk` found, and what has a .json, without that suffix."""
     annotated = {path.with_suffix("") for path, _ in found if path.suffix == ".json"}
     return [path for path, is_folder in found if path.suffix.lower() in SUFFIXES and not is_folder], annotated
 

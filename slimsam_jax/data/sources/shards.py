@@ -17,7 +17,7 @@ SUFFIXES = (".tar", ".tgz", ".gz")  # the compressed ones to be refused with a r
 
 
 def samples(path: Path) -> list[Sample]:
-    """All pictures of a shard, sorted by name. What is lost of a cut or damaged shard is a last sample, which fails.
+    """All images of a shard, sorted by name. What is lost of a cut or damaged shard is a last sample, which fails.
 
     So is one that is no tar, or a compressed one, in which nothing has an offset.
     """
@@ -27,28 +27,28 @@ def samples(path: Path) -> list[Sample]:
     except InputError as error:
         return [lost(str(path), str(error))]
     members = _members(found)
-    pictures = [_sample(path, name, members) for name in sorted(members) if _is_picture(name)]
+    images = [_sample(path, name, members) for name in sorted(members) if _is_image(name)]
     if not found.entries and not found.fault:
         return [lost(str(path), f"{printable(path)} is a tar without a file")]
     if not found.fault:
-        return pictures
+        return images
     if not found.end:
         how = "not an uncompressed tar", "unpack it with gunzip if it is packed"
         return [lost(str(path), f"{printable(path)} is {how[0]} ({printable(found.fault)}); {how[1]}")]
     where = f"{path} from byte {found.end} on"
     reason = "the tar ends or is damaged there; whatever follows is lost"
-    return [*pictures, lost(where, f"{printable(where)} cannot be read ({printable(found.fault)}: {reason})")]
+    return [*images, lost(where, f"{printable(where)} cannot be read ({printable(found.fault)}: {reason})")]
 
 
-def without_picture(path: Path) -> list[str]:
-    """The annotations in a shard beside which there is no picture."""
+def without_image(path: Path) -> list[str]:
+    """The annotations in a shard beside which there is no image."""
     try:
         with open_regular(path) as file:
             members = _members(tar.index(file))
     except InputError:
         return []  # `samples` names it
-    pictures = {_stem(name) for name in members if _is_picture(name)}
-    alone = sorted(name for name in members if PurePosixPath(name).suffix == ".json" and _stem(name) not in pictures)
+    images = {_stem(name) for name in members if _is_image(name)}
+    alone = sorted(name for name in members if PurePosixPath(name).suffix == ".json" and _stem(name) not in images)
     return [f"{path}/{name}" for name in alone if _is_annotation(path, *members[name])]
 
 
@@ -58,7 +58,7 @@ def _members(found: tar.Index) -> dict[str, tuple[int, int]]:
     return {name: where for name, where in names.items() if not PurePosixPath(name).name.startswith(".")}
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGES
 
 

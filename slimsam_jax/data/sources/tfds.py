@@ -20,7 +20,7 @@ OWN = "tensorflow_datasets.core.features."  # of features.json, else tfds import
 
 
 def samples(folder: Path, split: str = "train") -> list[Sample]:
-    """All pictures of a prepared data set; the encoded bytes are given as they were stored.
+    """All images of a prepared data set; the encoded bytes are given as they were stored.
 
     Args:
       folder: the one with dataset_info.json, or one above it that holds no second.
@@ -93,7 +93,7 @@ def _read(source: Any, index: int) -> bytes:
 
 
 def _annotations(source: Any, index: int) -> list[dict[str, Any]]:
-    """TFDS keeps boxes as shares of the picture in float32, which is why they are rounded on the way back."""
+    """TFDS keeps boxes as shares of the image in float32, which is why they are rounded on the way back."""
     record = source[index]
     height, width = int(record["image"]["height"]), int(record["image"]["width"])
     columns = record["annotations"]
