@@ -18,7 +18,7 @@ from converters.tables.sam import rows
 from converters.tables.vit import split_qkv
 from slimsam_jax import cli, safetensors_file
 from slimsam_jax.cli.checks import check_empty
-from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.errors import InputError, reading
 from slimsam_jax.files import read_json
 from slimsam_jax.models import config as architecture
 
@@ -44,7 +44,7 @@ def load(source: Path | str) -> Sam:
     if not isinstance(source, str | os.PathLike) or not str(source):
         what = "an empty name" if source == "" else f"an object of type {type(source).__name__}"
         raise InputError(f"load takes the path of a checkpoint or a model folder, not {what}")
-    with blaming(source):
+    with reading(source):
         source = Path(source).expanduser()
         if not os.path.isdir(source):
             sam = _load_pth(source)
@@ -110,7 +110,7 @@ def _params(config: architecture.Config, state: dict[str, np.ndarray], table: li
     from slimsam_jax import checkpoint
     from slimsam_jax.models.sam import abstract_params
 
-    with blaming(where):
+    with reading(where):
         expected = flax.traverse_util.flatten_dict(abstract_params(config), sep="/")
     shapes = {}
     for row in table:

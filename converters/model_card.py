@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimsam_jax.errors import blaming
+from slimsam_jax.errors import reading
 from slimsam_jax.files import read_json
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def text(sam: Sam, original: Sam, name: str, folder: Path) -> str:
     Raises:
       InputError: the report or the provenance is damaged.
     """
-    with blaming(f"the provenance of {folder}"):
+    with reading(f"the provenance of {folder}"):
         parts = {"origin": origin(original.provenance), "teacher": teacher(original.provenance)}
     return CARD.format(
         name=name,
@@ -121,7 +121,7 @@ def numbers(folder: Path, sam: Sam, original: Sam) -> str:
     if not os.path.lexists(path):
         return ""
     report = read_json(path, REPORT_LIMIT)
-    with blaming(path):
+    with reading(path):
         if report["provenance"] != original.provenance:
             return ""
         return _table(report, "" if sam.config == original.config else ", before padding")

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.torch_pickle import Inert, Maker, Ordered, Unpickler
-from slimsam_jax.errors import InputError, blaming, printable
+from slimsam_jax.errors import InputError, printable, reading
 from slimsam_jax.files import open_regular
 
 _STORAGES = {
@@ -65,7 +65,7 @@ def read_with_note(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, A
     Raises:
       InputError: the file is none of these.
     """
-    with open_regular(path) as file, blaming(path):
+    with open_regular(path) as file, reading(path):
         archive = _Archive(file, path)
         if archive.root is None:
             raise InputError(f"{path} is not a readable PyTorch checkpoint: the archive holds no data.pkl")
@@ -84,7 +84,7 @@ def check_sums(path: Path | str) -> None:
     Raises:
       InputError: the file is damaged.
     """
-    with open_regular(path) as file, blaming(path):
+    with open_regular(path) as file, reading(path):
         archive = _Archive(file, path)
         for name in archive.members:
             if name.startswith(f"{archive.root}data/"):

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from slimsam_jax import safetensors_file
-from slimsam_jax.errors import InputError, blaming, printable, writing
+from slimsam_jax.errors import InputError, printable, reading, writing
 from slimsam_jax.files import open_regular, read_json, replacing, write_json
 from slimsam_jax.models.config import Config, Thresholds
 from slimsam_jax.models.sam import Params, Sam, abstract_params
@@ -55,7 +55,7 @@ def load(folder: Path | str) -> Sam:
         if not os.path.lexists(folder / name):
             raise InputError(f"{folder} is not a model folder: it has no {name}")
     description = read_json(folder / "config.json")
-    with blaming(folder):
+    with reading(folder):
         if description.get("format") != FORMAT:
             theirs = printable(repr(description.get("format")), 40)
             raise InputError(f"{folder} has format {theirs}, and {FORMAT!r} is what we read")

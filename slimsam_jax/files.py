@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.errors import InputError, reading
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -114,7 +114,7 @@ def read_json(path: Path | str, limit: int = JSON_LIMIT) -> dict[str, Any]:
       InputError: `path` leads to no such file.
     """
     text = read_bytes(path, limit)
-    with blaming(path):
+    with reading(path):
         content = json.loads(text)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object")

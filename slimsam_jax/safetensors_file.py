@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from slimsam_jax.errors import InputError, blaming, printable
+from slimsam_jax.errors import InputError, printable, reading
 from slimsam_jax.files import open_regular, read_json
 
 DTYPES = {
@@ -49,7 +49,7 @@ def files_of(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if os.path.lexists(index):
-        with blaming(index):
+        with reading(index):
             shards = sorted(set(read_json(index)["weight_map"].values()))
             if len(shards) > MOST_SHARDS or any(Path(shard).name != shard for shard in shards):
                 raise InputError(f"{index} must name at most {MOST_SHARDS} files, all beside it")
@@ -65,7 +65,7 @@ def read(path: Path | str) -> dict[str, np.ndarray]:
     Raises:
       InputError: it is none, or a damaged one.
     """
-    with open_regular(path) as file, blaming(path):
+    with open_regular(path) as file, reading(path):
         start, fields = _header(file, path)
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         arrays = {name: _array(content, start, field) for name, field in fields.items()}

@@ -13,7 +13,7 @@ from slimsam_jax.data import Sample
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.draw import contrasting, draw_masks, draw_prompts
-from slimsam_jax.imaging.geometry import deepest
+from slimsam_jax.imaging.geometry import interior_point
 from slimsam_jax.imaging.prompts import clicks_at, point_grid
 from slimsam_jax.inference.decode import BUCKETS, decode_prompts, encode_image, original_masks
 from slimsam_jax.models.sam import Sam
@@ -68,7 +68,7 @@ def choose(sam: Sam, samples: Sequence[Sample], count: int) -> list[Shown]:
         except InputError:
             continue
         largest = sorted(annotations, key=lambda a: -a.mask.sum())[: GRID**2]
-        objects = np.array([deepest(a.mask)[0] for a in largest]).reshape(-1, 2)
+        objects = np.array([interior_point(a.mask)[0] for a in largest]).reshape(-1, 2)
         found.append(surest(sam, image, objects))
     best = np.argsort([-each.sureness for each in found], kind="stable")[:count]
     return [found[i] for i in sorted(best)]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax.data import Sample
-from slimsam_jax.errors import InputError, RunError, blaming, writing
+from slimsam_jax.errors import InputError, RunError, reading, writing
 from slimsam_jax.files import replacing
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
@@ -70,7 +70,7 @@ class TeacherCache:
             raise RunError(f"{error}; continue with --resume, and it is computed again") from None
 
     def _read(self, file: Path) -> np.ndarray:
-        with blaming(f"the cached embedding {file}"):
+        with reading(f"the cached embedding {file}"):
             embedding = np.load(file, allow_pickle=False)
             if embedding.shape != self.shape or embedding.dtype != np.float16:
                 raise ValueError(f"it is {embedding.dtype}{list(embedding.shape)}")

@@ -15,7 +15,7 @@ from PIL import Image
 from slimsam_jax.data.sample import Annotation, Sample
 from slimsam_jax.errors import InputError, printable
 from slimsam_jax.imaging.draw import draw_masks, draw_prompts, sheet
-from slimsam_jax.imaging.geometry import extent
+from slimsam_jax.imaging.geometry import bounding_window
 from slimsam_jax.progress import track
 
 SHEET = 12  # images on a sheet
@@ -92,7 +92,7 @@ def _contradictions(annotation: Annotation, size: tuple[int, int]) -> list[str]:
 
 def _holds(annotation: Annotation) -> bool:
     """Whether the mask lies in its box, give or take a pixel: formats count the last one or not."""
-    rows, columns = extent(annotation.mask)
+    rows, columns = bounding_window(annotation.mask)
     x0, y0, x1, y1 = annotation.box
     return x0 - 1 <= columns.start and y0 - 1 <= rows.start and columns.stop <= x1 + 2 and rows.stop <= y1 + 2
 

@@ -12,7 +12,7 @@ from slimsam_jax.data.augment import Framing, draw_framing
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
-from slimsam_jax.imaging.geometry import deepest, extent
+from slimsam_jax.imaging.geometry import bounding_window, interior_point
 from slimsam_jax.imaging.prompts import noisy, prompt_points
 from slimsam_jax.imaging.transforms import resize_and_pad, to_model_frame
 from slimsam_jax.models.config import Config
@@ -89,11 +89,11 @@ def first_prompt(mask: np.ndarray, random: np.random.Generator) -> tuple[np.ndar
       points [1, 2, 2] in pixels of the mask [h, w] and labels [1, 2], as `prompt_points` gives them.
     """
     if random.random() < 0.5:
-        rows, columns = extent(mask)
+        rows, columns = bounding_window(mask)
         box = np.array([columns.start, rows.start, columns.stop, rows.stop], float)
         return prompt_points(boxes=noisy(box, mask.shape, random)[None])
     if random.random() < 0.5:
-        click = deepest(mask)[0]
+        click = interior_point(mask)[0]
     else:
         y, x = np.unravel_index(random.choice(np.flatnonzero(mask)), mask.shape)
         click = np.array([x, y]) + 0.5

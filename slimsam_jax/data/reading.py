@@ -38,7 +38,7 @@ def map_readable(
       RunError: that is more than a share `max_broken` of `total` samples.
     """
     found, skipped = {}, {}
-    for sample, result in two_at_a_time(function, samples):
+    for sample, result in prefetched(function, samples):
         try:
             found[sample] = result()
         except InputError as error:
@@ -48,7 +48,7 @@ def map_readable(
     return found, skipped
 
 
-def two_at_a_time(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:
+def prefetched(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:
     """(item, what gives its result or raises its error) in order; the first alone, as it may compile for the others."""
     with ThreadPoolExecutor(2) as pool:
         waiting: deque[tuple[Any, Future]] = deque()

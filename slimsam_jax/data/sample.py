@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from slimsam_jax.errors import InputError, RunError, blaming, printable
+from slimsam_jax.errors import InputError, RunError, printable, reading
 from slimsam_jax.files import read_bytes
 from slimsam_jax.imaging import rle
-from slimsam_jax.imaging.geometry import deepest
+from slimsam_jax.imaging.geometry import interior_point
 
 MOST_BYTES = 2**28  # of an encoded image
 MOST_MASKED = 2**32  # pixels of all masks of an image together, which are in memory at once
@@ -69,7 +69,7 @@ class Sample:
         """
         if self.lost:
             raise InputError(self.lost)
-        with blaming(self.name):
+        with reading(self.name):
             return self.load()
 
     def image(self) -> Image.Image:
@@ -98,7 +98,7 @@ class Sample:
         if not size:
             image = self.image()
             size = image.height, image.width
-        with blaming(f"the annotation of {self.name}"):
+        with reading(f"the annotation of {self.name}"):
             for fields in self.rows(size):
                 yield parse(fields, size)
 
@@ -132,7 +132,7 @@ def parse(fields: dict[str, Any], size: tuple[int, int] | None = None) -> Annota
     box = corners(fields["bbox"])
     crop_box = corners(fields.get("crop_box", [0, 0, mask.shape[1], mask.shape[0]]))
     given = fields.get("point_coords")
-    point = deepest(mask)[0] if given is None else np.asarray(given, np.float64).reshape(-1, 2)[0]
+    point = interior_point(mask)[0] if given is None else np.asarray(given, np.float64).reshape(-1, 2)[0]
     if not (np.abs([*box, *crop_box, *point]) <= BEYOND * max(mask.shape)).all():  # a point that is NaN, too
         raise ValueError("a box or a point that is none, or far outside of the image")
     number = int(fields.get("id", -1))

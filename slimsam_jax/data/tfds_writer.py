@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from slimsam_jax.data.sample import Annotation, Sample, parse
-from slimsam_jax.errors import InputError, blaming, printable, writing
+from slimsam_jax.errors import InputError, printable, reading, writing
 from slimsam_jax.files import new_folder
 from slimsam_jax.imaging import rle
 from slimsam_jax.progress import track
@@ -104,7 +104,7 @@ def record(sample: Sample, index: int) -> dict[str, Any]:
         "width": image.width,
         "image_id": number if number < 2**64 else index,
     }
-    with blaming(f"the annotation of {sample.name}"):
+    with reading(f"the annotation of {sample.name}"):
         rows = sample.rows(image.size[::-1])
         annotations = [_annotation(fields, i, image.size) for i, fields in enumerate(rows)]
     return {"image": described, "annotations": annotations}

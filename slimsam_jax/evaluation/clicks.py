@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from slimsam_jax.data import Annotation
-from slimsam_jax.imaging.geometry import deepest
+from slimsam_jax.imaging.geometry import interior_point
 from slimsam_jax.imaging.overlap import iou
 from slimsam_jax.imaging.prompts import ABSENT, NOT_A_POINT, Prompts
 from slimsam_jax.inference.decode import Encoded, decode_prompts, original_masks
@@ -61,7 +61,7 @@ def _no_clicks(count: int, clicks: int) -> Prompts:
 def _add_click(prompts: Prompts, i: int, k: int, mask: np.ndarray, truth: np.ndarray) -> bool:
     """Puts the k-th click of prompt i where its mask is most wrong; False if it is wrong nowhere."""
     taken = prompts.points[i, :k]
-    (missed, depth), (surplus, other) = deepest(truth & ~mask, taken), deepest(mask & ~truth, taken)
+    (missed, depth), (surplus, other) = interior_point(truth & ~mask, taken), interior_point(mask & ~truth, taken)
     if max(depth, other) == 0:
         return False
     prompts.points[i, k] = missed if depth >= other else surplus

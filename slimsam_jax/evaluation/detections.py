@@ -15,7 +15,7 @@ import numpy as np
 
 from slimsam_jax.data.sample import corners
 from slimsam_jax.data.sources import coco
-from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.errors import InputError, reading
 from slimsam_jax.evaluation.resampled_ap import RESAMPLES, categories, intervals
 from slimsam_jax.imaging import rle
 from slimsam_jax.imaging.prompts import Prompts, prompt_points
@@ -47,7 +47,7 @@ def read_boxes(path: Path) -> Boxes:
       InputError: it is not one.
     """
     found: Boxes = {}
-    with blaming(f"the file of boxes {path}"):
+    with reading(f"the file of boxes {path}"):
         for fields in coco.read(path):
             detection = Detection(corners(fields["bbox"]), int(fields["category_id"]), float(fields["score"]))
             if not np.isfinite(detection.score) or np.abs(detection.box).max() > FARTHEST:
@@ -69,7 +69,7 @@ def read_truth(path: Path, boxes: Boxes) -> Any:
         from pycocotools.coco import COCO
     except ImportError:
         raise InputError("--boxes needs pycocotools: pip install 'slimsam_jax[coco]'") from None
-    with blaming(f"the COCO file {path}"), contextlib.redirect_stdout(io.StringIO()):
+    with reading(f"the COCO file {path}"), contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = coco.read(path)
         truth.dataset.setdefault("info", {})  # which some versions of pycocotools ask for

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from slimsam_jax.data import Annotation
-from slimsam_jax.imaging.geometry import deepest
+from slimsam_jax.imaging.geometry import interior_point
 from slimsam_jax.imaging.prompts import Prompts, clicks_at, noisy, prompt_points
 
 
@@ -22,7 +22,7 @@ def point(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
 
 def point_center(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
     """The pixel deepest inside the mask."""
-    return clicks_at(np.stack([deepest(a.mask)[0] for a in annotations]))
+    return clicks_at(np.stack([interior_point(a.mask)[0] for a in annotations]))
 
 
 def box(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:

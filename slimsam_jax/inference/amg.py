@@ -11,7 +11,7 @@ import math
 import numpy as np
 from scipy import ndimage
 
-from slimsam_jax.imaging.geometry import extent
+from slimsam_jax.imaging.geometry import bounding_window
 
 
 def build_point_grid(n_per_side: int) -> np.ndarray:
@@ -50,7 +50,7 @@ def is_box_near_crop_edge(boxes: np.ndarray, crop_box: np.ndarray, size: tuple[i
 
 def mask_to_box(mask: np.ndarray) -> np.ndarray:
     """[h, w] bool -> [4]; zeros of an empty mask."""
-    rows, columns = extent(mask)
+    rows, columns = bounding_window(mask)
     return np.maximum([columns.start, rows.start, columns.stop - 1, rows.stop - 1], 0)
 
 

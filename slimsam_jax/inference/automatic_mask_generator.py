@@ -139,7 +139,7 @@ class SamAutomaticMaskGenerator:
             thresholds = self.pred_iou_thresh, self.stability_score_thresh, self.stability_score_offset
             cells = tuple(-(-4 * side // self.sam.config.patch_size) for side in encoded.size)
             duplicate = max(hierarchical.DUPLICATE, self.box_nms_thresh)  # whoever wants near duplicates gets them
-            found = hierarchical.around_the_best(decode, judge, grid, cells, *thresholds, duplicate)
+            found = hierarchical.refine_near_best(decode, judge, grid, cells, *thresholds, duplicate)
         return found.take(amg.nms(found.boxes, found.predicted_iou, self.box_nms_thresh))
 
     def _grid(self, layer: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from slimsam_jax.imaging.geometry import extent
+from slimsam_jax.imaging.geometry import bounding_window
 from slimsam_jax.inference import amg
 from slimsam_jax.inference.candidates import Candidates, concatenate, enlarge
 from slimsam_jax.inference.decode import Encoded
@@ -36,7 +36,7 @@ Decode = Callable[[np.ndarray], Iterator[Decoded]]  # [n, 2] points -> their mas
 Judge = Callable[[Decoded], tuple[Candidates, np.ndarray]]  # -> those that pass the filters, and their indices
 
 
-def around_the_best(
+def refine_near_best(
     decode: Decode,
     judge: Judge,
     grid: np.ndarray,
@@ -83,7 +83,7 @@ def _promising(scores: np.ndarray, low: np.ndarray, least: float, stability: flo
 
 def _boxes(low: np.ndarray) -> np.ndarray:
     """[n, 4] x0, y0, and x1, y1 just outside, in cells: of a mask one cell wide there is an area, too."""
-    spans = [extent(mask) for mask in low > 0]
+    spans = [bounding_window(mask) for mask in low > 0]
     return np.array([[x.start, y.start, x.stop, y.stop] for y, x in spans]).reshape(-1, 4)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from slimsam_jax.data import read_image
 from slimsam_jax.data.sample import eight_bits
-from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.errors import InputError, reading
 from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks
 from slimsam_jax.inference.decode import Encoded, padded
 from slimsam_jax.inference.mixed_prompts import Prompt, check, decode_mixed, kind_of, real_array
@@ -149,7 +149,7 @@ def as_image(image: AnyImage) -> Image.Image:
         return read_image(image)
     if isinstance(image, Image.Image):
         check_sides(image.height, image.width)
-        with blaming("the image"):
+        with reading("the image"):
             return image if image.mode == "RGB" else eight_bits(image).convert("RGB")
     array = real_array(image, kinds="biuf")
     if array is None:

@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of a SAM in closed form, as the papers count them."""
+"""Counts parameters and multiply-accumulates of a SAM in closed form, as the papers do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slimsam_jax.models.sam import abstract_params
 
 
 def parameters(params: Any) -> int:
-    """Number of scalars in a tree (of arrays or of shapes), as PyTorch counts a SAM.
+    """Counts the scalars in a tree (of arrays or of shapes), as PyTorch counts a SAM.
 
     The frequencies of the positional encoding are a buffer there, so they do not count.
     """
@@ -23,7 +23,7 @@ def parameters(params: Any) -> int:
 
 
 def encoder_parameters(config: Config) -> int:
-    """Of the image encoder, closed form."""
+    """Counts the parameters of the image encoder."""
     embed, out, grid = config.embed_dim, config.out_chans, math.prod(config.grid)
     total = _conv(1, 3 * config.patch_size**2, embed) + grid * embed + embed * out + 9 * out * out + 4 * out
     for block in config.blocks:
@@ -35,13 +35,13 @@ def encoder_parameters(config: Config) -> int:
 
 
 def sam_parameters(config: Config) -> int:
-    """Of the whole SAM."""
+    """Counts the parameters of the whole SAM."""
     return encoder_parameters(config) + _head_parameters(dataclasses.replace(config, embed_dim=1, blocks=()))
 
 
 @functools.lru_cache
 def _head_parameters(config: Config) -> int:
-    """Of prompt encoder and mask decoder, which the encoder's widths do not touch."""
+    """Counts the parameters of prompt encoder and mask decoder, which the encoder's widths do not touch."""
     shapes = abstract_params(config)
     return parameters({name: shapes[name] for name in ("prompt_encoder", "mask_decoder")})
 
@@ -65,7 +65,7 @@ class Macs(NamedTuple):
 
 
 def encoder_macs(config: Config) -> Macs:
-    """Of the image encoder, closed form; equals the reference's counter to the digit."""
+    """Counts the multiply-accumulates of the image encoder; equals the reference's counter to the digit."""
     embed, out, grid = config.embed_dim, config.out_chans, math.prod(config.grid)
     linear = _conv(grid, 3 * config.patch_size**2, embed) + grid * out * (embed + 9 * out)
     attention = 0
@@ -79,7 +79,7 @@ def encoder_macs(config: Config) -> Macs:
 
 
 def decoder_macs(config: Config, prompt_tokens: int = 2) -> Macs:
-    """Of the mask decoder for one prompt (a point makes two tokens: itself and the padding)."""
+    """Counts those of the mask decoder for one prompt (a point makes two tokens: itself and the padding)."""
     width, image, hidden = config.out_chans, math.prod(config.grid), config.decoder_mlp_dim
     outputs = 1 + config.multimask_outputs
     own = 1 + outputs + prompt_tokens

@@ -17,7 +17,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from slimsam_jax import checkpoint, sharding
-from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.errors import InputError, reading
 from slimsam_jax.files import replacing, write_json
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.training.checkpoints import Steps
@@ -41,7 +41,7 @@ class RunFolder:
         try:
             self._acquire()
             if resume:
-                with blaming(recorded):
+                with reading(recorded):
                     _check_same(json.loads(recorded.read_text()), origin, path)
             elif sharding.is_main():
                 self._create(recorded, origin)

@@ -218,7 +218,7 @@ def test_other_things_are_refused(everywhere, tmp_path):
 def test_deepest_point_by_hand():
     mask = np.zeros((9, 12), bool)
     mask[:5, 2:7] = True  # 5 x 5 at the upper border, which counts as outside
-    np.testing.assert_array_equal(geometry.deepest(mask)[0], [4.5, 2.5])
+    np.testing.assert_array_equal(geometry.interior_point(mask)[0], [4.5, 2.5])
     mask[7, 11] = True
-    np.testing.assert_array_equal(geometry.deepest(mask)[0], [4.5, 2.5])
-    np.testing.assert_array_equal(geometry.deepest(np.zeros((4, 6), bool))[0], [3, 2])
+    np.testing.assert_array_equal(geometry.interior_point(mask)[0], [4.5, 2.5])
+    np.testing.assert_array_equal(geometry.interior_point(np.zeros((4, 6), bool))[0], [3, 2])

@@ -34,7 +34,7 @@ MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, ma
 
 
 def annotation(mask: np.ndarray, point=(0, 0), id=-1) -> Annotation:
-    rows, columns = geometry.extent(mask)
+    rows, columns = geometry.bounding_window(mask)
     box = (columns.start, rows.start, columns.stop, rows.stop)
     return Annotation(id, mask, np.array(box, float), np.array(point, float), np.array(box, float))
 
@@ -78,16 +78,16 @@ def test_scores_of_masks_equal_counting_pixels(mask, random):
 
 def test_depth_by_hand():
     """Where the middle of a square is, tests/data/test_sources.py has."""
-    assert geometry.deepest(rectangle((9, 12), 1, 2, 6, 7))[1] == 3
+    assert geometry.interior_point(rectangle((9, 12), 1, 2, 6, 7))[1] == 3
     corner = rectangle((9, 12), 0, 0, 3, 3)  # the border counts as outside
-    assert geometry.deepest(corner)[0].tolist() == [1.5, 1.5] and geometry.deepest(corner)[1] == 2
-    assert geometry.deepest(corner, taken=[[1.5, 1.5]])[1] == 1
+    assert geometry.interior_point(corner)[0].tolist() == [1.5, 1.5] and geometry.interior_point(corner)[1] == 2
+    assert geometry.interior_point(corner, taken=[[1.5, 1.5]])[1] == 1
 
 
 @settings(max_examples=100, deadline=None)
 @given(MASKS.filter(np.any))
 def test_no_pixel_is_deeper_than_the_deepest(mask):
-    (x, y), depth = geometry.deepest(mask)
+    (x, y), depth = geometry.interior_point(mask)
     outside = np.argwhere(~np.pad(mask, 1)) - 1
     depths = [np.hypot(*(outside - pixel).T).min() for pixel in np.argwhere(mask)]
     assert mask[int(y), int(x)] and depth == pytest.approx(max(depths))

@@ -12,7 +12,7 @@ from typing import Any
 
 from slimsam_jax.data.sample import MOST_BYTES, Sample
 from slimsam_jax.data.sources import polygons
-from slimsam_jax.errors import InputError, blaming, printable
+from slimsam_jax.errors import InputError, printable, reading
 from slimsam_jax.files import read_bytes
 from slimsam_jax.imaging import rle
 
@@ -43,7 +43,7 @@ def in_folder(folder: Path) -> list[Sample] | None:
     path = file_of(folder)
     if not os.path.isfile(path):
         return None
-    with blaming(path):
+    with reading(path):
         content = read(path)
         return _samples(path, content) if "images" in content else None
 
@@ -54,7 +54,7 @@ def samples(path: Path) -> list[Sample]:
     Raises:
       InputError: not such a file, or its images are nowhere near it.
     """
-    with blaming(f"the COCO file {path}"):
+    with reading(f"the COCO file {path}"):
         return _samples(path, read(path))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from slimsam_jax.data.sample import Sample
-from slimsam_jax.errors import InputError, blaming, printable
+from slimsam_jax.errors import InputError, printable, reading
 from slimsam_jax.files import read_bytes, regular
 
 MOST_OF_INFO = 2**20  # bytes of features.json and dataset_info.json
@@ -29,7 +29,7 @@ def samples(folder: Path, split: str = "train") -> list[Sample]:
       InputError: no such data set, of other features, or stored otherwise than as array_record.
     """
     folder = _prepared(folder)
-    with blaming(f"the TFDS data set {folder}"):
+    with reading(f"the TFDS data set {folder}"):
         _check(folder)
         import tensorflow_datasets as tfds
 
