@@ -169,4 +169,4 @@ def worth(sam: Sam, step: Prune, calibration: Calibration, seed: int = 0) -> dic
     if step.part == "bottleneck":
         groups = [*channels.attention_groups(sam.config), *channels.mlp_groups(sam.config)]
     encoder = sam.params["image_encoder"]
-    return allocation.worth_of(importance.channel_scores(encoder, grads, groups, step.criterion, seed))
+    return allocation.gains_of(importance.channel_scores(encoder, grads, groups, step.criterion, seed))

@@ -21,7 +21,7 @@ __all__ = ["Annotation", "Sample", "check_one_is_readable", "decode", "find", "r
 
 
 def find(locations: Sequence[str | Path]) -> list[Sample]:
-    """All images of the locations, each once, in a fixed order.
+    """Lists all images of the locations, each once, in a fixed order.
 
     What cannot be opened in them (a damaged shard, a FIFO called x.jpg) is a sample, too, which fails when it is read.
 
@@ -34,17 +34,17 @@ def find(locations: Sequence[str | Path]) -> list[Sample]:
     """
     if not locations:
         raise InputError("no folder of images is given, nor anything else that holds some")
-    found: list[Sample] = []
+    samples: list[Sample] = []
     for location in map(str, locations):
         if not location.strip():
             raise InputError("the name of a folder of images is empty")
-        samples = _open(location)
-        if not samples:
+        here = _open(location)
+        if not here:
             raise InputError(f"{printable(location)} holds no images ({', '.join(sorted(folder.SUFFIXES))})")
-        found += samples
-    if all(sample.lost for sample in found):
-        raise InputError(found[0].lost)
-    return list(dict.fromkeys(found))
+        samples += here
+    if all(sample.lost for sample in samples):
+        raise InputError(samples[0].lost)
+    return list(dict.fromkeys(samples))
 
 
 def _open(location: str) -> list[Sample]:
@@ -64,27 +64,27 @@ def _open(location: str) -> list[Sample]:
 
 
 def _path(location: str | Path) -> Path:
-    """Of a location that may begin with ~, or with the name of a user whom there is not."""
+    """Expands ~ in a location, which may also name a user whom there is not."""
     return Path(os.path.expanduser(location))
 
 
 def without_image(locations: Sequence[str | Path]) -> list[str]:
-    """Names of SA-1B annotations in folders and shards whose image is missing, so that `find` passes them by."""
-    found: list[str] = []
+    """Lists SA-1B annotations in folders and shards whose image is missing, so that `find` passes them by."""
+    names: list[str] = []
     for path in map(_path, locations):
         if os.path.isdir(path) and coco.in_folder(path) is None:
-            found += folder.without_image(path)
-            found += [name for tar in folder.tars(path) for name in shards.without_image(tar)]
+            names += folder.without_image(path)
+            names += [name for tar in folder.tars(path) for name in shards.without_image(tar)]
         elif os.path.isfile(path) and path.suffix.lower() == ".tar":
-            found += shards.without_image(path)
-    return found
+            names += shards.without_image(path)
+    return names
 
 
 def embedded_images() -> Path:
-    """The photographs that ship with the package; their sources and licences lie beside them."""
+    """Returns the folder of photographs that ship with the package; their sources and licences lie beside them."""
     return Path(str(resources.files("slimsam_jax") / "assets" / "photos"))
 
 
 def embedded_teacher() -> Path:
-    """The small SAM (256 px) that ships with the package."""
+    """Returns the folder of the small SAM (256 px) that ships with the package."""
     return Path(str(resources.files("slimsam_jax") / "assets" / "sam_small_256"))

@@ -1,4 +1,4 @@
-"""Samples -> batches. uint8 until on the device; decoded in threads ahead of the step."""
+"""Makes batches of samples. uint8 until on the device; decoded in threads ahead of the step."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ class Batches:
         self._iterator = iter(stream)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For workers, which read and do not iterate."""
+        """Leaves out the iterator for workers, which read and do not iterate."""
         return {name: value for name, value in vars(self).items() if name != "_iterator"}
 
     def samples_of(self, step: int) -> list[Sample]:
-        """The images of a step, in all processes; unreadable ones still among them."""
+        """Returns the samples of a step, in all processes; unreadable ones still among them."""
         return [self.samples[self._order[step * self.batch + i]] for i in range(self.batch)]
 
     def agree_on_skipped(self) -> None:
@@ -83,9 +83,10 @@ class Batches:
         Raises:
           RunError: together that is too much; the same in all processes.
         """
-        found = {name: reason for each in sharding.gather_json(dict(self.skipped)) for name, reason in each.items()}
-        self.skipped.update(found)
-        check_share(found, len(self.samples), self.max_broken)
+        of_processes = sharding.gather_json(dict(self.skipped))
+        skipped = {name: reason for own in of_processes for name, reason in own.items()}
+        self.skipped.update(skipped)
+        check_share(skipped, len(self.samples), self.max_broken)
 
     def _load(self, index: int, random: np.random.Generator) -> dict[str, np.ndarray]:
         for ahead in range(len(self.samples)):

@@ -56,8 +56,8 @@ class MaskBatches(Batches):
         whole = Framing((0, 0, *image.size), framing.mirrored)
         for framed in (framing, whole):  # a crop may have lost them all
             pixels, size = resize_and_pad(framed.of_image(image), self.image_size)
-            if found := self._choose(annotations, framed, tuple(size), random):
-                masks, cells = zip(*(found[i % len(found)] for i in range(self.prompts)), strict=True)
+            if chosen := self._choose(annotations, framed, tuple(size), random):
+                masks, cells = zip(*(chosen[i % len(chosen)] for i in range(self.prompts)), strict=True)
                 points, labels = zip(*(first_prompt(mask, random) for mask in masks), strict=True)
                 points = to_model_frame(np.concatenate(points), size, masks[0].shape)
                 seed = random.integers(2**32, dtype=np.uint32)
@@ -68,20 +68,20 @@ class MaskBatches(Batches):
     def _choose(
         self, annotations: Sequence[Annotation], framing: Framing, size: tuple[int, int], random: np.random.Generator
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Up to p masks, framed, in pixels and in the decoder's cells; each fills more than half of a cell."""
-        found: list[tuple[np.ndarray, np.ndarray]] = []
+        """Draws up to p masks, framed, in pixels and in the decoder's cells; each fills more than half of a cell."""
+        chosen: list[tuple[np.ndarray, np.ndarray]] = []
         for i in random.permutation(len(annotations)):
             mask = framing.of_mask(annotations[i].mask)
             cells = coverage(mask, size, self.config) if mask.any() and mask.mean() <= LARGEST else np.zeros(1)
             if (cells > 0.5).any():
-                found.append((mask, cells))
-            if len(found) == self.prompts:
+                chosen.append((mask, cells))
+            if len(chosen) == self.prompts:
                 break
-        return found
+        return chosen
 
 
 def first_prompt(mask: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A box as somebody draws it by hand, or a click, as often; half of the clicks anywhere, half in the middle.
+    """Simulates a first prompt: a hand-drawn box or, as often, a click, anywhere or in the middle.
 
     (The paper's clicks are all anywhere; those that our evaluation and SA-1B's annotations know are in the middle.)
 
@@ -103,8 +103,8 @@ def first_prompt(mask: np.ndarray, random: np.random.Generator) -> tuple[np.ndar
 PROMPTS = 4  # annotations per image
 
 
-def annotated(samples: Sequence[Sample], user: str = "signal=masks") -> list[Sample]:
-    """Those with annotations.
+def annotated(samples: Sequence[Sample], user: str = "prune.importance_loss=masks") -> list[Sample]:
+    """Returns the samples with annotations.
 
     Args:
       user: who wants them, for the message.
@@ -112,12 +112,12 @@ def annotated(samples: Sequence[Sample], user: str = "signal=masks") -> list[Sam
     Raises:
       InputError: there is none, or not one can be used.
     """
-    found = [sample for sample in samples if sample.load_annotations]
+    labelled = [sample for sample in samples if sample.load_annotations]
     reason = "there is none"
-    for sample in found:
+    for sample in labelled:
         try:
             if read_annotated(sample)[1]:
-                return found
+                return labelled
             reason = f"{sample.name} has none"
         except InputError as error:
             reason = str(error)
@@ -147,7 +147,7 @@ class AnnotatedBatches(Batches):
 
 
 def random_clicks(size: np.ndarray, count: int, random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Foreground clicks anywhere on an image of [2] `size` in the model frame, as in `AnnotatedBatches`."""
+    """Draws foreground clicks anywhere on an image of [2] `size` in the model frame, as in `AnnotatedBatches`."""
     clicks = random.uniform(0, size[::-1], (count, 1, 2)).astype(np.float32)
     points, labels = prompt_points(clicks, np.ones((count, 1), np.int32))
     return {"points": points, "labels": labels}
@@ -161,7 +161,7 @@ def _prompts(chosen: Sequence[Annotation], size: tuple[int, int], config: Config
 
 
 def coverage(mask: np.ndarray, size: tuple[int, int], config: Config) -> np.ndarray:
-    """An image's mask [h0, w0] bool as the decoder should give it: [4h, 4w] float32, the share of each cell covered.
+    """Resizes a mask [h0, w0] bool to the decoder's output: [4h, 4w] float32, the share of each cell that it covers.
 
     Args:
       size: the image's in the model frame, from `resize_and_pad`; what is below and right of it is 0.

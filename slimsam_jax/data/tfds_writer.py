@@ -89,7 +89,7 @@ class Sa1b(tfds.core.GeneratorBasedBuilder):
 
 
 def record(sample: Sample, index: int) -> dict[str, Any]:
-    """A sample in the features of `segment_anything`. Its id is the number in its name, as in SA-1B, or `index`.
+    """Converts a sample to the features of `segment_anything`. Its id is the number in its name, or `index`.
 
     Raises:
       InputError: the image or its annotations cannot be read.
@@ -133,6 +133,6 @@ def _segmentation(parsed: Annotation) -> dict[str, Any]:
 
 
 def _share(box: np.ndarray, size: tuple[int, int]) -> tfds.features.BBox:
-    """Corners in pixels -> TFDS's box, which lies within 0 and 1."""
+    """Converts corners in pixels to TFDS's box, which lies within 0 and 1."""
     left, top, right, bottom = (np.clip(box / np.array([*size, *size]), 0, 1)).tolist()
     return tfds.features.BBox(ymin=top, xmin=left, ymax=bottom, xmax=right)
