@@ -1,1 +1,1 @@
-"""From images and prompts to masks."""
+"""Predicts masks for images and prompts."""

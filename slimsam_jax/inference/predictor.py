@@ -1,4 +1,4 @@
-"""`segment_anything`'s `SamPredictor` for any model of ours; and many images with mixed prompts at once."""
+"""Predicts masks as `segment_anything`'s `SamPredictor`, with any model of ours; and many images at once."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class SamPredictor:
         multimask_output=True,
         return_logits=False,
     ) -> Prediction:
-        """Masks for one prompt on the image; arguments as in `Prompt`.
+        """Predicts masks for one prompt on the image; arguments as in `Prompt`.
 
         Args:
           multimask_output: three masks of different extent, which suits an ambiguous prompt such as one point.
@@ -93,7 +93,7 @@ class SamPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> list[list[Prediction]]:
-        """Masks for all prompts of many images, of mixed kinds and numbers; leaves the image set alone.
+        """Predicts masks for all prompts of many images, of mixed kinds; leaves the image that is set alone.
 
         Args:
           images: as `set_image` takes them, in a list; or [b, h0, w0, 3] uint8.
@@ -109,7 +109,7 @@ class SamPredictor:
         return predict(self.model, encode_images(self.model, images), prompts, multimask_output, return_logits)
 
     def get_image_embedding(self) -> np.ndarray:
-        """[1, C, h, w] float32, as the original gives it."""
+        """Returns the embedding of the image that is set, [1, C, h, w] float32, as the original gives it."""
         return np.asarray(self._encoded().embedding).transpose(2, 0, 1)[None]
 
     def reset_image(self) -> None:
@@ -129,18 +129,18 @@ def encode_images(sam: Sam, images: Sequence[AnyImage]) -> list[Encoded]:
     """Encodes images of any sizes, in batches of few sizes."""
     images = [as_image(image) for image in images]
     frames = [resize_and_pad(image, sam.config.image_size) for image in images]
-    found: list[Encoded] = []
+    encoded: list[Encoded] = []
     for index, count in padded(len(frames)):
         pixels, sizes = (np.stack([frames[i][part] for i in index]) for part in (0, 1))
         embeddings = encode(sam.config, sam.params, pixels, sizes)
         for i in range(count):
             image = images[index[i]]
-            found.append(Encoded(embeddings[i], tuple(map(int, sizes[i])), (image.height, image.width)))
-    return found
+            encoded.append(Encoded(embeddings[i], tuple(map(int, sizes[i])), (image.height, image.width)))
+    return encoded
 
 
 def as_image(image: AnyImage) -> Image.Image:
-    """An RGB PIL image from whatever holds one.
+    """Converts a path, a PIL image or an array to an RGB PIL image.
 
     Raises:
       InputError: it does not.
@@ -171,18 +171,18 @@ def check_sides(height: int, width: int) -> None:
 
 
 def check_model(sam: Sam) -> Sam:
-    """The model itself.
+    """Checks a model, and returns it.
 
     Raises:
       InputError: it is something else, such as the path of one.
     """
     if not isinstance(sam, Sam):
-        raise InputError(f"a model is wanted, as slimsam_jax.load(path) gives it, not {kind_of(sam)}")
+        raise InputError(f"a model must be given, as slimsam_jax.load(path) gives it, not {kind_of(sam)}")
     return sam
 
 
 def check_list(values: Any, name: str, axes: int | None = None) -> None:
-    """Raises InputError for what is one, where a list of them is wanted; an array of so many axes is as good."""
+    """Raises InputError unless `values` are a list, or an array of so many axes."""
     if isinstance(values, np.ndarray) and values.ndim == axes:
         return
     if not isinstance(values, Sequence) or isinstance(values, str | bytes | Prompt):
@@ -215,13 +215,14 @@ def predict(
     for name, flag in (("multimask_output", multimask_output), ("return_logits", return_logits)):
         if not (isinstance(flag, bool | np.bool_) or (type(flag) is int and flag in (0, 1))):
             raise InputError(f"{name} {quoted(flag)} is neither True nor False")
-    check_prompts(sam, [each.original_size for each in encoded], prompts)
-    flat = [(each, prompt) for each, of_image in zip(encoded, prompts, strict=True) for prompt in of_image]
+    check_prompts(sam, [image.original_size for image in encoded], prompts)
+    flat = [(image, prompt) for image, of_image in zip(encoded, prompts, strict=True) for prompt in of_image]
     outputs = slice(1, None) if multimask_output else slice(0, 1)
-    decoded = iter(decode_mixed(sam, [each for each, _ in flat], [prompt for _, prompt in flat]))
+    decoded = iter(decode_mixed(sam, [image for image, _ in flat], [prompt for _, prompt in flat]))
 
-    def finished(each: Encoded, low: np.ndarray, scores: np.ndarray) -> Prediction:
-        masks = resize_masks(sam.config.image_size, low[outputs], each.size, each.original_size)
+    def finished(image: Encoded, low: np.ndarray, scores: np.ndarray) -> Prediction:
+        masks = resize_masks(sam.config.image_size, low[outputs], image.size, image.original_size)
         return Prediction(masks if return_logits else masks > 0, scores[outputs], low[outputs])
 
-    return [[finished(each, *next(decoded)) for _ in of_image] for each, of_image in zip(encoded, prompts, strict=True)]
+    pairs = zip(encoded, prompts, strict=True)
+    return [[finished(image, *next(decoded)) for _ in of_image] for image, of_image in pairs]
