@@ -139,7 +139,7 @@ CALLS = [
     (lambda p: p.predict_batch([], [], multimask_output="x"), "multimask_output"),
     (lambda p: p.predict(point_labels=[1]), "without point_coords"),
     (lambda p: p.predict(), "a prompt needs"),
-    *((lambda p, v=v: SamPredictor(v), "a model is wanted") for v in ("slim", None, {}, SQUARE)),
+    *((lambda p, v=v: SamPredictor(v), "a model must be given") for v in ("slim", None, {}, SQUARE)),
 ]
 
 
@@ -185,7 +185,7 @@ GRIDS = (
 
 @pytest.mark.parametrize(("name", "value"), FIELDS, ids=lambda value: f"{type(value).__name__}"[:20])
 def test_a_hostile_field_of_the_generator_is_refused(name, value):
-    with pytest.raises(InputError, match=f"{name} |a model is wanted"):
+    with pytest.raises(InputError, match=f"{name} |a model must be given"):
         SamAutomaticMaskGenerator(**{"sam": model(), name: value})
 
 
