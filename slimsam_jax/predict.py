@@ -1,4 +1,4 @@
-"""Masks for an image. `python -m slimsam_jax.predict --model M --image I --point X,Y --out P.png`."""
+"""Predicts a mask for an image. `python -m slimsam_jax.predict --model M --image I --point X,Y --out P.png`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUMBER = r" *[+-]?(?:[0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1
 
 
 def parse_numbers(text: str, names: str) -> tuple[float, ...]:
-    """ "1,2" -> (1.0, 2.0), if there are as many as `names` ("X,Y") has."""
+    """Parses "1,2" as (1.0, 2.0), if there are as many numbers as `names` ("X,Y") has."""
     numbers = tuple(float(part) for part in text.split(",")) if re.fullmatch(rf"{NUMBER}(,{NUMBER})*", text) else ()
     if len(numbers) != names.count(",") + 1 or not all(map(math.isfinite, numbers)):
         raise InputError(f"{printable(text, 60)!r} is not {names}: numbers in pixels of the image, separated by commas")

@@ -249,7 +249,7 @@ def test_what_cannot_be_read_is_never_removed(tmp_path, monkeypatch):
         saved.save(1, small_state(1))
     with checkpoints.Steps(tmp_path / "steps") as saved, monkeypatch.context() as patched:
         patched.setattr(saved.manager, "restore", lambda *_, **__: jnp.ones(()).missing)
-        with pytest.raises(RunError, match="remove it to start the stage anew"):
+        with pytest.raises(RunError, match="remove it to start this step anew"):
             saved.restore(shapes())
     with checkpoints.Steps(tmp_path / "steps") as saved:
         chex.assert_trees_all_equal(saved.restore(shapes())[0], small_state(1))
