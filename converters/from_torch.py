@@ -1,4 +1,4 @@
-"""PyTorch and Hugging Face checkpoints -> ours. `python -m converters.from_torch SRC DIR`."""
+"""Converts PyTorch and Hugging Face checkpoints to ours. `python -m converters.from_torch SRC DIR`."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict",
 
 
 def _load_pth(path: Path) -> Sam:
-    """With what `to_torch` noted in it, if it did."""
+    """Loads a .pth, with what `to_torch` noted in it, if it did."""
     state, note = torch_file.read_with_note(path)
     thresholds = note.pop("thresholds", None)
     if not set(note) <= {"decoder_heads", "pixel_mean", "pixel_std"}:
@@ -104,7 +104,7 @@ def _pixel_statistics(array: np.ndarray, where: str) -> tuple[float, ...]:
 
 
 def _params(config: architecture.Config, state: dict[str, np.ndarray], table: list[Row], where: str) -> dict[str, Any]:
-    """Of a state dict; no array is read before the shapes of all are right."""
+    """Converts a state dict to parameters; no array is read before the shapes of all are right."""
     import flax.traverse_util
 
     from slimsam_jax import checkpoint

@@ -1,4 +1,4 @@
-"""The four ONNX models we write: encoder and decoder, as Meta's tools and as transformers.js call them.
+"""Builds the four ONNX models we write: encoder and decoder, as Meta's tools and as transformers.js call them.
 
 Shapes: b images, p prompts of n points, m masks, [C, h, w] an embedding.
 """
@@ -21,7 +21,7 @@ Params = Mapping[str, np.ndarray]  # paths joined by slashes
 
 
 def sam_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx.ModelProto:
-    """`SamPredictor.set_torch_image`: `Sam.preprocess` and the image encoder.
+    """Builds `SamPredictor.set_torch_image`: `Sam.preprocess` and the image encoder.
 
     Input `images`: uint8 [b, 3, height, width], RGB, scaled to fit the model frame (`ResizeLongestSide.apply_image`)
     and not padded: normalising and padding are part of the graph.
@@ -39,7 +39,7 @@ def sam_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx
 
 
 def vision_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx.ModelProto:
-    """What transformers.js runs as `vision_encoder`.
+    """Builds what transformers.js runs as `vision_encoder`.
 
     Input `pixel_values`: float32 [b, 3, H, W], normalised and then padded to the model frame. transformers.js scales
     images otherwise than everyone else before that (tests/converters/test_transformers_js.py); the graph cannot make up
@@ -62,7 +62,7 @@ def vision_encoder(config: Config, params: Params, dtype: Any = np.float32) -> o
 def sam_decoder(
     config: Config, params: Params, dtype: Any = np.float32, return_single_mask: bool = False
 ) -> onnx.ModelProto:
-    """`segment_anything.utils.onnx.SamOnnxModel`, for p prompts at once where it takes one.
+    """Builds `segment_anything.utils.onnx.SamOnnxModel`, for p prompts at once where it takes one.
 
     Inputs, float32 all:
       image_embeddings [1, C, h, w];
@@ -103,7 +103,7 @@ def sam_decoder(
 
 
 def select_mask(g: Graph, config: Config, masks: str, iou: str, points: str) -> tuple[str, str]:
-    """[p, m, 4h, 4w], [p, m] -> [p, 1, 4h, 4w], [p, 1]; `points` is how many each prompt has, int64 [1]."""
+    """Selects one mask: [p, m, 4h, 4w], [p, m] -> [p, 1, 4h, 4w], [p, 1]; `points` is their number, int64 [1]."""
     bonus = np.array([[1000.0] + [0.0] * config.multimask_outputs], np.float32)
     surplus = g.op("Sub", g.op("Cast", points, to=FLOAT), np.float32(2.5))
     best = g.op("ArgMax", g.add(iou, g.mul(surplus, bonus)), axis=1, keepdims=1)
@@ -126,7 +126,7 @@ def original_masks(g: Graph, config: Config, masks: str, original_size: str) -> 
 
 
 def prompt_encoder_mask_decoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx.ModelProto:
-    """What transformers.js runs under this name: `SamModel` with `multimask_output=True`.
+    """Builds what transformers.js runs under this name: `SamModel` with `multimask_output=True`.
 
     It has no input for a mask prompt, nor for the single mask: transformers.js passes points, labels and boxes alone.
 
@@ -163,7 +163,7 @@ def prompt_encoder_mask_decoder(config: Config, params: Params, dtype: Any = np.
 
 
 def append_not_a_point(g: Graph, points: str, labels: str) -> tuple[str, str]:
-    """points [p, n, 2], labels [p, n] -> with n + 1 each; or as they are, if any label is a corner of a box."""
+    """Appends to points [p, n, 2] and labels [p, n] a "not a point"; not if any label is a corner of a box."""
     largest = g.reshape(g.op("ReduceMax", labels, keepdims=0), 1)
     count = g.op("Cast", g.op("Less", largest, [2]), to=INT64)
     shape = g.concat(g.sizes(labels, 0, 1), count)

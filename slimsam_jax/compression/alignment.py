@@ -34,7 +34,7 @@ def stream_and_embedding(progress: float, step: Distill) -> Weights:
 
 
 def embedding_alone(progress: float, step: Distill) -> Weights:
-    """What is wanted in the end, and nothing besides."""
+    """The embedding, which is the goal, and nothing besides."""
     return {"embedding": 1.0}
 
 

@@ -1,4 +1,4 @@
-"""How much to cut: a share of the channels, or a budget in parameters, multiply-accumulates or seconds."""
+"""Says how much to cut: a share of the channels, or a budget in parameters, multiply-accumulates or seconds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a slim SAM may cost.
+    """A limit on the cost of a slim SAM.
 
     Attributes:
       kind: "params", parameters of the whole SAM; "macs", multiply-accumulates of the image encoder for one
@@ -71,7 +71,7 @@ class Target:
     budget: Budget | None = None
 
     def channel_ratio(self, config: Config) -> float:
-        """The share of all channels to remove.
+        """Returns the share of all channels to remove.
 
         For a budget: the share that meets it if every width of `config` is cut alike, which is
         what fixes the embedding; the bottlenecks then take up what is left exactly.
@@ -87,7 +87,7 @@ RATIOS = (0.0, 0.2, 0.4, 0.55, 0.7, 0.8, 0.88, 0.94, 0.97)
 
 @functools.lru_cache  # times are measured once
 def _ratio_of(budget: Budget, config: Config) -> float:
-    """Interpolates the cost of evenly cut models; exact enough, as the second stage corrects it."""
+    """Interpolates the cost of evenly cut models; exact enough, as cutting the bottlenecks corrects it."""
     models = [even_cut(config, ratio) for ratio in RATIOS]
     costs = encoder_seconds(models) if budget.kind == "latency" else [budget.cost(model) for model in models]
     costs = np.minimum.accumulate(costs)

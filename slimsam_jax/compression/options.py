@@ -93,7 +93,7 @@ class Options:
     epoch. For this teacher only, but any number of runs."""
     max_broken: float = 0.1
     """The share of --images that may be unreadable; more stops the run. The others are named and skipped. Of --val,
-    too, but more of those are found out before the run, or do not stop it: the exit code is 1 in the end."""
+    too, but more of those are refused before the run, or do not stop it: the exit code is 1 in the end."""
     strict: bool = False
     """As --max-broken 0: stop at the first of --images that cannot be read."""
     distributed: str | None = None
@@ -103,7 +103,7 @@ class Options:
     """Of the computation while distilling; parameters stay float32. "auto" is bfloat16 on GPU and TPU."""
 
     def check(self) -> None:
-        """Raises InputError for what can be told wrong without looking at files."""
+        """Raises InputError for what is wrong without looking at files."""
         if self.ratio is not None and self.budget is not None:
             raise InputError("--ratio and --budget both say how much to cut; give one of them")
         if self.ratio is not None and not 0 < self.ratio < 1:
@@ -117,15 +117,15 @@ class Options:
         check_run_folder(self.out, self.resume)
 
     def channel_ratio(self) -> float | None:
-        """The share of channels to remove, or None if a budget says how much."""
+        """Returns the share of channels to remove, or None if a budget says how much."""
         return 0.5 if self.ratio is None and self.budget is None else self.ratio
 
     def broken_share(self) -> float:
-        """The share of images that may be unreadable."""
+        """Returns the share of images that may be unreadable."""
         return 0.0 if self.strict else self.max_broken
 
     def fixing_the_result(self) -> dict[str, Any]:
-        """What a resumed run must share with the run it continues."""
+        """Returns the options that a resumed run must share with the run it continues."""
         fields = dataclasses.asdict(self)
         for name in ("out", "resume", "save_every", "fsdp", "distributed", "attention", "max_broken", "strict"):
             del fields[name]

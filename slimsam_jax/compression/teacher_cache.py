@@ -1,4 +1,4 @@
-"""The teacher's embeddings on disk, so that each image is encoded by it once and not once an epoch.
+"""Caches the teacher's embeddings on disk, so that each image is encoded by it once and not once an epoch.
 
 A folder for each teacher and image size, a file for each image, named by the hash of its content:
 a renamed or copied data set finds its embeddings again, and an interrupted run goes on where it was.
@@ -24,7 +24,7 @@ from slimsam_jax.progress import track
 
 
 class TeacherCache:
-    """[h, w, out_chans] float16 embeddings of one teacher.
+    """A cache of one teacher's embeddings, [h, w, out_chans] float16.
 
     Half precision adds a relative squared error of about 1e-7, far below what distillation reaches.
 
@@ -48,7 +48,7 @@ class TeacherCache:
         self.shape = (*teacher.config.grid, teacher.config.out_chans)
 
     def file(self, sample: Sample) -> Path:
-        """Where an image's embedding is, or would be.
+        """Returns the file of an image's embedding, there or not.
 
         Raises:
           InputError: the image cannot be read.
@@ -59,7 +59,7 @@ class TeacherCache:
         return self._files[sample.name]
 
     def read(self, sample: Sample) -> np.ndarray:
-        """An image's embedding.
+        """Reads an image's embedding.
 
         Raises:
           RunError: there is none, or it is damaged.
@@ -97,7 +97,7 @@ class TeacherCache:
             self._compute(sample)
 
     def _is_there(self, sample: Sample) -> bool:
-        """Whether there is nothing to compute: a whole embedding, or no image."""
+        """Tells whether there is nothing to compute: a whole embedding, or no image."""
         try:
             file = self.file(sample)
         except InputError:

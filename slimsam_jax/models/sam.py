@@ -27,8 +27,8 @@ class Sam:
       config: the architecture.
       params: {"image_encoder": ..., "prompt_encoder": ..., "mask_decoder": ...}, float32.
       provenance: where it came from; free-form JSON, carried along on disk.
-      thresholds: of everything mode, if the model has some of its own; they are no part of `config`, which compiled
-        programs are told apart by.
+      thresholds: of everything mode, if the model has some of its own; they are no part of `config`, by which compiled
+        programs are distinguished.
     """
 
     config: Config
