@@ -1,4 +1,4 @@
-"""PyTorch and Hugging Face checkpoints -> ours. `python -m converters.from_torch SRC DIR`."""
+"""Converts PyTorch and Hugging Face checkpoints to ours. `python -m converters.from_torch SRC DIR`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from converters.tables.sam import rows
 from converters.tables.vit import split_qkv
 from slimsam_jax import cli, safetensors_file
 from slimsam_jax.cli.checks import check_empty
-from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.errors import InputError, reading
 from slimsam_jax.files import read_json
 from slimsam_jax.models import config as architecture
 
@@ -44,7 +44,7 @@ def load(source: Path | str) -> Sam:
     if not isinstance(source, str | os.PathLike) or not str(source):
         what = "an empty name" if source == "" else f"an object of type {type(source).__name__}"
         raise InputError(f"load takes the path of a checkpoint or a model folder, not {what}")
-    with blaming(source):
+    with reading(source):
         source = Path(source).expanduser()
         if not os.path.isdir(source):
             sam = _load_pth(source)
@@ -86,7 +86,7 @@ def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict",
 
 
 def _load_pth(path: Path) -> Sam:
-    """With what `to_torch` noted in it, if it did."""
+    """Loads a .pth, with what `to_torch` noted in it, if it did."""
     state, note = torch_file.read_with_note(path)
     thresholds = note.pop("thresholds", None)
     if not set(note) <= {"decoder_heads", "pixel_mean", "pixel_std"}:
@@ -104,13 +104,13 @@ def _pixel_statistics(array: np.ndarray, where: str) -> tuple[float, ...]:
 
 
 def _params(config: architecture.Config, state: dict[str, np.ndarray], table: list[Row], where: str) -> dict[str, Any]:
-    """Of a state dict; no array is read before the shapes of all are right."""
+    """Converts a state dict to parameters; no array is read before the shapes of all are right."""
     import flax.traverse_util
 
     from slimsam_jax import checkpoint
     from slimsam_jax.models.sam import abstract_params
 
-    with blaming(where):
+    with reading(where):
         expected = flax.traverse_util.flatten_dict(abstract_params(config), sep="/")
     shapes = {}
     for row in table:

@@ -1,4 +1,4 @@
-"""Ours -> PyTorch and Hugging Face. `python -m converters.to_torch DIR DST --format sam|hf`."""
+"""Converts ours to PyTorch and Hugging Face. `python -m converters.to_torch DIR DST --format sam|hf`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOADER = Path(__file__).with_name("slim_sam_torch.py")  # goes beside each .pth
 
 
 def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
-    """Our parameters as a `segment_anything` state dict (fused qkv), exact.
+    """Converts our parameters to a `segment_anything` state dict (fused qkv), exact.
 
     Raises:
       InputError: an array is missing or surplus.
@@ -62,9 +62,9 @@ def save_sam(sam: Sam, path: Path) -> None:
     if loader.exists() and not (loader.is_file() and loader.read_bytes() == LOADER.read_bytes()):
         raise InputError(f"{loader} is there already and is not this version's; remove it or write elsewhere")
     tensors = collections.OrderedDict((k, torch.from_numpy(v.copy())) for k, v in to_state_dict(sam).items())
-    told = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
-    told["thresholds"] = sam.thresholds.to_json() if sam.thresholds else None
-    tensors._metadata = {torch_file.NOTE: told}  # no tensor, which a strict load would refuse
+    note = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
+    note["thresholds"] = sam.thresholds.to_json() if sam.thresholds else None
+    tensors._metadata = {torch_file.NOTE: note}  # no tensor, which a strict load would refuse
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as files, writing(path):
         temporary, copy = (files.enter_context(replacing(name)) for name in (path, loader))
@@ -93,7 +93,7 @@ def save_huggingface(sam: Sam, folder: Path, card: str | None = None) -> None:
 
 
 def encoder_arguments(config: Config) -> dict[str, Any]:
-    """What a stock `ImageEncoderViT` of a uniform model is constructed with, besides norm_layer."""
+    """Returns the arguments of a stock `ImageEncoderViT` of a uniform model, besides norm_layer."""
     block, windows = config.blocks[0], {b.window for b in config.blocks} - {GLOBAL}
     ratio = block.mlp_dim / config.embed_dim
     if int(config.embed_dim * ratio) < block.mlp_dim:  # stock code multiplies and rounds down
@@ -113,7 +113,7 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
 
 
 def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
-    """`sam`, if its format can hold it, else its padded twin, which is always made if `pad`.
+    """Returns `sam`, if its format can hold it, else its padded twin, which is always made if `pad`.
 
     Raises:
       InputError: it can hold neither, or padding would be needed and `pad` is False.
@@ -137,7 +137,7 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
 
 
 def describe_padding(before: Config, after: Config) -> str:
-    """What padding costs, in a line."""
+    """Says what padding costs, in a line."""
     from slimsam_jax.profiling import reference_macs
 
     block = after.blocks[0]
@@ -151,7 +151,7 @@ def describe_padding(before: Config, after: Config) -> str:
 
 
 def how_to_load(config: Config, path: Path) -> str:
-    """Two or three lines: for scripts, for tools, and for stock code where that can."""
+    """Says how to load a .pth, in two or three lines: for scripts, for tools, and for stock code where that can."""
     lines = [
         f'in Python: import slim_sam_torch; slim_sam_torch.register("slim", {str(path)!r}) puts it into '
         "segment_anything's sam_model_registry",

@@ -76,7 +76,7 @@ class Options:
       attention: how ours computes it (`models/attention.py`).
       cached: the teacher's embeddings come from disk (`--cache`), ours; the reference cannot.
       compile: forward by `torch.compile` in bfloat16, instead of the reference's eager float32.
-      photos: of everything: a folder of pictures, of which the first `images` are taken; ours if not given.
+      photos: of everything: a folder of images, of which the first `images` are taken; ours if not given.
       side: "jax" and "torch" are the turns themselves.
     """
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.bench_jax import pictures, random_model
+from experiments.bench_jax import images, random_model
 from slimsam_jax.errors import InputError
 from slimsam_jax.models import config as configs
 from slimsam_jax.models.sam import run_encoder
@@ -42,7 +42,7 @@ def main(options: Options) -> None:
     config, device = configs.preset(options.preset), jax.devices()[0]
     dtype = jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")
     dtype = dtype if options.dtype == "auto" else jnp.dtype(options.dtype)
-    params, batch = random_model(config, 0).params["image_encoder"], pictures(config, 1)
+    params, batch = random_model(config, 0).params["image_encoder"], images(config, 1)
     with jax.default_matmul_precision("highest"):
         expected = np.asarray(encoder(config, "plain", jnp.float32)(params, batch))
     for form in ("plain", "rows", "folded"):

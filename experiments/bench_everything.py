@@ -24,14 +24,14 @@ Masks = list[dict[str, Any]]  # COCO's RLE
 
 def make_step(options: Options) -> Step:
     photos = data.find([options.photos or data.embedded_images()])[: options.images]
-    pictures = [np.asarray(photo.image()) for photo in photos]
+    images = [np.asarray(photo.image()) for photo in photos]
     generate, peak = ours() if options.side == "jax" else original()
-    where = f"{len(os.sched_getaffinity(0))} cores, {len(pictures)} photographs"
-    return Step(lambda: [generate(picture) for picture in pictures], len(pictures), peak, where, encoded)
+    where = f"{len(os.sched_getaffinity(0))} cores, {len(images)} photographs"
+    return Step(lambda: [generate(image) for image in images], len(images), peak, where, encoded)
 
 
 def encoded(found: list[list[dict[str, Any]]]) -> list[Masks]:
-    """The records of each picture as what JSON can hold."""
+    """The records of each image as what JSON can hold."""
     return [[rle.encode(record["segmentation"]) for record in records] for records in found]
 
 
@@ -66,13 +66,13 @@ def agreement(ours: list[Masks], theirs: list[Masks]) -> str:
 
 
 def share(one: list[Masks], other: list[Masks]) -> float:
-    """Of the masks of `one`, picture by picture, those that `other` has too; 1 if there are none."""
+    """Of the masks of `one`, image by image, those that `other` has too; 1 if there are none."""
     hits = [hit for a, b in zip(one, other, strict=True) for hit in partners(a, b)]
     return float(np.mean(hits)) if hits else 1.0
 
 
 def partners(masks: Masks, others: Masks) -> np.ndarray:
-    """[n] bool, for each of the n masks of a picture."""
+    """[n] bool, for each of the n masks of an image."""
     if not masks or not others:
         return np.zeros(len(masks), bool)
     a, b = (np.stack([rle.decode(mask).ravel() for mask in side]).astype(np.float32) for side in (masks, others))

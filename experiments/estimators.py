@@ -44,8 +44,8 @@ ESTIMATORS = {"sum": ("sum", 1), "rms": ("rms", 1), "rms, 4 probes": ("rms", 4)}
 def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
     """Measure what is not measured yet."""
     sam, paths = load(teacher), data.find([images])
-    pictures = [sample.image() for sample in data.find([val])[::4]]
-    wanted = [encode_image(sam, picture).embedding for picture in pictures]
+    judged = [sample.image() for sample in data.find([val])[::4]]
+    wanted = [encode_image(sam, image).embedding for image in judged]
     for seed, name in itertools.product(range(seeds), ESTIMATORS):
         stream = Batches(paths, sam.config.image_size, 1, seed)
         singles = list(itertools.islice(stream, 2 * max(COUNTS)))
@@ -56,7 +56,7 @@ def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
             halves = singles[:count], singles[-count:]
             grads = [gradients(sam, name, half, 2 * seed + i) for i, half in enumerate(halves)]
             slim = cut(sam, grads[0])
-            found = [encode_image(slim, picture).embedding for picture in pictures]
+            found = [encode_image(slim, image).embedding for image in judged]
             error = float(np.mean(list(map(relative_error, found, wanted))))
             numbers = {"rank_correlation": rank_correlations(sam, *grads), "error": error}
             results.append(FILE, key | numbers)

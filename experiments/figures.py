@@ -1,4 +1,4 @@
-"""Pictures of the tables of slimming, for slides: what `python -m experiments.tables` draws."""
+"""Images of the tables of slimming, for slides: what `python -m experiments.tables` draws."""
 
 from __future__ import annotations
 

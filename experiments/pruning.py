@@ -1,4 +1,4 @@
-"""What each way of pruning loses before any distillation: criteria, reference's slips, bases, one option at a time.
+"""What each way of pruning loses before any distillation: criteria, known bugs of the reference, bases, choices.
 
     python -m experiments.pruning run --teacher sam_small_256.pth --images bsds_train --val bsds_val
     python -m experiments.pruning table

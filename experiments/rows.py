@@ -160,7 +160,7 @@ TABLES = {
         },
     ),
     "quirks": Table(
-        "The reference's slips, one by one",
+        "The reference's known bugs, one by one",
         (0.77,),
         {
             "taylor": taylor(),
@@ -191,9 +191,9 @@ TABLES = {
         "How fast to learn",
         (0.5, 0.77, 0.9),
         {
-            "pace 3e-3": default("distill.auto_lr=3e-3"),
-            "pace 1e-2 (default)": default(),
-            "pace 3e-2": default("distill.auto_lr=3e-2"),
+            "auto_lr 3e-3": default("distill.auto_lr=3e-3"),
+            "auto_lr 1e-2 (default)": default(),
+            "auto_lr 3e-2": default("distill.auto_lr=3e-2"),
             "taylor, learning rate 3e-4": taylor("distill.lr=3e-4"),
             "taylor, learning rate 1e-3 (its own)": taylor(),
             "taylor, learning rate 3e-3": taylor("distill.lr=3e-3"),
@@ -204,11 +204,11 @@ TABLES = {
         (0.77,),
         {
             # The default's own is not typed: it is the row of other tables.
-            f"{steps} steps, pace {pace}": default(
-                *([] if pace == "1e-2" else [f"distill.auto_lr={pace}"]), steps=steps
+            f"{steps} steps, auto_lr {rate}": default(
+                *([] if rate == "1e-2" else [f"distill.auto_lr={rate}"]), steps=steps
             )
             for steps in (25, 100, 400)
-            for pace in ("3e-3", "1e-2", "3e-2")
+            for rate in ("3e-3", "1e-2", "3e-2")
         },
     ),
     "order": Table(
@@ -230,7 +230,7 @@ TABLES = {
             "plain MSE": default("distill.relative=false"),
             "cosine term 0.5": default("distill.direction=0.5"),
             "constant learning rate": default("distill.schedule=constant"),
-            "a quarter of the steps to polish": Row("polish"),
+            "a last quarter of the steps for the embedding alone": Row("polish"),
             "average of weights 0.95": default("distill.ema=0.95"),
             "AdamW 0.05": default("distill.weight_decay=0.05"),
             "clip 1": default("distill.clip=1"),

@@ -40,7 +40,7 @@ from slimsam_jax.profiling.latency import encoder_runner, interleaved
 
 FILE = results.FOLDER / "slimming.jsonl"
 PROGRAM = "python -m experiments.slimming"
-CLICKS, CLICKED = 5, 30  # clicks on each object of so many pictures
+CLICKS, CLICKED = 5, 30  # clicks on each object of so many images
 TEACHER = 0.39307  # point mIoU on bsds_val, by the original code
 
 

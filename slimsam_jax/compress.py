@@ -1,4 +1,4 @@
-"""A SAM and a folder of images in, a slim SAM out. `python -m slimsam_jax.compress`."""
+"""Compresses a SAM: it and a folder of images in, a slim SAM out. `python -m slimsam_jax.compress`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slimsam_jax.progress import say
 
 
 def compress(options: Options, recipe: Recipe | None = None) -> dict[str, Any]:
-    """Runs the whole compression; the story is told in `compression.pipeline`.
+    """Runs the whole compression, as `compression.pipeline` describes it.
 
     Args:
       recipe: the steps, if not those that the options name.

@@ -1,4 +1,4 @@
-"""How good models are on annotated images. `python -m slimsam_jax.evaluate --model A B --data D`."""
+"""Measures models on annotated images. `python -m slimsam_jax.evaluate --model A B --data D`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def main(
     Args:
       model: model folders, .pth files, or Hugging Face SamModel folders.
       data: images with annotations: folders in SA-1B's layout, .tar shards, a COCO .json, tfds:DIR.
-      protocol: what a prompt is: the annotation's own point (SlimSAM's protocol), the pixel deepest inside its mask,
+      protocol: what a prompt is: the annotation's own point (SlimSAM's protocol), an interior point of its mask,
         its box, its box with noise, or clicks that correct the mask before them; or everything: average recall of the
         first 10, 100 and 1000 masks of everything mode, which takes long; or agreement with the first model's
         masks for a grid of points, which needs no annotations. Default: point box, or with --boxes none.
@@ -74,11 +74,11 @@ def main(
     from slimsam_jax.files import write_json
 
     names, samples = _names(model), find(data)
-    found = detections.read_boxes(boxes) if boxes else None
-    truth = detections.read_truth(coco.file_of(data[0]), found) if boxes else None
+    detected = detections.read_boxes(boxes) if boxes else None
+    truth = detections.read_truth(coco.file_of(data[0]), detected) if boxes else None
     sams = [load(path) for path in model]
     protocols = Protocols(tuple(dict.fromkeys(protocol)), clicks=clicks, points_per_side=points_per_side, seed=seed)
-    measured = measure_models(sams, samples, protocols, found, 0.0 if strict else max_broken)
+    measured = measure_models(sams, samples, protocols, detected, 0.0 if strict else max_broken)
     summary = bootstrap.summarise(list(measured.scores.values()), seed, resamples)
     if boxes:
         ids = [sample.image_id for sample in measured.samples.values()]
@@ -116,7 +116,7 @@ def _check(
 
 
 def _is_coco(location: str) -> bool:
-    """By its name; what is in it is seen when it is read."""
+    """Tells COCO by its name; what is in it is seen when it is read."""
     from slimsam_jax.data.sources import coco
 
     path = coco.file_of(location)
@@ -140,7 +140,7 @@ def _described(names: Sequence[str], paths: Sequence[Path], sams: Sequence[Sam])
 
 
 def _names(models: Sequence[Path]) -> list[str]:
-    """What the columns are called: names of files or folders, or all of the paths where those are the same."""
+    """Titles the columns: names of files or folders, or all of the paths where those are the same."""
     names = [path.name or str(path) for path in models]
     return names if len(set(names)) == len(names) else [str(path) for path in models]
 

@@ -66,7 +66,7 @@ def slim_sam_torch():
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory):
-    """A folder with a teacher and pictures, two of them annotated."""
+    """A folder with a teacher and images, two of them annotated."""
     root = tmp_path_factory.mktemp("material")
     teacher = dataclasses.replace(random_sam(SQUARE), thresholds=Thresholds(0.0, 0.0, 0.5))
     checkpoint.save(teacher, root / "teacher")

@@ -117,7 +117,7 @@ compress(compress_options(Path(sys.argv[1]), Path(sys.argv[2]), distributed=sys.
     assert len(logs[0]) == len(logs[1]) and sorted(os.listdir(finished)) == sorted(os.listdir(out))
 
 
-def test_processes_count_broken_pictures_together(tmp_path):
+def test_processes_count_broken_images_together(tmp_path):
     """Each of two meets another broken one, of 60; all know both, and stop alike, none by itself."""
     program = """
 import itertools, json, sys

@@ -1,8 +1,9 @@
-"""The walls between rooms: who may import whom, no circles, and no file or function that has outgrown a reader."""
+"""The walls between rooms: who may import whom, no circles, nothing that has outgrown a reader, the field's words."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,6 +33,8 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ALONE = {"pruning": {"errors", "sharding"}, "distillation": {"errors", "sharding"}}
 FOREIGN = {"flax": {"imaging", "pruning", "distillation"}, "jax": {"imaging"}, "torch": set(LEVEL) - {"converters"}}
 MOST_FILES, MOST_LINES, MOST_OF_A_FUNCTION = 16, 320, 60
+# Words that the field does not use: an image, what is given or reported, a gain; a first line names the result itself.
+GONE, GONE_FROM_FIRST_LINES = re.compile(r"\b(pictures?|told|worth)\b", re.I), re.compile(r"\bfound\b", re.I)
 
 Graph = dict[str, set[str]]
 
@@ -117,6 +120,21 @@ def length(function: ast.FunctionDef) -> int:
     return function.end_lineno - function.lineno + 1 - told * (first.end_lineno - first.lineno + 1)
 
 
+def docstrings(text: str) -> list[str]:
+    """Those of modules, classes and functions, and the texts below the fields of a record."""
+    alone = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr))
+    return [value.value for value in alone if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+
+
+def foreign_words(modules: Mapping[str, str]) -> list[str]:
+    found = []
+    for name, text in modules.items():
+        for docstring in docstrings(text):
+            words = GONE.findall(docstring) + GONE_FROM_FIRST_LINES.findall(docstring.partition("\n")[0])
+            found += [f"{name}: {word!r} in {docstring[:60]!r}" for word in words]
+    return found
+
+
 @pytest.fixture(scope="module")
 def modules() -> dict[str, str]:
     found = sources()
@@ -148,6 +166,10 @@ def test_rooms_that_do_without_a_package(modules, package):
 def test_nothing_has_outgrown_a_reader(modules):
     assert len(list((ROOT / "slimsam_jax").glob("*.py"))) <= MOST_FILES
     assert not too_long(modules)
+
+
+def test_docstrings_have_the_words_of_the_field(modules):
+    assert not foreign_words(modules)
 
 
 def test_what_the_package_never_needs(modules):
@@ -187,3 +209,10 @@ def test_circles_and_lengths_are_seen():
     long = "def f():\n" + "    x = 1\n" * MOST_OF_A_FUNCTION
     assert too_long({"m": long, "n": "\n" * (MOST_LINES + 1)}) == ["n: 321 lines", "m.f: 61 lines"]
     assert not too_long({"m": 'def f():\n    """\n' + "x\n" * 90 + '    """\n' + "    x = 1\n" * 50})
+
+
+def test_a_foreign_word_is_seen():
+    texts = ("Draws a picture.", "What is found.", "A list.\n\nWhat a channel is worth.")
+    modules = {str(i): f'class A:\n    x: int = 0\n    """{text}"""\n' for i, text in enumerate(texts)}
+    assert [line.split(" in ")[0] for line in foreign_words(modules)] == ["0: 'picture'", "1: 'found'", "2: 'worth'"]
+    assert not foreign_words({"m": '"""A line.\n\nImages that are found."""\nfound = "a picture"'})

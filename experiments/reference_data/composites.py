@@ -21,7 +21,7 @@ from experiments.reference_data.pack import listed
 from experiments.reference_data.surfaces import Rng, Size, shape, texture
 from slimsam_jax.data import Sample
 from slimsam_jax.imaging import rle
-from slimsam_jax.imaging.geometry import deepest, extent
+from slimsam_jax.imaging.geometry import bounding_window, interior_point
 
 SIDE = 256  # the longer one, pixels
 SMALLEST = 60  # pixels of a mask worth asking for
@@ -67,9 +67,9 @@ def _encoded(material: Material, part: str, number: int) -> tuple[bytes, list[di
 
 def annotation(number: int, mask: np.ndarray, random: Rng) -> dict[str, Any]:
     """As SA-1B's; half of the points are in the middle of the mask, half anywhere in it."""
-    rows, columns = extent(mask)
+    rows, columns = bounding_window(mask)
     if random.random() < 0.5:
-        x, y = deepest(mask)[0]
+        x, y = interior_point(mask)[0]
     else:
         y, x = np.unravel_index(random.choice(np.flatnonzero(mask)), mask.shape)
         x, y = x + 0.5, y + 0.5
@@ -116,7 +116,7 @@ def paste_objects(canvas: Image.Image, material: Material, random: Rng) -> tuple
         side, centre = max(canvas.size) * share, None
         if layers and random.random() < 0.15 and layers[-1].sum() > 900:  # a part of the one before
             wholes[i] = i - 1
-            middle, depth = deepest(layers[-1])
+            middle, depth = interior_point(layers[-1])
             side, centre = max(10.0, depth * random.uniform(0.6, 1.4)), middle + random.normal(0, 0.3, 2) * depth
         layers.append(paste(canvas, item, side, centre, random))
     return layers, wholes

@@ -1,4 +1,4 @@
-"""Proves that the runs of this folder start, checkpoint and resume: random weights in the real layout, few pictures.
+"""Proves that the runs of this folder start, checkpoint and resume: random weights in the real layout, few images.
 
     python -m experiments.sa1b.dry_run --scripts sam_b_77.sh sam_h_50.sh --size 256
 
@@ -60,12 +60,12 @@ def stop_and_resume(script: str, size: int, folder: Path, wait: float) -> float:
     Raises:
       RunError: it did not do what is to be proved.
     """
-    teacher, pictures, out = folder / "teacher.pth", folder / "sa_000000.tar", folder / "slim"
+    teacher, images, out = folder / "teacher.pth", folder / "sa_000000.tar", folder / "slim"
     # In a process of its own, for the memory: of SAM-H's weights 8 GB stay behind.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
         other.submit(write_teacher, f"vit_{script.split('_')[1]}", size, teacher).result()
-    write_pictures(pictures, size)
-    variables = {**os.environ, "TEACHER": str(teacher), "IMAGES": str(pictures), "VAL": str(pictures), "OUT": str(out)}
+    write_images(images, size)
+    variables = {**os.environ, "TEACHER": str(teacher), "IMAGES": str(images), "VAL": str(images), "OUT": str(out)}
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
     command = [FOLDER / script, "--steps", str(STEPS), "--batch", str(jax.device_count()), "--save-every", "1"]
     start = time.perf_counter()
@@ -94,7 +94,7 @@ def write_teacher(name: str, size: int, path: Path) -> None:
     save_sam(Sam(config, jax.device_get(jax.jit(lambda key: init(config, key))(jax.random.key(0)))), path)
 
 
-def write_pictures(path: Path, size: int) -> None:
+def write_images(path: Path, size: int) -> None:
     """A shard of noise in the layout of SA-1B, without annotations."""
     random = np.random.default_rng(0)
     with tarfile.open(path, "w") as tar:

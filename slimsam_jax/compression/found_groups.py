@@ -30,7 +30,7 @@ def prune_found(sam: Sam, step: Prune, target: Target, calibration: Calibration,
     grouping = groups_of(sam.config)
     scores = pruning.score(encoder, grouping, grads, step.criterion, own_of(grouping, step), seed)
     scores = {name: NORMALIZERS[step.normalizer](scores[name]) for name in names_of(sam.config, step)}
-    how = {"multiple": step.round_to, "least": step.min_keep * (1 - target.ratio)}
+    how = {"round_to": step.round_to, "min_keep": step.min_keep * (1 - target.ratio)}
     if step.allocation == "params":
         how["costs"] = parameter_costs(encoder, grouping, scores)
     allocation = {"params": "cost"}.get(step.allocation, step.allocation)

@@ -47,5 +47,5 @@ def gradients(sam: Sam, step: Prune, calibration: Calibration, seed: int) -> Any
         loss = functools.partial(mask_loss, sam)
         return check_finite(loss_gradients(loss, encoder, batches, step.grad_reduction, mesh))
     embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
-    options = {"reduce": step.grad_reduction, "probes": step.noise_samples, "mesh": mesh}
+    options = {"reduce": step.grad_reduction, "noise_samples": step.noise_samples, "mesh": mesh}
     return check_finite(disturbed_gradients(embed, encoder, batches, jax.random.key(seed), **options))

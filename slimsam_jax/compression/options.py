@@ -1,4 +1,4 @@
-"""What `compress` can be told."""
+"""The options of a compression run, one record for the command line and for `slimsam_jax.compress`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ COUNTED = {
 class Options:
     """Compress a Segment Anything Model with unlabelled images.
 
-    Alternate slimming (SlimSAM, Chen et al., NeurIPS 2024): prune the embedding, distil, prune the
-    attention heads and MLPs, distil. Without arguments a small SAM and the photographs that ship
-    with the package are used, and a slim model appears in ./slim after a minute or two on a CPU.
+    The default recipe projects the embedding, then the attention heads and MLPs, onto fewer channels, and
+    distils once; "taylor" and "slimsam" distil after each cut, as SlimSAM does (Chen et al., NeurIPS 2024).
+    Without arguments a small SAM and the photographs that ship with the package are used, and a slim
+    model appears in ./slim after a minute or two on a CPU.
 
     The output folder holds model.safetensors, config.json (architecture and provenance), report.json
     (every number of the table printed at the end), log.jsonl and report.png.
@@ -47,23 +48,23 @@ class Options:
     """What to measure on, of the same kinds. Annotations (an SA-1B .json of the same name beside an image) make it
     count for mIoU. Default: an eighth of --images, at most 50, held out."""
     ratio: float | None = None
-    """Share of the channels to remove, between 0 and 1 (default 0.5). Parameters and work fall about with its
-    square: 0.5 leaves a quarter of the encoder, 0.77 a sixteenth."""
+    """Share of the channels to remove, between 0 and 1 (default 0.5). Blocks fall with about its square;
+    what is not cut stays: of the small SAM's encoder 0.5 leaves 34 % of the parameters, 0.77 18 %."""
     budget: str | None = None
     """Instead of --ratio, what the slim SAM may cost: params=9.1M (the whole SAM's), macs=47G (the image encoder's,
     attention included) or latency=120ms (of the image encoder, one image, measured on this machine)."""
     recipe: Literal["default", "taylor", "slimsam"] = "default"
     """"default" chooses a basis before it cuts; "taylor" cuts whole channels by Disturbed Taylor importance
-    without the reference's slips; "slimsam" does what the original code does (slimsam_jax/compression/recipes.py lists
-    the differences with reasons)."""
+    without the reference's known bugs; "slimsam" does what the original code does. Each is a list of steps in
+    slimsam_jax/compression/recipes/."""
     set: tuple[str, ...] = ()
-    """Single choices that differ from the recipe's, as NAME=VALUE: multiple=8, criterion=fisher, ... (all of them
-    with their reasons in slimsam_jax/compression/recipes.py)."""
+    """Single choices that differ from the recipe's, as NAME=VALUE: prune.round_to=8, distill.epochs=24, ... (all of
+    them with their reasons in slimsam_jax/compression/steps.py)."""
     uniform: bool = False
     """Prune every block alike, so that the result loads into stock segment_anything and transformers."""
     steps: int | None = None
-    """Optimiser steps in each of the paper's two stages, so half of those of the default, which distils once; 0 prunes
-    without distilling. Default: 6 passes over the images (taylor: 12, slimsam: 20, as in the paper)."""
+    """Optimiser steps in each of the paper's two distillations, so half of those of the default, which distils once;
+    0 prunes without distilling. Default: by the recipe's epochs, 12 in a distillation (slimsam: 20, as the paper)."""
     batch: int | None = None
     """Images per step, a multiple of the number of devices. Default: 4, or as many more as that takes."""
     limit: int | None = None
@@ -92,7 +93,7 @@ class Options:
     epoch. For this teacher only, but any number of runs."""
     max_broken: float = 0.1
     """The share of --images that may be unreadable; more stops the run. The others are named and skipped. Of --val,
-    too, but more of those are found out before the run, or do not stop it: the exit code is 1 in the end."""
+    too, but more of those are refused before the run, or do not stop it: the exit code is 1 in the end."""
     strict: bool = False
     """As --max-broken 0: stop at the first of --images that cannot be read."""
     distributed: str | None = None
@@ -102,7 +103,7 @@ class Options:
     """Of the computation while distilling; parameters stay float32. "auto" is bfloat16 on GPU and TPU."""
 
     def check(self) -> None:
-        """Raises InputError for what can be told wrong without looking at files."""
+        """Raises InputError for what is wrong without looking at files."""
         if self.ratio is not None and self.budget is not None:
             raise InputError("--ratio and --budget both say how much to cut; give one of them")
         if self.ratio is not None and not 0 < self.ratio < 1:
@@ -116,15 +117,15 @@ class Options:
         check_run_folder(self.out, self.resume)
 
     def channel_ratio(self) -> float | None:
-        """The share of channels to remove, or None if a budget says how much."""
+        """Returns the share of channels to remove, or None if a budget says how much."""
         return 0.5 if self.ratio is None and self.budget is None else self.ratio
 
     def broken_share(self) -> float:
-        """The share of images that may be unreadable."""
+        """Returns the share of images that may be unreadable."""
         return 0.0 if self.strict else self.max_broken
 
     def fixing_the_result(self) -> dict[str, Any]:
-        """What a resumed run must share with the run it continues."""
+        """Returns the options that a resumed run must share with the run it continues."""
         fields = dataclasses.asdict(self)
         for name in ("out", "resume", "save_every", "fsdp", "distributed", "attention", "max_broken", "strict"):
             del fields[name]

@@ -143,7 +143,7 @@ def _parts(step: Prune) -> tuple[statistics.Part, ...]:
 
 
 def _bases(sam: Sam, step: Prune, batches: Iterable[Batch], seed: int):
-    """Those of the attentions, and what each of their channels and of the hidden units is worth, uncut."""
+    """Returns the bases of the attentions, and the gain of each of their channels and of the hidden units, uncut."""
     encoder = sam.params["image_encoder"]
     found = _moments(sam, batches, seed, *_parts(step))
     bases = attention.attention_bases(sam.config, encoder, found, weighting(step))
@@ -156,11 +156,11 @@ def _bases(sam: Sam, step: Prune, batches: Iterable[Batch], seed: int):
 
 
 def worth(sam: Sam, step: Prune, calibration: Calibration, seed: int = 0) -> dict[str, np.ndarray]:
-    """What each further channel of a stage's groups is worth, the best first; nothing is cut or normalised.
+    """Returns the gain of each further channel of a step's groups, the best first; nothing is cut or normalised.
 
     Returns:
       {"embedding": [D]} or {"blocks_i/attn": [head_dim], "blocks_i/mlp": [mlp_dim]}. Of a projection, channels
-      are directions (units of an MLP), and worth is a share of variance: of the residual stream's for the
+      are directions (units of an MLP), and a gain is a share of variance: of the residual stream's for the
       embedding, of the image embedding's or the stream's for the others (see `compression.projection`).
     """
     if step.criterion == "projection":
@@ -173,4 +173,4 @@ def worth(sam: Sam, step: Prune, calibration: Calibration, seed: int = 0) -> dic
     if step.part == "bottleneck":
         groups = [*channels.attention_groups(sam.config), *channels.mlp_groups(sam.config)]
     encoder = sam.params["image_encoder"]
-    return allocation.worth_of(importance.channel_scores(encoder, grads, groups, step.criterion, seed))
+    return allocation.gains_of(importance.channel_scores(encoder, grads, groups, step.criterion, seed))

@@ -1,4 +1,4 @@
-"""What a run cost and what it kept: a table, a JSON, a picture."""
+"""Reports what a run cost and what it kept: a table, a JSON, a figure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from slimsam_jax.progress import track
 
 
 def measure(teacher: Sam, slim: Sam, samples: Sequence[Sample], dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Every number of the table.
+    """Measures every number of the table.
 
     Args:
       samples: images for mIoU (where an annotation lies beside them) and agreement.
@@ -44,7 +44,7 @@ def measure(teacher: Sam, slim: Sam, samples: Sequence[Sample], dtype: Any = jnp
 
 
 def size_of(sam: Sam) -> dict[str, int]:
-    """Parameters and multiply-accumulates of a model; the decoder's are for one point."""
+    """Counts parameters and multiply-accumulates of a model; the decoder's are for one point."""
     encoder, decoder = reference_macs.encoder_macs(sam.config), reference_macs.decoder_macs(sam.config)
     return {
         "parameters": reference_macs.parameters(sam.params),
@@ -111,14 +111,14 @@ def draw(
     from matplotlib.figure import Figure
 
     shown = showcase.choose(teacher, samples, IMAGES)
-    aspects = [each.image.width / each.image.height for each in shown]
+    aspects = [example.image.width / example.image.height for example in shown]
     tall = min(TALLEST, (WIDTH - LABEL - GAP * len(shown)) / max(sum(aspects), 1e-9))
     height = TITLE + 2 * (tall + GAP) + PLOTS
     figure = Figure(figsize=(WIDTH, height), dpi=100)
     figure.text(0.5, 1 - TITLE / 2 / height, headline(numbers), fontsize=14, ha="center", va="center")
     for row, (name, sam) in enumerate((("teacher", teacher), ("slim", slim))):
         bottom = PLOTS + (1 - row) * (tall + GAP)
-        _row(figure, name, [each.drawn(sam) for each in shown], bottom / height, tall / height)
+        _row(figure, name, [example.drawn(sam) for example in shown], bottom / height, tall / height)
     edges = {"left": 0.045, "right": 0.99, "bottom": 0.55 / height, "top": (PLOTS - 0.5) / height}
     left, middle, right = (figure.add_subplot(cell) for cell in figure.add_gridspec(1, 3, **edges, wspace=0.16))
     _plot_losses(left, log)
@@ -133,7 +133,7 @@ def draw(
 
 
 def _row(figure: Any, name: str, images: Sequence[Image.Image], bottom: float, height: float) -> None:
-    """Images side by side behind a label; `bottom` and `height` are shares of the figure's."""
+    """Draws images side by side behind a label; `bottom` and `height` are shares of the figure's."""
     widths = [height * figure.get_figheight() * image.width / image.height for image in images]
     left = LABEL + (WIDTH - LABEL - sum(widths) - GAP * len(images)) / 2
     figure.text((left - 0.08) / WIDTH, bottom + height / 2, name, fontsize=13, rotation=90, ha="right", va="center")
@@ -145,7 +145,7 @@ def _row(figure: Any, name: str, images: Sequence[Image.Image], bottom: float, h
 
 
 def headline(numbers: dict[str, Any]) -> str:
-    """Parameters, milliseconds and agreement in a line."""
+    """Formats parameters, milliseconds and agreement in a line."""
     size = lambda model: f"{model['parameters'] / 1e6:.2f} M parameters, encoder {model['encoder_latency_ms']:.0f} ms"
     teacher, slim = size(numbers["teacher"]), size(numbers["slim"])
     return f"teacher {teacher}  →  slim {slim}, {100 * numbers['agreement']:.1f} % agreement"
@@ -154,7 +154,7 @@ def headline(numbers: dict[str, Any]) -> str:
 def _plot_losses(axes: Any, log: Sequence[dict[str, Any]]) -> None:
     for stage in dict.fromkeys(entry["stage"] for entry in log if "loss" in entry):
         entries = [entry for entry in log if entry.get("stage") == stage and "loss" in entry]
-        axes.semilogy([e["step"] for e in entries], [e["embedding"] for e in entries], label=f"{stage} stage")
+        axes.semilogy([e["step"] for e in entries], [e["embedding"] for e in entries], label=stage)
     axes.set(title="error of the embedding", xlabel="step")
     if axes.lines:
         axes.legend(frameon=False, loc="upper right")

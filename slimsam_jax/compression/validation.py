@@ -1,4 +1,4 @@
-"""How good a student is while it learns, on images held out. Higher is better."""
+"""Validates a student while it learns, on images held out. Higher is better."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Score = Callable[[Sam], float]
 
 
 def validator(teacher: Sam, samples: Sequence[Sample], measure: str) -> Score:
-    """sam -> its score on the first `IMAGES` usable pictures. The teacher's embeddings are computed once and kept.
+    """Makes a function sam -> its score on the first `IMAGES` usable images. The teacher's embeddings are kept.
 
     Args:
       measure: "error": minus the squared error of the embedding relative to the teacher's variance, mean over
@@ -27,7 +27,7 @@ def validator(teacher: Sam, samples: Sequence[Sample], measure: str) -> Score:
         image has no annotation.
 
     Raises:
-      InputError: not one picture can be used.
+      InputError: not one image can be used.
     """
     one = {"error": _embedding_error, "miou": _miou}[measure]
     known: dict[Sample, Encoded] = {}

@@ -33,8 +33,8 @@ class Sam:
       config: the architecture.
       params: {"image_encoder": ..., "prompt_encoder": ..., "mask_decoder": ...}, float32.
       provenance: where it came from; free-form JSON, carried along on disk.
-      thresholds: of everything mode, if the model has some of its own; they are no part of `config`, which compiled
-        programs are told apart by.
+      thresholds: of everything mode, if the model has some of its own; they are no part of `config`, by which compiled
+        programs are distinguished.
     """
 
     config: Architecture
@@ -179,7 +179,7 @@ def preprocess(config: Architecture, images: jax.Array, sizes: jax.Array) -> jax
 
     Args:
       images: [b, H, W, 3] uint8, RGB, each in the top left corner of its frame.
-      sizes: [b, 2] int, the part of each frame that is picture.
+      sizes: [b, 2] int, the part of each frame that is image.
 
     Returns:
       [b, H, W, 3] float32.

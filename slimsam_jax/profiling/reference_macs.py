@@ -16,7 +16,7 @@ from slimsam_jax.profiling.macs import Macs
 
 
 def parameters(params: Any) -> int:
-    """Number of scalars in a tree (of arrays or of shapes), as PyTorch counts a SAM.
+    """Counts the scalars in a tree (of arrays or of shapes), as PyTorch counts a SAM.
 
     The frequencies of the positional encoding are a buffer there, so they do not count.
     """

@@ -53,12 +53,12 @@ class Group:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of its scores: [size] or [copies, size]."""
+        """Shape of its scores: [size] or [copies, size]."""
         return (self.copies, self.size) if self.copies else (self.size,)
 
 
 def by_path(tree: Tree) -> dict[str, Any]:
-    """The leaves of a tree by their paths."""
+    """Returns the leaves of a tree by their paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_of(keys): leaf for keys, leaf in leaves}
 

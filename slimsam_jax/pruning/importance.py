@@ -1,4 +1,4 @@
-"""Parameters and gradients -> a score per channel."""
+"""Scores channels by parameters and gradients."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def channel_scores(
     """Scores every channel of every group.
 
     A member's score of a channel sums the weights in the channel's slice; a group's is the
-    mean over its voting members.
+    mean over its scored members.
 
     Args:
       params, grads: trees of equal structure, numpy or JAX arrays. "magnitude" and "random" do not read the gradients.

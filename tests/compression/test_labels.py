@@ -34,7 +34,7 @@ def test_batches_carry_clicks_and_masks_in_the_model_frame(folder):
     assert batch["points"].shape == (2, prompted.PROMPTS, 2, 2) and (batch["labels"] == [1, -1]).all()
     mask = folder[0].annotations()[0].mask  # all are alike: rows 5 to 9 of 20, columns 4 to 19 of 30
     np.testing.assert_allclose(batch["points"][:, :, 0], np.broadcast_to([6.5 * 48 / 30, 7.5 * 32 / 20], (2, 4, 2)))
-    # The picture fills 32 of 64 rows: 8 of the 16 of a mask, which keeps the share of the picture covered.
+    # The image fills 32 of 64 rows: 8 of the 16 of a mask, which keeps the share of the image covered.
     np.testing.assert_allclose(batch["masks"][:, :, :8].mean((2, 3)), mask.mean(), atol=0.01)
     assert not batch["masks"][:, :, 8:].any()
     assert batch["masks"][0, 0, 3, 4] == 1 and batch["masks"][0, 0, 0, 0] == 0

@@ -231,7 +231,7 @@ def test_masks_are_those_of_the_decoder_for_each_click():
         np.testing.assert_allclose(wanted["iou"][rows], iou, atol=1e-5)
 
 
-def test_clicks_lie_on_the_picture():
+def test_clicks_lie_on_the_image():
     clicks = random_clicks(np.array([40, 7]), 500, np.random.default_rng(0))
     xy = clicks["points"][clicks["labels"] == 1]
     assert len(xy) == 500 and (xy >= 0).all() and (xy < [7.5, 40.5]).all() and (xy.max(0) > [6, 36]).all()

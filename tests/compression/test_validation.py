@@ -20,11 +20,11 @@ from slimsam_jax.training import loop
 
 
 def test_error_is_that_of_the_embedding(material):
-    teacher, pictures = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
-    score, student = validator(teacher, pictures, "error"), shaken(teacher)
+    teacher, images = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
+    score, student = validator(teacher, images, "error"), shaken(teacher)
     errors = [
         relative_error(*(encode_image(sam, sample.image()).embedding for sam in (student, teacher)))
-        for sample in pictures
+        for sample in images
     ]
     np.testing.assert_allclose(score(student), -np.mean(errors), rtol=1e-6)
     assert score(teacher) == 0
@@ -40,22 +40,22 @@ def test_miou_takes_annotations_or_the_teachers_masks(material):
     assert validator(teacher, bare, "miou")(teacher) == 1
 
 
-def test_pictures_that_cannot_be_used_are_left_out(material, tmp_path):
-    teacher, pictures = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
+def test_images_that_cannot_be_used_are_left_out(material, tmp_path):
+    teacher, images = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
     (broken,) = samples([truncated(tmp_path / "a.jpg")])
-    assert validator(teacher, [broken, *pictures], "error")(shaken(teacher)) == validator(teacher, pictures, "error")(
+    assert validator(teacher, [broken, *images], "error")(shaken(teacher)) == validator(teacher, images, "error")(
         shaken(teacher)
     )
     with pytest.raises(InputError, match=r"no image can be validated on: .*a\.jpg"):
         validator(teacher, [broken], "error")
 
 
-def test_so_many_pictures_are_enough(material, monkeypatch):
-    teacher, pictures = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
-    alone = validator(teacher, pictures[:1], "error")(shaken(teacher))
-    assert validator(teacher, pictures, "error")(shaken(teacher)) != alone
+def test_so_many_images_are_enough(material, monkeypatch):
+    teacher, images = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
+    alone = validator(teacher, images[:1], "error")(shaken(teacher))
+    assert validator(teacher, images, "error")(shaken(teacher)) != alone
     monkeypatch.setattr(validation, "IMAGES", 1)
-    assert validator(teacher, pictures, "error")(shaken(teacher)) == alone
+    assert validator(teacher, images, "error")(shaken(teacher)) == alone
 
 
 class Nothing(loop.Loop):

@@ -148,9 +148,9 @@ def test_all_roads_give_the_same_masks_from_a_slimmed_pth(tmp_path, slim_sam_tor
     compress.compress(Options(**options, ratio=0.6, set=("prune.head_channels=whole",), recipe="taylor"))
     slim = from_torch.load(tmp_path / "slim").config
     assert not slim.uniform and len({block.heads for block in slim.blocks}) > 1
-    picture = Image.open(data.embedded_images() / "dog.jpg").convert("RGB")
-    monkeypatch.setattr(f"{__name__}.PICTURE", np.asarray(picture))
-    monkeypatch.setattr(f"{__name__}.POINT", np.array([[picture.width / 2, picture.height / 2]]))
+    image = Image.open(data.embedded_images() / "dog.jpg").convert("RGB")
+    monkeypatch.setattr(f"{__name__}.PICTURE", np.asarray(image))
+    monkeypatch.setattr(f"{__name__}.POINT", np.array([[image.width / 2, image.height / 2]]))
     for model in ("teacher", "slim"):
         (tmp_path / "out" / model).mkdir(parents=True)
         assert_all_roads_agree(tmp_path / model, tmp_path / "out" / model, slim_sam_torch)

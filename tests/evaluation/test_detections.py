@@ -42,7 +42,7 @@ def predictor(module: torch.nn.Module, image: Image.Image):
 
 
 def write_coco(folder: Path, samples, random: np.random.Generator) -> tuple[Path, Path]:
-    """Ground truth beside copies of the pictures, and a detector that is a little wrong: (truth, boxes)."""
+    """Ground truth beside copies of the images, and a detector that is a little wrong: (truth, boxes)."""
     images, annotations, boxes = [], [], []
     for number, sample in enumerate(samples, 1):
         image = sample.image()
@@ -150,7 +150,7 @@ def test_average_precision_by_hand(tmp_path, given):
 
 @pytest.fixture(scope="module")
 def coco_set(tmp_path_factory):
-    """A model, and three pictures of which two have an object each."""
+    """A model, and three images of which two have an object each."""
     folder = tmp_path_factory.mktemp("coco")
     sources = folder / "sources"
     for i in range(3):

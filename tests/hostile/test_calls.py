@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture
 def ours(monkeypatch):
-    """A predictor with a picture of 30 x 20 pixels set, which computes nothing."""
+    """A predictor with an image of 30 x 20 pixels set, which computes nothing."""
 
     def computes(*_, **__):
         pytest.fail("it was not refused before it was computed")
@@ -139,7 +139,7 @@ CALLS = [
     (lambda p: p.predict_batch([], [], multimask_output="x"), "multimask_output"),
     (lambda p: p.predict(point_labels=[1]), "without point_coords"),
     (lambda p: p.predict(), "a prompt needs"),
-    *((lambda p, v=v: SamPredictor(v), "a model is wanted") for v in ("slim", None, {}, SQUARE)),
+    *((lambda p, v=v: SamPredictor(v), "a model must be given") for v in ("slim", None, {}, SQUARE)),
 ]
 
 
@@ -185,7 +185,7 @@ GRIDS = (
 
 @pytest.mark.parametrize(("name", "value"), FIELDS, ids=lambda value: f"{type(value).__name__}"[:20])
 def test_a_hostile_field_of_the_generator_is_refused(name, value):
-    with pytest.raises(InputError, match=f"{name} |a model is wanted"):
+    with pytest.raises(InputError, match=f"{name} |a model must be given"):
         SamAutomaticMaskGenerator(**{"sam": model(), name: value})
 
 
@@ -238,7 +238,7 @@ def test_floats_and_sixteen_bits_become_eight():
     assert np.asarray(eight_bits(floats)).tolist() == [[0, 1, 255, 255]]
     assert not np.asarray(eight_bits(Image.fromarray(np.zeros((2, 2), np.float32)))).any()
     deep = Image.fromarray(np.array([[0, 256, 65535]], np.uint16))
-    assert np.asarray(predictor.as_picture(deep))[0, :, 0].tolist() == [0, 1, 255]
+    assert np.asarray(predictor.as_image(deep))[0, :, 0].tolist() == [0, 1, 255]
 
 
 def test_there_are_as_many_as_were_asked_for():

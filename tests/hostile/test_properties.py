@@ -26,7 +26,7 @@ from slimsam_jax.data.sources import folder, polygons, tar
 from slimsam_jax.errors import InputError, printable
 from slimsam_jax.imaging import rle
 
-DAMAGED = (ValueError, KeyError, TypeError, OverflowError)  # of what `blaming` makes an InputError
+DAMAGED = (ValueError, KeyError, TypeError, OverflowError)  # of what `reading` makes an InputError
 HUGE = st.sampled_from([2**31, 2**32, 2**62, 2**63, 2**64, 10**30, -1, -(2**62), -(2**63)])
 SIDES = st.integers(0, 12) | HUGE
 WRAPPING = st.sampled_from([[2**62] * 4, [2**63 - 1, 1] * 2, [-5, 5], [2**32] * 2, [12.5, -0.5], [True]])

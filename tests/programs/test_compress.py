@@ -33,8 +33,8 @@ from slimsam_jax.profiling import reference_macs
 
 
 @pytest.fixture
-def unpictured(monkeypatch):
-    """Leaves out the picture of the report, where nobody looks at it."""
+def without_figure(monkeypatch):
+    """Leaves out the image of the report, where nobody looks at it."""
     monkeypatch.setattr(report, "draw", lambda *_: None)
 
 
@@ -78,8 +78,8 @@ def test_what_a_run_leaves(finished, material):
     ]
     assert [(e["stage"], e["step"]) for e in scores] == [(name, i) for name in ("distill", "distill-2") for i in (2, 4)]
     assert all(np.isfinite(e["loss"]) for e in steps) and all(e["score"] < 0 for e in scores)
-    with Image.open(finished / "report.png") as picture:
-        assert min(picture.size) > 500
+    with Image.open(finished / "report.png") as image:
+        assert min(image.size) > 500
 
 
 def test_the_same_seed_gives_the_same_model(finished, material, tmp_path):
@@ -87,7 +87,7 @@ def test_the_same_seed_gives_the_same_model(finished, material, tmp_path):
     chex.assert_trees_all_equal(from_torch.load(tmp_path / "again").params, from_torch.load(finished).params)
 
 
-def test_uniform_result_loads_strictly_into_stock_code(material, tmp_path, unpictured):
+def test_uniform_result_loads_strictly_into_stock_code(material, tmp_path, without_figure):
     """.pth in, slim .pth and Hugging Face folder out, without a key too many or too few."""
     from transformers import SamModel
 
@@ -108,7 +108,7 @@ def test_uniform_result_loads_strictly_into_stock_code(material, tmp_path, unpic
 
 
 @pytest.mark.parametrize(("recipe", "steps"), [("slimsam", 1), ("taylor", 0), ("default", 1)])
-def test_recipes_run_to_the_end(material, tmp_path, unpictured, recipe, steps):
+def test_recipes_run_to_the_end(material, tmp_path, without_figure, recipe, steps):
     compress.compress(compress_options(material, tmp_path / "slim", recipe=recipe, steps=steps, set=()))
     slim = from_torch.load(tmp_path / "slim")
     assert slim.config.embed_dim == 12 and slim.provenance["recipe"] == json.loads(
@@ -137,7 +137,7 @@ def test_recipes_run_to_the_end(material, tmp_path, unpictured, recipe, steps):
     ],
     ids=str,
 )
-def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, unpictured, choices):
+def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, without_figure, choices):
     compress.compress(compress_options(material, tmp_path / "slim", steps=0, **choices))
     config = from_torch.load(tmp_path / "slim").config
     if "budget" in choices:
@@ -159,7 +159,7 @@ def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, unpictu
     ],
     ids=["progressive", "scratch"],
 )
-def test_other_orders_than_the_papers(material, tmp_path, unpictured, recipe, direction, distilled):
+def test_other_orders_than_the_papers(material, tmp_path, without_figure, recipe, direction, distilled):
     choices = ("distill.validations=1", f"distill.direction={direction}", "prune.criterion=magnitude")
     options = compress_options(material, tmp_path / "slim", limit=4, set=("distill.validations=1",), ratio=0.5)
     compress.compress(options, change(recipe, (*choices, "distill.features=0")))
@@ -172,7 +172,7 @@ def test_other_orders_than_the_papers(material, tmp_path, unpictured, recipe, di
     assert ("direction" in steps[0]) == bool(direction)
 
 
-def test_labelled_masks_can_tell_what_to_cut(material, tmp_path, unpictured):
+def test_labelled_masks_can_tell_what_to_cut(material, tmp_path, without_figure):
     labelled = compress_options(
         material,
         tmp_path / "slim",
@@ -191,8 +191,8 @@ def test_inspect_command(material, tmp_path, monkeypatch, capsys):
     arguments = (material / "teacher", "--images", material / "images", "--ratios", "0.3", "--out", tmp_path / "x.png")
     code, _ = run(inspect, *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0
-    with Image.open(tmp_path / "x.png") as picture:
-        assert min(picture.size) > 500
+    with Image.open(tmp_path / "x.png") as image:
+        assert min(image.size) > 500
     for wrong, message in (
         (("--ratio", "1"), "must lie between 0 and 1"),
         (("--images", material / "teacher"), "holds no images"),
@@ -274,7 +274,7 @@ def test_bad_input_is_one_clear_line(material, tmp_path, monkeypatch, capsys, ch
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_that_cannot_be_read_are_refused_before_anything_is_written(material, tmp_path, monkeypatch, capsys):
+def test_images_that_cannot_be_read_are_refused_before_anything_is_written(material, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken").mkdir()
     truncated(tmp_path / "broken" / "x.jpg")
     for name in ("--images", "--val"):
@@ -286,7 +286,7 @@ def test_pictures_that_cannot_be_read_are_refused_before_anything_is_written(mat
         assert not (tmp_path / "out").exists()
 
 
-def test_unreadable_pictures_of_val_are_counted(material, tmp_path, unpictured, monkeypatch):
+def test_unreadable_images_of_val_are_counted(material, tmp_path, without_figure, monkeypatch):
     """At the start, if they are met there; else when all is written."""
     shutil.copytree(material / "val", tmp_path / "val")
     truncated(tmp_path / "val" / "z.jpg")
@@ -302,7 +302,7 @@ def test_unreadable_pictures_of_val_are_counted(material, tmp_path, unpictured, 
     compress.compress(dataclasses.replace(options, out=tmp_path / "other", max_broken=0.4))
 
 
-def test_pictures_held_out_are_a_share_of_all_images(material, tmp_path):
+def test_images_held_out_are_a_share_of_all_images(material, tmp_path):
     shutil.copytree(material / "images", tmp_path / "images")
     truncated(tmp_path / "images" / "0.png")  # the one of six that is held out
     held = lambda **kw: compress_options(material, tmp_path / "slim", images=(tmp_path / "images",), val=(), **kw)
@@ -377,7 +377,7 @@ def test_predict_command(material, tmp_path, monkeypatch, capsys):
         ((), "at least one --point"),
         (("--point", "3"), "'3' is not X,Y"),
         (("--box", "1,2,3"), "is not X0,Y0,X1,Y1"),
-        (("--point", "300,4"), "outside the picture of 30 x 20"),
+        (("--point", "300,4"), "outside the image of 30 x 20"),
         (("--box", "9,9,1,1"), "is not a box"),
     ):
         code, error = run(predict, *common, "--out", out, *arguments, monkeypatch=monkeypatch, capsys=capsys)

@@ -98,7 +98,7 @@ def test_stages_of_other_recipes_are_resumed_too(material, tmp_path, monkeypatch
     assert not all(map(np.array_equal, *map(jax.tree.leaves, decoders)))
 
 
-def test_broken_pictures_are_named_and_skipped(material, tmp_path, monkeypatch, capsys):
+def test_broken_images_are_named_and_skipped(material, tmp_path, monkeypatch, capsys):
     """Also those that were met before the run was stopped; each once a stage."""
     shutil.copytree(material / "images", tmp_path / "images")
     for name in ("a.jpg", "b.jpg"):
@@ -176,7 +176,7 @@ def test_a_state_that_is_not_finite_is_refused(tmp_path):
 
 
 class Numbers:
-    """What a loop asks of `data.Batches`, without a picture."""
+    """What a loop asks of `data.Batches`, without an image."""
 
     def __init__(self):
         self.skipped: dict[str, str] = {}
@@ -249,7 +249,7 @@ def test_what_cannot_be_read_is_never_removed(tmp_path, monkeypatch):
         saved.save(1, small_state(1))
     with checkpoints.Steps(tmp_path / "steps") as saved, monkeypatch.context() as patched:
         patched.setattr(saved.manager, "restore", lambda *_, **__: jnp.ones(()).missing)
-        with pytest.raises(RunError, match="remove it to start the stage anew"):
+        with pytest.raises(RunError, match="remove it to start this step anew"):
             saved.restore(shapes())
     with checkpoints.Steps(tmp_path / "steps") as saved:
         chex.assert_trees_all_equal(saved.restore(shapes())[0], small_state(1))
