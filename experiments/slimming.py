@@ -30,7 +30,7 @@ from slimsam_jax.compression.pipeline import carry_out
 from slimsam_jax.compression.prepare import prepare
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import agreement, single_mask_iou
+from slimsam_jax.evaluation.scores import agreement, single_mask_iou
 from slimsam_jax.evaluation.clicks import click_scores
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.inference.decode import encode_image

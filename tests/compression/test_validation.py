@@ -13,7 +13,7 @@ from slimsam_jax.compression import prepare as preparation
 from slimsam_jax.compression import validation
 from slimsam_jax.compression.validation import validator
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import compare_models
+from slimsam_jax.evaluation.compare import compare_models
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.training import loop
