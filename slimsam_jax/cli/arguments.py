@@ -19,9 +19,12 @@ def postponed(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function to the parser, but not called by it: the result is a `functools.partial`. Of a dataclass likewise."""
     if isinstance(function, type):
         return _record(function)
-    defaults = {name: each.default for name, each in inspect.signature(function).parameters.items()}
+    signature = inspect.signature(function)
+    hints = _described(function, {name: each.default for name, each in signature.parameters.items()})
     wrapper = functools.wraps(function)(lambda *args, **kw: functools.partial(function, *args, **kw))
-    wrapper.__annotations__ = _described(function, defaults)
+    del wrapper.__wrapped__  # whose types the parser would take
+    parameters = [each.replace(annotation=hints[name]) for name, each in signature.parameters.items()]
+    wrapper.__annotations__, wrapper.__signature__ = hints, signature.replace(parameters=parameters)
     return wrapper
 
 
