@@ -111,6 +111,7 @@ def fields_of(kind: str, name: str) -> str:
     """
     node = _class(name)
     fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+    fields = [field for field in fields if "ClassVar" not in ast.unparse(field.annotation)]
     defaults = {field.target.id: ast.unparse(field.value) if field.value else "" for field in fields}
     told = _below(node) or _sections(ast.get_docstring(node) or "", defaults)
     missing = set(defaults) - {field for section in told.values() for field in section}
@@ -152,7 +153,7 @@ def _sections(docstring: str, fields: Mapping[str, str]) -> dict[str, dict[str, 
     for line in docstring.splitlines():
         entry = re.match(r" +(\w+): (.*)", line)
         if re.match(r"\S.*:$", line):
-            title = line.rstrip(":")
+            title = line.rstrip(":").removeprefix("Attributes")
         elif entry and entry[1] in fields:
             field = entry[1]
             told.setdefault(title, {})[field] = entry[2]
