@@ -50,7 +50,7 @@ def annotations(size: tuple[int, int]) -> list[Annotation]:
 def ours(config: Config, image: Image.Image, truth: list[Annotation]) -> tuple[Callable[[], object], Callable[[], int]]:
     from experiments.bench_jax import random_model
     from slimsam_jax.data.reading import map_readable
-    from slimsam_jax.evaluation import single_mask_iou
+    from slimsam_jax.evaluation.scores import single_mask_iou
     from slimsam_jax.inference.decode import encode_image
     from slimsam_jax.profiling.memory import peak_memory
 

@@ -33,8 +33,7 @@ from slimsam_jax.compression.selection import choose
 from slimsam_jax.compression.settings import change
 from slimsam_jax.compression.steps import Prune, Recipe
 from slimsam_jax.data.reading import read_annotated
-from slimsam_jax.evaluation import single_mask_iou
-from slimsam_jax.evaluation.scores import relative_error
+from slimsam_jax.evaluation.scores import relative_error, single_mask_iou
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import reference_macs

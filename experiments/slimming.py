@@ -30,9 +30,8 @@ from slimsam_jax.compression.pipeline import carry_out
 from slimsam_jax.compression.prepare import prepare
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import agreement, single_mask_iou
 from slimsam_jax.evaluation.clicks import click_scores
-from slimsam_jax.evaluation.scores import relative_error
+from slimsam_jax.evaluation.scores import agreement, relative_error, single_mask_iou
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import reference_macs

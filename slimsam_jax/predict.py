@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from slimsam_jax import cli, limits
+from slimsam_jax import api, cli, limits
 from slimsam_jax.cli.checks import check_file
 from slimsam_jax.errors import InputError, printable
 
@@ -60,22 +60,16 @@ def main(
     if os.path.exists(out) and os.path.exists(image) and os.path.samefile(out, image):
         raise InputError(f"--out {out} would replace --image; choose another name")
 
-    import numpy as np
-
-    from converters.from_torch import load
     from slimsam_jax.data import read_image
     from slimsam_jax.files import replacing
     from slimsam_jax.imaging.draw import draw_masks, draw_prompts
-    from slimsam_jax.inference.decode import encode_image, predict_masks
 
     photo = read_image(image)
     for x, y in [*points, *(corner for b in boxes for corner in (b[:2], b[2:]))]:
         if not (0 <= x <= photo.width and 0 <= y <= photo.height):
             raise InputError(f"({x:g}, {y:g}) lies outside the image of {photo.width} x {photo.height} pixels")
-    sam = load(model)
     labels = [1] * len(point) + [0] * len(background)
-    prompt = {"points": np.array([points]), "labels": np.array([labels])} if points else {}
-    masks, scores = predict_masks(sam, encode_image(sam, photo), **prompt, boxes=np.array(boxes) if boxes else None)
+    masks, scores, _ = api.predict(model, photo, points or None, labels or None, boxes[0] if boxes else None)
     drawn = draw_prompts(draw_masks(photo, masks), points, boxes, labels)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:

@@ -26,7 +26,8 @@ from PIL import Image
 from helpers.images import write_annotation
 from helpers.models import SQUARE, UNEVEN, random_sam, tiny_config
 from helpers.runs import compress_options
-from slimsam_jax import checkpoint, compress
+from slimsam_jax import checkpoint
+from slimsam_jax.api import compress_with
 from slimsam_jax.models.config import Thresholds
 from slimsam_jax.models.sam import Sam
 
@@ -82,5 +83,5 @@ def material(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(material):
-    compress.compress(compress_options(material, material / "slim"))
+    compress_with(compress_options(material, material / "slim"))
     return material / "slim"

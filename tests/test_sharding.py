@@ -101,8 +101,8 @@ def test_the_command_in_two_processes(finished, material, tmp_path):
 import sys
 from pathlib import Path
 from helpers.runs import compress_options
-from slimsam_jax.compress import compress
-compress(compress_options(Path(sys.argv[1]), Path(sys.argv[2]), distributed=sys.argv[3]))
+from slimsam_jax.api import compress_with
+compress_with(compress_options(Path(sys.argv[1]), Path(sys.argv[2]), distributed=sys.argv[3]))
 """
     address, out = free_address(), tmp_path / "slim"
     wait_for(*(start(["-c", program, str(material), str(out), f"{address},2,{i}"]) for i in range(2)))

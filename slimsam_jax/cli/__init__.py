@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import logging
 import re
@@ -15,10 +14,12 @@ from typing import Any
 
 import tyro
 
+from slimsam_jax.cli import arguments as seen
 from slimsam_jax.cli import compilation
 from slimsam_jax.errors import InputError, RunError, Stopped, printable
 
 Arguments = Callable[..., Any] | dict[str, Callable[..., Any]]
+program: str | None = None  # "slimsam compress", set by `slimsam_jax.__main__`
 
 
 def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> None:
@@ -70,23 +71,16 @@ def parse(arguments: Arguments) -> Any:
     """
     several = isinstance(arguments, dict)
     one = tyro.extras.subcommand_cli_from_dict if several else tyro.cli
-    postponed = {k: _postponed(f) for k, f in arguments.items()} if several else _postponed(arguments)
+    postponed = {k: seen.postponed(f) for k, f in arguments.items()} if several else seen.postponed(arguments)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):  # of the parser alone, which says what is wrong in a frame of many lines
-            parsed = one(postponed, prog=_name())
+            parsed = one(postponed, prog=_name(), config=(tyro.conf.DisallowNone,))
     except SystemExit as stop:
         if stop.code:
             raise InputError(_in_a_line(said.getvalue())) from None
         raise
-    return parsed() if isinstance(parsed, functools.partial) else parsed
-
-
-def _postponed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function: the same to the parser, but not called by it."""
-    if isinstance(function, type):
-        return function
-    return functools.wraps(function)(lambda *args, **kw: functools.partial(function, *args, **kw))
+    return seen.finished(parsed, arguments)
 
 
 def _in_a_line(frame: str) -> str:
@@ -105,7 +99,9 @@ def _in_a_line(frame: str) -> str:
 
 
 def _name() -> str | None:
-    """Returns how this program is called, if by `python -m`."""
+    """How this program is called, if by `slimsam` or `python -m`."""
+    if program:
+        return program
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
 

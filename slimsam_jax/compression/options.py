@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,10 @@ from slimsam_jax import limits
 from slimsam_jax.cli.checks import check_seed, check_share
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.steps import Recipe
 from slimsam_jax.errors import InputError
-from slimsam_jax.limits import Range
+from slimsam_jax.limits import Range, quoted
+from slimsam_jax.progress import say
 from slimsam_jax.training.folder_lock import check_run_folder
 
 COUNTED = {
@@ -29,13 +32,13 @@ COUNTED = {
 class Options:
     """Compress a Segment Anything Model with unlabelled images.
 
-    The default recipe projects the embedding, then the attention heads and MLPs, onto fewer channels, and
-    distils once; "taylor" and "slimsam" distil after each cut, as SlimSAM does (Chen et al., NeurIPS 2024).
-    Without arguments a small SAM and the photographs that ship with the package are used, and a slim
-    model appears in ./slim after a minute or two on a CPU.
+    The default recipe chooses a basis for each cut, prunes the embedding, then the channels within heads and MLPs,
+    and distils once. The recipes taylor and slimsam distil after each of the two cuts,
+    as SlimSAM does (Chen et al., NeurIPS 2024). Without arguments a small SAM and the photographs that ship with the
+    package are used, and a slim model appears in ./slim after a minute or two on a CPU.
 
-    The output folder holds model.safetensors, config.json (architecture and provenance), report.json
-    (every number of the table printed at the end), log.jsonl and report.png.
+    The output folder holds model.safetensors, config.json (architecture and provenance), report.json with every
+    number of the table printed at the end, log.jsonl and report.png.
     """
 
     teacher: Path | None = None
@@ -48,23 +51,24 @@ class Options:
     """What to measure on, of the same kinds. Annotations (an SA-1B .json of the same name beside an image) make it
     count for mIoU. Default: an eighth of --images, at most 50, held out."""
     ratio: float | None = None
-    """Share of the channels to remove, between 0 and 1 (default 0.5). Blocks fall with about its square;
-    what is not cut stays: of the small SAM's encoder 0.5 leaves 34 % of the parameters, 0.77 18 %."""
+    """Share of the channels to remove, between 0 and 1. Default: 0.5, which leaves 34 % of the parameters of the small
+    SAM's encoder and about 27 % of SAM-B's; 0.77 leaves 18 % and about 7 %. Most weights fall with the square
+    of the channels, positions and the neck linearly."""
     budget: str | None = None
     """Instead of --ratio, what the slim SAM may cost: params=9.1M (the whole SAM's), macs=47G (the image encoder's,
     attention included) or latency=120ms (of the image encoder, one image, measured on this machine)."""
     recipe: Literal["default", "taylor", "slimsam"] = "default"
-    """"default" chooses a basis before it cuts; "taylor" cuts whole channels by Disturbed Taylor importance
-    without the reference's known bugs; "slimsam" does what the original code does. Each is a list of steps in
-    slimsam_jax/compression/recipes/."""
+    """"default" chooses a basis before it cuts, and distils once; "taylor" cuts whole channels by Disturbed Taylor
+    importance and distils after each cut, without the reference's known bugs; "slimsam" does what the original code
+    does."""
     set: tuple[str, ...] = ()
-    """Single choices that differ from the recipe's, as NAME=VALUE: prune.round_to=8, distill.epochs=24, ... (all of
-    them with their reasons in slimsam_jax/compression/steps.py)."""
+    """Single choices that differ from the recipe's, as NAME=VALUE: prune.round_to=8, prune.criterion=fisher,
+    distill.epochs=20, ... (docs/recipes.md lists all of them)."""
     uniform: bool = False
     """Prune every block alike, so that the result loads into stock segment_anything and transformers."""
     steps: int | None = None
-    """Optimiser steps in each of the paper's two distillations, so half of those of the default, which distils once;
-    0 prunes without distilling. Default: by the recipe's epochs, 12 in a distillation (slimsam: 20, as the paper)."""
+    """Optimizer steps in each of two distillations; a recipe that distils once, as the default, gets both shares. 0
+    prunes without distilling. Default: 12 epochs over the images in each distillation (slimsam: 20, as the paper)."""
     batch: int | None = None
     """Images per step, a multiple of the number of devices. Default: 4, or as many more as that takes."""
     limit: int | None = None
@@ -110,11 +114,19 @@ class Options:
             raise InputError(f"--ratio {self.ratio:g} is not the share of channels to remove: 0 < ratio < 1")
         if self.steps is not None and self.steps < 0:
             raise InputError(f"--steps {self.steps} must not be negative")
+        self._check_words()
         limits.check_options(self, COUNTED)
         check_share(self.max_broken)
         check_seed(self.seed)
         change(RECIPES[self.recipe], self.set)
         check_run_folder(self.out, self.resume)
+
+    def _check_words(self) -> None:
+        """Raises InputError for a choice that is none; the command line's parser has refused it before."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            words = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+            if words and getattr(self, name) not in words:
+                raise InputError(f"--{name} {quoted(getattr(self, name))} is none of {', '.join(words)}")
 
     def channel_ratio(self) -> float | None:
         """Returns the share of channels to remove, or None if a budget says how much."""
@@ -133,3 +145,15 @@ class Options:
         fields["cache"] = self.cache is not None
         fields["ratio"] = self.channel_ratio()
         return fields | {name: [str(path) for path in fields[name]] for name in ("images", "val", "set")}
+
+
+def announce(options: Options, recipe: Recipe | None = None) -> None:
+    """Says what will be done before JAX is there, which takes seconds to come; `prepare.announce` goes on."""
+    images = ", ".join(map(str, options.images)) or "the photographs in the package"
+    val = ", ".join(map(str, options.val)) or "an eighth of them, held out"
+    how_much = f"budget {options.budget}" if options.budget else f"{100 * options.channel_ratio():g} % of the channels"
+    named = f"{options.recipe}{''.join(f' {choice}' for choice in options.set)}"
+    say("teacher", str(options.teacher or "the small SAM in the package"))
+    say("images", f"{images}; to measure on: {val}")
+    say("recipe", f"{named if recipe is None else f'{len(recipe)} steps of your own'}, to cut: {how_much}")
+    say("to", f"{options.out}/{' (resumed)' if options.resume else ''}")

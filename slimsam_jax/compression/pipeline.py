@@ -39,7 +39,7 @@ Do = Callable[[Run, Planned, Sam, Sam], Sam]
 
 
 def run(options: Options, teacher: Sam, recipe: Recipe | None = None) -> dict[str, Any]:
-    """See `compress.compress`, which checks the options first.
+    """See `api.compress_with`, which checks the options first.
 
     Args:
       recipe: the steps, if not those that the options name.

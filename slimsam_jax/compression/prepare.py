@@ -70,7 +70,7 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run
 
 
 def announce(dtype: Any, plan: Sequence[Planned], batch: int, images: int, val: int) -> None:
-    """What `compress.announce` could not know yet."""
+    """What `options.announce` could not know yet."""
     say("device", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jnp.dtype(dtype).name}")
     done = ", ".join(each.name + (f" ({each.steps} steps of {batch} images)" if each.steps else "") for each in plan)
     say("steps", f"{done}; {images} images to learn from, {val} to measure on")

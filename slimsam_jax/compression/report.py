@@ -14,7 +14,7 @@ from rich.table import Table
 
 from slimsam_jax.compression import showcase
 from slimsam_jax.data import Sample
-from slimsam_jax.evaluation import compare_models
+from slimsam_jax.evaluation.compare import compare_models
 from slimsam_jax.files import replacing
 from slimsam_jax.models.encoders import name_of
 from slimsam_jax.models.sam import Sam

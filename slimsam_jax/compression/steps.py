@@ -238,6 +238,11 @@ class Distill(Record):
         "none", where that model is a wreck.
       train: the parts of the SAM that learn; the paper never trains the decoder.
       order: of the images; steps of the same order see them one after the other alike.
+      losses: the terms besides the embedding.
+      optimizer: how long and how fast it learns.
+      augment: what is done to images at random.
+      validation: how the student is judged.
+      quirks: of the reference.
     """
 
     align: Literal["none", "bottleneck", "stream", "stream+embedding"] = "stream"

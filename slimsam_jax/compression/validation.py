@@ -9,8 +9,7 @@ import numpy as np
 from slimsam_jax.data import Sample
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import agreement, single_mask_iou
-from slimsam_jax.evaluation.scores import relative_error
+from slimsam_jax.evaluation.scores import agreement, relative_error, single_mask_iou
 from slimsam_jax.inference.decode import Encoded, encode_image
 from slimsam_jax.models.sam import Sam
 

@@ -19,7 +19,7 @@ from slimsam_jax.data.reading import map_readable, read_annotated
 from slimsam_jax.distillation.schedules import learning_rates
 from slimsam_jax.distillation.step import TrainState, init_state, make_optimizer, make_update
 from slimsam_jax.errors import RunError
-from slimsam_jax.evaluation import single_mask_iou
+from slimsam_jax.evaluation.scores import single_mask_iou
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.sam import Params, Sam, run_encoder

@@ -14,7 +14,7 @@ from converters import from_torch
 from helpers.images import samples, truncated
 from helpers.models import SQUARE, random_images, random_sam
 from helpers.runs import compress_options
-from slimsam_jax.compress import compress
+from slimsam_jax.api import compress_with
 from slimsam_jax.compression import teacher_cache
 from slimsam_jax.compression.alignment import terms as terms_of
 from slimsam_jax.compression.steps import Distill
@@ -99,7 +99,7 @@ def test_a_full_disk_is_told_beforehand(material, teacher, tmp_path, monkeypatch
 
 def test_a_run_with_a_cache_learns_the_same(finished, material, tmp_path):
     """But for half precision."""
-    compress(compress_options(material, tmp_path / "with", cache=tmp_path / "cache"))
+    compress_with(compress_options(material, tmp_path / "with", cache=tmp_path / "cache"))
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 6
     logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (tmp_path / "with", finished)]
     for one, other in zip(*(map(json.loads, log) for log in logs), strict=True):

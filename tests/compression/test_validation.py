@@ -8,12 +8,12 @@ import pytest
 from converters import from_torch
 from helpers.images import samples, truncated
 from helpers.runs import compress_options, shaken
-from slimsam_jax.compress import compress
+from slimsam_jax.api import compress_with
 from slimsam_jax.compression import prepare as preparation
 from slimsam_jax.compression import validation
 from slimsam_jax.compression.validation import validator
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import compare_models
+from slimsam_jax.evaluation.compare import compare_models
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.training import loop
@@ -81,7 +81,7 @@ def test_best_and_last_are_both_kept(material, tmp_path, monkeypatch):
     scores = iter(range(0, -100, -1))
     monkeypatch.setattr(preparation, "validator", lambda *_: lambda sam: float(next(scores)))
     choices = ("distill.validations=2", "distill.keep_checkpoint=last", "distill.schedule=plateau", "distill.lr=1e-3")
-    compress(compress_options(material, tmp_path / "slim", set=choices))
+    compress_with(compress_options(material, tmp_path / "slim", set=choices))
     last, best = (from_torch.load(path) for path in (tmp_path / "slim", tmp_path / "slim" / "best"))
     assert last.config == best.config and best.provenance == last.provenance
     assert not np.array_equal(*(sam.params["image_encoder"]["pos_embed"] for sam in (last, best)))

@@ -139,13 +139,13 @@ def test_all_roads_give_the_same_masks(uneven, tmp_path, slim_sam_torch):
 @pytest.mark.slow
 def test_all_roads_give_the_same_masks_from_a_slimmed_pth(tmp_path, slim_sam_torch, monkeypatch):
     """`.pth` -> ours -> slim -> `.pth`, Hugging Face, standalone, with the small SAM of the package."""
-    from slimsam_jax import compress
+    from slimsam_jax.api import compress_with
     from slimsam_jax.compression.options import Options
 
     to_torch.main(data.embedded_teacher(), tmp_path / "teacher.pth")
     from_torch.main(tmp_path / "teacher.pth", tmp_path / "teacher")
     options = {"teacher": tmp_path / "teacher.pth", "steps": 0, "importance_images": 4, "out": tmp_path / "slim"}
-    compress.compress(Options(**options, ratio=0.6, set=("prune.head_channels=whole",), recipe="taylor"))
+    compress_with(Options(**options, ratio=0.6, set=("prune.head_channels=whole",), recipe="taylor"))
     slim = from_torch.load(tmp_path / "slim").config
     assert not slim.uniform and len({block.heads for block in slim.blocks}) > 1
     image = Image.open(data.embedded_images() / "dog.jpg").convert("RGB")

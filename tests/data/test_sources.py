@@ -20,7 +20,8 @@ from slimsam_jax import data
 from slimsam_jax.data import tfds_writer
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import Protocols, measure_models
+from slimsam_jax.evaluation.compare import measure_models
+from slimsam_jax.evaluation.scores import Protocols
 from slimsam_jax.imaging import geometry
 
 

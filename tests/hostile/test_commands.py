@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.models import SQUARE, random_sam
-from slimsam_jax import cli, limits, predict
+from helpers.programs import program
+from slimsam_jax import cli, limits
 from slimsam_jax.compression.old_names import GONE, RENAMED
 from slimsam_jax.compression.plan import describe, optimizer_steps
 from slimsam_jax.compression.recipes import RECIPES
@@ -28,7 +29,7 @@ EVIL = "a\x1b[31mb\nc\u202e"
 # What `compress` says at once, before it has looked at files; the error stands alone on the other stream.
 ANNOUNCED = r"(( +(teacher|images|recipe|to)  [^\n]+\n){4})?"
 COMMANDS = {
-    "compress": ("slimsam_jax.compress", ("Options", "compress"), "--teacher {m}/teacher --images {m}/images"),
+    "compress": ("slimsam_jax.compress", ("Options", "compress_with"), "--teacher {m}/teacher --images {m}/images"),
     "evaluate": ("slimsam_jax.evaluate", ("main",), "--model {m}/teacher --data {m}/val"),
     "predict": ("slimsam_jax.predict", ("main",), "--model {m}/teacher --image {m}/val/0.png --out m.png"),
     "everything": (
@@ -306,7 +307,7 @@ def test_any_choices_are_refused_or_make_a_plan_that_can_be_held(recipe, changes
 @given(st.text(max_size=20) | st.lists(st.floats() | st.integers(), max_size=4).map(lambda v: ",".join(map(str, v))))
 def test_any_coordinates_are_refused_or_two_finite_numbers(text):
     try:
-        x, y = predict.parse_numbers(text, "X,Y")
+        x, y = program("predict").parse_numbers(text, "X,Y")
     except InputError:
         return
     assert np.isfinite([x, y]).all() and text.isascii() and (x, y) == tuple(map(float, text.split(",")))
@@ -332,7 +333,7 @@ def test_an_empty_value_is_never_the_folder_we_are_in(argv):
 def test_a_postponed_command_is_called_once_it_is_parsed(monkeypatch, capsys):
     """What it prints to standard error is its own, and not the parser's."""
 
-    @functools.wraps(predict.main)
+    @functools.wraps(program("predict").main)
     def main(*arguments, **named):
         print(named["point"], file=sys.stderr)
 

@@ -14,11 +14,12 @@ from converters import from_torch
 from helpers import toy_encoder
 from helpers.models import SQUARE, random_images, random_sam
 from helpers.runs import compress_options
-from slimsam_jax import checkpoint, compress, data
+from slimsam_jax import checkpoint, data
+from slimsam_jax.api import compress_with
 from slimsam_jax.compression import report
 from slimsam_jax.compression.found_groups import groups_of
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import compare_models
+from slimsam_jax.evaluation.compare import compare_models
 from slimsam_jax.inference.predictor import SamPredictor
 from slimsam_jax.models.composed import SamConfig, head_of
 from slimsam_jax.models.encoders import FAMILIES, name_of, tiny_vit
@@ -93,7 +94,7 @@ def test_it_is_slimmed_by_alternate_slimming(material, tmp_path, monkeypatch):
     teacher = toy_sam()
     checkpoint.save(dataclasses.replace(teacher, thresholds=random_sam(SQUARE).thresholds), tmp_path / "teacher")
     choices = {"teacher": tmp_path / "teacher", "recipe": "taylor", "set": ("distill.validations=1",)}
-    numbers = compress.compress(compress_options(material, tmp_path / "slim", **choices))
+    numbers = compress_with(compress_options(material, tmp_path / "slim", **choices))
     slim = from_torch.load(tmp_path / "slim")
     assert slim.config.encoder.dim == 6 and sum(slim.config.encoder.hidden) == 18
     assert numbers["slim"]["encoder_parameters"] < 0.4 * numbers["teacher"]["encoder_parameters"]
@@ -116,7 +117,7 @@ def test_what_it_cannot_do_is_one_line(material, tmp_path, changes, message):
     checkpoint.save(toy_sam(), tmp_path / "teacher")
     options = compress_options(material, tmp_path / "slim", teacher=tmp_path / "teacher", **changes)
     with pytest.raises(InputError, match=message):
-        compress.compress(options)
+        compress_with(options)
     assert not (tmp_path / "slim").exists()
 
 

@@ -17,7 +17,8 @@ from experiments import reference_results, reference_run, results, train_referen
 from helpers.images import samples, truncated
 from helpers.models import SQUARE, random_sam
 from helpers.runs import compress_options
-from slimsam_jax import checkpoint, compress
+from slimsam_jax import checkpoint
+from slimsam_jax.api import compress_with
 from slimsam_jax.data.augment import draw_framing, flip_and_crop
 from slimsam_jax.data.prompted import MaskBatches, first_prompt
 from slimsam_jax.distillation import mask_losses
@@ -292,7 +293,7 @@ def test_the_frequencies_of_positions_stay(learnt, start):
 @pytest.mark.slow
 def test_the_result_is_a_teacher(learnt, material, tmp_path):
     out = tmp_path / "slim"
-    compress.compress(compress_options(material, out, teacher=learnt, steps=0))
+    compress_with(compress_options(material, out, teacher=learnt, steps=0))
     assert from_torch.load(out).provenance["teacher"]["provenance"]["options"]["steps"] == 150
     state = to_torch.to_state_dict(from_torch.load(learnt))
     chex.assert_trees_all_equal(from_torch.from_state_dict(state).params, from_torch.load(learnt).params)
