@@ -94,7 +94,7 @@ def test_it_is_slimmed_by_alternate_slimming(material, tmp_path, monkeypatch):
     teacher = toy_sam()
     checkpoint.save(dataclasses.replace(teacher, thresholds=random_sam(SQUARE).thresholds), tmp_path / "teacher")
     choices = {"teacher": tmp_path / "teacher", "recipe": "taylor", "set": ("distill.validations=1",)}
-    numbers = compress_with(compress_options(material, tmp_path / "slim", **choices))
+    numbers = compress_with(compress_options(material, tmp_path / "slim", **choices)).report
     slim = from_torch.load(tmp_path / "slim")
     assert slim.config.encoder.dim == 6 and sum(slim.config.encoder.hidden) == 18
     assert numbers["slim"]["encoder_parameters"] < 0.4 * numbers["teacher"]["encoder_parameters"]

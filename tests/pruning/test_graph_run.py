@@ -202,6 +202,18 @@ def test_a_contraction_that_counts_masked_channels_is_listed(feature, crossed):
     assert difference > 1e-2 if crossed else difference < 1e-5
 
 
+def test_a_loop_is_followed_until_what_it_carries_is_known():
+    """What is masked is zero in the first state and one in the second, and the length of a state counts it."""
+
+    def function(params, x):
+        start = x[0] @ params["a"]
+        turn = lambda state, row: (jnp.exp(row @ params["a"] + state), state @ state)
+        return jax.lax.scan(turn, start, x)[1]
+
+    params = {"a": jax.ShapeDtypeStruct((3, 8), np.float32)}
+    assert find_groups(function, params, IMAGES[0, 0]).groups[0].crossed == ("dot_general",)
+
+
 def test_a_kernel_that_is_divided_by_its_norm_says_so():
     """0 / 0 where it is masked; the cut function has no such channel."""
     params = {"a": jax.ShapeDtypeStruct((3, 8), np.float32), "b": jax.ShapeDtypeStruct((8, 5), np.float32)}
