@@ -1,4 +1,4 @@
-"""Pruning of any encoder family by groups found from its jaxpr: whole channels, by importance."""
+"""Prunes encoders of any family by the groups of their jaxpr: whole channels, by importance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pruning of any JAX function: groups found from its jaxpr, scores, selection, masks and the cut.
+"""Prunes any JAX function: groups from its jaxpr, scores, selection, masks and the cut.
 
 grouping = find_groups(function, params, *inputs)      # shapes will do
 scores = score(params, grouping, gradients)

@@ -1,4 +1,4 @@
-"""Scores, selects, masks and cuts whole trees by the groups that were found."""
+"""Scores, selects, masks and cuts whole trees by the groups of a `Grouping`."""
 
 from __future__ import annotations
 

@@ -20,10 +20,11 @@ from converters.tables.strict import abstract
 from helpers import golden_families as families
 from helpers.family_models import run_all
 from helpers.shared import shared
+from slimsam_jax.imaging.prompts import ABSENT, prompt_points
 from slimsam_jax.models import sam
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.encoders import layers, tiny_vit
-from slimsam_jax.models.prompt_encoder import ABSENT, PromptEncoder, prompt_points
+from slimsam_jax.models.prompt_encoder import PromptEncoder
 
 SUBSET = families.HERE / "tiny_vit_subset.npz"
 

@@ -354,6 +354,8 @@ def test_numbers_that_are_not_finite_stop_the_run(material, tmp_path, monkeypatc
     assert code == 1 and "error: the loss of step 2 is not finite (images" in error  # the first's is still the start's
     assert ".png" in error
     assert not list((tmp_path / "out").rglob("*.orbax-checkpoint-tmp"))
+    judged = (*wild[:2], dataclasses.replace(wild[2], validation=Validation(2)))  # after each of two steps
+    monkeypatch.setitem(RECIPES, "default", judged)
     arguments = (*arguments[:5], "1", "--out")
     code, error = run("compress", *arguments, tmp_path / "out1", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1 and "error: the student after step 1 gives no finite embeddings" in error

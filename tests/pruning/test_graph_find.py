@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from graph_models import MODELS
 
+from helpers.graph_models import MODELS
 from slimsam_jax.errors import InputError
 from slimsam_jax.pruning import Grouping, find_groups
 from slimsam_jax.pruning.structure import Product, Sum

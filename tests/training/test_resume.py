@@ -60,7 +60,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, material, tmp_path,
 @pytest.mark.slow
 def test_the_default_recipe_is_resumed(material, tmp_path, monkeypatch):
     """Its only distillation is guided by the model before the second cut, which was not distilled."""
-    choices = {"set": ("validations=2",), "steps": 2, "save_every": 1}
+    choices = {"set": ("distill.validations=2",), "steps": 2, "save_every": 1}
     compress_with(compress_options(material, tmp_path / "whole", **choices))
 
     def step(self, state, number, batch, whole=Distillation.step):
