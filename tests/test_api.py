@@ -125,10 +125,10 @@ def test_compress_knows_every_option_of_the_command():
         (lambda: slimsam_jax.evaluate([], "annotated"), "--model needs at least one value"),
         (lambda: slimsam_jax.evaluate(["a", "a"], "annotated"), "--model has a model twice"),
         (lambda: slimsam_jax.evaluate(["a"], "annotated", "points"), "--protocol 'points' is none of point, "),
-        (lambda: slimsam_jax.evaluate([3], "annotated"), "a model is wanted"),
+        (lambda: slimsam_jax.evaluate([3], "annotated"), "a model must be given"),
         (lambda: slimsam_jax.evaluate("a", "annotated", "agreement"), "at least two models"),
-        (lambda: slimsam_jax.predict(3, "truck.jpg"), "a model is wanted"),
-        (lambda: slimsam_jax.save("slim", "other"), "a model is wanted"),
+        (lambda: slimsam_jax.predict(3, "truck.jpg"), "a model must be given"),
+        (lambda: slimsam_jax.save("slim", "other"), "a model must be given"),
         (lambda: slimsam_jax.load(3), "takes the path"),
     ],
 )
