@@ -33,7 +33,7 @@ def make_step(options: Options, image_size: tuple[int, int]) -> Step:
 
 
 def write_images(folder: Path) -> list[Path]:
-    """The package's photographs, enlarged."""
+    """Writes the package's photographs, enlarged."""
     photos = data.find([data.embedded_images()])
     files = [folder / f"sa_{i}.jpg" for i in range(FILES)]
     for i, file in enumerate(files):
@@ -42,7 +42,7 @@ def write_images(folder: Path) -> list[Path]:
 
 
 def peak() -> int:
-    """Bytes: of this process or of the largest of its workers."""
+    """Returns the peak memory in bytes, of this process or of the largest of its workers."""
     return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 

@@ -36,7 +36,7 @@ def make_step(options: Options, config: Config) -> Step:
 
 
 def annotations(size: tuple[int, int]) -> list[Annotation]:
-    """Ellipses of all sizes, anywhere."""
+    """Draws ellipses of all sizes, anywhere."""
     random, made = np.random.default_rng(0), []
     y, x = np.mgrid[: size[0], : size[1]]
     for number in range(ANNOTATIONS):

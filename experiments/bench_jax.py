@@ -51,7 +51,7 @@ def forward(config: Config, encode: Callable, dtype: Any) -> Callable[[], object
 
 
 def disturbed_gradient(config: Config, encode: Callable) -> Callable[[], None]:
-    """The default's; in float32 whatever the device."""
+    """Computes the default's disturbed gradient; in float32 whatever the device."""
     embed = lambda params, batch: encode(config, params, batch)[0]
     accumulate, key = gradients.accumulator(gradients.disturbed(embed), "rms"), jax.random.key(0)
     params, batch = random_model(config, 0).params["image_encoder"], images(config, 1)
@@ -65,7 +65,7 @@ def disturbed_gradient(config: Config, encode: Callable) -> Callable[[], None]:
 
 
 def distillation(models: tuple[Config, Config, Config], options: Options, dtype: Any) -> Callable[[], None]:
-    """Steps of the default recipe at the start of a stage, which `models` (student, previous, teacher) is for."""
+    """Takes first steps of the default's distillation, which `models` (student, previous, teacher) is for."""
     sams = [random_model(config, seed) for seed, config in enumerate(models)]
     step = distillation_of(options.what)
     steps = 10**6  # so that progress stays where all terms count

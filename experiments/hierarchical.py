@@ -64,8 +64,8 @@ def run(teacher: Path, images: tuple[Path, ...]) -> None:
         missing = [way for way in WAYS if not results.find(FILE, {IMAGE: Path(sample.name).name, "way": way})]
         flat = measure(Way(sam, **FIELDS), image) if missing else None
         for way in missing:
-            found = measure(Way(sam, hierarchical=True, **FIELDS, **WAYS[way]), image)
-            entry = {IMAGE: Path(sample.name).name, "way": way, **compare(flat, found)}
+            fewer = measure(Way(sam, hierarchical=True, **FIELDS, **WAYS[way]), image)
+            entry = {IMAGE: Path(sample.name).name, "way": way, **compare(flat, fewer)}
             results.append(FILE, entry)
             print(entry, flush=True)
 
@@ -85,9 +85,9 @@ def measure(generator: Way, image: Image.Image) -> dict[str, Any]:
     return {"masks": encoded([records])[0], "seconds": seconds, "prompts": sum(generator.asked)}
 
 
-def compare(flat: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """Numbers of masks on both sides and of those with a partner; prompts and seconds on both sides."""
-    masks: list[Masks] = [flat["masks"], found["masks"]]
+def compare(flat: dict[str, Any], fewer: dict[str, Any]) -> dict[str, Any]:
+    """Counts masks on both sides and of those with a partner; prompts and seconds on both sides."""
+    masks: list[Masks] = [flat["masks"], fewer["masks"]]
     numbers = {
         "flat_masks": len(masks[0]),
         "kept": int(partners(*masks).sum()),
@@ -97,7 +97,7 @@ def compare(flat: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     costs = {
         f"{prefix}{name}": side[name]
         for name in ("prompts", "seconds")
-        for prefix, side in (("flat_", flat), ("", found))
+        for prefix, side in (("flat_", flat), ("", fewer))
     }
     return numbers | costs
 

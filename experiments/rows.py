@@ -1,4 +1,4 @@
-"""The rows of the tables of slimming: each is a `python -m slimsam_jax.compress` command."""
+"""Lists the rows of the tables of slimming: each is a `python -m slimsam_jax.compress` command."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Row(NamedTuple):
     uniform: bool = False
 
     def steps_of(self, ratio: float) -> Recipe:
-        """The recipe with everything that is set."""
+        """Returns the recipe with everything that is set."""
         return change(RECIPES[self.recipe](ratio), [*COMMON["set"], *self.set])
 
     def arguments(self) -> str:
-        """As one types them, if the recipe is one of the package; else with its name in `experiments.recipes`."""
+        """Formats the arguments as typed; a recipe that is not the package's by its name in `experiments.recipes`."""
         recipe = f"--recipe {self.recipe}" if self.recipe in SHIPPED else f"experiments.recipes.{self.recipe}"
         parts = [recipe, f"--steps {self.steps}"]
         parts += [f"--limit {self.limit}"] if self.limit else []
@@ -252,7 +252,7 @@ FIRST = ("default", "taylor", "slimsam")  # with all seeds before the other rows
 
 
 def plan() -> Iterator[tuple[Row, float, int]]:
-    """Every run, what matters most first."""
+    """Lists every run, what matters most first."""
     runs = [
         (label, row, ratio) for table in TABLES.values() for ratio in table.ratios for label, row in table.rows.items()
     ]

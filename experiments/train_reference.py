@@ -131,7 +131,7 @@ class Options:
     """For several processes, as in `slimsam_jax.compress`."""
 
     def check(self) -> None:
-        """Raises InputError for what can be told wrong without looking at files."""
+        """Raises InputError for what is wrong without looking at files."""
         limits.check_options(self, COUNTED)
         if bool(self.images) == bool(self.composites):
             raise InputError("give annotated images by --images, or a pack by --composites")
@@ -170,7 +170,7 @@ class Options:
 
 
 def main(options: Options) -> dict[str, Any]:
-    """Trains, and writes the model folder; the story is told in `reference_run.py`.
+    """Trains, and writes the model folder, as `reference_run.py` describes it.
 
     Returns:
       The validation of the model that is kept, and its step.

@@ -23,7 +23,7 @@ from slimsam_jax.inference.decode import encode_image, predict_masks
 from slimsam_jax.models.encoders.vit import ImageEncoder
 
 RANDOM = np.random.default_rng(0)
-PICTURE = RANDOM.integers(0, 256, (40, 52, 3), np.uint8)
+IMAGE = RANDOM.integers(0, 256, (40, 52, 3), np.uint8)
 POINT = np.array([[30.0, 12.0]])
 
 
@@ -78,14 +78,14 @@ def test_stock_code_finds_the_width_of_the_mlp():
 def masks_of_ours(source: Path) -> np.ndarray:
     """[3, h, w] of POINT."""
     sam = from_torch.load(source)
-    encoded = encode_image(sam, Image.fromarray(PICTURE))
+    encoded = encode_image(sam, Image.fromarray(IMAGE))
     return np.stack([predict_masks(sam, encoded, POINT[None], mask=mask)[0][0] for mask in (1, 2, 3)])
 
 
 def masks_of_predictor(sam) -> np.ndarray:
     """By the stock SamPredictor."""
     predictor = segment_anything().SamPredictor(sam)
-    predictor.set_image(PICTURE)
+    predictor.set_image(IMAGE)
     return predictor.predict(POINT, np.array([1]))[0]
 
 
@@ -103,7 +103,7 @@ def masks_of_huggingface(folder: Path) -> np.ndarray:
     from transformers import SamModel, SamProcessor
 
     model, processor = SamModel.from_pretrained(folder), SamProcessor.from_pretrained(folder)
-    inputs = processor(Image.fromarray(PICTURE), input_points=[POINT.tolist()], return_tensors="pt")
+    inputs = processor(Image.fromarray(IMAGE), input_points=[POINT.tolist()], return_tensors="pt")
     with torch.no_grad():
         low = model.eval()(**inputs).pred_masks
     return processor.post_process_masks(low, inputs["original_sizes"], inputs["reshaped_input_sizes"])[0][0].numpy()
@@ -149,7 +149,7 @@ def test_all_roads_give_the_same_masks_from_a_slimmed_pth(tmp_path, slim_sam_tor
     slim = from_torch.load(tmp_path / "slim").config
     assert not slim.uniform and len({block.heads for block in slim.blocks}) > 1
     image = Image.open(data.embedded_images() / "dog.jpg").convert("RGB")
-    monkeypatch.setattr(f"{__name__}.PICTURE", np.asarray(image))
+    monkeypatch.setattr(f"{__name__}.IMAGE", np.asarray(image))
     monkeypatch.setattr(f"{__name__}.POINT", np.array([[image.width / 2, image.height / 2]]))
     for model in ("teacher", "slim"):
         (tmp_path / "out" / model).mkdir(parents=True)
