@@ -146,8 +146,9 @@ def origin(provenance: dict[str, Any]) -> str:
     if "options" not in provenance:
         return f"Converted from `{teacher(provenance)}`{digest(provenance)}."
     count, versions = provenance["images"]["count"], provenance["versions"].items()
+    own = " by steps of its own, otherwise as by" if provenance["options"].get("recipe", "") is None else ""
     return (
-        f"Compressed from `{teacher(provenance)}`{digest(provenance['teacher'])} with\n{count} images:\n\n"
+        f"Compressed from `{teacher(provenance)}`{digest(provenance['teacher'])} with\n{count} images{own}:\n\n"
         f"```\n{command(provenance['options'])}\n```\n\n"
         f"with {', '.join(f'{name} {version}' for name, version in versions)}."
     )

@@ -132,7 +132,7 @@ def compress(
       set: single choices that differ from the recipe's: "prune.round_to=8".
       out: the folder to write; it must not exist, or be empty, unless `resume` is given.
 
-    All others are those of the command, `compression.options.Options`.
+    All others are those of the command, `compression.options.Options`. It says what it does, as the command.
 
     Raises:
       InputError: bad options or files; nothing has been written then.

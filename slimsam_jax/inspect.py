@@ -33,8 +33,8 @@ def main(
       model: a model folder, a .pth, or a Hugging Face SamModel folder.
       images: folders of images; an eighth of them measures the error, the others give the importance.
       ratio: what is drawn as kept.
-      ratios: shares of the channels to try.
-      recipe: as in slimsam_jax.compress.
+      ratios: shares of the channels to try; 0.5 leaves 34 % of the parameters of the small SAM's encoder, 0.77 18 %.
+      recipe: whose cuts, as for compress: "default" chooses a basis before it cuts, the others cut whole channels.
       set: choices that differ from the recipe's, as prune.NAME=VALUE.
       importance_images: how many images importance or statistics are estimated from.
       seed: of noise and order of images.

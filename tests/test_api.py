@@ -18,6 +18,7 @@ from PIL import Image
 
 import converters
 import slimsam_jax
+from converters import model_card
 from helpers.images import write_annotation
 from helpers.models import SQUARE, random_sam
 from slimsam_jax import api, checkpoint
@@ -81,6 +82,8 @@ def test_compress_takes_steps_and_returns_what_it_writes(there, tmp_path, capsys
     assert "1 steps of your own" in capsys.readouterr().out
     assert slim.config.embed_dim == 12 and slim.config.blocks[0].mlp_dim == SQUARE.blocks[0].mlp_dim
     assert [step["round_to"] for step in slim.provenance["recipe"]] == [4]
+    assert slim.provenance["options"]["recipe"] is None
+    assert "with\n5 images by steps of its own, otherwise as by:" in model_card.origin(slim.provenance)
     assert set(report["seconds"]) == {"prune-embedding", "measuring"}
     chex.assert_trees_all_equal(slim.params, checkpoint.load(tmp_path / "o").params)
 

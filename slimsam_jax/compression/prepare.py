@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run:
     """Everything that can be refused is refused here, before anything is written."""
-    batch, recipe = batch_size(options), recipe or change(RECIPES[options.recipe], options.set)
+    batch, own = batch_size(options), recipe is not None
+    recipe = recipe if own else change(RECIPES[options.recipe], options.set)
     target = Target(options.channel_ratio(), Budget.parse(options.budget) if options.budget is not None else None)
     check(recipe)
     prunes = [step for step in recipe if isinstance(step, Prune)]
@@ -61,7 +62,7 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run
     dtype, plan = compute_dtype(options), planned(recipe, counts)
     if sharding.is_main():
         announce(dtype, plan, batch, len(images), len(val))
-    origin = provenance(options, recipe, teacher, images, counts, batch)
+    origin = provenance(options, recipe, teacher, images, counts, batch, own)
     cache = TeacherCache(options.cache, teacher, origin["teacher"]["sha256"]) if options.cache else None
     measures = {each.step.validation.validate_by for each in plan if each.steps} if sharding.is_main() else set()
     scores = {measure: validator(teacher, val, measure) for measure in measures}
@@ -97,16 +98,20 @@ def check_combinations(options: Options, recipe: Recipe, target: Target) -> None
 
 
 def provenance(
-    options: Options, recipe: Recipe, teacher: Sam, images: list[Sample], counts: list[int], batch: int
+    options: Options, recipe: Recipe, teacher: Sam, images: list[Sample], counts: list[int], batch: int, own: bool
 ) -> dict[str, Any]:
-    """Where a slim model comes from, for its config.json; a resumed run must agree in all of it."""
+    """Where a slim model comes from, for its config.json; a resumed run must agree in all of it.
+
+    Args:
+      own: the recipe is none that the options name.
+    """
     path = Path(options.teacher or data.embedded_teacher())
     names = "\n".join(image.name for image in images).encode(errors="surrogatepass")  # which may be no UTF-8
     packages = ("jax", "flax", "optax", "numpy")
     return {
         "teacher": {"file": path.name, "sha256": checkpoint.sha256(path), "provenance": teacher.provenance},
         "images": {"count": len(images), "sha256_of_names": hashlib.sha256(names).hexdigest()},
-        "options": {**options.fixing_the_result(), "batch": batch},
+        "options": {**options.fixing_the_result(), "batch": batch, "recipe": None if own else options.recipe},
         "recipe": describe(recipe),
         "optimizer_steps": counts,
         "versions": {"slimsam_jax": __version__, **{name: version(name) for name in packages}},
