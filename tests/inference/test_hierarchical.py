@@ -85,7 +85,7 @@ def test_a_worse_duplicate_has_no_neighbours_asked():
 def test_who_wants_near_duplicates_has_points_asked_beside_them(monkeypatch, wanted, expected):
     taken, search = [], hierarchical.refine_near_best
     monkeypatch.setattr(
-        hierarchical, "around_the_best", lambda *arguments: (taken.append(arguments[-1]), search(*arguments))[1]
+        hierarchical, "refine_near_best", lambda *arguments: (taken.append(arguments[-1]), search(*arguments))[1]
     )
     SamAutomaticMaskGenerator(random_sam(SQUARE), 4, hierarchical=True, box_nms_thresh=wanted).generate(
         random_image(3, 40, 60)
