@@ -198,9 +198,12 @@ def main(
         raise InputError(f"writing ONNX needs {' and '.join(missing)}: pip install onnx onnxruntime")
     from converters.from_torch import load
     from slimsam_jax import data
+    from slimsam_jax.models.encoders import name_of
 
     photo = data.read_image(image or data.embedded_images() / "dog.jpg")
     sam = load(source)
+    if (family := name_of(sam.config.encoder)) != "vit":
+        raise InputError(f"{source} is a {family}, and ONNX is written of SAM's ViT alone")
     if layout == "transformers_js" and len(set(sam.config.image_size)) > 1:
         height, width = sam.config.image_size
         raise InputError(f"transformers.js pads images to squares, and {source} takes {height} x {width}; use sam")

@@ -14,7 +14,9 @@ from tyro.conf import Positional
 
 from converters import huggingface, model_card, torch_file
 from converters.from_torch import load
+from converters.tables import tiny_vit, tiny_vit_unused
 from converters.tables.sam import rows
+from converters.tables.strict import Converted
 from converters.tables.vit import fuse_qkv
 from slimsam_jax import cli
 from slimsam_jax.errors import InputError, writing
@@ -29,7 +31,7 @@ LOADER = Path(__file__).with_name("slim_sam_torch.py")  # goes beside each .pth
 
 
 def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
-    """Converts our parameters to a `segment_anything` state dict (fused qkv), exact.
+    """Converts our parameters to a `segment_anything` state dict (fused qkv), or MobileSAM's, exact.
 
     Raises:
       InputError: an array is missing or surplus.
@@ -37,7 +39,10 @@ def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
     import flax.traverse_util
 
     from slimsam_jax import checkpoint
+    from slimsam_jax.models.encoders import name_of
 
+    if name_of(sam.config.encoder) == "tiny_vit":
+        return tiny_vit.to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, {}))
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     table = rows(sam.config)
     checkpoint.check_names(set(flat), {row.path for row in table}, "the parameter tree")
@@ -58,18 +63,21 @@ def save_sam(sam: Sam, path: Path) -> None:
         raise InputError("writing a .pth needs PyTorch: pip install torch") from None
     from slimsam_jax.files import replacing
 
+    files = {path: None}
+    if isinstance(sam.config, Config):
+        files[path.with_name(LOADER.name)] = LOADER.read_bytes()
     loader = path.with_name(LOADER.name)
-    if loader.exists() and not (loader.is_file() and loader.read_bytes() == LOADER.read_bytes()):
+    if loader in files and loader.exists() and not (loader.is_file() and loader.read_bytes() == LOADER.read_bytes()):
         raise InputError(f"{loader} is there already and is not this version's; remove it or write elsewhere")
     tensors = collections.OrderedDict((k, torch.from_numpy(v.copy())) for k, v in to_state_dict(sam).items())
     note = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
     note["thresholds"] = sam.thresholds.to_json() if sam.thresholds else None
     tensors._metadata = {torch_file.NOTE: note}  # no tensor, which a strict load would refuse
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as files, writing(path):
-        temporary, copy = (files.enter_context(replacing(name)) for name in (path, loader))
-        torch.save(tensors, temporary)
-        copy.write_bytes(LOADER.read_bytes())
+    with contextlib.ExitStack() as stack, writing(path):
+        for name, content in files.items():
+            temporary = stack.enter_context(replacing(name))
+            torch.save(tensors, temporary) if content is None else temporary.write_bytes(content)
 
 
 def save_huggingface(sam: Sam, folder: Path, card: str | None = None) -> None:
@@ -119,7 +127,13 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
       InputError: it can hold neither, or padding would be needed and `pad` is False.
     """
     from converters.pad_to_uniform import pad_to_uniform
+    from slimsam_jax.models.encoders import name_of
 
+    if (family := name_of(sam.config.encoder)) != "vit":
+        if format != "sam" or pad:
+            raise InputError(f"{source} is a {family}: it goes to --format sam alone, without padding")
+        tiny_vit_unused.refuse(sam.config.encoder)
+        return sam
     if len(set(sam.config.image_size)) > 1:
         height, width = sam.config.image_size
         raise InputError(
@@ -152,6 +166,8 @@ def describe_padding(before: Config, after: Config) -> str:
 
 def how_to_load(config: Config, path: Path) -> str:
     """Says how to load a .pth, in two or three lines: for scripts, for tools, and for stock code where that can."""
+    if not isinstance(config, Config):
+        return f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r})"
     lines = [
         f'in Python: import slim_sam_torch; slim_sam_torch.register("slim", {str(path)!r}) puts it into '
         "segment_anything's sam_model_registry",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def load(path: Path | str) -> Sam:
+def load(path: Path | str, image_size: int | tuple[int, int] | None = None) -> Sam:
     """Loads any SAM we can read, float32, with its origin and sha256 in `provenance`.
 
     Example:
@@ -41,14 +41,16 @@ def load(path: Path | str) -> Sam:
 
     Args:
       path: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM trains it, or a whole
-        pickled module), a Hugging Face `SamModel` folder, or a model folder of ours.
+        pickled module), MobileSAM's or TinySAM's, a Hugging Face `SamModel` folder, or a model folder of ours.
+      image_size: pixels of the model frame, one side or (height, width), where no array tells it: of MobileSAM and
+        TinySAM, whose published models have 1024, the default.
 
     Raises:
       InputError: missing, unreadable, or not a SAM; names what is missing and surplus.
     """
     from converters import from_torch
 
-    return from_torch.load(path)
+    return from_torch.load(path, image_size)
 
 
 def save(sam: Sam, folder: Path | str) -> None:
