@@ -39,7 +39,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from segment_anything.modeling import image_encoder as stock
 from torch import Tensor, nn
 
-FORMAT = "slimsam_jax/1"
+FORMATS = "slimsam_jax/1", "slimsam_jax/2"  # the second says which family; in the first, SAM's ViT is the only one
 NOTE = "slimsam_jax"  # where a .pth of ours keeps what shapes do not tell, in its state dict's `_metadata`
 DEFAULTS = {"decoder_heads": 8, "pixel_mean": (123.675, 116.28, 103.53), "pixel_std": (58.395, 57.12, 57.375)}
 USAGE = """usage: python slim_sam_torch.py TOOL.py ...   or   python slim_sam_torch.py -m TOOL ...
@@ -96,8 +96,10 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     from safetensors.torch import load_file
 
     description = json.loads((folder / "config.json").read_text())
-    if description["format"] != FORMAT:
-        raise ValueError(f"its format is {description['format']!r}, and {FORMAT!r} is what we read")
+    if description["format"] not in FORMATS:
+        raise ValueError(f"its format is {description['format']!r}, and {', '.join(FORMATS)} are what we read")
+    if (family := description.get("family", "vit")) != "vit":
+        raise ValueError(f"its encoder is a {family}, and the ViTs of segment_anything are what we build")
     state = stock_names(load_file(folder / "model.safetensors"))
     return description["architecture"], state, description.get("thresholds")
 

@@ -71,6 +71,19 @@ def test_the_examples_run_one_after_the_other(there, monkeypatch, capsys):
     assert slim.config.embed_dim == 6 and slim.provenance["options"]["ratio"] == 0.77
 
 
+def test_the_example_of_the_readme_runs_as_it_stands(there, monkeypatch):
+    """But for the line that compresses, which is the docstring's, and has run."""
+    monkeypatch.chdir(there)
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    (line,) = [line for line in code.splitlines() if line.startswith("slim, report = ")]
+    assert line in example("compress")
+    found: dict = {}
+    exec(code.replace(line, 'slim = slimsam_jax.load("slim77")'), found)
+    assert found["masks"].shape == (1, 400, 700) and found["scores"].shape == (1,)
+    assert isinstance(found["predictor"], slimsam_jax.SamPredictor) and isinstance(found["everything"], list)
+    assert "point/iou" in found["result"].summary
+
+
 def test_compress_takes_steps_and_returns_what_it_writes(there, tmp_path, capsys):
     slim, report = slimsam_jax.compress(
         there / "sam_vit_b_01ec64.pth",

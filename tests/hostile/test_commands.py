@@ -226,6 +226,8 @@ def imported():
     for module, *_ in COMMANDS.values():
         importlib.import_module(module)
     random_sam(SQUARE)  # traces it
+    with pytest.raises(InputError):
+        change(RECIPES["default"], ["nothing=1"])  # builds the tables of names and types
 
 
 def words(name: str, given: str | list[str], root) -> list[str]:

@@ -205,19 +205,3 @@ def test_real_photographs(name):
         assert np.abs(found.masks - masks).max() < 1e-3 and np.abs(found.low_res_masks - low).max() < 1e-3
         assert np.abs(found.iou_predictions - scores).max() < 1e-4
         assert ((found.masks > 0) != (masks > 0)).mean() < 1e-3
-
-
-def test_the_example_of_the_readme(tmp_path, monkeypatch):
-    """Line by line, on the small SAM of the package."""
-    from slimsam_jax.data import embedded_images, embedded_teacher
-
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    example = readme.split("```python\n")[1].split("```")[0]
-    (tmp_path / "slim").symlink_to(embedded_teacher())
-    photo = Image.open(sorted(embedded_images().glob("*.jpg"))[0])
-    photo.resize((1000, 700)).save(tmp_path / "truck.jpg")
-    monkeypatch.chdir(tmp_path)
-    found = {}
-    exec(example, found)
-    assert found["masks"].shape == (3, 700, 1000) and found["scores"].shape == (3,)
-    assert isinstance(found["everything"], list)

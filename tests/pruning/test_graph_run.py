@@ -142,15 +142,21 @@ def test_a_cut_function_is_exported_and_differentiated():
     assert all(jnp.abs(slope).max() > 0 for slope in jax.tree.leaves(slopes))
 
 
-@pytest.mark.parametrize("allocation", ["local", "global", "cost"])
-def test_from_gradients_to_a_cut(allocation):
-    """What a mask of zeros shows to be useless goes first, by any allocation."""
+@pytest.fixture(scope="module")
+def scored():
+    """A model half of whose channels are masked: its grouping, which ones are not, and the scores."""
     function, params, inputs = MODELS["c2f"]()
     grouping = find_groups(function, params, *inputs)
     useful = halves(grouping.groups)
     params = pruning.mask(params, grouping, useful)
     grads = gradients.loss_gradients(lambda p, x: (function(p, x) ** 2).sum(), params, [inputs[0]])
-    scores = pruning.score(params, grouping, grads)
+    return grouping, useful, pruning.score(params, grouping, grads)
+
+
+@pytest.mark.parametrize("allocation", ["local", "global", "cost"])
+def test_from_gradients_to_a_cut(allocation, scored):
+    """What does nothing goes first, by any allocation."""
+    grouping, useful, scores = scored
     assert {name: score.shape for name, score in scores.items()} == {g.name: (g.size,) for g in grouping.groups}
     costs = {group.name: np.arange(group.size + 1.0) for group in grouping.groups}
     keep = pruning.select(scores, 0.5, allocation, costs=costs)

@@ -243,8 +243,8 @@ def test_a_batch_in_parts_gives_the_same_gradients(images):
     chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
 
 
-def options(images, out, **changes) -> train_reference.Options:
-    fields = {"images": (str(images),), "val": (str(images),), "out": out, "steps": 4, "batch": 2, "save_every": 2}
+def options(folder, out, **changes) -> train_reference.Options:
+    fields = {"images": (str(folder),), "val": (str(folder),), "out": out, "steps": 4, "batch": 2, "save_every": 2}
     return train_reference.Options(**{**fields, "prompts": 2, "validations": 2, **changes})
 
 
