@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -205,10 +206,10 @@ def features_of(losses: Losses):
     batch = batch_with_clicks(losses.points)
     trainer = make_trainer(student, teacher, teacher, step)
     encode = lambda config, encoder, batch: run_encoder(config, encoder, batch)
-    arguments = trainer.frozen, batch
-    found = _student_features(encode, student.config, step, student.params, *arguments)
-    wanted = _target_features(encode, teacher.config, teacher.config, step, *arguments)
-    return teacher, batch, found, wanted
+    student_features = jax.jit(functools.partial(_student_features, encode, student.config, step))
+    target_features = jax.jit(functools.partial(_target_features, encode, teacher.config, teacher.config, step))
+    found = student_features(student.params, trainer.frozen, batch)
+    return teacher, batch, found, target_features(trainer.frozen, batch)
 
 
 def test_directions_are_told_apart_by_their_cosine():

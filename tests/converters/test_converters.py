@@ -21,14 +21,13 @@ import torch
 from converters import from_torch, huggingface, to_torch, torch_file
 from converters.tables import vit
 from converters.tables.sam import rows
-from helpers.models import random_sam, tiny_config
+from helpers.models import embed, random_sam, tiny_config
 from helpers.peers import state_dict, stock_sam
 from slimsam_jax import checkpoint
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.imaging.transforms import resize_and_pad
 from slimsam_jax.models import sam as sam_module
 from slimsam_jax.models.config import Thresholds
-from slimsam_jax.models.encoders.vit import ImageEncoder
 
 SQUARE = tiny_config(image_size=(64, 64))
 
@@ -297,7 +296,7 @@ def test_pth_loads_strictly_into_stock_segment_anything(tmp_path):
     stock = stock_sam(SQUARE, 9)
     stock.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
     images = np.random.default_rng(0).standard_normal((1, 64, 64, 3)).astype(np.float32)
-    expected = ImageEncoder(SQUARE).apply({"params": ours.params["image_encoder"]}, images)[0]
+    expected = embed(ours, images)
     with torch.no_grad():
         found = stock.image_encoder(torch.from_numpy(images).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -316,7 +315,7 @@ def test_huggingface_there_and_back(tmp_path):
     with torch.no_grad():
         out = model(pixel_values=torch.from_numpy(images), input_points=torch.from_numpy(points), multimask_output=True)
         embedding = model.get_image_embeddings(torch.from_numpy(images))[0].permute(1, 2, 0).numpy()
-    expected = ImageEncoder(SQUARE).apply({"params": ours.params["image_encoder"]}, images.transpose(0, 2, 3, 1))[0][0]
+    expected = embed(ours, images.transpose(0, 2, 3, 1))[0]
     np.testing.assert_allclose(embedding, expected, atol=1e-5)
     coordinates, labels = sam_module_prompts(points[0])
     masks, iou = sam_module.decode(SQUARE, ours.params, expected, coordinates, labels)

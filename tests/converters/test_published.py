@@ -17,11 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from converters import from_torch, to_torch
-from helpers.models import random_sam, tiny_config
+from helpers.models import embed, random_sam, tiny_config
 from helpers.peers import segment_anything, stock_sam
 from slimsam_jax import checkpoint
 from slimsam_jax.models.config import GLOBAL, Block
-from slimsam_jax.models.encoders.vit import ImageEncoder
 
 # Globally pruned: widths differ per block, the number of heads never does, and no 3 heads make 14.
 PRUNED = dataclasses.replace(
@@ -99,7 +98,7 @@ def test_a_globally_pruned_pickle_reaches_stock_code(published, tmp_path):
     stock = stock_sam(twin)
     stock.load_state_dict(torch.load(tmp_path / "stock.pth", weights_only=True), strict=True)
     images = np.random.default_rng(0).standard_normal((1, 64, 64, 3)).astype(np.float32)
-    expected = ImageEncoder(PRUNED).apply({"params": ours.params["image_encoder"]}, images)[0]
+    expected = embed(ours, images)
     with torch.no_grad():
         found = stock.image_encoder(torch.from_numpy(images).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(expected).max()))

@@ -14,11 +14,10 @@ import pytest
 import torch
 
 from converters import from_torch, to_torch
-from helpers.models import SQUARE, UNEVEN, random_sam
+from helpers.models import SQUARE, UNEVEN, embed, random_sam
 from helpers.peers import segment_anything, state_dict, stock_sam
 from slimsam_jax import data
 from slimsam_jax.models.config import GLOBAL, Block, preset
-from slimsam_jax.models.encoders.vit import ImageEncoder
 
 RANDOM = np.random.default_rng(0)
 
@@ -35,7 +34,7 @@ def normal(*shape) -> np.ndarray:
 
 def assert_embeds_alike(model, sam, images: np.ndarray):
     """Within 1e-5 of the largest value."""
-    expected = np.asarray(ImageEncoder(sam.config).apply({"params": sam.params["image_encoder"]}, images)[0])
+    expected = embed(sam, images)
     with torch.no_grad():
         found = model.image_encoder(torch.from_numpy(images).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()

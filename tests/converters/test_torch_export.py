@@ -14,21 +14,16 @@ from PIL import Image
 
 from converters import from_torch, to_torch
 from converters.pad_to_uniform import pad_to_uniform, uniform_config
-from helpers.models import SQUARE, UNEVEN, random_sam
+from helpers.models import SQUARE, UNEVEN, embed, random_sam
 from helpers.peers import segment_anything, stock_sam
 from slimsam_jax import checkpoint, data
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.imaging.overlap import iou
 from slimsam_jax.inference.decode import encode_image, predict_masks
-from slimsam_jax.models.encoders.vit import ImageEncoder
 
 RANDOM = np.random.default_rng(0)
 IMAGE = RANDOM.integers(0, 256, (40, 52, 3), np.uint8)
 POINT = np.array([[30.0, 12.0]])
-
-
-def embed(sam, images: np.ndarray) -> np.ndarray:
-    return np.asarray(ImageEncoder(sam.config).apply({"params": sam.params["image_encoder"]}, images)[0])
 
 
 def assert_close(found, expected):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -47,7 +48,7 @@ def _both_sides(config, image: torch.Tensor, what: str):
     model = from_state_dict({**whole, **{f"image_encoder.{n}": a for n, a in state_dict(module).items()}})
     assert model.config == config
     pixels = image.permute(0, 2, 3, 1).numpy()
-    _, ours = ImageEncoder(config).apply({"params": model.params["image_encoder"]}, pixels)
+    _, ours = jax.jit(ImageEncoder(config).apply)({"params": model.params["image_encoder"]}, pixels)
     read = stream_features if what == "bottleneck-stage" else bottleneck_features
     return features, read(config, ours)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 
 from slimsam_jax.models.config import GLOBAL, Block, Config
-from slimsam_jax.models.sam import Sam, abstract_params
+from slimsam_jax.models.encoders.vit import ImageEncoder
+from slimsam_jax.models.sam import Params, Sam, abstract_params
 
 
 def tiny_config(image_size=(64, 48), embed_dim=24, heads=2, head_dim=12, mlp_dim=40, **kw) -> Config:
@@ -39,6 +41,16 @@ def random_images(config: Config, count: int = 2, seed: int = 0) -> dict[str, np
     sizes = np.full((count, 2), (height, width), np.int32)
     sizes[-1] = (height, width - 5)
     return {"image": random.integers(0, 256, (count, height, width, 3), np.uint8), "size": sizes}
+
+
+def embed(sam: Sam, images: np.ndarray) -> np.ndarray:
+    """Normalised images [b, h, w, 3] -> [b, grid height, grid width, C], by one program: eagerly it would be eighty."""
+    return np.asarray(_encoder(sam.config, sam.params["image_encoder"], images)[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encoder(config: Config, params: Params, images: jax.Array):
+    return ImageEncoder(config).apply({"params": params}, images)
 
 
 SQUARE = tiny_config(image_size=(64, 64))

@@ -29,8 +29,9 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 def make_trainer(fsdp: int) -> loop.Trainer:
     """Of a student with an odd embedding, as pruning leaves it: where 23 is the only long axis nothing can be split."""
-    teacher = random_sam(tiny_config(mlp_dim=400))
-    student = random_sam(tiny_config(embed_dim=23, mlp_dim=400), seed=1)
+    small = {"mlp_dim": 400, "decoder_depth": 1}
+    teacher = random_sam(tiny_config(**small))
+    student = random_sam(tiny_config(embed_dim=23, **small), seed=1)
     return trainer.make_trainer(student, teacher, teacher, DISTILL, fsdp=fsdp)
 
 
@@ -54,15 +55,15 @@ def collectives(text: str) -> dict[str, int]:
 def main(fsdp: int, count: int, out: str, distributed: str | None = None) -> None:
     if distributed:
         sharding.join_processes(distributed)
-    folder, trainer, losses = Path(out), make_trainer(fsdp), []
+    folder, trainer, losses, compiled = Path(out), make_trainer(fsdp), [], None
     terms = terms_of(DISTILL, 0, 100)
     with checkpoints.Steps(folder / "steps") as saved:
         state, _ = saved.restore(checkpoints.shapes_of(trainer.state)) or (trainer.state, None)
         for step in range(int(state.step), int(state.step) + count):
             batch = sharding.shard_batch(host_batch(step), trainer.mesh)
-            if not losses:
-                text = trainer.step.lower(state, trainer.frozen, batch, terms, 1e-4).compile().as_text()
-            state, found = trainer.step(state, trainer.frozen, batch, terms, 1e-4)
+            arguments = state, trainer.frozen, batch, terms, 1e-4
+            compiled = compiled or trainer.step.lower(*arguments).compile()
+            state, found = compiled(*arguments)
             losses.append(float(found["loss"]))
             if (step + 1) % 5 == 0:
                 params = flax.traverse_util.flatten_dict(sharding.gather(state.params), sep="/")
@@ -72,7 +73,7 @@ def main(fsdp: int, count: int, out: str, distributed: str | None = None) -> Non
     split = lambda tree: [leaf.size for leaf in jax.tree.leaves(tree) if "fsdp" in leaf.sharding.spec]
     whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     facts = {
-        **collectives(text),
+        **collectives(compiled.as_text()),
         "parameters": whole,
         "parameters split": sum(split(state.params)),
         "state split": sum(split((state.opt_state, state.average))),
