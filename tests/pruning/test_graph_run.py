@@ -226,3 +226,27 @@ def test_a_kernel_that_is_divided_by_its_norm_says_so():
     function = lambda p, x: x @ (p["a"] / jnp.linalg.norm(p["a"], axis=0)) @ p["b"]
     grouping = find_groups(function, params, IMAGES[0, 0])
     assert grouping.groups[0].crossed == ("div",)
+
+
+def test_a_slice_of_merged_axes_starts_where_the_cut_has_moved_it():
+    """All but the first of four heads of three channels, from the axis of twelve."""
+    params = {"a": jax.ShapeDtypeStruct((3, 4, 3), np.float32), "b": jax.ShapeDtypeStruct((9, 5), np.float32)}
+    params = randomized(params)
+    function = lambda p, x: jnp.einsum("nc,chd->nhd", x, p["a"]).reshape(-1, 12)[:, 3:] @ p["b"]
+    grouping = find_groups(function, params, IMAGES[0, 0])
+    assert [(group.name, group.size) for group in grouping.groups] == [("a:1.0", 3), ("a:2", 3)]
+    keep = {"a:2": [0, 2], "a:1.0": [1]}
+    masked = function(pruning.mask(params, grouping, keep), IMAGES[0, 0])
+    cut = grouping.run(pruning.shrink(params, grouping, keep), IMAGES[0, 0])
+    np.testing.assert_allclose(cut, masked, rtol=1e-5, atol=1e-6)
+
+
+def test_kernels_vote_and_where_there_are_none_all_do():
+    params = randomized({name: jax.ShapeDtypeStruct((8,), np.float32) for name in "ab"})
+    grouping = find_groups(lambda p, x: (x[:, :1] * p["a"] + p["b"]).sum(1), params, IMAGES[0, 0])
+    (scores,) = pruning.score(params, grouping, criterion="magnitude").values()
+    np.testing.assert_allclose(scores, (params["a"] ** 2 + params["b"] ** 2) / 2, rtol=1e-6)
+    kernel = np.ones((3, 8), np.float32)
+    grouping = find_groups(lambda p, x: (x @ p["k"] + p["b"]).sum(1), {"k": kernel, "b": params["b"]}, IMAGES[0, 0])
+    (scores,) = pruning.score({"k": kernel, "b": params["b"]}, grouping, criterion="magnitude").values()
+    np.testing.assert_array_equal(scores, 3)
