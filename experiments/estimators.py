@@ -25,7 +25,7 @@ from slimsam_jax import data
 from slimsam_jax.compression import gradients as sam_gradients
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.calibration import on_devices
+from slimsam_jax.compression.calibration_images import on_devices
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.selection import choose
 from slimsam_jax.data.batches import Batches

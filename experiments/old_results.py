@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from slimsam_jax.compression.old_names import GONE, renamed
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Prune
 
 ORDERS = {  # (recipe, its settings that only said in which order things happen) -> the list of steps that it is

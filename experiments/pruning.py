@@ -26,11 +26,11 @@ from experiments.old_results import prune_choices, pruning_key
 from slimsam_jax import data
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.calibration import calibration_stream, on_devices
+from slimsam_jax.compression.calibration_images import calibration_stream, on_devices
 from slimsam_jax.compression.gradients import gradients
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.selection import choose
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Prune, Recipe
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.evaluation.scores import relative_error, single_mask_iou

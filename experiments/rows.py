@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from experiments.recipes import RECIPES
 from slimsam_jax.compression.recipes import RECIPES as SHIPPED
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Recipe
 
 SEEDS = (0, 1, 2)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from slimsam_jax.cli.checks import check_share
 from slimsam_jax.compression.options import Options, announce
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Distill, Initialize, Prune, Recipe, Step
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation.checks import Protocol, check_choices, check_numbers

@@ -53,7 +53,7 @@ def main(
     from slimsam_jax.compression import analysis, widths
     from slimsam_jax.compression.budget import Target
     from slimsam_jax.compression.recipes import RECIPES
-    from slimsam_jax.compression.settings import change
+    from slimsam_jax.compression.set_option import change
     from slimsam_jax.data import find
     from slimsam_jax.models.encoders import name_of
 

@@ -20,8 +20,6 @@ def join_processes(how: str) -> None:
     Raises:
       InputError: neither; or there is no cluster, or its other processes do not answer.
     """
-    import jax
-
     # When one stops by a fault of its own, the others wait for it in vain; so long, instead of five minutes.
     patience = {"shutdown_timeout_seconds": 30}
     try:

@@ -17,7 +17,7 @@ from rich.table import Table
 from slimsam_jax import data
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.calibration import calibration_stream, on_devices
+from slimsam_jax.compression.calibration_images import calibration_stream, on_devices
 from slimsam_jax.compression.steps import Prune, Recipe
 from slimsam_jax.compression.widths import target_of
 from slimsam_jax.data import Sample

@@ -1,4 +1,4 @@
-"""The step `Distill`: `training.loop` with its terms, scores and schedule."""
+"""Distils: a `training.loop.Loop` whose terms, scores and learning rates are those of a step `Distill`."""
 
 from __future__ import annotations
 

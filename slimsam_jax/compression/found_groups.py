@@ -13,7 +13,7 @@ import numpy as np
 
 from slimsam_jax import pruning
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.calibration import Calibration
+from slimsam_jax.compression.calibration_images import Calibration
 from slimsam_jax.compression.gradients import gradients
 from slimsam_jax.compression.steps import Prune, Quirks
 from slimsam_jax.errors import InputError

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from slimsam_jax import sharding
-from slimsam_jax.compression.calibration import Calibration
+from slimsam_jax.compression.calibration_images import Calibration
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.distillation import mask_losses
 from slimsam_jax.errors import RunError
@@ -39,7 +39,7 @@ def check_finite(found: Any) -> Any:
 
 def gradients(sam: Sam, step: Prune, calibration: Calibration, seed: int) -> Any:
     """What the criterion reads besides the parameters; nothing but the parameters themselves if it reads none."""
-    if step.criterion in ("magnitude", "random"):
+    if not step.reads_gradients:
         return sam.params["image_encoder"]
     mesh, batches = sharding.make_mesh(), calibration("importance")
     encoder = sharding.replicate(sam.params["image_encoder"], mesh)

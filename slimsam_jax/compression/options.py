@@ -10,7 +10,7 @@ from typing import Any, Literal
 from slimsam_jax import limits
 from slimsam_jax.cli.checks import check_seed, check_share
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Recipe
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range, quoted

@@ -15,7 +15,7 @@ import numpy as np
 
 from slimsam_jax import checkpoint, sharding
 from slimsam_jax.compression import report, widths
-from slimsam_jax.compression.calibration import calibration_stream, on_devices
+from slimsam_jax.compression.calibration_images import calibration_stream, on_devices
 from slimsam_jax.compression.distill import distill
 from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.prune import prune

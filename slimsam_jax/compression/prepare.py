@@ -17,7 +17,7 @@ from slimsam_jax.compression.budget import Budget, Target
 from slimsam_jax.compression.plan import Planned, check, describe, optimizer_steps, planned
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.run import Run
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Augment, Distill, Prune, Recipe
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.validation import IMAGES, validator

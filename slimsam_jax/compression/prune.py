@@ -13,7 +13,7 @@ import numpy as np
 from slimsam_jax import sharding
 from slimsam_jax.compression import widths
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.calibration import Batch, Calibration
+from slimsam_jax.compression.calibration_images import Batch, Calibration
 from slimsam_jax.compression.found_groups import prune_found
 from slimsam_jax.compression.gradients import check_finite, gradients
 from slimsam_jax.compression.projection import attention, embedding, mlp, statistics

@@ -115,12 +115,16 @@ class Prune(Record):
             )
         if self.head_channels == "whole" and (projects or self.quirks.rounded_selection):
             raise InputError("head_channels whole goes with scores of whole channels alone (recipe taylor)")
-        if self.criterion in ("taylor", "fisher") and self.importance_loss == "none":
+        if self.reads_gradients and self.importance_loss == "none":
             raise InputError(f"criterion {self.criterion} needs a gradient: importance_loss disturbance or masks")
 
     @property
+    def reads_gradients(self) -> bool:
+        return self.criterion not in ("projection", "magnitude", "random")
+
+    @property
     def needs_labels(self) -> bool:
-        return self.importance_loss == "masks" and self.criterion in ("taylor", "fisher")
+        return self.importance_loss == "masks" and self.reads_gradients
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,13 @@ def learning_rates(peak: float, steps: int, schedule: str = "cosine") -> np.ndar
 
     Args:
       schedule: "cosine" warms up over 5 % of the steps and falls to zero; "warm" warms up over 500 steps and stays;
-        any other stays from the beginning (see `plateau_scale`).
+        "constant" and "plateau" (see `plateau_scale`) stay from the beginning. `compression.steps.Optimizer` chooses.
+
+    Raises:
+      ValueError: another schedule.
     """
+    if schedule not in ("cosine", "warm", "constant", "plateau"):
+        raise ValueError(f"there is no schedule {schedule!r}")
     if schedule == "warm":
         return peak * np.minimum(1.0, np.arange(1, steps + 1) / 500)
     if schedule != "cosine":

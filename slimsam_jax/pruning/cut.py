@@ -11,7 +11,7 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.pruning.allocation import Costs, TooSmall, allocate, gains_of
 from slimsam_jax.pruning.grouping import Grouping
 from slimsam_jax.pruning.groups import Keep, Scores, Tree, by_path
-from slimsam_jax.pruning.importance import Criterion, channel_scores
+from slimsam_jax.pruning.importance import WITHOUT_GRADIENT, Criterion, channel_scores
 from slimsam_jax.pruning.selection import keep_global, keep_local, keep_widths
 from slimsam_jax.pruning.shrink import apply_masks, mask_tree
 from slimsam_jax.pruning.shrink import shrink as shrink_pieces
@@ -46,8 +46,10 @@ def score(
     for name in own:
         if not {group.name: group.copies for group in grouping.groups}.get(name):
             raise InputError(f"group {name!r} has no copies that could keep channels of their own")
-    if gradients is None and criterion not in ("magnitude", "random"):
-        raise InputError(f"criterion {criterion!r} needs gradients; without them there are magnitude and random")
+    if gradients is None and criterion not in WITHOUT_GRADIENT:
+        raise InputError(
+            f"criterion {criterion!r} needs gradients; without them there are {' and '.join(WITHOUT_GRADIENT)}"
+        )
     groups = groups_of_pieces(grouping.groups, grouping.axes, grouping.kernels, own)
     weights = unfold_tree(params, grouping)
     slopes = weights if gradients is None else unfold_tree(gradients, grouping)

@@ -51,7 +51,7 @@ def disturbed_gradients(
       key: of the noise; every image and draw has its own.
       std: of the noise (the paper's 0.01; only the scale depends on it).
       reduce, mesh: see `reduce_gradients`.
-      probes: draws of noise per image. Each takes the memory of a set of gradients per image of the batch.
+      noise_samples: draws of noise per image. Each takes the memory of a set of gradients per image of the batch.
 
     Returns:
       A tree like `params`; only its absolute values mean something.

@@ -1,6 +1,6 @@
 """A group: the axes of a parameter tree that shrink together, because they are the same channels.
 
-Nothing in this folder knows a framework or a model. A tree is any JAX pytree of arrays;
+Nothing in this folder knows a model, or a framework above JAX. A tree is any JAX pytree of arrays;
 a path is its keys joined by "/", e.g. "blocks_3/attn/q/kernel".
 """
 

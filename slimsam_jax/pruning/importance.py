@@ -20,8 +20,9 @@ CRITERIA: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "fisher": lambda weight, grad: np.square(weight * grad),
     "magnitude": lambda weight, grad: np.square(weight),
 }
+WITHOUT_GRADIENT = ("magnitude", "random")
 
-# Makes the scores of different groups comparable before they compete (reference: importance.py:350-366).
+# Makes the scores of different groups comparable before they compete (SlimSAM's importance.py:350-366).
 NORMALIZERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "none": lambda s: s,
     "sum": lambda s: s / s.sum(),

@@ -69,7 +69,7 @@ class Settings:
       save_every: steps between two checkpoints.
       keep: the "best" model by validation, or the "last".
       dtype: of the image encoder's computation; prompt encoder and decoder compute in float32.
-      accumulate, fsdp: see `compression.trainer.make_trainer`.
+      accumulate: parts of a batch whose gradients are added up; fsdp: see `compression.trainer.make_trainer`.
       max_broken: the share of images that may be unusable.
       workers: see `data.batches.Batches`.
       seed: of order, crops and prompts.

@@ -20,7 +20,7 @@ from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.pipeline import initialize
 from slimsam_jax.compression.plan import check, names, optimizer_steps
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.settings import FIELDS, change
+from slimsam_jax.compression.set_option import FIELDS, change
 from slimsam_jax.compression.steps import Distill, Losses, Optimizer, Prune, Quirks, Validation
 from slimsam_jax.compression.trainer import _student_features, _target_features, make_trainer, run_encoder
 from slimsam_jax.data.prompted import random_clicks

@@ -13,7 +13,7 @@ from helpers.models import tiny_config
 from slimsam_jax.compression import budget, widths
 from slimsam_jax.compression.budget import Budget, Target, _ratio_of, group_costs
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.compression.widths import with_widths
 from slimsam_jax.errors import InputError

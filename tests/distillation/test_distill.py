@@ -95,6 +95,8 @@ def test_schedules():
     np.testing.assert_array_equal(learning_rates(0.3, 4, "constant"), [0.3] * 4)
     for schedule in ("cosine", "constant"):
         np.testing.assert_allclose(learning_rates(0.3, 1, schedule), [0.3])  # a single step must do
+    with pytest.raises(ValueError, match="'cosinus'"):
+        learning_rates(0.3, 4, "cosinus")
     rates = learning_rates(2.0, 100)
     np.testing.assert_allclose(rates[:6], [0.4, 0.72, 1.04, 1.36, 1.68, 2.0], rtol=1e-6)
     np.testing.assert_allclose(rates[5:], 1 + np.cos(np.pi * np.arange(95) / 95), rtol=1e-4, atol=1e-6)

@@ -21,7 +21,7 @@ from slimsam_jax import cli, limits
 from slimsam_jax.compression.old_names import GONE, RENAMED
 from slimsam_jax.compression.plan import describe, optimizer_steps
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.settings import FIELDS, change
+from slimsam_jax.compression.set_option import FIELDS, change
 from slimsam_jax.errors import InputError
 
 BIG, HUGE, DIGITS, LONG = str(10**12), str(10**400), "9" * 5000, "x" * 5000

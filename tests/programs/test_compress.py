@@ -28,7 +28,7 @@ from slimsam_jax.compression.budget import Budget, even_cut
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.plan import describe
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Distill, Optimizer, Validation
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.profiling import reference_macs

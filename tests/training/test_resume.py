@@ -25,7 +25,7 @@ from slimsam_jax import cli, sharding
 from slimsam_jax.api import compress_with
 from slimsam_jax.compression.distill import Distillation
 from slimsam_jax.compression.options import Options
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Initialize
 from slimsam_jax.distillation.step import TrainState, init_state, make_optimizer
 from slimsam_jax.errors import InputError, RunError, Stopped

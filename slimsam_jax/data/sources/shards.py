@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from slimsam_jax.data.sample import MOST_BYTES, Sample, lost
-from slimsam_jax.data.sources import tar
+from slimsam_jax.data.sources import tar_index
 from slimsam_jax.data.sources.folder import MOST_OF_ANNOTATION, is_annotation, rows
 from slimsam_jax.data.sources.folder import SUFFIXES as IMAGES
 from slimsam_jax.errors import InputError, printable
@@ -23,7 +23,7 @@ def samples(path: Path) -> list[Sample]:
     """
     try:
         with open_regular(path) as file:
-            index = tar.index(file)
+            index = tar_index.index(file)
     except InputError as error:
         return [lost(str(path), str(error))]
     members = _members(index)
@@ -44,7 +44,7 @@ def without_image(path: Path) -> list[str]:
     """Lists the annotations in a shard beside which there is no image."""
     try:
         with open_regular(path) as file:
-            members = _members(tar.index(file))
+            members = _members(tar_index.index(file))
     except InputError:
         return []  # `samples` names it
     images = {_stem(name) for name in members if _is_image(name)}
@@ -52,7 +52,7 @@ def without_image(path: Path) -> list[str]:
     return [f"{path}/{name}" for name in alone if _is_annotation(path, *members[name])]
 
 
-def _members(index: tar.Index) -> dict[str, tuple[int, int]]:
+def _members(index: tar_index.Index) -> dict[str, tuple[int, int]]:
     """Returns {name: (offset, size)} of a tar, hidden files left out; of two of the same name the last."""
     names = {str(PurePosixPath(name)): (offset, size) for name, offset, size in index.entries}
     return {name: where for name, where in names.items() if not PurePosixPath(name).name.startswith(".")}

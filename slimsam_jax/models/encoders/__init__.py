@@ -1,4 +1,4 @@
-"""Image encoders, a family a module. Each has six names, and nothing else in the house knows a family:
+"""Image encoders, a family a module. Each has six names, by which the package knows it:
 
 - `Config`: the architecture, frozen, with `image_size`, `grid`, `out_chans`, `to_json` and `from_json`;
 - `ImageEncoder`: Flax; config, dtype, remat; normalised images -> (embedding, features);
@@ -7,7 +7,9 @@
 - `FEATURES`: the names of those, {"embedding": ..., "bottleneck": ...};
 - `STAGES`: which groups of channels are cut with either, a predicate on the paths of their members.
 
-A family may bring along what else it knows: `keep_logit_scale`, `abstract_params`, `kept_elements`.
+A family may bring along what else it knows: `keep_logit_scale`, `abstract_params`, `kept_elements`,
+`last_arrays`. What is for ViTs alone (projection, budgets) asks for "vit" by name and refuses others. EfficientSAM's
+encoder, `efficient_sam_vit`, lies here and is no row yet.
 """
 
 from __future__ import annotations
