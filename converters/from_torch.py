@@ -12,7 +12,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from converters import huggingface, torch_file
-from converters.tables import tiny_vit, vit
+from converters.tables import vit
 from converters.tables.rows import Row
 from converters.tables.sam import rows
 from converters.tables.vit import split_qkv
@@ -85,6 +85,7 @@ def from_state_dict(
     Raises:
       InputError: a name missing or surplus, or a shape that fits no SAM.
     """
+    from converters.tables import tiny_vit
     from slimsam_jax import checkpoint
     from slimsam_jax.models.sam import Sam
 
@@ -114,6 +115,7 @@ def _tiny_vit_sam(
     **overrides: Any,
 ) -> Sam:
     """A SAM with a TinyViT. (The classifier that the published files bring along is never run, and left behind.)"""
+    from converters.tables import tiny_vit
     from slimsam_jax.models.composed import SamConfig
     from slimsam_jax.models.sam import Sam
 

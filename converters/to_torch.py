@@ -14,9 +14,7 @@ from tyro.conf import Positional
 
 from converters import huggingface, model_card, torch_file
 from converters.from_torch import load
-from converters.tables import tiny_vit, tiny_vit_unused
 from converters.tables.sam import rows
-from converters.tables.strict import Converted
 from converters.tables.vit import fuse_qkv
 from slimsam_jax import cli
 from slimsam_jax.errors import InputError, writing
@@ -38,6 +36,8 @@ def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
     """
     import flax.traverse_util
 
+    from converters.tables import tiny_vit
+    from converters.tables.strict import Converted
     from slimsam_jax import checkpoint
     from slimsam_jax.models.encoders import name_of
 
@@ -132,6 +132,8 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
     if (family := name_of(sam.config.encoder)) != "vit":
         if format != "sam" or pad:
             raise InputError(f"{source} is a {family}: it goes to --format sam alone, without padding")
+        from converters.tables import tiny_vit_unused
+
         tiny_vit_unused.refuse(sam.config.encoder)
         return sam
     if len(set(sam.config.image_size)) > 1:

@@ -35,7 +35,7 @@ class Options:
     The default recipe chooses a basis for each cut, prunes the embedding, then the channels within heads and MLPs,
     and distils once. The recipes taylor and slimsam distil after each of the two cuts,
     as SlimSAM does (Chen et al., NeurIPS 2024). Without arguments a small SAM and the photographs that ship with the
-    package are used, and a slim model appears in ./slim after a minute or two on a CPU.
+    package are used, and a slim model appears in ./slim within a minute or two on a CPU.
 
     The output folder holds model.safetensors, config.json (architecture and provenance), report.json with every
     number of the table printed at the end, log.jsonl and report.png.
@@ -67,8 +67,9 @@ class Options:
     uniform: bool = False
     """Prune every block alike, so that the result loads into stock segment_anything and transformers."""
     steps: int | None = None
-    """Optimizer steps in each of two distillations; a recipe that distils once, as the default, gets both shares. 0
-    prunes without distilling. Default: 12 epochs over the images in each distillation (slimsam: 20, as the paper)."""
+    """Half of all optimizer steps: those of each of the paper's two distillations. A recipe that distils once, as the
+    default, takes both halves at once. 0 prunes without distilling. Default: as many as 12 passes over the images take
+    (distill.epochs; slimsam: 20, as the paper), in each distillation that a recipe has."""
     batch: int | None = None
     """Images per step, a multiple of the number of devices. Default: 4, or as many more as that takes."""
     limit: int | None = None

@@ -151,6 +151,8 @@ def test_choices_are_set_by_name_in_every_step_that_has_them():
         ("prune.criterion=taylor", "nothing to align with: set distill.align=none"),
         ("distill.train=mask_decoder", "no such choice"),
         ("multiple=8", "multiple=8: it is called prune.round_to=8 since 0.3"),
+        ("prune.multiple=8", "prune.multiple=8: it is called prune.round_to=8 since 0.3"),
+        ("distill.passes=2", "it is distill.epochs since 0.3"),
         ("slice_rel_pos=false", "it is called quirks.zeroed_rel_pos=true since 0.3"),
         ("slice_rel_pos=x", "it is called quirks.zeroed_rel_pos since 0.3"),
         ("alternate=true", "since 0.3 a recipe is a list of steps"),
