@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -30,6 +31,14 @@ from slimsam_jax import checkpoint
 from slimsam_jax.api import compress_with
 from slimsam_jax.models.config import Thresholds
 from slimsam_jax.models.sam import Sam
+
+
+@pytest.fixture()
+def no_collector():
+    """While a test takes time: a walk of the garbage collector through what others left takes a second, too."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -143,6 +143,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize(("call", "line"), CALLS, ids=range(len(CALLS)))
 def test_a_hostile_call_is_an_error_that_says_what_is_wrong(ours, call, line):
     start = time.process_time()

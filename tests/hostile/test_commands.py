@@ -243,6 +243,7 @@ def words(name: str, given: str | list[str], root) -> list[str]:
     return kept + changed
 
 
+@pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize(("name", "given"), LINES, ids=lambda value: str(value)[:50].encode("unicode_escape").decode())
 def test_a_hostile_command_line_is_refused_in_one_line(imported, material, tmp_path, monkeypatch, capsys, name, given):
     module, functions, _ = COMMANDS[name]

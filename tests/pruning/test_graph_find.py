@@ -225,6 +225,7 @@ def test_the_json_is_the_grouping_without_the_function():
         read.run({}, None)
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_a_long_function_takes_time_in_proportion():
     def seconds(layers):
         params = {"a": struct(3, 8), "b": struct(8, 8), "c": struct(8, 5)}
