@@ -1,4 +1,4 @@
-"""PyTorch and Hugging Face checkpoints -> ours. `python -m converters.from_torch SRC DIR`."""
+"""Converts PyTorch and Hugging Face checkpoints to ours. `python -m converters.from_torch SRC DIR`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from converters.tables.sam import rows
 from converters.tables.vit import split_qkv
 from slimsam_jax import cli, safetensors_file
 from slimsam_jax.cli.checks import check_empty
-from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.errors import InputError, reading
 from slimsam_jax.files import read_json
 from slimsam_jax.models import config as architecture
 
@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 # What needs JAX is imported where it is used: --help should not wait for it.
 
 
-def load(source: Path | str) -> Sam:
+def load(source: Path | str, image_size: int | tuple[int, int] | None = None) -> Sam:
     """Loads any SAM we can read, float32, with its origin and sha256 in `provenance`.
 
     Args:
       source: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM
-        trains it, or a whole pickled module), a Hugging Face `SamModel` folder, or a
-        model folder of ours.
+        trains it, or a whole pickled module), MobileSAM's or TinySAM's, a Hugging Face `SamModel`
+        folder, or a model folder of ours.
+      image_size: pixels of the model frame, one side or (height, width), where no array tells it: of a TinyViT,
+        whose published models have 1024, the default.
 
     Raises:
       InputError: missing, unreadable, or not a SAM; names what is missing and surplus.
@@ -44,38 +46,58 @@ def load(source: Path | str) -> Sam:
     if not isinstance(source, str | os.PathLike) or not str(source):
         what = "an empty name" if source == "" else f"an object of type {type(source).__name__}"
         raise InputError(f"load takes the path of a checkpoint or a model folder, not {what}")
-    with blaming(source):
+    with reading(source):
         source = Path(source).expanduser()
         if not os.path.isdir(source):
-            sam = _load_pth(source)
+            sam = _load_pth(source, image_size)
         elif _is_huggingface(source):
             sam = _load_huggingface(source)
         else:
-            return checkpoint.load(source)
+            sam = checkpoint.load(source)
+        _check_image_size(sam, image_size, source)
+        if os.path.isdir(source) and not _is_huggingface(source):
+            return sam
     return dataclasses.replace(sam, provenance={"source": source.name, "sha256": checkpoint.sha256(source)})
 
 
-def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict", **overrides: Any) -> Sam:
-    """Converts a `segment_anything` state dict.
+def _check_image_size(sam: Sam, image_size: int | tuple[int, int] | None, source: Path) -> None:
+    """Raises InputError if another image size was asked for than the arrays have."""
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and tuple(size) != sam.config.image_size:
+        height, width = sam.config.image_size
+        raise InputError(f"{source} takes images of {height} x {width} pixels, and image_size is {image_size!r:.40}")
+
+
+def from_state_dict(
+    state: dict[str, np.ndarray],
+    where: str = "the state dict",
+    image_size: int | tuple[int, int] | None = None,
+    **overrides: Any,
+) -> Sam:
+    """Converts a `segment_anything` state dict, or one of MobileSAM or TinySAM.
 
     Args:
       state: {name: array}; `DataParallel`'s "module." is ignored.
       where: what to call it in error messages.
+      image_size: see `load`.
       overrides: fields of `Config` that shapes do not tell.
 
     Raises:
       InputError: a name missing or surplus, or a shape that fits no SAM.
     """
+    from converters.tables import tiny_vit
     from slimsam_jax import checkpoint
     from slimsam_jax.models.sam import Sam
 
     renamed = {re.sub(r"(^|\.)module\.", r"\1", name): array for name, array in state.items()}
     if len(renamed) < len(state):
         raise InputError(f"{where} holds arrays that differ in name by 'module.' alone")
-    state = split_qkv(renamed)
     for key in ("pixel_mean", "pixel_std"):  # buffers, present in whole modules only
-        if key in state:
-            overrides[key] = _pixel_statistics(state.pop(key), f"{where}: {key}")
+        if key in renamed:
+            overrides[key] = _pixel_statistics(renamed.pop(key), f"{where}: {key}")
+    if tiny_vit.recognises(renamed):
+        return _tiny_vit_sam(renamed, where, image_size, **overrides)
+    state = split_qkv(renamed)
     try:
         config = dataclasses.replace(vit.from_state_dict(state), **overrides)
         table = rows(config)
@@ -85,13 +107,34 @@ def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict",
     return Sam(config, _params(config, state, table, where))
 
 
-def _load_pth(path: Path) -> Sam:
-    """With what `to_torch` noted in it, if it did."""
+def _tiny_vit_sam(
+    state: dict[str, np.ndarray],
+    where: str,
+    image_size: int | tuple[int, int] | None,
+    decoder_heads: int = 8,
+    **overrides: Any,
+) -> Sam:
+    """A SAM with a TinyViT. (The classifier that the published files bring along is never run, and left behind.)"""
+    from converters.tables import tiny_vit
+    from slimsam_jax.models.composed import SamConfig
+    from slimsam_jax.models.sam import Sam
+
+    size = 1024 if image_size is None else image_size
+    converted = tiny_vit.from_state_dict(state, where, size, decoder_heads=decoder_heads)
+    try:
+        config = SamConfig(converted.encoder, dataclasses.replace(converted.head, **overrides))
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    return Sam(config, converted.params)
+
+
+def _load_pth(path: Path, image_size: int | tuple[int, int] | None = None) -> Sam:
+    """Loads a .pth, with what `to_torch` noted in it, if it did."""
     state, note = torch_file.read_with_note(path)
     thresholds = note.pop("thresholds", None)
     if not set(note) <= {"decoder_heads", "pixel_mean", "pixel_std"}:
         raise InputError(f"{path} has a note that is none of ours; save its state dict anew, as a plain dict")
-    sam = from_state_dict(state, str(path), **note)
+    sam = from_state_dict(state, str(path), image_size, **note)
     torch_file.check_sums(path)
     thresholds = None if thresholds is None else architecture.Thresholds.from_json(thresholds)
     return dataclasses.replace(sam, thresholds=thresholds)
@@ -104,13 +147,13 @@ def _pixel_statistics(array: np.ndarray, where: str) -> tuple[float, ...]:
 
 
 def _params(config: architecture.Config, state: dict[str, np.ndarray], table: list[Row], where: str) -> dict[str, Any]:
-    """Of a state dict; no array is read before the shapes of all are right."""
+    """Converts a state dict to parameters; no array is read before the shapes of all are right."""
     import flax.traverse_util
 
     from slimsam_jax import checkpoint
     from slimsam_jax.models.sam import abstract_params
 
-    with blaming(where):
+    with reading(where):
         expected = flax.traverse_util.flatten_dict(abstract_params(config), sep="/")
     shapes = {}
     for row in table:
@@ -142,19 +185,21 @@ def _load_huggingface(folder: Path) -> Sam:
     return sam
 
 
-def main(source: Positional[Path], folder: Positional[Path]) -> None:
+def main(source: Positional[Path], folder: Positional[Path], image_size: int | None = None) -> None:
     """Convert a PyTorch or Hugging Face SAM into a model folder.
 
     Args:
-      source: a .pth file or a Hugging Face SamModel folder.
+      source: a .pth file (SAM, SlimSAM, MobileSAM, TinySAM) or a Hugging Face SamModel folder.
       folder: the model folder to write; must not exist or be empty.
+      image_size: side in pixels, where no array tells it: of MobileSAM and TinySAM. Default: 1024.
     """
     from slimsam_jax import checkpoint
+    from slimsam_jax.models.encoders import name_of
 
     check_empty(folder)
-    sam = load(source)
+    sam = load(source, image_size)
     checkpoint.save(sam, folder)
-    print(f"wrote {folder}: {sam.config.embed_dim} wide, {len(sam.config.blocks)} blocks, {sam.config.image_size} px")
+    print(f"wrote {folder}: {name_of(sam.config.encoder)}, images of {sam.config.image_size} pixels")
 
 
 if __name__ == "__main__":

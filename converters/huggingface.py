@@ -1,4 +1,4 @@
-"""Hugging Face `SamModel` folders: names and configuration files. Needs neither torch nor transformers."""
+"""Reads and describes Hugging Face `SamModel` folders. Needs neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ _TWIN = "prompt_encoder.shared_embedding.positional_embedding"
 
 
 def to_huggingface(name: str) -> str:
-    """A `segment_anything` parameter name in Hugging Face's spelling."""
+    """Converts a `segment_anything` parameter name to Hugging Face's spelling."""
     return _replace_part(re.sub(r"^image_encoder\.", "vision_encoder.", name), _PARTS)
 
 
 def to_segment_anything(name: str) -> str:
-    """Inverse of `to_huggingface`."""
+    """Converts a parameter name back; inverse of `to_huggingface`."""
     parts = [(theirs, ours) for ours, theirs in _PARTS]
     return re.sub(r"^vision_encoder\.", "image_encoder.", _replace_part(name, parts))
 
@@ -94,7 +94,7 @@ def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:
-    """pixel_mean and pixel_std (0..255) from the folder's preprocessor file; {} if there is none.
+    """Reads pixel_mean and pixel_std (0..255) from the folder's preprocessor file; {} if there is none.
 
     Raises:
       InputError: the file cannot be read, or holds other than three numbers.
@@ -104,16 +104,16 @@ def pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:
             fields = read_json(folder / name)
             fields = fields.get("image_processor", fields)
             keys = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
-            found = {ours: fields[theirs] for ours, theirs in keys.items() if theirs in fields}
-            for values in found.values():
+            statistics = {ours: fields[theirs] for ours, theirs in keys.items() if theirs in fields}
+            for values in statistics.values():
                 if type(values) is not list or len(values) != 3 or any(type(v) not in (int, float) for v in values):
                     raise InputError(f"{folder / name}: image_mean and image_std must be three numbers each")
-            return {ours: tuple(round(255 * value, 4) for value in values) for ours, values in found.items()}
+            return {ours: tuple(round(255 * value, 4) for value in values) for ours, values in statistics.items()}
     return {}
 
 
 def description(config: Config) -> dict[str, Any]:
-    """`config.json` of a uniform, square model for `SamModel.from_pretrained`."""
+    """Returns the `config.json` of a uniform, square model for `SamModel.from_pretrained`."""
     block = config.blocks[0]
     windows = {b.window for b in config.blocks} - {GLOBAL}
     common = {"hidden_size": config.out_chans}
@@ -165,7 +165,7 @@ def description(config: Config) -> dict[str, Any]:
 
 
 def preprocessor(config: Config) -> dict[str, Any]:
-    """`preprocessor_config.json` for `SamImageProcessor` and transformers.js."""
+    """Returns the `preprocessor_config.json` for `SamImageProcessor` and transformers.js."""
     height, width = config.image_size
     return {
         "image_processor_type": "SamImageProcessor",

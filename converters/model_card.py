@@ -1,4 +1,4 @@
-"""The `README.md` of a Hugging Face folder: what the model is, how to load it, what it reached, where it comes from."""
+"""Writes the `README.md` of a Hugging Face folder: what the model is, how to load it, its numbers, its origin."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimsam_jax.errors import blaming
+from slimsam_jax.errors import reading
 from slimsam_jax.files import read_json
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ from PIL import Image
 from transformers import SamModel, SamProcessor
 
 model, processor = SamModel.from_pretrained("{name}"), SamProcessor.from_pretrained("{name}")
-image = Image.open("picture.jpg").convert("RGB")
+image = Image.open("image.jpg").convert("RGB")
 inputs = processor(image, input_points=[[[image.width / 2, image.height / 2]]], return_tensors="pt")
 with torch.no_grad():
     outputs = model(**inputs)
@@ -56,13 +56,13 @@ masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"
 ## Licence
 
 The code, slimsam_jax, is Apache-2.0. The weights derive from those of `{teacher}`
-and stay under their licence (Meta's own Segment Anything checkpoints are Apache-2.0). The pictures that they learned
+and stay under their licence (Meta's own Segment Anything checkpoints are Apache-2.0). The images that they learned
 from have terms of their own.
 """
 
 
 def text(sam: Sam, original: Sam, name: str, folder: Path) -> str:
-    """The card.
+    """Writes the card.
 
     Args:
       sam: what is published.
@@ -73,7 +73,7 @@ def text(sam: Sam, original: Sam, name: str, folder: Path) -> str:
     Raises:
       InputError: the report or the provenance is damaged.
     """
-    with blaming(f"the provenance of {folder}"):
+    with reading(f"the provenance of {folder}"):
         parts = {"origin": origin(original.provenance), "teacher": teacher(original.provenance)}
     return CARD.format(
         name=name,
@@ -85,11 +85,11 @@ def text(sam: Sam, original: Sam, name: str, folder: Path) -> str:
 
 
 def summary(sam: Sam, original: Sam) -> str:
-    """Size and frame, and what padding has to do with them."""
+    """Describes size and frame, and what padding has to do with them."""
     from slimsam_jax.profiling import reference_macs
 
-    macs = lambda each: f"{reference_macs.encoder_macs(each.config).total / 1e9:.2f} G"
-    size = lambda each: f"{reference_macs.sam_parameters(each.config) / 1e6:.2f} M"
+    macs = lambda model: f"{reference_macs.encoder_macs(model.config).total / 1e9:.2f} G"
+    size = lambda model: f"{reference_macs.sam_parameters(model.config) / 1e6:.2f} M"
     side = sam.config.image_size[0]
     words = f"A Segment Anything model for images of {side} x {side} pixels: {size(sam)} parameters, "
     words += f"{macs(sam)}\nmultiply-accumulates in the image encoder."
@@ -104,7 +104,7 @@ def summary(sam: Sam, original: Sam) -> str:
 
 
 def thresholds(sam: Sam) -> str:
-    """How to ask for all masks, as no field of the folder holds the model's thresholds; empty if it has none."""
+    """Says how to ask for all masks, as no field of the folder holds the model's thresholds; empty if it has none."""
     if not sam.thresholds:
         return ""
     arguments = ", ".join(f"{name}={value:.3g}" for name, value in sam.thresholds.to_json().items())
@@ -116,12 +116,12 @@ def thresholds(sam: Sam) -> str:
 
 
 def numbers(folder: Path, sam: Sam, original: Sam) -> str:
-    """A section with the table of the run that made `original`; empty if no `report.json` beside it tells of that."""
+    """Writes a section with the table of the run that made `original`; empty without its `report.json` beside it."""
     path = folder / "report.json"
     if not os.path.lexists(path):
         return ""
     report = read_json(path, REPORT_LIMIT)
-    with blaming(path):
+    with reading(path):
         if report["provenance"] != original.provenance:
             return ""
         return _table(report, "" if sam.config == original.config else ", before padding")
@@ -141,27 +141,28 @@ def _table(report: dict[str, Any], when: str) -> str:
 
 
 def origin(provenance: dict[str, Any]) -> str:
-    """Teacher, pictures, command and versions, as far as they are known."""
+    """Lists teacher, images, command and versions, as far as they are known."""
     digest = lambda source: f" (sha256 `{source['sha256']}`)" if "sha256" in source else ""
     if "options" not in provenance:
         return f"Converted from `{teacher(provenance)}`{digest(provenance)}."
     count, versions = provenance["images"]["count"], provenance["versions"].items()
+    own = " by steps of its own, otherwise as by" if provenance["options"].get("recipe", "") is None else ""
     return (
-        f"Compressed from `{teacher(provenance)}`{digest(provenance['teacher'])} with\n{count} images:\n\n"
+        f"Compressed from `{teacher(provenance)}`{digest(provenance['teacher'])} with\n{count} images{own}:\n\n"
         f"```\n{command(provenance['options'])}\n```\n\n"
         f"with {', '.join(f'{name} {version}' for name, version in versions)}."
     )
 
 
 def teacher(provenance: dict[str, Any]) -> str:
-    """The file that the weights derive from."""
+    """Names the file that the weights derive from."""
     if "options" in provenance:
         return provenance["teacher"]["file"]
     return str(provenance.get("source", "an unnamed file"))
 
 
 def command(options: dict[str, Any]) -> str:
-    """The command line of a run. Of paths the last part: how a machine is laid out is nobody's business."""
+    """Rebuilds the command line of a run. Of paths the last part: how a machine is laid out is nobody's business."""
     from slimsam_jax.compression.options import Options
 
     usual = {field.name: field.default for field in dataclasses.fields(Options)}
@@ -173,11 +174,11 @@ def command(options: dict[str, Any]) -> str:
         words.append(f"--{name.replace('_', '-')}")
         if value is not True:
             paths = name in ("teacher", "images", "val")
-            words += [_last_part(str(each)) if paths else str(each) for each in values]
+            words += [_last_part(str(value)) if paths else str(value) for value in values]
     return shlex.join(words)
 
 
 def _last_part(path: str) -> str:
-    """`tfds:data/prepared` -> `tfds:prepared`, `data/images` -> `images`."""
+    """Shortens `tfds:data/prepared` to `tfds:prepared`, `data/images` to `images`."""
     kind, colon, rest = path.rpartition(":")
     return kind + colon + Path(rest).name

@@ -1,4 +1,4 @@
-"""An exact twin with equal blocks for code that knows no others, at the price of computing with zeros.
+"""Makes an exact twin with equal blocks for code that knows no others, at the price of computing with zeros.
 
 Stock `segment_anything` and `transformers` have one number of heads, one MLP width and one window, and channels per
 head are always embed_dim / heads. Heads, channels and hidden units of zeros change nothing but the softmax, which
@@ -21,7 +21,7 @@ from slimsam_jax.models.sam import Params, Sam, abstract_params
 
 
 def uniform_config(config: Config) -> Config:
-    """The narrowest architecture with equal blocks, heads * head_dim == embed_dim, that holds `config`.
+    """Returns the narrowest architecture with equal blocks, heads * head_dim == embed_dim, that holds `config`.
 
     Raises:
       InputError: windows of several sizes, which no padding makes equal.
@@ -37,7 +37,7 @@ def uniform_config(config: Config) -> Config:
 
 
 def pad_to_uniform(sam: Sam) -> Sam:
-    """The twin with `uniform_config`: the same embeddings and masks, up to rounding.
+    """Makes the twin with `uniform_config`: the same embeddings and masks, up to rounding.
 
     Raises:
       InputError: as `uniform_config`.
@@ -54,13 +54,13 @@ def pad_to_uniform(sam: Sam) -> Sam:
 
 
 def _keep_logits(attn: Params, factor: float) -> Params:
-    """For a softmax that divides by `factor` times as much: q grows by it, what q reads before shrinks."""
+    """Keeps the logits of a softmax that divides by `factor` times as much: q grows by it, what q reads shrinks."""
     q = {name: factor * array for name, array in attn["q"].items()}
     return {**attn, "q": q, **{name: attn[name] / factor for name in ("rel_pos_h", "rel_pos_w")}}
 
 
 def _widen(encoder: Params, size: int) -> Params:
-    """A residual stream of `size` channels whose LayerNorms give what they gave on the D before.
+    """Widens a residual stream to `size` channels whose LayerNorms give what they gave on the D before.
 
     Zeros would change mean and variance. So the new channels hold the mean of the old ones, and the old ones keep s
     times their distance from it, s² = size / D: mean and variance stay, LayerNorm gives s times what it gave (and
@@ -89,6 +89,6 @@ def _widen(encoder: Params, size: int) -> Params:
 
 
 def _zero_pad(array: np.ndarray, target: Any) -> jax.Array:
-    """Zeros behind the entries of each axis, up to `target.shape`."""
-    missing = [(0, wanted - found) for found, wanted in zip(array.shape, target.shape, strict=True)]
+    """Pads zeros behind the entries of each axis, up to `target.shape`."""
+    missing = [(0, new - old) for old, new in zip(array.shape, target.shape, strict=True)]
     return jnp.asarray(np.pad(array, missing), target.dtype)

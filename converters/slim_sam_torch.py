@@ -39,38 +39,38 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from segment_anything.modeling import image_encoder as stock
 from torch import Tensor, nn
 
-FORMAT = "slimsam_jax/1"
+FORMATS = "slimsam_jax/1", "slimsam_jax/2"  # the second says which family; in the first, SAM's ViT is the only one
 NOTE = "slimsam_jax"  # where a .pth of ours keeps what shapes do not tell, in its state dict's `_metadata`
-UNTOLD = {"decoder_heads": 8, "pixel_mean": (123.675, 116.28, 103.53), "pixel_std": (58.395, 57.12, 57.375)}
+DEFAULTS = {"decoder_heads": 8, "pixel_mean": (123.675, 116.28, 103.53), "pixel_std": (58.395, 57.12, 57.375)}
 USAGE = """usage: python slim_sam_torch.py TOOL.py ...   or   python slim_sam_torch.py -m TOOL ...
 
 Runs a tool that takes its models from segment_anything's sam_model_registry. There, "slim" and all stock names
 build whatever the checkpoint holds, stock SAMs too."""
 
 
-def register(name: str, path: Path | str | None = None, **untold: Any) -> None:
+def register(name: str, path: Path | str | None = None, **overrides: Any) -> None:
     """Makes `sam_model_registry[name](checkpoint=...)` build slim SAMs, on the CPU and in evaluation mode.
 
     Args:
       name: a new name; or a stock one such as "vit_b", for tools that know no others.
       path: what is loaded if the builder is given no checkpoint; see `load`.
-      untold: see `load`.
+      overrides: see `load`.
     """
 
     def build_slim(checkpoint: Path | str | None = None) -> Sam:
         if checkpoint is None and path is None:
             raise ValueError(f"{name} has no checkpoint: give one to register or to the builder")
-        return load(path if checkpoint is None else checkpoint, **untold)
+        return load(path if checkpoint is None else checkpoint, **overrides)
 
     sam_model_registry[name] = build_slim
 
 
-def load(path: Path | str, **untold: Any) -> Sam:
+def load(path: Path | str, **overrides: Any) -> Sam:
     """Reads a model, on the CPU and in evaluation mode; its `thresholds` are {} if it was given none.
 
     Args:
       path: a .pth in the layout of `segment_anything`, or a model folder as slimsam_jax writes it.
-      untold: `decoder_heads`, `pixel_mean`, `pixel_std` (0..255), which no shape tells: in place of the model's own,
+      overrides: `decoder_heads`, `pixel_mean`, `pixel_std` (0..255), which no shape tells: in place of the model's own,
         or of SAM's where a .pth does not say (one that was saved anew).
 
     Raises:
@@ -78,10 +78,12 @@ def load(path: Path | str, **untold: Any) -> Sam:
     """
     path = Path(path)
     try:
-        if surplus := untold.keys() - UNTOLD.keys():
-            raise ValueError(f"shapes tell everything but {', '.join(UNTOLD)}; given was {', '.join(sorted(surplus))}")
+        if surplus := overrides.keys() - DEFAULTS.keys():
+            raise ValueError(
+                f"shapes tell everything but {', '.join(DEFAULTS)}; given was {', '.join(sorted(surplus))}"
+            )
         architecture, state, thresholds = _read_folder(path) if path.is_dir() else _read_pth(path)
-        sam = build(architecture | untold)
+        sam = build(architecture | overrides)
         sam.load_state_dict(state, strict=True)
         sam.thresholds = dict(thresholds or {})
     except Exception as error:  # damaged files fail in ways that nobody can list
@@ -94,17 +96,19 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     from safetensors.torch import load_file
 
     description = json.loads((folder / "config.json").read_text())
-    if description["format"] != FORMAT:
-        raise ValueError(f"its format is {description['format']!r}, and {FORMAT!r} is what we read")
+    if description["format"] not in FORMATS:
+        raise ValueError(f"its format is {description['format']!r}, and {', '.join(FORMATS)} are what we read")
+    if (family := description.get("family", "vit")) != "vit":
+        raise ValueError(f"its encoder is a {family}, and the ViTs of segment_anything are what we build")
     state = stock_names(load_file(folder / "model.safetensors"))
     return description["architecture"], state, description.get("thresholds")
 
 
 def _read_pth(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float] | None]:
     state = torch.load(path, map_location="cpu", weights_only=True)
-    told = dict(getattr(state, "_metadata", {}).get(NOTE, {}))
-    thresholds = told.pop("thresholds", None)
-    return architecture_of(state) | told, state, thresholds
+    note = dict(getattr(state, "_metadata", {}).get(NOTE, {}))
+    thresholds = note.pop("thresholds", None)
+    return architecture_of(state) | note, state, thresholds
 
 
 def architecture_of(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def architecture_of(state: dict[str, Tensor]) -> dict[str, Any]:
     patch = shape("image_encoder.patch_embed.proj.weight")[-1]
     encoder, decoder = "image_encoder.blocks.", "mask_decoder.transformer.layers."
     count = lambda prefix: len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
-    return UNTOLD | {
+    return DEFAULTS | {
         "image_size": (rows * patch, columns * patch),
         "patch_size": patch,
         "embed_dim": embed_dim,
@@ -133,7 +137,7 @@ def architecture_of(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _widths(shape: Any, block: str, grid: tuple[int, int]) -> dict[str, int]:
-    """A window as large as the grid is a global block: they compute the same."""
+    """Reads the widths of a block; a window as large as the grid is a global block: they compute the same."""
     (rows, head_dim), (columns, _) = shape(f"{block}attn.rel_pos_h"), shape(f"{block}attn.rel_pos_w")
     span = (rows + 1) // 2, (columns + 1) // 2
     return {
@@ -145,7 +149,7 @@ def _widths(shape: Any, block: str, grid: tuple[int, int]) -> dict[str, int]:
 
 
 def build(architecture: dict[str, Any]) -> Sam:
-    """A stock Sam with random weights.
+    """Builds a stock Sam with random weights.
 
     Args:
       architecture: as in `config.json`; `slimsam_jax/models/config.py` says what its fields mean.
@@ -183,7 +187,7 @@ def _image_encoder(a: dict[str, Any], grid: tuple[int, int]) -> ImageEncoderViT:
 
 
 class Attention(stock.Attention):
-    """The stock one, with as many channels inside as it has weights for.
+    """The stock attention, with as many channels inside as it has weights for.
 
     Args:
       dim: channels of the residual stream.
@@ -198,7 +202,7 @@ class Attention(stock.Attention):
 
 
 def stock_names(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-    """{slimsam_jax's path: array} -> {segment_anything's name: tensor in PyTorch's layout}."""
+    """Converts {slimsam_jax's path: array} to {segment_anything's name: tensor in PyTorch's layout}."""
     state = {_name(path): _layout(path, array) for path, array in arrays.items()}
     for name in [name for name in state if ".attn.q." in name]:
         parts = [state.pop(name.replace(".q.", f".{letter}.")) for letter in "qkv"]
@@ -207,7 +211,7 @@ def stock_names(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _name(path: str) -> str:
-    """`image_encoder/blocks_0/mlp_lin1/kernel` -> `image_encoder.blocks.0.mlp.lin1.weight`."""
+    """Converts `image_encoder/blocks_0/mlp_lin1/kernel` to `image_encoder.blocks.0.mlp.lin1.weight`."""
     name = re.sub(r"_(\d+)(?=\.|$)", r".\1", path.replace("/", "."))
     name = name.replace("mlp_lin", "mlp.lin").replace("patch_embed_proj", "patch_embed.proj")
     name = re.sub(r"\.(kernel|scale)$", ".weight", name)
@@ -217,7 +221,7 @@ def _name(path: str) -> str:
 
 
 def _layout(path: str, array: Tensor) -> Tensor:
-    """Kernels: outputs first, heads and their channels on one axis."""
+    """Transposes kernels: outputs first, heads and their channels on one axis."""
     if path.endswith("/bias"):
         return array.flatten()
     if not path.endswith("/kernel"):

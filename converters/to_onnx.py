@@ -1,4 +1,4 @@
-"""Ours -> ONNX, checked against JAX. `python -m converters.to_onnx MODEL FOLDER --layout sam|transformers_js`."""
+"""Converts ours to ONNX, checked by JAX. `python -m converters.to_onnx MODEL FOLDER --layout sam|transformers_js`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LARGEST_FILE = 2**31 - 2**24  # bytes of arrays: protobuf's limit less the nodes
 
 
 def models(sam: Sam, layout: Layout, dtype: Any, return_single_mask: bool = False) -> list[onnx.ModelProto]:
-    """Encoder and decoder, `dtype` np.float32 or np.float16."""
+    """Builds encoder and decoder, `dtype` np.float32 or np.float16."""
     import flax.traverse_util
 
     from converters.onnx import layouts
@@ -63,7 +63,7 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 
 
 def quantize(source: Path, target: Path) -> None:
-    """Weights of the linear layers to int8, per output channel; their inputs to uint8, as they come (dynamic).
+    """Quantizes linear layers: weights to int8, per output channel; inputs to uint8, as they come (dynamic).
 
     Convolutions, positions and the products inside attention stay float32: they are few weights or none. So do the
     layers by which the decoder's image attends to tokens, which are few and half of the masks' error.
@@ -97,7 +97,7 @@ def write(sam: Sam, folder: Path, layout: Layout, dtype: Dtype, return_single_ma
 
 
 def measure(expected: Reference, layout: Layout, paths: list[Path], return_single_mask: bool = False) -> Errors:
-    """Compares encoder and decoder with JAX; see `onnx_check.Errors`."""
+    """Compares encoder and decoder with JAX; see `converters.onnx.check.Errors`."""
     from converters.onnx import check
 
     if layout == "sam":
@@ -122,7 +122,7 @@ def describe(config: Config, folder: Path) -> None:
 
 
 def export(
-    sam: Sam, folder: Path, layout: Layout, dtypes: tuple[Dtype, ...], picture: Any, return_single_mask: bool = False
+    sam: Sam, folder: Path, layout: Layout, dtypes: tuple[Dtype, ...], image: Any, return_single_mask: bool = False
 ) -> None:
     """Writes the folder and prints errors and sizes.
 
@@ -132,15 +132,15 @@ def export(
     from converters.onnx import check
     from slimsam_jax.files import new_folder
 
-    expected = check.reference(sam, picture)
+    expected = check.reference(sam, image)
     lines = []
     with new_folder(folder) as temporary:
         for dtype in ("float32", *(d for d in dtypes if d != "float32")):  # float32 proves the graph
             paths = write(sam, temporary, layout, dtype, return_single_mask)
-            found = measure(expected, layout, paths, return_single_mask)
-            if dtype == "float32" and max(found[:3]) > LARGEST_ERROR:
-                raise RunError(f"the ONNX model differs from JAX: {summary(found)}; nothing is written")
-            lines += [f"{dtype}: {summary(found)}", *(f"  {describe_file(path, temporary)}" for path in paths)]
+            differences = measure(expected, layout, paths, return_single_mask)
+            if dtype == "float32" and max(differences[:3]) > LARGEST_ERROR:
+                raise RunError(f"the ONNX model differs from JAX: {summary(differences)}; nothing is written")
+            lines += [f"{dtype}: {summary(differences)}", *(f"  {describe_file(path, temporary)}" for path in paths)]
         if "float32" not in dtypes:
             lines = lines[3:]
             for stem in STEMS[layout]:
@@ -151,10 +151,10 @@ def export(
     print("\n".join(lines))
 
 
-def summary(found: Errors) -> str:
+def summary(errors: Errors) -> str:
     return (
-        f"largest error relative to the largest value: embedding {found.embedding:.1e}, masks {found.masks:.1e}, "
-        f"IoU {found.iou:.1e}; masks agree to {100 * found.agreement:.2f} %"
+        f"largest error relative to the largest value: embedding {errors.embedding:.1e}, masks {errors.masks:.1e}, "
+        f"IoU {errors.iou:.1e}; masks agree to {100 * errors.agreement:.2f} %"
     )
 
 
@@ -173,7 +173,7 @@ def main(
 ) -> None:
     """Convert a model into ONNX files, and check them against JAX with onnxruntime.
 
-    Blocks need not be alike, nor pictures square. In the layout sam, encoder.onnx takes uint8 pictures
+    Blocks need not be alike, nor images square. In the layout sam, encoder.onnx takes uint8 images
     [b, 3, height, width] scaled to fit the model (as ResizeLongestSide does), and normalises and pads
     them itself; decoder.onnx has the signature of Meta's SamOnnxModel. The layout transformers_js is a
     folder for SamModel.from_pretrained of transformers.js, which scales images otherwise than everyone
@@ -186,7 +186,7 @@ def main(
       dtype: one or several. float16 keeps residual stream, LayerNorm, softmax and positions in float32;
         int8 quantizes the weights of linear layers, and their inputs as they come.
       return_single_mask: of the layout sam: the decoder chooses one of its masks, as Meta's option does.
-      image: the picture to check with; one of ours if not given.
+      image: the image to check with; one of ours if not given.
     """
     check_empty(folder)
     if layout != "sam" and return_single_mask:
@@ -198,13 +198,16 @@ def main(
         raise InputError(f"writing ONNX needs {' and '.join(missing)}: pip install onnx onnxruntime")
     from converters.from_torch import load
     from slimsam_jax import data
+    from slimsam_jax.models.encoders import name_of
 
-    picture = data.read_image(image or data.embedded_images() / "dog.jpg")
+    photo = data.read_image(image or data.embedded_images() / "dog.jpg")
     sam = load(source)
+    if (family := name_of(sam.config.encoder)) != "vit":
+        raise InputError(f"{source} is a {family}, and ONNX is written of SAM's ViT alone")
     if layout == "transformers_js" and len(set(sam.config.image_size)) > 1:
         height, width = sam.config.image_size
-        raise InputError(f"transformers.js pads pictures to squares, and {source} takes {height} x {width}; use sam")
-    export(sam, folder, layout, dtype, picture, return_single_mask)
+        raise InputError(f"transformers.js pads images to squares, and {source} takes {height} x {width}; use sam")
+    export(sam, folder, layout, dtype, photo, return_single_mask)
     print(f"wrote {folder}")
 
 

@@ -1,4 +1,4 @@
-"""Ours -> PyTorch and Hugging Face. `python -m converters.to_torch DIR DST --format sam|hf`."""
+"""Converts ours to PyTorch and Hugging Face. `python -m converters.to_torch DIR DST --format sam|hf`."""
 
 from __future__ import annotations
 
@@ -29,15 +29,20 @@ LOADER = Path(__file__).with_name("slim_sam_torch.py")  # goes beside each .pth
 
 
 def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
-    """Our parameters as a `segment_anything` state dict (fused qkv), exact.
+    """Converts our parameters to a `segment_anything` state dict (fused qkv), or MobileSAM's, exact.
 
     Raises:
       InputError: an array is missing or surplus.
     """
     import flax.traverse_util
 
+    from converters.tables import tiny_vit
+    from converters.tables.strict import Converted
     from slimsam_jax import checkpoint
+    from slimsam_jax.models.encoders import name_of
 
+    if name_of(sam.config.encoder) == "tiny_vit":
+        return tiny_vit.to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, {}))
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     table = rows(sam.config)
     checkpoint.check_names(set(flat), {row.path for row in table}, "the parameter tree")
@@ -58,18 +63,21 @@ def save_sam(sam: Sam, path: Path) -> None:
         raise InputError("writing a .pth needs PyTorch: pip install torch") from None
     from slimsam_jax.files import replacing
 
+    files = {path: None}
+    if isinstance(sam.config, Config):
+        files[path.with_name(LOADER.name)] = LOADER.read_bytes()
     loader = path.with_name(LOADER.name)
-    if loader.exists() and not (loader.is_file() and loader.read_bytes() == LOADER.read_bytes()):
+    if loader in files and loader.exists() and not (loader.is_file() and loader.read_bytes() == LOADER.read_bytes()):
         raise InputError(f"{loader} is there already and is not this version's; remove it or write elsewhere")
     tensors = collections.OrderedDict((k, torch.from_numpy(v.copy())) for k, v in to_state_dict(sam).items())
-    told = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
-    told["thresholds"] = sam.thresholds.to_json() if sam.thresholds else None
-    tensors._metadata = {torch_file.NOTE: told}  # no tensor, which a strict load would refuse
+    note = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
+    note["thresholds"] = sam.thresholds.to_json() if sam.thresholds else None
+    tensors._metadata = {torch_file.NOTE: note}  # no tensor, which a strict load would refuse
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as files, writing(path):
-        temporary, copy = (files.enter_context(replacing(name)) for name in (path, loader))
-        torch.save(tensors, temporary)
-        copy.write_bytes(LOADER.read_bytes())
+    with contextlib.ExitStack() as stack, writing(path):
+        for name, content in files.items():
+            temporary = stack.enter_context(replacing(name))
+            torch.save(tensors, temporary) if content is None else temporary.write_bytes(content)
 
 
 def save_huggingface(sam: Sam, folder: Path, card: str | None = None) -> None:
@@ -93,7 +101,7 @@ def save_huggingface(sam: Sam, folder: Path, card: str | None = None) -> None:
 
 
 def encoder_arguments(config: Config) -> dict[str, Any]:
-    """What a stock `ImageEncoderViT` of a uniform model is constructed with, besides norm_layer."""
+    """Returns the arguments of a stock `ImageEncoderViT` of a uniform model, besides norm_layer."""
     block, windows = config.blocks[0], {b.window for b in config.blocks} - {GLOBAL}
     ratio = block.mlp_dim / config.embed_dim
     if int(config.embed_dim * ratio) < block.mlp_dim:  # stock code multiplies and rounds down
@@ -113,13 +121,21 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
 
 
 def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
-    """`sam`, if its format can hold it, else its padded twin, which is always made if `pad`.
+    """Returns `sam`, if its format can hold it, else its padded twin, which is always made if `pad`.
 
     Raises:
       InputError: it can hold neither, or padding would be needed and `pad` is False.
     """
     from converters.pad_to_uniform import pad_to_uniform
+    from slimsam_jax.models.encoders import name_of
 
+    if (family := name_of(sam.config.encoder)) != "vit":
+        if format != "sam" or pad:
+            raise InputError(f"{source} is a {family}: it goes to --format sam alone, without padding")
+        from converters.tables import tiny_vit_unused
+
+        tiny_vit_unused.refuse(sam.config.encoder)
+        return sam
     if len(set(sam.config.image_size)) > 1:
         height, width = sam.config.image_size
         raise InputError(
@@ -137,7 +153,7 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
 
 
 def describe_padding(before: Config, after: Config) -> str:
-    """What padding costs, in a line."""
+    """Says what padding costs, in a line."""
     from slimsam_jax.profiling import reference_macs
 
     block = after.blocks[0]
@@ -151,7 +167,9 @@ def describe_padding(before: Config, after: Config) -> str:
 
 
 def how_to_load(config: Config, path: Path) -> str:
-    """Two or three lines: for scripts, for tools, and for stock code where that can."""
+    """Says how to load a .pth, in two or three lines: for scripts, for tools, and for stock code where that can."""
+    if not isinstance(config, Config):
+        return f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r})"
     lines = [
         f'in Python: import slim_sam_torch; slim_sam_torch.register("slim", {str(path)!r}) puts it into '
         "segment_anything's sam_model_registry",

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.torch_pickle import Inert, Maker, Ordered, Unpickler
-from slimsam_jax.errors import InputError, blaming, printable
+from slimsam_jax.errors import InputError, printable, reading
 from slimsam_jax.files import open_regular
 
 _STORAGES = {
@@ -49,7 +49,7 @@ SPARE = 64 << 20  # bytes that a file may have besides 16 times its tensors; an 
 
 
 def read(path: Path | str) -> dict[str, np.ndarray]:
-    """The arrays of `read_with_note`."""
+    """Reads the arrays of a `.pth`, see `read_with_note`."""
     return read_with_note(path)[0]
 
 
@@ -65,7 +65,7 @@ def read_with_note(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, A
     Raises:
       InputError: the file is none of these.
     """
-    with open_regular(path) as file, blaming(path):
+    with open_regular(path) as file, reading(path):
         archive = _Archive(file, path)
         if archive.root is None:
             raise InputError(f"{path} is not a readable PyTorch checkpoint: the archive holds no data.pkl")
@@ -84,7 +84,7 @@ def check_sums(path: Path | str) -> None:
     Raises:
       InputError: the file is damaged.
     """
-    with open_regular(path) as file, blaming(path):
+    with open_regular(path) as file, reading(path):
         archive = _Archive(file, path)
         for name in archive.members:
             if name.startswith(f"{archive.root}data/"):
@@ -128,7 +128,7 @@ class _Archive:
         self.root = next((name.removesuffix("data.pkl") for name in pickles), None)
 
     def span(self, name: str) -> tuple[int, int]:
-        """Where a member begins and how long it is, in bytes."""
+        """Returns where a member begins and how long it is, in bytes."""
         member = self.members[name]
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
             raise zipfile.BadZipFile(
@@ -185,7 +185,7 @@ def _size(arguments: tuple) -> tuple:
 
 
 def rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple) -> np.ndarray:
-    """A view of a storage.
+    """Makes a view of a storage.
 
     Raises:
       UnpicklingError: it reaches beyond the storage, has more values, or its numbers are no whole numbers. A 0-d array
@@ -207,7 +207,7 @@ def rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple)
 
 
 def _state_dict(content: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """{name: array} and the note of a state dict or module, which may lie under "model" or "state_dict"."""
+    """Returns {name: array} and the note of a state dict or module, which may lie under "model" or "state_dict"."""
     for _ in range(4):
         if not isinstance(content, dict):
             break
@@ -220,14 +220,14 @@ def _state_dict(content: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _note(state: dict[str, Any]) -> dict[str, Any]:
-    found = getattr(state, "state", None)
+    note = getattr(state, "state", None)
     for key in ("_metadata", NOTE):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else {}
+        note = note.get(key) if isinstance(note, dict) else None
+    return note if isinstance(note, dict) else {}
 
 
 def _flatten(module: Inert) -> dict[str, np.ndarray]:
-    """The state dict of a pickled `nn.Module`, from its parameters, buffers and children; each is visited once."""
+    """Collects the state dict of a pickled `nn.Module`, from parameters, buffers and children, each visited once."""
     state, seen, waiting, visits = {}, {id(module)}, [("", module)], 0
     while waiting:
         prefix, module = waiting.pop()

@@ -1,7 +1,7 @@
-"""A pickle as data: what a checkpoint needs is made, and nothing foreign is imported, called or hashed.
+"""Reads a pickle as data: what a checkpoint needs is made, and nothing foreign is imported, called or hashed.
 
 The unpickler in C reserves memory for any memo index, hashes tuples nested millions deep until the stack ends, and
-copies what it is told to as often as it is told to. This is the standard library's in Python with the opcodes that
+copies whatever a pickle asks for, as often as it asks. This is the standard library's in Python with the opcodes that
 `torch.save` writes, each of which costs no more than about its own length in the file.
 """
 
@@ -99,8 +99,8 @@ class Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         self.dispatch.left -= 4  # a name takes five times as long as most
-        found = self.names.get((module, name))
-        return Inert() if found is None else found
+        known = self.names.get((module, name))
+        return Inert() if known is None else known
 
     def _reduce(self) -> None:
         arguments = self.stack.pop()

@@ -105,23 +105,26 @@ def _relative(link: str, uri: str) -> str:
 
 
 def fields_of(kind: str, name: str) -> str:
-    """The fields of a dataclass as tables: "options" as one types them, "choices" as NAME=VALUE takes them.
+    """The fields of a dataclass as a table: "options" as one types them, "choices" as NAME=VALUE takes them.
 
-    What a field is for stands below it, or in the docstring of the class as `name: text`, in sections.
+    What a field is for stands below it, or in the docstring of the class as `name: text`. A field that is a record by
+    itself, as `losses: Losses = Losses()`, is left to that record's table.
     """
     node = _class(name)
-    fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+    fields = [field for field in node.body if isinstance(field, ast.AnnAssign) and not _is_record(field)]
     defaults = {field.target.id: ast.unparse(field.value) if field.value else "" for field in fields}
-    told = _below(node) or _sections(ast.get_docstring(node) or "", defaults)
-    missing = set(defaults) - {field for section in told.values() for field in section}
-    if missing:
+    texts = _below(node) or _entries(ast.get_docstring(node) or "", defaults)
+    if missing := set(defaults) - set(texts):
         raise PluginError(f"{name}: nothing says what {', '.join(sorted(missing))} is for")
-    tables = []
-    for title, section in told.items():
-        show = (lambda field: f"--{field.replace('_', '-')}") if kind == "options" else str
-        rows = [f"| `{show(field)}` | `{defaults[field]}` | {_cell(text)} |" for field, text in section.items()]
-        tables.append("\n".join([*([f"### {title}", ""] if title else []), "| | default | |", "|---|---|---|", *rows]))
-    return "\n\n".join(tables)
+    show = (lambda field: f"--{field.replace('_', '-')}") if kind == "options" else str
+    cell = lambda field: f"`{defaults[field]}`" if defaults[field] else ""
+    rows = [f"| `{show(field)}` | {cell(field)} | {_cell(texts[field])} |" for field in defaults]
+    return "\n".join(["| | default | |", "|---|---|---|", *rows])
+
+
+def _is_record(field: ast.AnnAssign) -> bool:
+    """Whether a field of a dataclass is no choice: another record, or of the class alone."""
+    return isinstance(field.value, ast.Call) or "ClassVar" in ast.unparse(field.annotation)
 
 
 def _class(name: str) -> ast.ClassDef:
@@ -136,31 +139,29 @@ def _class(name: str) -> ast.ClassDef:
     return next(iter(found.values()))
 
 
-def _below(node: ast.ClassDef) -> dict[str, dict[str, str]]:
-    """Of fields that a text follows."""
-    told = {}
+def _below(node: ast.ClassDef) -> dict[str, str]:
+    """{field: the text that follows it}."""
+    texts = {}
     for field, text in itertools.pairwise(node.body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            told[field.target.id] = text.value.value
-    return {"": told} if told else {}
+            texts[field.target.id] = text.value.value
+    return texts
 
 
-def _sections(docstring: str, fields: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Of a docstring: {title: {field: text}}."""
-    told: dict[str, dict[str, str]] = {}
-    title = field = ""
+def _entries(docstring: str, fields: Mapping[str, str]) -> dict[str, str]:
+    """{field: text} of a docstring's entries, each with the lines that are further in."""
+    texts: dict[str, str] = {}
+    field = ""
     for line in docstring.splitlines():
-        entry = re.match(r" +(\w+): (.*)", line)
-        if re.match(r"\S.*:$", line):
-            title = line.rstrip(":")
-        elif entry and entry[1] in fields:
+        entry = re.match(r"  (\w+): (.*)", line)
+        if entry and entry[1] in fields:
             field = entry[1]
-            told.setdefault(title, {})[field] = entry[2]
-        elif field and line.startswith("  "):
-            told[title][field] += f" {line}"
+            texts[field] = entry[2]
+        elif field and line.startswith("    "):
+            texts[field] += f" {line}"
         else:
             field = ""
-    return told
+    return texts
 
 
 def _cell(text: str) -> str:

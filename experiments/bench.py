@@ -41,7 +41,7 @@ STAGES = ("embedding-stage", "bottleneck-stage")
 
 
 def distillation_of(what: str) -> Distill:
-    """The paper's distillation after the cut of that part, at the default's choices."""
+    """Returns the paper's distillation after the cut of that part, at the default's choices."""
     return Distill("bottleneck" if what == "embedding-stage" else "stream+embedding")
 
 
@@ -53,14 +53,14 @@ class Step(NamedTuple):
       images: that it takes each time.
       peak: the most memory that the device has held so far, in bytes.
       where: the device and the precision.
-      found: what of a run's result is to be compared with the other side's, as JSON.
+      outcome: what of a run's result is to be compared with the other side's, as JSON.
     """
 
     run: Callable[[], object]
     images: int
     peak: Callable[[], int]
     where: str
-    found: Callable[[Any], Any] = lambda result: None
+    outcome: Callable[[Any], Any] = lambda result: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Options:
       attention: how ours computes it (`models/attention.py`).
       cached: the teacher's embeddings come from disk (`--cache`), ours; the reference cannot.
       compile: forward by `torch.compile` in bfloat16, instead of the reference's eager float32.
-      photos: of everything: a folder of pictures, of which the first `images` are taken; ours if not given.
+      photos: of everything: a folder of images, of which the first `images` are taken; ours if not given.
       side: "jax" and "torch" are the turns themselves.
     """
 
@@ -146,20 +146,20 @@ def timed(step: Step, images: int) -> dict[str, Any]:
         "first": round(warm - start, 2),
         "peak_gb": round(step.peak() / 1e9, 2),
         "where": step.where,
-        "found": step.found(result),
+        "outcome": step.outcome(result),
     }
 
 
 def compare(options: Options) -> None:
-    """The two sides in turn, then the ratios of neighbours."""
-    found: dict[str, list[dict]] = {"jax": [], "torch": []}
+    """Runs the two sides in turn, and prints the ratios of neighbours."""
+    turns: dict[str, list[dict]] = {"jax": [], "torch": []}
     for _ in range(options.turns):
-        for side, results in found.items():
+        for side, results in turns.items():
             command = [sys.executable, "-m", "experiments.bench", *flags(options), f"--side={side}"]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             results.append(json.loads(output.splitlines()[-1]))
-            print(side, {name: value for name, value in results[-1].items() if name != "found"}, flush=True)
-    ours, theirs = found["jax"], found["torch"]
+            print(side, {name: value for name, value in results[-1].items() if name != "outcome"}, flush=True)
+    ours, theirs = turns["jax"], turns["torch"]
     highest = lambda side: max(turn["peak_gb"] for turn in side)
     print(
         f"{options.what}, {options.preset}, attention {options.attention}; ours on {ours[0]['where']}, PyTorch on "
@@ -170,20 +170,20 @@ def compare(options: Options) -> None:
     if options.what == "everything":
         from experiments import bench_everything
 
-        print(bench_everything.agreement(ours[0]["found"], theirs[0]["found"]))
+        print(bench_everything.agreement(ours[0]["outcome"], theirs[0]["outcome"]))
 
 
 def flags(options: Options) -> list[str]:
-    """What a turn is started with, besides its side."""
+    """Returns the flags that a turn is started with, besides its side."""
     given = {name: value for name, value in dataclasses.asdict(options).items() if name != "side"}
     switches = [f"--{name}" for name, value in given.items() if value is True]
     return switches + [f"--{name}={value}" for name, value in given.items() if not isinstance(value, bool | None)]
 
 
 def ratios(ours: list[dict], theirs: list[dict], what: str) -> str:
-    """Of neighbouring turns, the smallest and the largest."""
-    found = [t[what] / j[what] for j, t in zip(ours, theirs, strict=True)]
-    return f"{min(found):.2f} to {max(found):.2f}"
+    """Formats the ratios of neighbouring turns, the smallest and the largest."""
+    quotients = [t[what] / j[what] for j, t in zip(ours, theirs, strict=True)]
+    return f"{min(quotients):.2f} to {max(quotients):.2f}"
 
 
 def spread(turns: list[dict]) -> str:

@@ -1,4 +1,4 @@
-"""The forms of attention on this device: error, milliseconds and memory of the image encoder in each.
+"""Measures the forms of attention on this device: error, milliseconds and memory of the image encoder in each.
 
     python -m experiments.bench_attention --preset vit_p77
 
@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.bench_jax import pictures, random_model
+from experiments.bench_jax import images, random_model
 from slimsam_jax.errors import InputError
 from slimsam_jax.models import config as configs
-from slimsam_jax.models.encoders.vit_features import run_encoder
+from slimsam_jax.models.sam import run_encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +42,16 @@ def main(options: Options) -> None:
     config, device = configs.preset(options.preset), jax.devices()[0]
     dtype = jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")
     dtype = dtype if options.dtype == "auto" else jnp.dtype(options.dtype)
-    params, batch = random_model(config, 0).params["image_encoder"], pictures(config, 1)
+    params, batch = random_model(config, 0).params["image_encoder"], images(config, 1)
     with jax.default_matmul_precision("highest"):
         expected = np.asarray(encoder(config, "plain", jnp.float32)(params, batch))
     for form in ("plain", "rows", "folded"):
         row = {"preset": options.preset, "form": form, "dtype": dtype.name, "device": device.device_kind}
         try:
-            found = measured(encoder(config, form, dtype), params, batch, expected, options.runs)
+            numbers = measured(encoder(config, form, dtype), params, batch, expected, options.runs)
         except InputError as error:  # no kernel for this device
-            found = {"refused": str(error)}
-        print(json.dumps(row | found), flush=True)
+            numbers = {"refused": str(error)}
+        print(json.dumps(row | numbers), flush=True)
 
 
 def encoder(config: Any, form: Any, dtype: Any) -> Any:
@@ -59,16 +59,16 @@ def encoder(config: Any, form: Any, dtype: Any) -> Any:
 
 
 def measured(embed: Any, params: Any, batch: Any, expected: np.ndarray, runs: int) -> dict[str, float]:
-    """{"error", "ms" (median), "ms_least", "mb", "flash_kernels"} of a form."""
+    """Measures {"error", "ms" (median), "ms_least", "mb", "flash_kernels"} of a form."""
     program = embed.lower(params, batch).compile()
     params, batch = jax.device_put((params, batch))
-    found, seconds = np.asarray(program(params, batch)), []
+    output, seconds = np.asarray(program(params, batch)), []
     for _ in range(runs):
         start = time.perf_counter()
         jax.block_until_ready(program(params, batch))
         seconds.append(time.perf_counter() - start)
     return {
-        "error": float(np.abs(found - expected).max() / np.abs(expected).max()),
+        "error": float(np.abs(output - expected).max() / np.abs(expected).max()),
         "ms": round(1e3 * float(np.median(seconds)), 3),
         "ms_least": round(1e3 * min(seconds), 3),
         "mb": round(program.memory_analysis().temp_size_in_bytes / 2**20, 1),

@@ -24,7 +24,7 @@ FILES = 32
 
 def make_step(options: Options, image_size: tuple[int, int]) -> Step:
     folder = tempfile.TemporaryDirectory()
-    files = write_pictures(Path(folder.name))
+    files = write_images(Path(folder.name))
     side = threads if options.side == "jax" else data_loader
     next_batch = side(files, image_size, options.batch)
     where = f"{len(os.sched_getaffinity(0))} cores, {image_size[0]} px"
@@ -32,8 +32,8 @@ def make_step(options: Options, image_size: tuple[int, int]) -> Step:
     return Step(lambda _=folder: next_batch(), options.batch, peak, where)
 
 
-def write_pictures(folder: Path) -> list[Path]:
-    """The package's photographs, enlarged."""
+def write_images(folder: Path) -> list[Path]:
+    """Writes the package's photographs, enlarged."""
     photos = data.find([data.embedded_images()])
     files = [folder / f"sa_{i}.jpg" for i in range(FILES)]
     for i, file in enumerate(files):
@@ -42,7 +42,7 @@ def write_pictures(folder: Path) -> list[Path]:
 
 
 def peak() -> int:
-    """Bytes: of this process or of the largest of its workers."""
+    """Returns the peak memory in bytes, of this process or of the largest of its workers."""
     return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
@@ -57,7 +57,7 @@ def data_loader(files: list[Path], image_size: tuple[int, int], batch: int) -> C
     import torch
     from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-    class Pictures(Dataset):
+    class Images(Dataset):
         def __len__(self) -> int:
             return len(files)
 
@@ -68,5 +68,5 @@ def data_loader(files: list[Path], image_size: tuple[int, int], batch: int) -> C
     torch.set_num_threads(1)
     sampler = RandomSampler(files, replacement=True, num_samples=10**6)
     workers = len(os.sched_getaffinity(0))
-    batches = iter(DataLoader(Pictures(), batch, sampler=sampler, num_workers=workers))
+    batches = iter(DataLoader(Images(), batch, sampler=sampler, num_workers=workers))
     return lambda: next(batches)

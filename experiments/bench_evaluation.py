@@ -1,7 +1,7 @@
-"""Both sides of `bench.py --what evaluation`: mIoU by point and by box of a picture with annotations.
+"""Both sides of `bench.py --what evaluation`: mIoU by point and by box of an image with annotations.
 
-Ours is what `slimsam_jax.evaluate` does for the single mask, two pictures at a time; PyTorch's is `SamPredictor`, which
-encodes the picture once and is then asked for one mask at a time, and IoU by numpy as in SlimSAM's validation
+Ours is what `slimsam_jax.evaluate` does for the single mask, two images at a time; PyTorch's is `SamPredictor`, which
+encodes the image once and is then asked for one mask at a time, and IoU by numpy as in SlimSAM's validation
 (prune_funcs.py:30-36).
 """
 
@@ -17,9 +17,9 @@ from experiments.bench import Options, Step
 from slimsam_jax.data import Annotation
 from slimsam_jax.models.config import Config
 
-TOGETHER = 10  # pictures of a step of ours
-ANNOTATIONS = 19  # as many as BSDS500 has a picture; SA-1B has a hundred
-SIZE = (1.25, 1.88)  # of the picture, over the model's: 321 x 481 for 256 px
+TOGETHER = 10  # images of a step of ours
+ANNOTATIONS = 19  # as many as BSDS500 has an image; SA-1B has a hundred
+SIZE = (1.25, 1.88)  # of the image, over the model's: 321 x 481 for 256 px
 
 
 def make_step(options: Options, config: Config) -> Step:
@@ -36,7 +36,7 @@ def make_step(options: Options, config: Config) -> Step:
 
 
 def annotations(size: tuple[int, int]) -> list[Annotation]:
-    """Ellipses of all sizes, anywhere."""
+    """Draws ellipses of all sizes, anywhere."""
     random, made = np.random.default_rng(0), []
     y, x = np.mgrid[: size[0], : size[1]]
     for number in range(ANNOTATIONS):
@@ -50,7 +50,7 @@ def annotations(size: tuple[int, int]) -> list[Annotation]:
 def ours(config: Config, image: Image.Image, truth: list[Annotation]) -> tuple[Callable[[], object], Callable[[], int]]:
     from experiments.bench_jax import random_model
     from slimsam_jax.data.reading import map_readable
-    from slimsam_jax.evaluation import single_mask_iou
+    from slimsam_jax.evaluation.scores import single_mask_iou
     from slimsam_jax.inference.decode import encode_image
     from slimsam_jax.profiling.memory import peak_memory
 

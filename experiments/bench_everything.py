@@ -24,15 +24,15 @@ Masks = list[dict[str, Any]]  # COCO's RLE
 
 def make_step(options: Options) -> Step:
     photos = data.find([options.photos or data.embedded_images()])[: options.images]
-    pictures = [np.asarray(photo.image()) for photo in photos]
+    images = [np.asarray(photo.image()) for photo in photos]
     generate, peak = ours() if options.side == "jax" else original()
-    where = f"{len(os.sched_getaffinity(0))} cores, {len(pictures)} photographs"
-    return Step(lambda: [generate(picture) for picture in pictures], len(pictures), peak, where, encoded)
+    where = f"{len(os.sched_getaffinity(0))} cores, {len(images)} photographs"
+    return Step(lambda: [generate(image) for image in images], len(images), peak, where, encoded)
 
 
-def encoded(found: list[list[dict[str, Any]]]) -> list[Masks]:
-    """The records of each picture as what JSON can hold."""
-    return [[rle.encode(record["segmentation"]) for record in records] for records in found]
+def encoded(of_images: list[list[dict[str, Any]]]) -> list[Masks]:
+    """Encodes the records of each image as JSON can hold them."""
+    return [[rle.encode(record["segmentation"]) for record in records] for records in of_images]
 
 
 def ours() -> tuple[Callable, Callable[[], int]]:
@@ -60,19 +60,19 @@ def original() -> tuple[Callable, Callable[[], int]]:
 
 
 def agreement(ours: list[Masks], theirs: list[Masks]) -> str:
-    """How many masks of each side have a partner on the other, in a line."""
+    """Says how many masks of each side have a partner on the other, in a line."""
     shares = [f"{share(a, b):.1%} of the {sum(map(len, a))}" for a, b in ((theirs, ours), (ours, theirs))]
     return f"IoU over {SAME} with one of the other side: {shares[0]} masks of the original's, {shares[1]} of ours"
 
 
 def share(one: list[Masks], other: list[Masks]) -> float:
-    """Of the masks of `one`, picture by picture, those that `other` has too; 1 if there are none."""
+    """Computes the share of the masks of `one`, image by image, that `other` has too; 1 if there are none."""
     hits = [hit for a, b in zip(one, other, strict=True) for hit in partners(a, b)]
     return float(np.mean(hits)) if hits else 1.0
 
 
 def partners(masks: Masks, others: Masks) -> np.ndarray:
-    """[n] bool, for each of the n masks of a picture."""
+    """Tells which of the n masks of an image have a partner, [n] bool."""
     if not masks or not others:
         return np.zeros(len(masks), bool)
     a, b = (np.stack([rle.decode(mask).ravel() for mask in side]).astype(np.float32) for side in (masks, others))

@@ -1,4 +1,4 @@
-"""Our side of `bench.py`: what `slimsam_jax.compress` runs, on random weights and pictures."""
+"""Our side of `bench.py`: what `slimsam_jax.compress` runs, on random weights and images."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from slimsam_jax import sharding
 from slimsam_jax.compression.alignment import terms
 from slimsam_jax.compression.trainer import make_trainer
 from slimsam_jax.models.config import Config
-from slimsam_jax.models.encoders.vit_features import run_encoder
-from slimsam_jax.models.sam import Sam, init
+from slimsam_jax.models.sam import Sam, init, run_encoder
 from slimsam_jax.profiling.memory import peak_memory
 from slimsam_jax.pruning import gradients
 
@@ -40,22 +39,22 @@ def random_model(config: Config, seed: int) -> Sam:
     return Sam(config, jax.jit(functools.partial(init, config))(jax.random.key(seed)))
 
 
-def pictures(config: Config, count: int) -> dict[str, np.ndarray]:
+def images(config: Config, count: int) -> dict[str, np.ndarray]:
     images = np.random.default_rng(0).integers(0, 256, (count, *config.image_size, 3), np.uint8)
     return {"image": images, "size": np.tile(np.int32(config.image_size), (count, 1))}
 
 
 def forward(config: Config, encode: Callable, dtype: Any) -> Callable[[], object]:
     embed = jax.jit(lambda params, batch: encode(config, params, batch, dtype)[0])
-    params, batch = random_model(config, 0).params["image_encoder"], pictures(config, 1)
+    params, batch = random_model(config, 0).params["image_encoder"], images(config, 1)
     return lambda: jax.block_until_ready(embed(params, batch))
 
 
 def disturbed_gradient(config: Config, encode: Callable) -> Callable[[], None]:
-    """The default's; in float32 whatever the device."""
+    """Computes the default's disturbed gradient; in float32 whatever the device."""
     embed = lambda params, batch: encode(config, params, batch)[0]
     accumulate, key = gradients.accumulator(gradients.disturbed(embed), "rms"), jax.random.key(0)
-    params, batch = random_model(config, 0).params["image_encoder"], pictures(config, 1)
+    params, batch = random_model(config, 0).params["image_encoder"], images(config, 1)
     total = jax.tree.map(jnp.zeros_like, params)
 
     def run() -> None:
@@ -66,12 +65,12 @@ def disturbed_gradient(config: Config, encode: Callable) -> Callable[[], None]:
 
 
 def distillation(models: tuple[Config, Config, Config], options: Options, dtype: Any) -> Callable[[], None]:
-    """Steps of the default recipe at the start of a stage, which `models` (student, previous, teacher) is for."""
+    """Takes first steps of the default's distillation, which `models` (student, previous, teacher) is for."""
     sams = [random_model(config, seed) for seed, config in enumerate(models)]
     step = distillation_of(options.what)
     steps = 10**6  # so that progress stays where all terms count
     trainer = make_trainer(*sams, step, dtype, attention=options.attention)
-    weights, batch = terms(step, 0, steps), pictures(models[0], options.batch)
+    weights, batch = terms(step, 0, steps), images(models[0], options.batch)
     if options.cached:
         batch["embedding"] = np.zeros((options.batch, *models[0].grid, models[0].out_chans), np.float16)
     state = trainer.state

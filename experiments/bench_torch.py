@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 from experiments.bench import Options, Step, distillation_of
-from slimsam_jax.compression.alignment import ALIGN
+from slimsam_jax.compression.alignment import ALIGN, SAM
 from slimsam_jax.models.config import GLOBAL, Config
 from tests.helpers.peers import stock_sam
 
@@ -50,14 +50,14 @@ def wait(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes: of the device if it counts them, else of the process."""
+    """Returns the peak memory in bytes, of the device if it counts them, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def encoder(config: Config, device: torch.device) -> torch.nn.Module:
-    """The original's, with layers of other widths put in where heads are not a share of the embedding."""
+    """Builds the original's encoder, with layers of other widths where heads are not a share of the embedding."""
     block = config.blocks[0]
     inner = block.heads * block.head_dim
     module = stock_sam(dataclasses.replace(config, embed_dim=inner)).image_encoder
@@ -92,8 +92,8 @@ def disturbed_gradient(teacher: torch.nn.Module, student: torch.nn.Module, image
 
 def watch(module: torch.nn.Module, config: Config, what: str) -> Features:
     """Lists that every pass of `module` appends its features to, under the names of our loss."""
-    found: Features = {}
-    keep = lambda name, tensor: found.setdefault(name, []).append(tensor)
+    features: Features = {}
+    keep = lambda name, tensor: features.setdefault(name, []).append(tensor)
     if what == "bottleneck-stage":
         module.blocks[0].register_forward_pre_hook(lambda _, inputs: keep("stream", inputs[0]))
     for layer, block in zip(module.blocks, config.blocks, strict=True):
@@ -104,20 +104,20 @@ def watch(module: torch.nn.Module, config: Config, what: str) -> Features:
             kind = "qkv_global" if block.window == GLOBAL else "qkv_window"
             layer.attn.qkv.register_forward_hook(lambda _, inputs, output, kind=kind: keep(kind, output))
             layer.mlp.act.register_forward_hook(lambda _, inputs, output: keep("mlp", output))
-    return found
+    return features
 
 
 def mean_square(student: list[torch.Tensor], target: list[torch.Tensor]) -> torch.Tensor:
-    """Over all elements, as if concatenated. The reference does concatenate them."""
+    """Computes the MSE over all elements, as if concatenated. The reference does concatenate them."""
     total = sum(mse_loss(s, t, reduction="sum") for s, t in zip(student, target, strict=True))
     return total / sum(t.numel() for t in target)
 
 
 def distillation(modules: list[torch.nn.Module], teacher: Config, image: torch.Tensor, what: str) -> Callable[[], None]:
-    """One image: student (modules[0]) towards the others, with the reference's weights at the start of a stage."""
+    """Distils one image: student (modules[0]) towards the others, with the reference's weights at the start."""
     watched = [watch(module, teacher, what) for module in modules[:2]]
     step = distillation_of(what)
-    weights = ALIGN[step.align](0.0, step)
+    weights = ALIGN[step.align](0.0, step, SAM)
     optimizer = torch.optim.Adam(modules[0].parameters(), lr=1e-4)
     count = itertools.count(1)
 

@@ -25,7 +25,7 @@ from slimsam_jax import data
 from slimsam_jax.compression import gradients as sam_gradients
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.calibration import on_devices
+from slimsam_jax.compression.calibration_images import on_devices
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.selection import choose
 from slimsam_jax.data.batches import Batches
@@ -44,8 +44,8 @@ ESTIMATORS = {"sum": ("sum", 1), "rms": ("rms", 1), "rms, 4 probes": ("rms", 4)}
 def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
     """Measure what is not measured yet."""
     sam, paths = load(teacher), data.find([images])
-    pictures = [sample.image() for sample in data.find([val])[::4]]
-    wanted = [encode_image(sam, picture).embedding for picture in pictures]
+    judged = [sample.image() for sample in data.find([val])[::4]]
+    true = [encode_image(sam, image).embedding for image in judged]
     for seed, name in itertools.product(range(seeds), ESTIMATORS):
         stream = Batches(paths, sam.config.image_size, 1, seed)
         singles = list(itertools.islice(stream, 2 * max(COUNTS)))
@@ -56,39 +56,39 @@ def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
             halves = singles[:count], singles[-count:]
             grads = [gradients(sam, name, half, 2 * seed + i) for i, half in enumerate(halves)]
             slim = cut(sam, grads[0])
-            found = [encode_image(slim, picture).embedding for picture in pictures]
-            error = float(np.mean(list(map(relative_error, found, wanted))))
+            slim_embeddings = [encode_image(slim, image).embedding for image in judged]
+            error = float(np.mean(list(map(relative_error, slim_embeddings, true))))
             numbers = {"rank_correlation": rank_correlations(sam, *grads), "error": error}
             results.append(FILE, key | numbers)
             print(key, numbers, flush=True)
 
 
 def gradients(sam: Sam, name: str, batches: list[Any], seed: int) -> Any:
-    reduce, probes = ESTIMATORS[name]
-    step = dataclasses.replace(EMBEDDING, grad_reduction=reduce, noise_samples=probes)
+    reduce, samples = ESTIMATORS[name]
+    step = dataclasses.replace(EMBEDDING, grad_reduction=reduce, noise_samples=samples)
     calibration = lambda _: on_devices(iter(batches), len(batches))
     return jax.device_get(sam_gradients.gradients(sam, step, calibration, seed))
 
 
 def cut(sam: Sam, grads: Any) -> Sam:
-    """Half of the embedding goes."""
+    """Cuts half of the embedding."""
     keep = choose(sam.config, sam.params["image_encoder"], grads, EMBEDDING, Target(0.5))
     return prune.cut(sam, keep, EMBEDDING)
 
 
 def rank_correlations(sam: Sam, one: Any, other: Any) -> dict[str, float]:
-    """Per kind of group, the mean over groups."""
+    """Computes rank correlations per kind of group, means over groups."""
     encoder = jax.device_get(sam.params["image_encoder"])
     kinds = {
         "embedding": [vit_groups.embedding_group(sam.config)],
         "attention": vit_groups.attention_groups(sam.config),
         "mlp": vit_groups.mlp_groups(sam.config),
     }
-    found = {}
+    means = {}
     for kind, of_kind in kinds.items():
         scores = [importance.channel_scores(encoder, grads, of_kind) for grads in (one, other)]
-        found[kind] = float(np.mean([spearmanr(scores[0][g.name], scores[1][g.name]).statistic for g in of_kind]))
-    return found
+        means[kind] = float(np.mean([spearmanr(scores[0][g.name], scores[1][g.name]).statistic for g in of_kind]))
+    return means
 
 
 def table() -> None:

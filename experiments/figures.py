@@ -1,4 +1,4 @@
-"""Pictures of the tables of slimming, for slides: what `python -m experiments.tables` draws."""
+"""Draws the tables of slimming, for slides: what `python -m experiments.tables` draws."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _against_steps(axes: Any, key: str, runs_of: RunsOf) -> None:
         rows = [row for row in TABLES["efficiency"].rows.values() if row.recipe == name]
         _curve(axes, name, [(row.steps, *_spread(runs_of(row, 0.77), key)) for row in rows])
     axes.set_xscale("symlog", linthresh=25)
-    axes.set_xlabel("steps of four images in each stage, 77 % of the channels removed")
+    axes.set_xlabel("steps of four images in each distillation, 77 % of the channels removed")
 
 
 def _criteria(axes: Any, key: str, runs_of: RunsOf) -> None:
@@ -77,6 +77,6 @@ def _curve(axes: Any, name: str, points: list[tuple[float, float, float]]) -> No
 
 
 def _spread(runs: list[dict[str, Any]], key: str) -> tuple[float, float]:
-    """Mean and standard deviation over seeds, in %; nan if nothing was measured, 0 spread of a single seed."""
+    """Computes mean and standard deviation over seeds, in %; nan if nothing was measured, 0 spread of a single seed."""
     values = 100 * np.array([run[key] for run in runs])
     return (values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0) if len(values) else (np.nan, 0.0)

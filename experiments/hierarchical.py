@@ -3,7 +3,7 @@
     python -m experiments.hierarchical run --teacher sam_small_256.pth --images photos bsds_val
     python -m experiments.hierarchical table
 
-Every tenth picture of each source from the sixth on (all of one with fewer than ten), at most 512 pixels wide and high.
+Every tenth image of each source from the sixth on (all of one with fewer than ten), at most 512 pixels wide and high.
 Of each, one after the other: the flat grid of 32 x 32 points, then each way. Time is the CPU's, the encoder's included,
 compilation not.
 """
@@ -32,6 +32,7 @@ from slimsam_jax.inference.predictor import encode_images
 from slimsam_jax.models.sam import Sam
 
 FILE = results.FOLDER / "hierarchical.jsonl"
+IMAGE = "picture"  # the key that results have had from the beginning
 SIZE = 512
 
 
@@ -58,35 +59,35 @@ def run(teacher: Path, images: tuple[Path, ...]) -> None:
     samples = [sample for source in sources for sample in (source[5::10] if len(source) >= 10 else source)]
     warm(sam, samples[0].image())
     for sample in samples:
-        picture = sample.image()
-        picture.thumbnail((SIZE, SIZE))
-        missing = [way for way in WAYS if not results.find(FILE, {"picture": Path(sample.name).name, "way": way})]
-        flat = measure(Way(sam, **FIELDS), picture) if missing else None
+        image = sample.image()
+        image.thumbnail((SIZE, SIZE))
+        missing = [way for way in WAYS if not results.find(FILE, {IMAGE: Path(sample.name).name, "way": way})]
+        flat = measure(Way(sam, **FIELDS), image) if missing else None
         for way in missing:
-            found = measure(Way(sam, hierarchical=True, **FIELDS, **WAYS[way]), picture)
-            entry = {"picture": Path(sample.name).name, "way": way, **compare(flat, found)}
+            fewer = measure(Way(sam, hierarchical=True, **FIELDS, **WAYS[way]), image)
+            entry = {IMAGE: Path(sample.name).name, "way": way, **compare(flat, fewer)}
             results.append(FILE, entry)
             print(entry, flush=True)
 
 
-def warm(sam: Sam, picture: Image.Image) -> None:
+def warm(sam: Sam, image: Image.Image) -> None:
     """Compiles every bucket."""
-    picture.thumbnail((SIZE, SIZE))
-    (embedded,) = encode_images(sam, [picture])
+    image.thumbnail((SIZE, SIZE))
+    (embedded,) = encode_images(sam, [image])
     low, _ = decode_prompts(sam, embedded, clicks_at(amg.build_point_grid(5)[:21] * SIZE))  # 16, 4 and 1
     enlarge(sam, embedded, low[:, 0])
 
 
-def measure(generator: Way, picture: Image.Image) -> dict[str, Any]:
+def measure(generator: Way, image: Image.Image) -> dict[str, Any]:
     start = time.process_time()
-    records = generator.generate(picture)
+    records = generator.generate(image)
     seconds = time.process_time() - start
     return {"masks": encoded([records])[0], "seconds": seconds, "prompts": sum(generator.asked)}
 
 
-def compare(flat: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """Numbers of masks on both sides and of those with a partner; prompts and seconds on both sides."""
-    masks: list[Masks] = [flat["masks"], found["masks"]]
+def compare(flat: dict[str, Any], fewer: dict[str, Any]) -> dict[str, Any]:
+    """Counts masks on both sides and of those with a partner; prompts and seconds on both sides."""
+    masks: list[Masks] = [flat["masks"], fewer["masks"]]
     numbers = {
         "flat_masks": len(masks[0]),
         "kept": int(partners(*masks).sum()),
@@ -96,7 +97,7 @@ def compare(flat: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     costs = {
         f"{prefix}{name}": side[name]
         for name in ("prompts", "seconds")
-        for prefix, side in (("flat_", flat), ("", found))
+        for prefix, side in (("flat_", flat), ("", fewer))
     }
     return numbers | costs
 
@@ -104,15 +105,15 @@ def compare(flat: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 def table() -> None:
     """Write experiments/tables/hierarchical.md, of the images that all ways are measured on."""
     of_way = {way: results.find(FILE, {"way": way}) for way in WAYS}
-    common = set.intersection(*({entry["picture"] for entry in entries} for entries in of_way.values()))
+    common = set.intersection(*({entry[IMAGE] for entry in entries} for entries in of_way.values()))
     if not common:
-        raise SystemExit("no picture is measured in every way yet")
+        raise SystemExit("no image is measured in every way yet")
     lines = [
         f"| points left out ({len(common)} images) | of flat's masks kept | masks flat has not | prompts | time |",
         "|---|---|---|---|---|",
     ]
     for way, entries in of_way.items():
-        total = lambda name, entries=entries: sum(entry[name] for entry in entries if entry["picture"] in common)
+        total = lambda name, entries=entries: sum(entry[name] for entry in entries if entry[IMAGE] in common)
         kept = f"{total('kept') / total('flat_masks'):.1%} of {total('flat_masks')}"
         prompts, seconds = (total(name) / total(f"flat_{name}") for name in ("prompts", "seconds"))
         lines.append(f"| {way} | {kept} | {total('masks') - total('known')} | {prompts:.3f} | {seconds:.2f} |")

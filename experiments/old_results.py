@@ -1,4 +1,4 @@
-"""Results that were written with the names of version 0.2, under today's keys: one table old -> new."""
+"""Reads results that were written with the names of version 0.2 under today's keys: one table old -> new."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from slimsam_jax.compression.old_names import GONE, renamed
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Prune
 
 ORDERS = {  # (recipe, its settings that only said in which order things happen) -> the list of steps that it is
@@ -20,7 +20,7 @@ ORDERS = {  # (recipe, its settings that only said in which order things happen)
 
 
 def slimming_key(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry of slimming.jsonl with "recipe" and "set" as today's rows have them."""
+    """Returns an entry of slimming.jsonl with "recipe" and "set" as today's rows have them."""
     if "set" not in entry:
         return entry  # the teacher itself
     order = tuple(setting for setting in entry["set"] if setting.partition("=")[0] in GONE)
@@ -30,7 +30,7 @@ def slimming_key(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def pruning_key(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry of pruning.jsonl with "recipe" as `prune_choices` gives it."""
+    """Returns an entry of pruning.jsonl with "recipe" as `prune_choices` gives it."""
     if "head_channels" in entry["recipe"]:
         return entry
     projects = entry["recipe"]["criterion"] == "projection"
@@ -48,7 +48,7 @@ def pruning_key(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def prune_choices(step: Prune) -> dict[str, Any]:
-    """The choices of a step that prunes, whatever its part: what its results are found again by."""
+    """Returns the choices of a step that prunes, whatever its part: the key of its results."""
     choices = dataclasses.asdict(step)
     del choices["part"], choices["ratio"], choices["quirks"]["self_aligned_global"]
     return choices

@@ -1,4 +1,4 @@
-"""What each way of pruning loses before any distillation: criteria, reference's slips, bases, one option at a time.
+"""What each way of pruning loses before any distillation: criteria, known bugs of the reference, bases, choices.
 
     python -m experiments.pruning run --teacher sam_small_256.pth --images bsds_train --val bsds_val
     python -m experiments.pruning table
@@ -26,15 +26,14 @@ from experiments.old_results import prune_choices, pruning_key
 from slimsam_jax import data
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.calibration import calibration_stream, on_devices
+from slimsam_jax.compression.calibration_images import calibration_stream, on_devices
 from slimsam_jax.compression.gradients import gradients
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.selection import choose
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Prune, Recipe
 from slimsam_jax.data.reading import read_annotated
-from slimsam_jax.evaluation import single_mask_iou
-from slimsam_jax.evaluation.scores import relative_error
+from slimsam_jax.evaluation.scores import relative_error, single_mask_iou
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import reference_macs
@@ -74,7 +73,7 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def plan() -> list[tuple[str, float, int]]:
-    """(row, ratio, seed) in the order of work: what matters most first."""
+    """Lists (row, ratio, seed) in the order of work: what matters most first."""
     main = [(row, ratio) for ratio in (0.5, 0.77, 0.9, 0.25) for row in MAIN]
     rest = [(row, ratio) for ratio in (0.5, 0.77, 0.25) for row in ROWS if row not in MAIN]
     first, *others = SEEDS
@@ -113,7 +112,7 @@ class Bench:
     def __init__(self, teacher: Sam, images: list[data.Sample], val: list[data.Sample]):
         self.teacher, self.images = teacher, images
         self.val = [read_annotated(sample) for sample in val]
-        self.wanted = [encode_image(teacher, image).embedding for image, _ in self.val]
+        self.embeddings = [encode_image(teacher, image).embedding for image, _ in self.val]
         self.gradients: dict[Any, Any] = {}
         self.batches: dict[Any, list[Any]] = {}
 
@@ -125,7 +124,7 @@ class Bench:
         return lambda name: on_devices(iter(self.batches[key]), len(self.batches[key]))
 
     def prune(self, recipe: Recipe, ratio: float, seed: int) -> Sam:
-        """All cuts of a recipe, one after the other."""
+        """Makes all cuts of a recipe, one after the other."""
         target, sam = Target(ratio), self.teacher
         for step in (step for step in recipe if isinstance(step, Prune)):
             calibration = self.calibration(step, seed)
@@ -145,11 +144,11 @@ class Bench:
         return sam
 
     def measure(self, slim: Sam) -> dict[str, float]:
-        """Relative squared error of the embedding and point mIoU, means over images; and what the model costs."""
+        """Measures the embedding's relative squared error and point mIoU, means over images; and the model's costs."""
         errors, ious = [], []
-        for (image, masks), wanted in zip(self.val, self.wanted, strict=True):
+        for (image, masks), embedding in zip(self.val, self.embeddings, strict=True):
             encoded = encode_image(slim, image)
-            errors.append(relative_error(encoded.embedding, wanted))
+            errors.append(relative_error(encoded.embedding, embedding))
             ious.append(single_mask_iou(slim, encoded, masks))
         macs = reference_macs.encoder_macs(slim.config)
         return {
@@ -163,14 +162,14 @@ class Bench:
 
 def table() -> None:
     """Write experiments/tables/pruning.md."""
-    found = results.read(FILE)
+    entries = results.read(FILE)
     lines = [
         "| pruned by | ratio | encoder parameters | MACs, total | error | point mIoU |",
         "|---|---|---|---|---|---|",
     ]
     for ratio in (0.25, 0.5, 0.77, 0.9):
         for row in ROWS:
-            runs = [entry for entry in found if (entry["row"], entry["ratio"]) == (row, ratio)]
+            runs = [entry for entry in entries if (entry["row"], entry["ratio"]) == (row, ratio)]
             if runs:
                 lines.append(f"| {row} | {ratio:g} | {_cells(runs)} |")
     title, command = "Pruning, before any distillation", "python -m experiments.pruning table"

@@ -1,4 +1,4 @@
-"""Orders of steps that are no recipe of the package: what one-shot, progressive, polishing and scratch lose or gain.
+"""Lists orders of steps that are no recipe of the package: one-shot, progressive, polishing, scratch.
 
 Each is a function of the ratio, as several cuts in a row share it out. `rows.py` names them; whoever wants to run one
 by itself passes it to `slimsam_jax.compress`.
@@ -28,17 +28,17 @@ def alternating(ratio: float) -> Recipe:
 def progressive(ratio: float, rounds: int = 2) -> Recipe:
     """Both cuts and both distillations several times, each cut an equal share; together they leave `min_keep`."""
     share = 1 - (1 - ratio) ** (1 / rounds) if rounds > 1 else None
-    found: list[Prune | Distill] = []
+    steps: list[Prune | Distill] = []
     for order in range(rounds):
         prune = {"ratio": share, "min_keep": 0.25 ** (1 / rounds)}
         epochs = 12 // rounds
-        found += [
+        steps += [
             Prune("embedding", **prune),
             Distill("bottleneck", optimizer=Optimizer(epochs=epochs, patience=3), order=order),
             Prune("bottleneck", **prune),
             Distill("stream+embedding", optimizer=Optimizer(epochs=epochs), order=order),
         ]
-    return tuple(found)
+    return tuple(steps)
 
 
 def one_shot(ratio: float) -> Recipe:

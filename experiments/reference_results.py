@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments import results
 from slimsam_jax import cli
-from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.errors import InputError, reading
 
 FILE = results.FOLDER / "reference.jsonl"
 
@@ -26,7 +26,7 @@ def record(name: str, folder: Path, minutes: float | None = None, beside: str = 
       minutes: that it took.
       beside: what else the machine did meanwhile.
     """
-    with blaming(folder):
+    with reading(folder):
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         provenance = json.loads((folder / "config.json").read_text())["provenance"]
     curve = [{key: entry[key] for key in ("step", "point_miou", "box_miou")} for entry in log if "score" in entry]
@@ -43,7 +43,7 @@ def record(name: str, folder: Path, minutes: float | None = None, beside: str = 
 
 def table() -> None:
     """Write experiments/tables/reference.md."""
-    lines = ["| training | steps x pictures x masks | minutes | point / box mIoU, after steps |", "|---|---|---|---|"]
+    lines = ["| training | steps x images x masks | minutes | point / box mIoU, after steps |", "|---|---|---|---|"]
     lines += [f"| {run['row']} | {_size(run)} | {_minutes(run)} | {_curve(run)} |" for run in results.read(FILE)]
     title, command = "Learning curves of reference teachers", "python -m experiments.reference_results table"
     results.write_table("reference", title, lines, command, "../reference_teacher.md")

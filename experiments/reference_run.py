@@ -1,4 +1,4 @@
-"""What `experiments.train_reference` does, from the first weights to the model folder."""
+"""Runs `experiments.train_reference`, from the first weights to the model folder."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def images_of(options: Options) -> tuple[list[Sample], list[Sample]]:
-    """Samples to learn from, and samples to measure on."""
+    """Splits samples into those to learn from and those to measure on."""
     if not options.composites:
         return split_images(options)
     return composites.samples(options.composites, "train", COMPOSITES, options.seed), data.find(options.val)
 
 
 def settings_of(options: Options) -> Settings:
-    """The options that a training reads."""
+    """Returns the options that a training reads."""
     names = {field.name for field in dataclasses.fields(Settings)} - {"dtype", "batch", "learning_rate"}
     rate = options.learning_rate or RATES["init" if options.init else "random"]
     how = {"dtype": compute_dtype(options), "batch": batch_size(options), "learning_rate": rate}
@@ -67,7 +67,7 @@ def settings_of(options: Options) -> Settings:
 
 
 def first_model(options: Options) -> Sam:
-    """`--init`, or random weights, of the decoder's side those of `--decoder`.
+    """Loads `--init`, or draws random weights, of the decoder's side those of `--decoder`.
 
     Raises:
       InputError: the sizes asked for are not those of `--init`, or fit no SAM.
@@ -98,7 +98,7 @@ def of_the_sizes_asked(sam: Sam, options: Options) -> Sam:
 
 
 def architecture(preset: str, sizes: dict[str, int]) -> Config:
-    """A preset with some sizes changed.
+    """Returns a preset with some sizes changed.
 
     Raises:
       InputError: there is no such SAM.
@@ -124,7 +124,7 @@ def architecture(preset: str, sizes: dict[str, int]) -> Config:
 
 
 def sizes_of(config: Config) -> dict[str, int]:
-    """What options call the sizes of an architecture; of one whose blocks differ, the first block's."""
+    """Returns the sizes by their options' names of an architecture; of one whose blocks differ, the first block's."""
     block, window = config.blocks[0], max(block.window for block in config.blocks)
     height, width = config.image_size
     return {
@@ -140,7 +140,7 @@ def sizes_of(config: Config) -> dict[str, int]:
 def provenance(
     options: Options, settings: Settings, sam: Sam, images: Sequence[Sample], val: Sequence[Sample]
 ) -> dict[str, Any]:
-    """Where a model comes from, for its config.json; a resumed run must agree in all of it."""
+    """Records where a model comes from, for its config.json; a resumed run must agree in all of it."""
     digest = lambda samples: hashlib.sha256("\n".join(sample.name for sample in samples).encode()).hexdigest()
     packages = ("jax", "flax", "optax", "numpy")
     return {
@@ -155,7 +155,7 @@ def provenance(
 
 
 def start_of(path: Path | None, sam: Sam) -> dict[str, Any] | None:
-    """What a model says of the checkpoint that `sam` was started from."""
+    """Reads what a model says of the checkpoint that `sam` was started from."""
     if not path:
         return None
     return {"file": path.name, "sha256": checkpoint.sha256(path), "provenance": sam.provenance}

@@ -1,4 +1,4 @@
-"""Results as lines of JSON, each with what is needed to trust it, and the tables made from them."""
+"""Keeps results as lines of JSON, each with what is needed to trust it, and the tables made from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOTE = "`{command}` writes this file: do not edit it. [{label}]({page}) says wha
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """Where and with what a number was made."""
+    """Records where and with what a number was made."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=FOLDER.parent)
     return {
         "device": jax.devices()[0].device_kind,
@@ -49,7 +49,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def find(path: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries that agree with `key`."""
+    """Returns the entries that agree with `key`."""
     return [entry for entry in read(path) if all(entry.get(name) == value for name, value in key.items())]
 
 

@@ -1,4 +1,4 @@
-"""The rows of the tables of slimming: each is a `python -m slimsam_jax.compress` command."""
+"""Lists the rows of the tables of slimming: each is a `python -m slimsam_jax.compress` command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from experiments.recipes import RECIPES
 from slimsam_jax.compression.recipes import RECIPES as SHIPPED
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Recipe
 
 SEEDS = (0, 1, 2)
@@ -24,11 +24,11 @@ class Row(NamedTuple):
     uniform: bool = False
 
     def steps_of(self, ratio: float) -> Recipe:
-        """The recipe with everything that is set."""
+        """Returns the recipe with everything that is set."""
         return change(RECIPES[self.recipe](ratio), [*COMMON["set"], *self.set])
 
     def arguments(self) -> str:
-        """As one types them, if the recipe is one of the package; else with its name in `experiments.recipes`."""
+        """Formats the arguments as typed; a recipe that is not the package's by its name in `experiments.recipes`."""
         recipe = f"--recipe {self.recipe}" if self.recipe in SHIPPED else f"experiments.recipes.{self.recipe}"
         parts = [recipe, f"--steps {self.steps}"]
         parts += [f"--limit {self.limit}"] if self.limit else []
@@ -160,7 +160,7 @@ TABLES = {
         },
     ),
     "quirks": Table(
-        "The reference's slips, one by one",
+        "The reference's known bugs, one by one",
         (0.77,),
         {
             "taylor": taylor(),
@@ -191,9 +191,9 @@ TABLES = {
         "How fast to learn",
         (0.5, 0.77, 0.9),
         {
-            "pace 3e-3": default("distill.auto_lr=3e-3"),
-            "pace 1e-2 (default)": default(),
-            "pace 3e-2": default("distill.auto_lr=3e-2"),
+            "auto_lr 3e-3": default("distill.auto_lr=3e-3"),
+            "auto_lr 1e-2 (default)": default(),
+            "auto_lr 3e-2": default("distill.auto_lr=3e-2"),
             "taylor, learning rate 3e-4": taylor("distill.lr=3e-4"),
             "taylor, learning rate 1e-3 (its own)": taylor(),
             "taylor, learning rate 3e-3": taylor("distill.lr=3e-3"),
@@ -204,11 +204,11 @@ TABLES = {
         (0.77,),
         {
             # The default's own is not typed: it is the row of other tables.
-            f"{steps} steps, pace {pace}": default(
-                *([] if pace == "1e-2" else [f"distill.auto_lr={pace}"]), steps=steps
+            f"{steps} steps, auto_lr {rate}": default(
+                *([] if rate == "1e-2" else [f"distill.auto_lr={rate}"]), steps=steps
             )
             for steps in (25, 100, 400)
-            for pace in ("3e-3", "1e-2", "3e-2")
+            for rate in ("3e-3", "1e-2", "3e-2")
         },
     ),
     "order": Table(
@@ -230,7 +230,7 @@ TABLES = {
             "plain MSE": default("distill.relative=false"),
             "cosine term 0.5": default("distill.direction=0.5"),
             "constant learning rate": default("distill.schedule=constant"),
-            "a quarter of the steps to polish": Row("polish"),
+            "a last quarter of the steps for the embedding alone": Row("polish"),
             "average of weights 0.95": default("distill.ema=0.95"),
             "AdamW 0.05": default("distill.weight_decay=0.05"),
             "clip 1": default("distill.clip=1"),
@@ -252,7 +252,7 @@ FIRST = ("default", "taylor", "slimsam")  # with all seeds before the other rows
 
 
 def plan() -> Iterator[tuple[Row, float, int]]:
-    """Every run, what matters most first."""
+    """Lists every run, what matters most first."""
     runs = [
         (label, row, ratio) for table in TABLES.values() for ratio in table.ratios for label, row in table.rows.items()
     ]

@@ -30,9 +30,8 @@ from slimsam_jax.compression.pipeline import carry_out
 from slimsam_jax.compression.prepare import prepare
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import agreement, single_mask_iou
 from slimsam_jax.evaluation.clicks import click_scores
-from slimsam_jax.evaluation.scores import relative_error
+from slimsam_jax.evaluation.scores import agreement, relative_error, single_mask_iou
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import reference_macs
@@ -40,7 +39,7 @@ from slimsam_jax.profiling.latency import encoder_runner, interleaved
 
 FILE = results.FOLDER / "slimming.jsonl"
 PROGRAM = "python -m experiments.slimming"
-CLICKS, CLICKED = 5, 30  # clicks on each object of so many pictures
+CLICKS, CLICKED = 5, 30  # clicks on each object of so many images
 TEACHER = 0.39307  # point mIoU on bsds_val, by the original code
 
 
@@ -71,8 +70,8 @@ def run(
     name = TABLES[only].teacher if only else "small"
     check_teacher(teacher, name)
     tables = [TABLES[only]] if only else [table for table in TABLES.values() if table.teacher == name]
-    wanted = {(row, ratio) for table in tables for ratio in table.ratios for row in table.rows.values()}
-    runs = [each for each in plan() if each[:2] in wanted and each[2] in seeds]
+    chosen = {(row, ratio) for table in tables for ratio in table.ratios for row in table.rows.values()}
+    runs = [(row, ratio, seed) for row, ratio, seed in plan() if (row, ratio) in chosen and seed in seeds]
     for row, ratio, seed in runs[mine::parts]:
         if matching(key := key_of(row, ratio, seed, name)):
             continue
@@ -91,8 +90,8 @@ def run(
             )
         numbers = bench.measure(student, more) | {"seconds": seconds}
         results.append(FILE, key | numbers)
-        told = ", ".join(f"{name} {numbers[name]:.4g}" for name in ("error", "point", "box", "agreement", "seconds"))
-        print(f"--ratio {ratio} --seed {seed} {row.arguments()}: {told}", flush=True)
+        shown = ", ".join(f"{name} {numbers[name]:.4g}" for name in ("error", "point", "box", "agreement", "seconds"))
+        print(f"--ratio {ratio} --seed {seed} {row.arguments()}: {shown}", flush=True)
         jax.clear_caches()  # the next row's programs are others; those of the decoder lie in the cache on disk
 
 
@@ -102,20 +101,20 @@ def key_of(row: Row, ratio: float, seed: int, teacher: str = "small") -> dict[st
 
 
 def matching(key: dict[str, Any]) -> list[dict[str, Any]]:
-    """What has been measured under a key, also by the names of version 0.2."""
+    """Returns the entries under a key, also by the names of version 0.2."""
     entries = map(slimming_key, results.read(FILE))
     return [entry for entry in entries if all(entry.get(name) == value for name, value in key.items())]
 
 
 def uncut(teacher: str) -> dict[str, Any]:
-    """The key of the teacher itself."""
+    """Returns the key of the teacher itself."""
     return {"teacher": teacher, "recipe": "none", "ratio": 0.0}
 
 
 def options_of(
     row: Row, ratio: float, seed: int, teacher: Path, images: Path, val: Path, cache: Path | None, out: Path
 ) -> Options:
-    """Those of the row's command."""
+    """Returns the options of the row's command."""
     given = {**COMMON, **row._asdict(), "set": (*COMMON["set"], *row.set)}
     if is_augmented(row.steps_of(ratio)):
         cache = None  # it holds embeddings of images as they are
@@ -137,67 +136,67 @@ class Bench:
     def __init__(self, teacher: Sam, val: list[Any]):
         self.teacher = teacher
         self.val = [read_annotated(sample) for sample in val]
-        self.wanted = [encode_image(teacher, image) for image, _ in self.val]
+        self.encoded = [encode_image(teacher, image) for image, _ in self.val]
 
     def measure(self, slim: Sam, more: bool = False) -> dict[str, float]:
-        """Means over images: error of the embedding, mIoU by point and by box, agreement with the teacher; costs.
+        """Measures means over images: embedding's error, mIoU by point and box, agreement with the teacher; costs.
 
         Args:
           more: and mIoU after `CLICKS` clicks, on the first `CLICKED` images.
         """
-        found = [
-            self._of_image(slim, *each, clicks=more and i < CLICKED)
-            for i, each in enumerate(zip(self.val, self.wanted, strict=True))
+        scores = [
+            self._of_image(slim, annotated, encoded, clicks=more and i < CLICKED)
+            for i, (annotated, encoded) in enumerate(zip(self.val, self.encoded, strict=True))
         ]
         macs = reference_macs.encoder_macs(slim.config)
         runs = [encoder_runner(sam.config, sam.params) for sam in (self.teacher, slim)]
         teacher, own = interleaved(runs)
         return {
-            **{name: float(np.mean([each[name] for each in found if name in each])) for name in found[0]},
+            **{name: float(np.mean([image[name] for image in scores if name in image])) for name in scores[0]},
             "encoder_parameters": reference_macs.encoder_parameters(slim.config),
             "macs_linear": macs.linear,
             "macs_total": macs.total,
             "speedup": teacher / own,
         }
 
-    def _of_image(self, slim: Sam, annotated: Any, wanted: Any, clicks: bool) -> dict[str, float]:
+    def _of_image(self, slim: Sam, annotated: Any, teachers: Any, clicks: bool) -> dict[str, float]:
         image, truth = annotated
         encoded = encode_image(slim, image)
-        found = {
-            "error": relative_error(encoded.embedding, wanted.embedding),
+        scores = {
+            "error": relative_error(encoded.embedding, teachers.embedding),
             "point": single_mask_iou(slim, encoded, truth, "point"),
             "box": single_mask_iou(slim, encoded, truth, "box"),
-            "agreement": float(agreement([(self.teacher, wanted), (slim, encoded)], grid=4)[1].mean()),
+            "agreement": float(agreement([(self.teacher, teachers), (slim, encoded)], grid=4)[1].mean()),
         }
-        return found | ({"clicks": click_scores(slim, encoded, truth, CLICKS)[f"iou_{CLICKS}"]} if clicks else {})
+        return scores | ({"clicks": click_scores(slim, encoded, truth, CLICKS)[f"iou_{CLICKS}"]} if clicks else {})
 
 
 def table() -> None:
     """Write the tables into experiments/tables/, and their figures into experiments/figures/."""
     from experiments import figures
 
-    found = [slimming_key(entry) for entry in results.read(FILE)]
+    entries = [slimming_key(entry) for entry in results.read(FILE)]
     for name in TABLES:
-        results.write_table(name, TABLES[name].title, lines_of(name, found), f"{PROGRAM} table", "../slimming.md")
-    figures.draw(lambda row, ratio: runs_of(row, ratio, found), TEACHER)
+        results.write_table(name, TABLES[name].title, lines_of(name, entries), f"{PROGRAM} table", "../slimming.md")
+    figures.draw(lambda row, ratio: runs_of(row, ratio, entries), TEACHER)
 
 
-def runs_of(row: Row, ratio: float, found: list[dict[str, Any]], teacher: str = "small") -> list[dict[str, Any]]:
-    """What has been measured of a row, one entry for each seed."""
-    wanted = key_of(row, ratio, 0, teacher)
-    del wanted["seed"]
-    return [entry for entry in found if all(entry.get(key) == value for key, value in wanted.items())]
+def runs_of(row: Row, ratio: float, entries: list[dict[str, Any]], teacher: str = "small") -> list[dict[str, Any]]:
+    """Returns the entries of a row, one for each seed."""
+    key = key_of(row, ratio, 0, teacher)
+    del key["seed"]
+    return [entry for entry in entries if all(entry.get(name) == value for name, value in key.items())]
 
 
-def lines_of(name: str, found: list[dict[str, Any]]) -> list[str]:
+def lines_of(name: str, entries: list[dict[str, Any]]) -> list[str]:
     table = TABLES[name]
     more = MORE if table.more else ()
     head = ["row", "ratio", *COLUMNS, *more, "seeds", *(["paper"] if table.paper else []), "command"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    whole = [entry for entry in found if more and uncut(table.teacher).items() <= entry.items()]
+    whole = [entry for entry in entries if more and uncut(table.teacher).items() <= entry.items()]
     rows = [("the teacher", 0.0, None, whole)] if whole else []
     rows += [
-        (label, ratio, row, runs_of(row, ratio, found, table.teacher))
+        (label, ratio, row, runs_of(row, ratio, entries, table.teacher))
         for ratio in table.ratios
         for label, row in table.rows.items()
     ]
@@ -212,7 +211,7 @@ def lines_of(name: str, found: list[dict[str, Any]]) -> list[str]:
 
 
 def _share(key: str) -> Callable[[list[dict[str, Any]]], str]:
-    """Mean and standard deviation over the runs that have it, in %."""
+    """Computes mean and standard deviation over the runs that have it, in %."""
 
     def cell(runs: list[dict[str, Any]]) -> str:
         values = 100 * np.array([run[key] for run in runs if key in run])

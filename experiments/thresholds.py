@@ -29,7 +29,7 @@ OF_THOSE = (1.0, 0.7, 0.5, 0.35, 0.25)  # that are stable besides
 MATCH, DUPLICATE = 0.5, 0.7  # IoU from which a mask is an annotation's; box IoU of the generator's suppression
 
 
-class Found(NamedTuple):
+class Candidates(NamedTuple):
     """Masks of an image: their scores, boxes [n, 4], and IoU with each annotation [n, annotations]."""
 
     scores: Scores
@@ -48,33 +48,33 @@ def main(images: tuple[str, ...], model: Path | None = None, count: int = 50, po
     """
     sam, samples = load(model or data.embedded_teacher()), data.find(images)
     samples = samples[:: max(1, len(samples) // count)][:count]
-    found = [search(sam, sample, points_per_side) for sample in track(samples, "search")]
-    together = Scores(*map(np.concatenate, zip(*(each.scores for each in found), strict=True)))
+    searched = [search(sam, sample, points_per_side) for sample in track(samples, "search")]
+    together = Scores(*map(np.concatenate, zip(*(image.scores for image in searched), strict=True)))
     print("| by predicted IoU | and stable | precision | recall | F0.5 | masks an image | images without |")
     print("|---|---|---|---|---|---|---|")
     for one, other in itertools.product(OF_ALL, OF_THOSE):
         thresholds = fitting(together, Shares(one, one * other))
-        print(f"| {one:g} | {one * other:.4g} | {' | '.join(quality(found, thresholds))} |")
+        print(f"| {one:g} | {one * other:.4g} | {' | '.join(quality(searched, thresholds))} |")
 
 
-def search(sam: Sam, sample: data.Sample, points_per_side: int) -> Found:
+def search(sam: Sam, sample: data.Sample, points_per_side: int) -> Candidates:
     image, annotations = read_annotated(sample)
     encoded = encode_image(sam, image)
     nothing = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
-    found = SamAutomaticMaskGenerator(sam, points_per_side, **nothing).candidates(encoded)
+    masks = SamAutomaticMaskGenerator(sam, points_per_side, **nothing).candidates(encoded)
     truth = np.stack([annotation.mask for annotation in annotations])
-    ious = [iou(unpack(found, i, encoded.original_size)[None], truth) for i in range(len(found.bits))]
-    return Found(Scores(found.predicted_iou, found.stability), found.boxes, np.array(ious))
+    ious = [iou(unpack(masks, i, encoded.original_size)[None], truth) for i in range(len(masks.bits))]
+    return Candidates(Scores(masks.predicted_iou, masks.stability), masks.boxes, np.array(ious))
 
 
-def quality(found: list[Found], thresholds: Thresholds) -> list[str]:
+def quality(searched: list[Candidates], thresholds: Thresholds) -> list[str]:
     """Cells of a row. F0.5 counts precision twice: who looks at a sheet sees masks of nothing, not those missed."""
     right, met = [], []
-    for each in found:
-        kept = np.flatnonzero(each.scores.passing(thresholds))
-        kept = kept[amg.nms(each.boxes[kept], each.scores.predicted_iou[kept], DUPLICATE)]
-        right.append(each.ious[kept].max(1) > MATCH)
-        met.append(each.ious[kept].max(0, initial=0) > MATCH)
+    for image in searched:
+        kept = np.flatnonzero(image.scores.passing(thresholds))
+        kept = kept[amg.nms(image.boxes[kept], image.scores.predicted_iou[kept], DUPLICATE)]
+        right.append(image.ious[kept].max(1) > MATCH)
+        met.append(image.ious[kept].max(0, initial=0) > MATCH)
     counts = np.array([len(of_image) for of_image in right])
     precision, recall = np.concatenate(right).mean() if counts.any() else 0.0, np.concatenate(met).mean()
     score = 1.25 * precision * recall / max(0.25 * precision + recall, 1e-9)

@@ -44,18 +44,18 @@ SIZES = ("embed_dim", "depth", "heads", "mlp_dim", "image_size", "window")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Train a SAM from annotated pictures.
+    """Train a SAM from annotated images.
 
     The output folder is a model folder (model.safetensors, config.json) that `slimsam_jax.compress --teacher` and
     `converters.to_torch` take; log.jsonl and curve.png show how the training went.
     """
 
     images: tuple[str, ...] = ()
-    """Annotated pictures to learn from: folders in SA-1B layout, .tar shards, a COCO .json, tfds:DIR."""
+    """Annotated images to learn from: folders in SA-1B layout, .tar shards, a COCO .json, tfds:DIR."""
     composites: Path | None = None
     """Instead of --images: a pack from `experiments.reference_data`, of which images are drawn anew for each step."""
     val: tuple[str, ...] = ()
-    """Annotated pictures to measure on. Default: an eighth of --images, at most 50, held out."""
+    """Annotated images to measure on. Default: an eighth of --images, at most 50, held out."""
     out: Path = Path("reference")
     """The folder to write. Must not exist or be empty, unless --resume is given."""
     init: Path | None = None
@@ -79,9 +79,9 @@ class Options:
     steps: int = 4000
     """Optimiser steps."""
     batch: int = 8
-    """Pictures per step, a multiple of the number of devices (times --accumulate)."""
+    """Images per step, a multiple of the number of devices (times --accumulate)."""
     prompts: int = 4
-    """Masks of each picture in a step."""
+    """Masks of each image in a step."""
     corrections: int = 1
     """Clicks that correct the first prompt's mask; the paper has 8, and 2 turns without a click."""
     objective: Literal["short", "sam"] = "short"
@@ -100,15 +100,15 @@ class Options:
     ema: float = 0.0
     """Share that a moving average of the weights keeps at each step; the average is validated and kept then."""
     flip: bool = True
-    """Mirror half of the pictures, with their masks."""
+    """Mirror half of the images, with their masks."""
     crop: float = 0.5
-    """Random crops with sides of at least this share of the picture's; 1 for none."""
+    """Random crops with sides of at least this share of the image's; 1 for none."""
     freeze: tuple[Part, ...] = ()
     """Parts that stay as they are."""
     validations: int = 10
     """Of the training, evenly spaced; each gives point and box mIoU."""
     val_images: int = 50
-    """Pictures of --val that a validation takes, the first."""
+    """Images of --val that a validation takes, the first."""
     keep: Literal["best", "last"] = "best"
     """Which model is the result: the best by the mean of both mIoUs, or the last."""
     seed: int = 0
@@ -118,7 +118,7 @@ class Options:
     save_every: int = 100
     """Steps between two checkpoints for --resume. SIGTERM makes one, too, and ends the run."""
     accumulate: int = 1
-    """Parts that a step's pictures are taken in, one after the other: less memory."""
+    """Parts that a step's images are taken in, one after the other: less memory."""
     fsdp: int = 1
     """Devices that parameters and optimiser state are split over."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -131,10 +131,10 @@ class Options:
     """For several processes, as in `slimsam_jax.compress`."""
 
     def check(self) -> None:
-        """Raises InputError for what can be told wrong without looking at files."""
+        """Raises InputError for what is wrong without looking at files."""
         limits.check_options(self, COUNTED)
         if bool(self.images) == bool(self.composites):
-            raise InputError("give annotated pictures by --images, or a pack by --composites")
+            raise InputError("give annotated images by --images, or a pack by --composites")
         if self.composites and not self.val:
             raise InputError("--composites needs --val, a folder that `experiments.reference_data draw` makes")
         if self.workers and not self.composites:
@@ -147,7 +147,7 @@ class Options:
             raise InputError("--freeze of every part leaves nothing to train")
         limits.check_options(self, {"weight_decay": Range(0, 100), "clip": Range(0, 1e9)})
         if not 0.01 <= self.crop <= 1:
-            raise InputError(f"--crop {self.crop:g} is not a share of the picture's sides, 0.01 <= crop <= 1")
+            raise InputError(f"--crop {self.crop:g} is not a share of the image's sides, 0.01 <= crop <= 1")
         if not 0 <= self.ema < 1:
             raise InputError(f"--ema {self.ema:g} is not the share that an average keeps, 0 <= ema < 1")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 10:
@@ -170,7 +170,7 @@ class Options:
 
 
 def main(options: Options) -> dict[str, Any]:
-    """Trains, and writes the model folder; the story is told in `reference_run.py`.
+    """Trains, and writes the model folder, as `reference_run.py` describes it.
 
     Returns:
       The validation of the model that is kept, and its step.

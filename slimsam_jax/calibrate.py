@@ -1,4 +1,4 @@
-"""Thresholds of everything mode for a model. `python -m slimsam_jax.calibrate MODEL --images D`."""
+"""Chooses thresholds of everything mode for a model. `python -m slimsam_jax.calibrate MODEL --images D`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models on disk: a folder with `model.safetensors` and `config.json`. Nothing is ever half-written."""
+"""Saves and loads models: a folder with `model.safetensors` and `config.json`. Nothing is ever half-written."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from slimsam_jax import safetensors_file
-from slimsam_jax.errors import InputError, blaming, printable, writing
+from slimsam_jax.errors import InputError, printable, reading, writing
 from slimsam_jax.files import open_regular, read_json, replacing, write_json
+from slimsam_jax.models.composed import SamConfig
 from slimsam_jax.models.config import Config, Thresholds
-from slimsam_jax.models.sam import Params, Sam, abstract_params
+from slimsam_jax.models.encoders import FAMILIES, family_of, name_of
+from slimsam_jax.models.sam import Architecture, Params, Sam, abstract_params
 
-FORMAT = "slimsam_jax/1"
+FORMAT, FIRST = "slimsam_jax/2", "slimsam_jax/1"  # the first had no family: SAM's ViT
 MOST_LEVELS = 100  # of provenance; a teacher's teacher's are four deeper each
 
 
@@ -39,9 +41,10 @@ def save(sam: Sam, folder: Path | str) -> None:
 
 
 def describe(sam: Sam) -> dict[str, Any]:
-    """What `config.json` holds; thresholds only of a model that has some."""
+    """Returns the content of `config.json`; thresholds only of a model that has some."""
     thresholds = {"thresholds": sam.thresholds.to_json()} if sam.thresholds else {}
-    return {"format": FORMAT, "architecture": sam.config.to_json(), **thresholds, "provenance": sam.provenance}
+    described = {"format": FORMAT, "family": name_of(sam.config.encoder), "architecture": sam.config.to_json()}
+    return {**described, **thresholds, "provenance": sam.provenance}
 
 
 def load(folder: Path | str) -> Sam:
@@ -55,11 +58,8 @@ def load(folder: Path | str) -> Sam:
         if not os.path.lexists(folder / name):
             raise InputError(f"{folder} is not a model folder: it has no {name}")
     description = read_json(folder / "config.json")
-    with blaming(folder):
-        if description.get("format") != FORMAT:
-            theirs = printable(repr(description.get("format")), 40)
-            raise InputError(f"{folder} has format {theirs}, and {FORMAT!r} is what we read")
-        config = Config.from_json(description["architecture"])
+    with reading(folder):
+        config = _architecture(description, str(folder))
         provenance = _provenance(description.get("provenance", {}))
         flat = safetensors_file.read(folder / "model.safetensors")
         check_depth(config, set(flat), str(folder))
@@ -72,19 +72,33 @@ def load(folder: Path | str) -> Sam:
     return Sam(config, params, provenance, thresholds)
 
 
-def _provenance(found: Any) -> dict[str, Any]:
-    """`found`, if it can be written again: JSON's writer takes a frame of the stack for each level."""
-    level, depth = [found], 0
+def _architecture(description: dict[str, Any], where: str) -> Architecture:
+    """By its family; in the first format SAM's ViT was the only one."""
+    if description.get("format") not in (FORMAT, FIRST):
+        theirs = printable(repr(description.get("format")), 40)
+        raise InputError(f"{where} has format {theirs}, and {FORMAT!r} is what we read")
+    name = description["family"] if description["format"] == FORMAT else "vit"
+    if name not in FAMILIES:
+        raise InputError(f"{where} is of the family {printable(repr(name), 40)}, and there are {', '.join(FAMILIES)}")
+    if name == "vit":
+        return Config.from_json(description["architecture"])
+    return SamConfig.from_json(FAMILIES[name], description["architecture"])
+
+
+def _provenance(provenance: Any) -> dict[str, Any]:
+    """Checks that a provenance can be written again: JSON's writer takes a frame of the stack for each level."""
+    level, depth = [provenance], 0
     while level and depth <= MOST_LEVELS:
-        children = (each.values() if isinstance(each, dict) else each for each in level if type(each) in (dict, list))
+        nodes = (node for node in level if type(node) in (dict, list))
+        children = (node.values() if isinstance(node, dict) else node for node in nodes)
         level, depth = list(itertools.chain.from_iterable(children)), depth + 1
-    if level or not isinstance(found, dict):
+    if level or not isinstance(provenance, dict):
         raise ValueError(f"its provenance must be an object of at most {MOST_LEVELS} levels")
-    return found
+    return provenance
 
 
 def to_device(flat: dict[str, np.ndarray], where: str) -> Params:
-    """{path: array} -> tree of float32 arrays on the default device, so that no later call copies them there.
+    """Puts {path: array} onto the default device as a tree of float32, so that no later call copies them there.
 
     Raises:
       InputError: an array is not of real floating-point numbers, or has values that are not finite in float32.
@@ -101,15 +115,16 @@ def to_device(flat: dict[str, np.ndarray], where: str) -> Params:
     return jax.device_put(flax.traverse_util.unflatten_dict(tree, sep="/"))  # at once: no program for each shape
 
 
-def check_depth(config: Config, found: set[str], where: str) -> None:
+def check_depth(config: Architecture, names: set[str], where: str) -> None:
     """Raises InputError unless the last block, decoder layer and mask of `config` are there; costs next to nothing."""
+    own = getattr(family_of(config.encoder), "last_arrays", lambda encoder: [])
+    expected = {f"image_encoder/{path}" for path in own(config.encoder)}
     lasts = {
-        "image_encoder/blocks_{}/norm1/scale": len(config.blocks),
         "mask_decoder/transformer/layers_{}/norm1/scale": config.decoder_depth,
         "mask_decoder/output_hypernetworks_mlps_{}/layers_0/kernel": 1 + config.multimask_outputs,
     }
-    expected = {name.format(count - 1) for name, count in lasts.items() if count}
-    check_names(found & expected, expected, where)
+    expected |= {name.format(count - 1) for name, count in lasts.items() if count}
+    check_names(names & expected, expected, where)
 
 
 def check_names(found: set[str], expected: set[str], where: str) -> None:
@@ -122,15 +137,15 @@ def check_names(found: set[str], expected: set[str], where: str) -> None:
 
 
 def check_shapes(pairs: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], where: str) -> None:
-    """Raises InputError naming the arrays whose (found, expected) shapes differ, if any do."""
-    wrong = [f"{name} is {found}, expected {wanted}" for name, (found, wanted) in pairs.items() if found != wanted]
+    """Raises InputError naming the arrays whose (actual, expected) shapes differ, if any do."""
+    wrong = [f"{name} is {actual}, expected {shape}" for name, (actual, shape) in pairs.items() if actual != shape]
     if wrong:
         more = f" … and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise InputError(f"{where} has arrays of the wrong shape: {'; '.join(wrong[:4])}{more}")
 
 
 def sha256(path: Path | str) -> str:
-    """Of a file, or of those of a model folder that hold the weights.
+    """Hashes a file, or those of a model folder that hold the weights.
 
     Raises:
       InputError: one is no regular file, or cannot be read.

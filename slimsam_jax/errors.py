@@ -1,4 +1,4 @@
-"""What a user can put right is an `InputError`: one line saying what is wrong and what to do."""
+"""Errors as one line: an `InputError` is what a user can put right, and says how."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NAME, MESSAGE = 300, 4000  # characters of a name, and of a message, that are sh
 
 
 def printable(name: object, most: int = NAME) -> str:
-    """A foreign name as it may be printed: cut in the middle to about `most` characters, the unprintable escaped.
+    """Makes a foreign name printable: cuts its middle to leave about `most` characters, and escapes the unprintable.
 
     So no name breaks a line, drives a terminal (ESC, reversed text) or cannot be encoded (bytes that are no UTF-8).
     """
@@ -43,8 +43,8 @@ class Stopped(Exception):
 
 
 @contextmanager
-def blaming(what: object) -> Iterator[None]:
-    """Turns whatever goes wrong while foreign data is read into an InputError that names the data.
+def reading(what: object) -> Iterator[None]:
+    """Turns whatever goes wrong while `what` is read, which is foreign, into an InputError that names it.
 
     Damaged files fail in ways nobody can list (a header that asks for 900 PiB, a list where
     a number should be), and each library has errors of its own.

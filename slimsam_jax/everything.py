@@ -1,4 +1,4 @@
-"""All masks of many pictures. `python -m slimsam_jax.everything --model M --images D --out masks.json`."""
+"""Finds all masks of many images. `python -m slimsam_jax.everything --model M --images D --out masks.json`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Find all masks of pictures and write them in COCO's format.
+    """Find all masks of images and write them in COCO's format.
 
     A grid of points is asked; masks that the model itself thinks poor, or that change much with the threshold, are
     dropped, and so are duplicates. Of images that are files of their own it can be read again by `evaluate
@@ -35,13 +35,13 @@ class Options:
     sheet: Path | None = None
     """Also draw some of the images with their masks into this PNG."""
     points_per_side: int = 32
-    """Of the grid of points."""
+    """Points of the grid, a side."""
     points_per_batch: int = 64
-    """Decoded together."""
+    """Points that are decoded together."""
     pred_iou_thresh: float | None = None
     """The model's own estimate that a mask must exceed. Default: what the model brings along, else 0.88."""
     stability_score_thresh: float | None = None
-    """The least stability of a mask. Default: what the model brings along, else 0.95."""
+    """The lowest stability of a mask. Default: what the model brings along, else 0.95."""
     box_nms_thresh: float = 0.7
     """Box IoU from which the worse of two masks is a duplicate."""
     crop_n_layers: int = 0
@@ -57,10 +57,10 @@ class Options:
 
 
 def everything(options: Options) -> None:
-    """Searches every picture; those that cannot be read are named and left out.
+    """Searches every image; those that cannot be read are named and left out.
 
     Raises:
-      InputError: bad options or files, or not one picture could be read.
+      InputError: bad options or files, or not one image could be read.
     """
     check_files([path for path in (options.out, options.sheet) if path])
     limits.check_options(options, {name: r for name, r in limits.SEARCH.items() if hasattr(options, name)})
@@ -75,50 +75,50 @@ def everything(options: Options) -> None:
     for name in ("model", "images", "out", "sheet"):
         del fields[name]
     generator = SamAutomaticMaskGenerator(load(options.model), output_mode="coco_rle", **fields)
-    found, skipped = map_readable(lambda sample: search(generator, sample), track(samples, "everything"))
+    results, skipped = map_readable(lambda sample: search(generator, sample), track(samples, "everything"))
     for reason in skipped.values():
         print(f"skipped: {reason}")
-    if not found:
+    if not results:
         raise InputError(f"not one of the {len(samples)} images can be read")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    content = as_coco(found)
+    content = as_coco(results)
     write_json(options.out, content)
-    print(f"wrote {options.out}: {len(content['annotations'])} masks of {len(found)} images")
+    print(f"wrote {options.out}: {len(content['annotations'])} masks of {len(results)} images")
     if not content["annotations"]:
-        print(why_nothing(generator, list(found)))
+        print(why_nothing(generator, list(results)))
     if options.sheet:
-        draw(found, options.sheet)
+        draw(results, options.sheet)
 
 
 def why_nothing(generator: SamAutomaticMaskGenerator, samples: Sequence[Sample]) -> str:
-    """What to tell whoever got no mask of readable samples: the best scores, and which option to lower how far."""
+    """Explains why readable samples gave no mask: the best scores, and which option to lower how far."""
     from slimsam_jax.inference import calibration
 
-    found = calibration.scores(generator.sam, samples, generator.stability_score_offset)
-    asked = f"{len(found.stability)} masks at {calibration.GRID} x {calibration.GRID} points"
-    if found.passing(generator).any():
+    scores = calibration.scores(generator.sam, samples, generator.stability_score_offset)
+    asked = f"{len(scores.stability)} masks at {calibration.GRID} x {calibration.GRID} points"
+    if scores.passing(generator).any():
         return f"no mask was kept, though of {asked} some pass: raise --points-per-side"
-    lower = calibration.fitting(found, calibration.USUAL)
-    said, options = [], []
-    for name, words, values in zip(calibration.NAMES, ("predicted IoU", "stability"), found, strict=True):
-        option, least = f"--{name.replace('_', '-')}", getattr(generator, name)
-        said.append(f"the best {words} is {values.max():.2f} ({option} is {least:.2f})")
-        if getattr(lower, name) < least:
+    lower = calibration.fitting(scores, calibration.USUAL)
+    best, options = [], []
+    for name, words, values in zip(calibration.NAMES, ("predicted IoU", "stability"), scores, strict=True):
+        option, threshold = f"--{name.replace('_', '-')}", getattr(generator, name)
+        best.append(f"the best {words} is {values.max():.2f} ({option} is {threshold:.2f})")
+        if getattr(lower, name) < threshold:
             options.append(f"{option} {getattr(lower, name):.2f}")
     hint = "" if generator.sam.thresholds else "; python -m slimsam_jax.calibrate gives the model thresholds of its own"
-    return f"no mask was kept. Of {asked} {' and '.join(said)}: lower to, say, {' '.join(options)}{hint}"
+    return f"no mask was kept. Of {asked} {' and '.join(best)}: lower to, say, {' '.join(options)}{hint}"
 
 
 def search(generator: SamAutomaticMaskGenerator, sample: Sample) -> dict[str, Any]:
-    """{"size": (height, width), "masks": records}."""
-    picture = sample.image()
-    return {"size": (picture.height, picture.width), "masks": generator.generate(picture)}
+    """Finds the masks of a sample: {"size": (height, width), "masks": records}."""
+    image = sample.image()
+    return {"size": (image.height, image.width), "masks": generator.generate(image)}
 
 
-def as_coco(found: dict[Sample, dict[str, Any]]) -> dict[str, Any]:
-    """{sample: what `search` found} as COCO: images and annotations numbered from 1, one category."""
+def as_coco(results: dict[Sample, dict[str, Any]]) -> dict[str, Any]:
+    """Converts {sample: result of `search`} to COCO: images and annotations numbered from 1, one category."""
     images, annotations = [], []
-    for number, (sample, result) in enumerate(found.items(), 1):
+    for number, (sample, result) in enumerate(results.items(), 1):
         height, width = result["size"]
         images.append({"id": number, "file_name": str(Path(sample.name).absolute()), "height": height, "width": width})
         for record in result["masks"]:
@@ -127,15 +127,15 @@ def as_coco(found: dict[Sample, dict[str, Any]]) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]}
 
 
-def draw(found: dict[Sample, dict[str, Any]], out: Path) -> None:
-    """Pictures with what was found in them."""
+def draw(results: dict[Sample, dict[str, Any]], out: Path) -> None:
+    """Draws images with their masks."""
     from slimsam_jax.data.check import draw_sheet
     from slimsam_jax.files import replacing
 
-    made = [dataclasses.replace(s, load_annotations=lambda r=result: r["masks"]) for s, result in found.items()]
+    labelled = [dataclasses.replace(s, load_annotations=lambda r=result: r["masks"]) for s, result in results.items()]
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
-        draw_sheet(made, prompts=False).save(temporary, format="PNG")
+        draw_sheet(labelled, prompts=False).save(temporary, format="PNG")
     print(f"drawn in {out}")
 
 

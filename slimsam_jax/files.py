@@ -1,4 +1,4 @@
-"""Foreign files are opened here, only regular ones of bounded size; ours are written here, whole or not at all."""
+"""Opens foreign files, only regular ones of bounded size; writes ours, whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.errors import InputError, reading
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -58,7 +58,7 @@ JSON_LIMIT = 1 << 20
 
 
 def regular(path: Path | str) -> Path:
-    """The path itself, if it leads to a regular file; nothing is opened.
+    """Returns the path itself, if it leads to a regular file; nothing is opened.
 
     Raises:
       InputError: it is missing or out of reach, or a folder, FIFO, socket or device (or a link to one).
@@ -94,7 +94,7 @@ def open_regular(path: Path | str) -> BinaryIO:
 
 
 def read_bytes(path: Path | str, limit: int) -> bytes:
-    """The whole content of a regular file of at most `limit` bytes.
+    """Reads the whole content of a regular file of at most `limit` bytes.
 
     Raises:
       InputError: `path` does not lead to a readable regular file, or to a larger one.
@@ -108,13 +108,13 @@ def read_bytes(path: Path | str, limit: int) -> bytes:
 
 
 def read_json(path: Path | str, limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """A JSON file of at most `limit` bytes that holds an object.
+    """Reads a JSON file of at most `limit` bytes that holds an object.
 
     Raises:
       InputError: `path` leads to no such file.
     """
     text = read_bytes(path, limit)
-    with blaming(path):
+    with reading(path):
         content = json.loads(text)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object")

@@ -1,4 +1,4 @@
-"""What a model consists of, and what pruning would do to it. `python -m slimsam_jax.inspect MODEL --images DIR`."""
+"""Shows the parts of a model, and what pruning would do to it. `python -m slimsam_jax.inspect MODEL --images DIR`."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def main(
     seed: int = 0,
     out: Path = Path("inspect.png"),
 ):
-    """Show the blocks of a SAM; with images, also what its channels are worth and what cutting them would cost.
+    """Show the blocks of a SAM; with images, also what its channels gain and what cutting them would cost.
 
     Prints a table: widths, parameters and multiply-accumulates of every block. With --images, prunes
-    by each of --ratios without distilling, prints the error of the embedding, and draws the worth of
+    by each of --ratios without distilling, prints the error of the embedding, and draws the gain of
     every channel, what --ratio would keep, and the error against the ratio.
 
     Args:
       model: a model folder, a .pth, or a Hugging Face SamModel folder.
       images: folders of images; an eighth of them measures the error, the others give the importance.
       ratio: what is drawn as kept.
-      ratios: shares of the channels to try.
-      recipe: as in slimsam_jax.compress.
-      set: choices that differ from the recipe's, as NAME=VALUE.
+      ratios: shares of the channels to try; 0.5 leaves 34 % of the parameters of the small SAM's encoder, 0.77 18 %.
+      recipe: whose cuts, as for compress: "default" chooses a basis before it cuts, the others cut whole channels.
+      set: choices that differ from the recipe's, as prune.NAME=VALUE.
       importance_images: how many images importance or statistics are estimated from.
       seed: of noise and order of images.
-      out: the picture to write.
+      out: the figure to write, PNG.
     """
     tried = sorted({ratio, *ratios})
     if not all(0 < r < 1 for r in tried):
@@ -53,16 +53,19 @@ def main(
     from slimsam_jax.compression import analysis, widths
     from slimsam_jax.compression.budget import Target
     from slimsam_jax.compression.recipes import RECIPES
-    from slimsam_jax.compression.settings import change
+    from slimsam_jax.compression.set_option import change
     from slimsam_jax.data import find
+    from slimsam_jax.models.encoders import name_of
 
     choices = change(RECIPES[recipe], set)
-    found = find(images) if images else []
+    samples = find(images) if images else []
     sam = load(model)
-    analysis.print_blocks(sam.config)
+    analysis.print_parts(sam)
     if not images:
         return
-    bench = analysis.Bench(sam, choices, found, importance_images, seed)
+    if name_of(sam.config.encoder) != "vit":
+        raise InputError(f"{model}: what cutting costs is drawn for SAM's ViT alone; leave out --images")
+    bench = analysis.Bench(sam, choices, samples, importance_images, seed)
     for r in tried:
         widths.check(sam.config, Target(r), bench.prunes, uniform=False)
     slims = {}

@@ -1,4 +1,4 @@
-"""How large numbers may be that somebody asks for: told before anything is allocated or compiled for them.
+"""Limits numbers that somebody asks for, before anything is allocated or compiled for them.
 
 The limits are far from what anybody needs and from what takes a machine's memory. Imports nothing that takes long.
 """
@@ -19,7 +19,7 @@ IMAGE_SIDE = 2**16  # pixels; JPEG has as many
 
 
 class Range(NamedTuple):
-    """Of a number, both ends included."""
+    """The range of a number, both ends included."""
 
     least: float
     most: float
@@ -54,14 +54,14 @@ def check(name: str, value: Any, allowed: Range) -> None:
 
 
 def check_options(options: Any, allowed: Mapping[str, Range]) -> None:
-    """The same of attributes as options of a command line; those that are None are not given."""
+    """Checks attributes as options of a command line; those that are None are not given."""
     for name, range_ in allowed.items():
         if (value := getattr(options, name)) is not None:
             check(f"--{name.replace('_', '-')}", value, range_)
 
 
 def quoted(value: Any) -> str:
-    """A value as a message can quote it, whatever it is."""
+    """Formats a value as a message can quote it, whatever it is."""
     try:
         return printable(value if isinstance(value, numbers.Number) else repr(value), 60)
     except Exception:  # a number of more digits than Python prints, or a foreign __repr__

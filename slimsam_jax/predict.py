@@ -1,4 +1,4 @@
-"""Masks for a picture. `python -m slimsam_jax.predict --model M --image I --point X,Y --out P.png`."""
+"""Predicts a mask for an image. `python -m slimsam_jax.predict --model M --image I --point X,Y --out P.png`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from slimsam_jax import cli, limits
+from slimsam_jax import api, cli, limits
 from slimsam_jax.cli.checks import check_file
 from slimsam_jax.errors import InputError, printable
 
@@ -16,12 +16,10 @@ NUMBER = r" *[+-]?(?:[0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1
 
 
 def parse_numbers(text: str, names: str) -> tuple[float, ...]:
-    """ "1,2" -> (1.0, 2.0), if there are as many as `names` ("X,Y") has."""
+    """Parses "1,2" as (1.0, 2.0), if there are as many numbers as `names` ("X,Y") has."""
     numbers = tuple(float(part) for part in text.split(",")) if re.fullmatch(rf"{NUMBER}(,{NUMBER})*", text) else ()
     if len(numbers) != names.count(",") + 1 or not all(map(math.isfinite, numbers)):
-        raise InputError(
-            f"{printable(text, 60)!r} is not {names}: numbers in pixels of the picture, separated by commas"
-        )
+        raise InputError(f"{printable(text, 60)!r} is not {names}: numbers in pixels of the image, separated by commas")
     return numbers
 
 
@@ -33,14 +31,14 @@ def main(
     background: tuple[str, ...] = (),
     box: str | None = None,
 ) -> None:
-    """Segment one object of a picture and draw its mask over it.
+    """Segment one object of an image and draw its mask over it.
 
-    All points and the box together are one prompt. Coordinates are pixels of the picture
+    All points and the box together are one prompt. Coordinates are pixels of the image
     as displayed (after its EXIF rotation), x to the right and y down.
 
     Args:
       model: a model folder, a .pth, or a Hugging Face SamModel folder.
-      image: the picture.
+      image: the image.
       out: the PNG or JPEG to write.
       point: points X,Y on the object.
       background: points X,Y that are not on it.
@@ -62,23 +60,17 @@ def main(
     if os.path.exists(out) and os.path.exists(image) and os.path.samefile(out, image):
         raise InputError(f"--out {out} would replace --image; choose another name")
 
-    import numpy as np
-
-    from converters.from_torch import load
     from slimsam_jax.data import read_image
     from slimsam_jax.files import replacing
     from slimsam_jax.imaging.draw import draw_masks, draw_prompts
-    from slimsam_jax.inference.decode import encode_image, predict_masks
 
-    picture = read_image(image)
+    photo = read_image(image)
     for x, y in [*points, *(corner for b in boxes for corner in (b[:2], b[2:]))]:
-        if not (0 <= x <= picture.width and 0 <= y <= picture.height):
-            raise InputError(f"({x:g}, {y:g}) lies outside the picture of {picture.width} x {picture.height} pixels")
-    sam = load(model)
+        if not (0 <= x <= photo.width and 0 <= y <= photo.height):
+            raise InputError(f"({x:g}, {y:g}) lies outside the image of {photo.width} x {photo.height} pixels")
     labels = [1] * len(point) + [0] * len(background)
-    prompt = {"points": np.array([points]), "labels": np.array([labels])} if points else {}
-    masks, scores = predict_masks(sam, encode_image(sam, picture), **prompt, boxes=np.array(boxes) if boxes else None)
-    drawn = draw_prompts(draw_masks(picture, masks), points, boxes, labels)
+    masks, scores, _ = api.predict(model, photo, points or None, labels or None, boxes[0] if boxes else None)
+    drawn = draw_prompts(draw_masks(photo, masks), points, boxes, labels)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         drawn.save(temporary, format="PNG" if out.suffix.lower() == ".png" else "JPEG")

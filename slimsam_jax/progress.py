@@ -1,4 +1,4 @@
-"""Progress with rates: a bar on a terminal, a line now and then elsewhere."""
+"""Shows progress with rates: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def track(
 
 
 def say(name: str, text: str) -> None:
-    """A line of what a command is about to do, or has done, on standard output."""
+    """Prints a line of what a command is about to do, or has done, on standard output."""
     print(f"{name:>10}  {printable(text, MESSAGE)}", flush=True)
 
 
@@ -64,15 +64,15 @@ def _lines(items, name, total, unit, per_item, compiles, console):
     for index, item in enumerate(items, 1):
         yield item
         done, now = index * per_item, time.perf_counter()
-        found = rate(done)
+        speed = rate(done)
         if now - last > SECONDS_BETWEEN_LINES:
             last = now
-            write(f"{done}/{total or '?'} {unit}  {found}".rstrip())
+            write(f"{done}/{total or '?'} {unit}  {speed}".rstrip())
     write(f"{done} {unit} done {rate.summary()}".rstrip())
 
 
 class Rate:
-    """How fast it goes, as text: of all until now, without the first item if that compiled."""
+    """The rate until now, as text, without the first item if that compiled."""
 
     def __init__(self, unit: str, compiles: bool = False):
         self.unit, self.start, self.skip = unit, time.perf_counter(), 0
@@ -89,8 +89,8 @@ class Rate:
 
     def summary(self) -> str:
         compiled = f"{self.compiled:.1f} s until the first" if self.compiled else ""
-        found = ", ".join(part for part in (compiled, self.text) if part)
-        return f"({found})" if found else ""
+        text = ", ".join(part for part in (compiled, self.text) if part)
+        return f"({text})" if text else ""
 
 
 def _rate(count: int, seconds: float, unit: str) -> str:

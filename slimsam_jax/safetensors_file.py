@@ -1,4 +1,4 @@
-"""The arrays of a model folder: which files hold them, and what is in a `.safetensors`, without reading it.
+"""Maps the arrays of a model folder: which files hold them, and what is in a `.safetensors`, without reading it.
 
 A file is mapped into memory, and the arrays are views of the map. So the header alone costs something, and whoever
 compares shapes first refuses a file of any size before a single value is read.
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from slimsam_jax.errors import InputError, blaming, printable
+from slimsam_jax.errors import InputError, printable, reading
 from slimsam_jax.files import open_regular, read_json
 
 DTYPES = {
@@ -42,14 +42,14 @@ MOST_SHARDS = 100
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a folder that the loaders read: `model.safetensors`, its shards, or `pytorch_model.bin`.
+    """Lists the files of a folder that the loaders read: `model.safetensors`, its shards, or `pytorch_model.bin`.
 
     Raises:
       InputError: the index of the shards cannot be read, or names what is no file of this folder.
     """
     index = folder / "model.safetensors.index.json"
     if os.path.lexists(index):
-        with blaming(index):
+        with reading(index):
             shards = sorted(set(read_json(index)["weight_map"].values()))
             if len(shards) > MOST_SHARDS or any(Path(shard).name != shard for shard in shards):
                 raise InputError(f"{index} must name at most {MOST_SHARDS} files, all beside it")
@@ -60,12 +60,12 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def read(path: Path | str) -> dict[str, np.ndarray]:
-    """{name: array} of a `.safetensors` file, mapped and read-only, in the dtypes of the file.
+    """Maps a `.safetensors` file as {name: array}, read-only, in the dtypes of the file.
 
     Raises:
       InputError: it is none, or a damaged one.
     """
-    with open_regular(path) as file, blaming(path):
+    with open_regular(path) as file, reading(path):
         start, fields = _header(file, path)
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         arrays = {name: _array(content, start, field) for name, field in fields.items()}
@@ -75,7 +75,7 @@ def read(path: Path | str) -> dict[str, np.ndarray]:
 
 
 def _header(file: BinaryIO, path: Path | str) -> tuple[int, dict[str, Any]]:
-    """Where the arrays begin, in bytes, and {name: {"dtype", "shape", "data_offsets"}}."""
+    """Reads the header: where the arrays begin, in bytes, and {name: {"dtype", "shape", "data_offsets"}}."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, HEADER_LIMIT):

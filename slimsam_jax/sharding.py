@@ -1,4 +1,4 @@
-"""What every command shares: arguments from a signature, one line for an error, an exit code that means something."""
+"""Spreads arrays over devices and processes: the mesh, where arrays lie, and what processes exchange."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ def join_processes(how: str) -> None:
     """Makes this process one of several that JAX runs as one: "auto", or HOST:PORT,PROCESSES,INDEX.
 
     Raises:
-      InputError: neither; or no cluster was found, or its other processes were not.
+      InputError: neither; or there is no cluster, or its other processes do not answer.
     """
-    import jax
-
     # When one stops by a fault of its own, the others wait for it in vain; so long, instead of five minutes.
     patience = {"shutdown_timeout_seconds": 30}
     try:
@@ -39,11 +37,11 @@ def join_processes(how: str) -> None:
 
 Tree = Any
 EVERYWHERE = ("data", "fsdp")
-WORTH_SPLITTING = 2**12  # elements: below that a collective costs more than the memory saved
+SPLIT_FROM = 2**12  # elements: below that a collective costs more than the memory saved
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """[devices / fsdp, fsdp] devices with the axes "data" and "fsdp"; all there are if none are given.
+    """Makes a mesh of [devices / fsdp, fsdp] with the axes "data" and "fsdp", of all devices if none are given.
 
     Raises:
       ValueError: fsdp does not divide the number of devices.
@@ -59,24 +57,24 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
 def partition(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
     """Splits the longest axis that `fsdp` divides; none of a small array, or after an odd pruning."""
     divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
-    if fsdp == 1 or not divisible or np.prod(shape) < WORTH_SPLITTING:
+    if fsdp == 1 or not divisible or np.prod(shape) < SPLIT_FROM:
         return PartitionSpec()
     longest = max(divisible, key=lambda axis: shape[axis])
     return PartitionSpec(*("fsdp" if axis == longest else None for axis in range(len(shape))))
 
 
 def shardings(tree: Tree, mesh: Mesh) -> Tree:
-    """Of parameters, optimiser states and the like; leaves need a shape only."""
+    """Returns the shardings of parameters, optimiser states and the like; leaves need a shape only."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, partition(leaf.shape, mesh.shape["fsdp"])), tree)
 
 
 def place(tree: Tree, mesh: Mesh) -> Tree:
-    """Parameters and the like onto the mesh; every process gives the same values."""
+    """Puts parameters and the like onto the mesh; every process gives the same values."""
     return _put(tree, shardings(tree, mesh))
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """The same values on every device; every process gives them."""
+    """Puts the same values onto every device; every process gives them."""
     return _put(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
 
 
@@ -87,18 +85,18 @@ def _put(tree: Tree, places: Tree) -> Tree:
 
 
 def constrain(tree: Tree, mesh: Mesh) -> Tree:
-    """Inside `jit`: keeps a tree where `place` put it."""
+    """Keeps a tree where `place` put it, inside `jit`."""
     return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
 
 
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
-    """This process's rows of a host batch, onto its devices; the global batch has all processes' rows."""
+    """Puts this process's rows of a host batch onto its devices; the global batch has all processes' rows."""
     sharding = NamedSharding(mesh, PartitionSpec(EVERYWHERE))
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
 def gather(tree: Tree) -> Tree:
-    """The whole arrays as numpy, in every process; a collective where they are split over processes."""
+    """Gathers whole arrays as numpy, in every process; a collective where they are split over processes."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     from jax.experimental import multihost_utils
@@ -107,7 +105,7 @@ def gather(tree: Tree) -> Tree:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes."""
+    """Tells whether this process is the one that writes."""
     return jax.process_index() == 0
 
 
@@ -120,7 +118,7 @@ def barrier(name: str) -> None:
 
 
 def agree(value: float) -> float:
-    """The main process's value, in every process."""
+    """Returns the main process's value, in every process."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -129,7 +127,7 @@ def agree(value: float) -> float:
 
 
 def all_agree(flag: bool) -> bool:
-    """Whether it is true in every process."""
+    """Tells whether a flag is true in every process."""
     if jax.process_count() == 1:
         return flag
     from jax.experimental import multihost_utils
@@ -138,7 +136,7 @@ def all_agree(flag: bool) -> bool:
 
 
 def gather_json(value: Any) -> list[Any]:
-    """What each process gives, anything that JSON takes, in every process and in their order."""
+    """Gathers a value of each process, anything that JSON takes, in every process and in their order."""
     if jax.process_count() == 1:
         return [value]
     from jax.experimental import multihost_utils

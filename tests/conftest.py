@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -29,9 +30,18 @@ from PIL import Image
 from helpers.images import write_annotation
 from helpers.models import SQUARE, UNEVEN, random_sam, tiny_config
 from helpers.runs import compress_options
-from slimsam_jax import checkpoint, compress
+from slimsam_jax import checkpoint
+from slimsam_jax.api import compress_with
 from slimsam_jax.models.config import Thresholds
 from slimsam_jax.models.sam import Sam
+
+
+@pytest.fixture()
+def no_collector():
+    """While a test takes time: a walk of the garbage collector through what others left takes a second, too."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +82,7 @@ def slim_sam_torch():
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory):
-    """A folder with a teacher and pictures, two of them annotated."""
+    """A folder with a teacher and images, two of them annotated."""
     root = tmp_path_factory.mktemp("material")
     teacher = dataclasses.replace(random_sam(SQUARE), thresholds=Thresholds(0.0, 0.0, 0.5))
     checkpoint.save(teacher, root / "teacher")
@@ -88,5 +98,5 @@ def material(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(material):
-    compress.compress(compress_options(material, material / "slim"))
+    compress_with(compress_options(material, material / "slim"))
     return material / "slim"

@@ -101,8 +101,8 @@ def test_the_command_in_two_processes(finished, material, tmp_path):
 import sys
 from pathlib import Path
 from helpers.runs import compress_options
-from slimsam_jax.compress import compress
-compress(compress_options(Path(sys.argv[1]), Path(sys.argv[2]), distributed=sys.argv[3]))
+from slimsam_jax.api import compress_with
+compress_with(compress_options(Path(sys.argv[1]), Path(sys.argv[2]), distributed=sys.argv[3]))
 """
     address, out = free_address(), tmp_path / "slim"
     wait_for(*(start(["-c", program, str(material), str(out), f"{address},2,{i}"]) for i in range(2)))
@@ -117,7 +117,7 @@ compress(compress_options(Path(sys.argv[1]), Path(sys.argv[2]), distributed=sys.
     assert len(logs[0]) == len(logs[1]) and sorted(os.listdir(finished)) == sorted(os.listdir(out))
 
 
-def test_processes_count_broken_pictures_together(tmp_path):
+def test_processes_count_broken_images_together(tmp_path):
     """Each of two meets another broken one, of 60; all know both, and stop alike, none by itself."""
     program = """
 import itertools, json, sys

@@ -1,4 +1,4 @@
-"""Are the ONNX files the model? The same picture and prompts through JAX and through onnxruntime, compared."""
+"""Checks ONNX files: the same image and prompts through JAX and through onnxruntime, compared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Outputs = list[tuple[np.ndarray, np.ndarray]]  # (masks, IoU) of each prompt tha
 
 
 class Prompt(NamedTuple):
-    """One prompt and JAX's answer.
+    """One prompt and JAX's outputs.
 
     Attributes:
       points, labels: [1, n, 2] float32 in the model frame, [1, n] int32.
@@ -39,11 +39,11 @@ class Prompt(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What JAX makes of a picture.
+    """JAX's outputs for an image.
 
     Attributes:
-      frame: [H, W, 3] uint8, the picture in the model frame.
-      size, original_size: (height, width) of the picture there and by itself.
+      frame: [H, W, 3] uint8, the image in the model frame.
+      size, original_size: (height, width) of the image there and by itself.
       embedding: [h, w, C].
       prompts: a point, a box, and the point with a mask.
     """
@@ -66,9 +66,9 @@ class Errors(NamedTuple):
     agreement: float
 
 
-def reference(sam: Sam, picture: Image.Image) -> Reference:
-    """Asks JAX, in float32: the picture's middle as a point, its middle half as a box, the point with its own mask."""
-    frame, size = resize_and_pad(picture, sam.config.image_size)
+def reference(sam: Sam, image: Image.Image) -> Reference:
+    """Asks JAX, in float32: the image's middle as a point, its middle half as a box, the point with its own mask."""
+    frame, size = resize_and_pad(image, sam.config.image_size)
     embedding = jax_sam.encode(sam.config, sam.params, frame[None], size[None])[0]
     pixels = np.asarray(jax_sam.preprocess(sam.config, frame[None], size[None]))
     height, width = size
@@ -81,12 +81,12 @@ def reference(sam: Sam, picture: Image.Image) -> Reference:
 
     first = ask(*point)
     prompts = (first, ask(*box), ask(*point, mask=first.low[:, :1].transpose(0, 2, 3, 1)))
-    original_size = picture.height, picture.width
+    original_size = image.height, image.width
     return Reference(sam.config, frame, (height, width), original_size, np.asarray(embedding), pixels, prompts)
 
 
 def session(model: Path | bytes) -> onnxruntime.InferenceSession:
-    """On the CPUs that this process may use; left to itself, onnxruntime binds threads to all that there are.
+    """Opens a model on the CPUs that this process may use; by itself, onnxruntime binds threads to all that there are.
 
     Its threads sleep while they wait for each other: spinning takes the core from the one that is waited for, where
     others work beside it.
@@ -99,10 +99,10 @@ def session(model: Path | bytes) -> onnxruntime.InferenceSession:
 
 
 def compare_sam(expected: Reference, encoder: Path, decoder: Path, return_single_mask: bool = False) -> Errors:
-    """Measures models of the layout `sam`: masks at low resolution and at the picture's own."""
-    picture = expected.frame[: expected.size[0], : expected.size[1]]
-    (embedding,) = session(encoder).run(None, {"images": picture.transpose(2, 0, 1)[None]})
-    run, found, wanted = session(decoder).run, [], []
+    """Measures models of the layout `sam`: masks at low resolution and at the image's own."""
+    image = expected.frame[: expected.size[0], : expected.size[1]]
+    (embedding,) = session(encoder).run(None, {"images": image.transpose(2, 0, 1)[None]})
+    run, actual, target = session(decoder).run, [], []
     for prompt in expected.prompts:
         mask = np.zeros((1, *prompt.low.shape[2:], 1)) if prompt.mask is None else prompt.mask
         inputs = {
@@ -116,13 +116,13 @@ def compare_sam(expected: Reference, encoder: Path, decoder: Path, return_single
         full, iou, low = run(None, {name: np.asarray(value, np.float32) for name, value in inputs.items()})
         kept = [chosen(prompt)] if return_single_mask else slice(None)
         resized = resize_masks(expected.config.image_size, prompt.low[:, kept], expected.size, expected.original_size)
-        found += [(low, iou), (full, iou)]
-        wanted += [(prompt.low[:, kept], prompt.iou[:, kept]), (resized, prompt.iou[:, kept])]
-    return errors(expected, embedding, found, wanted)
+        actual += [(low, iou), (full, iou)]
+        target += [(prompt.low[:, kept], prompt.iou[:, kept]), (resized, prompt.iou[:, kept])]
+    return errors(expected, embedding, actual, target)
 
 
 def chosen(prompt: Prompt) -> int:
-    """The output that Meta's `return_single_mask` takes: the first for more than two points, else the best other."""
+    """Returns the output of Meta's `return_single_mask`: the first for more than two points, else the best other."""
     return 0 if prompt.points.shape[1] > 2 else 1 + int(prompt.iou[0, 1:].argmax())
 
 
@@ -130,7 +130,7 @@ def compare_transformers_js(expected: Reference, encoder: Path, decoder: Path) -
     """Measures models of the layout `transformers_js`, which takes no mask prompts."""
     pixels = expected.pixels.transpose(0, 3, 1, 2)
     embedding, positions = session(encoder).run(None, {"pixel_values": pixels})
-    run, found, wanted = session(decoder).run, [], []
+    run, actual, target = session(decoder).run, [], []
     for prompt in expected.prompts:
         if prompt.mask is not None:
             continue
@@ -142,14 +142,14 @@ def compare_transformers_js(expected: Reference, encoder: Path, decoder: Path) -
             "image_positional_embeddings": positions,
         }
         iou, masks = run(None, inputs)
-        found.append((masks[0], iou[0]))
-        wanted.append((prompt.low[:, 1:], prompt.iou[:, 1:]))
-    return errors(expected, embedding, found, wanted)
+        actual.append((masks[0], iou[0]))
+        target.append((prompt.low[:, 1:], prompt.iou[:, 1:]))
+    return errors(expected, embedding, actual, target)
 
 
-def errors(expected: Reference, embedding: np.ndarray, found: Outputs, wanted: Outputs) -> Errors:
-    """Raises RunError for values that are not finite."""
-    pairs = list(zip(found, wanted, strict=True))
+def errors(expected: Reference, embedding: np.ndarray, actual: Outputs, target: Outputs) -> Errors:
+    """Compares all outputs; raises RunError for values that are not finite."""
+    pairs = list(zip(actual, target, strict=True))
     return Errors(
         largest_error(embedding.transpose(0, 2, 3, 1), expected.embedding[None]),
         max(largest_error(f[0], w[0]) for f, w in pairs),
@@ -158,13 +158,13 @@ def errors(expected: Reference, embedding: np.ndarray, found: Outputs, wanted: O
     )
 
 
-def largest_error(found: np.ndarray, wanted: np.ndarray) -> float:
-    """The largest difference over the largest value.
+def largest_error(actual: np.ndarray, target: np.ndarray) -> float:
+    """Returns the largest difference over the largest value.
 
     Raises:
-      RunError: shapes differ, or a value found is not finite.
+      RunError: shapes differ, or a value of `actual` is not finite.
     """
-    if found.shape != wanted.shape or not np.isfinite(found).all():
-        what = "values that are not finite" if found.shape == wanted.shape else f"{found.shape}, not {wanted.shape}"
+    if actual.shape != target.shape or not np.isfinite(actual).all():
+        what = "values that are not finite" if actual.shape == target.shape else f"{actual.shape}, not {target.shape}"
         raise RunError(f"the ONNX model gives {what}")
-    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+    return float(np.abs(actual - target).max() / np.abs(target).max())

@@ -1,4 +1,4 @@
-"""Prompt encoder and mask decoder as ONNX graphs: what `prompt_encoder.py` and `mask_decoder.py` compute.
+"""Builds prompt encoder and mask decoder as ONNX graphs: what `prompt_encoder.py` and `mask_decoder.py` compute.
 
 Shapes: p prompts of n points, t tokens, h x w cells of the embedding (s = h * w), C channels, m masks.
 """
@@ -15,7 +15,7 @@ TORCH_EPSILON = 1e-5  # of the two-way transformer's norms; 1e-6 everywhere else
 
 
 def prompt_tokens(g: Graph, config: Config, points: str, labels: str) -> str:
-    """points [p, n, 2] (x, y) in pixels of the model frame, labels int64 [p, n] -> [p, n, C].
+    """Encodes points [p, n, 2] (x, y) in pixels of the model frame, labels int64 [p, n] -> [p, n, C].
 
     Labels are those of `PromptEncoder` but for ABSENT, which neither contract knows: below -1 the token is zero, which
     is not absent, as `SamModel` has it for -10.
@@ -31,7 +31,7 @@ def prompt_tokens(g: Graph, config: Config, points: str, labels: str) -> str:
 
 
 def encode_positions(g: Graph, coordinates: str | np.ndarray) -> str:
-    """Random Fourier features of (x, y) in 0..1: [..., 2] -> [..., C]."""
+    """Computes random Fourier features of (x, y) in 0..1: [..., 2] -> [..., C]."""
     centred = g.op("Sub", g.mul(coordinates, np.float32(2)), np.float32(1))
     turns = g.op("MatMul", centred, g.param(f"{PROMPTS}/positional_encoding_gaussian_matrix"))
     phase = g.mul(turns, np.float32(2 * np.pi))
@@ -39,19 +39,19 @@ def encode_positions(g: Graph, coordinates: str | np.ndarray) -> str:
 
 
 def dense_positions(g: Graph, config: Config) -> str:
-    """Encoding of the centres of the embedding's cells: [1, s, C]. In the graph, where it takes no room."""
+    """Encodes the centres of the embedding's cells: [1, s, C]. In the graph, where it takes no room."""
     h, w = config.grid
     y, x = np.meshgrid((np.arange(h) + 0.5) / h, (np.arange(w) + 0.5) / w, indexing="ij")
     return encode_positions(g, np.stack([x, y], axis=-1).reshape(1, h * w, 2).astype(np.float32))
 
 
 def no_mask(g: Graph) -> str:
-    """What is added to the embedding if there is no mask prompt: [1, C]."""
+    """Returns what is added to the embedding if there is no mask prompt: [1, C]."""
     return g.param(f"{PROMPTS}/no_mask_embed")
 
 
 def dense_embedding(g: Graph, config: Config, masks: str, flags: str) -> str:
-    """masks [p, 1, 4h, 4w], of which those with a flag (float32 [p]) of 1 count -> [p, s, C]."""
+    """Encodes masks [p, 1, 4h, 4w], of which those with a flag (float32 [p]) of 1 count -> [p, s, C]."""
     x = g.half(g.transpose(masks, 0, 2, 3, 1))
     for conv, norm in ((0, 1), (3, 4)):
         x = g.wide(g.conv(x, f"{PROMPTS}/mask_downscaling_{conv}", stride=2))
@@ -63,7 +63,7 @@ def dense_embedding(g: Graph, config: Config, masks: str, flags: str) -> str:
 
 
 def mask_decoder(g: Graph, config: Config, image: str, image_pe: str, sparse: str) -> tuple[str, str]:
-    """All masks of p prompts.
+    """Predicts all masks of p prompts.
 
     Args:
       image: [p, s, C], the image's embedding and the mask prompt's.
@@ -88,21 +88,21 @@ def mask_decoder(g: Graph, config: Config, image: str, image_pe: str, sparse: st
 
 
 def mlp(g: Graph, x: str, path: str) -> str:
-    """Three layers with ReLU between them."""
+    """Applies three layers with ReLU between them."""
     for i in range(3):
         x = g.linear(x if i == 0 else g.op("Relu", x), f"{path}/layers_{i}")
     return x
 
 
 def upscale(g: Graph, x: str) -> str:
-    """[p, h, w, C] -> [p, 4h, 4w, C/8] by two transposed convolutions."""
+    """Upscales [p, h, w, C] -> [p, 4h, 4w, C/8] by two transposed convolutions."""
     x = g.wide(g.conv_transpose(g.half(x), f"{DECODER}/output_upscaling_0", stride=2))
     x = g.gelu(g.half(g.layer_norm(x, f"{DECODER}/output_upscaling_1")))
     return g.gelu(g.conv_transpose(x, f"{DECODER}/output_upscaling_3", stride=2))
 
 
 def transformer(g: Graph, config: Config, image: str, image_pe: str, tokens: str) -> tuple[str, str]:
-    """The two-way transformer. image, image_pe: [p, s, C]; tokens: [p, t, C]. Returns tokens, image."""
+    """Applies the two-way transformer. image, image_pe: [p, s, C]; tokens: [p, t, C]. Returns tokens, image."""
     token_pe = tokens
     for i in range(config.decoder_depth):
         tokens, image = two_way_block(g, config, image, image_pe, tokens, token_pe, i)
@@ -114,7 +114,7 @@ def transformer(g: Graph, config: Config, image: str, image_pe: str, tokens: str
 def two_way_block(
     g: Graph, config: Config, image: str, image_pe: str, tokens: str, token_pe: str, index: int
 ) -> tuple[str, str]:
-    """Tokens among themselves, tokens to image, MLP on tokens, image to tokens."""
+    """Attends tokens to themselves, tokens to image, then MLP on tokens, image to tokens."""
     path = f"{TRANSFORMER}/layers_{index}"
     norm = lambda x, i: g.layer_norm(x, f"{path}/norm{i}", TORCH_EPSILON)
     attend = lambda q, k, v, name: attention(g, config, q, k, v, f"{path}/{name}")
@@ -132,7 +132,7 @@ def two_way_block(
 
 
 def attention(g: Graph, config: Config, q: str, k: str, v: str, path: str) -> str:
-    """q: [p, t, C]; k, v: [p, s, C], float32. Returns [p, t, C] float32."""
+    """Attends q [p, t, C] to k, v [p, s, C], float32. Returns [p, t, C] float32."""
     heads = config.decoder_heads
     dim = g.params[f"{path}/q_proj/bias"].shape[-1]
     split = lambda x, name: g.reshape(g.linear(g.half(x), f"{path}/{name}"), 0, -1, heads, dim)

@@ -1,4 +1,4 @@
-"""The image encoder as an ONNX graph: what `slimsam_jax/models/image_encoder.py` computes, of any widths per block.
+"""Builds the image encoder as an ONNX graph: what `models.encoders.vit` computes, of any widths per block.
 
 Shapes: b images, h x w tokens, D embedding channels, n heads, d channels per head, L tokens of a window or an image.
 """
@@ -16,7 +16,7 @@ LOGITS_AT_ONCE = 2**22
 
 
 def image_encoder(g: Graph, config: Config, pixels: str) -> str:
-    """[b, 3, H, W] normalised -> [b, C, h, w]."""
+    """Encodes [b, 3, H, W] normalised images -> [b, C, h, w]."""
     root, patch = "image_encoder", config.patch_size
     x = g.conv(g.half(g.transpose(pixels, 0, 2, 3, 1)), f"{root}/patch_embed_proj", stride=patch)
     x = g.wide(g.add(x, g.param(f"{root}/pos_embed", g.dtype)))
@@ -28,7 +28,7 @@ def image_encoder(g: Graph, config: Config, pixels: str) -> str:
 
 
 def encoder_block(g: Graph, config: Config, block: Block, x: str, path: str) -> str:
-    """norm1, attention, residual; norm2, MLP, residual. x: [b, h, w, D]."""
+    """Applies norm1, attention, residual; norm2, MLP, residual. x: [b, h, w, D]."""
     y = g.half(g.layer_norm(x, f"{path}/norm1"))
     if block.window == GLOBAL:
         y = attention(g, block, config.grid, y, f"{path}/attn")
@@ -42,7 +42,7 @@ def encoder_block(g: Graph, config: Config, block: Block, x: str, path: str) -> 
 
 
 def window_partition(g: Graph, x: str, window: int, config: Config) -> str:
-    """[b, h, w, D] -> [b * windows, window, window, D], zero-padded at the bottom and right."""
+    """Partitions [b, h, w, D] -> [b * windows, window, window, D], zero-padded at the bottom and right."""
     rows, columns = (-(-side // window) for side in config.grid)
     bottom, right = rows * window - config.grid[0], columns * window - config.grid[1]
     if bottom or right:
@@ -52,7 +52,7 @@ def window_partition(g: Graph, x: str, window: int, config: Config) -> str:
 
 
 def window_unpartition(g: Graph, x: str, window: int, config: Config) -> str:
-    """Inverse of `window_partition`; drops the padding."""
+    """Undoes `window_partition`; drops the padding."""
     rows, columns = (-(-side // window) for side in config.grid)
     x = g.transpose(g.reshape(x, -1, rows, columns, window, window, config.embed_dim), 0, 1, 3, 2, 4, 5)
     x = g.reshape(x, -1, rows * window, columns * window, config.embed_dim)
@@ -62,7 +62,7 @@ def window_unpartition(g: Graph, x: str, window: int, config: Config) -> str:
 
 
 def attention(g: Graph, block: Block, span: tuple[int, int], x: str, path: str) -> str:
-    """x: [b, h, w, D] with (h, w) == span. Returns the same shape."""
+    """Attends within x, [b, h, w, D] with (h, w) == span. Returns the same shape."""
     (h, w), heads, dim = span, block.heads, block.head_dim
     split = lambda name: g.reshape(g.linear(x, f"{path}/{name}"), -1, h * w, heads, dim)
     q, v = (g.transpose(split(name), 0, 2, 1, 3) for name in "qv")  # [b, n, L, d]
@@ -70,13 +70,13 @@ def attention(g: Graph, block: Block, span: tuple[int, int], x: str, path: str) 
     if heads * (h * w) ** 2 <= LOGITS_AT_ONCE:
         out = attend(g, q, k, v, span, path)
     else:
-        each = [[g.op("Slice", part, [i], [i + 1], [1]) for part in (q, k, v)] for i in range(heads)]
-        out = g.concat(*(attend(g, *head, span, path) for head in each), axis=1)
+        per_head = [[g.op("Slice", part, [i], [i + 1], [1]) for part in (q, k, v)] for i in range(heads)]
+        out = g.concat(*(attend(g, *head, span, path) for head in per_head), axis=1)
     return g.linear(g.reshape(g.transpose(out, 0, 2, 1, 3), -1, h, w, heads * dim), f"{path}/proj")
 
 
 def attend(g: Graph, q: str, k: str, v: str, span: tuple[int, int], path: str) -> str:
-    """softmax(q k / sqrt(d) + q Rh + q Rw) v. q, v: [b, n, L, d]; k: [b, n, d, L]. Returns [b, n, L, d]."""
+    """Computes softmax(q k / sqrt(d) + q Rh + q Rw) v. q, v: [b, n, L, d]; k: [b, n, d, L]. Returns [b, n, L, d]."""
     dim = g.params[f"{path}/rel_pos_h"].shape[-1]
     logits = add_positions(g, g.op("MatMul", g.mul(q, dim**-0.5), k), q, span, path)
     tokens = span[0] * span[1]
@@ -85,7 +85,7 @@ def attend(g: Graph, q: str, k: str, v: str, span: tuple[int, int], path: str) -
 
 
 def add_positions(g: Graph, logits: str, q: str, span: tuple[int, int], path: str) -> str:
-    """[b, n, L, L] logits and [b, n, L, d] queries before scaling -> [b * n * L, h, w] logits with positions."""
+    """Adds positions to logits [b, n, L, L], by queries [b, n, L, d] before scaling -> [b * n * L, h, w]."""
     h, w = span
     heads = g.reshape(q, 0, 0, h, w, -1)
     by_row = g.op("MatMul", heads, by_distance(g, f"{path}/rel_pos_h", h))  # [b, n, h, w, h]
@@ -96,7 +96,7 @@ def add_positions(g: Graph, logits: str, q: str, span: tuple[int, int], path: st
 
 
 def by_distance(g: Graph, path: str, side: int) -> str:
-    """The table [2 * side - 1, d] of a parameter as [side, d, side], by query and by key."""
+    """Expands the table [2 * side - 1, d] of a parameter to [side, d, side], by query and by key."""
     position = np.arange(side)
     table = g.params[path][position[:, None] - position + side - 1]
     return g.constant(table.transpose(0, 2, 1).astype(g.dtype), path)

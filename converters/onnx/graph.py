@@ -1,4 +1,4 @@
-"""A small builder of ONNX graphs: parameters by their path in our tree, operations as methods that return a name."""
+"""Builds ONNX graphs: parameters by their path in our tree, operations as methods that return a name."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Graph:
         return name
 
     def constant(self, value: Operand, name: str = "") -> str:
-        """Python integers become int64 (shapes, axes), floats `dtype`; numpy keeps its own. Equal ones once."""
+        """Adds a constant, equal ones once. Python's integers become int64, floats `dtype`; numpy keeps its own."""
         array = np.asarray(value)
         if not isinstance(value, np.ndarray | np.generic):
             array = array.astype(self.dtype if array.dtype.kind == "f" else np.int64)
@@ -59,7 +59,7 @@ class Graph:
         return self._known[key]
 
     def param(self, path: str, dtype: Any = np.float32, shape: tuple[int, ...] | None = None) -> str:
-        """A parameter as a constant, named by its path, perhaps with its axes joined."""
+        """Adds a parameter as a constant, named by its path, perhaps with its axes joined."""
         array = self.params[path].astype(dtype)
         return self.constant(array if shape is None else array.reshape(shape), path)
 
@@ -76,51 +76,51 @@ class Graph:
         return self.op("Mul", x, y)
 
     def reshape(self, x: str, *shape: int) -> str:
-        """As ONNX has it: -1 is the rest, 0 an axis left as it is."""
+        """Reshapes as ONNX has it: -1 is the rest, 0 an axis left as it is."""
         return self.op("Reshape", x, shape)
 
     def transpose(self, x: str, *axes: int) -> str:
         return self.op("Transpose", x, perm=axes)
 
     def sizes(self, x: str, start: int, end: int) -> str:
-        """Lengths of the axes start..end-1 of `x`, as an int64 vector."""
+        """Returns the lengths of the axes start..end-1 of `x`, as an int64 vector."""
         return self.op("Shape", x, start=start, end=end)
 
     def concat(self, *parts: Operand, axis: int = 0) -> str:
         return self.op("Concat", *parts, axis=axis)
 
     def filled(self, shape: str, value: np.generic) -> str:
-        """A tensor of `value` alone; `shape` is an int64 vector."""
+        """Fills a tensor with `value`; `shape` is an int64 vector."""
         return self.op("ConstantOfShape", shape, value=numpy_helper.from_array(np.array([value])))
 
     def linear(self, x: str, path: str) -> str:
-        """A Dense or DenseGeneral over the last axis of `x`, heads and their channels joined. In `dtype`."""
+        """Applies a Dense or DenseGeneral over the last axis of `x`, heads and their channels joined. In `dtype`."""
         bias = self.params.get(f"{path}/bias")
         width = self.params[f"{path}/kernel"].shape[-1] if bias is None else bias.size
         y = self.op("MatMul", x, self.param(f"{path}/kernel", self.dtype, (-1, width)), name=path)
         return y if bias is None else self.add(y, self.param(f"{path}/bias", self.dtype, (width,)))
 
     def layer_norm(self, x: str, path: str, epsilon: float = 1e-6) -> str:
-        """Over the last axis; float32 to float32."""
+        """Normalises over the last axis; float32 to float32."""
         parameters = self.param(f"{path}/scale"), self.param(f"{path}/bias")
         return self.op("LayerNormalization", x, *parameters, epsilon=epsilon, axis=-1)
 
     def softmax(self, x: str) -> str:
-        """Over the last axis; `dtype` to `dtype`, in float32."""
+        """Applies softmax over the last axis; `dtype` to `dtype`, in float32."""
         return self.half(self.op("Softmax", self.wide(x), axis=-1))
 
     def gelu(self, x: str) -> str:
-        """The exact one, in the form that onnxruntime fuses into one kernel. In `dtype`."""
+        """Applies the exact GELU, in the form that onnxruntime fuses into one kernel. In `dtype`."""
         phi = self.add(self.op("Erf", self.op("Div", x, 2**0.5)), 1.0)
         return self.mul(self.mul(x, phi), 0.5)
 
     def conv(self, x: str, path: str, stride: int = 1, pad: int = 0) -> str:
-        """[b, h, w, c] to the same; onnxruntime drops the transpositions that meet. In `dtype`."""
+        """Convolves [b, h, w, c] to the same; onnxruntime drops the transpositions that meet. In `dtype`."""
         kernel = self.params[f"{path}/kernel"].transpose(3, 2, 0, 1).astype(self.dtype)
         return self._convolve("Conv", x, path, kernel, stride, pads=[pad] * 4)
 
     def conv_transpose(self, x: str, path: str, stride: int) -> str:
-        """[b, h, w, c] to [b, stride * h, stride * w, c']; kernels no larger than the stride. In `dtype`."""
+        """Convolves [b, h, w, c] to [b, stride * h, stride * w, c']; kernels no larger than the stride. In `dtype`."""
         kernel = self.params[f"{path}/kernel"].transpose(3, 2, 0, 1).astype(self.dtype)
         return self._convolve("ConvTranspose", x, path, kernel, stride)
 
@@ -132,7 +132,7 @@ class Graph:
         return self.transpose(self.op(kind, *operands, name=path, **sizes, **attributes), 0, 2, 3, 1)
 
     def model(self, name: str, config: Config, inputs: dict[str, tuple[int, Shape]], outputs: dict) -> onnx.ModelProto:
-        """The finished model.
+        """Finishes the model.
 
         Args:
           name: of the graph.

@@ -1,4 +1,4 @@
-"""The four ONNX models we write: encoder and decoder, as Meta's tools and as transformers.js call them.
+"""Builds the four ONNX models we write: encoder and decoder, as Meta's tools and as transformers.js call them.
 
 Shapes: b images, p prompts of n points, m masks, [C, h, w] an embedding.
 """
@@ -21,7 +21,7 @@ Params = Mapping[str, np.ndarray]  # paths joined by slashes
 
 
 def sam_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx.ModelProto:
-    """`SamPredictor.set_torch_image`: `Sam.preprocess` and the image encoder.
+    """Builds `SamPredictor.set_torch_image`: `Sam.preprocess` and the image encoder.
 
     Input `images`: uint8 [b, 3, height, width], RGB, scaled to fit the model frame (`ResizeLongestSide.apply_image`)
     and not padded: normalising and padding are part of the graph.
@@ -30,7 +30,7 @@ def sam_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx
     g = Graph(params, dtype)
     mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (config.pixel_mean, config.pixel_std))
     pixels = g.op("Div", g.op("Sub", g.op("Cast", "images", to=FLOAT), mean), std)
-    # Never negative, which would crop: a picture larger than the frame fails where positions are added instead.
+    # Never negative, which would crop: an image larger than the frame fails where positions are added instead.
     missing = g.op("Max", g.op("Sub", config.image_size, g.sizes("images", 2, 4)), [0])
     embedding = image_encoder(g, config, g.op("Pad", pixels, g.concat([0] * 6, missing)))
     inputs = {"images": (UINT8, ("batch_size", 3, "height", "width"))}
@@ -39,7 +39,7 @@ def sam_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx
 
 
 def vision_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx.ModelProto:
-    """What transformers.js runs as `vision_encoder`.
+    """Builds what transformers.js runs as `vision_encoder`.
 
     Input `pixel_values`: float32 [b, 3, H, W], normalised and then padded to the model frame. transformers.js scales
     images otherwise than everyone else before that (tests/converters/test_transformers_js.py); the graph cannot make up
@@ -62,7 +62,7 @@ def vision_encoder(config: Config, params: Params, dtype: Any = np.float32) -> o
 def sam_decoder(
     config: Config, params: Params, dtype: Any = np.float32, return_single_mask: bool = False
 ) -> onnx.ModelProto:
-    """`segment_anything.utils.onnx.SamOnnxModel`, for p prompts at once where it takes one.
+    """Builds `segment_anything.utils.onnx.SamOnnxModel`, for p prompts at once where it takes one.
 
     Inputs, float32 all:
       image_embeddings [1, C, h, w];
@@ -70,9 +70,9 @@ def sam_decoder(
         2 and 3 the corners of a box, -1 not a point. A prompt without a box ends with a "not a point" at (0, 0), as
         the original's do;
       mask_input [1 or p, 1, 4h, 4w]: logits; has_mask_input [1 or p]: 1, or 0 to ignore them;
-      orig_im_size [2]: (height, width) of the picture.
+      orig_im_size [2]: (height, width) of the image.
     Outputs, float32:
-      masks [p, m, height, width]: logits in the picture; iou_predictions [p, m]; low_res_masks [p, m, 4h, 4w].
+      masks [p, m, height, width]: logits in the image; iou_predictions [p, m]; low_res_masks [p, m, 4h, 4w].
       m is 1 + multimask_outputs, the first the single mask; or, if `return_single_mask`, 1: the first for more than
       two points, else the best of the others, as the original chooses.
     """
@@ -103,7 +103,7 @@ def sam_decoder(
 
 
 def select_mask(g: Graph, config: Config, masks: str, iou: str, points: str) -> tuple[str, str]:
-    """[p, m, 4h, 4w], [p, m] -> [p, 1, 4h, 4w], [p, 1]; `points` is how many each prompt has, int64 [1]."""
+    """Selects one mask: [p, m, 4h, 4w], [p, m] -> [p, 1, 4h, 4w], [p, 1]; `points` is their number, int64 [1]."""
     bonus = np.array([[1000.0] + [0.0] * config.multimask_outputs], np.float32)
     surplus = g.op("Sub", g.op("Cast", points, to=FLOAT), np.float32(2.5))
     best = g.op("ArgMax", g.add(iou, g.mul(surplus, bonus)), axis=1, keepdims=1)
@@ -126,7 +126,7 @@ def original_masks(g: Graph, config: Config, masks: str, original_size: str) -> 
 
 
 def prompt_encoder_mask_decoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx.ModelProto:
-    """What transformers.js runs under this name: `SamModel` with `multimask_output=True`.
+    """Builds what transformers.js runs under this name: `SamModel` with `multimask_output=True`.
 
     It has no input for a mask prompt, nor for the single mask: transformers.js passes points, labels and boxes alone.
 
@@ -163,7 +163,7 @@ def prompt_encoder_mask_decoder(config: Config, params: Params, dtype: Any = np.
 
 
 def append_not_a_point(g: Graph, points: str, labels: str) -> tuple[str, str]:
-    """points [p, n, 2], labels [p, n] -> with n + 1 each; or as they are, if any label is a corner of a box."""
+    """Appends to points [p, n, 2] and labels [p, n] a "not a point"; not if any label is a corner of a box."""
     largest = g.reshape(g.op("ReduceMax", labels, keepdims=0), 1)
     count = g.op("Cast", g.op("Less", largest, [2]), to=INT64)
     shape = g.concat(g.sizes(labels, 0, 1), count)

@@ -132,7 +132,7 @@ def from_state_dict(
       decoder_heads: of the decoder.
 
     Raises:
-      InputError: a name missing or surplus, a shape that fits no such model, or what is told does not fit.
+      InputError: a name missing or surplus, a shape that fits no such model, or an argument does not fit.
     """
     from slimsam_jax.models.encoders.efficient_sam_vit import ImageEncoder, config_of
 
@@ -158,14 +158,14 @@ def to_state_dict(model: Converted) -> State:
 
 
 def _outline(state: Mapping[str, np.ndarray], heads: int | Sequence[int] | None, decoder_heads: int) -> Outline:
-    """Raises ValueError if there are too many blocks, or the number of heads must be told."""
+    """Raises ValueError if there are too many blocks, or the number of heads must be given."""
     depth = sum(f"image_encoder.blocks.{i}.norm1.weight" in state for i in range(DEEPEST))
     layers = sum(f"mask_decoder.transformer.layers.{i}.norm1.weight" in state for i in range(MOST_LAYERS))
     masks = sum(f"mask_decoder.output_hypernetworks_mlps.{i}.fc.weight" in state for i in range(MOST_LAYERS + 1))
     if heads is None:
         width = state["image_encoder.pos_embed"].shape[-1] if "image_encoder.pos_embed" in state else 0
         if width not in PUBLISHED_HEADS:
-            raise ValueError(f"its width {width} is no published model's, so the number of heads must be told: heads=")
+            raise ValueError(f"its width {width} is no published model's, so the number of heads must be given: heads=")
         heads = PUBLISHED_HEADS[width]
     heads = (heads,) * depth if isinstance(heads, int) else tuple(heads)
     if len(heads) != depth or any(type(n) is not int or n < 1 for n in (*heads, decoder_heads)):

@@ -20,11 +20,11 @@ class Row(NamedTuple):
     sizes: dict[str, int]
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
-        """A view, where there can be one."""
+        """Converts an array to our layout; a view, where there can be one."""
         return rearrange(array, self.pattern, **self.sizes)
 
     def shape(self, theirs: tuple[int, ...]) -> tuple[int, ...]:
-        """Our shape of an array of their shape, which nothing is allocated for."""
+        """Returns our shape of an array of their shape, for which nothing is allocated."""
         return self.to_ours(np.broadcast_to(np.float32(0), theirs)).shape
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:

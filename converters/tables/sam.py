@@ -52,15 +52,15 @@ MASK_DECODER = [
 
 
 def rows(config: Config) -> list[Row]:
-    """The table for one architecture: a row per array, every wildcard expanded."""
+    """Lists the table for one architecture: a row per array, every wildcard expanded."""
     counts = {"b": len(config.blocks), "l": config.decoder_depth, "m": 1 + config.multimask_outputs, "j": 3, "k": 4}
     sections = {"image_encoder": IMAGE_ENCODER, "prompt_encoder": PROMPT_ENCODER, "mask_decoder": MASK_DECODER}
-    found = []
+    every = []
     for section, (name, path, pattern) in ((s, row) for s, table in sections.items() for row in table):
         letters = sorted(set(re.findall(r"{(\w)}", name)))
         for indices in itertools.product(*(range(counts[letter]) for letter in letters)):
             index = dict(zip(letters, indices, strict=True))
             heads = config.blocks[index["b"]].heads if "b" in index else config.decoder_heads
             sizes = {"n": heads} if "(n d)" in pattern else {}
-            found.append(Row(f"{section}.{name.format(**index)}", f"{section}/{path.format(**index)}", pattern, sizes))
-    return found
+            every.append(Row(f"{section}.{name.format(**index)}", f"{section}/{path.format(**index)}", pattern, sizes))
+    return every

@@ -138,7 +138,7 @@ def from_state_dict(
       decoder_heads: of the decoder.
 
     Raises:
-      InputError: a name missing or surplus, a shape that fits no such model, or what is told does not fit.
+      InputError: a name missing or surplus, a shape that fits no such model, or an argument does not fit.
     """
     from slimsam_jax.models.encoders.tiny_vit import ImageEncoder
 

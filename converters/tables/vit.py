@@ -80,7 +80,7 @@ IMAGE_ENCODER = [
 
 
 def split_qkv(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Fused `attn.qkv` (rows q, then k, then v) -> `attn.q`, `attn.k`, `attn.v`; leaves split ones alone."""
+    """Splits fused `attn.qkv` (rows q, then k, then v) into `attn.q`, `attn.k`, `attn.v`; leaves split ones alone."""
     split = {}
     for name, array in state.items():
         if ".attn.qkv." in name and array.ndim and len(array) % 3 == 0:
@@ -92,7 +92,7 @@ def split_qkv(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def fuse_qkv(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Inverse of `split_qkv`."""
+    """Fuses what `split_qkv` splits."""
     fused = {}
     for name, array in state.items():
         if ".attn.q." in name:

@@ -21,10 +21,10 @@ from experiments.reference_data.pack import listed
 from experiments.reference_data.surfaces import Rng, Size, shape, texture
 from slimsam_jax.data import Sample
 from slimsam_jax.imaging import rle
-from slimsam_jax.imaging.geometry import deepest, extent
+from slimsam_jax.imaging.geometry import bounding_window, interior_point
 
 SIDE = 256  # the longer one, pixels
-SMALLEST = 60  # pixels of a mask worth asking for
+SMALLEST = 60  # pixels of a mask that is asked for
 OBJECTS = (1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 8, 10, 14, 20)  # per image, equally likely
 
 Composite = tuple[Image.Image, list[np.ndarray]]  # RGB, and masks [h, w] bool
@@ -39,7 +39,7 @@ class Material:
 
 
 def samples(pack: Path, part: Literal["train", "val"], count: int, seed: int) -> list[Sample]:
-    """Composites that are drawn when they are read, the n-th from the number `seed + n`.
+    """Lists composites that are drawn when they are read, the n-th from the number `seed + n`.
 
     Args:
       pack: from `experiments.reference_data pack`.
@@ -66,10 +66,10 @@ def _encoded(material: Material, part: str, number: int) -> tuple[bytes, list[di
 
 
 def annotation(number: int, mask: np.ndarray, random: Rng) -> dict[str, Any]:
-    """As SA-1B's; half of the points are in the middle of the mask, half anywhere in it."""
-    rows, columns = extent(mask)
+    """Makes an annotation as SA-1B's; half of the points are in the middle of the mask, half anywhere in it."""
+    rows, columns = bounding_window(mask)
     if random.random() < 0.5:
-        x, y = deepest(mask)[0]
+        x, y = interior_point(mask)[0]
     else:
         y, x = np.unravel_index(random.choice(np.flatnonzero(mask)), mask.shape)
         x, y = x + 0.5, y + 0.5
@@ -85,7 +85,7 @@ def annotation(number: int, mask: np.ndarray, random: Rng) -> dict[str, Any]:
 
 
 def write(sample: Sample, out: Path) -> None:
-    """Into a folder in SA-1B's layout."""
+    """Writes composites into a folder in SA-1B's layout."""
     image = sample.image()
     (out / f"{sample.name}.jpg").write_bytes(sample.read())
     fields = {"file_name": f"{sample.name}.jpg", "width": image.width, "height": image.height}
@@ -94,7 +94,7 @@ def write(sample: Sample, out: Path) -> None:
 
 
 def draw(material: Material, random: Rng) -> Composite:
-    """An image of at most 256 x 256 and at least one mask of it."""
+    """Draws an image of at most 256 x 256 and at least one mask of it."""
     while True:
         short = SIDE if random.random() < 0.5 else int(SIDE * random.uniform(0.6, 1))
         size = (SIDE, short) if random.random() < 0.5 else (short, SIDE)
@@ -116,14 +116,14 @@ def paste_objects(canvas: Image.Image, material: Material, random: Rng) -> tuple
         side, centre = max(canvas.size) * share, None
         if layers and random.random() < 0.15 and layers[-1].sum() > 900:  # a part of the one before
             wholes[i] = i - 1
-            middle, depth = deepest(layers[-1])
+            middle, depth = interior_point(layers[-1])
             side, centre = max(10.0, depth * random.uniform(0.6, 1.4)), middle + random.normal(0, 0.3, 2) * depth
         layers.append(paste(canvas, item, side, centre, random))
     return layers, wholes
 
 
 def visible(layers: Sequence[np.ndarray], wholes: dict[int, int]) -> list[np.ndarray]:
-    """Masks of what no later layer covers; a whole has its parts."""
+    """Returns masks of what no later layer covers; a whole has its parts."""
     owner = np.full(layers[0].shape, -1)
     for i, layer in enumerate(layers):
         owner[layer] = i
@@ -137,7 +137,7 @@ def visible(layers: Sequence[np.ndarray], wholes: dict[int, int]) -> list[np.nda
 
 
 def new_object(material: Material, random: Rng) -> Image.Image:
-    """RGBA: a cut-out, at times with another surface, or a shape."""
+    """Draws RGBA: a cut-out, at times with another surface, or a shape."""
     if random.random() < 0.2:
         outline = shape(int(random.integers(48, 160)), random)
         item = surface(material, outline.size, random).convert("RGBA")
@@ -154,7 +154,7 @@ def new_object(material: Material, random: Rng) -> Image.Image:
 
 
 def surface(material: Material, size: Size, random: Rng) -> Image.Image:
-    """RGB: a piece of a photograph, or a texture."""
+    """Draws RGB: a piece of a photograph, or a texture."""
     if random.random() < 0.4:
         return texture(size, random)
     photograph = _photograph(material.photographs[random.integers(len(material.photographs))])
@@ -193,7 +193,7 @@ def paste(canvas: Image.Image, item: Image.Image, side: float, centre: np.ndarra
 
 
 def warp(item: Image.Image, side: float, random: Rng) -> Image.Image:
-    """Resized, mirrored, turned, sheared and seen in perspective, in one resampling."""
+    """Warps an object: resized, mirrored, turned, sheared and seen in perspective, in one resampling."""
     stretch = np.exp(random.normal(0, 0.15))
     factor = side / max(item.size)
     # A small copy first: one resampling by much would alias.
@@ -214,7 +214,7 @@ def warp(item: Image.Image, side: float, random: Rng) -> Image.Image:
 
 
 def homography(here: np.ndarray, there: np.ndarray) -> list[float]:
-    """The eight numbers by which Pillow maps four points [4, 2] of the result to those of the source."""
+    """Computes the eight numbers by which Pillow maps four points [4, 2] of the result to those of the source."""
     rows, values = [], []
     for (x, y), (u, v) in zip(here, there, strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
@@ -231,7 +231,7 @@ def cast_shadow(canvas: Image.Image, alpha: Image.Image, place: tuple[int, int],
 
 
 def coloured(image: Image.Image, random: Rng) -> Image.Image:
-    """Brightness, contrast, gamma and tint, as one table per channel; at times grey."""
+    """Changes brightness, contrast, gamma and tint, as one table per channel; at times grey."""
     ramp, gamma = np.linspace(0, 1, 256), np.exp(random.normal(0, 0.2))
     gains, shift = np.exp(random.normal(0, 0.12, 3)), random.normal(0, 0.05)
     contrast = np.exp(random.normal(0, 0.15))
@@ -241,7 +241,7 @@ def coloured(image: Image.Image, random: Rng) -> Image.Image:
 
 
 def finished(canvas: Image.Image, random: Rng) -> Image.Image:
-    """The camera's share: blur, noise, and a tint of the whole."""
+    """Adds the camera's share: blur, noise, and a tint of the whole."""
     if random.random() < 0.3:
         canvas = canvas.filter(ImageFilter.GaussianBlur(random.uniform(0.3, 1.2)))
     canvas = coloured(canvas, random) if random.random() < 0.5 else canvas

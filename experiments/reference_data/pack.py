@@ -23,7 +23,7 @@ PARTS = ("train", "val")
 
 
 def make(out: Path, downloads: Path) -> dict[str, int]:
-    """Writes OUT/{cutouts,photographs}/{train,val}/*.webp and OUT/LICENCES.md, with the versions that were found.
+    """Writes OUT/{cutouts,photographs}/{train,val}/*.webp and OUT/LICENCES.md, with the versions.
 
     Which part a file belongs to follows from its content, so that it never changes.
 
@@ -61,7 +61,7 @@ def make(out: Path, downloads: Path) -> dict[str, int]:
 
 
 def fetch(source: Source, downloads: Path) -> Path:
-    """The package's archive."""
+    """Fetches the package's archive."""
     downloads.mkdir(parents=True, exist_ok=True)
     stem = source.package.strip("@").replace("/", "-")
     pattern = f"{stem}-{source.version}.tgz" if source.registry == "npm" else f"{stem}_*.deb"
@@ -73,7 +73,7 @@ def fetch(source: Source, downloads: Path) -> Path:
 
 
 def version_of(source: Source, archive: Path) -> str:
-    """What was found: Debian's archive has one version of a package, and its file's name says which."""
+    """Returns the version: Debian's archive has one version of a package, and its file's name says which."""
     return source.version if source.registry == "npm" else unquote(archive.name.split("_")[1])
 
 
@@ -91,13 +91,13 @@ def call(command: list[str], folder: Path, complaint: str) -> None:
 
 
 def files(source: Source, folder: Path) -> Iterator[Path]:
-    """Those that the source names, in a fixed order."""
-    found = sorted(path for pattern in source.files for path in folder.glob(pattern))
-    return (path for path in found if not any(part in str(path) for part in source.without))
+    """Lists the files that the source names, in a fixed order."""
+    paths = sorted(path for pattern in source.files for path in folder.glob(pattern))
+    return (path for path in paths if not any(part in str(path) for part in source.without))
 
 
 def cutout(path: Path) -> Image.Image | None:
-    """RGBA, cropped to what is opaque; None if it is not one object with an outline worth learning."""
+    """Crops RGBA to what is opaque; None if it is not one object with an outline to learn."""
     from scipy.ndimage import label
 
     try:
@@ -119,7 +119,7 @@ def photograph(path: Path) -> Image.Image:
 
 
 def shrunk(image: Image.Image, side: int) -> Image.Image:
-    """With a longest side of at most `side`."""
+    """Shrinks to a longest side of at most `side`."""
     factor = side / max(image.size)
     size = tuple(max(1, round(s * factor)) for s in image.size)
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3) if factor < 1 else image
@@ -138,12 +138,12 @@ def licences(rows: list[tuple[Source, int]]) -> str:
 
 
 def listed(pack: Path, kind: str, part: str) -> list[Path]:
-    """The files of a part of a pack.
+    """Lists the files of a part of a pack.
 
     Raises:
       InputError: it has none.
     """
-    found = sorted((pack / kind / part).glob("*.webp"))
-    if not found:
+    paths = sorted((pack / kind / part).glob("*.webp"))
+    if not paths:
         raise InputError(f"{pack} holds no {kind}/{part}; `python -m experiments.reference_data pack` makes a pack")
-    return found
+    return paths

@@ -1,4 +1,4 @@
-"""What needs no source: textures, and outlines of plain, thin and holed shapes. All from a random generator."""
+"""Draws what needs no source: textures, and outlines of plain, thin and holed shapes. All from a random generator."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Size = tuple[int, int]  # width, height
 
 
 def texture(size: Size, random: Rng) -> Image.Image:
-    """RGB, one of: clouds, cells, stripes, checks, a gradient."""
+    """Draws RGB, one of: clouds, cells, stripes, checks, a gradient."""
     kinds = (clouds, cells, stripes, gradient, clouds)
     return kinds[random.integers(len(kinds))](size, random)
 
 
 def clouds(size: Size, random: Rng) -> Image.Image:
-    """Noise of several scales added up (value noise, as Perlin's in spirit)."""
+    """Draws noise of several scales added up (value noise, as Perlin's in spirit)."""
     total = np.zeros((size[1], size[0], 3), np.float32)
     roughness, colours = random.uniform(0.3, 0.9), palette(2, random)
     grain = 2 ** random.integers(1, 6)
@@ -32,7 +32,7 @@ def clouds(size: Size, random: Rng) -> Image.Image:
 
 
 def cells(size: Size, random: Rng) -> Image.Image:
-    """Voronoi cells in a few colours."""
+    """Draws Voronoi cells in a few colours."""
     count = int(random.integers(4, 60))
     seeds, colours = random.random((count, 2)) * size, palette(count, random)
     small = max(1, size[0] // 2), max(1, size[1] // 2)
@@ -42,7 +42,7 @@ def cells(size: Size, random: Rng) -> Image.Image:
 
 
 def stripes(size: Size, random: Rng) -> Image.Image:
-    """Stripes or checks at any angle, hard or soft."""
+    """Draws stripes or checks at any angle, hard or soft."""
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     angle, period = random.uniform(0, np.pi), random.uniform(4, max(size) / 2)
     wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period)
@@ -54,7 +54,7 @@ def stripes(size: Size, random: Rng) -> Image.Image:
 
 
 def gradient(size: Size, random: Rng) -> Image.Image:
-    """From one colour to another; at times only one."""
+    """Draws from one colour to another; at times only one."""
     x, y = np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]))
     angle = random.uniform(0, 2 * np.pi)
     away = np.hypot(x, y) if random.random() < 0.3 else x * np.cos(angle) + y * np.sin(angle)
@@ -64,7 +64,7 @@ def gradient(size: Size, random: Rng) -> Image.Image:
 
 
 def palette(count: int, random: Rng) -> np.ndarray:
-    """[count, 3] colours 0..255, most of them pale or dull, at times all of one hue."""
+    """Draws colours, [count, 3] 0..255, most of them pale or dull, at times all of one hue."""
     colours = random.uniform(0, 255, (count, 3))
     colours += (colours.mean(1, keepdims=True) - colours) * random.uniform(0, 1)
     if random.random() < 0.4:
@@ -78,7 +78,7 @@ def as_image(pixels: np.ndarray) -> Image.Image:
 
 
 def shape(side: int, random: Rng) -> Image.Image:
-    """The outline of a shape, "L": 255 inside. Drawn at four times the size, so that edges are smooth."""
+    """Draws the outline of a shape, "L": 255 inside. Drawn at four times the size, so that edges are smooth."""
     s = 4 * side
     image = Image.new("L", (s, s))
     draw = ImageDraw.Draw(image)

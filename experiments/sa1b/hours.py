@@ -73,23 +73,23 @@ class Cost(NamedTuple):
 
 
 def passes_of(recipe: str) -> dict[str, int]:
-    """Over the images, by the part that was cut before."""
-    found: dict[str, int] = {}
+    """Counts passes over the images, by the part that was cut before."""
+    passes: dict[str, int] = {}
     for step in RECIPES[recipe]:
         if isinstance(step, Prune):
             part = step.part
         elif isinstance(step, Distill):
-            found[part] = step.optimizer.epochs
-    return found
+            passes[part] = step.optimizer.epochs
+    return passes
 
 
 def cost_of(teacher: str, ratio: float, seconds: float, factor: float = 1.5, recipe: str = "default") -> Cost:
     """See `main`."""
     per_mac, passes = seconds / reference_macs.encoder_macs(preset("vit_b")).total, passes_of(recipe)
     work = work_of(preset(teacher), ratio)
-    each = {cuts: factor * per_mac * work[cuts].macs for cuts in passes}
-    hours = IMAGES * sum(passes[cuts] * each[cuts] for cuts in passes) / 3600
-    return Cost({cuts: 1 / s for cuts, s in each.items()}, hours, max(work[cuts].state for cuts in passes))
+    per_image = {cuts: factor * per_mac * work[cuts].macs for cuts in passes}
+    hours = IMAGES * sum(passes[cuts] * per_image[cuts] for cuts in passes) / 3600
+    return Cost({cuts: 1 / s for cuts, s in per_image.items()}, hours, max(work[cuts].state for cuts in passes))
 
 
 def script_of(teacher: str, ratio: float) -> str:
@@ -105,14 +105,14 @@ def main(seconds: float, factor: float = 1.5, recipe: str = "default") -> None:
       recipe: whose number of passes counts.
     """
     passes = passes_of(recipe)
-    printed = Table("run", *(f"images/s, {cuts} stage" for cuts in passes), "hours", "parameters and optimiser")
+    printed = Table("run", *(f"images/s, after the {cuts} cut" for cuts in passes), "hours", "parameters and optimiser")
     for run in itertools.product(TEACHERS, RATIOS):
         cost = cost_of(*run, seconds, factor, recipe)
         rates = [f"{rate:.3g}" for rate in cost.rates.values()]
         printed.add_row(script_of(*run), *rates, f"{cost.hours:.3g}", f"{cost.state / 1e9:.1f} GB")
     Console().print(printed)
-    told = " and ".join(f"{number:g} passes in the {cuts} stage" for cuts, number in passes.items())
-    print(f"{IMAGES} images, {told}, one device like the one that was timed")
+    counted = " and ".join(f"{number:g} passes after the {cuts} cut" for cuts, number in passes.items())
+    print(f"{IMAGES} images, {counted}, one device like the one that was timed")
 
 
 def table() -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SAM-B with 50 % of the channels removed, distilled on 10,000 pictures of SA-1B: 0.1 % of it, as in the paper.
+# SAM-B with 50 % of the channels removed, distilled on 10,000 images of SA-1B: 0.1 % of it, as in the paper.
 # The paper: SlimSAM-50, 26 M parameters (28.0 M as loaded), 72.33 mIoU by point on SA-1B.
 # Hours and memory: python -m experiments.sa1b.hours. The reference's recipe: --recipe slimsam. Goes on with --resume.
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SAM-L with 77 % of the channels removed, distilled on 10,000 pictures of SA-1B: 0.1 % of it, as in the paper.
+# SAM-L with 77 % of the channels removed, distilled on 10,000 images of SA-1B: 0.1 % of it, as in the paper.
 # The paper compresses SAM-B alone, so there is no number of its own to compare with; SAM-B's row is sam_b_77.sh.
 # Hours and memory: python -m experiments.sa1b.hours. The reference's recipe: --recipe slimsam. Goes on with --resume.
 set -euo pipefail

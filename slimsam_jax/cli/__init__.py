@@ -1,9 +1,8 @@
-"""What every command shares: arguments from a signature, one line for an error, an exit code that means something."""
+"""Runs commands: arguments from a signature, one line for an error, an exit code that means something."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import logging
 import re
@@ -15,10 +14,12 @@ from typing import Any
 
 import tyro
 
+from slimsam_jax.cli import arguments as seen
 from slimsam_jax.cli import compilation
 from slimsam_jax.errors import InputError, RunError, Stopped, printable
 
 Arguments = Callable[..., Any] | dict[str, Callable[..., Any]]
+program: str | None = None  # "slimsam compress", set by `slimsam_jax.__main__`
 
 
 def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> None:
@@ -63,34 +64,27 @@ def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> No
 
 
 def parse(arguments: Arguments) -> Any:
-    """What the command line makes of a function (its result) or a dataclass; of several functions that which it names.
+    """Parses the command line for a function (which is called), a dataclass, or the function of several that it names.
 
     Raises:
       InputError: it makes nothing of it.
     """
     several = isinstance(arguments, dict)
     one = tyro.extras.subcommand_cli_from_dict if several else tyro.cli
-    postponed = {k: _postponed(f) for k, f in arguments.items()} if several else _postponed(arguments)
+    postponed = {k: seen.postponed(f) for k, f in arguments.items()} if several else seen.postponed(arguments)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):  # of the parser alone, which says what is wrong in a frame of many lines
-            parsed = one(postponed, prog=_name())
+            parsed = one(postponed, prog=_name(), config=(tyro.conf.DisallowNone,))
     except SystemExit as stop:
         if stop.code:
             raise InputError(_in_a_line(said.getvalue())) from None
         raise
-    return parsed() if isinstance(parsed, functools.partial) else parsed
-
-
-def _postponed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same to the parser, but not called by it."""
-    if isinstance(function, type):
-        return function
-    return functools.wraps(function)(lambda *args, **kw: functools.partial(function, *args, **kw))
+    return seen.finished(parsed, arguments)
 
 
 def _in_a_line(frame: str) -> str:
-    """What tyro says in a frame: the part above the first rule, and the option that it proposes below it."""
+    """Shortens tyro's frame: the part above the first rule, and the option that it proposes below it."""
     rows = [line[2:].strip("│╮╯") for line in frame.splitlines()[1:]]  # the first is a title
     parts: list[list[str]] = [[]]
     for row in rows:
@@ -105,7 +99,9 @@ def _in_a_line(frame: str) -> str:
 
 
 def _name() -> str | None:
-    """How this program is called, if by `python -m`."""
+    """How this program is called, if by `slimsam` or `python -m`."""
+    if program:
+        return program
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
 
@@ -119,15 +115,15 @@ def check_no_repetition(arguments: list[str]) -> None:
 
 
 def _option(argument: str) -> str:
-    """The name in "--name=value"; the parser takes _ for -, too."""
+    """Returns the name in "--name=value"; the parser takes _ for -, too."""
     return argument.partition("=")[0].replace("_", "-")
 
 
 def check_values(given: list[str], arguments: Arguments) -> None:
     """Raises InputError for a value that is nothing, and for no value where there may be several.
 
-    Both come of shell variables that are not set. To the parser the first is the folder we are in, where a path is
-    wanted, and the second the default.
+    Both come of shell variables that are not set. To the parser the first is the folder we are in, if it is a
+    path, and the second the default.
     """
     functions = arguments.values() if isinstance(arguments, dict) else [arguments]
     hints = {name: hint for function in functions for name, hint in typing.get_type_hints(function).items()}

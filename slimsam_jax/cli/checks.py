@@ -1,4 +1,4 @@
-"""Checks of a command's numbers and outputs, before anything slow is imported: each raises InputError."""
+"""Checks a command's numbers and outputs, before anything slow is imported: each raises InputError."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_file(path: Path) -> None:
 
 
 def check_files(paths: Sequence[Path]) -> None:
-    """The same of several, which must not be one."""
+    """Raises InputError unless `paths` can all become output files, no two the same."""
     for path in paths:
         check_file(path)
     if len({os.path.realpath(path) for path in paths}) < len(paths):
@@ -61,7 +61,7 @@ def _check_writable(folder: Path) -> None:
             _check_name(Path(part))
         if len(os.fsencode(folder.absolute())) > 3000:  # Linux opens 4095, with the names of files in it
             raise InputError(f"{printable(folder)} is too long a name for a folder")
-        with tempfile.TemporaryFile(dir=nearest):  # permissions tell neither root nor a read-only disk the truth
+        with tempfile.TemporaryFile(dir=nearest):  # permissions are not the truth for root, nor on a read-only disk
             pass
     except OSError:
         raise InputError(

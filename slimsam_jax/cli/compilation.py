@@ -1,4 +1,4 @@
-"""Compiled programs: kept in the user's cache folder from one command to the next, and no alarm about slow ones.
+"""Keeps compiled programs in the user's cache folder from one command to the next, and quiet about slow ones.
 
 JAX's own variables come first: `JAX_COMPILATION_CACHE_DIR` names another folder, and with
 `JAX_ENABLE_COMPILATION_CACHE=false` nothing is kept. Nothing here imports JAX, so that `--help` need not wait for it.
@@ -16,15 +16,15 @@ import zlib
 from pathlib import Path
 
 ROOM = 2**28  # bytes; a run of `compress` on the small SAM keeps 2.3 MB
-WORTH_KEEPING = 0.1  # seconds of compilation
+KEPT_FROM = 0.1  # seconds of compilation
 
 
 def prepare() -> None:
-    """For a command, at its beginning; a library leaves its user's settings alone."""
+    """Sets JAX's cache, at the beginning of a command; a library leaves its user's settings alone."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA calls a compilation of two minutes an error
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or not (folder := cache_folder()):
         return
-    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": WORTH_KEEPING}
+    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": KEPT_FROM}
     for name, value in settings.items():
         os.environ.setdefault(name.upper(), str(value))
         if "jax" in sys.modules:  # which has read its variables already
@@ -34,7 +34,7 @@ def prepare() -> None:
 
 
 def cache_folder() -> Path | None:
-    """The folder for this machine's programs, in order; None if there cannot be one, or not a safe one."""
+    """Returns the folder for this machine's programs, tidied; None if there cannot be one, or not a safe one."""
     try:
         folder = user_cache() / "slimsam_jax" / "programs" / _machine()
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -49,13 +49,13 @@ def cache_folder() -> Path | None:
 
 
 def user_cache() -> Path:
-    """By the XDG Base Directory Specification, which has relative paths ignored."""
+    """Returns the cache folder by the XDG Base Directory Specification, which has relative paths ignored."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return given if given.is_absolute() else Path.home() / ".cache"
 
 
 def _machine() -> str:
-    """Programs are machine code: home folders are shared by machines that cannot run each other's."""
+    """Hashes the machine: programs are its code, and home folders are shared by machines of other code."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -65,7 +65,7 @@ def _machine() -> str:
 
 
 def _is_ours_alone(folder: Path) -> bool:
-    """Whoever can write here can have any code run; and what is no plain file would be waited for."""
+    """Tells whether nobody else can write here, who could have any code run. What is no plain file would block."""
     if os.name != "posix":
         return True
     here = folder.stat()
@@ -82,7 +82,7 @@ def tidy(folder: Path, room: int) -> None:
     """
     stamp = folder / "tidied"
     before = stamp.stat().st_mtime if stamp.exists() else 0.0
-    files = sorted(((path.stat(), path) for path in folder.glob("*-cache")), key=lambda each: -each[0].st_mtime)
+    files = sorted(((path.stat(), path) for path in folder.glob("*-cache")), key=lambda file: -file[0].st_mtime)
     total = 0
     for status, path in files:
         total += status.st_size
@@ -92,7 +92,7 @@ def tidy(folder: Path, room: int) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """As far as can be told: JAX compresses with zlib, unless there is a package for zstd."""
+    """Tells whether a file is whole, if it can: JAX compresses with zlib, unless there is a package for zstd."""
     content = path.read_bytes()
     if content.startswith(b"\x28\xb5\x2f\xfd"):
         return True

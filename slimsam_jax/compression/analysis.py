@@ -1,4 +1,4 @@
-"""A model taken apart, and pruned in several ways without distilling: what `python -m slimsam_jax.inspect` shows."""
+"""Analyses a model: its parts, and pruning by several ratios without distilling, as `slimsam_jax.inspect` shows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from slimsam_jax import data
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.calibration import calibration_stream, on_devices
+from slimsam_jax.compression.calibration_images import calibration_stream, on_devices
 from slimsam_jax.compression.steps import Prune, Recipe
 from slimsam_jax.compression.widths import target_of
 from slimsam_jax.data import Sample
@@ -31,8 +31,20 @@ from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import reference_macs
 
 
+def print_parts(sam: Sam) -> None:
+    """Of a ViT its blocks; of another family the parts of its tree, with their parameters."""
+    if isinstance(sam.config, Config):
+        return print_blocks(sam.config)
+    table = Table("part", "params [M]")
+    for name, part in sam.params["image_encoder"].items():
+        table.add_row(name, f"{reference_macs.parameters({name: part}) / 1e6:.3f}")
+    Console().print(table)
+    macs, size = reference_macs.encoder_macs(sam.config), reference_macs.sam_parameters(sam.config)
+    print(f"encoder {macs.total / 1e9:.3f} G MACs (attention {macs.attention / 1e9:.3f}), whole SAM {size / 1e6:.3f} M")
+
+
 def print_blocks(config: Config) -> None:
-    """Widths, parameters and multiply-accumulates of every block and of the whole encoder."""
+    """Prints widths, parameters and multiply-accumulates of every block and of the whole encoder."""
     table = Table("block", "window", "heads", "MLP", "params [M]", "MACs [G]", "attention MACs [G]")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -66,7 +78,7 @@ class Bench:
     """A model with the images to prune it by, and those to measure on: an eighth of them, at most 16.
 
     Raises:
-      InputError: none of them can be read, or the recipe wants labels and there are none.
+      InputError: none of them can be read, or the recipe needs labels and there are none.
     """
 
     def __init__(self, sam: Sam, recipe: Recipe, images: Sequence[Sample], count: int, seed: int):
@@ -79,11 +91,11 @@ class Bench:
         data.check_one_is_readable(used)
         stream = calibration_stream(self.prunes[0], used, sam.config, batch, seed)
         self.batches = list(itertools.islice(stream, max(1, min(count, len(used)) // batch)))
-        found, skipped = map_readable(Sample.image, held_out)
-        if not found:
+        readable, skipped = map_readable(Sample.image, held_out)
+        if not readable:
             raise InputError(f"none of the images to measure on can be read: {next(iter(skipped.values()))}")
-        self.pictures = list(found.values())
-        self.wanted = [encode_image(sam, picture).embedding for picture in self.pictures]
+        self.judged = list(readable.values())
+        self.embeddings = [encode_image(sam, image).embedding for image in self.judged]
 
     def calibration(self, name: str) -> Iterable[Any]:
         return on_devices(iter(self.batches), len(self.batches))
@@ -93,42 +105,42 @@ class Bench:
         for step in self.prunes:
             narrow = slim if step.part == "bottleneck" else narrow
             slim = prune.prune(slim, step, target_of(step, Target(ratio)), self.calibration, self.seed)
-        found = [encode_image(slim, picture).embedding for picture in self.pictures]
-        errors = list(map(relative_error, found, self.wanted))
+        embeddings = [encode_image(slim, image).embedding for image in self.judged]
+        errors = list(map(relative_error, embeddings, self.embeddings))
         return Pruned(narrow, slim, float(np.mean(errors)))
 
 
 def draw(bench: Bench, pruned: Mapping[float, Pruned], ratio: float, out: Path) -> None:
-    """Writes a PNG: the worth of every channel with what `ratio` keeps, and the error against the ratio."""
+    """Writes a PNG: the gain of every channel with what `ratio` keeps, and the error against the ratio."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     (stream, errors), (heads, hidden) = figure.subplots(2, 2)
     narrow, slim, _ = pruned[ratio]
-    worth = lambda sam, part: prune.worth(sam, bench.steps[part], bench.calibration, bench.seed)
-    gains = worth(bench.sam, "embedding")["embedding"]
+    gains_of = lambda sam, part: prune.worth(sam, bench.steps[part], bench.calibration, bench.seed)
+    gains = gains_of(bench.sam, "embedding")["embedding"]
     stream.semilogy(np.maximum(gains, 1e-9 * gains.max()))
     stream.axvline(slim.config.embed_dim, color="black", label=f"kept at {ratio:g}")
-    stream.set(title="embedding: worth of each further channel", xlabel="channels")
+    stream.set(title="embedding: gain of each further channel", xlabel="channels")
     stream.legend()
     errors.semilogy(list(pruned), [cut.error for cut in pruned.values()], "o-")
     errors.set(title="error of the embedding before distillation", xlabel="share of the channels removed")
     errors.grid(alpha=0.3)
-    gains = worth(narrow, "bottleneck")
+    gains = gains_of(narrow, "bottleneck")
     for axes, kind, field, title in ((heads, "attn", "head_dim", "heads"), (hidden, "mlp", "mlp_dim", "MLPs")):
         rows = [gains[f"blocks_{i}/{kind}"] for i in range(len(slim.config.blocks))]
         _draw_blocks(axes, rows, [getattr(block, field) for block in slim.config.blocks])
-        axes.set(title=f"{title}: worth of each further channel (log10)", xlabel="channels", ylabel="block")
+        axes.set(title=f"{title}: gain of each further channel (log10)", xlabel="channels", ylabel="block")
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
 def _draw_blocks(axes: Any, rows: Sequence[np.ndarray], kept: Sequence[int]) -> None:
-    """A row per block, worth as colour, a white line where the cut falls."""
+    """Draws a row per block, gain as colour, a white line where the cut falls."""
     width, floor = max(map(len, rows)), 1e-9 * max(row.max() for row in rows)
-    picture = np.full((len(rows), width), np.nan)
+    pixels = np.full((len(rows), width), np.nan)
     for i, row in enumerate(rows):
-        picture[i, : len(row)] = np.log10(np.maximum(row, max(floor, 1e-300)))
-    image = axes.imshow(picture, aspect="auto", interpolation="nearest", extent=(0, width, len(rows) - 0.5, -0.5))
+        pixels[i, : len(row)] = np.log10(np.maximum(row, max(floor, 1e-300)))
+    image = axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=(0, width, len(rows) - 0.5, -0.5))
     edges = np.arange(len(rows))[:, None] + [-0.5, 0.5]
     axes.plot(np.repeat(kept, 2), edges.ravel(), color="white")
     axes.figure.colorbar(image, ax=axes)

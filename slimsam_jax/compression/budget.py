@@ -1,4 +1,4 @@
-"""How much to cut: a share of the channels, or a budget in parameters, multiply-accumulates or seconds."""
+"""Says how much to cut: a share of the channels, or a budget in parameters, multiply-accumulates or seconds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a slim SAM may cost.
+    """A limit on the cost of a slim SAM.
 
     Attributes:
       kind: "params", parameters of the whole SAM; "macs", multiply-accumulates of the image encoder for one
@@ -57,7 +57,7 @@ class Budget:
         return cls(kind, amount)
 
     def cost(self, config: Config) -> float:
-        """Of a model, in the budget's units; latency is measured."""
+        """Returns the cost of a model in the budget's units; latency is measured."""
         if self.kind == "params":
             return reference_macs.sam_parameters(config)
         return reference_macs.encoder_macs(config).total if self.kind == "macs" else encoder_seconds([config])[0]
@@ -71,7 +71,7 @@ class Target:
     budget: Budget | None = None
 
     def channel_ratio(self, config: Config) -> float:
-        """The share of all channels to remove.
+        """Returns the share of all channels to remove.
 
         For a budget: the share that meets it if every width of `config` is cut alike, which is
         what fixes the embedding; the bottlenecks then take up what is left exactly.
@@ -86,28 +86,31 @@ RATIOS = (0.0, 0.2, 0.4, 0.55, 0.7, 0.8, 0.88, 0.94, 0.97)
 
 
 @functools.lru_cache  # times are measured once
-def _ratio_of(wanted: Budget, config: Config) -> float:
-    """Interpolates the cost of evenly cut models; exact enough, as the second stage corrects it."""
+def _ratio_of(budget: Budget, config: Config) -> float:
+    """Interpolates the cost of evenly cut models; exact enough, as cutting the bottlenecks corrects it."""
     models = [even_cut(config, ratio) for ratio in RATIOS]
-    costs = encoder_seconds(models) if wanted.kind == "latency" else [wanted.cost(model) for model in models]
+    costs = encoder_seconds(models) if budget.kind == "latency" else [budget.cost(model) for model in models]
     costs = np.minimum.accumulate(costs)
-    if not costs[-1] <= wanted.amount < costs[0]:
+    if not costs[-1] <= budget.amount < costs[0]:
         raise InputError(
-            f"--budget {wanted.kind}={wanted.amount:.8g}: the model costs {costs[0]:.8g}, and can be cut to "
+            f"--budget {budget.kind}={budget.amount:.8g}: the model costs {costs[0]:.8g}, and can be cut to "
             f"{costs[-1]:.8g} at best; choose something between"
         )
-    return float(np.interp(wanted.amount, costs[::-1], RATIOS[::-1]))
+    return float(np.interp(budget.amount, costs[::-1], RATIOS[::-1]))
 
 
 def even_cut(config: Config, ratio: float) -> Config:
-    """Every width cut by the same share."""
+    """Cuts every width by the same share. Returns the architecture."""
     narrow = lambda width: allocation.rounded_width(width, ratio)
     blocks = [dataclasses.replace(b, head_dim=narrow(b.head_dim), mlp_dim=narrow(b.mlp_dim)) for b in config.blocks]
     return dataclasses.replace(config, embed_dim=narrow(config.embed_dim), blocks=tuple(blocks))
 
 
 def group_costs(config: Config, kind: str) -> dict[str, np.ndarray]:
-    """{group: [size + 1] its cost at each width}; parameters and MACs are linear in a width, times are measured."""
+    """Returns each group's cost at each width, {group: [size + 1]}.
+
+    Parameters and MACs are linear in a width; times are measured.
+    """
     if kind == "latency":
         return _latency_tables(config)
     cost = Budget(kind, 1).cost
@@ -122,7 +125,7 @@ def group_costs(config: Config, kind: str) -> dict[str, np.ndarray]:
 
 
 def _latency_tables(config: Config) -> dict[str, np.ndarray]:
-    """Times single blocks at some widths of heads and of the MLP; lines between."""
+    """Times single blocks at some widths of heads and of the MLP, and interpolates linearly between them."""
     tables: dict[str, np.ndarray] = {}
     measured: dict[tuple, np.ndarray] = {}
     for i, block in enumerate(config.blocks):

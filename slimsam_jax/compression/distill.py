@@ -1,4 +1,4 @@
-"""The step `Distill`: `training.loop` with its terms, scores and schedule."""
+"""Distils: a `training.loop.Loop` whose terms, scores and learning rates are those of a step `Distill`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from slimsam_jax.distillation.step import TrainState
 from slimsam_jax.errors import RunError
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.inference.decode import encode_image
+from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import reference_macs
 from slimsam_jax.training.loop import ADVICE, Loop, Schedule
@@ -75,7 +76,8 @@ class Distillation(Loop):
         self.whole, self.planned, self.distill, self.student = run, planned, step, student
         self.steps = planned.steps
         work = self.steps * run.batch * reference_macs.encoder_macs(run.teacher.config).total
-        every = [terms(step, index, self.steps) for index in range(self.steps)]
+        self.names = family_of(run.teacher.config.encoder).FEATURES
+        every = [terms(step, index, self.steps, self.names) for index in range(self.steps)]
         names = sorted(set(itertools.chain.from_iterable(every)))
         self.faded = dict.fromkeys(names, 0.0) if work < WORTH_A_PROGRAM else {}
         self.targets = targets.remembered(run, step, self.steps, previous, names)
@@ -121,7 +123,7 @@ class Distillation(Loop):
 
     def weights(self, step: int) -> dict[str, float]:
         """A short distillation computes all of its terms to the end, some at weight 0."""
-        return self.faded | terms(self.distill, step - 1, self.steps)
+        return self.faded | terms(self.distill, step - 1, self.steps, self.names)
 
     def score(self, sam: Sam, step: int) -> dict[str, float]:
         judge = self.whole.scores.get(self.distill.validation.validate_by)

@@ -9,12 +9,11 @@ import jax
 import numpy as np
 
 from slimsam_jax import sharding
-from slimsam_jax.compression.calibration import Calibration
+from slimsam_jax.compression.calibration_images import Calibration
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.distillation import mask_losses
 from slimsam_jax.errors import RunError
-from slimsam_jax.models.encoders.vit_features import run_encoder
-from slimsam_jax.models.sam import Sam, decode
+from slimsam_jax.models.sam import Sam, decode, run_encoder
 from slimsam_jax.pruning.gradients import disturbed_gradients, loss_gradients
 
 
@@ -40,7 +39,7 @@ def check_finite(found: Any) -> Any:
 
 def gradients(sam: Sam, step: Prune, calibration: Calibration, seed: int) -> Any:
     """What the criterion reads besides the parameters; nothing but the parameters themselves if it reads none."""
-    if step.criterion in ("magnitude", "random"):
+    if not step.reads_gradients:
         return sam.params["image_encoder"]
     mesh, batches = sharding.make_mesh(), calibration("importance")
     encoder = sharding.replicate(sam.params["image_encoder"], mesh)
@@ -48,5 +47,5 @@ def gradients(sam: Sam, step: Prune, calibration: Calibration, seed: int) -> Any
         loss = functools.partial(mask_loss, sam)
         return check_finite(loss_gradients(loss, encoder, batches, step.grad_reduction, mesh))
     embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
-    options = {"reduce": step.grad_reduction, "probes": step.noise_samples, "mesh": mesh}
+    options = {"reduce": step.grad_reduction, "noise_samples": step.noise_samples, "mesh": mesh}
     return check_finite(disturbed_gradients(embed, encoder, batches, jax.random.key(seed), **options))

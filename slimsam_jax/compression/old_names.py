@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 RENAMED = {
     "criterion": "prune.criterion",
     "signal": "prune.importance_loss",
@@ -69,6 +71,7 @@ def renamed(setting: str) -> str:
 
 def what_became_of(setting: str) -> str | None:
     """A sentence for whoever types a name of 0.2; None if it is none."""
+    setting = re.sub(r"^(prune|distill|quirks)\.", "", setting)  # of an old name behind a new prefix
     name = setting.partition("=")[0]
     if name in GONE:
         return GONE[name]

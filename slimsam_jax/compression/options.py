@@ -1,17 +1,20 @@
-"""What `compress` can be told."""
+"""The options of a compression run, one record for the command line and for `slimsam_jax.compress`."""
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
 from slimsam_jax import limits
 from slimsam_jax.cli.checks import check_seed, check_share
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
+from slimsam_jax.compression.steps import Recipe
 from slimsam_jax.errors import InputError
-from slimsam_jax.limits import Range
+from slimsam_jax.limits import Range, quoted
+from slimsam_jax.progress import say
 from slimsam_jax.training.folder_lock import check_run_folder
 
 COUNTED = {
@@ -29,12 +32,13 @@ COUNTED = {
 class Options:
     """Compress a Segment Anything Model with unlabelled images.
 
-    Alternate slimming (SlimSAM, Chen et al., NeurIPS 2024): prune the embedding, distil, prune the
-    attention heads and MLPs, distil. Without arguments a small SAM and the photographs that ship
-    with the package are used, and a slim model appears in ./slim after a minute or two on a CPU.
+    The default recipe chooses a basis for each cut, prunes the embedding, then the channels within heads and MLPs,
+    and distils once. The recipes taylor and slimsam distil after each of the two cuts,
+    as SlimSAM does (Chen et al., NeurIPS 2024). Without arguments a small SAM and the photographs that ship with the
+    package are used, and a slim model appears in ./slim within a minute or two on a CPU.
 
-    The output folder holds model.safetensors, config.json (architecture and provenance), report.json
-    (every number of the table printed at the end), log.jsonl and report.png.
+    The output folder holds model.safetensors, config.json (architecture and provenance), report.json with every
+    number of the table printed at the end, log.jsonl and report.png.
     """
 
     teacher: Path | None = None
@@ -47,23 +51,25 @@ class Options:
     """What to measure on, of the same kinds. Annotations (an SA-1B .json of the same name beside an image) make it
     count for mIoU. Default: an eighth of --images, at most 50, held out."""
     ratio: float | None = None
-    """Share of the channels to remove, between 0 and 1 (default 0.5). Parameters and work fall about with its
-    square: 0.5 leaves a quarter of the encoder, 0.77 a sixteenth."""
+    """Share of the channels to remove, between 0 and 1. Default: 0.5, which leaves 34 % of the parameters of the small
+    SAM's encoder and about 27 % of SAM-B's; 0.77 leaves 18 % and about 7 %. Most weights fall with the square
+    of the channels, positions and the neck linearly."""
     budget: str | None = None
     """Instead of --ratio, what the slim SAM may cost: params=9.1M (the whole SAM's), macs=47G (the image encoder's,
     attention included) or latency=120ms (of the image encoder, one image, measured on this machine)."""
     recipe: Literal["default", "taylor", "slimsam"] = "default"
-    """"default" chooses a basis before it cuts; "taylor" cuts whole channels by Disturbed Taylor importance
-    without the reference's slips; "slimsam" does what the original code does (slimsam_jax/compression/recipes.py lists
-    the differences with reasons)."""
+    """"default" chooses a basis before it cuts, and distils once; "taylor" cuts whole channels by Disturbed Taylor
+    importance and distils after each cut, without the reference's known bugs; "slimsam" does what the original code
+    does."""
     set: tuple[str, ...] = ()
-    """Single choices that differ from the recipe's, as NAME=VALUE: multiple=8, criterion=fisher, ... (all of them
-    with their reasons in slimsam_jax/compression/recipes.py)."""
+    """Single choices that differ from the recipe's, as NAME=VALUE: prune.round_to=8, prune.criterion=fisher,
+    distill.epochs=20, ... (docs/recipes.md lists all of them)."""
     uniform: bool = False
     """Prune every block alike, so that the result loads into stock segment_anything and transformers."""
     steps: int | None = None
-    """Optimiser steps in each of the paper's two stages, so half of those of the default, which distils once; 0 prunes
-    without distilling. Default: 6 passes over the images (taylor: 12, slimsam: 20, as in the paper)."""
+    """Half of all optimizer steps: those of each of the paper's two distillations. A recipe that distils once, as the
+    default, takes both halves at once. 0 prunes without distilling. Default: as many as 12 passes over the images take
+    (distill.epochs; slimsam: 20, as the paper), in each distillation that a recipe has."""
     batch: int | None = None
     """Images per step, a multiple of the number of devices. Default: 4, or as many more as that takes."""
     limit: int | None = None
@@ -92,7 +98,7 @@ class Options:
     epoch. For this teacher only, but any number of runs."""
     max_broken: float = 0.1
     """The share of --images that may be unreadable; more stops the run. The others are named and skipped. Of --val,
-    too, but more of those are found out before the run, or do not stop it: the exit code is 1 in the end."""
+    too, but more of those are refused before the run, or do not stop it: the exit code is 1 in the end."""
     strict: bool = False
     """As --max-broken 0: stop at the first of --images that cannot be read."""
     distributed: str | None = None
@@ -102,29 +108,37 @@ class Options:
     """Of the computation while distilling; parameters stay float32. "auto" is bfloat16 on GPU and TPU."""
 
     def check(self) -> None:
-        """Raises InputError for what can be told wrong without looking at files."""
+        """Raises InputError for what is wrong without looking at files."""
         if self.ratio is not None and self.budget is not None:
             raise InputError("--ratio and --budget both say how much to cut; give one of them")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise InputError(f"--ratio {self.ratio:g} is not the share of channels to remove: 0 < ratio < 1")
         if self.steps is not None and self.steps < 0:
             raise InputError(f"--steps {self.steps} must not be negative")
+        self._check_words()
         limits.check_options(self, COUNTED)
         check_share(self.max_broken)
         check_seed(self.seed)
         change(RECIPES[self.recipe], self.set)
         check_run_folder(self.out, self.resume)
 
+    def _check_words(self) -> None:
+        """Raises InputError for a choice that is none; the command line's parser has refused it before."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            words = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+            if words and getattr(self, name) not in words:
+                raise InputError(f"--{name} {quoted(getattr(self, name))} is none of {', '.join(words)}")
+
     def channel_ratio(self) -> float | None:
-        """The share of channels to remove, or None if a budget says how much."""
+        """Returns the share of channels to remove, or None if a budget says how much."""
         return 0.5 if self.ratio is None and self.budget is None else self.ratio
 
     def broken_share(self) -> float:
-        """The share of images that may be unreadable."""
+        """Returns the share of images that may be unreadable."""
         return 0.0 if self.strict else self.max_broken
 
     def fixing_the_result(self) -> dict[str, Any]:
-        """What a resumed run must share with the run it continues."""
+        """Returns the options that a resumed run must share with the run it continues."""
         fields = dataclasses.asdict(self)
         for name in ("out", "resume", "save_every", "fsdp", "distributed", "attention", "max_broken", "strict"):
             del fields[name]
@@ -132,3 +146,15 @@ class Options:
         fields["cache"] = self.cache is not None
         fields["ratio"] = self.channel_ratio()
         return fields | {name: [str(path) for path in fields[name]] for name in ("images", "val", "set")}
+
+
+def announce(options: Options, recipe: Recipe | None = None) -> None:
+    """Says what will be done before JAX is there, which takes seconds to come; `prepare.announce` goes on."""
+    images = ", ".join(map(str, options.images)) or "the photographs in the package"
+    val = ", ".join(map(str, options.val)) or "an eighth of them, held out"
+    how_much = f"budget {options.budget}" if options.budget else f"{100 * options.channel_ratio():g} % of the channels"
+    named = f"{options.recipe}{''.join(f' {choice}' for choice in options.set)}"
+    say("teacher", str(options.teacher or "the small SAM in the package"))
+    say("images", f"{images}; to measure on: {val}")
+    say("recipe", f"{named if recipe is None else f'{len(recipe)} steps of your own'}, to cut: {how_much}")
+    say("to", f"{options.out}/{' (resumed)' if options.resume else ''}")

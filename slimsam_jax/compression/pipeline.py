@@ -15,7 +15,7 @@ import numpy as np
 
 from slimsam_jax import checkpoint, sharding
 from slimsam_jax.compression import report, widths
-from slimsam_jax.compression.calibration import calibration_stream, on_devices
+from slimsam_jax.compression.calibration_images import calibration_stream, on_devices
 from slimsam_jax.compression.distill import distill
 from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.prune import prune
@@ -25,8 +25,7 @@ from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import write_json
 from slimsam_jax.inference.calibration import calibrate
-from slimsam_jax.models.encoders.vit import ImageEncoder
-from slimsam_jax.models.sam import Sam
+from slimsam_jax.models.sam import Sam, image_encoder
 from slimsam_jax.profiling.memory import peak_memory
 from slimsam_jax.progress import say, track
 from slimsam_jax.training.setup import too_many_of_val
@@ -40,7 +39,7 @@ Do = Callable[[Run, Planned, Sam, Sam], Sam]
 
 
 def run(options: Options, teacher: Sam, recipe: Recipe | None = None) -> dict[str, Any]:
-    """See `compress.compress`, which checks the options first.
+    """See `api.compress_with`, which checks the options first.
 
     Args:
       recipe: the steps, if not those that the options name.
@@ -169,7 +168,7 @@ def name_skipped(run: Run, place: Planned, skipped: Mapping[str, str]) -> None:
 def initialize(run: Run, place: Planned, student: Sam, previous: Sam) -> Sam:
     """The step `Initialize`: an image encoder of the same widths with random weights."""
     images = jnp.zeros((1, *student.config.image_size, 3))
-    encoder = jax.jit(ImageEncoder(student.config).init)(jax.random.key(run.options.seed), images)
+    encoder = jax.jit(image_encoder(student.config).init)(jax.random.key(run.options.seed), images)
     return dataclasses.replace(student, params={**student.params, "image_encoder": encoder["params"]})
 
 

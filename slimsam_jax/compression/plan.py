@@ -89,6 +89,6 @@ class Planned(NamedTuple):
 
 
 def planned(recipe: Recipe, counts: Sequence[int]) -> tuple[Planned, ...]:
-    """The steps of a recipe with their numbers of optimizer steps (`steps.optimizer_steps`)."""
+    """The steps of a recipe with their numbers of optimizer steps (`optimizer_steps`)."""
     before = [0, *itertools.accumulate(counts)]
     return tuple(map(Planned._make, zip(names(recipe), recipe, counts, before, strict=False)))

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from slimsam_jax import __version__, checkpoint, data, sharding
-from slimsam_jax.compression import widths
+from slimsam_jax.compression import found_groups, widths
 from slimsam_jax.compression.budget import Budget, Target
 from slimsam_jax.compression.plan import Planned, check, describe, optimizer_steps, planned
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.run import Run
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Augment, Distill, Prune, Recipe
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.validation import IMAGES, validator
@@ -25,6 +25,7 @@ from slimsam_jax.data import Sample
 from slimsam_jax.data.prompted import annotated
 from slimsam_jax.data.reading import map_readable, read_annotated
 from slimsam_jax.errors import InputError
+from slimsam_jax.models.encoders import name_of
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import say
 from slimsam_jax.training.run_folder import RunFolder
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run:
     """Everything that can be refused is refused here, before anything is written."""
-    batch, recipe = batch_size(options), recipe or change(RECIPES[options.recipe], options.set)
+    batch, own = batch_size(options), recipe is not None
+    recipe = recipe if own else change(RECIPES[options.recipe], options.set)
     target = Target(options.channel_ratio(), Budget.parse(options.budget) if options.budget is not None else None)
     check(recipe)
     prunes = [step for step in recipe if isinstance(step, Prune)]
@@ -54,12 +56,13 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run
     if any(step.needs_labels for step in prunes):
         annotated(images)
     if not options.resume:  # a latency may be measured otherwise the second time
-        widths.check(teacher.config, target, prunes, options.uniform)
+        checked = widths.check if name_of(teacher.config.encoder) == "vit" else found_groups.check
+        checked(teacher.config, target, prunes, options.uniform)
     counts = optimizer_steps(recipe, len(images), batch, options.steps)
     dtype, plan = compute_dtype(options), planned(recipe, counts)
     if sharding.is_main():
         announce(dtype, plan, batch, len(images), len(val))
-    origin = provenance(options, recipe, teacher, images, counts, batch)
+    origin = provenance(options, recipe, teacher, images, counts, batch, own)
     cache = TeacherCache(options.cache, teacher, origin["teacher"]["sha256"]) if options.cache else None
     measures = {each.step.validation.validate_by for each in plan if each.steps} if sharding.is_main() else set()
     scores = {measure: validator(teacher, val, measure) for measure in measures}
@@ -68,7 +71,7 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run
 
 
 def announce(dtype: Any, plan: Sequence[Planned], batch: int, images: int, val: int) -> None:
-    """What `compress.announce` could not know yet."""
+    """What `options.announce` could not know yet."""
     say("device", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jnp.dtype(dtype).name}")
     done = ", ".join(each.name + (f" ({each.steps} steps of {batch} images)" if each.steps else "") for each in plan)
     say("steps", f"{done}; {images} images to learn from, {val} to measure on")
@@ -95,16 +98,20 @@ def check_combinations(options: Options, recipe: Recipe, target: Target) -> None
 
 
 def provenance(
-    options: Options, recipe: Recipe, teacher: Sam, images: list[Sample], counts: list[int], batch: int
+    options: Options, recipe: Recipe, teacher: Sam, images: list[Sample], counts: list[int], batch: int, own: bool
 ) -> dict[str, Any]:
-    """Where a slim model comes from, for its config.json; a resumed run must agree in all of it."""
+    """Where a slim model comes from, for its config.json; a resumed run must agree in all of it.
+
+    Args:
+      own: the recipe is none that the options name.
+    """
     path = Path(options.teacher or data.embedded_teacher())
     names = "\n".join(image.name for image in images).encode(errors="surrogatepass")  # which may be no UTF-8
     packages = ("jax", "flax", "optax", "numpy")
     return {
         "teacher": {"file": path.name, "sha256": checkpoint.sha256(path), "provenance": teacher.provenance},
         "images": {"count": len(images), "sha256_of_names": hashlib.sha256(names).hexdigest()},
-        "options": {**options.fixing_the_result(), "batch": batch},
+        "options": {**options.fixing_the_result(), "batch": batch, "recipe": None if own else options.recipe},
         "recipe": describe(recipe),
         "optimizer_steps": counts,
         "versions": {"slimsam_jax": __version__, **{name: version(name) for name in packages}},

@@ -13,12 +13,14 @@ import numpy as np
 from slimsam_jax import sharding
 from slimsam_jax.compression import widths
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.calibration import Batch, Calibration
+from slimsam_jax.compression.calibration_images import Batch, Calibration
+from slimsam_jax.compression.found_groups import prune_found
 from slimsam_jax.compression.gradients import check_finite, gradients
 from slimsam_jax.compression.projection import attention, embedding, mlp, statistics
 from slimsam_jax.compression.selection import choose
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.models.config import Config
+from slimsam_jax.models.encoders import name_of
 from slimsam_jax.models.encoders import vit_groups as channels
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import reference_macs
@@ -51,6 +53,8 @@ def prune(
       InputError: the budget cannot be met.
       RunError: the model's statistics are not finite.
     """
+    if name_of(sam.config.encoder) != "vit":
+        return prune_found(sam, step, target, calibration, seed)
     if step.criterion == "projection":
         slim = project(sam, step, target, calibration, seed, uniform)
     else:
@@ -139,7 +143,7 @@ def _parts(step: Prune) -> tuple[statistics.Part, ...]:
 
 
 def _bases(sam: Sam, step: Prune, batches: Iterable[Batch], seed: int):
-    """Those of the attentions, and what each of their channels and of the hidden units is worth, uncut."""
+    """Returns the bases of the attentions, and the gain of each of their channels and of the hidden units, uncut."""
     encoder = sam.params["image_encoder"]
     found = _moments(sam, batches, seed, *_parts(step))
     bases = attention.attention_bases(sam.config, encoder, found, weighting(step))
@@ -152,11 +156,11 @@ def _bases(sam: Sam, step: Prune, batches: Iterable[Batch], seed: int):
 
 
 def worth(sam: Sam, step: Prune, calibration: Calibration, seed: int = 0) -> dict[str, np.ndarray]:
-    """What each further channel of a stage's groups is worth, the best first; nothing is cut or normalised.
+    """Returns the gain of each further channel of a step's groups, the best first; nothing is cut or normalised.
 
     Returns:
       {"embedding": [D]} or {"blocks_i/attn": [head_dim], "blocks_i/mlp": [mlp_dim]}. Of a projection, channels
-      are directions (units of an MLP), and worth is a share of variance: of the residual stream's for the
+      are directions (units of an MLP), and a gain is a share of variance: of the residual stream's for the
       embedding, of the image embedding's or the stream's for the others (see `compression.projection`).
     """
     if step.criterion == "projection":
@@ -169,4 +173,4 @@ def worth(sam: Sam, step: Prune, calibration: Calibration, seed: int = 0) -> dic
     if step.part == "bottleneck":
         groups = [*channels.attention_groups(sam.config), *channels.mlp_groups(sam.config)]
     encoder = sam.params["image_encoder"]
-    return allocation.worth_of(importance.channel_scores(encoder, grads, groups, step.criterion, seed))
+    return allocation.gains_of(importance.channel_scores(encoder, grads, groups, step.criterion, seed))

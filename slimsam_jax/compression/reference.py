@@ -1,4 +1,4 @@
-"""Selection exactly as SlimSAM's code does it, quirks included. For `recipe="slimsam"` only.
+"""Selects channels exactly as SlimSAM's code does, known bugs included. For `recipe="slimsam"` only.
 
 The quirks (file and line of the original in brackets) are what the paper measured, not
 what we recommend; `pruning` has our own rules.
@@ -61,7 +61,7 @@ def keep_global(
     round_by_index: bool = True,
     skip_vanishing: bool = True,
 ) -> dict[str, np.ndarray]:
-    """One threshold over all groups, ties included [metapruner.py:244-288].
+    """Selects by one threshold over all groups, ties included [metapruner.py:244-288].
 
     Args:
       scores: normalised with `normalize`.

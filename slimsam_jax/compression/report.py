@@ -1,4 +1,4 @@
-"""What a run cost and what it kept: a table, a JSON, a picture."""
+"""Reports what a run cost and what it kept: a table, a JSON, a figure."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from rich.table import Table
 
 from slimsam_jax.compression import showcase
 from slimsam_jax.data import Sample
-from slimsam_jax.evaluation import compare_models
+from slimsam_jax.evaluation.compare import compare_models
 from slimsam_jax.files import replacing
+from slimsam_jax.models.encoders import name_of
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import reference_macs
 from slimsam_jax.profiling.latency import encoder_runner, interleaved
@@ -23,7 +24,7 @@ from slimsam_jax.progress import track
 
 
 def measure(teacher: Sam, slim: Sam, samples: Sequence[Sample], dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Every number of the table.
+    """Measures every number of the table.
 
     Args:
       samples: images for mIoU (where an annotation lies beside them) and agreement.
@@ -43,7 +44,7 @@ def measure(teacher: Sam, slim: Sam, samples: Sequence[Sample], dtype: Any = jnp
 
 
 def size_of(sam: Sam) -> dict[str, int]:
-    """Parameters and multiply-accumulates of a model; the decoder's are for one point."""
+    """Counts parameters and multiply-accumulates of a model; the decoder's are for one point."""
     encoder, decoder = reference_macs.encoder_macs(sam.config), reference_macs.decoder_macs(sam.config)
     return {
         "parameters": reference_macs.parameters(sam.params),
@@ -110,25 +111,29 @@ def draw(
     from matplotlib.figure import Figure
 
     shown = showcase.choose(teacher, samples, IMAGES)
-    aspects = [each.image.width / each.image.height for each in shown]
+    aspects = [example.image.width / example.image.height for example in shown]
     tall = min(TALLEST, (WIDTH - LABEL - GAP * len(shown)) / max(sum(aspects), 1e-9))
     height = TITLE + 2 * (tall + GAP) + PLOTS
     figure = Figure(figsize=(WIDTH, height), dpi=100)
     figure.text(0.5, 1 - TITLE / 2 / height, headline(numbers), fontsize=14, ha="center", va="center")
     for row, (name, sam) in enumerate((("teacher", teacher), ("slim", slim))):
         bottom = PLOTS + (1 - row) * (tall + GAP)
-        _row(figure, name, [each.drawn(sam) for each in shown], bottom / height, tall / height)
+        _row(figure, name, [example.drawn(sam) for example in shown], bottom / height, tall / height)
     edges = {"left": 0.045, "right": 0.99, "bottom": 0.55 / height, "top": (PLOTS - 0.5) / height}
     left, middle, right = (figure.add_subplot(cell) for cell in figure.add_gridspec(1, 3, **edges, wspace=0.16))
     _plot_losses(left, log)
-    _plot_widths(middle, teacher, slim, "head_dim", "channels per head")
-    _plot_widths(right, teacher, slim, "mlp_dim", "MLP channels")
+    if name_of(teacher.config.encoder) == "vit":
+        _plot_widths(middle, teacher, slim, "head_dim", "channels per head")
+        _plot_widths(right, teacher, slim, "mlp_dim", "MLP channels")
+    else:
+        _plot_parameters(middle, teacher, slim)
+        right.axis("off")
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png")
 
 
 def _row(figure: Any, name: str, images: Sequence[Image.Image], bottom: float, height: float) -> None:
-    """Images side by side behind a label; `bottom` and `height` are shares of the figure's."""
+    """Draws images side by side behind a label; `bottom` and `height` are shares of the figure's."""
     widths = [height * figure.get_figheight() * image.width / image.height for image in images]
     left = LABEL + (WIDTH - LABEL - sum(widths) - GAP * len(images)) / 2
     figure.text((left - 0.08) / WIDTH, bottom + height / 2, name, fontsize=13, rotation=90, ha="right", va="center")
@@ -140,7 +145,7 @@ def _row(figure: Any, name: str, images: Sequence[Image.Image], bottom: float, h
 
 
 def headline(numbers: dict[str, Any]) -> str:
-    """Parameters, milliseconds and agreement in a line."""
+    """Formats parameters, milliseconds and agreement in a line."""
     size = lambda model: f"{model['parameters'] / 1e6:.2f} M parameters, encoder {model['encoder_latency_ms']:.0f} ms"
     teacher, slim = size(numbers["teacher"]), size(numbers["slim"])
     return f"teacher {teacher}  →  slim {slim}, {100 * numbers['agreement']:.1f} % agreement"
@@ -149,7 +154,7 @@ def headline(numbers: dict[str, Any]) -> str:
 def _plot_losses(axes: Any, log: Sequence[dict[str, Any]]) -> None:
     for stage in dict.fromkeys(entry["stage"] for entry in log if "loss" in entry):
         entries = [entry for entry in log if entry.get("stage") == stage and "loss" in entry]
-        axes.semilogy([e["step"] for e in entries], [e["embedding"] for e in entries], label=f"{stage} stage")
+        axes.semilogy([e["step"] for e in entries], [e["embedding"] for e in entries], label=stage)
     axes.set(title="error of the embedding", xlabel="step")
     if axes.lines:
         axes.legend(frameon=False, loc="upper right")
@@ -163,3 +168,15 @@ def _plot_widths(axes: Any, teacher: Sam, slim: Sam, field: str, title: str) -> 
     axes.set_xticks(blocks[:: -(-len(blocks) // 12)])
     axes.margins(y=0.25)  # room for the legend
     axes.legend(ncols=2, frameon=False, loc="upper center")
+
+
+def _plot_parameters(axes: Any, teacher: Sam, slim: Sam) -> None:
+    """Of the parts of an image encoder of any family."""
+    parts = list(teacher.params["image_encoder"])
+    for offset, (name, sam) in enumerate((("teacher", teacher), ("slim", slim))):
+        encoder = sam.params["image_encoder"]
+        sizes = [reference_macs.parameters({part: encoder[part]}) / 1e3 for part in parts]
+        axes.bar(np.arange(len(parts)) + 0.4 * (offset - 0.5), sizes, 0.4, label=name)
+    axes.set(title="parameters of the image encoder, thousands")
+    axes.set_xticks(np.arange(len(parts)), parts, rotation=90, fontsize=6)
+    axes.legend(frameon=False)

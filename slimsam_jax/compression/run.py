@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from slimsam_jax.compression.budget import Target
+from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.steps import Distill
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.validation import Score
@@ -15,7 +16,6 @@ from slimsam_jax.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from slimsam_jax.compression.options import Options
-from slimsam_jax.compression.plan import Planned
 
 
 @dataclasses.dataclass(frozen=True)

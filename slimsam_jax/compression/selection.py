@@ -33,7 +33,7 @@ def choose(
     if step.head_channels == "whole":
         return _choose_heads(score(channels.head_groups(config)), mlp, step, target)
     normal = reference.normalize(attention, step.normalizer) | reference.normalize(mlp, step.normalizer)
-    chosen = widths.bottleneck_widths(config, allocation.worth_of(normal), target, step, uniform)
+    chosen = widths.bottleneck_widths(config, allocation.gains_of(normal), target, step, uniform)
     keep = keep_widths(attention | mlp, chosen)
     if step.head_channels == "shared":
         return keep
@@ -71,9 +71,9 @@ def _choose_as_reference(
 def _choose_heads(heads: Scores, mlp: Scores, step: Prune, target: Target) -> Keep:
     """Whole heads compete with heads, MLP channels with MLP channels, over all blocks."""
     normal = lambda scores: reference.normalize(scores, step.normalizer)
-    least = step.min_keep * (1 - target.ratio)
-    kept = keep_global(normal(heads), target.ratio, least=least)
-    return kept | keep_global(normal(mlp), target.ratio, step.round_to, least)
+    min_keep = step.min_keep * (1 - target.ratio)
+    kept = keep_global(normal(heads), target.ratio, min_keep=min_keep)
+    return kept | keep_global(normal(mlp), target.ratio, step.round_to, min_keep)
 
 
 def _choose_values(keep: Keep, logits: Scores, values: Scores) -> Keep:

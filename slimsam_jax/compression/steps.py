@@ -115,12 +115,16 @@ class Prune(Record):
             )
         if self.head_channels == "whole" and (projects or self.quirks.rounded_selection):
             raise InputError("head_channels whole goes with scores of whole channels alone (recipe taylor)")
-        if self.criterion in ("taylor", "fisher") and self.importance_loss == "none":
+        if self.reads_gradients and self.importance_loss == "none":
             raise InputError(f"criterion {self.criterion} needs a gradient: importance_loss disturbance or masks")
 
     @property
+    def reads_gradients(self) -> bool:
+        return self.criterion not in ("projection", "magnitude", "random")
+
+    @property
     def needs_labels(self) -> bool:
-        return self.importance_loss == "masks" and self.criterion in ("taylor", "fisher")
+        return self.importance_loss == "masks" and self.reads_gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +242,11 @@ class Distill(Record):
         "none", where that model is a wreck.
       train: the parts of the SAM that learn; the paper never trains the decoder.
       order: of the images; steps of the same order see them one after the other alike.
+      losses: the terms besides the embedding.
+      optimizer: how long and how fast it learns.
+      augment: what is done to images at random.
+      validation: how the student is judged.
+      quirks: of the reference.
     """
 
     align: Literal["none", "bottleneck", "stream", "stream+embedding"] = "stream"

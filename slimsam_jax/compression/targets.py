@@ -17,8 +17,7 @@ from slimsam_jax.compression.steps import Distill
 from slimsam_jax.data import Sample
 from slimsam_jax.imaging.transforms import resize_and_pad
 from slimsam_jax.inference.decode import encode_image
-from slimsam_jax.models.encoders.vit_features import run_encoder
-from slimsam_jax.models.sam import Sam
+from slimsam_jax.models.sam import Sam, run_encoder
 
 ROOM = 2**28  # bytes that targets may take: those of 24 images of the small SAM are 63 MB, of 200 too many
 

@@ -1,6 +1,6 @@
-"""The teacher's embeddings on disk, so that each image is encoded by it once and not once an epoch.
+"""Caches the teacher's embeddings on disk, so that each image is encoded by it once and not once an epoch.
 
-A folder for each teacher and image size, a file for each picture, named by the hash of its content:
+A folder for each teacher and image size, a file for each image, named by the hash of its content:
 a renamed or copied data set finds its embeddings again, and an interrupted run goes on where it was.
 """
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax.data import Sample
-from slimsam_jax.errors import InputError, RunError, blaming, writing
+from slimsam_jax.errors import InputError, RunError, reading, writing
 from slimsam_jax.files import replacing
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
@@ -24,7 +24,7 @@ from slimsam_jax.progress import track
 
 
 class TeacherCache:
-    """[h, w, out_chans] float16 embeddings of one teacher.
+    """A cache of one teacher's embeddings, [h, w, out_chans] float16.
 
     Half precision adds a relative squared error of about 1e-7, far below what distillation reaches.
 
@@ -44,14 +44,14 @@ class TeacherCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--cache {folder} cannot be made a folder: {error.strerror}") from None
-        self._files: dict[str, Path] = {}  # so that a picture is hashed once
+        self._files: dict[str, Path] = {}  # so that an image is hashed once
         self.shape = (*teacher.config.grid, teacher.config.out_chans)
 
     def file(self, sample: Sample) -> Path:
-        """Where a picture's embedding is, or would be.
+        """Returns the file of an image's embedding, there or not.
 
         Raises:
-          InputError: the picture cannot be read.
+          InputError: the image cannot be read.
         """
         if sample.name not in self._files:
             name = hashlib.sha256(sample.read()).hexdigest()[:32]
@@ -59,7 +59,7 @@ class TeacherCache:
         return self._files[sample.name]
 
     def read(self, sample: Sample) -> np.ndarray:
-        """A picture's embedding.
+        """Reads an image's embedding.
 
         Raises:
           RunError: there is none, or it is damaged.
@@ -70,7 +70,7 @@ class TeacherCache:
             raise RunError(f"{error}; continue with --resume, and it is computed again") from None
 
     def _read(self, file: Path) -> np.ndarray:
-        with blaming(f"the cached embedding {file}"):
+        with reading(f"the cached embedding {file}"):
             embedding = np.load(file, allow_pickle=False)
             if embedding.shape != self.shape or embedding.dtype != np.float16:
                 raise ValueError(f"it is {embedding.dtype}{list(embedding.shape)}")
@@ -79,7 +79,7 @@ class TeacherCache:
     def fill(self, samples: Sequence[Sample]) -> None:
         """Computes what is missing or damaged; each process takes its share. Says beforehand how much room it takes.
 
-        Pictures that cannot be read are left out.
+        Images that cannot be read are left out.
 
         Raises:
           RunError: the disk has no room for it.
@@ -97,7 +97,7 @@ class TeacherCache:
             self._compute(sample)
 
     def _is_there(self, sample: Sample) -> bool:
-        """Whether there is nothing to compute: a whole embedding, or no picture."""
+        """Tells whether there is nothing to compute: a whole embedding, or no image."""
         try:
             file = self.file(sample)
         except InputError:

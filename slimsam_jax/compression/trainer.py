@@ -15,14 +15,12 @@ from slimsam_jax.compression.steps import Distill
 from slimsam_jax.distillation import losses
 from slimsam_jax.distillation.step import init_state, make_optimizer, make_step
 from slimsam_jax.models.attention import Form
-from slimsam_jax.models.config import Config
-from slimsam_jax.models.encoders.vit import Features
-from slimsam_jax.models.encoders.vit_features import bottleneck_features, run_encoder, stream_features
-from slimsam_jax.models.sam import Params, Sam, decode
+from slimsam_jax.models.encoders import family_of
+from slimsam_jax.models.sam import Architecture, Params, Sam, decode, run_encoder
 from slimsam_jax.training.loop import Trainer
 
 Batch = dict[str, Any]
-Encode = Callable[[Config, Any, Batch], tuple[jax.Array, Features]]
+Encode = Callable[[Architecture, Any, Batch], tuple[jax.Array, Any]]
 
 
 def make_trainer(
@@ -71,18 +69,16 @@ def make_trainer(
 
 
 def _student_features(
-    encode: Encode, config: Config, step: Distill, params: Any, frozen: Any, batch: Batch
+    encode: Encode, config: Architecture, step: Distill, params: Any, frozen: Any, batch: Batch
 ) -> losses.Features:
     embedding, features = encode(config, params["image_encoder"], batch)
     head = {**frozen.get("head", {}), **params}
     found = {"embedding": embedding, **_views(config, step, embedding, head, batch)}
-    if step.align == "bottleneck":
-        return found | bottleneck_features(config, features)
-    return found | {"previous": embedding, **stream_features(config, features)}
+    return found | _aligned(step, config, features, embedding)
 
 
 def _target_features(
-    encode: Encode, previous: Config, teacher: Config, step: Distill, frozen: Any, batch: Batch
+    encode: Encode, previous: Architecture, teacher: Architecture, step: Distill, frozen: Any, batch: Batch
 ) -> losses.Features:
     """`frozen_features`, or those that come with the batch (see `targets`): [b, 1, ...], then; and views of them."""
     if "targets" in batch:
@@ -93,7 +89,7 @@ def _target_features(
 
 
 def frozen_features(
-    encode: Encode, previous: Config, teacher: Config, step: Distill, frozen: Any, batch: Batch
+    encode: Encode, previous: Architecture, teacher: Architecture, step: Distill, frozen: Any, batch: Batch
 ) -> losses.Features:
     """The teacher's embedding, and features of the model before the cut, which may be the teacher.
 
@@ -105,13 +101,16 @@ def frozen_features(
     embedding = batch.get("embedding", before)
     if "previous" in frozen:
         before, features = encode(previous, frozen["previous"], batch)
-    found = {"embedding": embedding}
-    if step.align == "bottleneck":
-        return found | bottleneck_features(previous, features)
-    return found | {"previous": before, **stream_features(previous, features)}
+    return {"embedding": embedding, **_aligned(step, previous, features, before)}
 
 
-def _views(config: Config, step: Distill, embedding: jax.Array, head: Any, batch: Batch) -> losses.Features:
+def _aligned(step: Distill, config: Architecture, features: Any, embedding: jax.Array) -> losses.Features:
+    """What a step can compare with the model before the cut: features by their family's names, and its embedding."""
+    own = family_of(config.encoder).features(config.encoder, features)
+    return own["embedding"] if step.align == "bottleneck" else {"previous": embedding, **own["bottleneck"]}
+
+
+def _views(config: Architecture, step: Distill, embedding: jax.Array, head: Any, batch: Batch) -> losses.Features:
     """The embedding as others see it; see `Losses`."""
     found, embedding = {}, embedding.astype(jnp.float32)
     if step.losses.direction:
@@ -121,7 +120,9 @@ def _views(config: Config, step: Distill, embedding: jax.Array, head: Any, batch
     return found
 
 
-def masks_at_clicks(config: Config, head: Params, embedding: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def masks_at_clicks(
+    config: Architecture, head: Params, embedding: jax.Array, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
     """What the decoder makes of a batch's clicks.
 
     Args:

@@ -1,4 +1,4 @@
-"""How good a student is while it learns, on images held out. Higher is better."""
+"""Validates a student while it learns, on images held out. Higher is better."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import numpy as np
 from slimsam_jax.data import Sample
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import agreement, single_mask_iou
-from slimsam_jax.evaluation.scores import relative_error
+from slimsam_jax.evaluation.scores import agreement, relative_error, single_mask_iou
 from slimsam_jax.inference.decode import Encoded, encode_image
 from slimsam_jax.models.sam import Sam
 
@@ -19,7 +18,7 @@ Score = Callable[[Sam], float]
 
 
 def validator(teacher: Sam, samples: Sequence[Sample], measure: str) -> Score:
-    """sam -> its score on the first `IMAGES` usable pictures. The teacher's embeddings are computed once and kept.
+    """Makes a function sam -> its score on the first `IMAGES` usable images. The teacher's embeddings are kept.
 
     Args:
       measure: "error": minus the squared error of the embedding relative to the teacher's variance, mean over
@@ -27,7 +26,7 @@ def validator(teacher: Sam, samples: Sequence[Sample], measure: str) -> Score:
         image has no annotation.
 
     Raises:
-      InputError: not one picture can be used.
+      InputError: not one image can be used.
     """
     one = {"error": _embedding_error, "miou": _miou}[measure]
     known: dict[Sample, Encoded] = {}

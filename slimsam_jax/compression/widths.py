@@ -1,4 +1,4 @@
-"""How wide each layer stays: from what a channel is worth, and from a ratio or a budget."""
+"""Chooses how wide each layer stays: by the gain of its channels, and by a ratio or a budget."""
 
 from __future__ import annotations
 
@@ -13,74 +13,74 @@ from slimsam_jax.compression.steps import Prune
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import Config
 from slimsam_jax.pruning import allocation
-from slimsam_jax.pruning.allocation import Worth
+from slimsam_jax.pruning.allocation import Gains
 
 Widths = dict[str, int]
 
 
 def embedding_width(config: Config, target: Target, step: Prune) -> int:
-    """A multiple of the heads, so that equal heads can fill it; for a budget wide enough that it can be used up."""
-    multiple = math.lcm(config.blocks[0].heads, step.round_to)
-    width = allocation.rounded_width(config.embed_dim, target.channel_ratio(config), multiple)
+    """Returns a multiple of the heads, which equal heads can fill; for a budget wide enough that it can be used up."""
+    round_to = math.lcm(config.blocks[0].heads, step.round_to)
+    width = allocation.rounded_width(config.embed_dim, target.channel_ratio(config), round_to)
     if target.budget and target.budget.kind != "latency":
         cost = lambda width: target.budget.cost(dataclasses.replace(config, embed_dim=width))
-        while cost(width) < target.budget.amount and width + multiple <= config.embed_dim:
-            width += multiple
+        while cost(width) < target.budget.amount and width + round_to <= config.embed_dim:
+            width += round_to
     return width
 
 
-def bottleneck_widths(config: Config, worth: Worth, target: Target, step: Prune, uniform: bool) -> Widths:
-    """Widths of heads ("blocks_i/attn") and MLPs ("blocks_i/mlp").
+def bottleneck_widths(config: Config, gains: Gains, target: Target, step: Prune, uniform: bool) -> Widths:
+    """Chooses widths of heads ("blocks_i/attn") and MLPs ("blocks_i/mlp").
 
     Args:
-      config: the model after stage 1.
-      worth: {group: [size], falling}, of all of them.
+      config: the model, whose embedding is cut already.
+      gains: {group: [size], falling}, of all of them.
       uniform: equal blocks, with heads * head_dim == embed_dim, as stock SAM wants them.
 
     Raises:
       InputError: the budget cannot be met.
     """
     if target.budget:
-        return _within(target.budget, config, worth, step, uniform)
+        return _within(target.budget, config, gains, step, uniform)
     if uniform:
         width = lambda size: allocation.rounded_width(size, target.ratio, step.round_to)
-        return _uniform(config, worth, width, step.round_to)
+        return _uniform(config, gains, width, step.round_to)
     if step.allocation == "local":
-        return allocation.local_widths(worth, target.ratio, step.round_to)
+        return allocation.local_widths(gains, target.ratio, step.round_to)
     if step.allocation in ("params", "macs"):
         even = dataclasses.replace(even_cut(config, target.ratio), embed_dim=config.embed_dim)
         same = Budget(step.allocation, Budget(step.allocation, 1).cost(even))
-        return _within(same, config, worth, step, uniform)
+        return _within(same, config, gains, step, uniform)
     widths = {}
     for kind in ("attn", "mlp"):
-        of_kind = {name: gains for name, gains in worth.items() if name.endswith(kind)}
+        of_kind = {name: gain for name, gain in gains.items() if name.endswith(kind)}
         widths |= allocation.global_widths(of_kind, target.ratio, step.round_to, step.min_keep * (1 - target.ratio))
     return widths
 
 
 def target_of(step: Prune, target: Target) -> Target:
-    """How much a step cuts: what it says itself, else what the run is asked for."""
+    """Returns how much a step cuts: its own ratio, else the target of the run."""
     return target if step.ratio is None else Target(step.ratio)
 
 
 def check(config: Config, target: Target, steps: Sequence[Prune], uniform: bool) -> None:
     """Raises InputError now for what could not be met later. A latency budget is held against measured times."""
     for step in steps:
-        wanted, heads = target_of(step, target), config.blocks[0].heads
-        width, ratio = embedding_width(config, wanted, step), wanted.channel_ratio(config)
+        own, heads = target_of(step, target), config.blocks[0].heads
+        width, ratio = embedding_width(config, own, step), own.channel_ratio(config)
         if step.quirks.rounded_selection:
             _check_reference_rounding(config, ratio, heads, step, uniform)
         if step.part == "embedding":
             config = dataclasses.replace(config, embed_dim=width)
-        elif wanted.budget is None or wanted.budget.kind != "latency":
+        elif own.budget is None or own.budget.kind != "latency":
             sizes = {f"blocks_{i}/attn": block.head_dim for i, block in enumerate(config.blocks)}
             sizes |= {f"blocks_{i}/mlp": block.mlp_dim for i, block in enumerate(config.blocks)}
             equal = {name: np.ones(size) for name, size in sizes.items()}
-            config = with_widths(config, bottleneck_widths(config, equal, wanted, step, uniform))
+            config = with_widths(config, bottleneck_widths(config, equal, own, step, uniform))
 
 
 def _check_reference_rounding(config: Config, ratio: float, heads: int, step: Prune, uniform: bool) -> None:
-    """The reference rounds down, to nothing if need be."""
+    """Raises InputError where the reference, which rounds down, would leave nothing."""
     kept: dict[str, float] = {}
     if step.part == "embedding":
         kept = {"embedding": config.embed_dim * (1 - ratio) / heads}
@@ -93,23 +93,23 @@ def _check_reference_rounding(config: Config, ratio: float, heads: int, step: Pr
         raise InputError(f"at ratio {ratio:.3g} the reference's rounding leaves nothing of the {vanishing[0]}")
 
 
-def _uniform(config: Config, worth: Worth, mlp_width: Callable[[int], int], multiple: int) -> Widths:
+def _uniform(config: Config, gains: Gains, mlp_width: Callable[[int], int], round_to: int) -> Widths:
     head_dim = config.embed_dim // config.blocks[0].heads
     return {
         name: head_dim
         if name.endswith("attn")
-        else stock_mlp_dim(config.embed_dim, mlp_width(len(gains)), min(multiple, len(gains)))
-        for name, gains in worth.items()
+        else stock_mlp_dim(config.embed_dim, mlp_width(len(gain)), min(round_to, len(gain)))
+        for name, gain in gains.items()
     }
 
 
-def stock_mlp_dim(embed_dim: int, width: int, multiple: int = 1) -> int:
-    """The width asked for, or the next smaller one that survives stock SAM's int(embed_dim * mlp_ratio).
+def stock_mlp_dim(embed_dim: int, width: int, round_to: int = 1) -> int:
+    """Returns the width asked for, or the next smaller one that survives stock SAM's int(embed_dim * mlp_ratio).
 
     Raises:
       InputError: there is none.
     """
-    for narrower in range(width, 0, -multiple):
+    for narrower in range(width, 0, -round_to):
         if int(embed_dim * (narrower / embed_dim)) == narrower:
             return narrower
     raise InputError(
@@ -125,38 +125,38 @@ def with_widths(config: Config, widths: Mapping[str, int]) -> Config:
     return dataclasses.replace(config, blocks=tuple(blocks))
 
 
-def _within(wanted: Budget, config: Config, worth: Worth, step: Prune, uniform: bool) -> Widths:
-    """The widths that are worth most within a budget."""
-    tables = group_costs(config, wanted.kind)
+def _within(budget: Budget, config: Config, gains: Gains, step: Prune, uniform: bool) -> Widths:
+    """Chooses the widths that gain most within a budget."""
+    tables = group_costs(config, budget.kind)
     whole = sum(table[-1] for table in tables.values())
-    room = wanted.amount - (wanted.cost(config) - whole)
+    room = budget.amount - (budget.cost(config) - whole)
 
     def choose(room: float) -> Widths:
         if uniform:
-            return _uniform_within(config, worth, room, tables, step.round_to)
-        return allocation.allocate(worth, tables, room, step.round_to, step.min_keep * max(0.0, room / whole))
+            return _uniform_within(config, gains, room, tables, step.round_to)
+        return allocation.allocate(gains, tables, room, step.round_to, step.min_keep * max(0.0, room / whole))
 
     try:
         widths = choose(room)
     except allocation.TooSmall as error:
         raise InputError(
-            f"the bottlenecks cannot be made as narrow as asked for: of {wanted.kind}, {error}; "
+            f"the bottlenecks cannot be made as narrow as asked for: of {budget.kind}, {error}; "
             f"cut less, or choose a smaller round_to ({step.round_to}) or min_keep ({step.min_keep:g})"
         ) from None
-    return _measured(wanted, config, widths, room, choose) if wanted.kind == "latency" else widths
+    return _measured(budget, config, widths, room, choose) if budget.kind == "latency" else widths
 
 
 def _measured(
-    wanted: Budget, config: Config, widths: Widths, room: float, choose: Callable[[float], Widths], rounds: int = 4
+    budget: Budget, config: Config, widths: Widths, room: float, choose: Callable[[float], Widths], rounds: int = 4
 ) -> Widths:
-    """Of a few tries the widths whose time is nearest: times of parts do not quite add up to that of the whole."""
+    """Measures a few tries, and returns the widths of the nearest time: parts do not quite add up to the whole."""
     tries = []
     for _ in range(rounds):
-        seconds = wanted.cost(with_widths(config, widths))
-        tries.append((abs(seconds / wanted.amount - 1), widths))
+        seconds = budget.cost(with_widths(config, widths))
+        tries.append((abs(seconds / budget.amount - 1), widths))
         if tries[-1][0] < 0.005:
             break
-        room += wanted.amount - seconds
+        room += budget.amount - seconds
         try:
             widths = choose(room)
         except allocation.TooSmall:
@@ -164,13 +164,13 @@ def _measured(
     return min(tries, key=lambda tried: tried[0])[1]
 
 
-def _uniform_within(config: Config, worth: Worth, room: float, tables: allocation.Costs, multiple: int) -> Widths:
-    """The widest MLPs that fit, all alike, behind heads that fill the embedding."""
-    size = min(len(gains) for name, gains in worth.items() if name.endswith("mlp"))
+def _uniform_within(config: Config, gains: Gains, room: float, tables: allocation.Costs, round_to: int) -> Widths:
+    """Chooses the widest MLPs that fit, all alike, behind heads that fill the embedding."""
+    size = min(len(gain) for name, gain in gains.items() if name.endswith("mlp"))
     cost = lambda widths: sum(tables[name][width] for name, width in widths.items())
-    step = min(multiple, size)
+    step = min(round_to, size)
     for width in range(size // step * step, 0, -step):
-        widths = _uniform(config, worth, lambda _, width=width: width, step)
+        widths = _uniform(config, gains, lambda _, width=width: width, step)
         if cost(widths) <= room:
             return widths
     raise allocation.TooSmall(

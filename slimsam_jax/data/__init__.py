@@ -1,8 +1,8 @@
-"""Pictures and their annotations, from wherever they lie: folders, SA-1B, tar shards, COCO, TFDS.
+"""Images and their annotations, from wherever they lie: folders, SA-1B, tar shards, COCO, TFDS.
 
     samples = find(["~/sa1b", "sa_000001.tar", "coco/annotations/instances_val2017.json", "tfds:~/prepared"])
 
-A source is a list of `Sample`s. Nothing of a picture is read before it is asked for, in any order and from any
+A source is a list of `Sample`s. Nothing of an image is read before it is asked for, in any order and from any
 thread, so shuffling, sharding and resuming are index arithmetic (`batches.py`).
 """
 
@@ -17,34 +17,34 @@ from slimsam_jax.data.sample import Annotation, Sample, check_one_is_readable, d
 from slimsam_jax.data.sources import coco, folder, shards, tfds
 from slimsam_jax.errors import InputError, printable
 
-__all__ = ["Annotation", "Sample", "check_one_is_readable", "decode", "find", "read_image", "without_picture"]
+__all__ = ["Annotation", "Sample", "check_one_is_readable", "decode", "find", "read_image", "without_image"]
 
 
 def find(locations: Sequence[str | Path]) -> list[Sample]:
-    """All pictures of the locations, each once, in a fixed order.
+    """Lists all images of the locations, each once, in a fixed order.
 
     What cannot be opened in them (a damaged shard, a FIFO called x.jpg) is a sample, too, which fails when it is read.
 
     Args:
-      locations: each a folder (pictures at any depth with SA-1B .json files beside them, and .tar shards; or, with
+      locations: each a folder (images at any depth with SA-1B .json files beside them, and .tar shards; or, with
         an annotations.json in it, COCO), a .tar shard, a COCO .json, or `tfds:DIR`.
 
     Raises:
-      InputError: a location is missing, of another kind, or holds no picture.
+      InputError: a location is missing, of another kind, or holds no image.
     """
     if not locations:
         raise InputError("no folder of images is given, nor anything else that holds some")
-    found: list[Sample] = []
+    samples: list[Sample] = []
     for location in map(str, locations):
         if not location.strip():
             raise InputError("the name of a folder of images is empty")
-        samples = _open(location)
-        if not samples:
+        here = _open(location)
+        if not here:
             raise InputError(f"{printable(location)} holds no images ({', '.join(sorted(folder.SUFFIXES))})")
-        found += samples
-    if all(sample.lost for sample in found):
-        raise InputError(found[0].lost)
-    return list(dict.fromkeys(found))
+        samples += here
+    if all(sample.lost for sample in samples):
+        raise InputError(samples[0].lost)
+    return list(dict.fromkeys(samples))
 
 
 def _open(location: str) -> list[Sample]:
@@ -64,27 +64,27 @@ def _open(location: str) -> list[Sample]:
 
 
 def _path(location: str | Path) -> Path:
-    """Of a location that may begin with ~, or with the name of a user whom there is not."""
+    """Expands ~ in a location, which may also name a user whom there is not."""
     return Path(os.path.expanduser(location))
 
 
-def without_picture(locations: Sequence[str | Path]) -> list[str]:
-    """Names of SA-1B annotations in folders and shards whose picture is missing, so that `find` passes them by."""
-    found: list[str] = []
+def without_image(locations: Sequence[str | Path]) -> list[str]:
+    """Lists SA-1B annotations in folders and shards whose image is missing, so that `find` passes them by."""
+    names: list[str] = []
     for path in map(_path, locations):
         if os.path.isdir(path) and coco.in_folder(path) is None:
-            found += folder.without_picture(path)
-            found += [name for tar in folder.tars(path) for name in shards.without_picture(tar)]
+            names += folder.without_image(path)
+            names += [name for tar in folder.tars(path) for name in shards.without_image(tar)]
         elif os.path.isfile(path) and path.suffix.lower() == ".tar":
-            found += shards.without_picture(path)
-    return found
+            names += shards.without_image(path)
+    return names
 
 
 def embedded_images() -> Path:
-    """The photographs that ship with the package; their sources and licences lie beside them."""
+    """Returns the folder of photographs that ship with the package; their sources and licences lie beside them."""
     return Path(str(resources.files("slimsam_jax") / "assets" / "photos"))
 
 
 def embedded_teacher() -> Path:
-    """The small SAM (256 px) that ships with the package."""
+    """Returns the folder of the small SAM (256 px) that ships with the package."""
     return Path(str(resources.files("slimsam_jax") / "assets" / "sam_small_256"))

@@ -18,22 +18,22 @@ Locations = Annotated[tuple[str, ...], tyro.conf.Positional]
 def check(locations: Locations, sheet: Path | None = None) -> None:
     """Say what a data set holds and what is wrong with it. Exit code 1 if anything is.
 
-    Every picture is decoded and every mask compared with its picture and its box.
+    Every image is decoded and every mask compared with its image and its box.
 
     Args:
       locations: folders of images or of SA-1B, .tar shards, COCO .json files, tfds:DIR.
       sheet: also draw some of the images with their masks, points and boxes into this PNG.
     """
     from slimsam_jax.data import check as checks
-    from slimsam_jax.data import find, without_picture
+    from slimsam_jax.data import find, without_image
     from slimsam_jax.files import replacing
 
     if sheet:
         check_file(sheet)
-    samples, alone = find(locations), without_picture(locations)
+    samples, alone = find(locations), without_image(locations)
     findings = checks.check(samples)
     print("\n".join(checks.describe(samples, findings)))
-    print("".join(f"{printable(name)} annotates no picture: there is none of its name\n" for name in alone), end="")
+    print("".join(f"{printable(name)} annotates no image: there is none of its name\n" for name in alone), end="")
     if sheet:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         with replacing(sheet) as temporary:

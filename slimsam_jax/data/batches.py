@@ -1,4 +1,4 @@
-"""Samples -> batches. uint8 until on the device; decoded in threads ahead of the step."""
+"""Makes batches of samples. uint8 until on the device; decoded in threads ahead of the step."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Extra = Callable[[Sample, np.ndarray, np.random.Generator], dict[str, np.ndarray
 
 
 class Batches:
-    """An endless, shuffled stream of batches, in which every step's pictures follow from seed and step alone.
+    """An endless, shuffled stream of batches, in which every step's images follow from seed and step alone.
 
     So a run is resumed by its step number, on any number of processes. Iterating gives
-    {"image": [b, H, W, 3] uint8, "size": [b, 2] int32}, as `sam.preprocess` takes them. In place of a picture
+    {"image": [b, H, W, 3] uint8, "size": [b, 2] int32}, as `sam.preprocess` takes them. In place of an image
     that cannot be decoded comes the next one in the list; it is noted in `skipped`, {name: reason}. When more
     than their share have been, iteration stops with `RunError`; of several processes none does by itself, which
     would leave the others waiting for it: see `agree_on_skipped`.
 
     Args:
-      batch: pictures in a step, over all processes.
+      batch: images in a step, over all processes.
       start: the step to begin with.
-      part: (i, n): only the i-th of every n pictures, for one of n processes.
-      augment: a picture and a random generator -> a picture.
-      extra: (sample, its [2] size in the model frame, random generator) -> further arrays of a picture.
+      part: (i, n): only the i-th of every n images, for one of n processes.
+      augment: an image and a random generator -> an image.
+      extra: (sample, its [2] size in the model frame, random generator) -> further arrays of an image.
       max_broken: the share of the samples that may be unreadable.
       workers: processes to read in, for samples that take long to draw and cannot be broken: what a worker could not
         read would be in its own `skipped` alone. 0 for threads of this process.
@@ -70,11 +70,11 @@ class Batches:
         self._iterator = iter(stream)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For workers, which read and do not iterate."""
+        """Leaves out the iterator for workers, which read and do not iterate."""
         return {name: value for name, value in vars(self).items() if name != "_iterator"}
 
     def samples_of(self, step: int) -> list[Sample]:
-        """The pictures of a step, in all processes; unreadable ones still among them."""
+        """Returns the samples of a step, in all processes; unreadable ones still among them."""
         return [self.samples[self._order[step * self.batch + i]] for i in range(self.batch)]
 
     def agree_on_skipped(self) -> None:
@@ -83,9 +83,10 @@ class Batches:
         Raises:
           RunError: together that is too much; the same in all processes.
         """
-        found = {name: reason for each in sharding.gather_json(dict(self.skipped)) for name, reason in each.items()}
-        self.skipped.update(found)
-        check_share(found, len(self.samples), self.max_broken)
+        of_processes = sharding.gather_json(dict(self.skipped))
+        skipped = {name: reason for own in of_processes for name, reason in own.items()}
+        self.skipped.update(skipped)
+        check_share(skipped, len(self.samples), self.max_broken)
 
     def _load(self, index: int, random: np.random.Generator) -> dict[str, np.ndarray]:
         for ahead in range(len(self.samples)):
@@ -106,11 +107,11 @@ class Batches:
     def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
         return self._item(sample, sample.image(), random)
 
-    def _item(self, sample: Sample, picture: Image.Image, random: np.random.Generator) -> dict[str, np.ndarray]:
+    def _item(self, sample: Sample, image: Image.Image, random: np.random.Generator) -> dict[str, np.ndarray]:
         if self.augment:
-            picture = self.augment(picture, random)
-        image, size = resize_and_pad(picture, self.image_size)
-        return {"image": image, "size": size, **(self.extra(sample, size, random) if self.extra else {})}
+            image = self.augment(image, random)
+        pixels, size = resize_and_pad(image, self.image_size)
+        return {"image": pixels, "size": size, **(self.extra(sample, size, random) if self.extra else {})}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self

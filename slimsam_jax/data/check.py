@@ -1,4 +1,4 @@
-"""What a data set holds, and what is wrong with it."""
+"""Checks a data set: what it holds, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from PIL import Image
 from slimsam_jax.data.sample import Annotation, Sample
 from slimsam_jax.errors import InputError, printable
 from slimsam_jax.imaging.draw import draw_masks, draw_prompts, sheet
-from slimsam_jax.imaging.geometry import extent
+from slimsam_jax.imaging.geometry import bounding_window
 from slimsam_jax.progress import track
 
-SHEET = 12  # pictures on a sheet
+SHEET = 12  # images on a sheet
 
 
 class Findings(NamedTuple):
-    """What one sample is.
+    """Result of checking one sample.
 
     Attributes:
-      size: (height, width), or None if the picture cannot be read.
+      size: (height, width), or None if the image cannot be read.
       masks: how many; None if it is not annotated, or not readably.
       problems: one line each.
     """
@@ -36,17 +36,17 @@ class Findings(NamedTuple):
 
 
 def check(samples: Sequence[Sample], threads: int = 4) -> list[Findings]:
-    """Reads every picture and every annotation."""
+    """Reads every image and every annotation. Returns the findings of each sample."""
     with ThreadPoolExecutor(threads) as pool:
         return list(track(pool.map(examine, samples), "check", len(samples)))
 
 
 def examine(sample: Sample) -> Findings:
     try:
-        picture = sample.image()
+        image = sample.image()
     except InputError as error:
         return Findings(None, None, [str(error)])
-    size = picture.height, picture.width
+    size = image.height, image.width
     if not sample.load_annotations:
         return Findings(size, None, [])
     try:
@@ -57,48 +57,48 @@ def examine(sample: Sample) -> Findings:
 
 
 def contradictions(annotations: Iterable[Annotation], size: tuple[int, int]) -> tuple[int, list[str]]:
-    """What in the annotations of a picture of `size` (height, width) cannot be true.
+    """Finds what cannot be true in the annotations of an image of `size` (height, width).
 
     Returns:
       how many annotations there are, and one line for each kind of problem.
     """
-    found: dict[str, list[int]] = collections.defaultdict(list)
+    problems: dict[str, list[int]] = collections.defaultdict(list)
     counts: collections.Counter[int] = collections.Counter()
     for annotation in annotations:
         counts[annotation.id] += 1
         for problem in _contradictions(annotation, size):
-            found[problem].append(annotation.id)
+            problems[problem].append(annotation.id)
     repeated = [i for i, count in counts.items() if count > 1 and i >= 0]
     if repeated:
-        found["the same id more than once"] = repeated
+        problems["the same id more than once"] = repeated
     some = lambda ids: ", ".join(map(str, ids[:3])) + " ..." * (len(ids) > 3)
-    return counts.total(), [f"{problem} (annotation {some(ids)})" for problem, ids in found.items()]
+    return counts.total(), [f"{problem} (annotation {some(ids)})" for problem, ids in problems.items()]
 
 
 def _contradictions(annotation: Annotation, size: tuple[int, int]) -> list[str]:
     height, width = size
     mask, (x0, y0, x1, y1), (x, y) = annotation.mask, annotation.box, annotation.point
-    found = []
+    problems = []
     if not mask.any():
-        found.append("an empty mask")
+        problems.append("an empty mask")
     if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
-        found.append("a box that leaves the picture")
+        problems.append("a box that leaves the image")
     if not (0 <= x <= width and 0 <= y <= height):
-        found.append("a point outside of the picture")
+        problems.append("a point outside of the image")
     if mask.any() and not _holds(annotation):
-        found.append("a box that does not hold its mask")
-    return found
+        problems.append("a box that does not hold its mask")
+    return problems
 
 
 def _holds(annotation: Annotation) -> bool:
-    """Whether the mask lies in its box, give or take a pixel: formats count the last one or not."""
-    rows, columns = extent(annotation.mask)
+    """Tells whether the mask lies in its box, give or take a pixel: formats count the last one or not."""
+    rows, columns = bounding_window(annotation.mask)
     x0, y0, x1, y1 = annotation.box
     return x0 - 1 <= columns.start and y0 - 1 <= rows.start and columns.stop <= x1 + 2 and rows.stop <= y1 + 2
 
 
 def describe(samples: Sequence[Sample], findings: Sequence[Findings]) -> list[str]:
-    """The findings as lines to print: counts first, then every problem."""
+    """Formats the findings as lines to print: counts first, then every problem."""
     sizes = [f.size for f in findings if f.size]
     masks = [f.masks for f in findings if f.masks]
     suffixes = [PurePath(sample.name).suffix.lower() or "without suffix" for sample in samples if not sample.lost]
@@ -116,7 +116,7 @@ def describe(samples: Sequence[Sample], findings: Sequence[Findings]) -> list[st
 
 
 def draw_sheet(samples: Sequence[Sample], prompts: bool = True) -> Image.Image:
-    """Up to `SHEET` pictures, spread over the samples, with their masks; unreadable ones are left out.
+    """Draws up to `SHEET` images, spread over the samples, with their masks; unreadable ones are left out.
 
     Args:
       prompts: also points and boxes.
@@ -128,15 +128,15 @@ def draw_sheet(samples: Sequence[Sample], prompts: bool = True) -> Image.Image:
 
 def _tile(sample: Sample, prompts: bool) -> tuple[Image.Image, str] | None:
     try:
-        picture = sample.image()
+        image = sample.image()
     except InputError:
         return None
     try:
-        annotations = sample.annotations((picture.height, picture.width))
+        annotations = sample.annotations((image.height, image.width))
     except InputError:
         annotations = []
     largest_first = sorted(annotations, key=lambda a: -a.mask.sum())
-    picture = draw_masks(picture, np.array([a.mask for a in largest_first]))
+    image = draw_masks(image, np.array([a.mask for a in largest_first]))
     if prompts:
-        picture = draw_prompts(picture, [a.point for a in annotations], [a.box for a in annotations])
-    return picture, f"{PurePath(sample.name).name}: {len(annotations)} mask{'s' * (len(annotations) != 1)}"
+        image = draw_prompts(image, [a.point for a in annotations], [a.box for a in annotations])
+    return image, f"{PurePath(sample.name).name}: {len(annotations)} mask{'s' * (len(annotations) != 1)}"

@@ -12,20 +12,20 @@ from slimsam_jax.data.augment import Framing, draw_framing
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
-from slimsam_jax.imaging.geometry import deepest, extent
+from slimsam_jax.imaging.geometry import bounding_window, interior_point
 from slimsam_jax.imaging.prompts import noisy, prompt_points
 from slimsam_jax.imaging.transforms import resize_and_pad, to_model_frame
 from slimsam_jax.models.config import Config
 
-LARGEST = 0.9  # share of the picture: masks above it are left out, as in the paper's appendix A
+LARGEST = 0.9  # share of the image: masks above it are left out, as in the paper's appendix A
 
 
 class MaskBatches(Batches):
-    """Batches of pictures, each with p of its masks, drawn at random, and a prompt for each.
+    """Batches of images, each with p of its masks, drawn at random, and a prompt for each.
 
     Besides `image` and `size`: "points" [b, p, 2, 2] and "labels" [b, p, 2] as the prompt encoder takes them (a
     click and the padding point, or the corners of a box; model frame), "masks" [b, p, 4h, 4w] float32 0..1, and
-    "seed" [b] uint32 for what is drawn later. A picture with fewer masks shows some of them more than once.
+    "seed" [b] uint32 for what is drawn later. An image with fewer masks shows some of them more than once.
 
     Args:
       prompts: p.
@@ -51,37 +51,37 @@ class MaskBatches(Batches):
         super().__init__(samples, config.image_size, batch, seed, start, part, max_broken=max_broken, workers=workers)
 
     def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
-        picture, annotations = read_annotated(sample)
-        framing = draw_framing(picture.size, self.flip, self.crop, random)
-        whole = Framing((0, 0, *picture.size), framing.mirrored)
+        image, annotations = read_annotated(sample)
+        framing = draw_framing(image.size, self.flip, self.crop, random)
+        whole = Framing((0, 0, *image.size), framing.mirrored)
         for framed in (framing, whole):  # a crop may have lost them all
-            image, size = resize_and_pad(framed.of_picture(picture), self.image_size)
-            if found := self._choose(annotations, framed, tuple(size), random):
-                masks, cells = zip(*(found[i % len(found)] for i in range(self.prompts)), strict=True)
+            pixels, size = resize_and_pad(framed.of_image(image), self.image_size)
+            if chosen := self._choose(annotations, framed, tuple(size), random):
+                masks, cells = zip(*(chosen[i % len(chosen)] for i in range(self.prompts)), strict=True)
                 points, labels = zip(*(first_prompt(mask, random) for mask in masks), strict=True)
                 points = to_model_frame(np.concatenate(points), size, masks[0].shape)
                 seed = random.integers(2**32, dtype=np.uint32)
                 prompts = {"points": points, "labels": np.concatenate(labels), "masks": np.stack(cells)}
-                return {"image": image, "size": size, **prompts, "seed": seed}
+                return {"image": pixels, "size": size, **prompts, "seed": seed}
         raise InputError(f"{sample.name} has no annotation to learn from")
 
     def _choose(
         self, annotations: Sequence[Annotation], framing: Framing, size: tuple[int, int], random: np.random.Generator
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Up to p masks, framed, in pixels and in the decoder's cells; each fills more than half of a cell."""
-        found: list[tuple[np.ndarray, np.ndarray]] = []
+        """Draws up to p masks, framed, in pixels and in the decoder's cells; each fills more than half of a cell."""
+        chosen: list[tuple[np.ndarray, np.ndarray]] = []
         for i in random.permutation(len(annotations)):
             mask = framing.of_mask(annotations[i].mask)
             cells = coverage(mask, size, self.config) if mask.any() and mask.mean() <= LARGEST else np.zeros(1)
             if (cells > 0.5).any():
-                found.append((mask, cells))
-            if len(found) == self.prompts:
+                chosen.append((mask, cells))
+            if len(chosen) == self.prompts:
                 break
-        return found
+        return chosen
 
 
 def first_prompt(mask: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A box as somebody draws it by hand, or a click, as often; half of the clicks anywhere, half in the middle.
+    """Simulates a first prompt: a hand-drawn box or, as often, a click, anywhere or in the middle.
 
     (The paper's clicks are all anywhere; those that our evaluation and SA-1B's annotations know are in the middle.)
 
@@ -89,11 +89,11 @@ def first_prompt(mask: np.ndarray, random: np.random.Generator) -> tuple[np.ndar
       points [1, 2, 2] in pixels of the mask [h, w] and labels [1, 2], as `prompt_points` gives them.
     """
     if random.random() < 0.5:
-        rows, columns = extent(mask)
+        rows, columns = bounding_window(mask)
         box = np.array([columns.start, rows.start, columns.stop, rows.stop], float)
         return prompt_points(boxes=noisy(box, mask.shape, random)[None])
     if random.random() < 0.5:
-        click = deepest(mask)[0]
+        click = interior_point(mask)[0]
     else:
         y, x = np.unravel_index(random.choice(np.flatnonzero(mask)), mask.shape)
         click = np.array([x, y]) + 0.5
@@ -103,8 +103,8 @@ def first_prompt(mask: np.ndarray, random: np.random.Generator) -> tuple[np.ndar
 PROMPTS = 4  # annotations per image
 
 
-def annotated(samples: Sequence[Sample], user: str = "signal=masks") -> list[Sample]:
-    """Those with annotations.
+def annotated(samples: Sequence[Sample], user: str = "prune.importance_loss=masks") -> list[Sample]:
+    """Returns the samples with annotations.
 
     Args:
       user: who wants them, for the message.
@@ -112,12 +112,12 @@ def annotated(samples: Sequence[Sample], user: str = "signal=masks") -> list[Sam
     Raises:
       InputError: there is none, or not one can be used.
     """
-    found = [sample for sample in samples if sample.load_annotations]
+    labelled = [sample for sample in samples if sample.load_annotations]
     reason = "there is none"
-    for sample in found:
+    for sample in labelled:
         try:
             if read_annotated(sample)[1]:
-                return found
+                return labelled
             reason = f"{sample.name} has none"
         except InputError as error:
             reason = str(error)
@@ -138,16 +138,16 @@ class AnnotatedBatches(Batches):
         super().__init__(annotated(samples), config.image_size, batch, seed, part=part)
 
     def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
-        picture, annotations = read_annotated(sample)
+        image, annotations = read_annotated(sample)
         if not annotations:
             raise InputError(f"{sample.name} has no annotation")
         chosen = [annotations[i] for i in np.linspace(0, len(annotations) - 1, PROMPTS).astype(int)]
-        item = self._item(sample, picture, random)
+        item = self._item(sample, image, random)
         return item | _prompts(chosen, tuple(item["size"]), self.config)
 
 
 def random_clicks(size: np.ndarray, count: int, random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Foreground clicks anywhere on a picture of [2] `size` in the model frame, as in `AnnotatedBatches`."""
+    """Draws foreground clicks anywhere on an image of [2] `size` in the model frame, as in `AnnotatedBatches`."""
     clicks = random.uniform(0, size[::-1], (count, 1, 2)).astype(np.float32)
     points, labels = prompt_points(clicks, np.ones((count, 1), np.int32))
     return {"points": points, "labels": labels}
@@ -161,13 +161,13 @@ def _prompts(chosen: Sequence[Annotation], size: tuple[int, int], config: Config
 
 
 def coverage(mask: np.ndarray, size: tuple[int, int], config: Config) -> np.ndarray:
-    """A picture's mask [h0, w0] bool as the decoder should give it: [4h, 4w] float32, the share of each cell covered.
+    """Resizes a mask [h0, w0] bool to the decoder's output: [4h, 4w] float32, the share of each cell that it covers.
 
     Args:
-      size: the picture's in the model frame, from `resize_and_pad`; what is below and right of it is 0.
+      size: the image's in the model frame, from `resize_and_pad`; what is below and right of it is 0.
     """
     cells = np.zeros([4 * side for side in config.grid], np.float32)
     height, width = (max(1, round(4 * side / config.patch_size)) for side in size)
-    picture = Image.fromarray(mask.astype(np.float32))
-    cells[:height, :width] = np.asarray(picture.resize((width, height), Image.Resampling.BOX))
+    image = Image.fromarray(mask.astype(np.float32))
+    cells[:height, :width] = np.asarray(image.resize((width, height), Image.Resampling.BOX))
     return cells

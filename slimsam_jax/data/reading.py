@@ -1,4 +1,4 @@
-"""Images with their annotations; what cannot be read is left out and named."""
+"""Reads images with their annotations; what cannot be read is left out and named."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slimsam_jax.errors import InputError
 
 
 def read_annotated(sample: Sample) -> tuple[Image.Image, list[Annotation]]:
-    """An image and its annotations ([] if it has none).
+    """Reads an image and its annotations ([] if it has none).
 
     Raises:
       InputError: either cannot be read, or the masks are not of the image's size.
@@ -37,19 +37,22 @@ def map_readable(
     Raises:
       RunError: that is more than a share `max_broken` of `total` samples.
     """
-    found, skipped = {}, {}
-    for sample, result in two_at_a_time(function, samples):
+    results, skipped = {}, {}
+    for sample, result in prefetched(function, samples):
         try:
-            found[sample] = result()
+            results[sample] = result()
         except InputError as error:
             skipped[sample.name] = str(error)
             if max_broken < 1:
                 check_share(skipped, total, max_broken)
-    return found, skipped
+    return results, skipped
 
 
-def two_at_a_time(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:
-    """(item, what gives its result or raises its error) in order; the first alone, as it may compile for the others."""
+def prefetched(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:
+    """Yields (item, function that gives its result or raises its error) in order, computed by two threads ahead.
+
+    The first item is computed alone, as it may compile for the others.
+    """
     with ThreadPoolExecutor(2) as pool:
         waiting: deque[tuple[Any, Future]] = deque()
         for number, item in enumerate(items):
@@ -63,22 +66,22 @@ def two_at_a_time(function: Callable[[Any], Any], items: Iterable[Any]) -> Itera
 
 
 def short_names(samples: Sequence[Sample]) -> dict[Sample, str]:
-    """The stem of each name, or all of it where stems are the same."""
+    """Shortens names to their stems, where those differ."""
     stems = Counter(Path(sample.name).stem for sample in samples)
     short = lambda name: Path(name).stem if stems[Path(name).stem] == 1 else name
     return {sample: short(sample.name) for sample in samples}
 
 
 def digest(image: Image.Image, annotations: Sequence[Annotation]) -> str:
-    """sha256 of what was measured on, however it is stored: pixels, and annotations as they were understood."""
-    found = hashlib.sha256(str(image.size).encode())
-    found.update(np.asarray(image).tobytes())
+    """Hashes what is measured on, however it is stored: pixels, and annotations as they were understood (sha256)."""
+    sha256 = hashlib.sha256(str(image.size).encode())
+    sha256.update(np.asarray(image).tobytes())
     for annotation in annotations:
-        found.update(annotation.point.astype(np.float64).tobytes() + annotation.box.astype(np.float64).tobytes())
-        found.update(np.packbits(annotation.mask).tobytes())
-    return found.hexdigest()
+        sha256.update(annotation.point.astype(np.float64).tobytes() + annotation.box.astype(np.float64).tobytes())
+        sha256.update(np.packbits(annotation.mask).tobytes())
+    return sha256.hexdigest()
 
 
 def digest_of_all(digests: Iterable[str]) -> str:
-    """Of a set of images, in any order."""
+    """Hashes a set of images' digests, in any order."""
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""One picture and what is annotated in it, wherever they come from."""
+"""A sample: one image and its annotations, wherever they come from."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from slimsam_jax.errors import InputError, RunError, blaming, printable
+from slimsam_jax.errors import InputError, RunError, printable, reading
 from slimsam_jax.files import read_bytes
 from slimsam_jax.imaging import rle
-from slimsam_jax.imaging.geometry import deepest
+from slimsam_jax.imaging.geometry import interior_point
 
 MOST_BYTES = 2**28  # of an encoded image
 MOST_MASKED = 2**32  # pixels of all masks of an image together, which are in memory at once
@@ -24,14 +24,14 @@ BEYOND = 8  # times an image's longer side: what lies farther out is no coordina
 
 
 class Annotation(NamedTuple):
-    """One mask, in the picture's own pixels.
+    """One mask, in the image's own pixels.
 
     Attributes:
       id: as the file says; -1 if it does not.
       mask: [h, w] bool.
       box: (x0, y0, x1, y1), from `bbox`'s x, y, width, height.
-      point: (x, y), the first of SA-1B's `point_coords`; the deepest one where the format has none (COCO).
-      crop_box: (x0, y0, x1, y1), the part of the picture that SA-1B's generator was shown.
+      point: (x, y), the first of SA-1B's `point_coords`; an interior point where the format has none (COCO).
+      crop_box: (x0, y0, x1, y1), the part of the image that SA-1B's generator was shown.
     """
 
     id: int
@@ -43,14 +43,14 @@ class Annotation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A picture that can be read. Two of the same name are the same.
+    """An image that can be read. Two of the same name are the same.
 
     Attributes:
       name: what messages and results call it: its path, or shard.tar/path, or DIR/split/number.
-      load: gives the encoded picture.
+      load: gives the encoded image.
       load_annotations: gives the annotations' fields, as SA-1B's JSON has them; None if there are none.
       image_id: COCO's, by which detections refer to it.
-      lost: why there is no picture to be read, see `lost`.
+      lost: why there is no image to be read, see `lost`.
     """
 
     name: str
@@ -62,18 +62,18 @@ class Sample:
     lost: str = dataclasses.field(default="", compare=False, repr=False)
 
     def read(self) -> bytes:
-        """The encoded picture.
+        """Reads the encoded image.
 
         Raises:
           InputError: it is missing or cut short.
         """
         if self.lost:
             raise InputError(self.lost)
-        with blaming(self.name):
+        with reading(self.name):
             return self.load()
 
     def image(self) -> Image.Image:
-        """The picture, as `decode` gives it.
+        """Reads and decodes the image, see `decode`.
 
         Raises:
           InputError: missing or not decodable.
@@ -81,49 +81,49 @@ class Sample:
         return decode(self.read(), self.name)
 
     def annotations(self, size: tuple[int, int] | None = None) -> list[Annotation]:
-        """Its annotations, masks of the picture's size.
+        """Reads its annotations, with masks of the image's size.
 
         Args:
-          size: (height, width) of the picture, by whoever has decoded it already.
+          size: (height, width) of the image, by whoever has decoded it already.
 
         Raises:
-          InputError: they are there, but cannot be read, or are not of this picture.
+          InputError: they are there, but cannot be read, or are not of this image.
         """
         return list(self.each_annotation(size))
 
     def each_annotation(self, size: tuple[int, int] | None = None) -> Iterator[Annotation]:
-        """As `annotations`, one mask in memory at a time."""
+        """Yields the annotations, one mask in memory at a time; see `annotations`."""
         if not self.load_annotations:
             return
         if not size:
-            picture = self.image()
-            size = picture.height, picture.width
-        with blaming(f"the annotation of {self.name}"):
+            image = self.image()
+            size = image.height, image.width
+        with reading(f"the annotation of {self.name}"):
             for fields in self.rows(size):
                 yield parse(fields, size)
 
     def rows(self, size: tuple[int, int]) -> list[dict[str, Any]]:
-        """Its annotations as `parse` takes them; `size` as for `annotations`.
+        """Reads its annotations as `parse` takes them; `size` as for `annotations`.
 
         Raises:
           Exception: of any kind, as they are foreign data. ValueError: together they are too large.
         """
-        found = self.load_annotations() if self.load_annotations else []
-        if len(found) * size[0] * size[1] > MOST_MASKED:
-            raise ValueError(f"{len(found)} masks of {size[1]} x {size[0]} pixels, more than can be held")
-        return found
+        rows = self.load_annotations() if self.load_annotations else []
+        if len(rows) * size[0] * size[1] > MOST_MASKED:
+            raise ValueError(f"{len(rows)} masks of {size[1]} x {size[0]} pixels, more than can be held")
+        return rows
 
 
 def lost(name: str, reason: str) -> Sample:
-    """What stands for images that nobody can get at, such as a damaged shard: named and counted like a broken image."""
+    """Makes a sample for images out of reach, as of a damaged shard: named and counted like a broken image."""
     return Sample(name, lambda: b"", lost=reason)
 
 
 def parse(fields: dict[str, Any], size: tuple[int, int] | None = None) -> Annotation:
-    """An annotation from the fields of SA-1B's JSON.
+    """Parses an annotation from the fields of SA-1B's JSON.
 
     Args:
-      size: (height, width) of its picture, which the mask must have.
+      size: (height, width) of its image, which the mask must have.
 
     Raises:
       ValueError, KeyError, TypeError: it is damaged.
@@ -132,9 +132,9 @@ def parse(fields: dict[str, Any], size: tuple[int, int] | None = None) -> Annota
     box = corners(fields["bbox"])
     crop_box = corners(fields.get("crop_box", [0, 0, mask.shape[1], mask.shape[0]]))
     given = fields.get("point_coords")
-    point = deepest(mask)[0] if given is None else np.asarray(given, np.float64).reshape(-1, 2)[0]
+    point = interior_point(mask)[0] if given is None else np.asarray(given, np.float64).reshape(-1, 2)[0]
     if not (np.abs([*box, *crop_box, *point]) <= BEYOND * max(mask.shape)).all():  # a point that is NaN, too
-        raise ValueError("a box or a point that is none, or far outside of the picture")
+        raise ValueError("a box or a point that is none, or far outside of the image")
     number = int(fields.get("id", -1))
     if not -(2**63) <= number < 2**63:
         raise ValueError("an id of more than 64 bits")
@@ -142,7 +142,7 @@ def parse(fields: dict[str, Any], size: tuple[int, int] | None = None) -> Annota
 
 
 def corners(bbox: Sequence[float]) -> np.ndarray:
-    """x, y, width, height -> x0, y0, x1, y1.
+    """Converts a box from x, y, width, height to x0, y0, x1, y1.
 
     Raises:
       ValueError: not a box.
@@ -154,10 +154,10 @@ def corners(bbox: Sequence[float]) -> np.ndarray:
 
 
 def decode(content: bytes, name: object) -> Image.Image:
-    """Decodes a picture as 8-bit RGB, upright (EXIF), as `cv2.imread` would give it.
+    """Decodes an image as 8-bit RGB, upright (EXIF), as `cv2.imread` would give it.
 
     Raises:
-      InputError: not a picture, or damaged.
+      InputError: not an image, or damaged.
     """
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
@@ -173,13 +173,13 @@ def decode(content: bytes, name: object) -> Image.Image:
 
 
 def _formats() -> list[str]:
-    """Those of `FORMATS` that this PIL can read; it raises for others."""
+    """Lists those of `FORMATS` that this PIL can read; it raises for others."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """An image of 16 bits, or of floats from 0 to 255, in 8 bits, where PIL would clip; any other as it is.
+    """Converts an image of 16 bits, or of floats from 0 to 255, to 8 bits, where PIL would clip; no other.
 
     Raises:
       ValueError: floats that are not in this range, or all of them between 0 and 1.
@@ -188,15 +188,15 @@ def eight_bits(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode != "F":
         return image
-    least, most = image.getextrema()
+    low, high = image.getextrema()
     pixels = np.asarray(image)
-    if not np.isfinite(pixels).all() or least < 0 or most > 255 or 0 < most <= 1:
-        raise ValueError(f"floats from {least:g} to {most:g}, and they must be from 0 to 255 (not to 1)")
+    if not np.isfinite(pixels).all() or low < 0 or high > 255 or 0 < high <= 1:
+        raise ValueError(f"floats from {low:g} to {high:g}, and they must be from 0 to 255 (not to 1)")
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def read_image(path: Path | str) -> Image.Image:
-    """Opens and decodes a picture file, as `decode`.
+    """Opens and decodes an image file, as `decode`.
 
     Raises:
       InputError: missing or not decodable.
@@ -222,7 +222,7 @@ def check_share(skipped: Mapping[str, str], total: int, limit: float) -> None:
 
 
 def too_many(skipped: Mapping[str, str], total: int, limit: float, what: str = "images") -> str | None:
-    """What is wrong if more than `limit` of `total` images are among the `skipped`, {name: reason}; else None."""
+    """Returns a complaint if more than `limit` of `total` images are `skipped`, {name: reason}; else None."""
     if len(skipped) <= limit * total:
         return None
     share = f"more than --max-broken {limit:g}" if limit else "and --strict allows none"

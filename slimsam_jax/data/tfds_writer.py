@@ -1,4 +1,4 @@
-"""Writes pictures and annotations as a TFDS data set (ArrayRecord), without TensorFlow.
+"""Writes images and annotations as a TFDS data set (ArrayRecord), without TensorFlow.
 
 The stock `segment_anything` builder downloads 10 TB through Apache Beam and cannot use what lies on a disk; this
 one has its features, so that whatever reads the one reads the other.
@@ -18,14 +18,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from slimsam_jax.data.sample import Annotation, Sample, parse
-from slimsam_jax.errors import InputError, blaming, printable, writing
+from slimsam_jax.errors import InputError, printable, reading, writing
 from slimsam_jax.files import new_folder
 from slimsam_jax.imaging import rle
 from slimsam_jax.progress import track
 
 
 def prepare(samples: Sequence[Sample], out: Path) -> dict[str, str]:
-    """Writes `out`/sa1b/1.0.0; pictures are stored as the bytes they are, in the order given.
+    """Writes `out`/sa1b/1.0.0; images are stored as the bytes they are, in the order given.
 
     Returns:
       {name: reason} of the samples that cannot be used, which are left out.
@@ -45,7 +45,7 @@ def prepare(samples: Sequence[Sample], out: Path) -> dict[str, str]:
 
 
 class Sa1b(tfds.core.GeneratorBasedBuilder):
-    """Pictures with masks, in the features of tfds' `segment_anything`."""
+    """Images with masks, in the features of tfds' `segment_anything`."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -89,24 +89,25 @@ class Sa1b(tfds.core.GeneratorBasedBuilder):
 
 
 def record(sample: Sample, index: int) -> dict[str, Any]:
-    """A sample in the features of `segment_anything`. Its id is the number in its name, as in SA-1B, or `index`.
+    """Converts a sample to the features of `segment_anything`. Its id is the number in its name, or `index`.
 
     Raises:
-      InputError: the picture or its annotations cannot be read.
+      InputError: the image or its annotations cannot be read.
     """
-    content, picture = sample.read(), sample.image()
+    content, image = sample.read(), sample.image()
     digits = re.search(r"\d+$", PurePath(sample.name).stem)
     number = int(digits.group()[-21:]) if digits else index  # more than 64 bits are left out below
-    image = {
+    described = {
         "content": io.BytesIO(content),
         "file_name": printable(PurePath(sample.name).name),  # which may be no UTF-8, as text must be
-        "height": picture.height,
-        "width": picture.width,
+        "height": image.height,
+        "width": image.width,
         "image_id": number if number < 2**64 else index,
     }
-    with blaming(f"the annotation of {sample.name}"):
-        rows = sample.rows(picture.size[::-1])
-        return {"image": image, "annotations": [_annotation(fields, i, picture.size) for i, fields in enumerate(rows)]}
+    with reading(f"the annotation of {sample.name}"):
+        rows = sample.rows(image.size[::-1])
+        annotations = [_annotation(fields, i, image.size) for i, fields in enumerate(rows)]
+    return {"image": described, "annotations": annotations}
 
 
 def _annotation(fields: dict[str, Any], index: int, size: tuple[int, int]) -> dict[str, Any]:
@@ -132,6 +133,6 @@ def _segmentation(parsed: Annotation) -> dict[str, Any]:
 
 
 def _share(box: np.ndarray, size: tuple[int, int]) -> tfds.features.BBox:
-    """Corners in pixels -> TFDS's box, which lies within 0 and 1."""
+    """Converts corners in pixels to TFDS's box, which lies within 0 and 1."""
     left, top, right, bottom = (np.clip(box / np.array([*size, *size]), 0, 1)).tolist()
     return tfds.features.BBox(ymin=top, xmin=left, ymax=bottom, xmax=right)

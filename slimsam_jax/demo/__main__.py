@@ -1,6 +1,6 @@
-"""A page to click on: models side by side in the browser. `python -m slimsam_jax.demo --model slim --against sam.pth`.
+"""Serves a page to click on, models side by side. `python -m slimsam_jax.demo --model slim --against sam.pth`.
 
-The models are exported to ONNX and run in the browser, on onnxruntime-web; nothing is computed here, and no picture
+The models are exported to ONNX and run in the browser, on onnxruntime-web; nothing is computed here, and no image
 leaves the browser.
 """
 
@@ -47,7 +47,7 @@ def install_runtime(folder: Path) -> None:
 
 
 def find_runtime(folder: Path) -> Path:
-    """The folder `dist` of onnxruntime-web in `folder`.
+    """Finds the folder `dist` of onnxruntime-web in `folder`.
 
     Raises:
       InputError: it is not there.
@@ -73,7 +73,7 @@ def main(
     cache: Path | None = None,
     install: bool = False,
 ) -> None:
-    """Serve a page on this machine on which to click on pictures and see the masks of models side by side.
+    """Serve a page on this machine on which to click on images and see the masks of models side by side.
 
     The models run in the browser, which shows their masks, predicted IoU and milliseconds.
 
@@ -106,7 +106,7 @@ def main(
 
 
 def serve(server: Server) -> None:
-    """Until Ctrl-C."""
+    """Serves until Ctrl-C."""
     host, port = server.server_address
     print(f"open http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
     try:

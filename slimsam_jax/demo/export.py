@@ -21,7 +21,7 @@ LARGEST_FILE = 2**31 - 2**24  # bytes; browsers hold no larger array
 
 
 def fingerprint(sam: Sam, dtype: Dtype) -> str:
-    """Changes with the weights, the architecture, the dtype, and the code that writes ONNX."""
+    """Hashes the weights, the architecture, the dtype, and the code that writes ONNX."""
     import flax.traverse_util
     import numpy as np
 
@@ -47,21 +47,21 @@ def check_size(sam: Sam, dtype: Dtype) -> None:
 
 
 def exported(sam: Sam, dtype: Dtype, cache: Path) -> tuple[Path, Path]:
-    """encoder.onnx and decoder.onnx of a model, written only if the cache has none of this model."""
+    """Returns encoder.onnx and decoder.onnx of a model, written only if the cache has none of this model."""
     from converters import to_onnx
     from slimsam_jax import data
 
     folder = cache / "onnx" / fingerprint(sam, dtype)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        picture = data.read_image(data.embedded_images() / "dog.jpg")
-        to_onnx.export(sam, folder, "sam", (dtype,), picture)
+        image = data.read_image(data.embedded_images() / "dog.jpg")
+        to_onnx.export(sam, folder, "sam", (dtype,), image)
     encoder, decoder = (folder / f"{stem}{to_onnx.SUFFIXES[dtype]}.onnx" for stem in to_onnx.STEMS["sam"])
     return encoder, decoder
 
 
 def describe(name: str, sam: Sam, files: tuple[Path, Path]) -> dict[str, Any]:
-    """What the page says of a model, and needs to know of it."""
+    """Describes a model for the page."""
     from slimsam_jax.profiling import reference_macs
 
     return {
@@ -74,19 +74,22 @@ def describe(name: str, sam: Sam, files: tuple[Path, Path]) -> dict[str, Any]:
 
 
 def prepare(paths: tuple[Path, ...], dtype: Dtype, cache: Path) -> list[tuple[dict[str, Any], tuple[Path, Path]]]:
-    """Reads the models and exports them: what the page says of each, and its two files.
+    """Reads the models and exports them. Returns the description of each, and its two files.
 
     Raises:
       InputError: not a model, or one that is too large for a browser.
     """
     from converters.from_torch import load
+    from slimsam_jax.models.encoders import name_of
 
-    found = []
+    models = []
     for path in paths:
         sam = load(path)
+        if (family := name_of(sam.config.encoder)) != "vit":
+            raise InputError(f"{path} is a {family}, and the page shows SAM's ViT alone")
         check_size(sam, dtype)
         print(f"{path}:", flush=True)
         files = exported(sam, dtype, cache)
         print(f"  in {files[0].parent}", flush=True)
-        found.append((describe(path.name or str(path), sam, files), files))
-    return found
+        models.append((describe(path.name or str(path), sam, files), files))
+    return models

@@ -1,4 +1,4 @@
-"""The demo's server: exactly the files it was given, on this machine only."""
+"""Serves the demo: exactly the files it was given, on this machine only."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ HEADERS = {
 
 
 def page_files(models: Sequence[tuple[dict[str, Any], Sequence[Path]]], runtime: Path, threads: int) -> Files:
-    """What is served, by path: the page, photographs, onnxruntime-web, the models and models.json.
+    """Lists what is served, by path: the page, photographs, onnxruntime-web, the models and models.json.
 
     Args:
-      models: of each, what models.json says of it, and its encoder.onnx and decoder.onnx.
+      models: of each, its entry in models.json, and its encoder.onnx and decoder.onnx.
       runtime: the folder `dist` of onnxruntime-web.
     """
     page = Path(str(resources.files("slimsam_jax") / "assets" / "demo"))
@@ -89,7 +89,7 @@ class Server(ThreadingHTTPServer):
             raise InputError(f"--port {port} cannot be used: {reason}; try another one, or 0 for any") from None
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
-        """In a thread, as long as there are not too many; else it is turned away."""
+        """Answers a request in a thread, as long as there are not too many; else it is turned away."""
         if self.free.acquire(blocking=False):
             try:
                 super().process_request(request, client_address)
@@ -109,14 +109,14 @@ class Server(ThreadingHTTPServer):
             self.free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A line for what nobody foresaw; nothing where the browser has left or does not come on."""
+        """Prints a line for what nobody foresaw; nothing where the browser has left or does not come on."""
         error = sys.exception()
         if not isinstance(error, OSError):
             print(f"the page's server: {type(error).__name__}: {printable(error)}", file=sys.stderr, flush=True)
 
 
 class _Incoming(io.RawIOBase):
-    """What a connection sends, until a moment that `wait` sets; each byte on its own could come late enough."""
+    """Bytes of a connection, until a moment that `wait` sets; each byte on its own could come late enough."""
 
     def __init__(self, connection: socket.socket):
         self.connection = connection
@@ -161,14 +161,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.settimeout(SECONDS)
         try:
             path = self._path()
-            found = self.server.files.get(path)
-            if found is None:
+            content = self.server.files.get(path)
+            if content is None:
                 self.send_error(404)
-            elif isinstance(found, bytes):
-                self._head(path, len(found))
-                self.wfile.write(found if with_content else b"")
+            elif isinstance(content, bytes):
+                self._head(path, len(content))
+                self.wfile.write(content if with_content else b"")
             else:
-                self._send_file(path, found, with_content)
+                self._send_file(path, content, with_content)
         except PermissionError as error:
             self.send_error(403, str(error))
         except ValueError as error:  # brackets that are no IPv6 address, say
@@ -177,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _path(self) -> str:
-        """What is asked for.
+        """Parses the path that is asked for.
 
         Raises:
           ValueError: not an address.

@@ -1,4 +1,4 @@
-"""Losses between features of a student and of its targets. Knows neither Flax nor SAM.
+"""Computes losses between features of a student and of its targets. Knows neither Flax nor SAM.
 
 Features are dicts of trees of arrays. A term of the loss compares what student and target hold under one key; having
 two separate dicts, a term cannot compare the student with itself.
@@ -17,7 +17,7 @@ Weights = dict[str, float]
 
 
 def mse(student: Tree, target: Tree, relative: bool = False) -> jax.Array:
-    """Mean squared error over all elements of two trees of equal structure, as if concatenated.
+    """Computes the mean squared error over all elements of two trees of equal structure, as if concatenated.
 
     Args:
       relative: divide by the variance of the target's elements (1 = as bad as their mean).
@@ -34,7 +34,7 @@ def mse(student: Tree, target: Tree, relative: bool = False) -> jax.Array:
 
 
 def distillation_loss(student: Features, target: Features, weights: Weights, relative: bool = False):
-    """Weighted sum of `mse` over the keys of `weights`. Returns it and {key: unweighted term}.
+    """Sums `mse` over the keys of `weights`, weighted. Returns the sum and {key: unweighted term}.
 
     Raises:
       ValueError: student or target lack a key.

@@ -1,4 +1,4 @@
-"""What a predicted mask costs against the true one. Logits and targets are [..., y, x], targets 0 to 1.
+"""Computes losses of predicted masks against the true ones. Logits and targets are [..., y, x], targets 0 to 1.
 
 Focal and dice loss in the ratio 20 : 1 and the squared error of the predicted IoU are SAM's (Kirillov et al. 2023,
 section 3 and appendix A).
@@ -16,25 +16,28 @@ Groups = Sequence[Sequence[int]]
 
 
 def focal(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Of each pixel. What is right already counts little (gamma 2); alpha 0.25 as in RetinaNet (Lin et al. 2017)."""
+    """Computes the focal loss of each pixel, [..., y, x], with gamma 2 and alpha 0.25 as RetinaNet (Lin et al. 2017).
+
+    What is right already counts little.
+    """
     likely, unlikely = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
     return -(0.25 * target * jnp.exp(2 * unlikely) * likely + 0.75 * (1 - target) * jnp.exp(2 * likely) * unlikely)
 
 
 def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Of each pixel."""
+    """Computes the binary cross entropy of each pixel, [..., y, x]."""
     return -(target * jax.nn.log_sigmoid(logits) + (1 - target) * jax.nn.log_sigmoid(-logits))
 
 
 def dice(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Of each mask, [...]: 0 where they agree, 1 where they have nothing in common (Milletari et al. 2016)."""
+    """Computes the dice loss of each mask, [...]: 0 if equal, 1 if nothing is shared (Milletari et al. 2016)."""
     share = jnp.exp(jax.nn.log_sigmoid(logits))
     overlap, total = (share * target).sum((-2, -1)), (share + target).sum((-2, -1))
     return 1 - (2 * overlap + 1) / (total + 1)
 
 
 def overlap(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """IoU of each mask with what is more than half covered, [...]; two empty ones agree (1). Has no gradient."""
+    """Computes the IoU of each mask with what is more than half covered, [...]; empty ones agree (1). No gradient."""
     mask, truth = logits > 0, target > 0.5
     union = (mask | truth).sum((-2, -1))
     return jnp.where(union > 0, (mask & truth).sum((-2, -1)) / jnp.maximum(union, 1), 1.0)
@@ -46,11 +49,11 @@ PIXELS = {"focal": focal, "bce": cross_entropy}
 def prompt_loss(
     logits: jax.Array, predicted: jax.Array, target: jax.Array, weights: Weights, groups: Groups
 ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-    """The loss of p prompts' outputs, mean over prompts and groups.
+    """Computes the loss of p prompts' outputs, mean over prompts and groups.
 
     Args:
       logits: [p, outputs, y, x].
-      predicted: [p, outputs], what the model thinks its IoUs are.
+      predicted: [p, outputs], the IoUs that the model predicts.
       target: [p, y, x].
       weights: of the terms, any of "focal", "bce", "dice" and "iou".
       groups: of outputs. Of each, the one with the lowest loss learns its mask (an ambiguous prompt means one of
@@ -64,11 +67,11 @@ def prompt_loss(
     if "dice" in weights:
         terms["dice"] = dice(logits, target)
     cost, actual = sum(weights[name] * term for name, term in terms.items()), overlap(logits, target)
-    found = {name: jnp.zeros(()) for name in weights}
+    means = {name: jnp.zeros(()) for name in weights}
     for group in map(jnp.array, groups):
         best = group[cost[:, group].argmin(1)][:, None]
         for name, term in terms.items():
-            found[name] += jnp.take_along_axis(term, best, 1).mean() / len(groups)
+            means[name] += jnp.take_along_axis(term, best, 1).mean() / len(groups)
         if "iou" in weights:
-            found["iou"] += jnp.square(predicted - actual)[:, group].mean() / len(groups)
-    return sum(weights[name] * term for name, term in found.items()), found, actual
+            means["iou"] += jnp.square(predicted - actual)[:, group].mean() / len(groups)
+    return sum(weights[name] * term for name, term in means.items()), means, actual

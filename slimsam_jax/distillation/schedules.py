@@ -1,4 +1,4 @@
-"""Learning rates: over the steps, and after validations."""
+"""Schedules learning rates: over the steps, and after validations."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ import optax
 
 
 def learning_rates(peak: float, steps: int, schedule: str = "cosine") -> np.ndarray:
-    """Of every step, [steps].
+    """Returns the learning rate of every step, [steps].
 
     Args:
       schedule: "cosine" warms up over 5 % of the steps and falls to zero; "warm" warms up over 500 steps and stays;
-        any other stays from the beginning (see `plateau_scale`).
+        "constant" and "plateau" (see `plateau_scale`) stay from the beginning. `compression.steps.Optimizer` chooses.
+
+    Raises:
+      ValueError: another schedule.
     """
+    if schedule not in ("cosine", "warm", "constant", "plateau"):
+        raise ValueError(f"there is no schedule {schedule!r}")
     if schedule == "warm":
         return peak * np.minimum(1.0, np.arange(1, steps + 1) / 500)
     if schedule != "cosine":
@@ -26,7 +31,7 @@ def learning_rates(peak: float, steps: int, schedule: str = "cosine") -> np.ndar
 
 
 def plateau_scale(scores: Sequence[float], patience: int, factor: float = 0.5, threshold: float = 1e-4) -> float:
-    """The factor on the learning rate after these scores (higher is better), from the first to the last.
+    """Returns the factor on the learning rate after these scores (higher is better), from the first to the last.
 
     Each time that more than `patience` scores in a row are no better than the best before them by a share of
     `threshold`, it is multiplied by `factor`: `torch.optim.lr_scheduler.ReduceLROnPlateau(mode="max")`.

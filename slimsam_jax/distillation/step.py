@@ -1,4 +1,4 @@
-"""The compiled training step of any distillation, on trees. Knows neither Flax nor SAM."""
+"""Builds the compiled training step of any distillation, on trees. Knows neither Flax nor SAM."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Step = Callable[["TrainState", Tree, Tree, Weights, float], tuple["TrainState", 
 
 
 class TrainState(NamedTuple):
-    """What a step changes.
+    """The state of a training, which a step changes.
 
     Attributes:
       average: exponential moving average of `params`; None without one.
@@ -59,10 +59,10 @@ def make_step(
     """
 
     def gradients(params: Tree, frozen: Tree, batch: Tree, weights: Weights):
-        wanted = jax.lax.stop_gradient(target(frozen, batch))
+        targets = jax.lax.stop_gradient(target(frozen, batch))
 
         def loss_fn(params):
-            loss, terms = distillation_loss(forward(params, frozen, batch), wanted, weights, relative)
+            loss, terms = distillation_loss(forward(params, frozen, batch), targets, weights, relative)
             return loss, {"loss": loss, **terms}
 
         grads, terms = jax.grad(loss_fn, has_aux=True)(params)
@@ -103,12 +103,12 @@ def make_update(
 
 
 def _split(batch: Tree, parts: int) -> Tree:
-    """[b, ...] -> [parts, b / parts, ...]. Every part has rows of every device, so that none moves to another."""
+    """Splits [b, ...] into [parts, b / parts, ...]. Every part has rows of every device, so that none moves."""
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def _mean_over(function: Callable[[Tree], Tree], parts: Tree) -> Tree:
-    """The mean of `function` over the leading axis, a row at a time."""
+    """Computes the mean of `function` over the leading axis, a row at a time."""
     count = len(jax.tree.leaves(parts)[0])
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, _first(parts)))
     add = lambda total, part: (jax.tree.map(lambda a, b: a + b / count, total, function(part)), None)
@@ -132,7 +132,7 @@ def init_state(params: Tree, optimizer: optax.GradientTransformation, ema: float
 def make_optimizer(
     clip: float = 0.0, weight_decay: float = 0.0, decayed: Callable[[Tree], Tree] | None = None
 ) -> optax.GradientTransformation:
-    """Adam, or AdamW if there is weight decay, at a learning rate of 1, which a step multiplies by its own.
+    """Makes Adam, or AdamW if there is weight decay, at a learning rate of 1, which a step multiplies by its own.
 
     Args:
       clip: the largest norm of all gradients together; 0 for no limit.

@@ -1,4 +1,4 @@
-"""What the scores of a set of images say: means, and how far other images might have moved them."""
+"""Summarises scores over images: means, and bootstrap intervals, how far other images might have moved them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DRAWS = 4_000_000  # at a time: bounds memory
 
 
 def as_table(scores: Sequence[Sequence[Scores]]) -> tuple[list[str], np.ndarray]:
-    """Scores per image and model -> their keys, and [models, images, keys]; NaN where an image has no such score."""
+    """Tabulates scores per image and model. Returns keys, and [models, images, keys]; NaN where there is no score."""
     keys = list(dict.fromkeys(key for image in scores for model in image for key in model))
     table = np.full((len(scores[0]), len(scores), len(keys)), np.nan)
     for i, image in enumerate(scores):
@@ -25,7 +25,9 @@ def as_table(scores: Sequence[Sequence[Scores]]) -> tuple[list[str], np.ndarray]
 
 
 def summarise(scores: Sequence[Sequence[Scores]], seed: int, resamples: int = RESAMPLES) -> dict[str, list[dict]]:
-    """{key: per model {"mean", "interval", "images"}, and after the first "difference" to it with its interval}.
+    """Summarises scores of each image by each model, as means with intervals.
+
+    Returns {key: per model {"mean", "interval", "images"}, and after the first "difference" to it with its interval}.
 
     Intervals are of the percentile bootstrap over images. All models and scores see the same resamples, so a
     difference is paired.
@@ -37,7 +39,7 @@ def summarise(scores: Sequence[Sequence[Scores]], seed: int, resamples: int = RE
     both = np.concatenate([table, differences])
     images, columns = table.shape[1], len(keys)
     low, high = bootstrap(both.transpose(1, 0, 2).reshape(images, -1), seed, resamples).reshape(2, 2, -1, columns)
-    found: dict[str, list[dict]] = {}
+    summary: dict[str, list[dict]] = {}
     for k, key in enumerate(keys):
         for m in range(len(table)):
             one = {
@@ -48,12 +50,12 @@ def summarise(scores: Sequence[Sequence[Scores]], seed: int, resamples: int = RE
             if m:
                 one["difference"] = float(np.nanmean(differences[m, :, k]))
                 one["difference_interval"] = [float(low[1, m, k]), float(high[1, m, k])]
-            found.setdefault(key, []).append(one)
-    return found
+            summary.setdefault(key, []).append(one)
+    return summary
 
 
 def bootstrap(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """Percentile intervals of the means of columns: [images, m], NaN where there is no value, -> [2, m]."""
+    """Computes percentile intervals of the means of columns: [images, m], NaN where there is no value, -> [2, m]."""
     random, (images, columns) = np.random.default_rng(seed), values.shape
     known, values = np.isfinite(values).astype(float), np.nan_to_num(values)
     means = np.empty((resamples, columns))

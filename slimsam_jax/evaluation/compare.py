@@ -1,4 +1,4 @@
-"""Several models on the same images: each image is read once, and encoded once by each model."""
+"""Measures several models on the same images: each image is read once, and encoded once by each model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slimsam_jax.progress import track
 
 
 class Measured(NamedTuple):
-    """What models scored on each image, by its short name.
+    """Scores of models on each image, by its short name.
 
     Attributes:
       samples: {image: where it comes from}, of those that were measured on.
@@ -60,12 +60,12 @@ def measure_models(
             return None
         encoded = [encode_image(sam, image) for sam in sams]
         scores = image_scores(sams, encoded, annotations, protocols)
-        found = boxes.get(sample.image_id, []) if boxes else []
-        results = [segment(sam, e, sample.image_id, found) for sam, e in zip(sams, encoded, strict=True)]
+        own = boxes.get(sample.image_id, []) if boxes else []
+        results = [segment(sam, e, sample.image_id, own) for sam, e in zip(sams, encoded, strict=True)]
         return scores, results, digest(image, annotations)
 
-    found, skipped = map_readable(measure, track(samples, "evaluate"), len(samples), max_broken)
-    usable = {sample: result for sample, result in found.items() if result}
+    measured, skipped = map_readable(measure, track(samples, "evaluate"), len(samples), max_broken)
+    usable = {sample: result for sample, result in measured.items() if result}
     if not usable:
         raise InputError(f"no image can be measured on: {next(iter(skipped.values()), 'none is annotated')}")
     scores, results, digests = zip(*usable.values(), strict=True)
@@ -99,22 +99,22 @@ def compare_models(teacher: Sam, slim: Sam, samples: Iterable[Sample], side: int
         pairs = [(sam, encode_image(sam, image)) for sam in (teacher, slim)]
         kinds = ("point", "box") if annotations else ()
         ious = [{kind: single_mask_iou(*pair, annotations, kind) for kind in kinds} for pair in pairs]
-        wanted, found = (encoded.embedding for _, encoded in pairs)
+        true, slim_embedding = (encoded.embedding for _, encoded in pairs)
         return {
             "agreement": float(agreement(pairs, side)[1].mean()),
-            "embedding_error": relative_error(found, wanted),
+            "embedding_error": relative_error(slim_embedding, true),
             "teacher": ious[0],
             "slim": ious[1],
         }
 
-    found, skipped = map_readable(measure, samples)
-    if not found:
+    measured, skipped = map_readable(measure, samples)
+    if not measured:
         raise InputError(f"no image can be compared on: {next(iter(skipped.values()), 'none was given')}")
-    annotated = [image for image in found.values() if image["teacher"]]
+    annotated = [image for image in measured.values() if image["teacher"]]
     mean = lambda images, key: float(np.mean([image[key] for image in images]))
     return {
-        **{key: mean(found.values(), key) for key in ("agreement", "embedding_error")},
-        "images": len(found),
+        **{key: mean(measured.values(), key) for key in ("agreement", "embedding_error")},
+        "images": len(measured),
         "annotated_images": len(annotated),
         **{
             name: {kind: mean([image[name] for image in annotated], kind) for kind in ("point", "box") if annotated}

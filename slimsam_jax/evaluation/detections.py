@@ -1,4 +1,4 @@
-"""A detector's boxes as prompts: COCO AP, as SAM, TinySAM, MobileSAM and EfficientSAM report it.
+"""Evaluates masks of a detector's boxes: COCO AP, as SAM, TinySAM, MobileSAM and EfficientSAM report it.
 
 The boxes and their scores are the detector's, the masks ours; `pycocotools` compares them with the ground truth.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from slimsam_jax.data.sample import corners
 from slimsam_jax.data.sources import coco
-from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.errors import InputError, reading
 from slimsam_jax.evaluation.resampled_ap import RESAMPLES, categories, intervals
 from slimsam_jax.imaging import rle
 from slimsam_jax.imaging.prompts import Prompts, prompt_points
@@ -29,7 +29,7 @@ CHOICES = ("", "_best")  # the single mask, and the best of the others by predic
 
 
 class Detection(NamedTuple):
-    """A box found by a detector: x0, y0, x1, y1 in the image's own pixels."""
+    """A box of a detector: x0, y0, x1, y1 in the image's own pixels."""
 
     box: np.ndarray
     category: int
@@ -41,26 +41,26 @@ Results = dict[str, list[dict[str, Any]]]  # masks in COCO's results format, for
 
 
 def read_boxes(path: Path) -> Boxes:
-    """A file in COCO's results format.
+    """Reads boxes from a file in COCO's results format.
 
     Raises:
       InputError: it is not one.
     """
-    found: Boxes = {}
-    with blaming(f"the file of boxes {path}"):
+    boxes: Boxes = {}
+    with reading(f"the file of boxes {path}"):
         for fields in coco.read(path):
             detection = Detection(corners(fields["bbox"]), int(fields["category_id"]), float(fields["score"]))
             if not np.isfinite(detection.score) or np.abs(detection.box).max() > FARTHEST:
                 raise ValueError("a score that is none, or a box that is of no image")
-            of_image = found.setdefault(int(fields["image_id"]), [])
+            of_image = boxes.setdefault(int(fields["image_id"]), [])
             of_image.append(detection)
             if len(of_image) > MOST_BOXES:
                 raise ValueError(f"more than {MOST_BOXES} boxes of one image; COCO counts the best 100 of a category")
-    return found
+    return boxes
 
 
 def read_truth(path: Path, boxes: Boxes) -> Any:
-    """The ground truth for the boxes, a COCO .json, as pycocotools has it.
+    """Reads the ground truth for the boxes, a COCO .json, into pycocotools.
 
     Raises:
       InputError: it is not one, or of other images; or pycocotools is not installed.
@@ -69,7 +69,7 @@ def read_truth(path: Path, boxes: Boxes) -> Any:
         from pycocotools.coco import COCO
     except ImportError:
         raise InputError("--boxes needs pycocotools: pip install 'slimsam_jax[coco]'") from None
-    with blaming(f"the COCO file {path}"), contextlib.redirect_stdout(io.StringIO()):
+    with reading(f"the COCO file {path}"), contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = coco.read(path)
         truth.dataset.setdefault("info", {})  # which some versions of pycocotools ask for
@@ -98,17 +98,17 @@ def _make_sound(annotation: dict[str, Any], image: dict[str, Any]) -> None:
 
 
 def segment(sam: Sam, encoded: Encoded, image_id: int, detections: Sequence[Detection]) -> Results:
-    """One model's masks of one image's boxes."""
-    found: Results = {choice: [] for choice in CHOICES}
+    """Predicts one model's masks of one image's boxes."""
+    results: Results = {choice: [] for choice in CHOICES}
     if not detections:
-        return found
+        return results
     prompts = Prompts(*prompt_points(boxes=np.stack([detection.box for detection in detections])))
     for detection, logits, scores in zip(detections, *decode_prompts(sam, encoded, prompts), strict=True):
         common = {"image_id": image_id, "category_id": detection.category, "score": detection.score}
         for choice, output in zip(CHOICES, (0, 1 + scores[1:].argmax()), strict=True):
             mask = original_masks(sam, encoded, logits[output])
-            found[choice].append(common | {"segmentation": rle.encode(mask)})
-    return found
+            results[choice].append(common | {"segmentation": rle.encode(mask)})
+    return results
 
 
 def precisions(
@@ -118,7 +118,7 @@ def precisions(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> dict[str, list[dict[str, Any]]]:
-    """AP of each model over some images: {"boxes/ap": per model {"mean", ...}, ...}, as `bootstrap.summarise`.
+    """Computes AP of each model over some images: {"boxes/ap": per model {"mean", ...}, ...}, as `bootstrap.summarise`.
 
     Only of AP itself there are intervals, see `resampled_ap`.
 
@@ -139,14 +139,14 @@ def precisions(
                 row = summary.setdefault(f"boxes/{measure}{choice}", [])
                 difference = {"difference": value - row[0]["mean"]} if row else {}
                 row.append({"mean": value, "images": len(image_ids)} | difference)
-        found = intervals([categories(evaluation) for evaluation in judged], len(set(image_ids)), seed, resamples)
-        for model, own, difference in zip(summary.get(f"boxes/ap{choice}", []), *found.tolist(), strict=False):
+        bounds = intervals([categories(evaluation) for evaluation in judged], len(set(image_ids)), seed, resamples)
+        for model, own, difference in zip(summary.get(f"boxes/ap{choice}", []), *bounds.tolist(), strict=False):
             model |= {"interval": own} | ({"difference_interval": difference} if "difference" in model else {})
     return summary
 
 
 def judge(truth: Any, results: list[dict[str, Any]], image_ids: Sequence[int]) -> Any:
-    """Masks compared with the ground truth: a `COCOeval`."""
+    """Compares masks with the ground truth. Returns a `COCOeval`."""
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -159,5 +159,5 @@ def judge(truth: Any, results: list[dict[str, Any]], image_ids: Sequence[int]) -
 
 
 def measures(evaluation: Any) -> dict[str, float]:
-    """{"ap": ..., ...} by COCO's rules; without sizes of which the ground truth has none."""
+    """Reads {"ap": ..., ...} off a `COCOeval`; without sizes of which the ground truth has none."""
     return {name: float(value) for name, value in zip(MEASURES, evaluation.stats, strict=False) if value >= 0}

@@ -1,4 +1,4 @@
-"""The picture of an evaluation: scores of one model against another's, and the images where it did worst."""
+"""Draws the figure of an evaluation: scores of one model against another's, and its worst images."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def draw(names: Sequence[str], sams: Sequence[Sam], measured: Measured, protocol
 
 
 def _scatter(axes: Sequence[Any], names: Sequence[str], values: np.ndarray, label: str) -> None:
-    """values: [models, images]."""
+    """Plots scores [models, images] of each further model against the first's."""
     if len(values) == 1:
         axes[0].plot(np.sort(values[0]), ".")
         axes[0].set(xlabel="images, in order", ylabel=f"{label} of {names[0]}")
@@ -86,7 +86,7 @@ def _show(axis: Any, title: str, image: Image.Image, masks: np.ndarray) -> None:
 
 
 def _prompts(annotations: Sequence[Annotation], protocol: str, protocols: Protocols, size: tuple[int, int]) -> Prompts:
-    """Those that the largest objects of an image were measured with; of clicks the first one, and of everything too."""
+    """Makes the prompts that the largest objects were measured by; of clicks the first one, and of everything too."""
     if protocol == "agreement":
         return clicks_at(point_grid(size, protocols.grid)[:MASKS, 0])
     prompts = PROMPTS["point-center" if protocol in SHOWN else protocol](annotations, protocols.seed)
@@ -94,5 +94,5 @@ def _prompts(annotations: Sequence[Annotation], protocol: str, protocols: Protoc
 
 
 def largest(annotations: Sequence[Annotation]) -> np.ndarray:
-    """Indices of the annotations to draw, small ones last."""
+    """Returns indices of the annotations to draw, small ones last."""
     return np.argsort([-a.mask.sum() for a in annotations], kind="stable")[:MASKS]

@@ -1,4 +1,4 @@
-"""Everything mode against annotations: which share of the objects is among the first k masks.
+"""Evaluates everything mode: which share of the annotated objects is among the first k masks.
 
 As Segment Anything evaluates proposals (Kirillov et al. 2023, section 7.3, appendix D.3): no thresholds, box NMS 0.9,
 ranked by the mean of predicted IoU and stability.
@@ -24,19 +24,19 @@ THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 def proposal_scores(
     sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], points_per_side: int
 ) -> dict[str, float]:
-    """{"ar_10": average recall of an image's annotations by the first ten masks, ...}."""
+    """Scores an image: {"ar_10": average recall of its annotations by the first ten masks, ...}."""
     generator = SamAutomaticMaskGenerator(
         sam, points_per_side, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.9
     )
-    found = generator.candidates(encoded)
-    found = found.take(np.argsort(-(found.predicted_iou + found.stability), kind="stable")[: COUNTS[-1]])
+    kept = generator.candidates(encoded)
+    kept = kept.take(np.argsort(-(kept.predicted_iou + kept.stability), kind="stable")[: COUNTS[-1]])
     truth = np.stack([a.mask for a in annotations])
-    ious = [iou(unpack(found, i, encoded.original_size)[None], truth) for i in range(len(found.bits))]
+    ious = [iou(unpack(kept, i, encoded.original_size)[None], truth) for i in range(len(kept.bits))]
     return average_recall(np.array(ious).reshape(-1, len(truth)))
 
 
 def average_recall(ious: np.ndarray) -> dict[str, float]:
-    """COCO's average recall at each of `COUNTS`, for one image.
+    """Computes COCO's average recall at each of `COUNTS`, for one image.
 
     Args:
       ious: [masks, annotations], the best mask first.
@@ -46,7 +46,7 @@ def average_recall(ious: np.ndarray) -> dict[str, float]:
 
 
 def _matched(ious: np.ndarray, threshold: float) -> np.ndarray:
-    """[annotations], the number of the mask that each is matched by, infinite if by none.
+    """Matches annotations with masks. Returns [annotations] the number of its mask, infinite of one without.
 
     Each mask takes the annotation that it overlaps most of those that no mask before it has taken.
     """

@@ -1,6 +1,6 @@
-"""Protocols: what a user would have pointed at, from the annotations of an image.
+"""Makes prompts from the annotations of an image: what a user would have pointed at.
 
-Each takes annotations and a seed, and gives one prompt per annotation, in pixels of the original
+Each protocol takes annotations and a seed, and gives one prompt per annotation, in pixels of the original
 frame.
 """
 
@@ -11,18 +11,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from slimsam_jax.data import Annotation
-from slimsam_jax.imaging.geometry import deepest
+from slimsam_jax.imaging.geometry import interior_point
 from slimsam_jax.imaging.prompts import Prompts, clicks_at, noisy, prompt_points
 
 
 def point(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
-    """SlimSAM's: the point that the annotation itself comes with."""
+    """Makes SlimSAM's prompts: the point that the annotation itself comes with."""
     return clicks_at(np.stack([a.point for a in annotations]))
 
 
 def point_center(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
-    """The pixel deepest inside the mask."""
-    return clicks_at(np.stack([deepest(a.mask)[0] for a in annotations]))
+    """Makes a click at the interior point of each mask."""
+    return clicks_at(np.stack([interior_point(a.mask)[0] for a in annotations]))
 
 
 def box(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
@@ -30,7 +30,7 @@ def box(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
 
 
 def box_noisy(annotations: Sequence[Annotation], seed: int = 0) -> Prompts:
-    """A box as somebody draws it by hand. The noise follows from seed, annotation's id (else its index) and box."""
+    """Makes hand-drawn boxes. The noise follows from seed, annotation's id (else its index) and box."""
     numbers = [index if a.id < 0 else a.id for index, a in enumerate(annotations)]
     random = lambda a, number: np.random.default_rng((seed, number, *np.abs(a.box).astype(int)))
     pairs = zip(annotations, numbers, strict=True)

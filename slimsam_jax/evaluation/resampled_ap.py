@@ -1,4 +1,4 @@
-"""How far other images might have moved COCO AP: a bootstrap over images, which matches no mask a second time.
+"""Bootstraps COCO AP over images, without matching a mask a second time.
 
 pycocotools has said once which detections are right; a resample only counts an image's as often as it was drawn.
 """
@@ -22,7 +22,7 @@ class Category(NamedTuple):
     Attributes:
       right, wrong: [t, n] bool, by each of COCO's thresholds of IoU; what matches a crowd is neither.
       image: [n] index of the image that each is of.
-      objects: [images] how many there were to be found.
+      objects: [images] number of annotated ones.
     """
 
     right: np.ndarray
@@ -32,45 +32,48 @@ class Category(NamedTuple):
 
 
 def categories(evaluation: Any) -> list[Category]:
-    """From a `COCOeval` that has evaluated: objects of all sizes, by categories of which there are any."""
+    """Reads the categories of a `COCOeval` that has evaluated: objects of all sizes, where there are any."""
     params = evaluation.params
     table = np.array(evaluation.evalImgs, object).reshape(len(params.catIds), len(params.areaRng), len(params.imgIds))
     return [_category(row) for row in table[:, 0] if any(row)]
 
 
 def _category(row: Sequence[dict[str, Any] | None]) -> Category:
-    """Of one image after the other, None where there is nothing."""
+    """Joins a category's detections of one image after the other, None where there is nothing."""
     known = [(i, image) for i, image in enumerate(row) if image]
     join = lambda name: np.concatenate([image[name] for _, image in known], axis=-1)
     order = np.argsort(-join("dtScores"), kind="stable")  # of equals the first image's, as COCO has it
-    found, ignored = (join(name)[:, order].astype(bool) for name in ("dtMatches", "dtIgnore"))
+    matched, ignored = (join(name)[:, order].astype(bool) for name in ("dtMatches", "dtIgnore"))
     image = np.concatenate([np.full(len(image["dtScores"]), i) for i, image in known])[order]
     objects = np.zeros(len(row))
     for i, one in known:
         objects[i] = np.sum(np.asarray(one["gtIgnore"]) == 0)
-    return Category(found & ~ignored, ~found & ~ignored, image, objects)
+    return Category(matched & ~ignored, ~matched & ~ignored, image, objects)
 
 
-def precision(each: Sequence[Category], times: np.ndarray) -> float:
-    """AP if every image were there so many `times` [images]; NaN if that leaves no object."""
-    found = [_precision(category, times) for category in each if category.objects @ times]
-    return float(np.mean(found)) if found else np.nan
+def precision(parts: Sequence[Category], times: np.ndarray) -> float:
+    """Computes AP as if every image were there so many `times` [images]; NaN if that leaves no object."""
+    aps = [_precision(category, times) for category in parts if category.objects @ times]
+    return float(np.mean(aps)) if aps else np.nan
 
 
 def _precision(category: Category, times: np.ndarray) -> float:
     weights = times[category.image]
     right, wrong = (np.cumsum(kind * weights, axis=1) for kind in (category.right, category.wrong))
     recall = right / (category.objects @ times)
-    found = right / (right + wrong + np.spacing(1))
-    highest = np.maximum.accumulate(found[:, ::-1], axis=1)[:, ::-1]  # at this recall or beyond
+    precisions = right / (right + wrong + np.spacing(1))
+    highest = np.maximum.accumulate(precisions[:, ::-1], axis=1)[:, ::-1]  # at this recall or beyond
     highest = np.pad(highest, ((0, 0), (0, 1)))  # a recall that is never reached
     return float(np.mean([row[np.searchsorted(r, RECALLS)] for r, row in zip(recall, highest, strict=True)]))
 
 
 def intervals(models: Sequence[Sequence[Category]], images: int, seed: int, resamples: int) -> np.ndarray:
-    """Percentile intervals [2 (AP, difference to the first model's), models, 2]; all models see the same resamples."""
+    """Computes percentile intervals, [2 (AP, difference to the first model's), models, 2].
+
+    All models see the same resamples.
+    """
     random, shares = np.random.default_rng(seed), np.full(images, 1 / images)
     draws = (random.multinomial(images, shares) for _ in range(min(resamples, RESAMPLES)))
-    found = np.array([[precision(each, times) for each in models] for times in draws])
-    both = np.stack([found, found - found[:, :1]])
+    aps = np.array([[precision(model, times) for model in models] for times in draws])
+    both = np.stack([aps, aps - aps[:, :1]])
     return np.moveaxis(np.nanpercentile(both, [(100 - LEVEL) / 2, (100 + LEVEL) / 2], axis=1), 0, -1)

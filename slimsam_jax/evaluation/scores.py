@@ -1,4 +1,4 @@
-"""Scores of one image: mask IoU by protocol, agreement between models, error of the embedding."""
+"""Scores one image: mask IoU by protocol, agreement between models, error of the embedding."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from slimsam_jax.inference.decode import Encoded, decode_prompts, original_masks
 from slimsam_jax.models.sam import Sam
 
 
-def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Mean squared error over the variance of what was wanted: 0 is equal, 1 as bad as its mean everywhere."""
-    found, wanted = np.asarray(found), np.asarray(wanted)
-    return float(np.square(found - wanted).mean() / wanted.var())
+def relative_error(embedding: np.ndarray, target: np.ndarray) -> float:
+    """Computes the mean squared error over the target's variance: 0 is equal, 1 as bad as its mean everywhere."""
+    embedding, target = np.asarray(embedding), np.asarray(target)
+    return float(np.square(embedding - target).mean() / target.var())
 
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, pixels of a mask
@@ -51,7 +51,7 @@ class Protocols:
 def image_scores(
     sams: Sequence[Sam], encoded: Sequence[Encoded], annotations: Sequence[Annotation], protocols: Protocols
 ) -> list[Scores]:
-    """All that is measured of an image, for each of several models: {"point/iou": mean over annotations, ...}.
+    """Scores an image by all protocols, for each of several models: {"point/iou": mean over annotations, ...}.
 
     Args:
       encoded: the image, by each model.
@@ -59,45 +59,45 @@ def image_scores(
     """
     pairs = list(zip(sams, encoded, strict=True))
     areas = np.array([a.mask.sum() for a in annotations])
-    found: list[Scores] = [{} for _ in sams]
+    scored: list[Scores] = [{} for _ in sams]
     for protocol in protocols.names:
         if protocol == "agreement":
-            each = [{"iou": float(ious.mean())} for ious in agreement(pairs, protocols.grid)]
+            measured = [{"iou": float(ious.mean())} for ious in agreement(pairs, protocols.grid)]
         elif not annotations:
             continue
         elif protocol == "everything":
-            each = [proposal_scores(*pair, annotations, protocols.points_per_side) for pair in pairs]
+            measured = [proposal_scores(*pair, annotations, protocols.points_per_side) for pair in pairs]
         elif protocol == "clicks":
-            each = [click_scores(*pair, annotations, protocols.clicks) for pair in pairs]
+            measured = [click_scores(*pair, annotations, protocols.clicks) for pair in pairs]
         else:
             prompts = PROMPTS[protocol](annotations, protocols.seed)
-            each = [means_by_size(prompt_scores(*pair, annotations, prompts), areas) for pair in pairs]
-        for scores, new in zip(found, each, strict=True):
+            measured = [means_by_size(prompt_scores(*pair, annotations, prompts), areas) for pair in pairs]
+        for scores, new in zip(scored, measured, strict=True):
             scores |= {f"{protocol}/{measure}": value for measure, value in new.items()}
-    return found
+    return scored
 
 
 def means_by_size(values: dict[str, np.ndarray], areas: np.ndarray) -> Scores:
-    """Means over annotations, and of "iou" also over those of each size that there is."""
-    found = {measure: float(each.mean()) for measure, each in values.items()}
-    for size, (least, most) in SIZES.items():
-        chosen = (areas >= least) & (areas < most)
+    """Averages over annotations; "iou" also over those of each size that there is."""
+    means = {measure: float(scores.mean()) for measure, scores in values.items()}
+    for size, (smallest, largest) in SIZES.items():
+        chosen = (areas >= smallest) & (areas < largest)
         if chosen.any():
-            found[f"iou_{size}"] = float(values["iou"][chosen].mean())
-    return found
+            means[f"iou_{size}"] = float(values["iou"][chosen].mean())
+    return means
 
 
 def prompt_scores(
     sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], prompts: Prompts
 ) -> dict[str, np.ndarray]:
-    """IoU and boundary IoU [p] of one prompt per annotation.
+    """Computes IoU and boundary IoU [p] of one prompt per annotation.
 
     Three choices among the outputs: the single mask (`multimask_output=False`), the best of the others by predicted
     IoU, and the best of them by true IoU (oracle).
     """
     low, predicted = decode_prompts(sam, encoded, prompts)
     overlaps = [_overlaps(sam, encoded, logits, a.mask) for logits, a in zip(low, annotations, strict=True)]
-    iou, boundary = (np.stack(each) for each in zip(*overlaps, strict=True))
+    iou, boundary = (np.stack(values) for values in zip(*overlaps, strict=True))
     rows = np.arange(len(iou))
     choices = {"": 0, "_best": 1 + predicted[:, 1:].argmax(1), "_oracle": 1 + iou[:, 1:].argmax(1)}
     return {
@@ -108,20 +108,20 @@ def prompt_scores(
 
 
 def _overlaps(sam: Sam, encoded: Encoded, low: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """IoU and boundary IoU of one prompt's outputs [outputs, 4h, 4w]."""
+    """Computes IoU and boundary IoU [outputs] of one prompt's outputs [outputs, 4h, 4w]."""
     masks = original_masks(sam, encoded, low)
     return overlap.iou(masks, truth[None]), overlap.boundary_iou(masks, truth[None])
 
 
 def single_mask_iou(sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], protocol: str = "point") -> float:
-    """Mean over annotations of the single mask's IoU: all that is wanted while a model is learning."""
+    """Computes the single mask's IoU, mean over annotations: all that is needed while a model is learning."""
     low, _ = decode_prompts(sam, encoded, PROMPTS[protocol](annotations))
     masks = (original_masks(sam, encoded, logits[0]) for logits in low)
     return float(np.mean([overlap.iou(mask, a.mask) for mask, a in zip(masks, annotations, strict=True)]))
 
 
 def agreement(pairs: Sequence[tuple[Sam, Encoded]], grid: int) -> list[np.ndarray]:
-    """IoU [grid * grid] of each model's single masks with the first model's, for the same points."""
+    """Computes the IoU [grid * grid] of each model's single masks with the first model's, for the same points."""
     prompts = clicks_at(point_grid(pairs[0][1].original_size, grid)[:, 0])
     low = [decode_prompts(*pair, prompts)[0][:, 0] for pair in pairs]
     ious = []

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: on the terminal, as Markdown, as JSON."""
+"""Formats the numbers of an evaluation: on the terminal, as Markdown, as JSON."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LABELS = {
 
 
 def label(key: str, images: int, most: int) -> str:
-    """What a row is called; with its number of images, if it has fewer than others."""
+    """Returns the title of a row; with its number of images, if it has fewer than others."""
     protocol, measure = key.split("/")
     if protocol == "clicks":
         kind, count = measure.split("_")
@@ -50,7 +50,7 @@ def label(key: str, images: int, most: int) -> str:
 
 
 def rows(summary: Summary) -> list[list[str]]:
-    """[[label, a cell per model], ...]."""
+    """Formats the rows: [[label, a cell per model], ...]."""
     most = max(models[0]["images"] for models in summary.values())
     return [
         [label(key, models[0]["images"], most), *(cell(key, model) for model in models)]
@@ -59,7 +59,7 @@ def rows(summary: Summary) -> list[list[str]]:
 
 
 def cell(key: str, model: dict[str, Any]) -> str:
-    """ "57.12 (55.30 to 58.91)", or, beside another model, "57.11, -0.01 (-0.05 to +0.03)"."""
+    """Formats "57.12 (55.30 to 58.91)", or, beside another model, "57.11, -0.01 (-0.05 to +0.03)"."""
     measure = key.split("/")[1]
     scale = 1 if measure.startswith("noc") else 100
     text = f"{scale * model['mean']:.2f}"
@@ -93,11 +93,11 @@ def write_markdown(path: Path, names: Sequence[str], summary: Summary) -> None:
 
 
 def as_json(names: Sequence[str], measured: Measured, protocols: Protocols, summary: Summary) -> dict[str, Any]:
-    """All numbers, and what it takes to make them again."""
+    """Collects all numbers, and what it takes to make them again."""
     by_model = lambda values: dict(zip(names, values, strict=True))
     return {
         "data": {"images": len(measured.samples), "sha256": measured.digest, "skipped": measured.skipped},
         "protocols": dataclasses.asdict(protocols),
-        "results": {key: by_model(each) for key, each in summary.items()},
+        "results": {key: by_model(models) for key, models in summary.items()},
         "per_image": {image: by_model(scores) for image, scores in measured.scores.items()},
     }

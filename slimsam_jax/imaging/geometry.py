@@ -1,4 +1,4 @@
-"""Where a mask lies, and what its middle is."""
+"""Geometry of masks: the window that holds them, and a point well inside."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def extent(*masks: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns of the smallest window that all of the masks [..., h, w] lie in; empty if they are."""
+def bounding_window(*masks: np.ndarray) -> tuple[slice, slice]:
+    """Returns the rows and columns of the smallest window that holds all masks [..., h, w]; empty if they are."""
 
     def span(used: np.ndarray) -> slice:
-        found = np.flatnonzero(used)
-        return slice(found[0], found[-1] + 1) if len(found) else slice(0, 0)
+        index = np.flatnonzero(used)
+        return slice(index[0], index[-1] + 1) if len(index) else slice(0, 0)
 
     flat = [mask.reshape(-1, *mask.shape[-2:]) for mask in masks]
     return tuple(span(np.logical_or.reduce([m.any((0, axis)) for m in flat])) for axis in (2, 1))
 
 
-def deepest(region: np.ndarray, taken: Sequence[Sequence[float]] = ()) -> tuple[np.ndarray, float]:
-    """The pixel farthest from everything outside a region, of which the picture's border is part.
+def interior_point(region: np.ndarray, taken: Sequence[Sequence[float]] = ()) -> tuple[np.ndarray, float]:
+    """Returns the pixel of a region that is farthest from its outside, to which all beyond the image belongs.
 
     Args:
-      region: [h, w] bool. The first of equals, by rows; the middle of the picture if it is empty.
+      region: [h, w] bool. Of equals the first by rows is taken; of an empty one the middle of the image.
       taken: (x, y) in pixels that shall not be chosen.
 
     Returns:
@@ -30,7 +30,7 @@ def deepest(region: np.ndarray, taken: Sequence[Sequence[float]] = ()) -> tuple[
     """
     if not region.any():
         return np.array(region.shape[::-1]) / 2, 0.0
-    rows, columns = window = extent(region)
+    rows, columns = window = bounding_window(region)
     corner = np.array([columns.start, rows.start])
     depth = _squared_depth(region[window])
     for x, y in np.asarray(taken, int).reshape(-1, 2) - corner:
@@ -41,9 +41,10 @@ def deepest(region: np.ndarray, taken: Sequence[Sequence[float]] = ()) -> tuple[
 
 
 def _squared_depth(region: np.ndarray) -> np.ndarray:
-    """[h, w] int32, the squared distance of each pixel to the nearest outside. SciPy's distances take 3 x the memory.
+    """Returns each pixel's squared distance to the nearest one outside, [h, w] int32.
 
-    No pixel is farther than half of the shorter side from outside, so that squares do not wrap.
+    SciPy's own distances take three times the memory. No pixel is farther than half of the shorter side from outside,
+    so that squares do not wrap.
     """
     from scipy.ndimage import distance_transform_edt  # slow to import, and rarely needed
 

@@ -1,4 +1,4 @@
-"""How much masks overlap: IoU and boundary IoU."""
+"""Measures how much masks overlap: IoU and boundary IoU."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
-from slimsam_jax.imaging.geometry import extent
+from slimsam_jax.imaging.geometry import bounding_window
 
 
 def iou(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Intersection over union of boolean masks [..., h, w] -> [...]; two empty masks agree (1)."""
+    """Computes intersection over union of boolean masks [..., h, w] -> [...]; two empty masks agree (1)."""
     # Eight pixels a byte: a tenth of the time that sums over booleans take.
     one, other = (np.packbits(m.reshape(*m.shape[:-2], -1), axis=-1) for m in (prediction, truth))
     intersection, union = (np.bitwise_count(bits).sum(-1, dtype=np.int64) for bits in (one & other, one | other))
@@ -18,23 +18,23 @@ def iou(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def boundary_iou(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """IoU of the masks' boundaries (Cheng et al. 2021), [..., h, w] -> [...]: all sizes of object count alike.
+    """Computes the IoU of masks' boundaries (Cheng et al. 2021), [..., h, w] -> [...]: all sizes of object count alike.
 
     A boundary is what lies in the mask within 2 % of the image's diagonal of its outline.
     """
     distance = max(1, round(0.02 * math.hypot(*truth.shape[-2:])))
-    window = extent(prediction, truth)  # nothing outside it changes either boundary
+    window = bounding_window(prediction, truth)  # nothing outside it changes either boundary
     return iou(*(boundary(mask[(..., *window)], distance) for mask in (prediction, truth)))
 
 
 def boundary(mask: np.ndarray, distance: int) -> np.ndarray:
-    """What so many erosions by 3 x 3 take away from boolean masks [..., h, w]; beyond the edges all is eroded."""
+    """Returns what `distance` erosions by 3 x 3 remove of boolean masks [..., h, w]; nothing is beyond the edges."""
     padded = np.pad(mask, [(0, 0)] * (mask.ndim - 2) + [(distance, distance)] * 2)
     return mask & ~_all_of_window(_all_of_window(padded, 2 * distance + 1, -1), 2 * distance + 1, -2)
 
 
 def _all_of_window(mask: np.ndarray, length: int, axis: int) -> np.ndarray:
-    """Whether all of so many neighbours along an axis are true, from one end of the axis to the other."""
+    """Erodes along an axis by a window of `length`: true where all of it is. Returns `length - 1` fewer places."""
     mask, covered = np.moveaxis(mask, axis, 0), 1
     while covered < length:
         step = min(covered, length - covered)

@@ -51,12 +51,12 @@ class Prompts(NamedTuple):
 
 
 def clicks_at(points: np.ndarray) -> Prompts:
-    """One foreground click per prompt: [p, 2] (x, y) in original pixels."""
+    """Makes one foreground click per prompt of points [p, 2] (x, y) in original pixels."""
     return Prompts(*prompt_points(points[:, None], np.ones((len(points), 1), np.int32)))
 
 
 def point_grid(original_size: tuple[int, int], side: int) -> np.ndarray:
-    """A regular grid of points inside a picture: [side * side, 1, 2] (x, y) in its pixels."""
+    """Makes a regular grid of points inside an image: [side * side, 1, 2] (x, y) in its pixels."""
     height, width = original_size
     steps = (np.arange(side) + 0.5) / side
     return np.stack(np.meshgrid(steps * width, steps * height), axis=-1).reshape(-1, 1, 2)
@@ -66,7 +66,7 @@ NOISE, MOST_NOISE = 0.1, 20.0  # of a box's side, and pixels: Segment Anything (
 
 
 def noisy(box: np.ndarray, shape: tuple[int, int], random: np.random.Generator) -> np.ndarray:
-    """A box x0, y0, x1, y1 with a normal error on each coordinate, inside its image of (height, width) pixels."""
+    """Adds a normal error to each coordinate of a box x0, y0, x1, y1, and clips it to its (height, width) image."""
     noise = random.normal(0, NOISE * np.tile(box[2:] - box[:2], 2)).clip(-MOST_NOISE, MOST_NOISE)
     height, width = shape
     return (box + noise).clip(0, [width, height, width, height])

@@ -12,7 +12,7 @@ LONGEST = 6  # characters of a run in COCO's packing: 30 bits, more than `MOST_P
 
 
 def decode(rle: dict[str, Any], size: tuple[int, int] | None = None) -> np.ndarray:
-    """Decodes a mask. Nothing of its size is allocated before its size and runs are known to be possible.
+    """Decodes a mask to [h, w] bool. Nothing of its size is allocated before its size and runs are checked.
 
     Args:
       rle: {"size": [h, w], "counts": compressed string or list of run lengths}; runs
@@ -31,14 +31,14 @@ def decode(rle: dict[str, Any], size: tuple[int, int] | None = None) -> np.ndarr
 
 
 def run_lengths(rle: dict[str, Any], size: tuple[int, int] | None = None) -> np.ndarray:
-    """[runs] int64 of a mask, as `decode` takes it: each within 0 and its pixels, all together its pixels.
+    """Returns the run lengths of a mask, [runs] int64: none is negative, and together they are its pixels.
 
     Raises:
       ValueError, KeyError, TypeError: as `decode`.
     """
     height, width = (operator.index(side) for side in rle["size"])
     if size is not None and (height, width) != tuple(size):
-        raise ValueError(f"a mask of {width} x {height} pixels, the picture has {size[1]} x {size[0]}")
+        raise ValueError(f"a mask of {width} x {height} pixels, the image has {size[1]} x {size[0]}")
     if min(height, width) < 0 or height * width > MOST_PIXELS:
         raise ValueError(f"a mask of {width} x {height} pixels, which no image has")
     pixels, counts = height * width, rle["counts"]
@@ -73,7 +73,10 @@ def _unpack(counts: str | bytes, pixels: int) -> np.ndarray:
 
 
 def _differences(counts: str | bytes, pixels: int) -> np.ndarray:
-    """[runs] int32. A character stands for 48 to 48 + 63; the sixth bit says that the run goes on."""
+    """Unpacks the differences of runs, [runs] int32.
+
+    A character stands for 48 to 48 + 63; the sixth bit says that the run goes on.
+    """
     raw = counts.encode() if isinstance(counts, str) else counts
     if len(raw) > LONGEST * (pixels + 2):
         raise ValueError(f"a run-length string of {len(raw)} characters for {pixels} pixels")
@@ -93,12 +96,12 @@ def _differences(counts: str | bytes, pixels: int) -> np.ndarray:
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
-    """[h, w] bool -> {"size": [h, w], "counts": compressed string}, character by character as pycocotools does."""
+    """Encodes a mask [h, w] as {"size": [h, w], "counts": compressed string}, to the character as pycocotools does."""
     return {"size": list(mask.shape), "counts": _pack(_runs(mask))}
 
 
 def encode_uncompressed(mask: np.ndarray) -> dict[str, Any]:
-    """[h, w] bool -> {"size": [h, w], "counts": list of run lengths}."""
+    """Encodes a mask [h, w] bool as {"size": [h, w], "counts": list of run lengths}."""
     return {"size": list(mask.shape), "counts": _runs(mask).tolist()}
 
 

@@ -1,4 +1,4 @@
-"""The way of an image into the model frame, and of a mask back out. numpy and Pillow alone.
+"""Transforms images into the model frame, and masks back out of it. numpy and Pillow alone.
 
 Frames: the *original* frame is the image's own (h0, w0) pixels; the *model* frame is `config.image_size`, into which
 the image is scaled so that it fits, top left, the rest being padding. Points are (x, y), boxes x0, y0, x1, y1, sizes
@@ -15,20 +15,20 @@ from PIL import Image
 
 
 def resized_shape(size: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
-    """Size in the model frame of a picture of `size`: largest that fits, rounded half up (never below 1)."""
+    """Returns the size in the model frame of an image of `size`: the largest that fits, rounded half up, at least 1."""
     scale = min(image_size[0] / size[0], image_size[1] / size[1])
     return tuple(max(1, int(side * scale + 0.5)) for side in size)
 
 
 def resize_and_pad(image: np.ndarray | Image.Image, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Puts a picture into the model frame, to the pixel as the original does (PIL bilinear).
+    """Resizes an image so that it fits, and pads it to the model frame, to the pixel as the original (PIL bilinear).
 
     Args:
       image: [h0, w0, 3] uint8 RGB, or a PIL image in mode RGB.
       image_size: (H, W) of the model frame.
 
     Returns:
-      [H, W, 3] uint8 with zeros below and right of the picture, and the picture's [2] int32 size in it.
+      [H, W, 3] uint8 with zeros below and right of the image, and the image's [2] int32 size in it.
     """
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     height, width = resized_shape((image.height, image.width), image_size)
@@ -41,7 +41,7 @@ def to_model_frame(xy: np.ndarray, size: tuple[int, int], original_size: tuple[i
     """Scales (x, y) pairs from the original to the model frame: [..., 2] -> [..., 2] float32.
 
     Args:
-      size: the picture's size in the model frame, from `resize_and_pad`.
+      size: the image's size in the model frame, from `resize_and_pad`.
       original_size: its own size.
     """
     scale = np.array([size[1] / original_size[1], size[0] / original_size[0]])
@@ -51,11 +51,11 @@ def to_model_frame(xy: np.ndarray, size: tuple[int, int], original_size: tuple[i
 def resize_masks(
     image_size: tuple[int, int], masks: np.ndarray, size: tuple[int, int], original_size: tuple[int, int]
 ) -> np.ndarray:
-    """Low-resolution logits -> logits in the original frame.
+    """Resizes low-resolution logits to the original frame.
 
     The original enlarges to the model frame, crops the padding and resizes again, all
     bilinear. Each is linear and separable, so the two become one matrix per axis, of
-    three weights a row, which costs a fraction and compiles nothing per picture size.
+    three weights a row, which costs a fraction and compiles nothing per image size.
 
     Args:
       image_size: (H, W) of the model frame.
@@ -74,19 +74,19 @@ def resize_masks(
 
 @functools.lru_cache(maxsize=32)
 def enlarging(source: int, frame: int, size: int, original: int) -> scipy.sparse.csr_array:
-    """[original, source]: one axis of a mask from the decoder to the model frame, and `size` of that to the picture."""
+    """Returns the resizing of one axis of a mask, [original, source]: to the model frame, and `size` of that back."""
     return scipy.sparse.csr_array(bilinear_matrix(size, original) @ bilinear_matrix(source, frame)[:size])
 
 
 @functools.lru_cache(maxsize=32)
 def bilinear_matrix(source: int, target: int) -> scipy.sparse.csr_array:
-    """[target, source] float32 weights of bilinear interpolation, `align_corners=False`, no antialiasing."""
+    """Returns weights of bilinear interpolation, [target, source] float32: `align_corners=False`, no antialiasing."""
     centres = np.maximum((np.arange(target) + 0.5) * source / target - 0.5, 0.0)
     low = np.minimum(centres.astype(int), source - 1)
     high = np.minimum(low + 1, source - 1)
     weights = np.concatenate([1 - (centres - low), centres - low])
     places = np.tile(np.arange(target), 2), np.concatenate([low, high])
-    # Not dense: one side of a picture may be tens of thousands of pixels.
+    # Not dense: one side of an image may be tens of thousands of pixels.
     matrix = scipy.sparse.csr_array((weights, places), shape=(target, source)).astype(np.float32)
     matrix.eliminate_zeros()
     return matrix

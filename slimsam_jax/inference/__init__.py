@@ -1,1 +1,1 @@
-"""From pictures and prompts to masks."""
+"""Predicts masks for images and prompts."""

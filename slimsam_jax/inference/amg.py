@@ -1,4 +1,4 @@
-"""What the automatic mask generator is made of: grids, crops, boxes, suppression, small regions.
+"""Parts of the automatic mask generator: grids, crops, boxes, suppression, small regions.
 
 As `segment_anything/utils/amg.py`, in numpy. Boxes are x0, y0, x1, y1 in pixels, both ends within the mask.
 """
@@ -11,17 +11,17 @@ import math
 import numpy as np
 from scipy import ndimage
 
-from slimsam_jax.imaging.geometry import extent
+from slimsam_jax.imaging.geometry import bounding_window
 
 
 def build_point_grid(n_per_side: int) -> np.ndarray:
-    """[n * n, 2] (x, y) evenly spaced in 0..1, row by row."""
+    """Makes a grid of points evenly spaced in 0..1, row by row: [n * n, 2] (x, y)."""
     steps = (np.arange(n_per_side) + 0.5) / n_per_side
     return np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
 
 
 def generate_crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float) -> list[tuple[np.ndarray, int]]:
-    """The whole picture, then 4, 16, ... overlapping crops of it.
+    """Lists the crops of an image: the whole, then 4, 16, ... overlapping ones.
 
     Args:
       size: (height, width).
@@ -31,26 +31,26 @@ def generate_crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float
       (box, layer) of each; here x1 and y1 lie just outside.
     """
     height, width = size
-    found = [(np.array([0, 0, width, height]), 0)]
+    boxes = [(np.array([0, 0, width, height]), 0)]
     for layer in range(1, layers + 1):
         count = 2**layer
         overlap = int(overlap_ratio * min(size) * 2 / count)
         crop_w, crop_h = (math.ceil((overlap * (count - 1) + side) / count) for side in (width, height))
         corners = itertools.product(*([(crop - overlap) * i for i in range(count)] for crop in (crop_w, crop_h)))
-        found += [(np.array([x, y, min(x + crop_w, width), min(y + crop_h, height)]), layer) for x, y in corners]
-    return found
+        boxes += [(np.array([x, y, min(x + crop_w, width), min(y + crop_h, height)]), layer) for x, y in corners]
+    return boxes
 
 
 def is_box_near_crop_edge(boxes: np.ndarray, crop_box: np.ndarray, size: tuple[int, int], atol: float = 20.0):
-    """[n] bool: boxes (in the picture's frame) cut off by the crop's edge, where that is not the picture's."""
-    picture = np.array([0, 0, size[1], size[0]])
-    near_crop, near_picture = (np.abs(boxes - edge) <= atol for edge in (crop_box, picture))
-    return (near_crop & ~near_picture).any(axis=1)
+    """Tells which boxes (in the image's frame) the crop's edge cuts off, where it is not the image's: [n] bool."""
+    image = np.array([0, 0, size[1], size[0]])
+    near_crop, near_image = (np.abs(boxes - edge) <= atol for edge in (crop_box, image))
+    return (near_crop & ~near_image).any(axis=1)
 
 
 def mask_to_box(mask: np.ndarray) -> np.ndarray:
-    """[h, w] bool -> [4]; zeros of an empty mask."""
-    rows, columns = extent(mask)
+    """Returns the box [4] of a mask [h, w] bool; zeros of an empty one."""
+    rows, columns = bounding_window(mask)
     return np.maximum([columns.start, rows.start, columns.stop - 1, rows.stop - 1], 0)
 
 
@@ -59,7 +59,7 @@ def box_area(boxes: np.ndarray) -> np.ndarray:
 
 
 def nms(boxes: np.ndarray, scores: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """Indices of the boxes to keep, best first: each suppresses those after it that overlap it by more.
+    """Suppresses boxes that overlap a better one by more than a threshold. Returns indices to keep, best first.
 
     Box IoU as in torchvision, whose result this is: areas without the last pixel, so that a box one pixel wide
     has none and neither suppresses nor is suppressed.
@@ -92,7 +92,7 @@ def remove_small_regions(mask: np.ndarray, area: float) -> tuple[np.ndarray, boo
 
 
 def _regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[h, w] numbers of connected regions from 1, and the number of pixels of each number, 0 for the rest."""
+    """Labels connected regions [h, w] from 1. Returns them, and the number of pixels of each label, 0 for the rest."""
     regions, count = ndimage.label(mask, structure=np.ones((3, 3)))
     sizes = np.bincount(regions.ravel(), minlength=count + 1)
     sizes[0] = 0
@@ -100,7 +100,7 @@ def _regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _small(mask: np.ndarray, area: float) -> np.ndarray:
-    """The part of the mask that lies in regions of fewer pixels."""
+    """Returns the part of the mask that lies in regions of fewer than `area` pixels."""
     regions, sizes = _regions(mask)
     return mask & (sizes < area)[regions]
 

@@ -1,4 +1,4 @@
-"""All masks of a picture: `segment_anything`'s `SamAutomaticMaskGenerator`, and ways to ask fewer points.
+"""Finds all masks of an image: `segment_anything`'s `SamAutomaticMaskGenerator`, and ways to ask fewer points.
 
 A grid of points is decoded in batches; what the model thinks poor is dropped before anything is enlarged, the rest is
 enlarged, measured and packed to bits on the device, and only what survives suppression is unpacked.
@@ -21,7 +21,7 @@ from slimsam_jax.inference.candidates import Candidates, concatenate, enlarge, u
 from slimsam_jax.inference.decode import Encoded, decode_prompts
 from slimsam_jax.inference.hierarchical import Decoded
 from slimsam_jax.inference.mixed_prompts import real_array
-from slimsam_jax.inference.predictor import AnyImage, as_picture, check_list, check_model, encode_images
+from slimsam_jax.inference.predictor import AnyImage, as_image, check_list, check_model, encode_images
 from slimsam_jax.limits import SEARCH, quoted
 from slimsam_jax.limits import check as check_number
 from slimsam_jax.models.config import Thresholds
@@ -30,7 +30,7 @@ from slimsam_jax.models.sam import Sam
 
 @dataclasses.dataclass(frozen=True)
 class SamAutomaticMaskGenerator:
-    """Finds the masks of whole pictures. Fields as the original's, with its defaults but for the model's thresholds.
+    """Finds the masks of whole images. Fields as the original's, with its defaults but for the model's thresholds.
 
     Attributes:
       sam: the model. Thresholds that are None become its own, or those of Segment Anything if it has none.
@@ -46,7 +46,7 @@ class SamAutomaticMaskGenerator:
       point_grids: [n, 2] (x, y) in 0..1 for each layer.
       min_mask_region_area: holes and islands of fewer pixels are filled and dropped; 0 for none.
       output_mode: "binary_mask" [h0, w0] bool, "uncompressed_rle" or "coco_rle".
-      hierarchical: asks fewer points: a few first, then where they found something, see `inference.hierarchical`.
+      hierarchical: asks fewer points: a few first, then where they gave a mask, see `inference.hierarchical`.
       covered_thresh: with `hierarchical`, TinySAM's strategy instead of ours: the logit over which a mask covers other
         points. Theirs is 8.5, tuned on SAM-H and its like.
     """
@@ -95,62 +95,62 @@ class SamAutomaticMaskGenerator:
             raise InputError(f"hierarchical {quoted(self.hierarchical)} is neither True nor False")
 
     def generate(self, image: AnyImage) -> list[dict[str, Any]]:
-        """The masks of a picture, best first; [] if there are none.
+        """Finds the masks of an image, best first; [] if there are none.
 
         Returns:
-          A dict of each: segmentation (see `output_mode`), area in pixels, bbox (x, y, width, height of the box
+          A dict of each mask: segmentation (see `output_mode`), area in pixels, bbox (x, y, width, height of the box
           between the outermost pixels), predicted_iou, point_coords [[x, y]], stability_score, crop_box (x, y,
           width, height).
 
         Raises:
-          InputError: not a picture.
+          InputError: not an image.
         """
-        picture = np.asarray(as_picture(image))
-        size = picture.shape[:2]
+        pixels = np.asarray(as_image(image))
+        size = pixels.shape[:2]
         crops = amg.generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
-        crops = [(box, layer) for box, layer in crops if (box[2:] > box[:2]).all()]  # of a tiny picture some are empty
-        found = concatenate([self._of_crop(picture, crop_box, layer) for crop_box, layer in crops])
+        crops = [(box, layer) for box, layer in crops if (box[2:] > box[:2]).all()]  # of a tiny image some are empty
+        kept = concatenate([self._of_crop(pixels, crop_box, layer) for crop_box, layer in crops])
         if len(crops) > 1:
-            found = found.take(amg.nms(found.boxes, 1 / amg.box_area(found.crop_boxes), self.crop_nms_thresh))
-        masks = [unpack(found, i, size) for i in range(len(found.bits))]
+            kept = kept.take(amg.nms(kept.boxes, 1 / amg.box_area(kept.crop_boxes), self.crop_nms_thresh))
+        masks = [unpack(kept, i, size) for i in range(len(kept.bits))]
         if self.min_mask_region_area and masks:
-            found, masks = self._without_small_regions(found, masks)
-        return [_record(found, i, mask, self.output_mode) for i, mask in enumerate(masks)]
+            kept, masks = self._without_small_regions(kept, masks)
+        return [_record(kept, i, mask, self.output_mode) for i, mask in enumerate(masks)]
 
-    def _of_crop(self, picture: np.ndarray, crop_box: np.ndarray, layer: int) -> Candidates:
+    def _of_crop(self, pixels: np.ndarray, crop_box: np.ndarray, layer: int) -> Candidates:
         x0, y0, x1, y1 = crop_box
-        (encoded,) = encode_images(self.sam, [picture[y0:y1, x0:x1]])
-        return self.candidates(encoded, crop_box, layer, picture.shape[:2])
+        (encoded,) = encode_images(self.sam, [pixels[y0:y1, x0:x1]])
+        return self.candidates(encoded, crop_box, layer, pixels.shape[:2])
 
     def candidates(
         self, encoded: Encoded, crop_box: np.ndarray | None = None, layer: int = 0, size: tuple[int, int] | None = None
     ) -> Candidates:
-        """What is found in a picture that is encoded already, best first; or in a crop of one of `size`."""
+        """Finds the masks of an encoded image, best first; or of a crop of one of `size`."""
         height, width = encoded.original_size
         crop_box = np.array([0, 0, width, height]) if crop_box is None else crop_box
         decode = functools.partial(self._decode, encoded)
         judge = functools.partial(self._passing, encoded, crop_box, size or encoded.original_size)
         grid = self._grid(layer) * (width, height)
         if not self.hierarchical:
-            found = concatenate([judge(decoded)[0] for decoded in decode(grid.reshape(-1, 2))])
+            candidates = concatenate([judge(decoded)[0] for decoded in decode(grid.reshape(-1, 2))])
         elif self.covered_thresh is not None:
-            found = hierarchical.where_not_covered(decode, judge, grid, self.sam, encoded, self.covered_thresh)
+            candidates = hierarchical.where_not_covered(decode, judge, grid, self.sam, encoded, self.covered_thresh)
         else:
             thresholds = self.pred_iou_thresh, self.stability_score_thresh, self.stability_score_offset
             cells = tuple(-(-4 * side // self.sam.config.patch_size) for side in encoded.size)
             duplicate = max(hierarchical.DUPLICATE, self.box_nms_thresh)  # whoever wants near duplicates gets them
-            found = hierarchical.around_the_best(decode, judge, grid, cells, *thresholds, duplicate)
-        return found.take(amg.nms(found.boxes, found.predicted_iou, self.box_nms_thresh))
+            candidates = hierarchical.refine_near_best(decode, judge, grid, cells, *thresholds, duplicate)
+        return candidates.take(amg.nms(candidates.boxes, candidates.predicted_iou, self.box_nms_thresh))
 
     def _grid(self, layer: int) -> np.ndarray:
-        """(x, y) in 0..1: [rows, columns, 2], or [n, 2] if they were given."""
+        """Returns the points of a layer, (x, y) in 0..1: [rows, columns, 2], or [n, 2] of `point_grids`."""
         if self.point_grids is not None:
             return np.asarray(self.point_grids[layer], float)
         side = max(1, int(self.points_per_side / self.crop_n_points_downscale_factor**layer))
         return amg.build_point_grid(side).reshape(side, side, 2)
 
     def _decode(self, encoded: Encoded, points: np.ndarray) -> Iterator[Decoded]:
-        """All masks at [n, 2] points of a crop, a batch at a time; the single mask of each point is left out."""
+        """Decodes all masks at [n, 2] points of a crop, a batch at a time; the single mask of each is left out."""
         for start in range(0, len(points), self.points_per_batch):
             some = points[start : start + self.points_per_batch]
             low, scores = decode_prompts(self.sam, encoded, clicks_at(some))
@@ -160,25 +160,25 @@ class SamAutomaticMaskGenerator:
     def _passing(
         self, encoded: Encoded, crop_box: np.ndarray, size: tuple[int, int], decoded: Decoded
     ) -> tuple[Candidates, np.ndarray]:
-        """The masks that pass the filters, and their indices among `decoded`."""
+        """Returns the masks that pass the filters, and their indices among `decoded`."""
         good = np.flatnonzero((decoded.scores > self.pred_iou_thresh) | (self.pred_iou_thresh <= 0))
         points, scores, low = decoded.take(good)
         bits, boxes, areas, stability = enlarge(self.sam, encoded, low, self.stability_score_offset)
         boxes = boxes + np.tile(crop_box[:2], 2)
         crops = np.tile(crop_box, (len(good), 1))
-        found = Candidates(list(bits), boxes, areas, scores, stability, points + crop_box[:2], crops)
+        candidates = Candidates(list(bits), boxes, areas, scores, stability, points + crop_box[:2], crops)
         near_edge = amg.is_box_near_crop_edge(boxes, crop_box, size)
         keep = np.flatnonzero((stability >= self.stability_score_thresh) & ~near_edge)
-        return found.take(keep), good[keep]
+        return candidates.take(keep), good[keep]
 
-    def _without_small_regions(self, found: Candidates, masks: list[np.ndarray]):
-        """Masks that were changed give way to those that were not, where they are duplicates."""
+    def _without_small_regions(self, candidates: Candidates, masks: list[np.ndarray]):
+        """Removes small regions; of duplicates those masks go that were changed by it."""
         cleaned = [amg.remove_small_regions(mask, self.min_mask_region_area) for mask in masks]
         masks, changed = [mask for mask, _ in cleaned], np.array([changed for _, changed in cleaned])
         boxes = np.stack([amg.mask_to_box(mask) for mask in masks])
         keep = amg.nms(boxes, 1.0 - changed, max(self.box_nms_thresh, self.crop_nms_thresh))
-        found = found._replace(boxes=boxes, areas=np.array([mask.sum() for mask in masks]))
-        return found.take(keep), [masks[i] for i in keep]
+        candidates = candidates._replace(boxes=boxes, areas=np.array([mask.sum() for mask in masks]))
+        return candidates.take(keep), [masks[i] for i in keep]
 
 
 def _check_grids(grids: Any, layers: int) -> None:
@@ -197,14 +197,17 @@ def _check_grids(grids: Any, layers: int) -> None:
 ENCODE = {"binary_mask": np.asarray, "uncompressed_rle": rle.encode_uncompressed, "coco_rle": rle.encode}
 
 
-def _record(found: Candidates, index: int, mask: np.ndarray, mode: str) -> dict[str, Any]:
-    (x0, y0, x1, y1), (left, top, right, bottom) = found.boxes[index].tolist(), found.crop_boxes[index].tolist()
+def _record(kept: Candidates, index: int, mask: np.ndarray, mode: str) -> dict[str, Any]:
+    (x0, y0, x1, y1), (left, top, right, bottom) = (
+        kept.boxes[index].tolist(),
+        kept.crop_boxes[index].tolist(),
+    )
     return {
         "segmentation": ENCODE[mode](mask),
-        "area": int(found.areas[index]),
+        "area": int(kept.areas[index]),
         "bbox": [x0, y0, x1 - x0, y1 - y0],
-        "predicted_iou": float(found.predicted_iou[index]),
-        "point_coords": [found.points[index].tolist()],
-        "stability_score": float(found.stability[index]),
+        "predicted_iou": float(kept.predicted_iou[index]),
+        "point_coords": [kept.points[index].tolist()],
+        "stability_score": float(kept.stability[index]),
         "crop_box": [left, top, right - left, bottom - top],
     }

@@ -1,4 +1,4 @@
-"""Thresholds of everything mode that suit a model, found with images that need no labels.
+"""Chooses thresholds of everything mode that suit a model, with images that need no labels.
 
 A model's predicted IoU and logits mean what it learned: a threshold that is right for one lets nothing of another pass.
 So thresholds are chosen by the share of masks that shall pass, either a usual one or another model's.
@@ -25,19 +25,19 @@ NAMES = ("pred_iou_thresh", "stability_score_thresh")  # of the thresholds that 
 
 
 class Scores(NamedTuple):
-    """Of n masks: predicted IoU [n] and stability [n]."""
+    """Scores of n masks: predicted IoU [n] and stability [n]."""
 
     predicted_iou: np.ndarray
     stability: np.ndarray
 
     def passing(self, thresholds: Thresholds | SamAutomaticMaskGenerator) -> np.ndarray:
-        """[n] bool."""
+        """Tells which masks pass, [n] bool."""
         stable = self.stability >= thresholds.stability_score_thresh
         return stable & _exceeds(self.predicted_iou, thresholds.pred_iou_thresh)
 
 
 class Shares(NamedTuple):
-    """Of all masks: those whose predicted IoU passes, and those that are stable enough besides."""
+    """Shares of all masks: those whose predicted IoU passes, and those that are stable enough besides."""
 
     predicted_iou: float
     both: float
@@ -47,7 +47,7 @@ USUAL = Shares(0.2, 0.1)  # the best F0.5 of the small SAM against people's segm
 
 
 def calibrate(sam: Sam, samples: Sequence[Sample], like: Sam | None = None, images: int = IMAGES) -> Thresholds | None:
-    """Thresholds with which as many masks pass as usual, or as many as `like` lets pass with its own.
+    """Chooses thresholds with which as many masks pass as usual, or as many as of `like` with its own.
 
     Args:
       samples: images; as many as `images` of them are looked at, spread evenly.
@@ -64,12 +64,12 @@ def calibrate(sam: Sam, samples: Sequence[Sample], like: Sam | None = None, imag
         return fitting(scores(sam, samples, offset, images), USUAL, offset)
     thresholds = like.thresholds or Thresholds()
     offset = thresholds.stability_score_offset
-    wanted = shares(scores(like, samples, offset, images), thresholds)
-    return fitting(scores(sam, samples, offset, images), wanted, offset) if wanted.both else like.thresholds
+    target = shares(scores(like, samples, offset, images), thresholds)
+    return fitting(scores(sam, samples, offset, images), target, offset) if target.both else like.thresholds
 
 
 def scores(sam: Sam, samples: Sequence[Sample], offset: float = 1.0, images: int = IMAGES) -> Scores:
-    """What a model gives to all masks of a grid of points.
+    """Scores all masks that a model gives for a grid of points.
 
     Masks are measured in the model's frame, not at the image's size: one program serves images of all sizes.
 
@@ -81,24 +81,24 @@ def scores(sam: Sam, samples: Sequence[Sample], offset: float = 1.0, images: int
     """
     nothing = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
     generator = SamAutomaticMaskGenerator(sam, GRID, stability_score_offset=offset, **nothing)
-    found = []
+    parts = []
     for encoded in _encoded(sam, samples, images):
         candidates = generator.candidates(encoded._replace(original_size=encoded.size))
-        found.append((candidates.predicted_iou, candidates.stability))
-    predicted_iou, stability = (np.concatenate(arrays).astype(np.float64) for arrays in zip(*found, strict=True))
+        parts.append((candidates.predicted_iou, candidates.stability))
+    predicted_iou, stability = (np.concatenate(arrays).astype(np.float64) for arrays in zip(*parts, strict=True))
     return Scores(np.where(np.isfinite(predicted_iou), predicted_iou, -np.inf), stability)
 
 
 def _encoded(sam: Sam, samples: Sequence[Sample], images: int) -> Iterator[Encoded]:
-    """The first so many readable images, in an order that spreads over all of them."""
+    """Encodes the first `images` readable samples, in an order that spreads over all of them."""
     step, count = max(1, len(samples) // images), 0
     for index in (index for start in range(step) for index in range(start, len(samples), step)):
         try:
-            picture = samples[index].image()
+            image = samples[index].image()
         except InputError as error:
             last = error
             continue
-        yield encode_image(sam, picture)
+        yield encode_image(sam, image)
         count += 1
         if count == images:
             return
@@ -106,31 +106,31 @@ def _encoded(sam: Sam, samples: Sequence[Sample], images: int) -> Iterator[Encod
         raise InputError(f"none of the {len(samples)} images can be read; the last: {last}")
 
 
-def shares(found: Scores, thresholds: Thresholds) -> Shares:
-    """The shares of masks that pass."""
-    one = _exceeds(found.predicted_iou, thresholds.pred_iou_thresh)
+def shares(scored: Scores, thresholds: Thresholds) -> Shares:
+    """Computes the shares of masks that pass."""
+    one = _exceeds(scored.predicted_iou, thresholds.pred_iou_thresh)
     total = max(1, len(one))
-    return Shares(one.sum() / total, found.passing(thresholds).sum() / total)
+    return Shares(one.sum() / total, scored.passing(thresholds).sum() / total)
 
 
-def fitting(found: Scores, wanted: Shares, offset: float = 1.0) -> Thresholds:
-    """Thresholds that so many masks pass, up to rounding and ties.
+def fitting(scored: Scores, target: Shares, offset: float = 1.0) -> Thresholds:
+    """Chooses thresholds that these shares of masks pass, up to rounding and ties.
 
     The one on predicted IoU stays between 0 and 1, also for a model whose estimates do not.
 
     Raises:
       InputError: there are no masks.
     """
-    if not len(found.stability):
+    if not len(scored.stability):
         raise InputError("the model has no masks of different extent, so there are none to choose thresholds by")
-    count = max(1, round(wanted.both * len(found.stability)))
-    least = _cut(found.predicted_iou, max(count, round(wanted.predicted_iou * len(found.stability))))
-    stable = _cut(found.stability[_exceeds(found.predicted_iou, least)], count)
-    return Thresholds(least, stable, offset)
+    count = max(1, round(target.both * len(scored.stability)))
+    predicted = _cut(scored.predicted_iou, max(count, round(target.predicted_iou * len(scored.stability))))
+    stable = _cut(scored.stability[_exceeds(scored.predicted_iou, predicted)], count)
+    return Thresholds(predicted, stable, offset)
 
 
 def _cut(values: np.ndarray, count: int) -> float:
-    """A number between the `count` greatest values and the rest, within 0..1; 0 if there is no rest."""
+    """Returns a number between the `count` greatest values and the rest, within 0..1; 0 if there is no rest."""
     if count >= len(values):
         return 0.0
     ordered = np.sort(values)[::-1]

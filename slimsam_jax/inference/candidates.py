@@ -1,4 +1,4 @@
-"""Masks of a picture while it is searched for them: enlarged, measured and packed to bits on the device."""
+"""Candidate masks of an image: enlarged, measured and packed to bits on the device."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from slimsam_jax.imaging.transforms import enlarging
 from slimsam_jax.inference.decode import Encoded, padded
 from slimsam_jax.models.sam import Sam
 
-FRAME = 256  # pictures are enlarged into frames of multiples of this, so that few sizes are compiled
+FRAME = 256  # images are enlarged into frames of multiples of this, so that few sizes are compiled
 
 
 class Candidates(NamedTuple):
-    """n masks on a picture.
+    """n masks on an image.
 
     Attributes:
-      bits: [n, h, ceil(w / 8)] uint8, rows of the crop they were found in, packed.
-      boxes: [n, 4] x0, y0, x1, y1 in the picture's frame, all within the mask.
+      bits: [n, h, ceil(w / 8)] uint8, rows of their crop, packed.
+      boxes: [n, 4] x0, y0, x1, y1 in the image's frame, all within the mask.
       areas: [n] pixels.
       predicted_iou, stability: [n].
       points: [n, 2] (x, y), what was asked.
@@ -41,12 +41,12 @@ class Candidates(NamedTuple):
 
 
 def concatenate(parts: Sequence[Candidates]) -> Candidates:
-    bits = [each for part in parts for each in part.bits]
+    bits = [mask for part in parts for mask in part.bits]
     return Candidates(bits, *(np.concatenate(arrays) for arrays in zip(*(part[1:] for part in parts), strict=True)))
 
 
 def enlarge(sam: Sam, encoded: Encoded, low: np.ndarray, offset: float = 1.0, threshold: float = 0.0):
-    """Brings logits into the picture's frame, measures them, and packs the masks.
+    """Enlarges logits to the image's frame, measures the masks, and packs them.
 
     Args:
       low: [n, 4h, 4w] logits.
@@ -59,19 +59,19 @@ def enlarge(sam: Sam, encoded: Encoded, low: np.ndarray, offset: float = 1.0, th
     height, width = encoded.original_size
     frame = tuple(-(-side // FRAME) * FRAME for side in encoded.original_size)
     rows, columns = (_matrix(sam, encoded, axis, frame[axis]) for axis in (0, 1))
-    found = []
+    parts = []
     for index, count in padded(len(low)):
         outputs = _enlarge(low[index], rows, columns, np.array(encoded.original_size), threshold, offset)
-        found.append([np.asarray(array)[:count] for array in outputs])
-    if not found:
+        parts.append([np.asarray(array)[:count] for array in outputs])
+    if not parts:
         empty = np.zeros((0, height, -(-width // 8)), np.uint8), np.zeros((0, 4), int)
         return *empty, np.zeros(0, int), np.zeros(0)
-    bits, boxes, areas, inner, outer = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    bits, boxes, areas, inner, outer = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return bits[:, :height, : -(-width // 8)], boxes, areas, inner / np.maximum(outer, 1)
 
 
 def _matrix(sam: Sam, encoded: Encoded, axis: int, frame: int) -> np.ndarray:
-    """[frame, 4h or 4w] weights of one axis, zero beyond the picture."""
+    """Returns the weights of one axis, [frame, 4h or 4w], zero beyond the image."""
     source, side = 4 * sam.config.grid[axis], encoded.original_size[axis]
     weights = enlarging(source, sam.config.image_size[axis], encoded.size[axis], side)
     return np.pad(weights.toarray(), ((0, frame - side), (0, 0)))
@@ -91,15 +91,15 @@ def _enlarge(low, rows, columns, size, threshold, offset):
 
 
 def _edge(used: jax.Array, last: bool = False) -> jax.Array:
-    """[n, side] bool -> [n], the first or last that is true; 0 if none is."""
+    """Returns the first or last true index of each row, [n, side] bool -> [n]; 0 if there is none."""
     if last:
         return jnp.where(used.any(1), used.shape[1] - 1 - used[:, ::-1].argmax(1), 0)
     return used.argmax(1)
 
 
-def unpack(found: Candidates, index: int, size: tuple[int, int]) -> np.ndarray:
-    """[h0, w0] bool, in the whole picture."""
-    x0, y0, x1, y1 = found.crop_boxes[index]
+def unpack(candidates: Candidates, index: int, size: tuple[int, int]) -> np.ndarray:
+    """Unpacks a mask into the whole image, [h0, w0] bool."""
+    x0, y0, x1, y1 = candidates.crop_boxes[index]
     mask = np.zeros(size, bool)
-    mask[y0:y1, x0:x1] = np.unpackbits(found.bits[index], axis=-1, count=x1 - x0)
+    mask[y0:y1, x0:x1] = np.unpackbits(candidates.bits[index], axis=-1, count=x1 - x0)
     return mask

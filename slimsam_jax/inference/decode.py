@@ -1,4 +1,4 @@
-"""From an image and prompts to masks: the encoder runs once, then all prompts are decoded together."""
+"""Predicts masks: the encoder runs once an image, then all prompts are decoded together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ACCELERATOR_BUCKETS = (1, 4, 16, 64)
 
 
 class Encoded(NamedTuple):
-    """A picture after the encoder: its [h, w, C] embedding, size in the model frame, and own size."""
+    """An image after the encoder: its [h, w, C] embedding, size in the model frame, and own size."""
 
     embedding: jax.Array
     size: tuple[int, int]
@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
 
 
 def encode_image(sam: Sam, image: Image.Image) -> Encoded:
-    """Encodes an RGB picture of any size."""
+    """Encodes an RGB image of any size."""
     frame, size = resize_and_pad(image, sam.config.image_size)
     embedding = encode(sam.config, sam.params, frame[None], size[None], jnp.float32)[0]
     return Encoded(embedding, tuple(int(side) for side in size), (image.height, image.width))
@@ -37,7 +37,7 @@ def encode_image(sam: Sam, image: Image.Image) -> Encoded:
 def decode_prompts(
     sam: Sam, encoded: Encoded, prompts: Prompts, masks: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All outputs of p prompts, at the decoder's resolution.
+    """Decodes p prompts to all outputs, at the decoder's resolution.
 
     Args:
       masks: [p, 4h, 4w] logits of a previous mask of each prompt, or None.
@@ -46,12 +46,12 @@ def decode_prompts(
       [p, 1 + multimask_outputs, 4h, 4w] logits and [p, 1 + multimask_outputs] predicted IoU.
     """
     points = to_model_frame(prompts.points, encoded.size, encoded.original_size)
-    found = []
+    parts = []
     for index, count in padded(len(points)):
         previous = None if masks is None else masks[index][..., None]
         outputs = decode(sam.config, sam.params, encoded.embedding, points[index], prompts.labels[index], previous)
-        found.append([np.asarray(array)[:count] for array in outputs])
-    low, scores = zip(*found, strict=True)
+        parts.append([np.asarray(array)[:count] for array in outputs])
+    low, scores = zip(*parts, strict=True)
     return np.concatenate(low), np.concatenate(scores)
 
 
@@ -68,7 +68,7 @@ def padded(count: int) -> Iterator[tuple[np.ndarray, int]]:
 def predict_masks(
     sam: Sam, encoded: Encoded, points: np.ndarray | None = None, labels=None, boxes=None, mask: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Masks of p prompts in the original frame.
+    """Predicts the masks of p prompts in the original frame.
 
     Args:
       points: [p, n, 2] (x, y) in original pixels, or None.
@@ -86,7 +86,7 @@ def predict_masks(
 
 
 def original_masks(sam: Sam, encoded: Encoded, low: np.ndarray) -> np.ndarray:
-    """[..., 4h, 4w] logits -> [..., h0, w0] bool masks; of float32 there is never more than one mask."""
+    """Resizes [..., 4h, 4w] logits to [..., h0, w0] bool masks; of float32 there is never more than one mask."""
     masks = np.empty((*low.shape[:-2], *encoded.original_size), bool)
     for index in np.ndindex(low.shape[:-2]):
         masks[index] = resize_masks(sam.config.image_size, low[index], encoded.size, encoded.original_size) > 0

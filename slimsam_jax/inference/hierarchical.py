@@ -1,4 +1,4 @@
-"""Ways to ask fewer points of a grid than all: a few first, and what they found decides on the others.
+"""Asks fewer points of a grid than all: a few first, whose masks decide on the others.
 
 `grid` is [rows, columns, 2] (x, y) points of a crop in pixels.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from slimsam_jax.imaging.geometry import extent
+from slimsam_jax.imaging.geometry import bounding_window
 from slimsam_jax.inference import amg
 from slimsam_jax.inference.candidates import Candidates, concatenate, enlarge
 from slimsam_jax.inference.decode import Encoded
@@ -36,17 +36,17 @@ Decode = Callable[[np.ndarray], Iterator[Decoded]]  # [n, 2] points -> their mas
 Judge = Callable[[Decoded], tuple[Candidates, np.ndarray]]  # -> those that pass the filters, and their indices
 
 
-def around_the_best(
+def refine_near_best(
     decode: Decode,
     judge: Judge,
     grid: np.ndarray,
     cells: tuple[int, int],
-    least: float,
+    iou: float,
     stability: float,
     offset: float,
     duplicate: float = DUPLICATE,
 ) -> Candidates:
-    """Every second point of every second row; then, as long as there are any, those beside points of the best masks.
+    """Asks every second point of every second row; then, while there are any, those beside points of the best masks.
 
     The best survive a suppression of its own. A worse duplicate lies beside its better, and a point that gives nothing
     lies beside others that give nothing. Both are judged by the logits as the decoder gives them; only what is
@@ -54,43 +54,43 @@ def around_the_best(
 
     Args:
       cells: rows and columns of the logits that the crop fills; the others are padding, and hold anything.
-      least, stability, offset: of predicted IoU and stability, as the generator's.
+      iou, stability, offset: thresholds of predicted IoU and stability, as the generator's.
       duplicate: box IoU of that suppression.
     """
     asked, new = np.zeros((2, *grid.shape[:2]), bool)
     new[::2, ::2] = True
-    masks, found = [], []
+    masks, near = [], []
     while new.any():
         for decoded in decode(grid[new]):
             low = decoded.low[:, : cells[0], : cells[1]]
-            index = _promising(decoded.scores, low, least, stability, offset)
+            index = _promising(decoded.scores, low, iou, stability, offset)
             masks.append(judge(decoded.take(index))[0])
-            found.append((_boxes(low[index]), decoded.scores[index], decoded.points[index]))
+            near.append((_boxes(low[index]), decoded.scores[index], decoded.points[index]))
         asked |= new
-        boxes, scores, points = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        boxes, scores, points = (np.concatenate(parts) for parts in zip(*near, strict=True))
         best = points[amg.nms(boxes, scores, duplicate)]
         gave = (grid[:, :, None] == best).all(-1).any(-1)
         new = ndimage.binary_dilation(gave, np.ones((3, 3))) & ~asked
     return concatenate(masks)
 
 
-def _promising(scores: np.ndarray, low: np.ndarray, least: float, stability: float, offset: float) -> np.ndarray:
-    """Indices of the masks that pass, or nearly so, by their logits as they are."""
-    some = np.flatnonzero((scores > least - SLACK) | (least <= 0))  # 0 lets everything pass, as in the generator
+def _promising(scores: np.ndarray, low: np.ndarray, iou: float, stability: float, offset: float) -> np.ndarray:
+    """Returns indices of the masks that pass, or nearly so, by their logits as they are."""
+    some = np.flatnonzero((scores > iou - SLACK) | (iou <= 0))  # 0 lets everything pass, as in the generator
     inner, outer = ((low[some] > sign * offset).sum((1, 2)) for sign in (1, -1))
     return some[inner >= (stability - SLACK) * np.maximum(outer, 1)]
 
 
 def _boxes(low: np.ndarray) -> np.ndarray:
-    """[n, 4] x0, y0, and x1, y1 just outside, in cells: of a mask one cell wide there is an area, too."""
-    spans = [extent(mask) for mask in low > 0]
+    """Returns boxes [n, 4]: x0, y0, and x1, y1 just outside, in cells. A mask one cell wide has an area, too."""
+    spans = [bounding_window(mask) for mask in low > 0]
     return np.array([[x.start, y.start, x.stop, y.stop] for y, x in spans]).reshape(-1, 4)
 
 
 def where_not_covered(
     decode: Decode, judge: Judge, grid: np.ndarray, sam: Sam, encoded: Encoded, threshold: float
 ) -> Candidates:
-    """A sixteenth of the points; then those at which no logit of a mask so far exceeds `threshold`.
+    """Asks a sixteenth of the points; then those at which no logit of a mask so far exceeds `threshold`.
 
     TinySAM (Shu et al., AAAI 2025, section 3.4; 8.5, tuned on SAM-H and its like). There the first points lie beside
     the grid, here they are of it, so that no point is asked that the flat strategy would not ask.
@@ -99,8 +99,8 @@ def where_not_covered(
     first[min(1, len(grid) - 1) :: 4, min(1, len(grid) - 1) :: 4] = True
     parts, known = [], np.zeros(encoded.original_size, bool)
     for decoded in decode(grid[first]):
-        found, passing = judge(decoded)
-        parts.append(found)
+        candidates, passing = judge(decoded)
+        parts.append(candidates)
         known |= covered(sam, encoded, decoded.low[passing], threshold)
     x, y = np.moveaxis(grid.astype(int), -1, 0)
     rest = decode(grid[~first & ~known[y, x]])
@@ -108,7 +108,7 @@ def where_not_covered(
 
 
 def covered(sam: Sam, encoded: Encoded, low: np.ndarray, threshold: float) -> np.ndarray:
-    """[h0, w0] bool: where any of the [m, 4h, 4w] logits exceeds the threshold."""
+    """Tells where any of the [m, 4h, 4w] logits exceeds the threshold: [h0, w0] bool."""
     bits = enlarge(sam, encoded, low, threshold=threshold)[0]
     together = np.bitwise_or.reduce(bits, axis=0) if len(bits) else np.zeros(bits.shape[1:], np.uint8)
     return np.unpackbits(together, axis=-1, count=encoded.original_size[1]).astype(bool)

@@ -1,4 +1,4 @@
-"""Prompts of mixed kinds and lengths, decoded together: points, a box and a mask, each of them or not."""
+"""Decodes prompts of mixed kinds and lengths together: points, a box and a mask, each of them or not."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ TOKENS = (2, 4, 8, 16, 32, 64, 128)  # numbers of points and box corners per pro
 
 
 class Prompt(NamedTuple):
-    """What one object is asked for by; at least one of points, box and mask.
+    """A prompt for one object: at least one of points, box and mask.
 
     Attributes:
-      point_coords: [n, 2] (x, y) in pixels of the picture, no farther from it than it is large; or None.
+      point_coords: [n, 2] (x, y) in pixels of the image, no farther from it than it is large; or None.
       point_labels: [n], 1 foreground and 0 background; all foreground if None.
       box: [4] x0, y0, x1, y1 in the same frame, x0 < x1 and y0 < y1; or None.
       mask_input: [1, 4h, 4w] (or without the 1) logits of an earlier mask, as `predict` gives them, or None.
@@ -38,7 +38,7 @@ class Prompt(NamedTuple):
 def decode_mixed(
     sam: Sam, encoded: Sequence[Encoded], prompts: Sequence[Prompt]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Decodes each prompt on the picture beside it, all together.
+    """Decodes each prompt on the image beside it, all together.
 
     Returns:
       [1 + multimask_outputs, 4h, 4w] logits and as many predicted IoU, of each prompt.
@@ -50,19 +50,19 @@ def decode_mixed(
         return []
     points, labels = _join([_tokens(*pair) for pair in zip(encoded, prompts, strict=True)])
     masks, masked = _masks(sam, prompts)
-    found = []
+    decoded = []
     for index, count in padded(len(prompts)):
-        # The embedding of the one picture where there is but one: a decoder shares its projections among prompts.
+        # The embedding of the one image where there is but one: a decoder shares its projections among prompts.
         alone = all(encoded[i] is encoded[index[0]] for i in index)
         embedding = encoded[index[0]].embedding if alone else jnp.stack([encoded[i].embedding for i in index])
         previous = (masks[index], masked[index]) if masked[index].any() else (None, None)
         low, scores = decode(sam.config, sam.params, embedding, points[index], labels[index], *previous)
-        found += list(zip(np.asarray(low)[:count], np.asarray(scores)[:count], strict=True))
-    return found
+        decoded += list(zip(np.asarray(low)[:count], np.asarray(scores)[:count], strict=True))
+    return decoded
 
 
 def check(sam: Sam, prompt: Prompt, original_size: tuple[int, int]) -> None:
-    """Raises InputError if a prompt is none for this model, on a picture of (height, width)."""
+    """Raises InputError unless a prompt suits this model and an image of (height, width)."""
     if not isinstance(prompt, Prompt):
         raise InputError(f"a prompt is a Prompt(point_coords, point_labels, box, mask_input), not {kind_of(prompt)}")
     _points(prompt, original_size)
@@ -70,7 +70,7 @@ def check(sam: Sam, prompt: Prompt, original_size: tuple[int, int]) -> None:
 
 
 def _tokens(encoded: Encoded, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
-    """[m, 2] points in the model frame and [m] labels of one prompt.
+    """Makes the tokens of one prompt: [m, 2] points in the model frame and [m] labels.
 
     Raises:
       InputError: it asks for nothing, or not in numbers of the right shapes.
@@ -80,7 +80,7 @@ def _tokens(encoded: Encoded, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _points(prompt: Prompt, original_size: tuple[int, int]) -> tuple[np.ndarray | None, ...]:
-    """Points [1, n, 2], labels [1, n] and box [1, 4] of a prompt, or None."""
+    """Checks points [1, n, 2], labels [1, n] and box [1, 4] of a prompt, each or None, and returns them."""
     points, labels, box, mask = prompt
     if points is None and labels is not None:
         raise InputError("point_labels without point_coords")
@@ -99,19 +99,19 @@ def _points(prompt: Prompt, original_size: tuple[int, int]) -> tuple[np.ndarray 
 def _box(box, original_size: tuple[int, int]) -> np.ndarray:
     try:
         squeezed = np.squeeze(box)
-    except Exception:  # a list of lists of different lengths; what it is not is told below
+    except Exception:  # a list of lists of different lengths; the message below says what it should be
         squeezed = None
     corners = _numbers(squeezed, "box", (4,))
     x0, y0, x1, y1 = corners
     if x0 >= x1 or y0 >= y1:
-        found = ", ".join(f"{value:g}" for value in corners)
-        raise InputError(f"box [{found}] is none: x0, y0 is its upper left corner and x1, y1 its lower right one")
+        shown = ", ".join(f"{value:g}" for value in corners)
+        raise InputError(f"box [{shown}] is none: x0, y0 is its upper left corner and x1, y1 its lower right one")
     _check_near(corners.reshape(2, 2), "box", original_size)
     return corners[None]
 
 
 def _check_near(xy: np.ndarray, name: str, original_size: tuple[int, int]) -> None:
-    """Raises InputError for points farther from a picture than the picture is large: they are of another one.
+    """Raises InputError for points farther from an image than the image is large: they are of another one.
 
     A detector's boxes may well leave it a little.
     """
@@ -123,27 +123,27 @@ def _check_near(xy: np.ndarray, name: str, original_size: tuple[int, int]) -> No
 
 
 def _numbers(values, name: str, shape: tuple[int | None, ...], kinds: str = "iuf") -> np.ndarray:
-    """float64 values of a shape, in which None is any length but 0, up to `PROMPT_POINTS`.
+    """Converts values to float64 of a shape, in which None is any length but 0, up to `PROMPT_POINTS`.
 
     Raises:
       InputError: they are not.
     """
-    wanted = ", ".join("n" if n is None else str(n) for n in shape)
+    expected = ", ".join("n" if n is None else str(n) for n in shape)
     array = real_array(values, kinds)
     if array is None or array.ndim != len(shape):
-        raise InputError(f"{name} must be finite numbers of shape [{wanted}]")
+        raise InputError(f"{name} must be finite numbers of shape [{expected}]")
     if any(n not in (None, side) for n, side in zip(shape, array.shape, strict=True)) or not array.size:
-        raise InputError(f"{name} must be finite numbers of shape [{wanted}], not {list(array.shape)}")
+        raise InputError(f"{name} must be finite numbers of shape [{expected}], not {list(array.shape)}")
     if len(array) > PROMPT_POINTS:
         raise InputError(f"{name} are {len(array)}, and a prompt can have {PROMPT_POINTS}")
     array = array.astype(np.float64)
     if not np.isfinite(array).all():
-        raise InputError(f"{name} must be finite numbers of shape [{wanted}]")
+        raise InputError(f"{name} must be finite numbers of shape [{expected}]")
     return array
 
 
 def real_array(values, kinds: str = "iuf") -> np.ndarray | None:
-    """An array of real numbers, not copied if it is one; None if it is not, as of text, complex or ragged values.
+    """Converts values to an array of real numbers, not copied if they are one; None of text, complex or ragged ones.
 
     Args:
       kinds: of numpy's dtypes; bfloat16 and the like go for floats.
@@ -161,7 +161,7 @@ def kind_of(value: object) -> str:
 
 
 def _join(tokens: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of different lengths as [p, n, 2] and [p, n], filled up with what the decoder passes by."""
+    """Pads prompts of different lengths to [p, n, 2] and [p, n], with what the decoder passes by."""
     longest = max(len(labels) for _, labels in tokens)
     length = next((n for n in TOKENS if n >= longest), longest)
     points = np.zeros((len(tokens), length, 2), np.float32)
@@ -172,17 +172,17 @@ def _join(tokens: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, 
 
 
 def _masks(sam: Sam, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-    """[p, 4h, 4w, 1] logits, zero where a prompt has none, and [p] which have some.
+    """Stacks previous logits [p, 4h, 4w, 1], zero where a prompt has none. Returns them, and [p] which have some.
 
     Raises:
       InputError: a mask of another size, or of no logits.
     """
-    found = [_mask(sam, prompt) for prompt in prompts]
+    previous = [_mask(sam, prompt) for prompt in prompts]
     masks = np.zeros((len(prompts), *_mask_shape(sam), 1), np.float32)
-    for i, given in enumerate(found):
+    for i, given in enumerate(previous):
         if given is not None:
             masks[i, ..., 0] = given
-    return masks, np.array([given is not None for given in found])
+    return masks, np.array([given is not None for given in previous])
 
 
 def _mask_shape(sam: Sam) -> tuple[int, ...]:
@@ -190,7 +190,7 @@ def _mask_shape(sam: Sam) -> tuple[int, ...]:
 
 
 def _mask(sam: Sam, prompt: Prompt) -> np.ndarray | None:
-    """[4h, 4w] float32 logits of a prompt, or None."""
+    """Checks the previous logits of a prompt, and returns them, [4h, 4w] float32, or None."""
     if prompt.mask_input is None:
         return None
     shape = _mask_shape(sam)

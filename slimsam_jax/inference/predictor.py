@@ -1,4 +1,4 @@
-"""`segment_anything`'s `SamPredictor` for any model of ours; and many images with mixed prompts at once."""
+"""Predicts masks as `segment_anything`'s `SamPredictor`, with any model of ours; and many images at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from slimsam_jax.data import read_image
 from slimsam_jax.data.sample import eight_bits
-from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.errors import InputError, reading
 from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks
 from slimsam_jax.inference.decode import Encoded, padded
 from slimsam_jax.inference.mixed_prompts import Prompt, check, decode_mixed, kind_of, real_array
@@ -25,7 +25,7 @@ class Prediction(NamedTuple):
     """The masks of one prompt: C = 3, or 1 if `multimask_output` is false.
 
     Attributes:
-      masks: [C, h0, w0] bool, or float32 logits, in the picture's frame.
+      masks: [C, h0, w0] bool, or float32 logits, in the image's frame.
       iou_predictions: [C].
       low_res_masks: [C, 4h, 4w] float32 logits, to be given back as `mask_input`.
     """
@@ -36,7 +36,7 @@ class Prediction(NamedTuple):
 
 
 class SamPredictor:
-    """One picture, then any number of prompts; the picture is encoded once.
+    """One image, then any number of prompts; the image is encoded once.
 
     Compiles once for the encoder, and once for each bucket of prompts and tokens.
     """
@@ -49,21 +49,21 @@ class SamPredictor:
         self.reset_image()
 
     def set_image(self, image: AnyImage, image_format: str = "RGB") -> None:
-        """Encodes a picture.
+        """Encodes an image.
 
         Args:
           image: a path, a PIL image, or [h0, w0, 3] uint8, 0 to 255.
           image_format: of an array: "RGB" or "BGR".
 
         Raises:
-          InputError: not a picture.
+          InputError: not an image.
         """
         if not isinstance(image_format, str) or image_format not in ("RGB", "BGR"):
             raise InputError(f"image_format {quoted(image_format)} is neither RGB nor BGR")
-        picture = as_picture(image)
+        rgb = as_image(image)
         if image_format == "BGR" and isinstance(image, np.ndarray):
-            picture = Image.fromarray(np.ascontiguousarray(np.asarray(picture)[..., ::-1]))
-        (self.encoded,) = encode_images(self.model, [picture])
+            rgb = Image.fromarray(np.ascontiguousarray(np.asarray(rgb)[..., ::-1]))
+        (self.encoded,) = encode_images(self.model, [rgb])
 
     def predict(
         self,
@@ -74,14 +74,14 @@ class SamPredictor:
         multimask_output=True,
         return_logits=False,
     ) -> Prediction:
-        """Masks for one prompt on the picture; arguments as in `Prompt`.
+        """Predicts masks for one prompt on the image; arguments as in `Prompt`.
 
         Args:
           multimask_output: three masks of different extent, which suits an ambiguous prompt such as one point.
           return_logits: masks as logits instead of bool.
 
         Raises:
-          InputError: no picture is set, or the prompt is none.
+          InputError: no image is set, or the prompt is none.
         """
         prompt = Prompt(point_coords, point_labels, box, mask_input)
         return predict(self.model, [self._encoded()], [[prompt]], multimask_output, return_logits)[0][0]
@@ -93,23 +93,23 @@ class SamPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> list[list[Prediction]]:
-        """Masks for all prompts of many pictures, of mixed kinds and numbers; leaves the picture set alone.
+        """Predicts masks for all prompts of many images, of mixed kinds; leaves the image that is set alone.
 
         Args:
           images: as `set_image` takes them, in a list; or [b, h0, w0, 3] uint8.
-          prompts: those of each picture.
+          prompts: those of each image.
 
         Raises:
-          InputError: not as many lists of prompts as pictures, or one of them is none.
+          InputError: not as many lists of prompts as images, or one of them is none.
         """
         check_list(images, "images", axes=4)
-        pictures = [as_picture(image) for image in images]
-        sizes = [(picture.height, picture.width) for picture in pictures]
+        images = [as_image(image) for image in images]
+        sizes = [(image.height, image.width) for image in images]
         check_prompts(self.model, sizes, prompts)  # before anything is encoded
-        return predict(self.model, encode_images(self.model, pictures), prompts, multimask_output, return_logits)
+        return predict(self.model, encode_images(self.model, images), prompts, multimask_output, return_logits)
 
     def get_image_embedding(self) -> np.ndarray:
-        """[1, C, h, w] float32, as the original gives it."""
+        """Returns the embedding of the image that is set, [1, C, h, w] float32, as the original gives it."""
         return np.asarray(self._encoded().embedding).transpose(2, 0, 1)[None]
 
     def reset_image(self) -> None:
@@ -121,26 +121,26 @@ class SamPredictor:
 
     def _encoded(self) -> Encoded:
         if self.encoded is None:
-            raise InputError("no picture is set; call set_image first")
+            raise InputError("no image is set; call set_image first")
         return self.encoded
 
 
 def encode_images(sam: Sam, images: Sequence[AnyImage]) -> list[Encoded]:
-    """Encodes pictures of any sizes, in batches of few sizes."""
-    pictures = [as_picture(image) for image in images]
-    frames = [resize_and_pad(picture, sam.config.image_size) for picture in pictures]
-    found: list[Encoded] = []
+    """Encodes images of any sizes, in batches of few sizes."""
+    images = [as_image(image) for image in images]
+    frames = [resize_and_pad(image, sam.config.image_size) for image in images]
+    encoded: list[Encoded] = []
     for index, count in padded(len(frames)):
         pixels, sizes = (np.stack([frames[i][part] for i in index]) for part in (0, 1))
         embeddings = encode(sam.config, sam.params, pixels, sizes)
         for i in range(count):
-            picture = pictures[index[i]]
-            found.append(Encoded(embeddings[i], tuple(map(int, sizes[i])), (picture.height, picture.width)))
-    return found
+            image = images[index[i]]
+            encoded.append(Encoded(embeddings[i], tuple(map(int, sizes[i])), (image.height, image.width)))
+    return encoded
 
 
-def as_picture(image: AnyImage) -> Image.Image:
-    """An RGB PIL image from whatever holds one.
+def as_image(image: AnyImage) -> Image.Image:
+    """Converts a path, a PIL image or an array to an RGB PIL image.
 
     Raises:
       InputError: it does not.
@@ -149,7 +149,7 @@ def as_picture(image: AnyImage) -> Image.Image:
         return read_image(image)
     if isinstance(image, Image.Image):
         check_sides(image.height, image.width)
-        with blaming("the image"):
+        with reading("the image"):
             return image if image.mode == "RGB" else eight_bits(image).convert("RGB")
     array = real_array(image, kinds="biuf")
     if array is None:
@@ -171,18 +171,18 @@ def check_sides(height: int, width: int) -> None:
 
 
 def check_model(sam: Sam) -> Sam:
-    """The model itself.
+    """Checks a model, and returns it.
 
     Raises:
       InputError: it is something else, such as the path of one.
     """
     if not isinstance(sam, Sam):
-        raise InputError(f"a model is wanted, as slimsam_jax.load(path) gives it, not {kind_of(sam)}")
+        raise InputError(f"a model must be given, as slimsam_jax.load(path) gives it, not {kind_of(sam)}")
     return sam
 
 
 def check_list(values: Any, name: str, axes: int | None = None) -> None:
-    """Raises InputError for what is one, where a list of them is wanted; an array of so many axes is as good."""
+    """Raises InputError unless `values` are a list, or an array of so many axes."""
     if isinstance(values, np.ndarray) and values.ndim == axes:
         return
     if not isinstance(values, Sequence) or isinstance(values, str | bytes | Prompt):
@@ -190,7 +190,7 @@ def check_list(values: Any, name: str, axes: int | None = None) -> None:
 
 
 def check_prompts(sam: Sam, sizes: Sequence[tuple[int, int]], prompts: Sequence[Sequence[Prompt]]) -> None:
-    """Raises InputError unless there is a list of prompts for each picture, of the given (height, width)."""
+    """Raises InputError unless there is a list of prompts for each image, of the given (height, width)."""
     check_list(prompts, "prompts")
     if len(sizes) != len(prompts):
         raise InputError(f"{len(sizes)} images and {len(prompts)} lists of prompts: one list for each image")
@@ -207,21 +207,22 @@ def predict(
     multimask_output: bool = True,
     return_logits: bool = False,
 ) -> list[list[Prediction]]:
-    """Decodes the prompts of all pictures together.
+    """Decodes the prompts of all images together.
 
     Raises:
-      InputError: not as many lists of prompts as pictures, or one of them is none.
+      InputError: not as many lists of prompts as images, or one of them is none.
     """
     for name, flag in (("multimask_output", multimask_output), ("return_logits", return_logits)):
         if not (isinstance(flag, bool | np.bool_) or (type(flag) is int and flag in (0, 1))):
             raise InputError(f"{name} {quoted(flag)} is neither True nor False")
-    check_prompts(sam, [each.original_size for each in encoded], prompts)
-    flat = [(each, prompt) for each, of_image in zip(encoded, prompts, strict=True) for prompt in of_image]
+    check_prompts(sam, [image.original_size for image in encoded], prompts)
+    flat = [(image, prompt) for image, of_image in zip(encoded, prompts, strict=True) for prompt in of_image]
     outputs = slice(1, None) if multimask_output else slice(0, 1)
-    decoded = iter(decode_mixed(sam, [each for each, _ in flat], [prompt for _, prompt in flat]))
+    decoded = iter(decode_mixed(sam, [image for image, _ in flat], [prompt for _, prompt in flat]))
 
-    def finished(each: Encoded, low: np.ndarray, scores: np.ndarray) -> Prediction:
-        masks = resize_masks(sam.config.image_size, low[outputs], each.size, each.original_size)
+    def finished(image: Encoded, low: np.ndarray, scores: np.ndarray) -> Prediction:
+        masks = resize_masks(sam.config.image_size, low[outputs], image.size, image.original_size)
         return Prediction(masks if return_logits else masks > 0, scores[outputs], low[outputs])
 
-    return [[finished(each, *next(decoded)) for _ in of_image] for each, of_image in zip(encoded, prompts, strict=True)]
+    pairs = zip(encoded, prompts, strict=True)
+    return [[finished(image, *next(decoded)) for _ in of_image] for image, of_image in pairs]

@@ -102,6 +102,20 @@ class Config:
         windows = {b.window for b in self.blocks} - {GLOBAL}
         return len(widths) == 1 and len(windows) <= 1 and next(iter(widths))[0] == self.embed_dim
 
+    @property
+    def encoder(self) -> Config:
+        """The image encoder's architecture: of a ViT the record itself, as model folders have had it from the start."""
+        return self
+
+    @property
+    def head(self) -> Config:
+        """Prompt encoder and mask decoder alone, which a teacher shares with its slim models."""
+        return dataclasses.replace(self, embed_dim=0, blocks=())
+
+    def with_encoder(self, encoder: Config) -> Config:
+        """The same SAM with an encoder of other widths."""
+        return dataclasses.replace(self, embed_dim=encoder.embed_dim, blocks=encoder.blocks)
+
     def attention_span(self, block: Block) -> tuple[int, int]:
         """(rows, columns) of the tokens that one token of this block attends to."""
         return self.grid if block.window == GLOBAL else (block.window, block.window)
@@ -110,18 +124,21 @@ class Config:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Config:
+    def from_json(cls, fields: Mapping[str, Any], blocks: bool = True) -> Config:
         """Inverse of `to_json` (JSON turns tuples into lists).
+
+        Args:
+          blocks: whether there must be some, as there must but in a head.
 
         Raises:
           ValueError: an unknown or missing field, or one out of range.
         """
         try:
-            blocks = tuple(Block(**block) for block in fields["blocks"][: DEEPEST + 1])
-            if not blocks:
-                raise ValueError("no blocks")
+            found = tuple(Block(**block) for block in fields["blocks"][: DEEPEST + 1])
+            if bool(found) is not blocks:
+                raise ValueError("blocks without an encoder" if found else "no blocks")
             tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-            return cls(**{**tuples, "blocks": blocks})
+            return cls(**{**tuples, "blocks": found})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
 

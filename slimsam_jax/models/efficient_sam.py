@@ -1,4 +1,4 @@
-"""The way of an image and of prompts into EfficientSAM, and of a mask back out. On the host, in numpy.
+"""Prepares images and prompts for EfficientSAM, and resizes its masks back. On the host, in numpy.
 
 The *original* frame is the image's own (h0, w0) pixels; the *model* frame is `image_size`, which the image is squashed
 to, its aspect lost, so that nothing is padded. Points are (x, y), boxes x0, y0, x1, y1, sizes (height, width).

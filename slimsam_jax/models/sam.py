@@ -11,12 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from slimsam_jax.imaging.prompts import ABSENT
+from slimsam_jax.models.composed import SamConfig
 from slimsam_jax.models.config import Config, Thresholds
-from slimsam_jax.models.encoders.vit import ImageEncoder
+from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.mask_decoder import MaskDecoder
 from slimsam_jax.models.prompt_encoder import PromptEncoder
 
 Params = dict[str, Any]
+Architecture = Config | SamConfig  # of a ViT, or of any family's encoder
+
+# Above this many numbers that the backward pass would keep (images x tokens x channels x blocks) each block is computed
+# again instead: more than one image of ViT-B at 1024 px on a device.
+REMAT_ABOVE = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,54 +33,99 @@ class Sam:
       config: the architecture.
       params: {"image_encoder": ..., "prompt_encoder": ..., "mask_decoder": ...}, float32.
       provenance: where it came from; free-form JSON, carried along on disk.
-      thresholds: of everything mode, if the model has some of its own; they are no part of `config`, which compiled
-        programs are told apart by.
+      thresholds: of everything mode, if the model has some of its own; they are no part of `config`, by which compiled
+        programs are distinguished.
     """
 
-    config: Config
+    config: Architecture
     params: Params
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     thresholds: Thresholds | None = None
 
 
-def init(config: Config, key: jax.Array) -> Params:
+def image_encoder(config: Architecture, dtype: Any = jnp.float32, remat: bool = False, **options: Any) -> nn.Module:
+    """The module of its family.
+
+    Args:
+      options: of the family's `ImageEncoder`, such as a ViT's attention; those that it has not are left out.
+    """
+    module = family_of(config.encoder).ImageEncoder
+    known = {field.name for field in dataclasses.fields(module)}
+    options = {name: value for name, value in options.items() if name in known}
+    return module(config.encoder, dtype=dtype, remat=remat, **options)
+
+
+def init(config: Architecture, key: jax.Array) -> Params:
     """Random parameters of the shapes that `config` asks for; see `abstract_params` for shapes alone."""
     keys = jax.random.split(key, 3)
     images = jnp.zeros((1, *config.image_size, 3))
+    encoder = image_encoder(config, attention="plain").init(keys[0], images)["params"]  # traced the soonest
+    return {"image_encoder": encoder, **_init_head(config.head, keys)}
+
+
+def _init_head(config: Config, keys: Any) -> Params:
     embedding = jnp.zeros((*config.grid, config.out_chans))
     points, labels = jnp.zeros((1, 1, 2)), jnp.zeros((1, 1), jnp.int32)
     masks = jnp.zeros((1, 4 * config.grid[0], 4 * config.grid[1], 1))
     prompt_encoder = PromptEncoder(config)
     prompts = prompt_encoder.init(keys[1], points, labels, masks)
     sparse, dense = prompt_encoder.apply(prompts, points, labels, masks)
-    return {
-        "image_encoder": ImageEncoder(config, attention="plain").init(keys[0], images)["params"],  # traced the soonest
-        "prompt_encoder": prompts["params"],
-        "mask_decoder": MaskDecoder(config).init(keys[2], embedding, embedding, sparse, dense)["params"],
-    }
+    decoder = MaskDecoder(config).init(keys[2], embedding, embedding, sparse, dense)["params"]
+    return {"prompt_encoder": prompts["params"], "mask_decoder": decoder}
 
 
 @functools.lru_cache(maxsize=32)  # tracing takes a second or two, and a run asks for the same few models
-def abstract_params(config: Config) -> Params:
+def abstract_params(config: Architecture) -> Params:
     """The parameter tree as shapes, not to be changed; costs no memory, whatever the size."""
-    distinct = tuple(dict.fromkeys(config.blocks))  # equal blocks have equal shapes, and are traced once
-    traced = ImageEncoder(dataclasses.replace(config, blocks=distinct))
+    own = getattr(family_of(config.encoder), "abstract_params", None)
+    if own is not None:
+        return {**abstract_head(config.head), "image_encoder": own(config.encoder)}
     images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
-    encoder = dict(jax.eval_shape(lambda images: traced.init(jax.random.key(0), images)["params"], images))
-    shapes = {block: encoder.pop(f"blocks_{i}") for i, block in enumerate(distinct)}
-    encoder |= {f"blocks_{i}": shapes[block] for i, block in enumerate(config.blocks)}
-    return {**_abstract_head(dataclasses.replace(config, embed_dim=1, blocks=())), "image_encoder": encoder}
+    traced = lambda images: image_encoder(config).init(jax.random.key(0), images)["params"]
+    return {**abstract_head(config.head), "image_encoder": jax.eval_shape(traced, images)}
 
 
 @functools.lru_cache(maxsize=32)
-def _abstract_head(config: Config) -> Params:
+def abstract_head(config: Config) -> Params:
     """The same of what is the same for a SAM and its slim ones: all but the image encoder."""
-    params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    return {part: params[part] for part in ("prompt_encoder", "mask_decoder")}
+    return jax.eval_shape(lambda: _init_head(config, jax.random.split(jax.random.key(0), 3)))
+
+
+def run_encoder(
+    config: Architecture,
+    encoder: Params,
+    batch: dict[str, jax.Array],
+    dtype: Any = None,
+    devices: int = 1,
+    attention: str = "auto",
+):
+    """(embedding, features) of a batch {"image": uint8, "size"}.
+
+    Args:
+      encoder: the image encoder's parameters.
+      dtype: of the computation; the parameters' if None.
+      devices: that the compiler splits the batch over.
+      attention: how it is computed where there is a choice, see `models.attention`.
+    """
+    pixels = preprocess(config, batch["image"], batch["size"])
+    model = encoder_for(config, -(-len(pixels) // devices), dtype or _dtype(encoder), attention)
+    return model.apply({"params": encoder}, pixels)
+
+
+def encoder_for(config: Architecture, images: int, dtype: Any, attention: str = "auto") -> nn.Module:
+    """For batches of so many images on a device."""
+    kept = getattr(family_of(config.encoder), "kept_elements", lambda encoder: 0)
+    return image_encoder(config, dtype, remat=images * kept(config.encoder) > REMAT_ABOVE, attention=attention)
+
+
+def _dtype(encoder: Params) -> Any:
+    return jax.tree.leaves(encoder)[0].dtype
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def encode(config: Config, params: Params, images: jax.Array, sizes: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+def encode(
+    config: Architecture, params: Params, images: jax.Array, sizes: jax.Array, dtype: Any = jnp.float32
+) -> jax.Array:
     """uint8 images -> embeddings. One compilation per batch size.
 
     Args:
@@ -87,11 +138,17 @@ def encode(config: Config, params: Params, images: jax.Array, sizes: jax.Array, 
     pixels = preprocess(config, images, sizes)
     # Where float32 is asked for, accelerators shall not multiply in fewer bits, as they do by default.
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
-        return ImageEncoder(config, dtype).apply({"params": params["image_encoder"]}, pixels)[0]
+        return image_encoder(config, dtype).apply({"params": params["image_encoder"]}, pixels)[0]
 
 
 def decode(
-    config: Config, params: Params, embedding: jax.Array, points: jax.Array, labels: jax.Array, masks=None, masked=None
+    config: Architecture,
+    params: Params,
+    embedding: jax.Array,
+    points: jax.Array,
+    labels: jax.Array,
+    masks=None,
+    masked=None,
 ):
     """Decodes p prompts. One compilation per (p, n), shared by a teacher and its slim models.
 
@@ -105,7 +162,7 @@ def decode(
       iou: [p, 1 + multimask_outputs] predicted IoU.
     """
     parts = {name: params[name] for name in ("prompt_encoder", "mask_decoder")}
-    return _decode(dataclasses.replace(config, embed_dim=0, blocks=()), parts, embedding, points, labels, masks, masked)
+    return _decode(config.head, parts, embedding, points, labels, masks, masked)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -117,12 +174,12 @@ def _decode(config: Config, params: Params, embedding, points, labels, masks, ma
         return MaskDecoder(config).apply({"params": params["mask_decoder"]}, *inputs)
 
 
-def preprocess(config: Config, images: jax.Array, sizes: jax.Array) -> jax.Array:
+def preprocess(config: Architecture, images: jax.Array, sizes: jax.Array) -> jax.Array:
     """Normalises a padded batch; padding is zero after normalising, as in the original.
 
     Args:
       images: [b, H, W, 3] uint8, RGB, each in the top left corner of its frame.
-      sizes: [b, 2] int, the part of each frame that is picture.
+      sizes: [b, 2] int, the part of each frame that is image.
 
     Returns:
       [b, H, W, 3] float32.

@@ -1,4 +1,4 @@
-"""Seconds of the image encoder and of its blocks on this machine, for one image."""
+"""Times the image encoder and its blocks on this machine, for one image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slimsam_jax.models.sam import abstract_params, encode
 
 
 def interleaved(runs: Sequence[Callable[[], Any]], turns: int = 9, seconds: float = 10.0) -> list[float]:
-    """Median seconds of functions that take turns, after a turn that compiles: 3 to `turns` within `seconds`."""
+    """Times functions by turns, 3 to `turns` within `seconds`, after one that compiles. Returns median seconds."""
     table: list[list[float]] = []
     for run in runs:
         jax.block_until_ready(run())
@@ -33,7 +33,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def encoder_seconds(configs: Sequence[Config]) -> list[float]:
-    """Of encoders with weights of their shapes, float32."""
+    """Times encoders with weights of their shapes, float32. Returns the seconds of each."""
 
     def runner(config: Config) -> Callable[[], Any]:
         shapes = abstract_params(config)["image_encoder"]
@@ -44,13 +44,13 @@ def encoder_seconds(configs: Sequence[Config]) -> list[float]:
 
 
 def encoder_runner(config: Config, params: Any, dtype: Any = jnp.float32) -> Callable[[], Any]:
-    """A function that encodes one black image."""
+    """Makes a function that encodes one black image."""
     frame, size = np.zeros((1, *config.image_size, 3), np.uint8), np.array([config.image_size], np.int32)
     return lambda: encode(config, params, frame, size, dtype)
 
 
 def block_seconds(config: Config, blocks: Sequence[Block]) -> list[float]:
-    """Of single blocks in an encoder of this embedding and grid, float32."""
+    """Times single blocks in an encoder of this embedding and grid, float32. Returns the seconds of each."""
     tokens = jnp.ones((1, *config.grid, config.embed_dim))
 
     def runner(block: Block) -> Callable[[], Any]:

@@ -1,20 +1,22 @@
-"""Parameters and multiply-accumulates of a SAM in closed form, as the papers count them."""
+"""Parameters and multiply-accumulates of a SAM, as the papers count them."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from slimsam_jax.models.config import Config, tokens
-from slimsam_jax.models.sam import abstract_params
+from slimsam_jax.models.sam import Architecture, abstract_head, abstract_params, image_encoder
+from slimsam_jax.profiling import macs
+from slimsam_jax.profiling.macs import Macs
 
 
 def parameters(params: Any) -> int:
-    """Number of scalars in a tree (of arrays or of shapes), as PyTorch counts a SAM.
+    """Counts the scalars in a tree (of arrays or of shapes), as PyTorch counts a SAM.
 
     The frequencies of the positional encoding are a buffer there, so they do not count.
     """
@@ -22,8 +24,10 @@ def parameters(params: Any) -> int:
     return sum(math.prod(leaf.shape) for path, leaf in leaves if "gaussian_matrix" not in str(path[-1]))
 
 
-def encoder_parameters(config: Config) -> int:
-    """Of the image encoder, closed form."""
+def encoder_parameters(config: Architecture) -> int:
+    """Of the image encoder: of a ViT in closed form, of another family by its shapes."""
+    if not isinstance(config, Config):
+        return parameters(abstract_params(config)["image_encoder"])
     embed, out, grid = config.embed_dim, config.out_chans, math.prod(config.grid)
     total = _conv(1, 3 * config.patch_size**2, embed) + grid * embed + embed * out + 9 * out * out + 4 * out
     for block in config.blocks:
@@ -34,38 +38,26 @@ def encoder_parameters(config: Config) -> int:
     return total
 
 
-def sam_parameters(config: Config) -> int:
+def sam_parameters(config: Architecture) -> int:
     """Of the whole SAM."""
-    return encoder_parameters(config) + _head_parameters(dataclasses.replace(config, embed_dim=1, blocks=()))
+    return encoder_parameters(config) + _head_parameters(config.head)
 
 
 @functools.lru_cache
 def _head_parameters(config: Config) -> int:
     """Of prompt encoder and mask decoder, which the encoder's widths do not touch."""
-    shapes = abstract_params(config)
-    return parameters({name: shapes[name] for name in ("prompt_encoder", "mask_decoder")})
+    return parameters(abstract_head(config))
 
 
-class Macs(NamedTuple):
-    """Multiply-accumulates of one image.
+def encoder_macs(config: Architecture) -> Macs:
+    """Of the image encoder for one image.
 
-    Attributes:
-      linear: what the papers print: convolutions and linear layers, counted as SlimSAM's
-        counter does (biases once per call for a linear layer, per position for a
-        convolution; an activation one per element).
-      attention: what it leaves out: q·k, weights·v and the relative position products.
+    Of a ViT in closed form, which equals the reference's counter to the digit: `linear` counts biases once per call for
+    a linear layer, per position for a convolution, and an activation one per element. Of another family as the papers
+    count, in its jaxpr.
     """
-
-    linear: int
-    attention: int
-
-    @property
-    def total(self) -> int:
-        return self.linear + self.attention
-
-
-def encoder_macs(config: Config) -> Macs:
-    """Of the image encoder, closed form; equals the reference's counter to the digit."""
+    if not isinstance(config, Config):
+        return _counted(config)
     embed, out, grid = config.embed_dim, config.out_chans, math.prod(config.grid)
     linear = _conv(grid, 3 * config.patch_size**2, embed) + grid * out * (embed + 9 * out)
     attention = 0
@@ -78,7 +70,15 @@ def encoder_macs(config: Config) -> Macs:
     return Macs(linear, attention)
 
 
-def decoder_macs(config: Config, prompt_tokens: int = 2) -> Macs:
+@functools.lru_cache
+def _counted(config: Architecture) -> Macs:
+    module = image_encoder(config, attention="plain")
+    images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+    embed = lambda params, images: module.apply({"params": params}, images)[0]
+    return macs.count(embed, abstract_params(config)["image_encoder"], images)
+
+
+def decoder_macs(config: Architecture, prompt_tokens: int = 2) -> Macs:
     """Of the mask decoder for one prompt (a point makes two tokens: itself and the padding)."""
     width, image, hidden = config.out_chans, math.prod(config.grid), config.decoder_mlp_dim
     outputs = 1 + config.multimask_outputs

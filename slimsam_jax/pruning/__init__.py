@@ -1,4 +1,4 @@
-"""Pruning of any JAX function: groups found from its jaxpr, scores, selection, masks and the cut.
+"""Prunes any JAX function: groups from its jaxpr, scores, selection, masks and the cut.
 
 grouping = find_groups(function, params, *inputs)      # shapes will do
 scores = score(params, grouping, gradients)
@@ -10,5 +10,6 @@ grouping.run(slim, *inputs)                            # no model class is asked
 from slimsam_jax.pruning.cut import mask, score, select, shrink
 from slimsam_jax.pruning.find import find_groups
 from slimsam_jax.pruning.grouping import FoundGroup, Grouping, Place
+from slimsam_jax.pruning.groups import by_path
 
-__all__ = ["FoundGroup", "Grouping", "Place", "find_groups", "mask", "score", "select", "shrink"]
+__all__ = ["FoundGroup", "Grouping", "Place", "by_path", "find_groups", "mask", "score", "select", "shrink"]

@@ -1,4 +1,4 @@
-"""Worth of channels -> widths: by a share of the channels, or as many as a budget buys."""
+"""Allocates widths by the gain of channels: a share of the channels, or as many as a budget buys."""
 
 from __future__ import annotations
 
@@ -8,58 +8,61 @@ import numpy as np
 
 from slimsam_jax.pruning.groups import Scores
 
-Worth = Mapping[str, np.ndarray]  # group name -> [size] what each further channel adds, falling
+Gains = Mapping[str, np.ndarray]  # group name -> [size] gain of each further channel, falling
 
 
-def rounded_width(size: int, ratio: float, multiple: int = 1) -> int:
-    """Channels that stay of `size`: the nearest multiple to size * (1 - ratio), at least one.
+def rounded_width(size: int, ratio: float, round_to: int = 1) -> int:
+    """Returns how many of `size` channels stay: the multiple of `round_to` nearest to size * (1 - ratio), at least one.
 
-    A size below one multiple stays as it is.
+    A size below `round_to` stays as it is.
 
     Raises:
       ValueError: ratio outside [0, 1).
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio {ratio} is not the share of channels to remove, 0 <= ratio < 1")
-    wanted = size * (1 - ratio)
-    if size < multiple:
+    exact = size * (1 - ratio)
+    if size < round_to:
         return size
-    return multiple * min(size // multiple, max(1, int(wanted / multiple + 0.5)))
+    return round_to * min(size // round_to, max(1, int(exact / round_to + 0.5)))
 
 
-def worth_of(scores: Scores) -> dict[str, np.ndarray]:
-    """What each further channel of a group adds, the best first: {group: [size], falling}."""
-    fall = {name: -np.sort(-np.atleast_2d(score), axis=1) for name, score in scores.items()}
-    return {name: by_copy.sum(axis=0) for name, by_copy in fall.items()}
+def gains_of(scores: Scores) -> dict[str, np.ndarray]:
+    """Returns the gain of each further channel of a group, the best first: {group: [size], falling}."""
+    falling = {name: -np.sort(-np.atleast_2d(score), axis=1) for name, score in scores.items()}
+    return {name: by_copy.sum(axis=0) for name, by_copy in falling.items()}
 
 
-def local_widths(worth: Worth, ratio: float, multiple: int = 1) -> dict[str, int]:
-    """The same share of every group, to the nearest multiple."""
-    return {name: rounded_width(len(gains), ratio, multiple) for name, gains in worth.items()}
+def local_widths(gains: Gains, ratio: float, round_to: int = 1) -> dict[str, int]:
+    """Keeps the same share of every group, to the nearest multiple of `round_to`. Returns {group: width}."""
+    return {name: rounded_width(len(gain), ratio, round_to) for name, gain in gains.items()}
 
 
-def global_widths(worth: Worth, ratio: float, multiple: int = 1, least: float = 0.0) -> dict[str, int]:
-    """Widths by worth, wherever it lies; together exactly the share of all channels that stays, if `least` allows.
+def global_widths(gains: Gains, ratio: float, round_to: int = 1, min_keep: float = 0.0) -> dict[str, int]:
+    """Keeps the channels of highest gain over all groups; exactly the asked share in all, if `min_keep` allows.
 
-    Channels compete in chunks of `multiple`, best first within their group, so rounding
+    Channels compete in chunks of `round_to`, best first within their group, so rounding
     costs the least important ones. What a group has beyond its last whole chunk goes.
 
     Args:
-      worth: {group: [size], falling}, comparable between groups.
+      gains: {group: [size], falling}, comparable between groups.
       ratio: share of the pooled channels to remove.
-      multiple: every width that stays is a multiple of this (a narrower group keeps its width).
-      least: share of its channels that every group keeps at any rate, and one multiple at least.
+      round_to: every width that stays is a multiple of this (a narrower group keeps its width).
+      min_keep: share of its channels that every group keeps at any rate, and at least one chunk of `round_to`.
+
+    Returns:
+      {group: width}.
     """
-    chunks = []  # (mean worth, group, width), the guaranteed ones with infinite worth
-    for name, gains in worth.items():
-        chunk = min(multiple, len(gains))
-        guaranteed = max(1, int(least * len(gains) / chunk))
-        for i in range(len(gains) // chunk):
-            mean = np.inf if i < guaranteed else gains[i * chunk : (i + 1) * chunk].mean()
+    chunks = []  # (mean gain, group, width), the guaranteed ones with infinite gain
+    for name, gain in gains.items():
+        chunk = min(round_to, len(gain))
+        guaranteed = max(1, int(min_keep * len(gain) / chunk))
+        for i in range(len(gain) // chunk):
+            mean = np.inf if i < guaranteed else gain[i * chunk : (i + 1) * chunk].mean()
             chunks.append((mean, name, chunk))
     chunks.sort(key=lambda chunk: -chunk[0])
-    left = rounded_width(sum(map(len, worth.values())), ratio, multiple)
-    widths = dict.fromkeys(worth, 0)
+    left = rounded_width(sum(map(len, gains.values())), ratio, round_to)
+    widths = dict.fromkeys(gains, 0)
     for mean, name, chunk in chunks:
         if mean == np.inf or left >= chunk:
             widths[name] += chunk
@@ -74,39 +77,39 @@ class TooSmall(ValueError):
     """The budget is below what the narrowest widths cost."""
 
 
-def allocate(worth: Worth, costs: Costs, budget: float, multiple: int = 1, least: float = 0.0) -> dict[str, int]:
-    """Chooses the widths of all groups.
+def allocate(gains: Gains, costs: Costs, budget: float, round_to: int = 1, min_keep: float = 0.0) -> dict[str, int]:
+    """Chooses the widths of all groups that gain most within a budget.
 
-    At a price per unit of cost, every group takes the width at which its worth less its cost
+    At a price per unit of cost, every group takes the width at which its gain less its cost
     is greatest; the lowest price that keeps the budget is found by bisection (Everett 1963).
-    What is left then buys single steps, the best worth per cost first, until none fits. Costs
+    What is left then buys single steps, the best gain per cost first, until none fits. Costs
     may bend and jump, as measured times do.
 
     Args:
-      worth: {group: [size], falling}, comparable between groups.
+      gains: {group: [size], falling}, comparable between groups.
       costs: {group: [size + 1]}, not falling.
       budget: what all groups may cost together.
-      multiple, least: as in `global_widths`.
+      round_to, min_keep: as in `global_widths`.
 
     Returns:
       {group: width}; their costs together are at most `budget`.
 
     Raises:
       TooSmall: even the narrowest cost more.
-      ValueError: a worth is negative, or not a number.
+      ValueError: a gain is negative, or not a number.
     """
-    if not all(np.min(gains) >= 0 for gains in worth.values()):
-        raise ValueError("worth must be a number, and not negative")
-    steps = {name: _allowed(len(gains), multiple, least) for name, gains in worth.items()}
-    value = {name: np.concatenate([[0.0], np.cumsum(gains)]) for name, gains in worth.items()}
+    if not all(np.min(gain) >= 0 for gain in gains.values()):
+        raise ValueError("gains must be numbers, and not negative")
+    steps = {name: _allowed(len(gain), round_to, min_keep) for name, gain in gains.items()}
+    value = {name: np.concatenate([[0.0], np.cumsum(gain)]) for name, gain in gains.items()}
     total = lambda widths: sum(costs[name][width] for name, width in widths.items())
     smallest = {name: int(widths[0]) for name, widths in steps.items()}
     if total(smallest) > budget:
         raise TooSmall(f"{budget:.6g} is less than the {total(smallest):.6g} that the narrowest cost")
 
     def at_price(price: float) -> dict[str, int]:
-        gain = lambda name: value[name][steps[name]] - price * np.asarray(costs[name])[steps[name]]
-        return {name: int(steps[name][np.argmax(gain(name))]) for name in steps}
+        profit = lambda name: value[name][steps[name]] - price * np.asarray(costs[name])[steps[name]]
+        return {name: int(steps[name][np.argmax(profit(name))]) for name in steps}
 
     low, high = 0.0, 1.0
     while total(at_price(high)) > budget and high < 1e300:
@@ -118,10 +121,10 @@ def allocate(worth: Worth, costs: Costs, budget: float, multiple: int = 1, least
     return _spend(widths if total(widths) <= budget else smallest, steps, value, costs, budget)
 
 
-def _allowed(size: int, multiple: int, least: float) -> np.ndarray:
-    """Ascending widths that a group may have."""
-    chunk = min(multiple, size)
-    return chunk * np.arange(max(1, int(min(least, 1.0) * size / chunk)), size // chunk + 1)
+def _allowed(size: int, round_to: int, min_keep: float) -> np.ndarray:
+    """Returns the widths that a group may have, ascending."""
+    chunk = min(round_to, size)
+    return chunk * np.arange(max(1, int(min(min_keep, 1.0) * size / chunk)), size // chunk + 1)
 
 
 def _spend(widths: dict[str, int], steps, value, costs: Costs, budget: float) -> dict[str, int]:

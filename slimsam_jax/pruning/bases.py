@@ -1,4 +1,4 @@
-"""Choosing the basis before the cut: closed-form slimming of linear maps, in float64.
+"""Chooses a basis before the cut: closed-form slimming of linear maps, in float64.
 
 Pruning drops coordinates, and the coordinates of a network are an accident of its
 initialisation. Where its function does not change under a change of basis, the part
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def residual_basis(moment: np.ndarray, width: int) -> np.ndarray:
-    """The best `width`-dimensional coordinates of a residual stream that LayerNorms read.
+    """Returns the best `width`-dimensional coordinates of a residual stream that LayerNorms read, [width, D].
 
     LayerNorm centres along the all-ones direction, so that direction must stay the
     all-ones direction: the others are the leading ones of what it leaves.
@@ -36,7 +36,7 @@ def residual_basis(moment: np.ndarray, width: int) -> np.ndarray:
 
 
 def residual_spectrum(moment: np.ndarray) -> np.ndarray:
-    """[D] shares of the stream's variance, falling; a basis of width d carries d - 1 of them, and the mean."""
+    """Returns shares of the stream's variance, [D], falling; a basis of width d carries d - 1 of them, and the mean."""
     values = np.maximum(np.linalg.eigvalsh(_centred(moment))[::-1], 0)
     return values / values.sum()
 
@@ -47,7 +47,7 @@ def _centred(moment: np.ndarray) -> np.ndarray:
 
 
 def _reflection(width: int) -> np.ndarray:
-    """The Householder reflection that swaps the first axis and the all-ones direction."""
+    """Returns the Householder reflection [width, width] that swaps the first axis and the all-ones direction."""
     normal = np.eye(width)[0] - width**-0.5
     length = normal @ normal
     return np.eye(width) - (2 * np.outer(normal, normal) / length if length > 1e-12 else 0)
@@ -62,7 +62,7 @@ class Bilinear(NamedTuple):
 
 
 def bilinear_basis(left: np.ndarray, right: np.ndarray) -> Bilinear:
-    """Coordinates of which the first r are the best approximation of q·k of rank r, under second moments of q and k.
+    """Returns coordinates whose first r are the best approximation of q·k of rank r, under second moments of q and k.
 
     Args:
       left, right: [m, m] second moments E[q qᵀ], E[k kᵀ].
@@ -86,7 +86,7 @@ class Compression(NamedTuple):
 
 
 def output_basis(covariance: np.ndarray, reader: np.ndarray) -> Compression:
-    """Coordinates of which the first r are the best r numbers to pass from a vector x to a linear reader W.
+    """Returns coordinates whose first r are the best r numbers to pass from a vector x to a linear reader W.
 
     Args:
       covariance: [m, m] of x.
@@ -106,18 +106,18 @@ def output_basis(covariance: np.ndarray, reader: np.ndarray) -> Compression:
 
 
 def _signs(vectors: np.ndarray) -> np.ndarray:
-    """Per column the sign of its largest entry: decompositions leave it open, and results should not depend on it."""
+    """Returns the sign of each column's largest entry: decompositions leave it open, and results should not."""
     largest = np.abs(vectors).argmax(axis=0)
     return np.where(vectors[largest, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
 
 
 def root(matrix: np.ndarray) -> np.ndarray:
-    """Symmetric square root of a positive semidefinite matrix."""
+    """Returns the symmetric square root of a positive semidefinite matrix."""
     return _roots(matrix)[0]
 
 
 def _roots(matrix: np.ndarray, smallest: float = 1e-10) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric square root and its inverse; eigenvalues are raised to a share of the largest."""
+    """Returns symmetric square root and its inverse; eigenvalues are raised to a share of the largest."""
     values, vectors = np.linalg.eigh(matrix)
     values = np.sqrt(np.maximum(values, smallest * max(values.max(), 1e-30)))
     return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
@@ -167,7 +167,7 @@ def choose_units(
 
 
 def refit(covariance: np.ndarray, mean: np.ndarray, weights: np.ndarray, kept: np.ndarray, ridge: float = 1e-6):
-    """Least-squares weights on the kept units alone.
+    """Refits a layer by least squares on the kept units alone.
 
     Args:
       covariance, mean: of all units' activations.

@@ -1,4 +1,4 @@
-"""Scores, selects, masks and cuts whole trees by the groups that were found."""
+"""Scores, selects, masks and cuts whole trees by the groups of a `Grouping`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 
 from slimsam_jax.errors import InputError
-from slimsam_jax.pruning.allocation import Costs, TooSmall, allocate, worth_of
+from slimsam_jax.pruning.allocation import Costs, TooSmall, allocate, gains_of
 from slimsam_jax.pruning.grouping import Grouping
 from slimsam_jax.pruning.groups import Keep, Scores, Tree, by_path
-from slimsam_jax.pruning.importance import Criterion, channel_scores
+from slimsam_jax.pruning.importance import WITHOUT_GRADIENT, Criterion, channel_scores
 from slimsam_jax.pruning.selection import keep_global, keep_local, keep_widths
 from slimsam_jax.pruning.shrink import apply_masks, mask_tree
 from slimsam_jax.pruning.shrink import shrink as shrink_pieces
@@ -46,8 +46,10 @@ def score(
     for name in own:
         if not {group.name: group.copies for group in grouping.groups}.get(name):
             raise InputError(f"group {name!r} has no copies that could keep channels of their own")
-    if gradients is None and criterion not in ("magnitude", "random"):
-        raise InputError(f"criterion {criterion!r} needs gradients; without them there are magnitude and random")
+    if gradients is None and criterion not in WITHOUT_GRADIENT:
+        raise InputError(
+            f"criterion {criterion!r} needs gradients; without them there are {' and '.join(WITHOUT_GRADIENT)}"
+        )
     groups = groups_of_pieces(grouping.groups, grouping.axes, grouping.kernels, own)
     weights = unfold_tree(params, grouping)
     slopes = weights if gradients is None else unfold_tree(gradients, grouping)
@@ -58,8 +60,8 @@ def select(
     scores: Scores,
     ratio: float = 0.5,
     allocation: Allocation = "local",
-    multiple: int = 1,
-    least: float = 0.0,
+    round_to: int = 1,
+    min_keep: float = 0.0,
     costs: Costs | None = None,
 ) -> dict[str, np.ndarray]:
     """Chooses the channels that stay.
@@ -69,8 +71,8 @@ def select(
       ratio: share to remove, 0 <= ratio < 1: of each group ("local"), of all channels ("global"), of what all
         groups cost together ("cost").
       allocation: how the groups share it.
-      multiple: every width that stays is a multiple of it.
-      least: share of its channels that each group keeps at any rate; for "global" and "cost".
+      round_to: every width that stays is a multiple of it.
+      min_keep: share of its channels that each group keeps at any rate; for "global" and "cost".
       costs: {group: [size + 1] cost at each width}, for "cost".
 
     Returns:
@@ -84,20 +86,20 @@ def select(
     if not scores:
         raise InputError("there are no groups to cut")
     if allocation == "local":
-        return keep_local(scores, ratio, multiple)
+        return keep_local(scores, ratio, round_to)
     if allocation == "global":
-        return keep_global(scores, ratio, multiple, least)
+        return keep_global(scores, ratio, round_to, min_keep)
     if allocation != "cost" or costs is None:
         raise InputError(f"allocation is local, global or cost (then with costs=), not {allocation!r}")
-    return _select_by_cost(scores, ratio, multiple, least, costs)
+    return _select_by_cost(scores, ratio, round_to, min_keep, costs)
 
 
-def _select_by_cost(scores: Scores, ratio: float, multiple: int, least: float, costs: Mapping[str, np.ndarray]):
+def _select_by_cost(scores: Scores, ratio: float, round_to: int, min_keep: float, costs: Mapping[str, np.ndarray]):
     if missing := sorted(scores.keys() - costs.keys()):
         raise InputError(f"costs lack the group {missing[0]!r}")
     total = sum(costs[name][-1] for name in scores)
     try:
-        widths = allocate(worth_of(scores), costs, (1 - ratio) * total, multiple, least)
+        widths = allocate(gains_of(scores), costs, (1 - ratio) * total, round_to, min_keep)
     except TooSmall as error:
         raise InputError(f"ratio {ratio}: {error}") from None
     return keep_widths(scores, widths)

@@ -1,4 +1,4 @@
-"""Gradients that importance reads, reduced over images.
+"""Computes the gradients that importance reads, reduced over images.
 
 Disturbed Taylor importance (SlimSAM, section 3.3): the gradient is that of the MSE between a model's embedding and the
 same embedding plus Gaussian noise, so no labels are needed and the goal of pruning is that of distilling.
@@ -22,7 +22,7 @@ Gradients = Callable[[Tree, Any, jax.Array], Tree]  # params, a batch of one, ke
 def disturbed_loss(
     embed: Callable[[Tree, Any], jax.Array], params: Tree, batch: Any, target: jax.Array, noise: jax.Array
 ):
-    """MSE between a model's embedding and a target plus noise; its gradient in `params` is the disturbed one."""
+    """Computes the MSE between a model's embedding and a target plus noise; its gradient is the disturbed one."""
     return jnp.mean(jnp.square(embed(params, batch) - jax.lax.stop_gradient(target) - noise))
 
 
@@ -33,10 +33,10 @@ def disturbed_gradients(
     key: jax.Array,
     std: float = 0.01,
     reduce: Reduce = "rms",
-    probes: int = 1,
+    noise_samples: int = 1,
     mesh: Mesh | None = None,
 ) -> Tree:
-    """Gradients of the disturbed loss of a model against itself, reduced over images and probes.
+    """Computes gradients of the disturbed loss of a model against itself, reduced over images and draws of noise.
 
     With target and model equal, the gradient is the noise pulled back through the Jacobian,
     -(2/N) Jᵀε: no second model is run, `std` only scales it, and several draws share one
@@ -48,24 +48,24 @@ def disturbed_gradients(
       embed: (params, batch) -> embeddings; compiled here, once per shape of batch.
       params: the model.
       batches: what `embed` takes, images along the first axis.
-      key: of the noise; every image and probe has its own.
+      key: of the noise; every image and draw has its own.
       std: of the noise (the paper's 0.01; only the scale depends on it).
       reduce, mesh: see `reduce_gradients`.
-      probes: draws of noise per image. Each takes the memory of a set of gradients per image of the batch.
+      noise_samples: draws of noise per image. Each takes the memory of a set of gradients per image of the batch.
 
     Returns:
       A tree like `params`; only its absolute values mean something.
     """
 
-    return reduce_gradients(disturbed(embed, std, probes), params, batches, key, reduce, mesh)
+    return reduce_gradients(disturbed(embed, std, noise_samples), params, batches, key, reduce, mesh)
 
 
-def disturbed(embed: Callable[[Tree, Any], jax.Array], std: float = 0.01, probes: int = 1) -> Gradients:
-    """The disturbed gradients of one image, one for each probe; see `disturbed_gradients`."""
+def disturbed(embed: Callable[[Tree, Any], jax.Array], std: float = 0.01, noise_samples: int = 1) -> Gradients:
+    """Makes the function of one image's disturbed gradients, one for each draw of noise; see `disturbed_gradients`."""
 
     def gradients(params: Tree, item: Any, key: jax.Array) -> Tree:
         embedding, pull_back = jax.vjp(lambda p: embed(p, item), params)
-        noise = std * jax.random.normal(key, (probes, *embedding.shape), embedding.dtype)
+        noise = std * jax.random.normal(key, (noise_samples, *embedding.shape), embedding.dtype)
         return jax.vmap(pull_back)(-2.0 / embedding.size * noise)[0]
 
     return gradients
@@ -78,7 +78,7 @@ def loss_gradients(
     reduce: Reduce = "rms",
     mesh: Mesh | None = None,
 ) -> Tree:
-    """Gradients of any loss of (params, batch), such as that of labelled masks, reduced over images."""
+    """Computes gradients of any loss of (params, batch), such as that of labelled masks, reduced over images."""
 
     def gradients(params: Tree, item: Any, key: jax.Array) -> Tree:
         return jax.tree.map(lambda g: g[None], jax.grad(loss)(params, item))
@@ -94,7 +94,7 @@ def reduce_gradients(
     reduce: Reduce,
     mesh: Mesh | None = None,
 ) -> Tree:
-    """Reduces the gradients of single images over batches.
+    """Reduces the gradients of single images over batches. Returns a tree like `params`.
 
     Args:
       gradients: of one image.
@@ -112,7 +112,7 @@ def reduce_gradients(
 def accumulator(
     gradients: Gradients, reduce: Reduce, mesh: Mesh | None = None
 ) -> Callable[[Tree, Tree, Any, jax.Array], Tree]:
-    """The compiled (total, params, batch, key) -> total. The total is donated.
+    """Compiles the sum over images: (total, params, batch, key) -> total. The total is donated.
 
     A batch takes the memory of a set of gradients for each of its images on a device, so one
     image per device is best where the model is large.

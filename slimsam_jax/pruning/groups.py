@@ -1,6 +1,6 @@
 """A group: the axes of a parameter tree that shrink together, because they are the same channels.
 
-Nothing in this folder knows a framework or a model. A tree is any JAX pytree of arrays;
+Nothing in this folder knows a model, or a framework above JAX. A tree is any JAX pytree of arrays;
 a path is its keys joined by "/", e.g. "blocks_3/attn/q/kernel".
 """
 
@@ -53,12 +53,12 @@ class Group:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of its scores: [size] or [copies, size]."""
+        """Shape of its scores: [size] or [copies, size]."""
         return (self.copies, self.size) if self.copies else (self.size,)
 
 
 def by_path(tree: Tree) -> dict[str, Any]:
-    """The leaves of a tree by their paths."""
+    """Returns the leaves of a tree by their paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_of(keys): leaf for keys, leaf in leaves}
 

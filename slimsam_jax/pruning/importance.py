@@ -1,4 +1,4 @@
-"""Parameters and gradients -> a score per channel."""
+"""Scores channels by parameters and gradients."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ CRITERIA: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "fisher": lambda weight, grad: np.square(weight * grad),
     "magnitude": lambda weight, grad: np.square(weight),
 }
+WITHOUT_GRADIENT = ("magnitude", "random")
 
-# Makes the scores of different groups comparable before they compete (reference: importance.py:350-366).
+# Makes the scores of different groups comparable before they compete (SlimSAM's importance.py:350-366).
 NORMALIZERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "none": lambda s: s,
     "sum": lambda s: s / s.sum(),
@@ -38,7 +39,7 @@ def channel_scores(
     """Scores every channel of every group.
 
     A member's score of a channel sums the weights in the channel's slice; a group's is the
-    mean over its voting members.
+    mean over its scored members.
 
     Args:
       params, grads: trees of equal structure, numpy or JAX arrays. "magnitude" and "random" do not read the gradients.

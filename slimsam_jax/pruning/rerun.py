@@ -34,7 +34,7 @@ class Traced:
       values, program: the equations. Inputs are the leaves of (params, *inputs).
       operands, results: the axes of a step's; `outputs` of a program's.
       arguments, result: tree structures of (params, *inputs) and of what the function returns.
-      made: the trees that were cut, so that `run` needs not be told what they keep.
+      made: the trees that were cut, so that `run` knows what they keep.
     """
 
     values: Values

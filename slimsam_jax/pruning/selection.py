@@ -1,4 +1,4 @@
-"""Scores and widths -> which channels stay, as indices."""
+"""Selects the channels that stay, by scores and widths, as indices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from slimsam_jax.pruning.allocation import global_widths, local_widths, worth_of
+from slimsam_jax.pruning.allocation import gains_of, global_widths, local_widths
 from slimsam_jax.pruning.groups import Scores
 
 
@@ -16,11 +16,11 @@ def keep_widths(scores: Scores, widths: Mapping[str, int]) -> dict[str, np.ndarr
     return {name: np.sort(order[..., : widths[name]], axis=-1) for name, order in best_first.items()}
 
 
-def keep_local(scores: Scores, ratio: float, multiple: int = 1) -> dict[str, np.ndarray]:
+def keep_local(scores: Scores, ratio: float, round_to: int = 1) -> dict[str, np.ndarray]:
     """Removes the same share of every group: exactly that many, the lowest scores (see `local_widths`)."""
-    return keep_widths(scores, local_widths(worth_of(scores), ratio, multiple))
+    return keep_widths(scores, local_widths(gains_of(scores), ratio, round_to))
 
 
-def keep_global(scores: Scores, ratio: float, multiple: int = 1, least: float = 0.0) -> dict[str, np.ndarray]:
+def keep_global(scores: Scores, ratio: float, round_to: int = 1, min_keep: float = 0.0) -> dict[str, np.ndarray]:
     """Removes a share of the channels of all groups together, the lowest scores (see `global_widths`)."""
-    return keep_widths(scores, global_widths(worth_of(scores), ratio, multiple, least))
+    return keep_widths(scores, global_widths(gains_of(scores), ratio, round_to, min_keep))

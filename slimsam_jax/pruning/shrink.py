@@ -1,4 +1,4 @@
-"""The cut: a tree of masks, or the removed channels taken out."""
+"""Cuts channels: by a tree of masks, or by taking them out of the arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slimsam_jax.pruning.groups import Group, Keep, Member, Tree, path_of
 
 
 def mask_tree(params: Tree, groups: Sequence[Group], keep: Keep) -> Tree:
-    """A tree like `params` of 0/1 arrays, each of the rank of its parameter and broadcastable to it."""
+    """Makes a tree like `params` of 0/1 arrays, each of the rank of its parameter and broadcastable to it."""
     cuts = _cuts(groups, keep)
 
     def mask(keys, leaf):
@@ -52,16 +52,16 @@ def shrink(params: Tree, groups: Sequence[Group], keep: Keep) -> Tree:
 
 
 def _cuts(groups: Sequence[Group], keep: Keep) -> dict[str, list[tuple[Member, np.ndarray]]]:
-    """{path: [(member, kept indices)]} of the groups in `keep`; cuts within copies first, as long as all are there."""
+    """Lists the cuts of each array, {path: [(member, kept indices)]}; those in copies first, while all are there."""
     cuts: dict[str, list[tuple[Member, np.ndarray]]] = {}
     for group in groups:
         for member in group.members if group.name in keep else ():
             cuts.setdefault(member.path, []).append((member, np.asarray(keep[group.name])))
-    return {path: sorted(found, key=lambda cut: cut[0].copies is None) for path, found in cuts.items()}
+    return {path: sorted(listed, key=lambda cut: cut[0].copies is None) for path, listed in cuts.items()}
 
 
 def _along(member: Member, channels: np.ndarray, ndim: int) -> np.ndarray:
-    """[channels] or [copies, channels] -> the same along the member's axes of an array of rank `ndim`."""
+    """Reshapes [channels] or [copies, channels] to lie along the member's axes of an array of rank `ndim`."""
     axes = [member.axis] if member.copies is None else [member.copies, member.axis]
     if axes != sorted(axes):
         channels = channels.T

@@ -3,7 +3,7 @@
 A mask zeroes parameters. A channel that it removes is *silent* in a value if the value is zero
 there; a sum over silent channels is the sum over those that are left, so masked and cut agree.
 The contraction of an activation with a kernel is always of that kind, as the kernel is silent.
-That of two activations is if one of them is: q·k, but not elu(q) + 1 with elu(k) + 1. And a kernel
+That of two activations is if one of them is: q·k, but not elu(q) + 1 with elu(k) + 1. A kernel
 divided by its own norm is 0 / 0 where it is masked.
 """
 

@@ -1,4 +1,4 @@
-"""Checkpoints within a stage: written in the background, whole or not at all, and checked when read."""
+"""Saves and restores checkpoints of a training: written in the background, whole or not at all, checked when read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slimsam_jax.errors import RunError
 
 
 class Steps:
-    """The last two states of a stage, in orbax's format; a context manager, which waits for the last write."""
+    """The last two states of a training, in orbax's format; a context manager, which waits for the last write."""
 
     def __init__(self, folder: Path):
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=True)
@@ -45,12 +45,12 @@ class Steps:
             raise self._failed(step, error) from None
 
     def check_finite(self, step: int, state: TrainState) -> None:
-        """Raises RunError if it is not: what is saved can be gone on with."""
+        """Raises RunError unless the state is finite: what is saved can be gone on with."""
         if not _finite(state):
             raise RunError(f"the state after step {step} is not finite; the checkpoint before it is kept")
 
     def _check_room(self, step: int, state: TrainState) -> None:
-        """Orbax would fail in many threads, each with a traceback of its own."""
+        """Raises RunError if the disk is too full; orbax would fail in many threads, each with its own traceback."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -72,7 +72,7 @@ class Steps:
         return RunError(f"cannot write the checkpoint of step {step}: {reason}")
 
     def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
-        """The last state that is undamaged, and its notes; None if nothing was ever saved.
+        """Restores the last undamaged state and its notes; None if nothing was ever saved.
 
         Args:
           like: shapes and shardings. Not arrays, which would take the memory a second time.
@@ -88,11 +88,11 @@ class Steps:
             if sharding.is_main():
                 print(f"the checkpoint of step {step} is damaged ({reason}); going back to the one before", flush=True)
         if self.damaged:
-            raise RunError(f"no checkpoint in {self.folder} can be read ({reason}); remove it to start the stage anew")
+            raise RunError(f"no checkpoint in {self.folder} can be read ({reason}); remove it to start this step anew")
         return None
 
     def _read(self, step: int, like: TrainState) -> tuple[tuple[TrainState, Any] | None, str]:
-        """A state with its notes, or None, and why not; the same in all processes."""
+        """Reads a state with its notes, or None, and why not; the same in all processes."""
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like), beside=ocp.args.JsonRestore())
         restored, reason = None, "another process cannot read it"
         try:
@@ -106,7 +106,7 @@ class Steps:
         return (restored.state, restored.beside["notes"]), ""
 
     def asked_to_stop(self, step: int) -> bool:
-        """Whether one of several processes is being taken away; the same answer in all of them."""
+        """Tells whether one of several processes is being taken away; the same answer in all of them."""
         return jax.process_count() > 1 and self.manager.reached_preemption(step)
 
     def __enter__(self) -> Steps:
@@ -123,15 +123,15 @@ class Steps:
 
 
 def _checksums(tree: Any) -> list[int]:
-    """A number per array; orbax notices missing bytes, but not altered ones."""
+    """Computes a checksum per array; orbax notices missing bytes, but not altered ones."""
     leaves = jax.tree.leaves(tree)
     if _on_host():
         return [int(_checksum(np.asarray(leaf), np)) for leaf in leaves]
-    return [int(found) for found in _all_checksums(leaves)]
+    return [int(checksum) for checksum in _all_checksums(leaves)]
 
 
 def _on_host() -> bool:
-    """Whether arrays lie in this process's memory: numpy then reads them where they are, and nothing is compiled."""
+    """Tells whether arrays lie in this process's memory: numpy then reads them in place, and nothing is compiled."""
     return jax.default_backend() == "cpu" and jax.process_count() == 1
 
 
@@ -143,7 +143,7 @@ def _all_checksums(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _checksum(leaf: Any, xp: Any) -> Any:
-    """Changes with any bit of a 32-bit array, and with the order of its elements; the same by numpy and by JAX."""
+    """Sums up a 32-bit array; changes with any bit and with the order of elements. The same by numpy and by JAX."""
     bits = leaf.view(xp.uint32).reshape(-1)
     mixed = bits ^ (xp.arange(bits.size, dtype=xp.uint32) * xp.uint32(0x9E3779B9))  # the place counts, too
     mixed = (mixed ^ (mixed >> 16)) * xp.uint32(0x7FEB352D)
@@ -151,7 +151,7 @@ def _checksum(leaf: Any, xp: Any) -> Any:
 
 
 def shapes_of(state: TrainState) -> TrainState:
-    """What `Steps.restore` needs to know of a state."""
+    """Returns the shapes and shardings of a state, as `Steps.restore` needs them."""
     return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
 
 

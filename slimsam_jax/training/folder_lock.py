@@ -1,4 +1,4 @@
-"""Keeps two runs out of one folder: a lock that the kernel lets go of when its process dies, however it dies."""
+"""Locks a run's folder against a second run; the kernel lets go of the lock when the process dies, however it dies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONGEST = 200  # bytes of it that are read
 
 
 class FolderLock:
-    """Of one run's folder, from here until `release`, or until the process ends.
+    """The lock of one run's folder, from here until `release`, or until the process ends.
 
     Raises:
       InputError: another process has it, or a run of this one.
@@ -56,7 +56,7 @@ def check_free(folder: Path) -> None:
     """Raises InputError if a run in this folder is going on; a folder without one is free."""
     if not os.path.isfile(folder / PLACE):
         return
-    with contextlib.suppress(OSError), _open(folder / PLACE) as file:  # one that may not be read is told later
+    with contextlib.suppress(OSError), _open(folder / PLACE) as file:  # one that may not be read is reported later
         _take(file, folder)
 
 
@@ -76,7 +76,7 @@ def _take(file: BinaryIO, folder: Path) -> None:
 
 
 def _owner(file: BinaryIO) -> str:
-    """Who wrote the lock, if anybody did who writes them so."""
+    """Reads who wrote the lock, if a run of ours did."""
     file.seek(0)
     match = re.fullmatch(r"(process [0-9]{1,10} on [\w.-]{1,100})\n", file.read(LONGEST).decode(errors="replace"), re.A)
     return match[1] if match else "another process"

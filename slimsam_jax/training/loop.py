@@ -1,4 +1,4 @@
-"""The loop of a training: steps, log, validation, checkpoints, and ways to stop."""
+"""Runs the loop of a training: steps, log, validation, checkpoints, and ways to stop."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from slimsam_jax.training.run_folder import RunFolder
 
 # Models of best validations that are kept, so that a run which falls back by a damaged checkpoint finds its best.
 BESTS = 3
-ADVICE = "another --seed, --batch, --dtype or learning_rate may help"
+ADVICE = "another --seed, --batch, --dtype or learning rate may help"
 
 
 class Schedule(NamedTuple):
-    """What is done when.
+    """When a training takes steps, validates and saves.
 
     Attributes:
       name: of the training within its folder and log ("stage" there).
       title: what messages call it.
       steps: in all.
-      batch: pictures in a step, over all processes.
+      batch: images in a step, over all processes.
       save_every: steps between two checkpoints.
       validations: how many, evenly spaced.
       keep: which model is the result; the other one is saved beside it.
@@ -51,7 +51,7 @@ class Schedule(NamedTuple):
 
 
 class Loop(abc.ABC):
-    """A training in a run folder. What is learnt, from what, and how it is scored, subclasses say."""
+    """A training in a run folder. Subclasses define what is learnt, from what, and how it is scored."""
 
     def __init__(self, folder: RunFolder, trainer: Trainer, schedule: Schedule):
         self.folder, self.trainer, self.schedule = folder, trainer, schedule
@@ -62,36 +62,36 @@ class Loop(abc.ABC):
 
     @abc.abstractmethod
     def stream(self, start: int) -> Batches:
-        """The batches from step `start` (counted from 0) on."""
+        """Returns the batches from step `start` (counted from 0) on."""
 
     @abc.abstractmethod
     def weights(self, step: int) -> Weights:
-        """Of the terms of the loss in a step, counted from 1."""
+        """Returns the weights of the loss's terms in a step, counted from 1."""
 
     @abc.abstractmethod
     def learning_rate(self, step: int) -> float:
-        """Of a step, counted from 1."""
+        """Returns the learning rate of a step, counted from 1."""
 
     @abc.abstractmethod
     def sam(self, state: TrainState) -> Sam:
-        """The model as it stands, off the mesh; a collective."""
+        """Returns the model as it stands, off the mesh; a collective."""
 
     @abc.abstractmethod
     def score(self, sam: Sam, step: int) -> dict[str, float]:
-        """{"score": higher is better, and whatever else is worth logging}; the same in all processes."""
+        """Scores a model: {"score": higher is better, and whatever else to log}; the same in all processes."""
 
     def label(self) -> str:
-        """Of the progress bar."""
+        """Returns the title of the progress bar."""
         return self.schedule.title.removeprefix("the ")
 
     def run(self) -> Sam:
-        """From the last checkpoint, if there is one, to the end.
+        """Trains from the last checkpoint, if there is one, to the end.
 
         Returns:
           The best model by score, or the last.
 
         Raises:
-          RunError: the loss is not finite, or too many pictures cannot be read. Checkpoints hold finite states only,
+          RunError: the loss is not finite, or too many images cannot be read. Checkpoints hold finite states only,
             so the last good one is kept.
           Stopped: SIGTERM came; the state is saved.
         """
@@ -120,7 +120,7 @@ class Loop(abc.ABC):
         return self.result(state)
 
     def start(self, saved: Steps) -> tuple[TrainState, dict[str, str]]:
-        """The last checkpoint, or the beginning; and the pictures that could not be read until then."""
+        """Restores the last checkpoint, or begins. Returns the state, and the images that could not be read so far."""
         state, self.trainer = self.trainer.state, self.trainer._replace(state=None)
         like = shapes_of(state)
         if saved.manager.latest_step() is None:
@@ -129,7 +129,7 @@ class Loop(abc.ABC):
         return saved.restore(like)
 
     def step(self, state: TrainState, step: int, batch: Any) -> TrainState:
-        """Dispatches a step; what the one before has given is read only now, so that the host runs ahead."""
+        """Dispatches a step; the terms of the one before are read only now, so that the host runs ahead."""
         batch = sharding.shard_batch(batch, self.trainer.mesh)
         how = self.weights(step), self.learning_rate(step)
         state, terms = self.trainer.step(state, self.trainer.frozen, batch, *how)
@@ -165,7 +165,7 @@ class Loop(abc.ABC):
                 folder.remove_model(name, f"best-{old}")
 
     def best(self) -> int:
-        """The step with the highest score; of equals the later one, as the reference."""
+        """Returns the step with the highest score; of equals the later one, as the reference."""
         return max(self.scores, key=lambda step: (self.scores[step], step))
 
     def result(self, state: TrainState) -> Sam:
@@ -176,7 +176,7 @@ class Loop(abc.ABC):
         return both[self.schedule.keep]
 
     def name_skipped(self) -> None:
-        """Those that a step would have had; threads have read on, who knows how far."""
+        """Logs the unreadable images of the steps that were taken; threads have read on, who knows how far."""
         steps = range(self.schedule.steps)
         met = {sample.name for step in steps for sample in self.batches.samples_of(step)}
         for name, reason in sorted(dict(self.batches.skipped).items()):
@@ -186,7 +186,7 @@ class Loop(abc.ABC):
 
 
 class Trainer(NamedTuple):
-    """What a stage's distillation runs on.
+    """The compiled step of a training, with its state on the devices.
 
     Attributes:
       step: see `distillation.step.make_step`.

@@ -1,4 +1,4 @@
-"""Training a whole SAM from annotated masks: what is trained, how, and how it is scored."""
+"""Trains a whole SAM from annotated masks: what is trained, how, and how it is scored."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from slimsam_jax.data.reading import map_readable, read_annotated
 from slimsam_jax.distillation.schedules import learning_rates
 from slimsam_jax.distillation.step import TrainState, init_state, make_optimizer, make_update
 from slimsam_jax.errors import RunError
-from slimsam_jax.evaluation import single_mask_iou
+from slimsam_jax.evaluation.scores import single_mask_iou
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.config import Config
-from slimsam_jax.models.encoders.vit_features import run_encoder
-from slimsam_jax.models.sam import Params, Sam
+from slimsam_jax.models.sam import Params, Sam, run_encoder
 from slimsam_jax.training.loop import Loop, Schedule, Trainer
 from slimsam_jax.training.prompt_loop import Outputs, interactive_loss
 from slimsam_jax.training.run_folder import RunFolder
@@ -34,7 +33,7 @@ PROTOCOLS = ("point", "box")
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised.
+    """The loss of a training.
 
     Attributes:
       weights: of the terms of `mask_losses.prompt_loss`.
@@ -58,20 +57,20 @@ class Settings:
     """Choices of a training, apart from data and folder.
 
     Attributes:
-      steps, batch: optimiser steps, and pictures in each, over all processes.
-      prompts: masks of each picture in a step.
+      steps, batch: optimiser steps, and images in each, over all processes.
+      prompts: masks of each image in a step.
       corrections: clicks after the first prompt.
       objective: a key of `OBJECTIVES`.
-      learning_rate, clip, weight_decay, ema: see `recipes.Recipe`; weight decay is for kernels alone.
+      learning_rate, clip, weight_decay, ema: see `compression.steps.Optimizer`; weight decay is for kernels alone.
       schedule: see `schedules.learning_rates`.
-      flip, crop: see `recipes.Recipe`.
+      flip, crop: see `compression.steps.Augment`.
       freeze: parts of the SAM that stay as they are.
       validations: of the training, evenly spaced.
       save_every: steps between two checkpoints.
       keep: the "best" model by validation, or the "last".
       dtype: of the image encoder's computation; prompt encoder and decoder compute in float32.
-      accumulate, fsdp: see `compression.trainer.make_trainer`.
-      max_broken: the share of pictures that may be unusable.
+      accumulate: parts of a batch whose gradients are added up; fsdp: see `compression.trainer.make_trainer`.
+      max_broken: the share of images that may be unusable.
       workers: see `data.batches.Batches`.
       seed: of order, crops and prompts.
     """
@@ -124,12 +123,12 @@ class MaskTraining(Loop):
         return float(self.rates[step - 1])
 
     def score(self, sam: Sam, step: int) -> dict[str, float]:
-        """Point and box mIoU; the score is their mean."""
-        found = mious(sam, self.val) if sharding.is_main() else dict.fromkeys(PROTOCOLS, 0.0)
-        found = {name: sharding.agree(value) for name, value in found.items()}
-        if not np.isfinite(found["point"]):
-            raise RunError("none of the pictures to measure on can be used")
-        return {"score": float(np.mean(list(found.values()))), **{f"{name}_miou": v for name, v in found.items()}}
+        """Measures point and box mIoU; the score is their mean."""
+        scores = mious(sam, self.val) if sharding.is_main() else dict.fromkeys(PROTOCOLS, 0.0)
+        scores = {name: sharding.agree(value) for name, value in scores.items()}
+        if not np.isfinite(scores["point"]):
+            raise RunError("none of the images to measure on can be used")
+        return {"score": float(np.mean(list(scores.values()))), **{f"{name}_miou": v for name, v in scores.items()}}
 
     def sam(self, state: TrainState) -> Sam:
         trained = sharding.gather(state.average or state.params)
@@ -149,21 +148,21 @@ def make_trainer(sam: Sam, settings: Settings) -> Trainer:
 
 
 def _gradients(config: Config, settings: Settings, devices: int, trained, frozen, batch, weights):
-    """({"loss": ..., term: ...}, gradients); see `distillation.step.make_update`."""
+    """Computes ({"loss": ..., term: ...}, gradients); see `distillation.step.make_update`."""
 
     def loss(trained: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = join(trained, frozen)
         embedding, _ = run_encoder(config, params["image_encoder"], batch, settings.dtype, devices)
         outputs = OBJECTIVES[settings.objective].outputs
-        found, terms = interactive_loss(config, params, embedding, batch, weights, settings.corrections, outputs)
-        return found, {"loss": found, **terms}
+        value, terms = interactive_loss(config, params, embedding, batch, weights, settings.corrections, outputs)
+        return value, {"loss": value, **terms}
 
     grads, terms = jax.grad(loss, has_aux=True)(trained)
     return terms, grads
 
 
 def split(params: Params, freeze: Sequence[str] = ()) -> tuple[Params, Params]:
-    """(what is trained, what is not): the parts to freeze and the frequencies of the positions."""
+    """Splits parameters into (trained, frozen): frozen are some parts and the frequencies of the positions."""
     flat = flatten_dict(params)
     stays = {path for path in flat if path[0] in freeze or path[-1] == FREQUENCIES}
     part = lambda paths: unflatten_dict({path: flat[path] for path in paths})
@@ -171,19 +170,19 @@ def split(params: Params, freeze: Sequence[str] = ()) -> tuple[Params, Params]:
 
 
 def join(trained: Params, frozen: Params) -> Params:
-    """Inverse of `split`."""
+    """Joins what `split` split."""
     return unflatten_dict({**flatten_dict(trained), **flatten_dict(frozen)})
 
 
 def kernels(params: Params) -> Params:
-    """True for what weight decay is for: kernels, not biases, norms, positions or tokens."""
+    """Marks what weight decay is for: kernels, not biases, norms, positions or tokens."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def mious(sam: Sam, samples: Sequence[Sample]) -> dict[str, float]:
-    """{"point": ..., "box": ...}: IoU of the single mask, mean per picture, then over the pictures that are annotated.
+    """Measures {"point": ..., "box": ...}: IoU of the single mask, mean per image, then over annotated images.
 
-    Pictures that cannot be read are named and left out; nan if not one can be used.
+    Images that cannot be read are named and left out; nan if not one can be used.
     """
 
     def one(sample: Sample) -> list[float] | None:
@@ -193,8 +192,8 @@ def mious(sam: Sam, samples: Sequence[Sample]) -> dict[str, float]:
         encoded = encode_image(sam, image)
         return [single_mask_iou(sam, encoded, annotations, protocol) for protocol in PROTOCOLS]
 
-    found, skipped = map_readable(one, samples)
+    ious_of, skipped = map_readable(one, samples)
     for reason in skipped.values():
         print(f"not measured on: {reason}", flush=True)
-    ious = [each for each in found.values() if each] or [[np.nan] * len(PROTOCOLS)]
+    ious = [values for values in ious_of.values() if values] or [[np.nan] * len(PROTOCOLS)]
     return dict(zip(PROTOCOLS, np.mean(ious, axis=0).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""SIGTERM as a request: clusters send it some seconds before they take a machine away."""
+"""Takes SIGTERM as a request: clusters send it some seconds before they take a machine away."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 
 @contextmanager
 def on_request() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM ends nothing; what is yielded tells whether it has come.
+    """Yields a function that tells whether SIGTERM has come, which ends nothing inside.
 
     Only a main thread can listen. Of several processes none does here: JAX listens itself, so that all of them
     stop at the same step (`checkpoints.Steps.asked_to_stop`).

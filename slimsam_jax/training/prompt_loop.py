@@ -1,4 +1,4 @@
-"""Somebody who corrects a mask click by click, simulated inside the compiled training step.
+"""Simulates interactive segmentation: corrective clicks sampled inside the jitted step.
 
 The training algorithm of Segment Anything (Kirillov et al. 2023, appendix A): after a first prompt (`data.prompted`)
 each round adds a click, drawn evenly from what is wrong, and gives the decoder its own logits back as a mask prompt.
@@ -23,7 +23,7 @@ OUTSIDE = -40.0  # a logit without any doubt, and so without loss and gradient
 
 
 class Prompts(NamedTuple):
-    """What `sam.decode` takes of p prompts: points [p, n, 2], labels [p, n] and previous logits [p, 4h, 4w, 1]."""
+    """Inputs of `sam.decode` for p prompts: points [p, n, 2], labels [p, n] and previous logits [p, 4h, 4w, 1]."""
 
     points: jax.Array
     labels: jax.Array
@@ -39,7 +39,7 @@ def interactive_loss(
     corrections: int = 1,
     outputs: Outputs = "both",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean loss over b images, p prompts each, and over the first prompt and so many corrections.
+    """Computes the loss, mean over b images of p prompts each, and over the first prompt and all corrections.
 
     Args:
       embedding: [b, h, w, C].
@@ -52,7 +52,7 @@ def interactive_loss(
     """
     count = batch["labels"].shape[1]
     spread = lambda rows: jnp.repeat(rows, count, axis=0)  # an image's for each of its prompts
-    embedding, inside = spread(embedding), spread(inside_picture(config, batch["size"]))
+    embedding, inside = spread(embedding), spread(inside_image(config, batch["size"]))
     keys = _flat(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), count))(batch["seed"]))
     prompts, target = Prompts(_flat(batch["points"]), _flat(batch["labels"])), _flat(batch["masks"])
     rounds, ious = [], {}
@@ -69,14 +69,14 @@ def interactive_loss(
             prompts = corrected(
                 config, jax.vmap(jax.random.fold_in, (0, None))(keys, turn), prompts, low, target, inside
             )
-    means = {name: sum(each[name] for each in rounds) / len(rounds) for name in rounds[0]}
+    means = {name: sum(terms[name] for terms in rounds) / len(rounds) for name in rounds[0]}
     return means["loss"], {**means, **ious}
 
 
 def corrected(
     config: Config, keys: jax.Array, prompts: Prompts, low: jax.Array, target: jax.Array, inside: jax.Array
 ) -> Prompts:
-    """The prompts with one click more each, and the logits [p, 4h, 4w] that it corrects."""
+    """Adds to each prompt one click, and the logits [p, 4h, 4w] that it corrects."""
     cells, labels = jax.vmap(correction)(keys, low, target, inside)
     points = (cells + 0.5)[:, None] * config.patch_size / 4
     join = lambda old, new: jnp.concatenate([old, new], axis=1)
@@ -84,7 +84,7 @@ def corrected(
 
 
 def correction(key: jax.Array, logits: jax.Array, target: jax.Array, inside: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A click on one of the cells that are wrong, all equally likely.
+    """Samples a click from the cells that are wrong, all equally likely.
 
     Args:
       logits, target: [4h, 4w].
@@ -104,7 +104,7 @@ def correction(key: jax.Array, logits: jax.Array, target: jax.Array, inside: jax
 
 
 def learning(config: Config, turn: int, outputs: Outputs) -> Groups:
-    """Groups of outputs that learn in a round (0 is that of the first prompt), see `mask_losses.prompt_loss`.
+    """Returns the groups of outputs that learn in a round (0 is that of the first prompt), see `prompt_loss`.
 
     "sam": the best of the several masks after the first prompt, the single mask after corrections (in the paper the
     single mask is for more than one prompt). "both": always both, because the single mask of a single click is what
@@ -117,18 +117,18 @@ def learning(config: Config, turn: int, outputs: Outputs) -> Groups:
 
 
 def given_back(predicted: jax.Array, groups: Groups) -> jax.Array:
-    """[p] the output that is corrected: the single mask, or where it does not learn, the best by its own estimate."""
+    """Picks the outputs to correct, [p]: the single mask, or where it does not learn, the best by its own estimate."""
     first = jnp.array(groups[0])
     return first[predicted[:, first].argmax(1)]
 
 
-def inside_picture(config: Config, sizes: jax.Array) -> jax.Array:
-    """[b, 2] sizes in the model frame -> [b, 4h, 4w] bool, the cells that `prompted.coverage` gives to it."""
+def inside_image(config: Config, sizes: jax.Array) -> jax.Array:
+    """Tells which cells lie in the image: [b, 2] sizes in the model frame -> [b, 4h, 4w] bool, as `coverage` has it."""
     cells = jnp.maximum(1, jnp.round(4 * sizes / config.patch_size))
     rows, columns = (jnp.arange(4 * side) for side in config.grid)
     return (rows[:, None] < cells[:, 0, None, None]) & (columns < cells[:, 1, None, None])
 
 
 def _flat(rows: jax.Array) -> jax.Array:
-    """[b, p, ...] -> [b * p, ...]."""
+    """Flattens [b, p, ...] to [b * p, ...]."""
     return rows.reshape(-1, *rows.shape[2:])

@@ -1,8 +1,8 @@
-"""The folder of a compression run: its log, its results, and what is needed to resume it.
+"""Keeps the folder of a run: its log, its results, and what is needed to resume it.
 
 Finished files appear by renaming, so that a file of a final name is a whole one. Work in
-progress lives in `checkpoints/`, per stage: `pruned/` (the model that distillation starts
-from), `steps/` (orbax), `distilled/` (the stage is done).
+progress lives in `checkpoints/`, by the name of the step ("stage" in the log): `steps/` (orbax),
+`best-STEP/`, `best/` and `last/` of a training, `model/` (the step is done).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from slimsam_jax import checkpoint, sharding
-from slimsam_jax.errors import InputError, blaming
+from slimsam_jax.errors import InputError, reading
 from slimsam_jax.files import replacing, write_json
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.training.checkpoints import Steps
@@ -41,7 +41,7 @@ class RunFolder:
         try:
             self._acquire()
             if resume:
-                with blaming(recorded):
+                with reading(recorded):
                     _check_same(json.loads(recorded.read_text()), origin, path)
             elif sharding.is_main():
                 self._create(recorded, origin)
@@ -66,9 +66,9 @@ class RunFolder:
             raise InputError(refused)
 
     def _create(self, recorded: Path, origin: dict[str, Any]) -> None:
-        # Since the folder was found to be empty another run may have come, and gone.
-        found = {*self.path.iterdir(), *self.work.iterdir()} - {self.work, self.path / PLACE}
-        if found:
+        # Since the folder was seen to be empty another run may have come, and gone.
+        foreign = {*self.path.iterdir(), *self.work.iterdir()} - {self.work, self.path / PLACE}
+        if foreign:
             raise InputError(f"{self.path} is not empty; choose another folder, or remove it first")
         try:
             write_json(recorded, origin)
@@ -77,7 +77,7 @@ class RunFolder:
             raise
 
     def _remove(self) -> None:
-        """Takes back what was made for a run that could not begin, and nothing else: folders that are empty then."""
+        """Removes what was made for a run that could not begin, and nothing else: folders that are empty then."""
         with contextlib.suppress(OSError):
             if self.lock:
                 (self.path / PLACE).unlink()
@@ -106,16 +106,16 @@ class RunFolder:
             file.write(b"\n" * cut_short + json.dumps(entry).encode() + b"\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """Its entries; lines that are none, as a killed machine leaves them, are passed by."""
+        """Reads the entries of the log; lines that are none, as a killed machine leaves them, are passed by."""
         path = self.path / "log.jsonl"
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         return [entry for line in lines if (entry := _entry(line)) is not None]
 
     def rewind_log(self, stage: str, step: int) -> dict[int, float]:
-        """Drops the lines of a stage's steps after `step`, which a resumed run writes again.
+        """Drops the lines of a training's steps after `step`, which a resumed run writes again.
 
         Returns:
-          {step: score} of the stage's validations until then.
+          {step: score} of its validations until then.
         """
         kept = [e for e in self.read_log() if not (e.get("stage") == stage and e.get("step", math.inf) > step)]
         if sharding.is_main():
@@ -130,7 +130,7 @@ class RunFolder:
         sharding.barrier(f"{stage}/{part} saved")
 
     def load_model(self, stage: str, part: str) -> Sam | None:
-        """The model of a stage, or None if the run has not come that far."""
+        """Loads a part of a step, such as its "model"; None if the run has not come that far."""
         folder = self.work / stage / part
         return checkpoint.load(folder) if (folder / "config.json").exists() else None
 
@@ -147,7 +147,7 @@ class RunFolder:
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """A line of the log, or None if it is not one of ours."""
+    """Parses a line of the log; None if it is not one of ours."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):  # of no UTF-8, too

@@ -1,4 +1,4 @@
-"""What every training sets up: batch size, dtype, images to learn from and to measure on."""
+"""Sets up what every training needs: batch size, dtype, images to learn from and to measure on."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Options(Protocol):
     dtype: str
 
     def broken_share(self) -> float:
-        """The share of images that may be unreadable."""
+        """Returns the share of images that may be unreadable."""
 
 
 def batch_size(options: Options) -> int:
-    """Images in a step, over all processes."""
+    """Chooses how many images a step has, over all processes."""
     devices, parts = jax.device_count(), options.accumulate
     if devices % options.fsdp:
         raise InputError(f"--fsdp {options.fsdp} does not divide the {devices} devices")
@@ -49,7 +49,7 @@ def check_batch(options: Options, batch: int, images: int) -> None:
 
 
 def split_images(options: Options) -> tuple[list[Sample], list[Sample]]:
-    """Samples to learn from, and samples to measure on."""
+    """Splits samples into those to learn from, and those to measure on."""
     images = data.find(options.images or [data.embedded_images()])
     if options.val:
         return images, data.find(options.val)
@@ -59,7 +59,7 @@ def split_images(options: Options) -> tuple[list[Sample], list[Sample]]:
 
 
 def some_of(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
-    """So many of them, drawn by seed, in their order."""
+    """Draws `limit` samples without replacement, keeping their order."""
     if limit is None or limit >= len(samples):
         return samples
     chosen = np.random.default_rng(seed).choice(len(samples), limit, replace=False)
@@ -69,7 +69,7 @@ def some_of(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]
 def too_many_of_val(
     options: Options, images: Sequence[Sample], val: Sequence[Sample], broken: Mapping[str, str]
 ) -> str | None:
-    """What is wrong if too many of `val` are `broken`; where they were held out, they are a share of all --images."""
+    """Returns a complaint if too many of `val` are `broken`; held out, they are counted as a share of all --images."""
     if options.val:
         return too_many(broken, len(val), options.broken_share(), "images of --val")
     return too_many(broken, len(images) + len(val), options.broken_share())

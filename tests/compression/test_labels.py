@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from pathlib import Path
 
 import jax
@@ -13,8 +14,10 @@ from helpers.images import samples, write_annotation
 from helpers.models import random_sam, tiny_config
 from slimsam_jax.compression import gradients
 from slimsam_jax.compression.gradients import mask_loss
+from slimsam_jax.compression.steps import Prune
 from slimsam_jax.data import prompted
 from slimsam_jax.errors import InputError
+from slimsam_jax.pruning import importance
 
 CONFIG = tiny_config(image_size=(64, 48))
 
@@ -34,7 +37,7 @@ def test_batches_carry_clicks_and_masks_in_the_model_frame(folder):
     assert batch["points"].shape == (2, prompted.PROMPTS, 2, 2) and (batch["labels"] == [1, -1]).all()
     mask = folder[0].annotations()[0].mask  # all are alike: rows 5 to 9 of 20, columns 4 to 19 of 30
     np.testing.assert_allclose(batch["points"][:, :, 0], np.broadcast_to([6.5 * 48 / 30, 7.5 * 32 / 20], (2, 4, 2)))
-    # The picture fills 32 of 64 rows: 8 of the 16 of a mask, which keeps the share of the picture covered.
+    # The image fills 32 of 64 rows: 8 of the 16 of a mask, which keeps the share of the image covered.
     np.testing.assert_allclose(batch["masks"][:, :, :8].mean((2, 3)), mask.mean(), atol=0.01)
     assert not batch["masks"][:, :, 8:].any()
     assert batch["masks"][0, 0, 3, 4] == 1 and batch["masks"][0, 0, 0, 0] == 0
@@ -69,3 +72,17 @@ def test_without_annotations_it_is_refused(tmp_path, folder):
         prompted.annotated(folder)
     with pytest.raises(InputError, match="there is none"):
         prompted.annotated(samples([tmp_path / "a.png"]))
+
+
+def test_only_criteria_that_read_gradients_need_them_or_labels():
+    """The options and the core agree on which they are, also on one that somebody adds."""
+    for criterion in typing.get_args(importance.Criterion):
+        step = Prune("bottleneck", criterion=criterion, importance_loss="masks")
+        assert step.reads_gradients == step.needs_labels == (criterion not in importance.WITHOUT_GRADIENT)
+        if step.reads_gradients:
+            with pytest.raises(InputError, match=f"criterion {criterion} needs a gradient"):
+                Prune("bottleneck", criterion=criterion, importance_loss="none")
+    assert set(typing.get_args(typing.get_type_hints(Prune)["criterion"])) - {"projection"} == {
+        *typing.get_args(importance.Criterion)
+    }
+    assert set(typing.get_args(importance.Criterion)) == {*importance.CRITERIA, "random"}

@@ -82,7 +82,7 @@ def test_it_is_halved_on_a_plateau(material, tmp_path):
     assert distillation.learning_rate(7) == 5e-4
 
 
-def test_it_is_chosen_on_pictures_that_can_be_read(material, tmp_path):
+def test_it_is_chosen_on_images_that_can_be_read(material, tmp_path):
     run = prepared(material, tmp_path)
     (broken,) = samples([truncated(tmp_path / "broken.jpg")])
     student, one = shaken(run.teacher), run.images[0]

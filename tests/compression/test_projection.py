@@ -13,9 +13,8 @@ from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax.compression.projection import attention, mlp, statistics
 from slimsam_jax.compression.projection import embedding as sam_projection
 from slimsam_jax.models.encoders import vit_groups as channels
-from slimsam_jax.models.encoders.vit_features import make_encoder, run_encoder
 from slimsam_jax.models.encoders.vit_groups import shrunk_config
-from slimsam_jax.models.sam import preprocess
+from slimsam_jax.models.sam import encoder_for, preprocess, run_encoder
 from slimsam_jax.pruning.bases import bilinear_basis, choose_units, output_basis, refit, residual_basis
 from slimsam_jax.pruning.shrink import apply_masks, mask_tree
 
@@ -245,7 +244,7 @@ def test_sensitivity_is_the_jacobian_of_the_embedding(model):
     images = [random_images(config, seed=0)]
     many = statistics.accumulate(statistics.moments_of(config, ["sensitivity"]), encoder, images * 300)
     pixels = preprocess(config, images[0]["image"], images[0]["size"])
-    network, step = make_encoder(config, 2, jnp.float32), 1e-2
+    network, step = encoder_for(config, 2, jnp.float32), 1e-2
     shifts = jax.tree.map(jnp.zeros_like, network.init(jax.random.key(0), pixels)["perturbations"])
 
     @jax.jit

@@ -20,7 +20,7 @@ from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.pipeline import initialize
 from slimsam_jax.compression.plan import check, names, optimizer_steps
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.settings import FIELDS, change
+from slimsam_jax.compression.set_option import FIELDS, change
 from slimsam_jax.compression.steps import Distill, Losses, Optimizer, Prune, Quirks, Validation
 from slimsam_jax.compression.trainer import _student_features, _target_features, make_trainer, run_encoder
 from slimsam_jax.data.prompted import random_clicks
@@ -151,6 +151,8 @@ def test_choices_are_set_by_name_in_every_step_that_has_them():
         ("prune.criterion=taylor", "nothing to align with: set distill.align=none"),
         ("distill.train=mask_decoder", "no such choice"),
         ("multiple=8", "multiple=8: it is called prune.round_to=8 since 0.3"),
+        ("prune.multiple=8", "prune.multiple=8: it is called prune.round_to=8 since 0.3"),
+        ("distill.passes=2", "it is distill.epochs since 0.3"),
         ("slice_rel_pos=false", "it is called quirks.zeroed_rel_pos=true since 0.3"),
         ("slice_rel_pos=x", "it is called quirks.zeroed_rel_pos since 0.3"),
         ("alternate=true", "since 0.3 a recipe is a list of steps"),
@@ -232,7 +234,7 @@ def test_masks_are_those_of_the_decoder_for_each_click():
         np.testing.assert_allclose(wanted["iou"][rows], iou, atol=1e-5)
 
 
-def test_clicks_lie_on_the_picture():
+def test_clicks_lie_on_the_image():
     clicks = random_clicks(np.array([40, 7]), 500, np.random.default_rng(0))
     xy = clicks["points"][clicks["labels"] == 1]
     assert len(xy) == 500 and (xy >= 0).all() and (xy < [7.5, 40.5]).all() and (xy.max(0) > [6, 36]).all()

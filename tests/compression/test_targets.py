@@ -17,7 +17,7 @@ from slimsam_jax.compression.alignment import terms
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.steps import Augment, Distill
 from slimsam_jax.imaging.transforms import resize_and_pad
-from slimsam_jax.models.encoders.vit_features import run_encoder
+from slimsam_jax.models.sam import run_encoder
 
 
 def a_run(material, **changes):

@@ -14,7 +14,7 @@ from converters import from_torch
 from helpers.images import samples, truncated
 from helpers.models import SQUARE, random_images, random_sam
 from helpers.runs import compress_options
-from slimsam_jax.compress import compress
+from slimsam_jax.api import compress_with
 from slimsam_jax.compression import teacher_cache
 from slimsam_jax.compression.alignment import terms as terms_of
 from slimsam_jax.compression.steps import Distill
@@ -30,15 +30,15 @@ def teacher():
 
 
 def test_embeddings_are_computed_once_and_are_the_teachers(material, teacher, tmp_path, monkeypatch, capsys):
-    pictures = samples(sorted((material / "images").iterdir()))
+    images = samples(sorted((material / "images").iterdir()))
     shutil.copytree(material / "images", tmp_path / "images")
     broken = truncated(tmp_path / "images" / "broken.jpg")
     cache = TeacherCache(tmp_path / "cache", teacher, "0123456789abcdef")
-    cache.fill([*pictures[:4], *samples([broken])])
+    cache.fill([*images[:4], *samples([broken])])
     assert "about 0.00 GB in" in capsys.readouterr().out
     encoded, encode = [], teacher_cache.encode_image
     monkeypatch.setattr(teacher_cache, "encode_image", lambda *args: encoded.append(1) or encode(*args))
-    copies = samples(sorted((tmp_path / "images").glob("*.png")))  # the same pictures elsewhere are the same pictures
+    copies = samples(sorted((tmp_path / "images").glob("*.png")))  # the same images elsewhere are the same images
     cache.fill(copies)
     assert len(encoded) == 2
     for sample in copies:
@@ -66,13 +66,13 @@ def test_what_is_damaged_missing_or_of_another_teacher_is_not_used(material, tea
 
 
 def test_several_processes_leave_nothing_out(material, teacher, tmp_path, monkeypatch):
-    """Each takes its share of all pictures, also when another has written some already."""
-    pictures = samples(sorted((material / "images").iterdir()))
+    """Each takes its share of all images, also when another has written some already."""
+    images = samples(sorted((material / "images").iterdir()))
     cache = TeacherCache(tmp_path, teacher, "0" * 64)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for index in range(2):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        cache.fill(pictures)
+        cache.fill(images)
         assert len(list(cache.folder.iterdir())) == 3 * (index + 1)
 
 
@@ -99,7 +99,7 @@ def test_a_full_disk_is_told_beforehand(material, teacher, tmp_path, monkeypatch
 
 def test_a_run_with_a_cache_learns_the_same(finished, material, tmp_path):
     """But for half precision."""
-    compress(compress_options(material, tmp_path / "with", cache=tmp_path / "cache"))
+    compress_with(compress_options(material, tmp_path / "with", cache=tmp_path / "cache"))
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 6
     logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (tmp_path / "with", finished)]
     for one, other in zip(*(map(json.loads, log) for log in logs), strict=True):

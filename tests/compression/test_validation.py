@@ -8,23 +8,23 @@ import pytest
 from converters import from_torch
 from helpers.images import samples, truncated
 from helpers.runs import compress_options, shaken
-from slimsam_jax.compress import compress
+from slimsam_jax.api import compress_with
 from slimsam_jax.compression import prepare as preparation
 from slimsam_jax.compression import validation
 from slimsam_jax.compression.validation import validator
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import compare_models
+from slimsam_jax.evaluation.compare import compare_models
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.training import loop
 
 
 def test_error_is_that_of_the_embedding(material):
-    teacher, pictures = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
-    score, student = validator(teacher, pictures, "error"), shaken(teacher)
+    teacher, images = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
+    score, student = validator(teacher, images, "error"), shaken(teacher)
     errors = [
         relative_error(*(encode_image(sam, sample.image()).embedding for sam in (student, teacher)))
-        for sample in pictures
+        for sample in images
     ]
     np.testing.assert_allclose(score(student), -np.mean(errors), rtol=1e-6)
     assert score(teacher) == 0
@@ -40,22 +40,22 @@ def test_miou_takes_annotations_or_the_teachers_masks(material):
     assert validator(teacher, bare, "miou")(teacher) == 1
 
 
-def test_pictures_that_cannot_be_used_are_left_out(material, tmp_path):
-    teacher, pictures = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
+def test_images_that_cannot_be_used_are_left_out(material, tmp_path):
+    teacher, images = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
     (broken,) = samples([truncated(tmp_path / "a.jpg")])
-    assert validator(teacher, [broken, *pictures], "error")(shaken(teacher)) == validator(teacher, pictures, "error")(
+    assert validator(teacher, [broken, *images], "error")(shaken(teacher)) == validator(teacher, images, "error")(
         shaken(teacher)
     )
     with pytest.raises(InputError, match=r"no image can be validated on: .*a\.jpg"):
         validator(teacher, [broken], "error")
 
 
-def test_so_many_pictures_are_enough(material, monkeypatch):
-    teacher, pictures = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
-    alone = validator(teacher, pictures[:1], "error")(shaken(teacher))
-    assert validator(teacher, pictures, "error")(shaken(teacher)) != alone
+def test_so_many_images_are_enough(material, monkeypatch):
+    teacher, images = from_torch.load(material / "teacher"), samples(sorted((material / "images").iterdir()))
+    alone = validator(teacher, images[:1], "error")(shaken(teacher))
+    assert validator(teacher, images, "error")(shaken(teacher)) != alone
     monkeypatch.setattr(validation, "IMAGES", 1)
-    assert validator(teacher, pictures, "error")(shaken(teacher)) == alone
+    assert validator(teacher, images, "error")(shaken(teacher)) == alone
 
 
 class Nothing(loop.Loop):
@@ -81,7 +81,7 @@ def test_best_and_last_are_both_kept(material, tmp_path, monkeypatch):
     scores = iter(range(0, -100, -1))
     monkeypatch.setattr(preparation, "validator", lambda *_: lambda sam: float(next(scores)))
     choices = ("distill.validations=2", "distill.keep_checkpoint=last", "distill.schedule=plateau", "distill.lr=1e-3")
-    compress(compress_options(material, tmp_path / "slim", set=choices))
+    compress_with(compress_options(material, tmp_path / "slim", set=choices))
     last, best = (from_torch.load(path) for path in (tmp_path / "slim", tmp_path / "slim" / "best"))
     assert last.config == best.config and best.provenance == last.provenance
     assert not np.array_equal(*(sam.params["image_encoder"]["pos_embed"] for sam in (last, best)))

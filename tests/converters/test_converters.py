@@ -326,9 +326,9 @@ def test_huggingface_there_and_back(tmp_path):
     assert_same(from_torch.load(tmp_path / "again"), ours)
     assert_same(from_torch.load(tmp_path / "hf"), ours)
     processor = SamProcessor.from_pretrained(tmp_path / "hf")
-    picture = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
-    frame, size = resize_and_pad(picture, (64, 64))
-    pixels = np.asarray(processor(picture, return_tensors="np")["pixel_values"][0])
+    image = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
+    frame, size = resize_and_pad(image, (64, 64))
+    pixels = np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
     np.testing.assert_allclose(
         pixels.transpose(1, 2, 0), sam_module.preprocess(SQUARE, frame[None], size[None])[0], atol=1e-5
     )

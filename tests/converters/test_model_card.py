@@ -83,7 +83,7 @@ def test_the_example_of_the_card_runs(uneven, tmp_path, monkeypatch):
 
     to_torch.main(uneven, tmp_path / "hf", "hf", pad_to_uniform=True)
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(np.zeros((40, 52, 3), np.uint8)).save("picture.jpg")
+    Image.fromarray(np.zeros((40, 52, 3), np.uint8)).save("image.jpg")
     example = re.search(r"```python\n(.*?)```", (tmp_path / "hf" / "README.md").read_text(), re.DOTALL)[1]
     exec(example, names := {})
     assert names["masks"].shape == (1, 3, 40, 52)

@@ -63,7 +63,7 @@ def sessions(sam, layout="sam", dtype=np.float32, **options):
 
 
 def embed(sam, batch):
-    """JAX's [b, C, h, w], and the normalised pictures [b, 3, H, W]."""
+    """JAX's [b, C, h, w], and the normalised images [b, 3, H, W]."""
     embedding = jax_sam.encode(sam.config, sam.params, batch["image"], batch["size"])
     pixels = jax_sam.preprocess(sam.config, batch["image"], batch["size"])
     return np.asarray(embedding).transpose(0, 3, 1, 2), np.asarray(pixels).transpose(0, 3, 1, 2)
@@ -113,11 +113,11 @@ def test_encoders(sam, logits, monkeypatch):
         assert positions.shape == embedding.shape
     encoder, _ = sessions(sam)
     for image, size, expected in zip(batch["image"], batch["size"], wanted, strict=True):
-        picture = image[: size[0], : size[1]].transpose(2, 0, 1)[None]
-        assert_close(encoder(images=picture)[0], expected[None])
+        scaled = image[: size[0], : size[1]].transpose(2, 0, 1)[None]
+        assert_close(encoder(images=scaled)[0], expected[None])
 
 
-def test_a_picture_that_was_not_scaled_is_refused(tiny_sam):
+def test_an_image_that_was_not_scaled_is_refused(tiny_sam):
     encoder, _ = sessions(tiny_sam)
     with pytest.raises(Exception, match="broadcast"):
         encoder(images=np.zeros((1, 3, 64, 100), np.uint8))
@@ -284,7 +284,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys):
     model = write_model(tmp_path / "m", tiny_config())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
     before = sorted(tmp_path.rglob("*"))
     for arguments, part in (
         ((tmp_path / "absent", tmp_path / "o"), "does not exist"),
@@ -334,13 +334,13 @@ def test_files_that_are_not_the_model_are_not_kept(tmp_path, monkeypatch, fault)
 
 @pytest.mark.slow
 def test_a_trained_sam_gives_the_same_masks(tmp_path):
-    """The same picture and point in JAX and in each dtype; bounds are about twice what is measured."""
+    """The same image and point in JAX and in each dtype; bounds are about twice what is measured."""
     from converters.from_torch import load
 
     teacher = load(shared("teacher/sam_small_256.pth"))
-    picture = data.read_image(data.embedded_images() / "chelsea_cat.jpg")
-    expected = check.reference(teacher, picture)
-    to_onnx.export(teacher, tmp_path / "out", "sam", ("float32", "float16", "int8"), picture)
+    image = data.read_image(data.embedded_images() / "chelsea_cat.jpg")
+    expected = check.reference(teacher, image)
+    to_onnx.export(teacher, tmp_path / "out", "sam", ("float32", "float16", "int8"), image)
     for suffix, agreement in (("", 0.9999), ("_fp16", 0.999), ("_quantized", 0.985)):
         paths = [tmp_path / "out" / f"{part}{suffix}.onnx" for part in ("encoder", "decoder")]
         assert check.compare_sam(expected, *paths).agreement > agreement

@@ -89,9 +89,9 @@ def test_a_folder_is_refused_in_one_line(uneven, slim_sam_torch, damage):
     assert_refused(slim_sam_torch, uneven / "nothing" if damage == "no folder" else uneven)
 
 
-def assert_refused(slim_sam_torch, path: Path, reason: str = ".", **untold) -> None:
+def assert_refused(slim_sam_torch, path: Path, reason: str = ".", **overrides) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} cannot be loaded: .*{reason}") as caught:
-        slim_sam_torch.load(path, **untold)
+        slim_sam_torch.load(path, **overrides)
     assert "\n" not in str(caught.value)
 
 
@@ -133,8 +133,8 @@ def tuples(fields: dict) -> dict:
 
 
 def test_what_no_shape_tells_is_in_the_pth(tmp_path, slim_sam_torch):
-    untold = {"decoder_heads": 4, "pixel_mean": (1.0, 2.0, 3.0), "pixel_std": (4.0, 5.0, 6.0)}
-    to_torch.save_sam(random_sam(dataclasses.replace(SQUARE, **untold)), tmp_path / "other.pth")
+    overrides = {"decoder_heads": 4, "pixel_mean": (1.0, 2.0, 3.0), "pixel_std": (4.0, 5.0, 6.0)}
+    to_torch.save_sam(random_sam(dataclasses.replace(SQUARE, **overrides)), tmp_path / "other.pth")
     stock_sam(SQUARE).load_state_dict(read(tmp_path / "other.pth"), strict=True)  # stock code passes it over
 
     def found(name: str, **given):
@@ -145,7 +145,7 @@ def test_what_no_shape_tells_is_in_the_pth(tmp_path, slim_sam_torch):
     assert found("other.pth") == (4, [1, 2, 3], [4, 5, 6])
     assert found("other.pth", pixel_mean=(7, 8, 9)) == (4, [7, 8, 9], [4, 5, 6])
     torch.save(dict(read(tmp_path / "other.pth")), tmp_path / "anew.pth")  # a plain dict has no room for it
-    assert found("anew.pth", **untold) == (4, [1, 2, 3], [4, 5, 6])
+    assert found("anew.pth", **overrides) == (4, [1, 2, 3], [4, 5, 6])
     assert found("anew.pth")[0] == 8
     assert_refused(slim_sam_torch, tmp_path / "anew.pth", "given was embed_dim", embed_dim=3)
 

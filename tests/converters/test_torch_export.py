@@ -22,7 +22,7 @@ from slimsam_jax.imaging.overlap import iou
 from slimsam_jax.inference.decode import encode_image, predict_masks
 
 RANDOM = np.random.default_rng(0)
-PICTURE = RANDOM.integers(0, 256, (40, 52, 3), np.uint8)
+IMAGE = RANDOM.integers(0, 256, (40, 52, 3), np.uint8)
 POINT = np.array([[30.0, 12.0]])
 
 
@@ -73,14 +73,14 @@ def test_stock_code_finds_the_width_of_the_mlp():
 def masks_of_ours(source: Path) -> np.ndarray:
     """[3, h, w] of POINT."""
     sam = from_torch.load(source)
-    encoded = encode_image(sam, Image.fromarray(PICTURE))
+    encoded = encode_image(sam, Image.fromarray(IMAGE))
     return np.stack([predict_masks(sam, encoded, POINT[None], mask=mask)[0][0] for mask in (1, 2, 3)])
 
 
 def masks_of_predictor(sam) -> np.ndarray:
     """By the stock SamPredictor."""
     predictor = segment_anything().SamPredictor(sam)
-    predictor.set_image(PICTURE)
+    predictor.set_image(IMAGE)
     return predictor.predict(POINT, np.array([1]))[0]
 
 
@@ -98,7 +98,7 @@ def masks_of_huggingface(folder: Path) -> np.ndarray:
     from transformers import SamModel, SamProcessor
 
     model, processor = SamModel.from_pretrained(folder), SamProcessor.from_pretrained(folder)
-    inputs = processor(Image.fromarray(PICTURE), input_points=[POINT.tolist()], return_tensors="pt")
+    inputs = processor(Image.fromarray(IMAGE), input_points=[POINT.tolist()], return_tensors="pt")
     with torch.no_grad():
         low = model.eval()(**inputs).pred_masks
     return processor.post_process_masks(low, inputs["original_sizes"], inputs["reshaped_input_sizes"])[0][0].numpy()
@@ -134,20 +134,19 @@ def test_all_roads_give_the_same_masks(uneven, tmp_path, slim_sam_torch):
 @pytest.mark.slow
 def test_all_roads_give_the_same_masks_from_a_slimmed_pth(tmp_path, slim_sam_torch, monkeypatch):
     """`.pth` -> ours -> slim -> `.pth`, Hugging Face, standalone, with the small SAM of the package."""
-    from slimsam_jax import compress
+    from slimsam_jax.api import compress_with
     from slimsam_jax.compression.options import Options
 
     to_torch.main(data.embedded_teacher(), tmp_path / "teacher.pth")
     from_torch.main(tmp_path / "teacher.pth", tmp_path / "teacher")
     options = {"teacher": tmp_path / "teacher.pth", "steps": 0, "importance_images": 4, "out": tmp_path / "slim"}
-    compress.compress(
-        Options(**options, ratio=0.6, set=("prune.head_channels=whole", "prune.criterion=magnitude"), recipe="taylor")
-    )
+    how = {"recipe": "taylor", "set": ("prune.head_channels=whole", "prune.criterion=magnitude")}  # quickly chosen
+    compress_with(Options(**options, **how, ratio=0.6))
     slim = from_torch.load(tmp_path / "slim").config
     assert not slim.uniform and len({block.heads for block in slim.blocks}) > 1
-    picture = Image.open(data.embedded_images() / "dog.jpg").convert("RGB")
-    monkeypatch.setattr(f"{__name__}.PICTURE", np.asarray(picture))
-    monkeypatch.setattr(f"{__name__}.POINT", np.array([[picture.width / 2, picture.height / 2]]))
+    image = Image.open(data.embedded_images() / "dog.jpg").convert("RGB")
+    monkeypatch.setattr(f"{__name__}.IMAGE", np.asarray(image))
+    monkeypatch.setattr(f"{__name__}.POINT", np.array([[image.width / 2, image.height / 2]]))
     for model in ("teacher", "slim"):
         (tmp_path / "out" / model).mkdir(parents=True)
         assert_all_roads_agree(tmp_path / model, tmp_path / "out" / model, slim_sam_torch)

@@ -54,13 +54,13 @@ def tiles(sheet: np.ndarray) -> int:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"bbox": [4, 5, 27, 5]}, "a box that leaves the picture (annotation 7)"),
+        ({"bbox": [4, 5, 27, 5]}, "a box that leaves the image (annotation 7)"),
         ({"bbox": [14, 15, 6, 5]}, "a box that does not hold its mask (annotation 7)"),
-        ({"bbox": [4, 5, 6, 16]}, "a box that leaves the picture (annotation 7)"),
-        ({"point_coords": [[6.5, 20.5]]}, "a point outside of the picture (annotation 7)"),
-        ({"point_coords": [[30.5, 6.5]]}, "a point outside of the picture (annotation 7)"),
+        ({"bbox": [4, 5, 6, 16]}, "a box that leaves the image (annotation 7)"),
+        ({"point_coords": [[6.5, 20.5]]}, "a point outside of the image (annotation 7)"),
+        ({"point_coords": [[30.5, 6.5]]}, "a point outside of the image (annotation 7)"),
         ({"segmentation": {"size": [20, 30], "counts": [600]}}, "an empty mask (annotation 7)"),
-        ({"segmentation": {"size": [30, 20], "counts": [0, 600]}}, "a mask of 20 x 30 pixels, the picture has 30 x 20"),
+        ({"segmentation": {"size": [30, 20], "counts": [0, 600]}}, "a mask of 20 x 30 pixels, the image has 30 x 20"),
         ({"bbox": [1, 2]}, "cannot be read (ValueError"),
     ],
 )
@@ -71,7 +71,7 @@ def test_each_problem_is_named(folder, capsys, changes, problem):
     assert "problems: in 1 images" in out and problem in out and "1.jpg" in out
 
 
-def test_repeated_ids_and_broken_pictures(folder, tmp_path, capsys):
+def test_repeated_ids_and_broken_images(folder, tmp_path, capsys):
     fields = json.loads((folder / "0.json").read_text())
     (folder / "0.json").write_text(json.dumps({"annotations": fields["annotations"] * 2}))
     truncated(folder / "2.jpg")
@@ -81,7 +81,7 @@ def test_repeated_ids_and_broken_pictures(folder, tmp_path, capsys):
     assert tiles(np.asarray(Image.open(tmp_path / "x.png"))) == 2
 
 
-def test_annotations_without_a_picture_are_named(folder, tmp_path, capsys):
+def test_annotations_without_an_image_are_named(folder, tmp_path, capsys):
     """In a folder, in a shard in it and in a shard; not what annotates nothing, nor COCO."""
     annotation = (folder / "0.json").read_text()
     (folder / "notes.json").write_text('{"author": "nobody"}')
@@ -96,7 +96,7 @@ def test_annotations_without_a_picture_are_named(folder, tmp_path, capsys):
     capsys.readouterr()
     assert run("check", folder) == 1
     lines = capsys.readouterr().out.splitlines()
-    said = " annotates no picture: there is none of its name"
+    said = " annotates no image: there is none of its name"
     assert lines[-2:] == [f"{folder / 'sub' / 'lost.json'}{said}", f"{folder / 'a.tar'}/y.json{said}"]
     assert run("check", folder / "a.tar") == 1 and said in capsys.readouterr().out
 

@@ -135,7 +135,7 @@ def test_too_many_broken_images_stop(tmp_path, limit, advice):
 
 
 def test_batches_follow_from_seed_and_step(tmp_path):
-    """Resumed at any step, on one process or three, with a broken picture or without."""
+    """Resumed at any step, on one process or three, with a broken image or without."""
     paths = [save_image(tmp_path / f"{i}.png", seed=i) for i in range(7)]
     truncated(tmp_path / "6.png")
     augment = flip_and_crop(flip=True, crop=0.5)
@@ -160,7 +160,7 @@ def test_names_of_a_step(tmp_path):
         assert [number(sample) for sample in stream.samples_of(step)] == next(stream)["number"].tolist()
 
 
-def test_a_picture_that_is_given_up_after_drawing_changes_no_other(tmp_path):
+def test_an_image_that_is_given_up_after_drawing_changes_no_other(tmp_path):
     """Whether it was known before, as after a resumption, or not."""
 
     class Late(batches.Batches):
@@ -180,14 +180,14 @@ def test_a_picture_that_is_given_up_after_drawing_changes_no_other(tmp_path):
 
 def test_flips_and_crops():
     random = np.random.default_rng(0)
-    picture = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint32).reshape(40, 60, 3).astype(np.uint8))
+    image = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint32).reshape(40, 60, 3).astype(np.uint8))
     assert flip_and_crop(False, 1.0) is None
     flip = flip_and_crop(True, 1.0)
-    found = {flip(picture, random).tobytes() for _ in range(20)}
-    assert found == {picture.tobytes(), ImageOps.mirror(picture).tobytes()}
+    found = {flip(image, random).tobytes() for _ in range(20)}
+    assert found == {image.tobytes(), ImageOps.mirror(image).tobytes()}
     crop = flip_and_crop(False, 0.5)
     for _ in range(20):
-        width, height = crop(picture, random).size
+        width, height = crop(image, random).size
         assert 30 <= width <= 60 and 20 <= height <= 40
 
 

@@ -1,4 +1,4 @@
-"""The same pictures from a folder, a tar, COCO and TFDS; and what is wrong with such things."""
+"""The same images from a folder, a tar, COCO and TFDS; and what is wrong with such things."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from slimsam_jax import data
 from slimsam_jax.data import tfds_writer
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import Protocols, measure_models
+from slimsam_jax.evaluation.compare import measure_models
+from slimsam_jax.evaluation.scores import Protocols
 from slimsam_jax.imaging import geometry
 
 
 @pytest.fixture(scope="module")
 def sa1b(tmp_path_factory):
-    """Five pictures in SA-1B's layout, the last of them not annotated."""
+    """Five images in SA-1B's layout, the last of them not annotated."""
     root = tmp_path_factory.mktemp("sources") / "sa1b"
     for i in range(5):
         path = save_image(root / f"sa_{i + 10}.jpg", 20, 30, seed=i)
@@ -55,7 +56,7 @@ def make_coco(folder: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def everywhere(sa1b):
-    """{kind: location} of the same five pictures."""
+    """{kind: location} of the same five images."""
     root = sa1b.parent
     coco = make_coco(sa1b, root / "instances_sa1b.json")
     assert not tfds_writer.prepare(data.find([sa1b]), root / "prepared")
@@ -130,7 +131,7 @@ def test_odd_names_and_annotations_without_ids_can_be_prepared(tmp_path):
 
 
 def test_folders_may_hold_shards_and_coco(everywhere, tmp_path):
-    """Pictures first; annotations.json makes a folder COCO, whose pictures lie beside it or in images/."""
+    """Images first; annotations.json makes a folder COCO, whose images lie beside it or in images/."""
     make_tar(everywhere["folder"], tmp_path / "b.tar")
     save_image(tmp_path / "a.png")
     assert [Path(s.name).name for s in data.find([tmp_path])][:2] == ["a.png", "sa_10.jpg"]
@@ -171,7 +172,7 @@ def test_polygons_and_crowds_of_coco(tmp_path):
 
 
 def test_a_truncated_tar_gives_what_is_whole(everywhere, tmp_path):
-    """Cut within the picture sa_12: the two before it are whole, it is named when it is read, the rest is not there."""
+    """Cut within the image sa_12: the two before it are whole, it is named when it is read, the rest is not there."""
     whole = everywhere["tar"].read_bytes()
     with tarfile.open(everywhere["tar"]) as tar:
         cut = next(m for m in tar if m.name.endswith("sa_12.jpg"))
@@ -218,7 +219,7 @@ def test_other_things_are_refused(everywhere, tmp_path):
 def test_deepest_point_by_hand():
     mask = np.zeros((9, 12), bool)
     mask[:5, 2:7] = True  # 5 x 5 at the upper border, which counts as outside
-    np.testing.assert_array_equal(geometry.deepest(mask)[0], [4.5, 2.5])
+    np.testing.assert_array_equal(geometry.interior_point(mask)[0], [4.5, 2.5])
     mask[7, 11] = True
-    np.testing.assert_array_equal(geometry.deepest(mask)[0], [4.5, 2.5])
-    np.testing.assert_array_equal(geometry.deepest(np.zeros((4, 6), bool))[0], [3, 2])
+    np.testing.assert_array_equal(geometry.interior_point(mask)[0], [4.5, 2.5])
+    np.testing.assert_array_equal(geometry.interior_point(np.zeros((4, 6), bool))[0], [3, 2])

@@ -80,7 +80,7 @@ MASK = """(() => {
 FRAME = """(() => {
   document.querySelector('.stack').scrollIntoView({ block: 'center' });
   const { left, top, width } = document.querySelector('.stack').getBoundingClientRect();
-  return [left, top, document.querySelector('canvas.picture').width / width];
+  return [left, top, document.querySelector('canvas.image').width / width];
 })()"""
 
 
@@ -95,7 +95,7 @@ DRAWN = "document.querySelectorAll('[data-value=decoder]')[%d].textContent == 'â
 
 
 def on_screen(tab: chromium.Page, *wanted: tuple[float, float]) -> tuple[list, list]:
-    """Whole pixels of the screen nearest to points of the picture; and the points that these are."""
+    """Whole pixels of the screen nearest to points of the image; and the points that these are."""
     left, top, scale = tab.evaluate(FRAME)
     screen = [(round(x / scale + left), round(y / scale + top)) for x, y in wanted]
     return screen, [((x - left) * scale, (y - top) * scale) for x, y in screen]
@@ -128,8 +128,8 @@ def assert_agree(found, pair, photo=PHOTO, **prompt):
 @pytest.mark.slow
 def test_a_click_shows_the_masks_of_both_models(page, pair, tmp_path):
     choose(page, PHOTO)
-    picture = read_image(embedded_images() / PHOTO)
-    (place,), (point,) = on_screen(page, (picture.width / 2, picture.height / 2))
+    image = read_image(embedded_images() / PHOTO)
+    (place,), (point,) = on_screen(page, (image.width / 2, image.height / 2))
     page.drag(place)
     found = masks(page)
     scores = assert_agree(found, pair, point_coords=[point], point_labels=[1])
@@ -148,8 +148,8 @@ def test_a_click_shows_the_masks_of_both_models(page, pair, tmp_path):
 @pytest.mark.slow
 def test_a_dragged_box_shows_the_masks_of_both_models(page, pair):
     choose(page, "chelsea_cat.jpg")
-    picture = read_image(embedded_images() / "chelsea_cat.jpg")
-    ends = (picture.width / 4, picture.height / 5), (picture.width * 0.8, picture.height * 0.9)
+    image = read_image(embedded_images() / "chelsea_cat.jpg")
+    ends = (image.width / 4, image.height / 5), (image.width * 0.8, image.height * 0.9)
     screen, corners = on_screen(page, *ends)
     page.drag(screen[1], screen[0])
     found = masks(page)
@@ -159,24 +159,24 @@ def test_a_dragged_box_shows_the_masks_of_both_models(page, pair):
 
 
 @pytest.mark.slow
-def test_a_file_is_taken_and_what_is_no_picture_is_refused(page, tmp_path):
+def test_a_file_is_taken_and_what_is_no_image_is_refused(page, tmp_path):
     choose(page, PHOTO)
     Image.new("RGB", (3000, 1500), (200, 30, 30)).save(tmp_path / "large.png")
-    (tmp_path / "words.jpg").write_text("no picture")
+    (tmp_path / "words.jpg").write_text("no image")
     root = page.call("DOM.getDocument")["root"]["nodeId"]
     file = page.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
     page.call("DOM.setFileInputFiles", nodeId=file, files=[str(tmp_path / "large.png")])
-    page.wait_for("document.querySelector('canvas.picture').width == 1200")
+    page.wait_for("document.querySelector('canvas.image').width == 1200")
     page.wait_for(SETTLED)
     page.drag(*on_screen(page, (600, 300))[0])
     assert masks(page)[0].shape == (600, 1200)
     page.call("DOM.setFileInputFiles", nodeId=file, files=[str(tmp_path / "words.jpg")])
     page.wait_for("document.documentElement.dataset.state == 'error'")
-    assert "cannot read it as a picture" in page.evaluate("document.getElementById('status').textContent")
+    assert "cannot read it as an image" in page.evaluate("document.getElementById('status').textContent")
 
 
 @pytest.mark.slow
-def test_pictures_are_scaled_as_pillow_does(page):
+def test_images_are_scaled_as_pillow_does(page):
     random = np.random.default_rng(0)
     for size, target in (((37, 53), (256, 256)), ((300, 211), (64, 48)), ((5, 400), (1, 80)), ((64, 40), (64, 64))):
         pixels = random.integers(0, 256, (*size, 3), np.uint8)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from slimsam_jax.compression.alignment import ALIGN, terms
+from slimsam_jax.compression.alignment import ALIGN, SAM, terms
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.steps import Distill
 from slimsam_jax.distillation.losses import distillation_loss, mse
@@ -54,11 +54,11 @@ def test_schedules_of_the_paper():
         found = [terms(two, step, steps).get("stream", 0) for step in range(steps)]
         epochs = np.arange(steps) * 20 // steps
         np.testing.assert_allclose(found, np.where(epochs < 11, (10 - epochs) / 11, 0), atol=1e-12)
-    weights = ALIGN[two.align](0.0, two)
+    weights = ALIGN[two.align](0.0, two, SAM)
     np.testing.assert_allclose(
         [weights["embedding"], weights["stream"], weights["previous"]], [1 / 11, 10 / 11, 10 / 11]
     )
-    assert ALIGN[two.align](0.56, two)["stream"] == 0
+    assert ALIGN[two.align](0.56, two, SAM)["stream"] == 0
 
 
 def linear_problem(steps=200, **options):
@@ -95,6 +95,8 @@ def test_schedules():
     np.testing.assert_array_equal(learning_rates(0.3, 4, "constant"), [0.3] * 4)
     for schedule in ("cosine", "constant"):
         np.testing.assert_allclose(learning_rates(0.3, 1, schedule), [0.3])  # a single step must do
+    with pytest.raises(ValueError, match="'cosinus'"):
+        learning_rates(0.3, 4, "cosinus")
     rates = learning_rates(2.0, 100)
     np.testing.assert_allclose(rates[:6], [0.4, 0.72, 1.04, 1.36, 1.68, 2.0], rtol=1e-6)
     np.testing.assert_allclose(rates[5:], 1 + np.cos(np.pi * np.arange(95) / 95), rtol=1e-4, atol=1e-6)

@@ -21,11 +21,14 @@ from converters.from_torch import from_state_dict, load
 from helpers.images import save_image
 from helpers.models import random_sam, tiny_config
 from helpers.peers import segment_anything, state_dict, stock_sam
+from helpers.programs import program
 from helpers.shared import shared
-from slimsam_jax import checkpoint, cli, evaluate, evaluation
+from slimsam_jax import checkpoint, cli
 from slimsam_jax.data import Annotation, find
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import clicks, detections, resampled_ap
+from slimsam_jax.evaluation.compare import measure_models
+from slimsam_jax.evaluation.scores import Protocols
 from slimsam_jax.imaging import rle
 from slimsam_jax.imaging.transforms import resized_shape
 from slimsam_jax.inference.decode import encode_image
@@ -42,7 +45,7 @@ def predictor(module: torch.nn.Module, image: Image.Image):
 
 
 def write_coco(folder: Path, samples, random: np.random.Generator) -> tuple[Path, Path]:
-    """Ground truth beside copies of the pictures, and a detector that is a little wrong: (truth, boxes)."""
+    """Ground truth beside copies of the images, and a detector that is a little wrong: (truth, boxes)."""
     images, annotations, boxes = [], [], []
     for number, sample in enumerate(samples, 1):
         image = sample.image()
@@ -70,7 +73,7 @@ def test_ap_equals_that_of_the_original_predictor(tmp_path):
     samples = find([shared("data/bsds_val")])[:12]
     truth, boxes = write_coco(tmp_path, samples, np.random.default_rng(0))
     found = detections.read_boxes(boxes)
-    measured = evaluation.measure_models([load(checkpoint_path)], find([truth]), evaluation.Protocols(()), boxes=found)
+    measured = measure_models([load(checkpoint_path)], find([truth]), Protocols(()), boxes=found)
     ids = [sample.image_id for sample in measured.samples.values()]
     ours = detections.precisions(detections.read_truth(truth, found), list(measured.results.values()), ids)
     module = stock_sam(preset("small"))
@@ -156,7 +159,7 @@ def test_average_precision_by_hand(tmp_path, given):
 
 @pytest.fixture(scope="module")
 def coco_set(tmp_path_factory):
-    """A model, and three pictures of which two have an object each."""
+    """A model, and three images of which two have an object each."""
     folder = tmp_path_factory.mktemp("coco")
     sources = folder / "sources"
     for i in range(3):
@@ -225,7 +228,7 @@ def test_intervals_of_precision_are_paired(crowd):
 def run_command(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
     try:
-        cli.run(evaluate.main)
+        cli.run(program("evaluate").main)
         code = 0
     except SystemExit as stop:
         code = stop.code

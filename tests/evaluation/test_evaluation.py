@@ -18,12 +18,15 @@ from scipy import ndimage
 from converters.from_torch import load
 from helpers.images import samples, save_image, truncated, write_annotation
 from helpers.models import SQUARE, random_sam, tiny_config
+from helpers.programs import program
 from helpers.shared import shared
-from slimsam_jax import checkpoint, cli, evaluate, evaluation
+from slimsam_jax import checkpoint, cli
 from slimsam_jax.data import Annotation, find
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.evaluation import bootstrap, clicks, scores, tables
+from slimsam_jax.evaluation.compare import compare_models, measure_models
 from slimsam_jax.evaluation.protocols import box, box_noisy, prompt_points
+from slimsam_jax.evaluation.scores import Protocols
 from slimsam_jax.imaging import geometry
 from slimsam_jax.imaging.overlap import boundary, boundary_iou, iou
 from slimsam_jax.imaging.prompts import Prompts
@@ -34,7 +37,7 @@ MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, ma
 
 
 def annotation(mask: np.ndarray, point=(0, 0), id=-1) -> Annotation:
-    rows, columns = geometry.extent(mask)
+    rows, columns = geometry.bounding_window(mask)
     box = (columns.start, rows.start, columns.stop, rows.stop)
     return Annotation(id, mask, np.array(box, float), np.array(point, float), np.array(box, float))
 
@@ -78,16 +81,16 @@ def test_scores_of_masks_equal_counting_pixels(mask, random):
 
 def test_depth_by_hand():
     """Where the middle of a square is, tests/data/test_sources.py has."""
-    assert geometry.deepest(rectangle((9, 12), 1, 2, 6, 7))[1] == 3
+    assert geometry.interior_point(rectangle((9, 12), 1, 2, 6, 7))[1] == 3
     corner = rectangle((9, 12), 0, 0, 3, 3)  # the border counts as outside
-    assert geometry.deepest(corner)[0].tolist() == [1.5, 1.5] and geometry.deepest(corner)[1] == 2
-    assert geometry.deepest(corner, taken=[[1.5, 1.5]])[1] == 1
+    assert geometry.interior_point(corner)[0].tolist() == [1.5, 1.5] and geometry.interior_point(corner)[1] == 2
+    assert geometry.interior_point(corner, taken=[[1.5, 1.5]])[1] == 1
 
 
 @settings(max_examples=100, deadline=None)
 @given(MASKS.filter(np.any))
 def test_no_pixel_is_deeper_than_the_deepest(mask):
-    (x, y), depth = geometry.deepest(mask)
+    (x, y), depth = geometry.interior_point(mask)
     outside = np.argwhere(~np.pad(mask, 1)) - 1
     depths = [np.hypot(*(outside - pixel).T).min() for pixel in np.argwhere(mask)]
     assert mask[int(y), int(x)] and depth == pytest.approx(max(depths))
@@ -179,8 +182,8 @@ def test_padding_changes_no_mask(tiny_sam, encoded, count, absent):
 
 
 def test_nothing_is_compiled_from_image_to_image(tiny_sam):
-    """Encoder and decoder: pictures of other sizes, other numbers of annotations."""
-    protocols = evaluation.Protocols(("box", "clicks"), clicks=2)
+    """Encoder and decoder: images of other sizes, other numbers of annotations."""
+    protocols = Protocols(("box", "clicks"), clicks=2)
 
     def measure(size: tuple[int, int], count: int) -> None:
         annotations = [annotation(rectangle(size, 2, 2, 9 + i, 12)) for i in range(count)]
@@ -229,9 +232,7 @@ def test_scores_that_some_images_lack():
 def test_scores_equal_the_original_on_real_photographs():
     teacher = load(shared("teacher/sam_small_256.pth"))
     expected = json.loads(shared("teacher/bsds_val_per_image.json").read_text())
-    measured = evaluation.measure_models(
-        [teacher], find([shared("data/bsds_val")]), evaluation.Protocols(("point", "box"))
-    )
+    measured = measure_models([teacher], find([shared("data/bsds_val")]), Protocols(("point", "box")))
     assert set(measured.scores) == set(expected["per_image"]) and len(measured.scores) == 100
     for kind in ("point", "box"):
         found = {name: image[0][f"{kind}/iou"] for name, image in measured.scores.items()}
@@ -240,9 +241,9 @@ def test_scores_equal_the_original_on_real_photographs():
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Three pictures, two of them annotated, one of those broken."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    """Three images, two of them annotated, one of those broken."""
+    folder = tmp_path_factory.mktemp("images")
     for i in range(3):
         save_image(folder / f"{i}.png", seed=i)
     write_annotation(folder / "0.png")
@@ -251,32 +252,30 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def test_models_are_measured_on_what_can_be_read(pictures):
+def test_models_are_measured_on_what_can_be_read(images):
     sams = [random_sam(tiny_config(), seed) for seed in (0, 1)]
     names = (*scores.LABELLED, "agreement")
-    measured = evaluation.measure_models(sams, find([pictures]), evaluation.Protocols(names, clicks=2))
+    measured = measure_models(sams, find([images]), Protocols(names, clicks=2))
     assert set(measured.scores) == {"0", "1", "2"} and "3.jpg" in next(iter(measured.skipped))
     one, other = measured.scores["0"]
     assert one["agreement/iou"] == 1 > other["agreement/iou"]
     assert one["clicks/iou_1"] == one["point-center/iou"]  # the same click
     assert one["box/iou_oracle"] >= one["box/iou_best"]
     assert set(measured.scores["2"][0]) == {"agreement/iou"}  # it has no annotations
-    again = evaluation.measure_models(sams[1:], find([pictures])[::-1], evaluation.Protocols(names, clicks=2))
+    again = measure_models(sams[1:], find([images])[::-1], Protocols(names, clicks=2))
     assert again.digest == measured.digest
     alone = {key: value for key, value in again.scores["0"][0].items() if key != "agreement/iou"}
     assert alone == {key: value for key, value in other.items() if key != "agreement/iou"}
     with pytest.raises(RunError, match=r"1 of 4 images cannot be used, more than --max-broken 0\.2"):
-        evaluation.measure_models(sams[1:], find([pictures]), evaluation.Protocols(("point",)), max_broken=0.2)
+        measure_models(sams[1:], find([images]), Protocols(("point",)), max_broken=0.2)
 
 
-def test_digest_tells_data_apart(pictures, tmp_path):
+def test_digest_tells_data_apart(images, tmp_path):
     digests = set()
     for seed, name in ((0, "a"), (1, "a"), (0, "b")):
         path = save_image(tmp_path / str(seed) / name / f"{name}.png", seed=seed)
         write_annotation(path)
-        measured = evaluation.measure_models(
-            [random_sam(tiny_config())], samples([path]), evaluation.Protocols(("box",))
-        )
+        measured = measure_models([random_sam(tiny_config())], samples([path]), Protocols(("box",)))
         digests.add(measured.digest)
     assert len(digests) == 2  # names do not count
 
@@ -284,7 +283,7 @@ def test_digest_tells_data_apart(pictures, tmp_path):
 def run_command(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
     try:
-        cli.run(evaluate.main)
+        cli.run(program("evaluate").main)
         code = 0
     except SystemExit as stop:
         code = stop.code
@@ -356,4 +355,4 @@ def test_a_model_given_twice_is_refused(material, monkeypatch, capsys):
 
 def test_compare_models_refuses_what_cannot_be_read(tmp_path, tiny_sam):
     with pytest.raises(InputError, match=r"no image can be compared on: .*a\.jpg"):
-        evaluation.compare_models(tiny_sam, tiny_sam, samples([truncated(tmp_path / "a.jpg")]))
+        compare_models(tiny_sam, tiny_sam, samples([truncated(tmp_path / "a.jpg")]))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from helpers.images import samples
 from helpers.models import random_sam, tiny_config
-from slimsam_jax import evaluation
+from slimsam_jax.evaluation.compare import compare_models
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.imaging.overlap import iou
 from slimsam_jax.imaging.prompts import point_grid
@@ -70,9 +70,9 @@ def test_a_model_agrees_with_itself_alone(tmp_path):
     sam, other = random_sam(tiny_config()), random_sam(tiny_config(), 1)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    same = evaluation.compare_models(sam, sam, samples([tmp_path / "x.png"]))
+    same = compare_models(sam, sam, samples([tmp_path / "x.png"]))
     assert same["agreement"] == 1 and same["embedding_error"] == 0 and same["annotated_images"] == 0
-    assert evaluation.compare_models(sam, other, samples([tmp_path / "x.png"]))["agreement"] < 0.9
+    assert compare_models(sam, other, samples([tmp_path / "x.png"]))["agreement"] < 0.9
 
 
 def test_the_number_of_prompts_does_not_change_a_mask(tmp_path, tiny_sam):

@@ -16,8 +16,7 @@ from experiments import bench, bench_everything, bench_torch, hierarchical
 from helpers.models import SQUARE, random_sam, tiny_config
 from helpers.peers import state_dict, stock_sam
 from slimsam_jax.distillation.losses import mse
-from slimsam_jax.models.encoders.vit import ImageEncoder
-from slimsam_jax.models.encoders.vit_features import bottleneck_features, stream_features
+from slimsam_jax.models.encoders.vit import ImageEncoder, bottleneck_features, stream_features
 
 
 @pytest.mark.parametrize("what", bench.STAGES)

@@ -32,7 +32,7 @@ def test_the_command_beside_a_row_is_what_was_run(label):
         return
     command = f"{COMMON} --ratio 0.77 --seed 2 --out out {row.arguments()}"
     if {"distill.flip=true", "distill.crop=0.5"} & set(row.set):
-        command = command.replace("--cache cache ", "")  # which holds embeddings of pictures as they are
+        command = command.replace("--cache cache ", "")  # which holds embeddings of images as they are
     typed = tyro.cli(Options, args=command.split())
     run = slimming.options_of(row, 0.77, 2, *map(Path, ("t.pth", "train", "val", "cache", "out")))
     assert typed == run
@@ -98,7 +98,7 @@ def test_a_table_that_there_is_not():
         slimming.run(Path("t"), Path("i"), Path("v"), only="tables")
 
 
-def test_pictures_are_drawn_from_what_there_is(tmp_path, monkeypatch):
+def test_images_are_drawn_from_what_there_is(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FOLDER", tmp_path / "figures")
     row = TABLES["compression"].rows["default"]
     found = [entry(row, 0.77, seed, 0.9) for seed in (0, 1)]

@@ -130,13 +130,13 @@ def test_a_cutout_is_one_object_with_an_outline(tmp_path):
 
 def test_a_pack_says_which_version_was_found(tmp_path, monkeypatch):
     (tmp_path / "downloads").mkdir()
-    source = Source("deb", "pictures", "1:0.1-1", "photographs", ("*.png",), "CC0-1.0", "copyright")
-    (tmp_path / "downloads" / "pictures_1%3a0.2-1_all.deb").touch()
+    source = Source("deb", "images", "1:0.1-1", "photographs", ("*.png",), "CC0-1.0", "copyright")
+    (tmp_path / "downloads" / "images_1%3a0.2-1_all.deb").touch()
     monkeypatch.setattr(pack, "SOURCES", [source])
     monkeypatch.setattr(pack, "unpack", lambda archive, folder: Image.new("RGB", (9, 9)).save(folder / "x.png"))
     (tmp_path / "out").mkdir()
     assert sum(pack.make(tmp_path / "out", tmp_path / "downloads").values()) == 1
-    assert "| deb: pictures | 1:0.2-1 | 1 | photographs |" in (tmp_path / "out" / "LICENCES.md").read_text()
+    assert "| deb: images | 1:0.2-1 | 1 | photographs |" in (tmp_path / "out" / "LICENCES.md").read_text()
 
 
 def test_a_pack_without_cutouts_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from slimsam_jax.data import Sample
 from slimsam_jax.data.sources import folder
 
 
-def picture(seed: int = 0, height: int = 20, width: int = 30) -> np.ndarray:
+def random_image(seed: int = 0, height: int = 20, width: int = 30) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -43,5 +43,5 @@ def write_annotation(path, **changes):
 
 
 def samples(paths) -> list[Sample]:
-    """Of picture files, with the SA-1B .json beside those that have one."""
+    """Of image files, with the SA-1B .json beside those that have one."""
     return [folder.sample(path, path.with_suffix(".json").exists()) for path in paths]

@@ -35,7 +35,7 @@ def random_sam(config: Config, seed: int = 0) -> Sam:
 
 
 def random_images(config: Config, count: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch as `data.Batches` gives it; the last picture does not fill its frame."""
+    """A batch as `data.Batches` gives it; the last image does not fill its frame."""
     random = np.random.default_rng(seed)
     height, width = config.image_size
     sizes = np.full((count, 2), (height, width), np.int32)

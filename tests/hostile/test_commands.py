@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.models import SQUARE, random_sam
-from slimsam_jax import cli, limits, predict
+from helpers.programs import program
+from slimsam_jax import cli, limits
 from slimsam_jax.compression.old_names import GONE, RENAMED
 from slimsam_jax.compression.plan import describe, optimizer_steps
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.settings import FIELDS, change
+from slimsam_jax.compression.set_option import FIELDS, change
 from slimsam_jax.errors import InputError
 
 BIG, HUGE, DIGITS, LONG = str(10**12), str(10**400), "9" * 5000, "x" * 5000
@@ -28,7 +29,7 @@ EVIL = "a\x1b[31mb\nc\u202e"
 # What `compress` says at once, before it has looked at files; the error stands alone on the other stream.
 ANNOUNCED = r"(( +(teacher|images|recipe|to)  [^\n]+\n){4})?"
 COMMANDS = {
-    "compress": ("slimsam_jax.compress", ("Options", "compress"), "--teacher {m}/teacher --images {m}/images"),
+    "compress": ("slimsam_jax.compress", ("Options", "compress_with"), "--teacher {m}/teacher --images {m}/images"),
     "evaluate": ("slimsam_jax.evaluate", ("main",), "--model {m}/teacher --data {m}/val"),
     "predict": ("slimsam_jax.predict", ("main",), "--model {m}/teacher --image {m}/val/0.png --out m.png"),
     "everything": (
@@ -225,6 +226,8 @@ def imported():
     for module, *_ in COMMANDS.values():
         importlib.import_module(module)
     random_sam(SQUARE)  # traces it
+    with pytest.raises(InputError):
+        change(RECIPES["default"], ["nothing=1"])  # builds the tables of names and types
 
 
 def words(name: str, given: str | list[str], root) -> list[str]:
@@ -240,6 +243,7 @@ def words(name: str, given: str | list[str], root) -> list[str]:
     return kept + changed
 
 
+@pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize(("name", "given"), LINES, ids=lambda value: str(value)[:50].encode("unicode_escape").decode())
 def test_a_hostile_command_line_is_refused_in_one_line(imported, material, tmp_path, monkeypatch, capsys, name, given):
     module, functions, _ = COMMANDS[name]
@@ -306,7 +310,7 @@ def test_any_choices_are_refused_or_make_a_plan_that_can_be_held(recipe, changes
 @given(st.text(max_size=20) | st.lists(st.floats() | st.integers(), max_size=4).map(lambda v: ",".join(map(str, v))))
 def test_any_coordinates_are_refused_or_two_finite_numbers(text):
     try:
-        x, y = predict.parse_numbers(text, "X,Y")
+        x, y = program("predict").parse_numbers(text, "X,Y")
     except InputError:
         return
     assert np.isfinite([x, y]).all() and text.isascii() and (x, y) == tuple(map(float, text.split(",")))
@@ -332,7 +336,7 @@ def test_an_empty_value_is_never_the_folder_we_are_in(argv):
 def test_a_postponed_command_is_called_once_it_is_parsed(monkeypatch, capsys):
     """What it prints to standard error is its own, and not the parser's."""
 
-    @functools.wraps(predict.main)
+    @functools.wraps(program("predict").main)
     def main(*arguments, **named):
         print(named["point"], file=sys.stderr)
 

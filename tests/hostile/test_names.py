@@ -37,7 +37,7 @@ def test_odd_names_of_broken_images_and_shards_are_shown(tmp_path):
         assert_refused(each, repr(file))
 
 
-def test_logs_results_and_pictures_take_any_name(tmp_path):
+def test_logs_results_and_images_take_any_name(tmp_path):
     folder = RunFolder(tmp_path / "run", {})
     for _, name in ODD_NAMES:
         folder.log(skipped=os.fsdecode(name), reason="x")

@@ -23,11 +23,11 @@ from helpers.hostile import files as hostile
 from helpers.hostile.annotations import TRIANGLE, coco, row
 from slimsam_jax import data
 from slimsam_jax.data import Sample
-from slimsam_jax.data.sources import folder, polygons, tar
+from slimsam_jax.data.sources import folder, polygons, tar_index
 from slimsam_jax.errors import InputError, printable
 from slimsam_jax.imaging import rle
 
-DAMAGED = (ValueError, KeyError, TypeError, OverflowError)  # of what `blaming` makes an InputError
+DAMAGED = (ValueError, KeyError, TypeError, OverflowError)  # of what `reading` makes an InputError
 HUGE = st.sampled_from([2**31, 2**32, 2**62, 2**63, 2**64, 10**30, -1, -(2**62), -(2**63)])
 SIDES = st.integers(0, 12) | HUGE
 WRAPPING = st.sampled_from([[2**62] * 4, [2**63 - 1, 1] * 2, [-5, 5], [2**32] * 2, [12.5, -0.5], [True]])
@@ -144,7 +144,7 @@ def tars(changes: list[tuple[int, bytes]], mend: bool) -> None:
     for start in range(0, len(content) - 511, 512) if mend else ():
         content[start + 148 : start + 156] = b" " * 8
         content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
-    found = tar.index(io.BytesIO(content))
+    found = tar_index.index(io.BytesIO(content))
     assert all(entry.size >= 0 and entry.offset % 512 == 0 for entry in found.entries) and found.end >= 0
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "x.tar").write_bytes(content)

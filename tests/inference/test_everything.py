@@ -1,4 +1,4 @@
-"""All masks of a picture, against the original generator; its parts by hand."""
+"""All masks of an image, against the original generator; its parts by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from converters.from_torch import from_state_dict, load
 from helpers import peers
-from helpers.images import picture, save_image, truncated
+from helpers.images import random_image, save_image, truncated
 from helpers.masks import brute_nms, matched
 from helpers.models import SQUARE, random_sam
 from helpers.shared import shared
@@ -46,7 +46,7 @@ def stock():
 )
 def test_records_equal_the_originals(stock, fields):
     sam = from_state_dict(peers.state_dict(stock))
-    image = picture(3, 40, 60)
+    image = random_image(3, 40, 60)
     clicks = clicks_at(np.array([[9.0, 9.0], [30.0, 20.0]]))
     scores = decode_prompts(sam, encode_image(sam, Image.fromarray(image)), clicks)[1][:, 1:]
     thresholds = {"pred_iou_thresh": float(np.quantile(scores, 0.3)), "stability_score_thresh": 0.3}
@@ -66,8 +66,8 @@ def test_records_equal_the_originals(stock, fields):
         assert one["area"] == one["segmentation"].sum()
 
 
-def test_masks_of_a_crop_are_in_the_pictures_frame_and_not_at_its_edge():
-    """Blobs in the middle, at the right and at the left of two crops, of which one has the picture's own left edge."""
+def test_masks_of_a_crop_are_in_the_images_frame_and_not_at_its_edge():
+    """Blobs in the middle, at the right and at the left of two crops, of which one has the image's own left edge."""
     generator = SamAutomaticMaskGenerator(random_sam(SQUARE), pred_iou_thresh=0.5, stability_score_thresh=0.5)
     low = np.full((3, 16, 16), -9.0, np.float32)
     low[0, 6:10, 6:10] = low[1, 6:10, 12:] = low[2, 6:10, :4] = 9
@@ -86,7 +86,7 @@ def test_masks_of_a_crop_are_in_the_pictures_frame_and_not_at_its_edge():
 def test_of_duplicates_that_of_the_smaller_crop_stays(monkeypatch):
     generator = SamAutomaticMaskGenerator(random_sam(SQUARE), crop_n_layers=1)
 
-    def of_crop(self, picture, crop_box, layer):
+    def of_crop(self, image, crop_box, layer):
         """The same square, wherever all of it is seen."""
         (x0, y0, x1, y1), mask = crop_box, np.zeros((90, 90), bool)
         mask[5:30, 5:30] = True
@@ -101,7 +101,7 @@ def test_of_duplicates_that_of_the_smaller_crop_stays(monkeypatch):
 
 def test_enlarged_masks_equal_resized_logits():
     sam = random_sam(SQUARE)
-    encoded = encode_image(sam, Image.fromarray(picture(0, 70, 33)))
+    encoded = encode_image(sam, Image.fromarray(random_image(0, 70, 33)))
     low = np.random.default_rng(0).standard_normal((5, 16, 16)).astype(np.float32)
     low[4] = -3
     bits, boxes, areas, stability = enlarge(sam, encoded, low, offset=0.5)
@@ -117,7 +117,7 @@ def test_enlarged_masks_equal_resized_logits():
 
 
 def test_the_three_output_modes_say_the_same():
-    sam, image = random_sam(SQUARE), picture(3, 40, 60)
+    sam, image = random_sam(SQUARE), random_image(3, 40, 60)
     fields = {"points_per_side": 4, "pred_iou_thresh": -9.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
     modes = ("binary_mask", "uncompressed_rle", "coco_rle")
     found = [SamAutomaticMaskGenerator(sam, output_mode=mode, **fields).generate(image) for mode in modes]
@@ -128,7 +128,7 @@ def test_the_three_output_modes_say_the_same():
         json.dumps(packed)
 
 
-def test_a_picture_with_nothing_in_it_gives_nothing():
+def test_an_image_with_nothing_in_it_gives_nothing():
     for fields in ({}, {"hierarchical": True}, {"crop_n_layers": 1}, {"min_mask_region_area": 9}):
         generator = SamAutomaticMaskGenerator(random_sam(SQUARE), 4, pred_iou_thresh=99.0, **fields)
         assert generator.generate(np.zeros((30, 40, 3), np.uint8)) == []
@@ -182,7 +182,7 @@ def test_small_regions_by_hand():
 
 
 def test_small_regions_are_cleaned_and_duplicates_go():
-    sam, image = random_sam(SQUARE), picture(3, 40, 60)
+    sam, image = random_sam(SQUARE), random_image(3, 40, 60)
     fields = {"points_per_side": 4, "pred_iou_thresh": -9.0, "stability_score_thresh": 0.0, "box_nms_thresh": 0.95}
     found = SamAutomaticMaskGenerator(sam, min_mask_region_area=60, **fields).generate(image)
     assert found

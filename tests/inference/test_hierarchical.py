@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.images import picture
+from helpers.images import random_image
 from helpers.models import SQUARE, random_sam
 from slimsam_jax.inference import amg, hierarchical
 from slimsam_jax.inference import automatic_mask_generator as generators
@@ -17,7 +17,7 @@ from slimsam_jax.inference.decode import encode_image
 
 def test_tinysams_way_asks_each_point_of_the_grid_once_or_not_at_all(monkeypatch):
     """Whatever is covered: nothing, one half, everything."""
-    sam, image = random_sam(SQUARE), picture(3, 40, 60)
+    sam, image = random_sam(SQUARE), random_image(3, 40, 60)
     asked = []
     decode = SamAutomaticMaskGenerator._decode
 
@@ -68,7 +68,7 @@ GRID_OF_54 = np.stack(np.meshgrid(np.arange(9.0), np.arange(6.0)), -1)  # rows a
 def test_points_around_masks_are_asked_until_nothing_new_is_found():
     places = [(4, 2), (5, 3), (6, 3), (7, 5)]  # the last lies beside none of the others
     decode, asked = decoder({(x, y): ((2 * x, 2 * y), 0.9) for x, y in places})
-    found = hierarchical.around_the_best(decode, judge, GRID_OF_54, (18, 20), 0.8, 0.9, 1.0)
+    found = hierarchical.refine_near_best(decode, judge, GRID_OF_54, (18, 20), 0.8, 0.9, 1.0)
     assert asked[0] == {(x, y) for x in range(0, 9, 2) for y in range(0, 6, 2)}
     assert asked[1] == {(3, 1), (4, 1), (5, 1), (3, 2), (5, 2), (3, 3), (4, 3), (5, 3)}
     assert asked[2:] == [{(6, 3), (5, 4)}, {(7, 2), (7, 3), (7, 4)}]  # beside (5, 3), beside (6, 3), but for the known
@@ -77,18 +77,18 @@ def test_points_around_masks_are_asked_until_nothing_new_is_found():
 
 def test_a_worse_duplicate_has_no_neighbours_asked():
     decode, asked = decoder({(2, 2): ((5, 5), 0.85), (6, 2): ((5, 5), 0.9)})
-    hierarchical.around_the_best(decode, judge, GRID_OF_54, (18, 20), 0.8, 0.9, 1.0)
+    hierarchical.refine_near_best(decode, judge, GRID_OF_54, (18, 20), 0.8, 0.9, 1.0)
     assert asked[1:] == [{(x, y) for x in (5, 6, 7) for y in (1, 2, 3)} - {(6, 2)}]
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(0.7, 0.8), (0.95, 0.95)])
 def test_who_wants_near_duplicates_has_points_asked_beside_them(monkeypatch, wanted, expected):
-    taken, search = [], hierarchical.around_the_best
+    taken, search = [], hierarchical.refine_near_best
     monkeypatch.setattr(
-        hierarchical, "around_the_best", lambda *arguments: (taken.append(arguments[-1]), search(*arguments))[1]
+        hierarchical, "refine_near_best", lambda *arguments: (taken.append(arguments[-1]), search(*arguments))[1]
     )
     SamAutomaticMaskGenerator(random_sam(SQUARE), 4, hierarchical=True, box_nms_thresh=wanted).generate(
-        picture(3, 40, 60)
+        random_image(3, 40, 60)
     )
     assert taken == [expected]
 
@@ -96,13 +96,13 @@ def test_who_wants_near_duplicates_has_points_asked_beside_them(monkeypatch, wan
 @pytest.mark.parametrize(("score", "goes_on"), [(0.78, True), (0.76, False)])
 def test_a_mask_of_nearly_enough_predicted_iou_has_its_neighbours_asked(score, goes_on):
     decode, asked = decoder({(2, 2): ((5, 5), score)})
-    hierarchical.around_the_best(decode, judge, GRID_OF_54, (18, 20), 0.8, 0.9, 1.0)
+    hierarchical.refine_near_best(decode, judge, GRID_OF_54, (18, 20), 0.8, 0.9, 1.0)
     assert (len(asked) == 2) == goes_on
 
 
 def test_an_unstable_mask_has_no_neighbours_asked():
     decode, asked = decoder({(2, 2): ((5, 5), 0.9)})
-    hierarchical.around_the_best(
+    hierarchical.refine_near_best(
         decode, judge, GRID_OF_54, (18, 20), 0.8, 0.9, 10.0
     )  # every logit is between -10 and 10
     assert len(asked) == 1
@@ -110,7 +110,7 @@ def test_an_unstable_mask_has_no_neighbours_asked():
 
 def test_covered_is_where_a_mask_is_sure():
     sam = random_sam(SQUARE)
-    encoded = encode_image(sam, Image.fromarray(picture(0, 64, 64)))
+    encoded = encode_image(sam, Image.fromarray(random_image(0, 64, 64)))
     low = np.full((2, 16, 16), -9.0, np.float32)
     low[0, :4], low[1, 8:, 8:] = 20, 8
     found = hierarchical.covered(sam, encoded, low, 8.5)
@@ -118,7 +118,7 @@ def test_covered_is_where_a_mask_is_sure():
 
 
 def test_a_lower_threshold_covers_more(monkeypatch):
-    sam, image, asked = random_sam(SQUARE), picture(3, 40, 60), []
+    sam, image, asked = random_sam(SQUARE), random_image(3, 40, 60), []
     decode = generators.decode_prompts
     watch = lambda sam, encoded, prompts: (asked.append(len(prompts.labels)), decode(sam, encoded, prompts))[1]
     monkeypatch.setattr(generators, "decode_prompts", watch)

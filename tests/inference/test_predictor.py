@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import chex
 import jax
 import numpy as np
@@ -13,7 +11,7 @@ from PIL import Image
 
 from converters.from_torch import from_state_dict, load
 from helpers import peers
-from helpers.images import picture
+from helpers.images import random_image
 from helpers.models import SQUARE, random_sam
 from helpers.shared import shared
 from slimsam_jax.errors import InputError
@@ -69,7 +67,7 @@ def pair():
 def test_masks_equal_the_originals(pair, kind):
     ours, original = pair
     for each in pair:
-        each.set_image(picture())
+        each.set_image(random_image())
     fields = prompt(kind, ours.model)
     found, wanted = ours.predict(**fields, return_logits=True), original.predict(**fields)
     assert found.masks.shape == (3, 20, 30)
@@ -79,14 +77,14 @@ def test_masks_equal_the_originals(pair, kind):
     np.testing.assert_allclose(ours.get_image_embedding(), original.predictor.get_image_embedding(), atol=1e-4)
 
 
-def test_mixed_prompts_on_many_pictures_equal_each_alone():
+def test_mixed_prompts_on_many_images_equal_each_alone():
     ours = SamPredictor(random_sam(SQUARE))
-    pictures = [picture(0), picture(1, 33, 21), picture(2)]
+    images = [random_image(0), random_image(1, 33, 21), random_image(2)]
     asked = [["one point", "all", "box"], [], ["mask", "points", "box and points", "box"]]
     prompts = [[Prompt(**prompt(kind, ours.model)) for kind in kinds] for kinds in asked]
-    found = ours.predict_batch(pictures, prompts, return_logits=True)
+    found = ours.predict_batch(images, prompts, return_logits=True)
     assert [len(each) for each in found] == [3, 0, 4] and not ours.is_image_set
-    for image, given, together in zip(pictures, prompts, found, strict=True):
+    for image, given, together in zip(images, prompts, found, strict=True):
         ours.set_image(image)
         for one, expected in zip(given, together, strict=True):
             alone = ours.predict(*one, return_logits=True)
@@ -95,7 +93,7 @@ def test_mixed_prompts_on_many_pictures_equal_each_alone():
 
 
 def test_images_may_be_one_array():
-    images = np.stack([picture(0), picture(1)])
+    images = np.stack([random_image(0), random_image(1)])
     prompts = [[Prompt(**PROMPTS["box"])]] * 2
     ours = SamPredictor(random_sam(SQUARE))
     for (one,), (other,) in zip(*(ours.predict_batch(given, prompts) for given in (images, list(images))), strict=True):
@@ -104,14 +102,14 @@ def test_images_may_be_one_array():
 
 def test_single_mask_is_the_first_output():
     ours = SamPredictor(random_sam(SQUARE))
-    ours.set_image(picture())
+    ours.set_image(random_image())
     single, three = (ours.predict(**PROMPTS["box"], multimask_output=flag) for flag in (False, True))
     assert single.masks.shape == (1, 20, 30) and three.iou_predictions.shape == (3,)
     assert not np.allclose(single.low_res_masks[0], three.low_res_masks[0])
 
 
-def test_every_form_of_a_picture_is_the_same(tmp_path):
-    ours, pixels = SamPredictor(random_sam(SQUARE)), picture()
+def test_every_form_of_an_image_is_the_same(tmp_path):
+    ours, pixels = SamPredictor(random_sam(SQUARE)), random_image()
     Image.fromarray(pixels).save(tmp_path / "x.png")
     given = [pixels, Image.fromarray(pixels), tmp_path / "x.png", str(tmp_path / "x.png")]
     embeddings = []
@@ -126,7 +124,7 @@ def test_every_form_of_a_picture_is_the_same(tmp_path):
 
 
 def test_buckets_are_compiled_once(monkeypatch):
-    """Other pictures, other numbers of prompts and of points within a bucket compile nothing."""
+    """Other images, other numbers of prompts and of points within a bucket compile nothing."""
     sam = random_sam(SQUARE)
     for name in ("encode", "_decode"):
         function = getattr(models, name)
@@ -136,7 +134,7 @@ def test_buckets_are_compiled_once(monkeypatch):
     monkeypatch.setattr(predictors, "encode", models.encode)
     ours = SamPredictor(sam)
     for seed, (height, width) in enumerate([(20, 30), (30, 20), (50, 50)]):
-        ours.set_image(picture(seed, height, width))
+        ours.set_image(random_image(seed, height, width))
         ours.predict(CLICKS[: max(1, seed)], box=BOX)
         ours.predict(CLICKS)
 
@@ -161,25 +159,25 @@ def test_prompts_that_are_none_are_refused(fields, line):
     ours = SamPredictor(random_sam(SQUARE))
     with pytest.raises(InputError, match="call set_image first"):
         ours.predict(**PROMPTS["box"])
-    ours.set_image(picture())
+    ours.set_image(random_image())
     with pytest.raises(InputError, match=line):
         ours.predict(**fields)
 
 
-def test_pictures_that_are_none_are_refused(tmp_path):
+def test_images_that_are_none_are_refused(tmp_path):
     ours = SamPredictor(random_sam(SQUARE))
     for image, line in (
-        (picture().astype(np.float32), r"uint8 \[height, width, 3\], and this is float32 \[20, 30, 3\]"),
-        (picture()[..., 0], r"this is uint8 \[20, 30\]"),
-        (picture()[:0], r"this is uint8 \[0, 30, 3\]"),
+        (random_image().astype(np.float32), r"uint8 \[height, width, 3\], and this is float32 \[20, 30, 3\]"),
+        (random_image()[..., 0], r"this is uint8 \[20, 30\]"),
+        (random_image()[:0], r"this is uint8 \[0, 30, 3\]"),
         (tmp_path / "none.png", "does not exist"),
     ):
         with pytest.raises(InputError, match=line):
             ours.set_image(image)
     with pytest.raises(InputError, match="neither RGB nor BGR"):
-        ours.set_image(picture(), image_format="RGBA")
+        ours.set_image(random_image(), image_format="RGBA")
     with pytest.raises(InputError, match="1 images and 2 lists of prompts"):
-        ours.predict_batch([picture()], [[], []])
+        ours.predict_batch([random_image()], [[], []])
 
 
 @pytest.mark.slow
@@ -205,19 +203,3 @@ def test_real_photographs(name):
         assert np.abs(found.masks - masks).max() < 1e-3 and np.abs(found.low_res_masks - low).max() < 1e-3
         assert np.abs(found.iou_predictions - scores).max() < 1e-4
         assert ((found.masks > 0) != (masks > 0)).mean() < 1e-3
-
-
-def test_the_example_of_the_readme(tmp_path, monkeypatch):
-    """Line by line, on the small SAM of the package."""
-    from slimsam_jax.data import embedded_images, embedded_teacher
-
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    example = readme.split("```python\n")[1].split("```")[0]
-    (tmp_path / "slim").symlink_to(embedded_teacher())
-    photo = Image.open(sorted(embedded_images().glob("*.jpg"))[0])
-    photo.resize((1000, 700)).save(tmp_path / "truck.jpg")
-    monkeypatch.chdir(tmp_path)
-    found = {}
-    exec(example, found)
-    assert found["masks"].shape == (3, 700, 1000) and found["scores"].shape == (3,)
-    assert isinstance(found["everything"], list)

@@ -20,10 +20,12 @@ from converters.tables.strict import abstract
 from helpers import golden_families as families
 from helpers.family_models import run_all
 from helpers.shared import shared
+from slimsam_jax.imaging.prompts import ABSENT, prompt_points
+from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks, to_model_frame
 from slimsam_jax.models import sam
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.encoders import layers, tiny_vit
-from slimsam_jax.models.prompt_encoder import ABSENT, PromptEncoder, prompt_points
+from slimsam_jax.models.prompt_encoder import PromptEncoder
 
 SUBSET = families.HERE / "tiny_vit_subset.npz"
 
@@ -51,7 +53,7 @@ def model(whole):
 
 def pixels_of(arrays, config) -> tuple[np.ndarray, np.ndarray, jax.Array]:
     """The golden image in the model frame [H, W, 3], its size there, and normalised [1, H, W, 3]."""
-    frame, size = sam.resize_and_pad(arrays["image_uint8"], config.image_size)
+    frame, size = resize_and_pad(arrays["image_uint8"], config.image_size)
     return frame, size, sam.preprocess(Config(config.image_size, 0, ()), frame[None], size[None])
 
 
@@ -193,7 +195,7 @@ def test_masks(whole, model, batch, decoded, case):
     for mode, outputs in (("single", slice(0, 1)), ("multi", slice(1, None))):
         assert_equal(whole, f"{case}/{mode}/low_res_masks", low[:, outputs], 3e-4)
         assert_equal(whole, f"{case}/{mode}/iou_predictions", iou[:, outputs], 1e-5)
-        logits = sam.resize_masks(model.head, low[:, outputs], size, original)
+        logits = resize_masks(model.head.image_size, low[:, outputs], size, original)
         assert_equal(whole, f"{case}/{mode}/mask_logits", logits, 3e-4)
     if case == "points3":
         sure = np.abs(whole["points3/multi/mask_logits"][0]) > 3e-4
@@ -218,7 +220,7 @@ def test_prompt_tokens(whole, model, batch):
 )
 def test_points_in_the_model_frame(whole, case, name):
     points = whole[f"prompt/{name}"].reshape(-1, 2)
-    scaled = sam.to_model_frame(points, tuple(whole["input_size"]), tuple(whole["original_size"]))
+    scaled = to_model_frame(points, tuple(whole["input_size"]), tuple(whole["original_size"]))
     wanted = whole[f"{case}/model_frame_{'boxes' if case == 'box' else 'points'}"]
     np.testing.assert_allclose(scaled.reshape(wanted.shape), wanted, atol=1e-4)
 

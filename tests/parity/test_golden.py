@@ -28,7 +28,7 @@ from helpers.reference import (
 )
 from helpers.shared import shared
 from slimsam_jax.compression import prune, reference
-from slimsam_jax.compression.alignment import ALIGN
+from slimsam_jax.compression.alignment import ALIGN, SAM
 from slimsam_jax.models.encoders import vit_groups as channels
 from slimsam_jax.pruning import importance
 
@@ -148,5 +148,5 @@ def test_second_step(golden, step2, allocation):
 
 
 def test_weights_of_the_features(golden):
-    weights = [ALIGN[SECOND.align]((epoch + 0.5) / 20, SECOND)["stream"] for epoch in range(20)]
+    weights = [ALIGN[SECOND.align]((epoch + 0.5) / 20, SECOND, SAM)["stream"] for epoch in range(20)]
     np.testing.assert_allclose(weights, golden["distill2/a_weight_by_epoch"], atol=1e-9)

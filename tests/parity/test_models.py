@@ -20,8 +20,8 @@ from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks, resized
 from slimsam_jax.models import sam
 from slimsam_jax.models.config import GLOBAL, PRESETS, Block, Config, preset
 from slimsam_jax.models.encoders.vit import ImageEncoder, window_partition, window_unpartition
-from slimsam_jax.models.encoders.vit_features import run_encoder
 from slimsam_jax.models.mask_decoder import Doubling
+from slimsam_jax.models.sam import run_encoder
 
 SQUARE = tiny_config(image_size=(64, 64))
 

@@ -36,12 +36,12 @@ from helpers.reference import (
 from helpers.shared import shared
 from slimsam_jax.compression import prune, reference
 from slimsam_jax.compression import trainer as distillations
-from slimsam_jax.compression.alignment import ALIGN
+from slimsam_jax.compression.alignment import ALIGN, SAM
 from slimsam_jax.compression.alignment import terms as terms_of
 from slimsam_jax.compression.steps import Quirks
 from slimsam_jax.distillation.losses import distillation_loss
 from slimsam_jax.models.encoders import vit_groups as channels
-from slimsam_jax.models.encoders.vit_features import bottleneck_features, stream_features
+from slimsam_jax.models.encoders.vit import bottleneck_features, stream_features
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.pruning import importance
 
@@ -212,7 +212,7 @@ def losses_of(golden, student: Sam, target, step, progress: float):
         found |= bottleneck_features(student.config, outputs[1])
     else:
         found |= {"previous": outputs[0], **stream_features(student.config, outputs[1])}
-    loss, terms = distillation_loss(found, target, ALIGN[step.align](progress, step))
+    loss, terms = distillation_loss(found, target, ALIGN[step.align](progress, step, SAM))
     return float(loss), {name: float(term) for name, term in terms.items()}
 
 
@@ -243,7 +243,7 @@ def test_stage2_loss(golden, kind):
         np.testing.assert_allclose(loss, golden[f"distill2/{kind}/loss_epoch{epoch}"], rtol=1e-5)
     for name, theirs in {"embedding": "emb_teacher", "stream": "block_pruned", "previous": "emb_pruned"}.items():
         np.testing.assert_allclose(terms[name], golden[f"distill2/{kind}/term_{theirs}"], rtol=1e-5)
-    weights = [float(ALIGN[SECOND.align]((epoch + 0.5) / 20, SECOND)["stream"]) for epoch in range(20)]
+    weights = [float(ALIGN[SECOND.align]((epoch + 0.5) / 20, SECOND, SAM)["stream"]) for epoch in range(20)]
     np.testing.assert_allclose(weights, golden["distill2/a_weight_by_epoch"], atol=1e-9)
 
 

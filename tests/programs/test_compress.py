@@ -18,32 +18,34 @@ from experiments import recipes as lists
 from helpers.images import truncated
 from helpers.models import SQUARE, random_sam
 from helpers.peers import state_dict, stock_sam
+from helpers.programs import program
 from helpers.runs import compress_options
-from slimsam_jax import checkpoint, cli, compress, inspect, predict
+from slimsam_jax import checkpoint, cli
+from slimsam_jax.api import compress_with
 from slimsam_jax.compression import prepare as run_module
 from slimsam_jax.compression import report
 from slimsam_jax.compression.budget import Budget, even_cut
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.plan import describe
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Distill, Optimizer, Validation
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.profiling import reference_macs
 
 
 @pytest.fixture
-def unpictured(monkeypatch):
-    """Leaves out the picture of the report, where nobody looks at it."""
+def without_figure(monkeypatch):
+    """Leaves out the image of the report, where nobody looks at it."""
     monkeypatch.setattr(report, "draw", lambda *_: None)
 
 
-def run(module, *arguments, monkeypatch, capsys) -> tuple[int, str]:
+def run(name, *arguments, monkeypatch, capsys) -> tuple[int, str]:
     """A command line, in this process: (exit code, standard error)."""
     monkeypatch.setattr(sys, "argv", ["prog", *map(str, arguments)])
     code = 0
     try:
-        cli.run(Options, compress.compress) if module is compress else cli.run(module.main)
+        cli.run(Options, compress_with) if name == "compress" else cli.run(program(name).main)
     except SystemExit as stop:
         code = stop.code
     return code, capsys.readouterr().err
@@ -78,22 +80,22 @@ def test_what_a_run_leaves(finished, material):
     ]
     assert [(e["stage"], e["step"]) for e in scores] == [(name, i) for name in ("distill", "distill-2") for i in (2, 4)]
     assert all(np.isfinite(e["loss"]) for e in steps) and all(e["score"] < 0 for e in scores)
-    with Image.open(finished / "report.png") as picture:
-        assert min(picture.size) > 500
+    with Image.open(finished / "report.png") as image:
+        assert min(image.size) > 500
 
 
 def test_the_same_seed_gives_the_same_model(finished, material, tmp_path):
-    compress.compress(compress_options(material, tmp_path / "again"))
+    compress_with(compress_options(material, tmp_path / "again"))
     chex.assert_trees_all_equal(from_torch.load(tmp_path / "again").params, from_torch.load(finished).params)
 
 
-def test_uniform_result_loads_strictly_into_stock_code(material, tmp_path, unpictured):
+def test_uniform_result_loads_strictly_into_stock_code(material, tmp_path, without_figure):
     """.pth in, slim .pth and Hugging Face folder out, without a key too many or too few."""
     from transformers import SamModel
 
     torch.save(stock_sam(SQUARE).state_dict(), tmp_path / "sam.pth")
     options = {"teacher": tmp_path / "sam.pth", "uniform": True, "ratio": 0.6, "steps": 0}
-    compress.compress(compress_options(material, tmp_path / "slim", **options))
+    compress_with(compress_options(material, tmp_path / "slim", **options))
     slim = from_torch.load(tmp_path / "slim")
     assert slim.config.uniform and slim.config.embed_dim == 10 and slim.config.blocks[0].head_dim == 5
     to_torch.main(tmp_path / "slim", tmp_path / "slim.pth", "sam")
@@ -108,8 +110,8 @@ def test_uniform_result_loads_strictly_into_stock_code(material, tmp_path, unpic
 
 
 @pytest.mark.parametrize(("recipe", "steps"), [("slimsam", 1), ("taylor", 0), ("default", 1)])
-def test_recipes_run_to_the_end(material, tmp_path, unpictured, recipe, steps):
-    compress.compress(compress_options(material, tmp_path / "slim", recipe=recipe, steps=steps, set=()))
+def test_recipes_run_to_the_end(material, tmp_path, without_figure, recipe, steps):
+    compress_with(compress_options(material, tmp_path / "slim", recipe=recipe, steps=steps, set=()))
     slim = from_torch.load(tmp_path / "slim")
     assert slim.config.embed_dim == 12 and slim.provenance["recipe"] == json.loads(
         json.dumps(describe(RECIPES[recipe]))
@@ -137,8 +139,8 @@ def test_recipes_run_to_the_end(material, tmp_path, unpictured, recipe, steps):
     ],
     ids=str,
 )
-def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, unpictured, choices):
-    compress.compress(compress_options(material, tmp_path / "slim", steps=0, **choices))
+def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, without_figure, choices):
+    compress_with(compress_options(material, tmp_path / "slim", steps=0, **choices))
     config = from_torch.load(tmp_path / "slim").config
     if "budget" in choices:
         report = json.loads((tmp_path / "slim" / "report.json").read_text())["budget"]
@@ -159,10 +161,10 @@ def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, unpictu
     ],
     ids=["progressive", "scratch"],
 )
-def test_other_orders_than_the_papers(material, tmp_path, unpictured, recipe, direction, distilled):
+def test_other_orders_than_the_papers(material, tmp_path, without_figure, recipe, direction, distilled):
     choices = ("distill.validations=1", f"distill.direction={direction}", "prune.criterion=magnitude")
     options = compress_options(material, tmp_path / "slim", limit=4, set=("distill.validations=1",), ratio=0.5)
-    compress.compress(options, change(recipe, (*choices, "distill.features=0")))
+    compress_with(options, change(recipe, (*choices, "distill.features=0")))
     slim = from_torch.load(tmp_path / "slim")
     assert slim.config.embed_dim == 12 and slim.provenance["images"]["count"] == 4
     log = [json.loads(line) for line in (tmp_path / "slim" / "log.jsonl").read_text().splitlines()]
@@ -172,7 +174,7 @@ def test_other_orders_than_the_papers(material, tmp_path, unpictured, recipe, di
     assert ("direction" in steps[0]) == bool(direction)
 
 
-def test_labelled_masks_can_tell_what_to_cut(material, tmp_path, unpictured):
+def test_labelled_masks_can_tell_what_to_cut(material, tmp_path, without_figure):
     labelled = compress_options(
         material,
         tmp_path / "slim",
@@ -181,18 +183,18 @@ def test_labelled_masks_can_tell_what_to_cut(material, tmp_path, unpictured):
         recipe="taylor",
         set=("prune.importance_loss=masks",),
     )
-    compress.compress(labelled)
-    compress.compress(dataclasses.replace(labelled, set=(), out=tmp_path / "other"))
+    compress_with(labelled)
+    compress_with(dataclasses.replace(labelled, set=(), out=tmp_path / "other"))
     one, other = (from_torch.load(tmp_path / name).params["image_encoder"]["pos_embed"] for name in ("slim", "other"))
     assert one.shape == other.shape and not np.array_equal(one, other)
 
 
 def test_inspect_command(material, tmp_path, monkeypatch, capsys):
     arguments = (material / "teacher", "--images", material / "images", "--ratios", "0.3", "--out", tmp_path / "x.png")
-    code, _ = run(inspect, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    code, _ = run("inspect", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0
-    with Image.open(tmp_path / "x.png") as picture:
-        assert min(picture.size) > 500
+    with Image.open(tmp_path / "x.png") as image:
+        assert min(image.size) > 500
     for wrong, message in (
         (("--ratio", "1"), "must lie between 0 and 1"),
         (("--images", material / "teacher"), "holds no images"),
@@ -202,13 +204,13 @@ def test_inspect_command(material, tmp_path, monkeypatch, capsys):
     ):
         given = [part for part in zip(arguments[1::2], arguments[2::2], strict=True) if part[0] != wrong[0]]
         given = [arguments[0], *(part for pair in given for part in pair)]
-        code, error = run(inspect, *given, *wrong, monkeypatch=monkeypatch, capsys=capsys)
+        code, error = run("inspect", *given, *wrong, monkeypatch=monkeypatch, capsys=capsys)
         assert code == 2 and message in error and error.count("\n") == 1
 
 
 def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prog", str(material / "teacher")])
-    cli.run(inspect.main)
+    cli.run(program("inspect").main)
     out = capsys.readouterr().out
     assert "2 x 12" in out and f"{reference_macs.encoder_parameters(SQUARE) / 1e6:.3f}" in out
 
@@ -266,7 +268,7 @@ def test_bad_input_is_one_clear_line(material, tmp_path, monkeypatch, capsys, ch
     }
     changed = [str(c).format(root=material) for c in changes]
     arguments = [part for name, value in given.items() if name not in changed for part in (name, value)]
-    code, error = run(compress, *arguments, *changed, monkeypatch=monkeypatch, capsys=capsys)
+    code, error = run("compress", *arguments, *changed, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
     assert message in error
     assert "Traceback" not in error
@@ -274,35 +276,35 @@ def test_bad_input_is_one_clear_line(material, tmp_path, monkeypatch, capsys, ch
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_that_cannot_be_read_are_refused_before_anything_is_written(material, tmp_path, monkeypatch, capsys):
+def test_images_that_cannot_be_read_are_refused_before_anything_is_written(material, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken").mkdir()
     truncated(tmp_path / "broken" / "x.jpg")
     for name in ("--images", "--val"):
         given = {"--teacher": material / "teacher", "--images": material / "images", "--out": tmp_path / "out"}
         given[name] = tmp_path / "broken"
         arguments = [part for pair in given.items() for part in pair]
-        code, error = run(compress, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+        code, error = run("compress", *arguments, monkeypatch=monkeypatch, capsys=capsys)
         assert code == 2 and "none of the 1 images can be read" in error
         assert not (tmp_path / "out").exists()
 
 
-def test_unreadable_pictures_of_val_are_counted(material, tmp_path, unpictured, monkeypatch):
+def test_unreadable_images_of_val_are_counted(material, tmp_path, without_figure, monkeypatch):
     """At the start, if they are met there; else when all is written."""
     shutil.copytree(material / "val", tmp_path / "val")
     truncated(tmp_path / "val" / "z.jpg")
     options = compress_options(material, tmp_path / "slim", val=(tmp_path / "val",), steps=0)
     with pytest.raises(InputError, match=r"1 of 3 images of --val cannot be used, more than .* 0\.1; .*z\.jpg"):
-        compress.compress(options)
+        compress_with(options)
     assert not (tmp_path / "slim").exists()
     monkeypatch.setattr("slimsam_jax.compression.prepare.IMAGES", 2)
     with pytest.raises(RunError, match=r"slim is finished, and measured on the rest; but 1 of 3 images of --val"):
-        compress.compress(options)
+        compress_with(options)
     assert json.loads((tmp_path / "slim" / "report.json").read_text())["images"] == 2
     assert not (tmp_path / "slim" / "checkpoints").exists()
-    compress.compress(dataclasses.replace(options, out=tmp_path / "other", max_broken=0.4))
+    compress_with(dataclasses.replace(options, out=tmp_path / "other", max_broken=0.4))
 
 
-def test_pictures_held_out_are_a_share_of_all_images(material, tmp_path):
+def test_images_held_out_are_a_share_of_all_images(material, tmp_path):
     shutil.copytree(material / "images", tmp_path / "images")
     truncated(tmp_path / "images" / "0.png")  # the one of six that is held out
     held = lambda **kw: compress_options(material, tmp_path / "slim", images=(tmp_path / "images",), val=(), **kw)
@@ -319,7 +321,7 @@ def test_uniform_needs_a_uniform_teacher(material, tmp_path, monkeypatch, capsys
     blocks = (SQUARE.blocks[0], dataclasses.replace(SQUARE.blocks[1], mlp_dim=8))
     checkpoint.save(random_sam(dataclasses.replace(SQUARE, blocks=blocks)), tmp_path / "teacher")
     arguments = ("--teacher", tmp_path / "teacher", "--images", material / "images", "--out", tmp_path / "out")
-    code, error = run(compress, *arguments, "--uniform", monkeypatch=monkeypatch, capsys=capsys)
+    code, error = run("compress", *arguments, "--uniform", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2 and "--uniform needs a teacher whose blocks are alike" in error
 
 
@@ -330,7 +332,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(material,
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     arguments = ("--teacher", material / "teacher", "--images", material / "images", "--out", tmp_path / "out")
-    code, error = run(compress, *arguments, "--steps", "1", monkeypatch=monkeypatch, capsys=capsys)
+    code, error = run("compress", *arguments, "--steps", "1", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1 and "error: cannot write" in error and error.endswith("No space left on device\n")
     assert not [p for p in (tmp_path / "out").rglob("*") if "safetensors" in p.name]
 
@@ -338,7 +340,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(material,
 def test_an_unwritable_output_is_one_clear_line(material, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     arguments = ("--teacher", material / "teacher", "--images", material / "images", "--out", tmp_path / "file" / "out")
-    code, error = run(compress, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    code, error = run("compress", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2 and "cannot be written" in error and error.count("\n") == 1
 
 
@@ -348,19 +350,21 @@ def test_numbers_that_are_not_finite_stop_the_run(material, tmp_path, monkeypatc
     object.__setattr__(optimizer, "lr", 1e30)  # more than a user may ask for
     wild = (*RECIPES["default"][:2], Distill("none", optimizer=optimizer, validation=Validation(1)))
     monkeypatch.setitem(RECIPES, "default", wild)
-    code, error = run(compress, *arguments, tmp_path / "out", monkeypatch=monkeypatch, capsys=capsys)
+    code, error = run("compress", *arguments, tmp_path / "out", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1 and "error: the loss of step 2 is not finite (images" in error  # the first's is still the start's
     assert ".png" in error
     assert not list((tmp_path / "out").rglob("*.orbax-checkpoint-tmp"))
+    judged = (*wild[:2], dataclasses.replace(wild[2], validation=Validation(2)))  # after each of two steps
+    monkeypatch.setitem(RECIPES, "default", judged)
     arguments = (*arguments[:5], "1", "--out")
-    code, error = run(compress, *arguments, tmp_path / "out1", monkeypatch=monkeypatch, capsys=capsys)
+    code, error = run("compress", *arguments, tmp_path / "out1", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1 and "error: the student after step 1 gives no finite embeddings" in error
     assert not list((tmp_path / "out1").rglob("best"))
     sam = random_sam(SQUARE)
     sam.params["image_encoder"]["pos_embed"][0, 0, 0] = np.nan
     checkpoint.save(sam, tmp_path / "teacher")
     arguments = ("--teacher", tmp_path / "teacher", *arguments[2:])
-    code, error = run(compress, *arguments, tmp_path / "out2", monkeypatch=monkeypatch, capsys=capsys)
+    code, error = run("compress", *arguments, tmp_path / "out2", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2 and "pos_embed holds values that are not finite" in error
 
 
@@ -368,7 +372,7 @@ def test_predict_command(material, tmp_path, monkeypatch, capsys):
     common = ("--model", material / "teacher", "--image", material / "images" / "0.png")
     out = tmp_path / "new" / "p.png"
     code, _ = run(
-        predict, *common, "--point", "3,4", "--box", "1,2,20,15", "--out", out, monkeypatch=monkeypatch, capsys=capsys
+        "predict", *common, "--point", "3,4", "--box", "1,2,20,15", "--out", out, monkeypatch=monkeypatch, capsys=capsys
     )
     assert code == 0
     with Image.open(out) as drawn:
@@ -377,13 +381,13 @@ def test_predict_command(material, tmp_path, monkeypatch, capsys):
         ((), "at least one --point"),
         (("--point", "3"), "'3' is not X,Y"),
         (("--box", "1,2,3"), "is not X0,Y0,X1,Y1"),
-        (("--point", "300,4"), "outside the picture of 30 x 20"),
+        (("--point", "300,4"), "outside the image of 30 x 20"),
         (("--box", "9,9,1,1"), "is not a box"),
     ):
-        code, error = run(predict, *common, "--out", out, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+        code, error = run("predict", *common, "--out", out, *arguments, monkeypatch=monkeypatch, capsys=capsys)
         assert code == 2 and message in error
     code, error = run(
-        predict, *common, "--point", "1,1", "--out", tmp_path / "p.gif", monkeypatch=monkeypatch, capsys=capsys
+        "predict", *common, "--point", "1,1", "--out", tmp_path / "p.gif", monkeypatch=monkeypatch, capsys=capsys
     )
     assert code == 2 and "should end in .png" in error
 

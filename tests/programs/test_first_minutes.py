@@ -10,16 +10,17 @@ import pytest
 from PIL import Image
 
 from helpers.images import samples
-from slimsam_jax import cli, predict, progress
+from helpers.programs import program
+from slimsam_jax import cli, progress
 from slimsam_jax.compression import pipeline as run_module
 
 HEAVY = "tensorflow_datasets", "tensorflow", "pyarrow", "pandas", "torch", "transformers", "matplotlib", "onnx", "chex"
 ANNOUNCED = """
 import sys
 import slimsam_jax
-from slimsam_jax import compress
-from slimsam_jax.compression.options import Options
-compress.announce(Options())
+import slimsam_jax.compress
+from slimsam_jax.compression.options import Options, announce
+announce(Options())
 sys.stdout.flush()
 assert not {*sys.argv[1:], "jax", "numpy"} & {*sys.modules}, "before the first word"
 from slimsam_jax import data
@@ -51,7 +52,7 @@ def test_the_last_line_is_a_command_that_runs(finished, material, tmp_path, caps
     assert command[:3] == ["python", "-m", "slimsam_jax.predict"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["predict", *command[3:]])
-    cli.run(predict.main)
+    cli.run(program("predict").main)
     with Image.open(tmp_path / "mask.png") as mask:
         assert mask.size == (30, 20)
 

@@ -90,11 +90,11 @@ def init(module, x):
     return module.init(jax.random.key(0), x)["params"]
 
 
-VECTORS, PICTURES, SERIES = array(5, 4), array(5, 6, 4, 3), array(5, 4, 3)
+VECTORS, IMAGES, SERIES = array(5, 4), array(5, 6, 4, 3), array(5, 4, 3)
 NET = ConvNet(6, (8, 10))
 CASES = [
     pytest.param(mlp, init(Mlp(8), VECTORS), VECTORS, MLP_GROUPS, id="flax-mlp"),
-    pytest.param(conv_net, init(NET, PICTURES), PICTURES, conv_groups(NET), id="conv-residual"),
+    pytest.param(conv_net, init(NET, IMAGES), IMAGES, conv_groups(NET), id="conv-residual"),
     pytest.param(
         recurrent,
         {"in": array(3, 7), "loop": 0.3 * array(7, 7), "out": array(7, 2)},

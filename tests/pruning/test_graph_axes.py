@@ -78,6 +78,8 @@ def test_a_frozen_axis_freezes_what_equals_it_but_collects_no_form(axes):
     assert axes.parts(window) == [window]
     assert axes.split_product(window, 3)[0] != axes.split_product(window, 3)[0]
     assert axes.parts(window) == [window]
+    grid = axes.product([window, axes.leaf(5, "an axis of an input")])
+    assert axes.parts(grid) == [grid]
 
 
 def test_a_reduction_is_noted_at_the_parts_that_are_found_later(axes):

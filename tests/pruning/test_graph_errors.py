@@ -115,6 +115,13 @@ def test_what_cannot_be_run(grouping):
         grouping.run({"a": np.ones((3, 9), np.float32), "b": np.ones((9, 5), np.float32)}, X)
 
 
+def test_an_axis_that_no_cut_leaves():
+    """Pairs of channels stay pairs."""
+    pairs = find_groups(lambda p, x: (x @ p["a"])[:, ::2] @ p["b"], {"a": PARAMS["a"], "b": PARAMS["b"][:4]}, X)
+    with pytest.raises(InputError, match="a: an axis of length 7 is none that a cut of group 'b:0' leaves"):
+        pairs.run({"a": PARAMS["a"][:, :7], "b": PARAMS["b"][:3]}, X)
+
+
 def test_shapes_that_leave_a_width_open():
     """2 heads of 2 channels and 1 of 4 have the same shapes; arrays that nobody cut here do not say which they are."""
     params = {"q": np.ones((3, 8), np.float32), "k": np.ones((3, 8), np.float32)}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.graph_models import MODELS
 from slimsam_jax.errors import InputError
 from slimsam_jax.pruning import Grouping, find_groups
 from slimsam_jax.pruning.structure import Product, Sum
@@ -132,14 +133,29 @@ def test_attention_between_heads_ties_their_channels():
 
 def test_constants_neither_tie_nor_freeze():
     """A table of angles made by iota is cut with the channels; two uses of one constant are two uses."""
-    angles = np.arange(8.0, dtype=np.float32)
     params = {"a": struct(3, 8), "b": struct(8, 8), "c": struct(8, 5)}
 
     def function(p, x):
-        y = x @ p["a"] * angles * jnp.cos(jnp.arange(8.0))
-        return (y @ p["b"] * angles) @ p["c"]
+        table = jnp.cos(jnp.arange(8.0))[None]
+        y = x @ p["a"] * table
+        return (y @ p["b"] * table) @ p["c"]
 
     assert [group.name for group in find_groups(function, params, X).groups] == ["a:1", "b:1"]
+
+
+def test_heads_that_a_loop_takes_one_by_one_are_still_heads():
+    """The relative positions tie the channels of q, which the loop does not see as heads."""
+    function, params, inputs = MODELS["mapped_heads"]()
+    groups = find_groups(function, params, *inputs).groups
+    assert {group.name: group.copies for group in groups} == {"in:1": None, "q:1": None, "q:2": None, "v:2": "q:1"}
+
+
+def test_a_stride_is_never_cut():
+    """Even channels times odd ones: what is left must still alternate."""
+    params = {"a": struct(3, 12), "b": struct(6, 5)}
+    (group,) = find_groups(lambda p, x: ((y := x @ p["a"])[:, ::2] * y[:, 1::2]) @ p["b"], params, X).groups
+    assert (group.name, group.size) == ("b:0", 6)
+    assert find_groups(lambda p, x: (x @ p["a"])[:, ::2] @ p["b"], params, X).axes["a"][1] == Product(("b:0", 2))
 
 
 def test_arrays_that_are_never_read_are_unused_and_dead_code_ties_nothing():
@@ -209,6 +225,7 @@ def test_the_json_is_the_grouping_without_the_function():
         read.run({}, None)
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_a_long_function_takes_time_in_proportion():
     def seconds(layers):
         params = {"a": struct(3, 8), "b": struct(8, 8), "c": struct(8, 5)}

@@ -142,15 +142,21 @@ def test_a_cut_function_is_exported_and_differentiated():
     assert all(jnp.abs(slope).max() > 0 for slope in jax.tree.leaves(slopes))
 
 
-@pytest.mark.parametrize("allocation", ["local", "global", "cost"])
-def test_from_gradients_to_a_cut(allocation):
-    """What a mask of zeros shows to be useless goes first, by any allocation."""
+@pytest.fixture(scope="module")
+def scored():
+    """A model half of whose channels are masked: its grouping, which ones are not, and the scores."""
     function, params, inputs = MODELS["c2f"]()
     grouping = find_groups(function, params, *inputs)
     useful = halves(grouping.groups)
     params = pruning.mask(params, grouping, useful)
     grads = gradients.loss_gradients(lambda p, x: (function(p, x) ** 2).sum(), params, [inputs[0]])
-    scores = pruning.score(params, grouping, grads)
+    return grouping, useful, pruning.score(params, grouping, grads)
+
+
+@pytest.mark.parametrize("allocation", ["local", "global", "cost"])
+def test_from_gradients_to_a_cut(allocation, scored):
+    """What does nothing goes first, by any allocation."""
+    grouping, useful, scores = scored
     assert {name: score.shape for name, score in scores.items()} == {g.name: (g.size,) for g in grouping.groups}
     costs = {group.name: np.arange(group.size + 1.0) for group in grouping.groups}
     keep = pruning.select(scores, 0.5, allocation, costs=costs)
@@ -202,9 +208,45 @@ def test_a_contraction_that_counts_masked_channels_is_listed(feature, crossed):
     assert difference > 1e-2 if crossed else difference < 1e-5
 
 
+def test_a_loop_is_followed_until_what_it_carries_is_known():
+    """What is masked is zero in the first state and one in the second, and the length of a state counts it."""
+
+    def function(params, x):
+        start = x[0] @ params["a"]
+        turn = lambda state, row: (jnp.exp(row @ params["a"] + state), state @ state)
+        return jax.lax.scan(turn, start, x)[1]
+
+    params = {"a": jax.ShapeDtypeStruct((3, 8), np.float32)}
+    assert find_groups(function, params, IMAGES[0, 0]).groups[0].crossed == ("dot_general",)
+
+
 def test_a_kernel_that_is_divided_by_its_norm_says_so():
     """0 / 0 where it is masked; the cut function has no such channel."""
     params = {"a": jax.ShapeDtypeStruct((3, 8), np.float32), "b": jax.ShapeDtypeStruct((8, 5), np.float32)}
     function = lambda p, x: x @ (p["a"] / jnp.linalg.norm(p["a"], axis=0)) @ p["b"]
     grouping = find_groups(function, params, IMAGES[0, 0])
     assert grouping.groups[0].crossed == ("div",)
+
+
+def test_a_slice_of_merged_axes_starts_where_the_cut_has_moved_it():
+    """The middle two of four heads of three channels, from the axis of twelve."""
+    params = {"a": jax.ShapeDtypeStruct((3, 4, 3), np.float32), "b": jax.ShapeDtypeStruct((6, 5), np.float32)}
+    params = randomized(params)
+    function = lambda p, x: jnp.einsum("nc,chd->nhd", x, p["a"]).reshape(-1, 12)[:, 3:9] @ p["b"]
+    grouping = find_groups(function, params, IMAGES[0, 0])
+    assert [(group.name, group.size) for group in grouping.groups] == [("a:1.0", 2), ("a:2", 3)]
+    keep = {"a:2": [0, 2], "a:1.0": [1]}
+    masked = function(pruning.mask(params, grouping, keep), IMAGES[0, 0])
+    cut = grouping.run(pruning.shrink(params, grouping, keep), IMAGES[0, 0])
+    np.testing.assert_allclose(cut, masked, rtol=1e-5, atol=1e-6)
+
+
+def test_kernels_vote_and_where_there_are_none_all_do():
+    params = randomized({name: jax.ShapeDtypeStruct((8,), np.float32) for name in "ab"})
+    grouping = find_groups(lambda p, x: (x[:, :1] * p["a"] + p["b"]).sum(1), params, IMAGES[0, 0])
+    (scores,) = pruning.score(params, grouping, criterion="magnitude").values()
+    np.testing.assert_allclose(scores, (params["a"] ** 2 + params["b"] ** 2) / 2, rtol=1e-6)
+    kernel = np.ones((3, 8), np.float32)
+    grouping = find_groups(lambda p, x: (x @ p["k"] + p["b"]).sum(1), {"k": kernel, "b": params["b"]}, IMAGES[0, 0])
+    (scores,) = pruning.score({"k": kernel, "b": params["b"]}, grouping, criterion="magnitude").values()
+    np.testing.assert_array_equal(scores, 3)

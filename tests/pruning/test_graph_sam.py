@@ -52,6 +52,7 @@ def test_the_groups_that_were_written_by_hand(attention):
     check(config, find(config, attention))
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_vit_h_within_15_seconds():
     config = preset("vit_h")
     start = time.process_time()

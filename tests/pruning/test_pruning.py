@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax.compression import reference
 from slimsam_jax.models.encoders import vit_groups as channels
-from slimsam_jax.models.encoders.vit_features import run_encoder
+from slimsam_jax.models.sam import run_encoder
 from slimsam_jax.pruning import allocation, gradients, importance
 from slimsam_jax.pruning.groups import Group, Member, check_groups
 from slimsam_jax.pruning.selection import keep_global, keep_local
@@ -80,20 +80,20 @@ def test_global_selection_by_hand():
     keep = keep_global(scores, 0.5)
     np.testing.assert_array_equal(keep["a"], [0, 1, 2])
     np.testing.assert_array_equal(keep["b"], [3])
-    keep = keep_global(scores, 0.5, multiple=2)  # pairs: a (9, 8) and (7, 6), b (10, 3) and (2, 1)
+    keep = keep_global(scores, 0.5, round_to=2)  # pairs: a (9, 8) and (7, 6), b (10, 3) and (2, 1)
     np.testing.assert_array_equal(keep["a"], [0, 1])  # every group keeps one pair
     np.testing.assert_array_equal(keep["b"], [2, 3])
-    keep = keep_global({"a": np.array([9.0, 8.0, 7.0, 6.0]), "b": np.array([0.1, 0.4, 0.2, 0.3])}, 0.5, least=0.5)
+    keep = keep_global({"a": np.array([9.0, 8.0, 7.0, 6.0]), "b": np.array([0.1, 0.4, 0.2, 0.3])}, 0.5, min_keep=0.5)
     np.testing.assert_array_equal(keep["b"], [1, 3])
 
 
 def test_every_group_keeps_its_least_whatever_is_left():
     scores = {name: np.array([4.0, 3.0, 2.0, 1.0]) for name in "abc"}
     assert allocation.global_widths(scores, 0.95) == {"a": 1, "b": 1, "c": 1}  # 0.6 of 12 channels, that is 1
-    assert allocation.global_widths(scores, 0.95, multiple=2) == {"a": 2, "b": 2, "c": 2}
+    assert allocation.global_widths(scores, 0.95, round_to=2) == {"a": 2, "b": 2, "c": 2}
     # Half of each is one chunk of two, not two chunks.
-    assert allocation.global_widths(scores, 0.95, multiple=2, least=0.5) == {"a": 2, "b": 2, "c": 2}
-    assert allocation.global_widths({"a": 9 * np.ones(4), "b": np.ones(4)}, 0.25, 2, least=0.5) == {"a": 4, "b": 2}
+    assert allocation.global_widths(scores, 0.95, round_to=2, min_keep=0.5) == {"a": 2, "b": 2, "c": 2}
+    assert allocation.global_widths({"a": 9 * np.ones(4), "b": np.ones(4)}, 0.25, 2, min_keep=0.5) == {"a": 4, "b": 2}
 
 
 def test_reference_rounds_down_and_spares_the_highest_numbers():
@@ -115,18 +115,18 @@ def test_reference_ties_channels_over_heads():
 @given(
     sizes=st.lists(st.integers(4, 40), min_size=1, max_size=4),
     ratio=st.floats(0.01, 0.95),
-    multiple=st.sampled_from([1, 2, 4]),
+    round_to=st.sampled_from([1, 2, 4]),
     seed=st.integers(0, 99),
 )
-def test_global_selection_keeps_its_promises(sizes, ratio, multiple, seed):
+def test_global_selection_keeps_its_promises(sizes, ratio, round_to, seed):
     random = np.random.default_rng(seed)
-    scores = {str(i): random.random(size // multiple * multiple) for i, size in enumerate(sizes)}
-    keep = keep_global(scores, ratio, multiple)
+    scores = {str(i): random.random(size // round_to * round_to) for i, size in enumerate(sizes)}
+    keep = keep_global(scores, ratio, round_to)
     total = sum(map(len, scores.values()))
-    wanted = max(allocation.rounded_width(total, ratio, multiple), multiple * len(scores))
+    wanted = max(allocation.rounded_width(total, ratio, round_to), round_to * len(scores))
     assert sum(map(len, keep.values())) == wanted
     for name, kept in keep.items():
-        assert len(kept) >= multiple and len(kept) % multiple == 0
+        assert len(kept) >= round_to and len(kept) % round_to == 0
         assert (np.diff(kept) > 0).all()
         gone = np.setdiff1d(np.arange(len(scores[name])), kept)
         assert not len(gone) or scores[name][kept].min() >= scores[name][gone].max()
@@ -241,8 +241,8 @@ def test_masked_differs_from_shrunk_in_the_embedding_only_by_the_layer_norms(mod
     assert np.abs(slim["blocks_1"]["out"] - wide["blocks_1"]["out"][..., keep["embedding"]]).max() > 1e-2
 
 
-@pytest.mark.parametrize("probes", [1, 2])
-def test_disturbed_gradient_is_that_of_the_loss(model, probes):
+@pytest.mark.parametrize("noise_samples", [1, 2])
+def test_disturbed_gradient_is_that_of_the_loss(model, noise_samples):
     """Of every image and probe by itself: summed as they are, or by their squares."""
     config, encoder = model.config, jax.tree.map(jnp.asarray, model.params["image_encoder"])
     batch, key = random_images(config), jax.random.key(3)
@@ -256,11 +256,11 @@ def test_disturbed_gradient_is_that_of_the_loss(model, probes):
     singles = []
     for i, image_key in enumerate(jax.random.split(jax.random.fold_in(key, 0), 2)):
         image = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
-        noise = 0.01 * jax.random.normal(image_key, (probes, 1, *config.grid, config.out_chans))
+        noise = 0.01 * jax.random.normal(image_key, (noise_samples, 1, *config.grid, config.out_chans))
         singles += [expected(image, eps) for eps in noise]
-    found = gradients.disturbed_gradients(function, encoder, [batch], key, reduce="sum", probes=probes)
+    found = gradients.disturbed_gradients(function, encoder, [batch], key, reduce="sum", noise_samples=noise_samples)
     chex.assert_trees_all_close(found, jax.tree.map(lambda *g: sum(g), *singles), atol=1e-6)
-    found = gradients.disturbed_gradients(function, encoder, [batch], key, reduce="rms", probes=probes)
+    found = gradients.disturbed_gradients(function, encoder, [batch], key, reduce="rms", noise_samples=noise_samples)
     squares = jax.tree.map(lambda *g: jnp.sqrt(sum(x**2 for x in g)), *singles)
     chex.assert_trees_all_close(found, squares, atol=1e-6)
 
@@ -302,7 +302,7 @@ import numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
 from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax import sharding
-from slimsam_jax.models.encoders.vit_features import run_encoder
+from slimsam_jax.models.sam import run_encoder
 from slimsam_jax.pruning import gradients
 
 config = tiny_config()

@@ -21,10 +21,11 @@ from converters import from_torch
 from experiments.recipes import decoder
 from helpers.images import truncated
 from helpers.runs import compress_options
-from slimsam_jax import cli, compress, sharding
+from slimsam_jax import cli, sharding
+from slimsam_jax.api import compress_with
 from slimsam_jax.compression.distill import Distillation
 from slimsam_jax.compression.options import Options
-from slimsam_jax.compression.settings import change
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Initialize
 from slimsam_jax.distillation.step import TrainState, init_state, make_optimizer
 from slimsam_jax.errors import InputError, RunError, Stopped
@@ -48,19 +49,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, material, tmp_path,
     with monkeypatch.context() as patched:
         patched.setattr(Distillation, "step", step)
         with pytest.raises(RunError, match="plug"):
-            compress.compress(compress_options(material, tmp_path / "slim"))
+            compress_with(compress_options(material, tmp_path / "slim"))
     assert not (tmp_path / "slim" / "model.safetensors").exists()
     with pytest.raises(InputError, match="options seed: 0 -> 7"):
-        compress.compress(compress_options(material, tmp_path / "slim", resume=True, seed=7))
-    compress.compress(compress_options(material, tmp_path / "slim", resume=True))
+        compress_with(compress_options(material, tmp_path / "slim", resume=True, seed=7))
+    compress_with(compress_options(material, tmp_path / "slim", resume=True))
     assert_same_run(tmp_path / "slim", finished)
 
 
 @pytest.mark.slow
 def test_the_default_recipe_is_resumed(material, tmp_path, monkeypatch):
     """Its only distillation is guided by the model before the second cut, which was not distilled."""
-    choices = {"set": ("validations=2",), "steps": 2, "save_every": 1}
-    compress.compress(compress_options(material, tmp_path / "whole", **choices))
+    choices = {"set": ("distill.validations=2",), "steps": 2, "save_every": 1}
+    compress_with(compress_options(material, tmp_path / "whole", **choices))
 
     def step(self, state, number, batch, whole=Distillation.step):
         if number == 2:
@@ -70,8 +71,8 @@ def test_the_default_recipe_is_resumed(material, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Distillation, "step", step)
         with pytest.raises(RunError, match="plug"):
-            compress.compress(compress_options(material, tmp_path / "slim", **choices))
-    compress.compress(compress_options(material, tmp_path / "slim", **choices, resume=True))
+            compress_with(compress_options(material, tmp_path / "slim", **choices))
+    compress_with(compress_options(material, tmp_path / "slim", **choices, resume=True))
     assert_same_run(tmp_path / "slim", tmp_path / "whole")
 
 
@@ -81,7 +82,7 @@ def test_stages_of_other_recipes_are_resumed_too(material, tmp_path, monkeypatch
     options = compress_options(material, tmp_path / "whole", set=("distill.validations=2", "distill.ema=0.5"))
     *cuts, first, last = decoder(0.5)
     recipe = change((*cuts, Initialize(), first, last), options.set)
-    compress.compress(options, recipe)
+    compress_with(options, recipe)
 
     def step(self, state, number, batch, whole=Distillation.step):
         if (self.planned.name, number) == ("distill-2", 2):
@@ -91,14 +92,14 @@ def test_stages_of_other_recipes_are_resumed_too(material, tmp_path, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(Distillation, "step", step)
         with pytest.raises(RunError, match="plug"):
-            compress.compress(dataclasses.replace(options, out=tmp_path / "slim"), recipe)
-    compress.compress(dataclasses.replace(options, out=tmp_path / "slim", resume=True), recipe)
+            compress_with(dataclasses.replace(options, out=tmp_path / "slim"), recipe)
+    compress_with(dataclasses.replace(options, out=tmp_path / "slim", resume=True), recipe)
     assert_same_run(tmp_path / "slim", tmp_path / "whole")
     decoders = (from_torch.load(folder).params["mask_decoder"] for folder in (material / "teacher", tmp_path / "slim"))
     assert not all(map(np.array_equal, *map(jax.tree.leaves, decoders)))
 
 
-def test_broken_pictures_are_named_and_skipped(material, tmp_path, monkeypatch, capsys):
+def test_broken_images_are_named_and_skipped(material, tmp_path, monkeypatch, capsys):
     """Also those that were met before the run was stopped; each once a stage."""
     shutil.copytree(material / "images", tmp_path / "images")
     for name in ("a.jpg", "b.jpg"):
@@ -113,8 +114,8 @@ def test_broken_pictures_are_named_and_skipped(material, tmp_path, monkeypatch, 
     with monkeypatch.context() as patched:
         patched.setattr(Distillation, "step", step)
         with pytest.raises(RunError, match="plug"):
-            compress.compress(options)
-    compress.compress(dataclasses.replace(options, resume=True))
+            compress_with(options)
+    compress_with(dataclasses.replace(options, resume=True))
     log = [json.loads(line) for line in (tmp_path / "slim" / "log.jsonl").read_text().splitlines()]
     names = [(entry["stage"], Path(entry["skipped"]).name) for entry in log if "skipped" in entry]
     assert names == [(stage, name) for stage in ("distill", "distill-2") for name in ("a.jpg", "b.jpg")]
@@ -125,11 +126,11 @@ def test_what_another_process_cannot_read_counts_here(material, tmp_path, monkey
     """Before a stage's checkpoints, so that it is in the log; and after pruning, where it may be too much."""
     name = str(material / "images" / "3.png")
     monkeypatch.setattr(sharding, "gather_json", lambda own: [own, {name: "torn elsewhere"}])
-    compress.compress(compress_options(material, tmp_path / "slim", max_broken=0.2))
+    compress_with(compress_options(material, tmp_path / "slim", max_broken=0.2))
     log = [json.loads(line) for line in (tmp_path / "slim" / "log.jsonl").read_text().splitlines()]
     assert [entry["reason"] for entry in log if "skipped" in entry] == ["torn elsewhere"] * 2
     with pytest.raises(RunError, match=r"1 of 6 images cannot be used, more than --max-broken 0\.1; the last: torn"):
-        compress.compress(compress_options(material, tmp_path / "other"))
+        compress_with(compress_options(material, tmp_path / "other"))
     assert not (tmp_path / "other" / "checkpoints" / "prune-embedding").exists()
 
 
@@ -142,10 +143,10 @@ def test_sigterm_saves_and_ends_cleanly(finished, material, tmp_path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(Distillation, "step", step)
         with pytest.raises(Stopped, match="after step 3 of the step distill"):
-            compress.compress(compress_options(material, tmp_path / "slim", save_every=100))
+            compress_with(compress_options(material, tmp_path / "slim", save_every=100))
     saved = tmp_path / "slim" / "checkpoints" / "distill" / "steps" / "3"
     assert saved.exists() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    compress.compress(compress_options(material, tmp_path / "slim", resume=True))
+    compress_with(compress_options(material, tmp_path / "slim", resume=True))
     assert_same_run(tmp_path / "slim", finished)
 
     def stopped(_):
@@ -176,7 +177,7 @@ def test_a_state_that_is_not_finite_is_refused(tmp_path):
 
 
 class Numbers:
-    """What a loop asks of `data.Batches`, without a picture."""
+    """What a loop asks of `data.Batches`, without an image."""
 
     def __init__(self):
         self.skipped: dict[str, str] = {}
@@ -249,7 +250,7 @@ def test_what_cannot_be_read_is_never_removed(tmp_path, monkeypatch):
         saved.save(1, small_state(1))
     with checkpoints.Steps(tmp_path / "steps") as saved, monkeypatch.context() as patched:
         patched.setattr(saved.manager, "restore", lambda *_, **__: jnp.ones(()).missing)
-        with pytest.raises(RunError, match="remove it to start the stage anew"):
+        with pytest.raises(RunError, match="remove it to start this step anew"):
             saved.restore(shapes())
     with checkpoints.Steps(tmp_path / "steps") as saved:
         chex.assert_trees_all_equal(saved.restore(shapes())[0], small_state(1))
@@ -302,9 +303,9 @@ jax.config.update("jax_compilation_cache_dir", sys.argv[3])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 from pathlib import Path
 from helpers.runs import compress_options
-from slimsam_jax.compress import compress
+from slimsam_jax.api import compress_with
 out = Path(sys.argv[2])
-compress(compress_options(Path(sys.argv[1]), out, resume=(out / "checkpoints" / "origin.json").exists()))
+compress_with(compress_options(Path(sys.argv[1]), out, resume=(out / "checkpoints" / "origin.json").exists()))
 """
     arguments = [str(material), str(out), jax.config.jax_compilation_cache_dir]
     while not (out / "report.json").exists() or (out / "checkpoints").exists():

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from experiments import train_reference
 from helpers.runs import compress_options
-from slimsam_jax import compress, sharding
+from slimsam_jax import sharding
+from slimsam_jax.api import compress_with
 from slimsam_jax.errors import InputError
 from slimsam_jax.training import run_folder
 from slimsam_jax.training.folder_lock import FolderLock, check_free, fcntl
@@ -55,8 +56,8 @@ def test_a_folder_in_use_is_refused_with_the_process_named_until_that_dies(held,
         lambda: check_free(folder),
         lambda: RunFolder(folder, {}, resume=True),
         lambda: RunFolder(folder, {}),
-        lambda: compress.compress(compress_options(material, folder)),
-        lambda: compress.compress(compress_options(material, folder, resume=True)),
+        lambda: compress_with(compress_options(material, folder)),
+        lambda: compress_with(compress_options(material, folder, resume=True)),
         lambda: train_reference.main(train_reference.Options(**train)),
         lambda: train_reference.main(train_reference.Options(**train, resume=True)),
     ):

@@ -1,4 +1,4 @@
-"""Training a SAM from masks: losses by hand, clicks where they belong, pictures that are learnt by heart."""
+"""Training a SAM from masks: losses by hand, clicks where they belong, images that are learnt by heart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from experiments import reference_results, reference_run, results, train_referen
 from helpers.images import samples, truncated
 from helpers.models import SQUARE, random_sam
 from helpers.runs import compress_options
-from slimsam_jax import checkpoint, compress
+from slimsam_jax import checkpoint
+from slimsam_jax.api import compress_with
 from slimsam_jax.data.augment import draw_framing, flip_and_crop
 from slimsam_jax.data.prompted import MaskBatches, first_prompt
 from slimsam_jax.distillation import mask_losses
@@ -121,8 +122,8 @@ def test_where_nothing_is_wrong_there_is_no_click(tiny_sam):
     chex.assert_trees_all_close(*found, atol=1e-4)
 
 
-def test_rounds_draw_anew_and_what_lies_beside_the_picture_costs_nothing(monkeypatch):
-    """A picture of half the frame, and a decoder that says anything in the other half."""
+def test_rounds_draw_anew_and_what_lies_beside_the_image_costs_nothing(monkeypatch):
+    """An image of half the frame, and a decoder that says anything in the other half."""
     random, target = np.random.default_rng(0), np.zeros((1, 1, 16, 16), np.float32)
     target[..., 3:9, 2:7] = 1
     prompts = {"points": np.zeros((1, 1, 2, 2)), "labels": np.array([[[1, -1]]]), "masks": target}
@@ -151,9 +152,9 @@ def test_outputs_that_learn(outputs):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Two pictures of 40 x 60 with two bright rectangles each, which are the masks."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    """Two images of 40 x 60 with two bright rectangles each, which are the masks."""
+    folder = tmp_path_factory.mktemp("images")
     for i in range(2):
         pixels, annotations = np.full((40, 60, 3), 30 + 20 * i, np.uint8), []
         for k, (y, x) in enumerate(((4 + 6 * i, 6), (20, 32 - 8 * i))):
@@ -167,8 +168,8 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def test_pictures_and_masks_stay_together(pictures):
-    found = samples(sorted(pictures.glob("*.png")))
+def test_images_and_masks_stay_together(images):
+    found = samples(sorted(images.glob("*.png")))
     stream = MaskBatches(found, SQUARE, 2, seed=0, prompts=3, flip=True, crop=0.6)
     overlaps = []
     for _ in range(6):
@@ -183,16 +184,16 @@ def test_pictures_and_masks_stay_together(pictures):
     assert np.median(overlaps) > 0.9 and min(overlaps) > 0.5
 
 
-def test_framing_is_the_augmentation_of_pictures():
+def test_framing_is_the_augmentation_of_images():
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     for seed in range(5):
-        augmented = flip_and_crop(True, 0.4)(picture, np.random.default_rng(seed))
-        framing = draw_framing(picture.size, True, 0.4, np.random.default_rng(seed))
+        augmented = flip_and_crop(True, 0.4)(image, np.random.default_rng(seed))
+        framing = draw_framing(image.size, True, 0.4, np.random.default_rng(seed))
         np.testing.assert_array_equal(augmented, framing.of_mask(pixels))
 
 
-def test_first_prompts_lie_on_the_object(pictures):
+def test_first_prompts_lie_on_the_object(images):
     mask = np.zeros((40, 60), bool)
     mask[10:30, 20:50] = True
     clicks, boxes = [], []
@@ -207,13 +208,13 @@ def test_first_prompts_lie_on_the_object(pictures):
     np.testing.assert_allclose(error.std(0), [3, 2, 3, 2], rtol=0.3)
 
 
-def test_a_picture_without_a_mask_of_a_useful_size_is_passed_over(pictures, tmp_path):
+def test_an_image_without_a_mask_of_a_useful_size_is_passed_over(images, tmp_path):
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "0.png")
     masks = [np.ones((40, 60), bool), np.zeros((40, 60), bool)]
     masks[1][0, 0] = True
     fields = [{"bbox": [0, 0, 1, 1], "point_coords": [[0, 0]], "segmentation": rle.encode(mask)} for mask in masks]
     (tmp_path / "0.json").write_text(json.dumps({"annotations": fields}))
-    found = samples([tmp_path / "0.png", pictures / "0.png"])
+    found = samples([tmp_path / "0.png", images / "0.png"])
     stream = MaskBatches(found, SQUARE, 2, seed=0)
     next(stream)
     assert [*stream.skipped.values()] == [f"{tmp_path / '0.png'} has no annotation to learn from"]
@@ -228,22 +229,22 @@ def test_what_is_not_trained(tiny_sam):
 
 
 @pytest.mark.slow
-def test_a_batch_in_parts_gives_the_same_gradients(pictures):
-    """Each picture has its own clicks to correct, wherever it stands in the batch."""
+def test_a_batch_in_parts_gives_the_same_gradients(images):
+    """Each image has its own clicks to correct, wherever it stands in the batch."""
     sam, found = random_sam(SQUARE), []
     for accumulate in (1, 2):
         # With `learnt`'s settings, whose compiled step the first one then is.
         settings = Settings(steps=1, batch=2, prompts=2, accumulate=accumulate, ema=0.9)
         trainer = make_trainer(sam, settings)
-        batch = next(MaskBatches(samples(sorted(pictures.glob("*.png"))), SQUARE, 2, seed=0, prompts=2))
+        batch = next(MaskBatches(samples(sorted(images.glob("*.png"))), SQUARE, 2, seed=0, prompts=2))
         how = OBJECTIVES["short"].weights, 1e-3
         state, terms = trainer.step(trainer.state, trainer.frozen, batch, *how)
         found.append((optax.tree_utils.tree_get(state.opt_state, "mu"), terms))
     chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
 
 
-def options(pictures, out, **changes) -> train_reference.Options:
-    fields = {"images": (str(pictures),), "val": (str(pictures),), "out": out, "steps": 4, "batch": 2, "save_every": 2}
+def options(folder, out, **changes) -> train_reference.Options:
+    fields = {"images": (str(folder),), "val": (str(folder),), "out": out, "steps": 4, "batch": 2, "save_every": 2}
     return train_reference.Options(**{**fields, "prompts": 2, "validations": 2, **changes})
 
 
@@ -255,7 +256,7 @@ def start(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def learnt(pictures, start, tmp_path_factory):
+def learnt(images, start, tmp_path_factory):
     out = tmp_path_factory.mktemp("learnt") / "out"
     how = {
         "steps": 150,
@@ -267,12 +268,12 @@ def learnt(pictures, start, tmp_path_factory):
         "save_every": 1000,
         "ema": 0.9,  # as the resumed training below, whose compiled step is then this one
     }
-    train_reference.main(options(pictures, out, init=start, **how))
+    train_reference.main(options(images, out, init=start, **how))
     return out
 
 
 @pytest.mark.slow
-def test_two_pictures_are_learnt_by_heart(learnt):
+def test_two_images_are_learnt_by_heart(learnt):
     log = [json.loads(line) for line in (learnt / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert np.mean(losses[-10:]) < 0.3 * np.mean(losses[:10])
@@ -292,16 +293,16 @@ def test_the_frequencies_of_positions_stay(learnt, start):
 @pytest.mark.slow
 def test_the_result_is_a_teacher(learnt, material, tmp_path):
     out = tmp_path / "slim"
-    compress.compress(compress_options(material, out, teacher=learnt, steps=0))
+    compress_with(compress_options(material, out, teacher=learnt, steps=0))
     assert from_torch.load(out).provenance["teacher"]["provenance"]["options"]["steps"] == 150
     state = to_torch.to_state_dict(from_torch.load(learnt))
     chex.assert_trees_all_equal(from_torch.from_state_dict(state).params, from_torch.load(learnt).params)
 
 
 @pytest.mark.slow
-def test_a_resumed_training_equals_an_uninterrupted_one(pictures, start, tmp_path, monkeypatch):
+def test_a_resumed_training_equals_an_uninterrupted_one(images, start, tmp_path, monkeypatch):
     how = {"init": start, "ema": 0.9}
-    train_reference.main(options(pictures, tmp_path / "whole", **how))
+    train_reference.main(options(images, tmp_path / "whole", **how))
 
     def step(self, state, number, batch, whole=MaskTraining.step):
         if number == 4:
@@ -311,16 +312,16 @@ def test_a_resumed_training_equals_an_uninterrupted_one(pictures, start, tmp_pat
     with monkeypatch.context() as patched:
         patched.setattr(MaskTraining, "step", step)
         with pytest.raises(RunError, match="plug"):
-            train_reference.main(options(pictures, tmp_path / "broken", **how))
+            train_reference.main(options(images, tmp_path / "broken", **how))
     with pytest.raises(InputError, match=r"options crop: 0\.5 -> 0\.6"):
-        train_reference.main(options(pictures, tmp_path / "broken", resume=True, crop=0.6, **how))
-    train_reference.main(options(pictures, tmp_path / "broken", resume=True, **how))
+        train_reference.main(options(images, tmp_path / "broken", resume=True, crop=0.6, **how))
+    train_reference.main(options(images, tmp_path / "broken", resume=True, **how))
     whole, broken = (from_torch.load(tmp_path / name).params for name in ("whole", "broken"))
     chex.assert_trees_all_equal(whole, broken)
     assert len({(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "broken")}) == 1
 
 
-def test_a_picture_that_cannot_be_measured_on_is_named(tmp_path, capsys):
+def test_an_image_that_cannot_be_measured_on_is_named(tmp_path, capsys):
     broken = samples([truncated(tmp_path / "x.jpg")])
     assert np.isnan(mious(random_sam(SQUARE), broken)["box"])
     assert "not measured on: " in capsys.readouterr().out
@@ -339,10 +340,10 @@ def test_sizes():
         reference_run.architecture("small", {"image_size": 100})
 
 
-def test_a_decoder_to_start_from(pictures, start, tmp_path):
+def test_a_decoder_to_start_from(images, start, tmp_path):
     """Prompt encoder and mask decoder are the checkpoint's, as is whatever they fix; the encoder is new."""
     asked = {"embed_dim": 48, "image_size": 128, "heads": 3, "window": 2, "depth": 4}
-    sam, other = reference_run.first_model(options(pictures, tmp_path, decoder=start, **asked)), from_torch.load(start)
+    sam, other = reference_run.first_model(options(images, tmp_path, decoder=start, **asked)), from_torch.load(start)
     chex.assert_trees_all_equal(
         *({part: each.params[part] for part in ("prompt_encoder", "mask_decoder")} for each in (sam, other))
     )
@@ -351,7 +352,7 @@ def test_a_decoder_to_start_from(pictures, start, tmp_path):
     assert sam.params["image_encoder"]["pos_embed"].shape == (1, *sam.config.grid, 48)
 
 
-def test_what_does_not_fit_is_said_in_a_line(pictures, start, tmp_path, material):
+def test_what_does_not_fit_is_said_in_a_line(images, start, tmp_path, material):
     refused = {
         "sam has embed-dim 24, and --embed-dim 96 asks for another": {"init": start, "embed_dim": 96},
         "leave out --preset vit_b": {"init": start, "preset": "vit_b"},
@@ -364,7 +365,7 @@ def test_what_does_not_fit_is_said_in_a_line(pictures, start, tmp_path, material
     }
     for message, changes in refused.items():
         with pytest.raises(InputError, match=message):
-            train_reference.main(options(pictures, tmp_path / "out", **changes))
+            train_reference.main(options(images, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-// The page: where pictures come from, what is clicked, and who is asked.
+// The page: where images come from, what is clicked, and who is asked.
 
 import { iou, Panel, shownSize } from "./panel.js";
 
@@ -8,12 +8,12 @@ const waiting = new Map();
 const DRAG = 5; // pixels of the screen from which a click is a box
 
 let panels = [];
-let shown = null; // [height, width] of the picture as shown, once both encoders have seen it
+let shown = null; // [height, width] of the image as shown, once both encoders have seen it
 let points = [];
 let box = null;
 let pending = false; // the prompts have changed since they were asked
 let asking = false;
-let newest = 0; // number of the last picture asked for
+let newest = 0; // number of the last image asked for
 
 worker.onmessage = ({ data: { id, result, error } }) => {
   const { resolve, reject } = waiting.get(id);
@@ -64,14 +64,14 @@ async function start() {
   await choosePhoto();
 }
 
-const choosePhoto = () => setPicture(get(`photos/${element("photos").value}`).then((answer) => answer.blob()));
+const choosePhoto = () => setImage(get(`photos/${element("photos").value}`).then((answer) => answer.blob()));
 
-/** Shows a picture, a Blob or the promise of one, and has it encoded; until it is read, the old one stays. */
-async function setPicture(source) {
+/** Shows an image, a Blob or the promise of one, and has it encoded; until it is read, the old one stays. */
+async function setImage(source) {
   const number = ++newest;
-  say("busy", "Reading the picture");
+  say("busy", "Reading the image");
   const bitmap = await createImageBitmap(await source, { colorSpaceConversion: "none" }).catch(() => {
-    throw new Error("this browser cannot read it as a picture");
+    throw new Error("this browser cannot read it as an image");
   });
   if (number !== newest) return;
   const { width, height } = bitmap;
@@ -82,11 +82,11 @@ async function setPicture(source) {
   shown = null;
   [points, box, pending] = [[], null, false];
   panels.forEach((panel) => panel.show(bitmap, size));
-  await ask("setPicture", { pixels, size: [height, width], shown: size });
+  await ask("setImage", { pixels, size: [height, width], shown: size });
   if (await encode(number)) shown = size;
 }
 
-/** Runs all encoders; false if another picture came meanwhile. */
+/** Runs all encoders; false if another image came meanwhile. */
 async function encode(number) {
   for (const [model, panel] of panels.entries()) {
     say("busy", `Encoding (${model + 1} of ${panels.length})`);
@@ -129,13 +129,13 @@ async function decodeOnce(number) {
     panel.drawMask(mask);
     panel.say("decoder", milliseconds(ms));
     panel.say("predicted IoU", score.toFixed(3));
-    panel.say("mask", `${((100 * mask.reduce((a, b) => a + b, 0)) / mask.length).toFixed(1)} % of the picture`);
+    panel.say("mask", `${((100 * mask.reduce((a, b) => a + b, 0)) / mask.length).toFixed(1)} % of the image`);
     if (model) panel.say("agreement", `IoU ${iou(panels[0].mask, mask).toFixed(3)} with the first model's mask`);
   }
   say("ready", "Click again to correct the mask.");
 }
 
-/** Where on the picture in `canvas` an event of the mouse is. */
+/** Where on the image in `canvas` an event of the mouse is. */
 function at(event, canvas) {
   const frame = canvas.getBoundingClientRect();
   const inside = (value, most) => Math.min(Math.max(value, 0), most);
@@ -151,8 +151,8 @@ function boxBetween(from, to, canvas) {
   return [Math.min(one.x, other.x), Math.min(one.y, other.y), Math.max(one.x, other.x), Math.max(one.y, other.y)];
 }
 
-/** Clicks and drags on a panel's picture. */
-function listen({ stack, picture }) {
+/** Clicks and drags on a panel's image. */
+function listen({ stack, image }) {
   let from = null;
   const isDrag = (event) => Math.hypot(event.clientX - from.clientX, event.clientY - from.clientY) >= DRAG;
   const draw = (shownBox) => panels.forEach((panel) => panel.drawPrompts(points, shownBox));
@@ -162,12 +162,12 @@ function listen({ stack, picture }) {
     from = event;
   });
   stack.addEventListener("pointermove", (event) => {
-    if (from && shown && isDrag(event)) draw(boxBetween(from, event, picture));
+    if (from && shown && isDrag(event)) draw(boxBetween(from, event, image));
   });
   stack.addEventListener("pointerup", (event) => {
     if (from && shown) {
-      if (isDrag(event)) box = boxBetween(from, event, picture);
-      else points = [...points, { ...at(event, picture), label: event.shiftKey ? 0 : 1 }];
+      if (isDrag(event)) box = boxBetween(from, event, image);
+      else points = [...points, { ...at(event, image), label: event.shiftKey ? 0 : 1 }];
     }
     from = null;
     guarded("Decoding failed", decode);
@@ -178,13 +178,13 @@ function listen({ stack, picture }) {
   });
 }
 
-const usePicture = (run) => guarded("The picture cannot be used", run);
+const useImage = (run) => guarded("The image cannot be used", run);
 const useFile = (file) => {
   if (!file) return;
   element("photos").selectedIndex = -1;
-  usePicture(() => setPicture(file));
+  useImage(() => setImage(file));
 };
-element("photos").addEventListener("change", () => usePicture(choosePhoto));
+element("photos").addEventListener("change", () => useImage(choosePhoto));
 element("file").addEventListener("change", ({ target }) => useFile(target.files[0]));
 element("which").addEventListener("change", () => guarded("Decoding failed", decode));
 element("again").addEventListener("click", () =>

@@ -4,7 +4,7 @@ import * as ort from "./ort/ort.wasm.min.mjs";
 import { fit, resize } from "./resize.js";
 
 const models = []; // {encoder, decoder, imageSize, embedding}
-let picture = null; // {pixels, size, shown}: RGBA, its [height, width], and those it is shown and masked at
+let image = null; // {pixels, size, shown}: RGBA, its [height, width], and those it is shown and masked at
 
 const BOX = [2, 3]; // labels of its corners
 const NOT_A_POINT = -1; // ends a prompt without a box
@@ -23,15 +23,15 @@ const tasks = {
     models.push({ encoder: await create(encoder), decoder: await create(decoder), imageSize, embedding: null });
   },
 
-  async setPicture(given) {
-    picture = given;
+  async setImage(given) {
+    image = given;
   },
 
-  /** Runs one model's encoder on the picture. */
+  /** Runs one model's encoder on the image. */
   async encode({ model }) {
     const it = models[model];
-    const size = fit(picture.shown, it.imageSize);
-    const images = new ort.Tensor("uint8", resize(picture.pixels, picture.size, size), [1, 3, ...size]);
+    const size = fit(image.shown, it.imageSize);
+    const images = new ort.Tensor("uint8", resize(image.pixels, image.size, size), [1, 3, ...size]);
     const [outputs, ms] = await timed(() => it.encoder.run({ images }));
     it.embedding = outputs.image_embeddings;
     return { ms };
@@ -44,7 +44,7 @@ const tasks = {
     const scores = Array.from(outputs.iou_predictions.data);
     const others = scores.slice(1);
     const chosen = which === "best" && others.length ? 1 + others.indexOf(Math.max(...others)) : 0;
-    const area = picture.shown[0] * picture.shown[1];
+    const area = image.shown[0] * image.shown[1];
     const logits = outputs.masks.data.subarray(chosen * area, (chosen + 1) * area);
     const mask = Uint8Array.from(logits, (logit) => (logit > 0 ? 1 : 0));
     return { ms, mask, score: scores[chosen] };
@@ -53,8 +53,8 @@ const tasks = {
 
 /** The inputs of a decoder with the signature of Meta's SamOnnxModel. */
 function prompt({ embedding, imageSize }, points, box) {
-  const size = fit(picture.shown, imageSize);
-  const [scaleY, scaleX] = size.map((side, i) => side / picture.shown[i]);
+  const size = fit(image.shown, imageSize);
+  const [scaleY, scaleX] = size.map((side, i) => side / image.shown[i]);
   const corners = box ? [box.slice(0, 2), box.slice(2)] : [[0, 0]];
   const coordinates = [...points.map(({ x, y }) => [x, y]), ...corners].flatMap(([x, y]) => [x * scaleX, y * scaleY]);
   const labels = [...points.map(({ label }) => label), ...(box ? BOX : [NOT_A_POINT])];
@@ -66,7 +66,7 @@ function prompt({ embedding, imageSize }, points, box) {
     point_labels: float(labels, [1, labels.length]),
     mask_input: new ort.Tensor("float32", new Float32Array(height * width), [1, 1, height, width]),
     has_mask_input: float([0], [1]),
-    orig_im_size: float(picture.shown, [2]),
+    orig_im_size: float(image.shown, [2]),
   };
 }
 

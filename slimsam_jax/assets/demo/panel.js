@@ -1,10 +1,10 @@
-// One model's side: the picture, its mask over it, the prompts over both, and what there is to read.
+// One model's side: the image, its mask over it, the prompts over both, and what there is to read.
 
 const COLOURS = [[30, 144, 255], [255, 120, 20], [40, 180, 90], [200, 60, 200]];
 const KEPT = ["model", "encoder"]; // what is said whatever the prompt
-const LONGEST = 1200; // pixels of the longer side that are shown and masked; a phone's pictures have four times as many
+const LONGEST = 1200; // pixels of the longer side that are shown and masked; a phone's images have four times as many
 
-/** [height, width] that a picture is shown at. */
+/** [height, width] that an image is shown at. */
 export function shownSize(height, width) {
   const scale = Math.min(1, LONGEST / Math.max(height, width));
   return [height, width].map((side) => Math.max(1, Math.round(side * scale)));
@@ -17,7 +17,7 @@ export class Panel {
     this.figure = parent.appendChild(document.createElement("figure"));
     this.stack = this.figure.appendChild(document.createElement("div"));
     this.stack.className = "stack";
-    [this.picture, this.overlay, this.prompts] = ["picture", "mask", "prompts"].map((name) => {
+    [this.image, this.overlay, this.prompts] = ["image", "mask", "prompts"].map((name) => {
       const canvas = this.stack.appendChild(document.createElement("canvas"));
       canvas.className = name;
       return canvas;
@@ -49,11 +49,11 @@ export class Panel {
   }
 
   show(bitmap, [height, width]) {
-    for (const canvas of [this.picture, this.overlay, this.prompts]) {
+    for (const canvas of [this.image, this.overlay, this.prompts]) {
       canvas.width = width;
       canvas.height = height;
     }
-    this.picture.getContext("2d").drawImage(bitmap, 0, 0, width, height);
+    this.image.getContext("2d").drawImage(bitmap, 0, 0, width, height);
     this.clear();
   }
 

@@ -1,9 +1,9 @@
-// Scales pictures as Pillow's Image.resize(BILINEAR) does, to the bit: a canvas has filters of its own, which differ
-// from browser to browser, and the models were trained on pictures scaled by Pillow.
+// Scales images as Pillow's Image.resize(BILINEAR) does, to the bit: a canvas has filters of its own, which differ
+// from browser to browser, and the models were trained on images scaled by Pillow.
 
 const PRECISION = 22; // bits of a weight behind the point
 
-/** [height, width] of a picture scaled to fit the model's [height, width]. */
+/** [height, width] of an image scaled to fit the model's [height, width]. */
 export function fit([height, width], [frameHeight, frameWidth]) {
   const scale = Math.min(frameHeight / height, frameWidth / width);
   return [height, width].map((side) => Math.max(1, Math.floor(side * scale + 0.5)));

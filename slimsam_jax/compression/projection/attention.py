@@ -17,7 +17,7 @@ from slimsam_jax.pruning.bases import Compression, bilinear_basis, output_basis
 
 
 class AttentionBases(NamedTuple):
-    """Bases of one block: of its logits, of each head's output, the outputs' means, and what each channel is worth."""
+    """Bases of one block: of its logits, of each head's output, the outputs' means, and the gain of each channel."""
 
     query: np.ndarray  # [r, m]
     key: np.ndarray  # [r, m]
@@ -32,10 +32,10 @@ def attention_bases(
     """Bases of every block at full width; `project_attention` cuts them.
 
     Unweighted, q and k get the best bilinear form, the heads' outputs the best approximation in
-    the residual stream, and a channel is worth the share of the stream's variance that would be
+    the residual stream, and a channel gains the share of the stream's variance that would be
     wrong without it (an error of the logits counting as a like share of the output's).
     Weighted, all errors are measured where they end, in the embedding, by the sensitivity, and
-    a channel is worth the share of the embedding's variance, as if the errors of different tokens
+    a channel gains the share of the embedding's variance, as if the errors of different tokens
     were not correlated.
     """
     return [_bases(encoder[f"blocks_{i}"]["attn"], moments, i, weighting) for i in range(len(config.blocks))]

@@ -15,7 +15,7 @@ from slimsam_jax.pruning import bases
 
 
 class HiddenUnits:
-    """The hidden units of one MLP in order of worth, the `count` best at least; see `attention_bases` for the worth."""
+    """The hidden units of one MLP in order of gain, the `count` best at least; see `attention_bases` for the gain."""
 
     def __init__(
         self, kernel: jax.Array, moments: Moments, i: int, weighting: Weighting = "none", count: int | None = None

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax.models.config import GLOBAL, Block, Config
-from slimsam_jax.models.encoders.vit import window_partition
-from slimsam_jax.models.encoders.vit_features import make_encoder, run_encoder, stream_features
-from slimsam_jax.models.sam import Params, preprocess
+from slimsam_jax.models.encoders.vit import stream_features, window_partition
+from slimsam_jax.models.sam import Params, encoder_for, preprocess, run_encoder
 
 Weighting = Literal["none", "disturbed"]
 
@@ -159,7 +158,7 @@ def _sensitivity(config: Config, encoder: Params, batch: Batch, key: jax.Array) 
       Sums over tokens: "middle", "out": a [D, D] per block, "queries": a [d, d] per block (mean over heads).
     """
     pixels = preprocess(config, batch["image"], batch["size"])
-    model = make_encoder(config, len(pixels), encoder["pos_embed"].dtype)
+    model = encoder_for(config, len(pixels), encoder["pos_embed"].dtype)
     shapes = jax.eval_shape(model.init, key, pixels)["perturbations"]
 
     def embed(perturbations: Any) -> jax.Array:

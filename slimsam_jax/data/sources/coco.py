@@ -1,4 +1,4 @@
-"""COCO's format: one .json with `images` and `annotations`, the pictures in a folder near it."""
+"""Reads COCO's format: one .json with `images` and `annotations`, the images in a folder near it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from slimsam_jax.data.sample import MOST_BYTES, Sample
 from slimsam_jax.data.sources import polygons
-from slimsam_jax.errors import InputError, blaming, printable
+from slimsam_jax.errors import InputError, printable, reading
 from slimsam_jax.files import read_bytes
 from slimsam_jax.imaging import rle
 
@@ -20,13 +20,13 @@ MOST_OF_JSON = 2**32  # bytes; LVIS has a billion
 
 
 def file_of(location: str | Path) -> Path:
-    """The .json of a location that holds COCO: annotations.json in a folder, or itself."""
+    """Returns the .json of a location that holds COCO: annotations.json in a folder, or itself."""
     path = Path(os.path.expanduser(location))
     return path / "annotations.json" if os.path.isdir(path) else path
 
 
 def read(path: Path) -> Any:
-    """What a .json of a whole data set contains.
+    """Reads the .json of a whole data set.
 
     Raises:
       InputError: not a file, or of more than 4 GiB.
@@ -36,25 +36,25 @@ def read(path: Path) -> Any:
 
 
 def in_folder(folder: Path) -> list[Sample] | None:
-    """The pictures that a folder's annotations.json lists, or None: there is no such file, or without `images`.
+    """Lists the images of a folder's annotations.json; None if there is no such file, or one without `images`.
 
-    (SA-1B's have `image`; beside a picture of that name it may be one.)
+    (SA-1B's have `image`; beside an image of that name it may be one.)
     """
     path = file_of(folder)
     if not os.path.isfile(path):
         return None
-    with blaming(path):
+    with reading(path):
         content = read(path)
         return _samples(path, content) if "images" in content else None
 
 
 def samples(path: Path) -> list[Sample]:
-    """The pictures that a COCO file lists, in its order. Crowds (`iscrowd`), which are no single object, are left out.
+    """Lists the images of a COCO file, in its order. Crowds (`iscrowd`), which are no single object, are left out.
 
     Raises:
-      InputError: not such a file, or its pictures are nowhere near it.
+      InputError: not such a file, or its images are nowhere near it.
     """
-    with blaming(f"the COCO file {path}"):
+    with reading(f"the COCO file {path}"):
         return _samples(path, read(path))
 
 
@@ -67,16 +67,16 @@ def _samples(path: Path, content: dict[str, Any]) -> list[Sample]:
     if not images:
         raise InputError(f"{path} lists no images")
     root = _root(path, [name for _, name, _ in images])
-    made = []
+    listed = []
     for number, name, image in images:
         load = functools.partial(_with_masks, annotations[number], image) if annotations[number] else None
         read_image = functools.partial(read_bytes, root / name, MOST_BYTES)
-        made.append(Sample(str(root / name), read_image, load, number))
-    return made
+        listed.append(Sample(str(root / name), read_image, load, number))
+    return listed
 
 
 def _root(path: Path, names: list[str]) -> Path:
-    """The folder of the pictures: the file's own, `images` in it, or, as COCO lays them out, ../val2017."""
+    """Finds the folder of the images: the file's own, `images` in it, or, as COCO lays them out, ../val2017."""
     split = path.stem.rpartition("_")[2]
     near = [path.parent, path.parent / "images", path.parent / split, path.parent.parent / split, path.parent.parent]
     near += [path.parent.parent / "images", path.parent.parent / "images" / split]
@@ -97,12 +97,12 @@ def _with_masks(annotations: list[dict[str, Any]], image: dict[str, Any]) -> lis
 
 
 def size_of(image: dict[str, Any]) -> tuple[int, int]:
-    """(height, width) of one of COCO's `images`."""
+    """Returns the (height, width) of one of COCO's `images`."""
     return int(image["height"]), int(image["width"])
 
 
 def as_rle(segmentation: Any, size: Sequence[int]) -> dict[str, Any]:
-    """One of COCO's, of an image of (height, width), as `rle.decode` and pycocotools take it, whoever wrote it.
+    """Converts a segmentation of COCO's, of an image of (height, width), to what `rle.decode` and pycocotools take.
 
     Raises:
       ValueError, KeyError, TypeError: it is none, or of another image.

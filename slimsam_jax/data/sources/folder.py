@@ -1,4 +1,4 @@
-"""A folder of pictures at any depth; SA-1B's layout is one with a .json of the same name beside each."""
+"""Reads a folder of images at any depth; SA-1B's layout is one with a .json of the same name beside each."""
 
 from __future__ import annotations
 
@@ -18,46 +18,47 @@ MOST_VALUES = 2**21  # in it: a value of two bytes takes a hundred in Python
 
 
 def samples(folder: Path) -> list[Sample]:
-    """All pictures below it, sorted, hidden files left out."""
-    found, unlisted = walk(folder)
-    pictures, annotated = _files(found)
-    return [sample(p, p.with_suffix("") in annotated) for p in pictures] + [lost(*each) for each in unlisted]
+    """Lists all images below a folder, sorted, hidden files left out."""
+    paths, unlisted = walk(folder)
+    images, annotated = _files(paths)
+    unreadable = [lost(name, reason) for name, reason in unlisted]
+    return [sample(p, p.with_suffix("") in annotated) for p in images] + unreadable
 
 
-def without_picture(folder: Path) -> list[str]:
-    """The annotations of SA-1B below it beside which there is no picture. Other .json files are none."""
-    pictures, annotated = _files(walk(folder)[0])
-    alone = annotated - {p.with_suffix("") for p in pictures}
+def without_image(folder: Path) -> list[str]:
+    """Lists the annotations of SA-1B below a folder beside which there is no image. Other .json files are none."""
+    images, annotated = _files(walk(folder)[0])
+    alone = annotated - {p.with_suffix("") for p in images}
     paths = sorted(p.with_name(f"{p.name}.json") for p in alone)
     return [str(path) for path in paths if _is_annotation_file(path)]
 
 
 def tars(folder: Path) -> list[Path]:
-    """All shards below it, sorted, hidden ones left out."""
+    """Lists all shards below a folder, sorted, hidden ones left out."""
     return [path for path, is_folder in walk(folder)[0] if path.suffix == ".tar" and not is_folder]
 
 
 def walk(folder: Path) -> tuple[list[tuple[Path, bool]], list[tuple[str, str]]]:
-    """What is below a folder, sorted, hidden files left out; links to folders are not followed.
+    """Lists what is below a folder, sorted, hidden files left out; links to folders are not followed.
 
     Returns:
       [(path, whether it is a folder)], and [(folder, why it cannot be listed)]; not of those of other users, such as
       the lost+found of a disk.
     """
-    found, unlisted, waiting = [], [], [str(folder)]
+    paths, unlisted, waiting = [], [], [str(folder)]
     while waiting:  # not recursively, which Python bounds: folders may be thousands deep
         here = waiting.pop()
         try:
             with os.scandir(here) as entries:
                 for entry in entries:
-                    found.append((Path(entry.path), _is_folder(entry)))
+                    paths.append((Path(entry.path), _is_folder(entry)))
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
         except PermissionError:
             continue
         except OSError as error:
             unlisted.append((here, f"{here} cannot be listed: {error.strerror}"))
-    return sorted(each for each in found if not each[0].name.startswith(".")), sorted(unlisted)
+    return sorted((path, is_folder) for path, is_folder in paths if not path.name.startswith(".")), sorted(unlisted)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -67,10 +68,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _files(found: list[tuple[Path, bool]]) -> tuple[list[Path], set[Path]]:
-    """The pictures among what `walk` found, and what has a .json, without that suffix."""
-    annotated = {path.with_suffix("") for path, _ in found if path.suffix == ".json"}
-    return [path for path, is_folder in found if path.suffix.lower() in SUFFIXES and not is_folder], annotated
+def _files(paths: list[tuple[Path, bool]]) -> tuple[list[Path], set[Path]]:
+    """Picks the images out of the paths of `walk`, and what has a .json, without that suffix."""
+    annotated = {path.with_suffix("") for path, _ in paths if path.suffix == ".json"}
+    return [path for path, is_folder in paths if path.suffix.lower() in SUFFIXES and not is_folder], annotated
 
 
 def sample(path: Path, annotated: bool) -> Sample:
@@ -79,7 +80,7 @@ def sample(path: Path, annotated: bool) -> Sample:
 
 
 def annotations(path: Path) -> list[dict[str, Any]]:
-    """Of an SA-1B .json.
+    """Reads the annotations of an SA-1B .json.
 
     Raises:
       InputError, ValueError, KeyError, TypeError: it is none.
@@ -88,15 +89,15 @@ def annotations(path: Path) -> list[dict[str, Any]]:
 
 
 def rows(content: bytes) -> list[dict[str, Any]]:
-    """The annotations in what an SA-1B .json contains."""
-    found = _parse(content)["annotations"]
-    if not isinstance(found, list):
+    """Parses the annotations in the content of an SA-1B .json."""
+    listed = _parse(content)["annotations"]
+    if not isinstance(listed, list):
         raise ValueError("its annotations are no list")
-    return found
+    return listed
 
 
 def is_annotation(content: bytes) -> bool:
-    """Whether a .json is one of SA-1B's; COCO's list `images`, too."""
+    """Tells whether a .json is one of SA-1B's; COCO's list `images`, too."""
     try:
         fields = _parse(content)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""COCO's polygons, checked before pycocotools' C code sees them: it trusts every number that it is given.
+"""Rasterises COCO's polygons, checked before pycocotools' C code sees them: it trusts every number that it is given.
 
 It walks along all edges in steps of a fifth of a pixel and allocates for each; coordinates become C integers.
 Then it unites the polygons one after the other, each time over all runs so far.
@@ -24,7 +24,7 @@ MOST_POLYGONS = 2**14  # of one object
 
 
 def to_rle(polygons: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """The mask of all polygons together, by COCO's own rule, which no other rasteriser follows to the pixel.
+    """Rasterises all polygons together, by COCO's own rule, which no other rasteriser follows to the pixel.
 
     Args:
       polygons: [[x, y, x, y, ...], ...] in pixels; those of less than three points are passed by.
@@ -46,17 +46,17 @@ def to_rle(polygons: Any, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def enclosing(polygons: Any) -> list[Any]:
-    """Those of at least three points. Fewer, which some tools write beside the others, enclose nothing.
+    """Returns the polygons of at least three points. Fewer, which some tools write beside the others, enclose nothing.
 
     Raises:
       ValueError: there are none.
     """
     if not isinstance(polygons, list):
         raise ValueError("neither run lengths nor a list of polygons")
-    found = [polygon for polygon in polygons if not isinstance(polygon, list) or len(polygon) >= 6]
-    if not found:
+    whole = [polygon for polygon in polygons if not isinstance(polygon, list) or len(polygon) >= 6]
+    if not whole:
         raise ValueError("no polygon of at least three points")
-    return found
+    return whole
 
 
 def check_together(objects: Iterable[Any], size: tuple[int, int]) -> None:
@@ -67,7 +67,7 @@ def check_together(objects: Iterable[Any], size: tuple[int, int]) -> None:
 
 
 def check(polygons: Any, size: tuple[int, int]) -> int:
-    """How many steps pycocotools makes along the outline of an object, once it can be given its polygons.
+    """Counts pycocotools' steps along the outline of an object, once it can be given the polygons.
 
     Raises:
       ValueError, TypeError: it cannot; see `to_rle`.
@@ -84,7 +84,7 @@ def check(polygons: Any, size: tuple[int, int]) -> int:
 
 
 def _steps(polygon: Sequence[float], size: tuple[int, int]) -> int:
-    """How many pycocotools makes along the outline of one polygon, once it is known to be one."""
+    """Counts pycocotools' steps along the outline of one polygon, once it is known to be one."""
     if not isinstance(polygon, list) or len(polygon) % 2:
         raise ValueError("a polygon that is no list of x, y, x, y ...")
     if len(polygon) > MOST_STEPS or not all(type(number) in (int, float) for number in polygon):

@@ -1,4 +1,4 @@
-"""Tar shards, as SA-1B is published: read in place, by the offsets that one walk over the headers finds."""
+"""Reads tar shards, as SA-1B is published: in place, by the offsets that one walk over the headers gives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from slimsam_jax.data.sample import MOST_BYTES, Sample, lost
-from slimsam_jax.data.sources import tar
+from slimsam_jax.data.sources import tar_index
 from slimsam_jax.data.sources.folder import MOST_OF_ANNOTATION, is_annotation, rows
 from slimsam_jax.data.sources.folder import SUFFIXES as IMAGES
 from slimsam_jax.errors import InputError, printable
@@ -17,48 +17,48 @@ SUFFIXES = (".tar", ".tgz", ".gz")  # the compressed ones to be refused with a r
 
 
 def samples(path: Path) -> list[Sample]:
-    """All pictures of a shard, sorted by name. What is lost of a cut or damaged shard is a last sample, which fails.
+    """Lists all images of a shard, sorted by name. What is lost of a cut or damaged one is a last sample, which fails.
 
     So is one that is no tar, or a compressed one, in which nothing has an offset.
     """
     try:
         with open_regular(path) as file:
-            found = tar.index(file)
+            index = tar_index.index(file)
     except InputError as error:
         return [lost(str(path), str(error))]
-    members = _members(found)
-    pictures = [_sample(path, name, members) for name in sorted(members) if _is_picture(name)]
-    if not found.entries and not found.fault:
+    members = _members(index)
+    images = [_sample(path, name, members) for name in sorted(members) if _is_image(name)]
+    if not index.entries and not index.fault:
         return [lost(str(path), f"{printable(path)} is a tar without a file")]
-    if not found.fault:
-        return pictures
-    if not found.end:
+    if not index.fault:
+        return images
+    if not index.end:
         how = "not an uncompressed tar", "unpack it with gunzip if it is packed"
-        return [lost(str(path), f"{printable(path)} is {how[0]} ({printable(found.fault)}); {how[1]}")]
-    where = f"{path} from byte {found.end} on"
+        return [lost(str(path), f"{printable(path)} is {how[0]} ({printable(index.fault)}); {how[1]}")]
+    where = f"{path} from byte {index.end} on"
     reason = "the tar ends or is damaged there; whatever follows is lost"
-    return [*pictures, lost(where, f"{printable(where)} cannot be read ({printable(found.fault)}: {reason})")]
+    return [*images, lost(where, f"{printable(where)} cannot be read ({printable(index.fault)}: {reason})")]
 
 
-def without_picture(path: Path) -> list[str]:
-    """The annotations in a shard beside which there is no picture."""
+def without_image(path: Path) -> list[str]:
+    """Lists the annotations in a shard beside which there is no image."""
     try:
         with open_regular(path) as file:
-            members = _members(tar.index(file))
+            members = _members(tar_index.index(file))
     except InputError:
         return []  # `samples` names it
-    pictures = {_stem(name) for name in members if _is_picture(name)}
-    alone = sorted(name for name in members if PurePosixPath(name).suffix == ".json" and _stem(name) not in pictures)
+    images = {_stem(name) for name in members if _is_image(name)}
+    alone = sorted(name for name in members if PurePosixPath(name).suffix == ".json" and _stem(name) not in images)
     return [f"{path}/{name}" for name in alone if _is_annotation(path, *members[name])]
 
 
-def _members(found: tar.Index) -> dict[str, tuple[int, int]]:
-    """{name: (offset, size)}, hidden files left out; of two of the same name the last."""
-    names = {str(PurePosixPath(name)): (offset, size) for name, offset, size in found.entries}
+def _members(index: tar_index.Index) -> dict[str, tuple[int, int]]:
+    """Returns {name: (offset, size)} of a tar, hidden files left out; of two of the same name the last."""
+    names = {str(PurePosixPath(name)): (offset, size) for name, offset, size in index.entries}
     return {name: where for name, where in names.items() if not PurePosixPath(name).name.startswith(".")}
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGES
 
 

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets in the features of its own `segment_anything`, read and written without TensorFlow."""
+"""Reads TensorFlow Datasets in the features of its own `segment_anything`, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from slimsam_jax.data.sample import Sample
-from slimsam_jax.errors import InputError, blaming, printable
+from slimsam_jax.errors import InputError, printable, reading
 from slimsam_jax.files import read_bytes, regular
 
 MOST_OF_INFO = 2**20  # bytes of features.json and dataset_info.json
@@ -20,7 +20,7 @@ OWN = "tensorflow_datasets.core.features."  # of features.json, else tfds import
 
 
 def samples(folder: Path, split: str = "train") -> list[Sample]:
-    """All pictures of a prepared data set; the encoded bytes are given as they were stored.
+    """Lists all images of a prepared data set; the encoded bytes are given as they were stored.
 
     Args:
       folder: the one with dataset_info.json, or one above it that holds no second.
@@ -29,7 +29,7 @@ def samples(folder: Path, split: str = "train") -> list[Sample]:
       InputError: no such data set, of other features, or stored otherwise than as array_record.
     """
     folder = _prepared(folder)
-    with blaming(f"the TFDS data set {folder}"):
+    with reading(f"the TFDS data set {folder}"):
         _check(folder)
         import tensorflow_datasets as tfds
 
@@ -51,7 +51,7 @@ def _check(folder: Path) -> None:
 
 
 def _classes(description: Any) -> Iterator[Any]:
-    """What a features.json, parsed, names as classes: in protobuf's spellings, or as `type` in older ones.
+    """Yields what a features.json, parsed, names as classes: in protobuf's spellings, or as `type` in older ones.
 
     So old ones that hold JSON as text are refused, too.
     """
@@ -75,13 +75,13 @@ def _check_records(split: Any, folder: Path) -> None:
 
 
 def _prepared(folder: Path) -> Path:
-    found = sorted(info.parent for info in folder.rglob("dataset_info.json")) if folder.is_dir() else []
-    if len(found) != 1:
+    folders = sorted(info.parent for info in folder.rglob("dataset_info.json")) if folder.is_dir() else []
+    if len(folders) != 1:
         raise InputError(
-            f"tfds:{folder} holds {len(found) or 'no'} prepared data sets (dataset_info.json), and one is needed; "
+            f"tfds:{folder} holds {len(folders) or 'no'} prepared data sets (dataset_info.json), and one is needed; "
             "python -m slimsam_jax.data prepare makes one"
         )
-    return found[0]
+    return folders[0]
 
 
 def _sample(name: str, source: Any, index: int) -> Sample:
@@ -93,7 +93,7 @@ def _read(source: Any, index: int) -> bytes:
 
 
 def _annotations(source: Any, index: int) -> list[dict[str, Any]]:
-    """TFDS keeps boxes as shares of the picture in float32, which is why they are rounded on the way back."""
+    """Reads annotations; boxes are rounded, as TFDS keeps them as shares of the image in float32."""
     record = source[index]
     height, width = int(record["image"]["height"]), int(record["image"]["width"])
     columns = record["annotations"]
@@ -102,7 +102,7 @@ def _annotations(source: Any, index: int) -> list[dict[str, Any]]:
 
 
 def _row(columns: dict[str, Any], index: int) -> dict[str, Any]:
-    """TFDS gives a list of dicts as a dict of lists, also within."""
+    """Takes a row out of TFDS's dicts of lists, which stand for lists of dicts, also within."""
     return {name: _row(c, index) if isinstance(c, dict) else c[index] for name, c in columns.items()}
 
 

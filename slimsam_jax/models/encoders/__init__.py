@@ -1,1 +1,39 @@
-"""Image encoders, a family a module, each with `Config`, `ImageEncoder`, `config_of`, `features` and `STAGES`."""
+"""Image encoders, a family a module. Each has six names, by which the package knows it:
+
+- `Config`: the architecture, frozen, with `image_size`, `grid`, `out_chans`, `to_json` and `from_json`;
+- `ImageEncoder`: Flax; config, dtype, remat; normalised images -> (embedding, features);
+- `config_of(params, image_size)`: the architecture with the widths that the arrays have;
+- `features(config, features)`: what stays at full width when the embedding or the bottlenecks are cut;
+- `FEATURES`: the names of those, {"embedding": ..., "bottleneck": ...};
+- `STAGES`: which groups of channels are cut with either, a predicate on the paths of their members.
+
+A family may bring along what else it knows: `keep_logit_scale`, `abstract_params`, `kept_elements`,
+`last_arrays`. What is for ViTs alone (projection, budgets) asks for "vit" by name and refuses others. EfficientSAM's
+encoder, `efficient_sam_vit`, lies here and is no row yet.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from slimsam_jax.models.encoders import tiny_vit, vit
+
+FAMILIES: dict[str, ModuleType] = {"vit": vit, "tiny_vit": tiny_vit}
+
+
+def name_of(encoder: Any) -> str:
+    """The family of an encoder's `Config`.
+
+    Raises:
+      ValueError: it is of none.
+    """
+    for name, family in FAMILIES.items():
+        if type(encoder) is family.Config:
+            return name
+    raise ValueError(f"{type(encoder).__module__} is no family of encoders; there are {', '.join(FAMILIES)}")
+
+
+def family_of(encoder: Any) -> ModuleType:
+    """Its module; see `name_of`."""
+    return FAMILIES[name_of(encoder)]

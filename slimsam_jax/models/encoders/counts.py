@@ -72,7 +72,8 @@ def efficient_sam_vit_macs(config: efficient_sam_vit.Config) -> Macs:
 def decoder_macs(head: Config | HeadConfig, prompt_tokens: int) -> int:
     """Of a mask decoder for one prompt, the papers' column: to SAM's a point is 2 tokens, to EfficientSAM's 6.
 
-    `metrics.decoder_macs` counts as SlimSAM's counter does: with biases, and transposed convolutions fourfold.
+    `profiling.reference_macs.decoder_macs` counts as SlimSAM's counter does: with biases, and transposed convolutions
+    fourfold.
     """
     width, image, tokens = head.out_chans, math.prod(head.grid), 2 + head.multimask_outputs + prompt_tokens
     first, second = getattr(head, "upscaling_dims", (width // 4, width // 8))

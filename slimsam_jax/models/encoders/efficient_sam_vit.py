@@ -167,7 +167,7 @@ class ImageEncoder(nn.Module):
         """Encodes normalised images.
 
         Args:
-          images: [b, H, W, 3], squashed and normalised by `efficient_sam_head.preprocess`.
+          images: [b, H, W, 3], squashed and normalised by `efficient_sam.preprocess`.
 
         Returns:
           embedding: [b, h, w, out_chans] float32, (h, w) = config.grid.

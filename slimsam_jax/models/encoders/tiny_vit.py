@@ -18,16 +18,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax.models.encoders.attention import attend
-from slimsam_jax.models.encoders.layers import ConvNorm, fold_batch_norm, gelu, neck
+from slimsam_jax.models.encoders.layers import ConvNorm, fold_batch_norm, gelu, keep_logit_scale, neck
 from slimsam_jax.models.encoders.tiny_vit_config import PRESETS, Block, Config, Stage, config_of, uniform
 from slimsam_jax.models.encoders.vit import window_partition, window_unpartition
 
-# fmt: off
 __all__ = [
-    "PRESETS", "STAGES", "Block", "Config", "ImageEncoder", "Stage", "config_of", "features", "fold_batch_norm",
+    "FEATURES",
+    "PRESETS",
+    "STAGES",
+    "Block",
+    "Config",
+    "ImageEncoder",
+    "Stage",
+    "config_of",
+    "features",
+    "fold_batch_norm",
+    "keep_logit_scale",
     "uniform",
 ]
-# fmt: on
 
 Features = dict[str, dict[str, jax.Array]]
 
@@ -215,6 +223,8 @@ def features(config: Config, features: Features) -> dict[str, dict[str, list[jax
     }
     return {"embedding": inner, "bottleneck": {"stream": all_of("middle", "local", "out")}}
 
+
+FEATURES = {"embedding": ("stem", "conv", "qkv", "mlp"), "bottleneck": ("stream",)}
 
 # Vectors on a residual stream, in a tree with batch norms and in a folded one.
 _STREAM = re.compile(r"(^|/)(patch_embed_2|conv3|norm)(/bn)?/bias$")

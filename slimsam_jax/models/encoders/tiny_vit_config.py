@@ -145,7 +145,10 @@ PRESETS = {"vit_t": uniform((64, 128, 160, 320), (2, 2, 6, 2), (2, 4, 5, 10), (7
 
 
 def config_of(
-    params: Mapping[str, Any], image_size: int | tuple[int, int] = 1024, strides: Sequence[int] | None = None
+    params: Mapping[str, Any],
+    image_size: int | tuple[int, int] = 1024,
+    strides: Sequence[int] | None = None,
+    like: Config | None = None,
 ) -> Config:
     """Reads the architecture off the shapes of a parameter tree.
 
@@ -153,10 +156,13 @@ def config_of(
       params: of an `ImageEncoder`, arrays or shapes.
       image_size: pixels, one side or (height, width), which no shape tells: there are no absolute positions.
       strides: of the downsamplings, which none tells either; None for the published ones: 2, and 1 for the last.
+      like: another architecture that has both.
 
     Raises:
       ValueError: the tree lacks an array, or its image size fits none.
     """
+    if like is not None:
+        image_size, strides = like.image_size, [stage.stride for stage in like.stages]
     try:
         stem, tails = params["patch_embed_0"], _numbered(params, "layers_")[1:]
         heads = [part["downsample"] for part in _numbered(params, "layers_")[:-1]]

@@ -6,6 +6,8 @@ M MLP channels. Names follow `segment_anything`, with q, k and v apart as in Sli
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
@@ -135,3 +137,86 @@ class ImageEncoder(nn.Module):
             x = conv(c.out_chans, size, f"neck_{i}", padding="SAME", use_bias=False)(x)
             x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"neck_{i + 1}")(x)
         return x.astype(at_least_float32(x)), features
+
+
+def bottleneck_features(config: Config, features: Features) -> dict[str, list[jax.Array]]:
+    """What pruning the embedding leaves at full width: q, k, v by kind of block, and the MLP hidden layers.
+
+    Window and global blocks are apart because the reference weighs (and, by a slip, drops) them apart.
+    Padded tokens of the windows are included, as in the reference.
+    """
+    blocks = [(block, features[f"blocks_{i}"]) for i, block in enumerate(config.blocks)]
+    qkv = lambda wanted: [f[name] for block, f in blocks for name in "qkv" if (block.window == GLOBAL) is wanted]
+    return {"qkv_window": qkv(False), "qkv_global": qkv(True), "mlp": [f["mlp"] for _, f in blocks]}
+
+
+def stream_features(config: Config, features: Features) -> dict[str, list[jax.Array]]:
+    """What pruning the bottlenecks leaves at full width: the residual stream.
+
+    After patch embedding, and after the attention and the MLP of every block.
+    """
+    blocks = [features[f"blocks_{i}"] for i in range(len(config.blocks))]
+    return {"stream": [features["patch"]["out"], *(f[name] for f in blocks for name in ("middle", "out"))]}
+
+
+def features(config: Config, features: Features) -> dict[str, dict[str, list[jax.Array]]]:
+    """What stays at full width: when the embedding is cut ("embedding"), when the bottlenecks are ("bottleneck")."""
+    return {"embedding": bottleneck_features(config, features), "bottleneck": stream_features(config, features)}
+
+
+FEATURES = {"embedding": ("qkv_window", "qkv_global", "mlp"), "bottleneck": ("stream",)}
+
+
+def _embedding(paths: Collection[str]) -> bool:
+    return "patch_embed_proj/bias" in paths
+
+
+def _bottleneck(paths: Collection[str]) -> bool:
+    return any(path.startswith("blocks_") for path in paths) and not _embedding(paths)
+
+
+# Whether a group, by its members' paths, is cut in a stage; the neck's own channels are in neither.
+STAGES = {"embedding": _embedding, "bottleneck": _bottleneck}
+
+
+def config_of(params: Any, image_size: int | tuple[int, int] | None = None, like: Config | None = None) -> Config:
+    """The architecture whose widths are those of the arrays.
+
+    Args:
+      like: of the encoder before it was cut: windows, which no shape tells, and the head stay.
+
+    Raises:
+      ValueError: without `like`.
+    """
+    if like is None:
+        raise ValueError("a ViT's windows are told by no shape: give the architecture before the cut")
+    blocks = tuple(
+        dataclasses.replace(
+            block,
+            heads=params[f"blocks_{i}"]["attn"]["q"]["kernel"].shape[1],
+            head_dim=params[f"blocks_{i}"]["attn"]["q"]["kernel"].shape[2],
+            mlp_dim=params[f"blocks_{i}"]["mlp_lin1"]["kernel"].shape[1],
+        )
+        for i, block in enumerate(like.blocks)
+    )
+    return dataclasses.replace(like, embed_dim=params["pos_embed"].shape[-1], blocks=blocks)
+
+
+def kept_elements(config: Config) -> int:
+    """Numbers in the residual stream of an image, which the backward pass keeps."""
+    return config.grid[0] * config.grid[1] * config.embed_dim * len(config.blocks)
+
+
+def abstract_params(config: Config) -> Any:
+    """The parameter tree as shapes; equal blocks have equal shapes, and are traced once."""
+    distinct = tuple(dict.fromkeys(config.blocks))
+    traced = ImageEncoder(dataclasses.replace(config, blocks=distinct))
+    images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+    encoder = dict(jax.eval_shape(lambda images: traced.init(jax.random.key(0), images)["params"], images))
+    shapes = {block: encoder.pop(f"blocks_{i}") for i, block in enumerate(distinct)}
+    return encoder | {f"blocks_{i}": shapes[block] for i, block in enumerate(config.blocks)}
+
+
+def last_arrays(config: Config) -> list[str]:
+    """Paths that are there only if all blocks are: a check that costs nothing, before anything is traced."""
+    return [f"blocks_{len(config.blocks) - 1}/norm1/scale"]

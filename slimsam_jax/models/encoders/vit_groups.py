@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from slimsam_jax.models.config import Config
+from slimsam_jax.models.encoders.vit import config_of
 from slimsam_jax.models.sam import Params
 from slimsam_jax.pruning.groups import Group, Member
 
@@ -109,16 +110,7 @@ def mlp_groups(config: Config) -> list[Group]:
 
 def shrunk_config(config: Config, encoder: Params) -> Config:
     """The architecture whose widths are those of the shrunk encoder's arrays."""
-    blocks = tuple(
-        dataclasses.replace(
-            block,
-            heads=encoder[f"blocks_{i}"]["attn"]["q"]["kernel"].shape[1],
-            head_dim=encoder[f"blocks_{i}"]["attn"]["q"]["kernel"].shape[2],
-            mlp_dim=encoder[f"blocks_{i}"]["mlp_lin1"]["kernel"].shape[1],
-        )
-        for i, block in enumerate(config.blocks)
-    )
-    return dataclasses.replace(config, embed_dim=encoder["pos_embed"].shape[-1], blocks=blocks)
+    return config_of(encoder, like=config)
 
 
 def keep_logit_scale(encoder: Params, before: Config, after: Config) -> Params:

@@ -29,7 +29,7 @@ def change(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         shown = f"--set {printable(setting, 60)}"
         if name in given:
             raise InputError(f"{shown}: {name} is set twice")
-        if answer := what_became_of(setting):
+        if name not in FIELDS and (answer := what_became_of(setting)):
             raise InputError(f"{shown}: {printable(answer, 200)}")
         if name not in FIELDS or not equals:
             nearest = difflib.get_close_matches(name, FIELDS, n=3, cutoff=0)

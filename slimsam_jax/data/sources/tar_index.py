@@ -1,4 +1,4 @@
-"""What is in a tar, by one walk over its headers; read as `tarfile` does, and as distrustful as that is not.
+"""Indexes a tar by one walk over its headers; read as `tarfile` does, and as distrustful as that is not.
 
 Sizes are never negative, so that offsets grow; what a header says of the next one (long names, PAX) is of bounded size.
 """
@@ -23,7 +23,7 @@ class Entry(NamedTuple):
 
 
 class Index(NamedTuple):
-    """The regular files, as far as the tar goes; where that is; and what is wrong there, "" at its proper end."""
+    """The regular files of a tar, as far as it goes; where that is; and what is wrong there, "" at its proper end."""
 
     entries: list[Entry]
     end: int
@@ -44,7 +44,7 @@ def index(file: BinaryIO) -> Index:
                 raise ValueError("a negative size")
             if header.type in (*PAX, PAX_OF_ALL, LONG_NAME, LONG_LINK):
                 offset = data + _blocks(header.size)
-                next_one |= _said(file, header, data)
+                next_one |= _extended(file, header, data)
                 continue
             if header.isreg():
                 entries.append(Entry(_name(header, next_one), data, size))
@@ -59,7 +59,7 @@ def index(file: BinaryIO) -> Index:
 
 
 def _header(file: BinaryIO, offset: int) -> tuple[tarfile.TarInfo, int]:
-    """The header at an offset, and where its data begin."""
+    """Reads the header at an offset. Returns it, and where its data begin."""
     file.seek(offset)
     block = file.read(BLOCK)
     header = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
@@ -73,12 +73,12 @@ def _header(file: BinaryIO, offset: int) -> tuple[tarfile.TarInfo, int]:
 
 
 def _blocks(size: int) -> int:
-    """Bytes that so many take in whole blocks."""
+    """Rounds a number of bytes up to whole blocks."""
     return -(-size // BLOCK) * BLOCK
 
 
-def _said(file: BinaryIO, header: tarfile.TarInfo, data: int) -> dict[bytes, bytes]:
-    """What an extended header says of the file after it, by PAX's keywords. What is said of all files is of no use."""
+def _extended(file: BinaryIO, header: tarfile.TarInfo, data: int) -> dict[bytes, bytes]:
+    """Reads the extended header of the file after it, by PAX's keywords. A header of all files is of no use."""
     if not 0 <= header.size <= MOST_OF_HEADER:
         raise ValueError(f"an extended header of {header.size} bytes")
     file.seek(data)
@@ -89,7 +89,7 @@ def _said(file: BinaryIO, header: tarfile.TarInfo, data: int) -> dict[bytes, byt
 
 
 def _records(content: bytes) -> dict[bytes, bytes]:
-    """PAX: "LENGTH KEY=VALUE\\n" again and again; LENGTH is of all of it, itself, too."""
+    """Parses PAX's records, "LENGTH KEY=VALUE\\n" again and again; LENGTH is of all of it, itself, too."""
     records, start = {}, 0
     while start < len(content) and content[start]:
         digits = content[start : start + 10].partition(b" ")[0]

@@ -25,7 +25,7 @@ def calibration_stream(
     """What a step that prunes looks at: images, with annotations if it reads those; this process's share."""
     part = jax.process_index(), jax.process_count()
     if step.needs_labels:
-        # Pictures without annotations are passed over, too, and are not broken: distillation counts those.
+        # Images without annotations are passed over, too, and are not broken: distillation counts those.
         return AnnotatedBatches(samples, config, batch, seed, part)
     return Batches(samples, config.image_size, batch, seed, part=part, max_broken=max_broken)
 

@@ -1,0 +1,300 @@
+"""What a user of the package calls: `load`, `save`, `compress`, `evaluate`, `predict`. The programs call these, too.
+
+JAX is imported where it is used, so that `--help` and wrong options need not wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+from slimsam_jax.cli.checks import check_share
+from slimsam_jax.compression.options import Options, announce
+from slimsam_jax.compression.set_option import change
+from slimsam_jax.compression.steps import Distill, Initialize, Prune, Recipe, Step
+from slimsam_jax.errors import InputError
+from slimsam_jax.evaluation.checks import Protocol, check_choices, check_numbers
+from slimsam_jax.limits import quoted
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from slimsam_jax.evaluation.run import Evaluation
+    from slimsam_jax.inference.predictor import AnyImage, Prediction
+    from slimsam_jax.models.sam import Sam
+
+T = TypeVar("T")
+
+
+def load(path: Path | str, image_size: int | tuple[int, int] | None = None) -> Sam:
+    """Loads any SAM we can read, float32, with its origin and sha256 in `provenance`.
+
+    Example:
+      ```python
+      import slimsam_jax
+
+      sam = slimsam_jax.load("sam_vit_b_01ec64.pth")
+      print(sam.config.embed_dim, sam.config.image_size)
+      ```
+
+    Args:
+      path: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM trains it, or a whole
+        pickled module), MobileSAM's or TinySAM's, a Hugging Face `SamModel` folder, or a model folder of ours.
+      image_size: pixels of the model frame, one side or (height, width), where no array tells it: of MobileSAM and
+        TinySAM, whose published models have 1024, the default.
+
+    Raises:
+      InputError: missing, unreadable, or not a SAM; names what is missing and surplus.
+    """
+    from converters import from_torch
+
+    return from_torch.load(path, image_size)
+
+
+def save(sam: Sam, folder: Path | str) -> None:
+    """Writes a model folder, `model.safetensors` and `config.json`; existing files of these names are replaced.
+
+    Example:
+      ```python
+      import slimsam_jax
+
+      sam = slimsam_jax.load("sam_vit_b_01ec64.pth")
+      slimsam_jax.save(sam, "sam_b")
+      ```
+
+    Raises:
+      InputError: not a model.
+      OSError, RunError: the folder cannot be written; no partial file is left behind.
+    """
+    from slimsam_jax import checkpoint
+
+    checkpoint.save(_model(sam), _path(folder, "folder"))
+
+
+class Compressed(NamedTuple):
+    """A slim model, and how good it is.
+
+    Attributes:
+      sam: the model, as it lies in the output folder.
+      report: what `report.json` holds besides the provenance: sizes, times, agreement with the teacher, mIoU.
+    """
+
+    sam: Sam
+    report: dict[str, Any]
+
+
+def compress(
+    teacher: Path | str | None = None,
+    images: Path | str | Sequence[Path | str] = (),
+    *,
+    val: Path | str | Sequence[Path | str] = (),
+    ratio: float | None = None,
+    budget: str | None = None,
+    recipe: str | Sequence[Step] = "default",
+    set: Sequence[str] = (),
+    uniform: bool = False,
+    steps: int | None = None,
+    batch: int | None = None,
+    limit: int | None = None,
+    importance_images: int = 100,
+    seed: int = 0,
+    out: Path | str = "slim",
+    resume: bool = False,
+    save_every: int = 100,
+    accumulate: int = 1,
+    fsdp: int = 1,
+    attention: Literal["auto", "plain", "rows", "folded"] = "auto",
+    cache: Path | str | None = None,
+    max_broken: float = 0.1,
+    strict: bool = False,
+    distributed: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+) -> Compressed:
+    """Makes a SAM slim with unlabelled images: prunes its image encoder, and distils what is left.
+
+    Example:
+      ```python
+      import slimsam_jax
+
+      slim, report = slimsam_jax.compress("sam_vit_b_01ec64.pth", "photos", ratio=0.77, out="slim77")
+      print(report["agreement"], report["slim"]["parameters"])
+      ```
+
+    Args:
+      teacher: the SAM to compress, a path as `load` takes it; None for the small SAM in the package.
+      images: folders of images, .tar shards, COCO .json files, or "tfds:DIR"; none for the photographs in the package.
+      val: what to measure on, of the same kinds; none for an eighth of the images, held out.
+      ratio: share of the channels to remove; 0.5 if there is no `budget` either. 0.77 leaves 18 % of the parameters of
+        the small SAM's encoder, and about 7 % of SAM-B's.
+      budget: instead of that what the slim model may cost: "params=9.1M", "macs=47G" or "latency=120ms".
+      recipe: "default", "taylor" or "slimsam", or a list of steps (`compression.steps`: `Prune`, `Distill`,
+        `Initialize`).
+      set: single choices that differ from the recipe's: "prune.round_to=8".
+      out: the folder to write; it must not exist, or be empty, unless `resume` is given.
+
+    All others are those of the command, `compression.options.Options`. It says what it does, as the command.
+
+    Raises:
+      InputError: bad options or files; nothing has been written then.
+      RunError, OSError: a fault while running, which `resume` continues after. Or too many images of `val` could not
+        be measured on, once all is done and written.
+    """
+    fields = dict(locals())
+    fields |= {name: tuple(map(str, _several(fields[name]))) for name in ("images", "val")}
+    fields |= {name: None if fields[name] is None else _path(fields[name], name) for name in ("teacher", "cache")}
+    fields |= {"out": _path(out, "out"), "set": tuple(_several(set))}
+    if isinstance(recipe, str):
+        return compress_with(Options(**fields))
+    return compress_with(Options(**{**fields, "recipe": "default", "set": ()}), change(_recipe(recipe), fields["set"]))
+
+
+def compress_with(options: Options, recipe: Recipe | None = None) -> Compressed:
+    """`compress` for options in one record, as the command parses them.
+
+    Args:
+      recipe: the steps, if not those that the options name.
+    """
+    options.check()
+    if options.distributed:
+        from slimsam_jax.sharding import join_processes
+
+        join_processes(options.distributed)
+    else:
+        announce(options, recipe)
+    from slimsam_jax import checkpoint
+    from slimsam_jax.compression.pipeline import run
+    from slimsam_jax.data import embedded_teacher
+
+    report = run(options, load(options.teacher or embedded_teacher()), recipe)
+    return Compressed(checkpoint.load(options.out), report)
+
+
+def evaluate(
+    models: Sam | Path | str | Sequence[Sam | Path | str],
+    data: Path | str | Sequence[Path | str],
+    protocols: Protocol | Sequence[Protocol] = (),
+    *,
+    boxes: Path | str | None = None,
+    clicks: int = 10,
+    points_per_side: int = 32,
+    seed: int = 0,
+    resamples: int = 10_000,
+    max_broken: float = 0.1,
+    strict: bool = False,
+) -> Evaluation:
+    """Measures SAMs on the same annotated images, and how much they differ from the first.
+
+    Example:
+      ```python
+      import slimsam_jax
+
+      result = slimsam_jax.evaluate(["sam_vit_b_01ec64.pth", "slim77"], "annotated", ["point", "agreement"])
+      print(result.summary["point/iou"][1]["difference_interval"])
+      result.save_json("scores.json")
+      ```
+
+    Args:
+      models: paths as `load` takes them, or models.
+      data: folders in SA-1B's layout, .tar shards, a COCO .json, or "tfds:DIR".
+      protocols: what a prompt is: "point" (the annotation's own), "point-center", "box", "box-noisy", "clicks",
+        "everything", or "agreement" with the first model, which needs no annotations; none for point and box, or with
+        `boxes` for none.
+      boxes: a detector's boxes as prompts, in COCO's results format: COCO AP.
+      clicks: how many, for "clicks".
+      points_per_side: of the grid of "everything".
+      seed: of the noise on boxes and of the intervals.
+      resamples: of the bootstrap, for the intervals.
+      max_broken: the share of images that may be unreadable.
+      strict: none may be.
+
+    Returns:
+      The means with their intervals in `summary`, the scores of each image in `measured`.
+
+    Raises:
+      InputError: bad arguments or files, or no image can be measured on.
+      RunError: too many images are unreadable.
+    """
+    chosen = [_path(model, "a model") if _is_path(model) else _model(model) for model in _several(models)]
+    places, boxes = [str(place) for place in _several(data)], None if boxes is None else _path(boxes, "boxes")
+    names = tuple(dict.fromkeys(_several(protocols))) or (() if boxes else ("point", "box"))
+    check_choices(chosen, places, names, boxes)
+    check_numbers(clicks, points_per_side, seed, resamples)
+    check_share(max_broken)
+    from slimsam_jax.evaluation.run import run
+    from slimsam_jax.evaluation.scores import Protocols
+
+    how = Protocols(names, clicks=clicks, points_per_side=points_per_side, seed=seed)
+    return run(chosen, load, places, how, boxes, resamples, 0.0 if strict else max_broken)
+
+
+def predict(
+    sam: Sam | Path | str,
+    image: AnyImage,
+    points: np.ndarray | Sequence[Sequence[float]] | None = None,
+    labels: np.ndarray | Sequence[int] | None = None,
+    box: np.ndarray | Sequence[float] | None = None,
+    multimask_output: bool = False,
+) -> Prediction:
+    """Segments one object of an image. For many prompts on an image use `SamPredictor`, which encodes it once.
+
+    Example:
+      ```python
+      import slimsam_jax
+
+      slim = slimsam_jax.load("slim77")
+      masks, scores, _ = slimsam_jax.predict(slim, "truck.jpg", points=[[500, 375], [90, 80]], labels=[1, 0])
+      print(masks.shape, scores)
+      ```
+
+    Args:
+      sam: the model, or its path.
+      image: a path, a PIL image, or [h0, w0, 3] uint8 RGB.
+      points: [n, 2] (x, y) in pixels of the image.
+      labels: [n], 1 on the object, 0 beside it; all 1 if None.
+      box: [4] x0, y0, x1, y1 in pixels.
+      multimask_output: three masks of different extent instead of one.
+
+    Returns:
+      masks [C, h0, w0] bool, their predicted IoU [C], and their logits [C, 4h, 4w] at the decoder's resolution; C is 1
+      or 3.
+
+    Raises:
+      InputError: no model, no image, or no prompt.
+    """
+    from slimsam_jax.inference.predictor import SamPredictor
+
+    predictor = SamPredictor(load(sam) if _is_path(sam) else sam)
+    predictor.set_image(image)
+    return predictor.predict(points, labels, box, multimask_output=multimask_output)
+
+
+def _several(values: T | Iterable[T]) -> list[T]:
+    """One value, or those of a list."""
+    return list(values) if isinstance(values, Iterable) and not _is_path(values) else [values]
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike)
+
+
+def _path(value: Any, name: str) -> Path:
+    """Raises InputError for what is no path."""
+    if not _is_path(value) or not str(value):
+        raise InputError(f"{name} is a path, not {quoted(value)}; slimsam_jax.save(sam, folder) writes a model to one")
+    return Path(value)
+
+
+def _model(value: Any) -> Sam:
+    """Raises InputError for what is no model."""
+    from slimsam_jax.inference.predictor import check_model
+
+    return check_model(value)
+
+
+def _recipe(steps: Any) -> Recipe:
+    """Raises InputError for what is no list of steps."""
+    if not isinstance(steps, list | tuple) or not all(isinstance(step, Prune | Distill | Initialize) for step in steps):
+        raise InputError(f"recipe {quoted(steps)} is neither a recipe's name nor a list of Prune, Distill, Initialize")
+    return tuple(steps)

@@ -1,0 +1,100 @@
+"""Prunes encoders of any family by the groups of their jaxpr: whole channels, by importance."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slimsam_jax import pruning
+from slimsam_jax.compression.budget import Target
+from slimsam_jax.compression.calibration_images import Calibration
+from slimsam_jax.compression.gradients import gradients
+from slimsam_jax.compression.steps import Prune, Quirks
+from slimsam_jax.errors import InputError
+from slimsam_jax.models.encoders import family_of, name_of
+from slimsam_jax.models.sam import Architecture, Sam, abstract_params, image_encoder
+from slimsam_jax.pruning.importance import NORMALIZERS
+
+
+def prune_found(sam: Sam, step: Prune, target: Target, calibration: Calibration, seed: int) -> Sam:
+    """Cuts the channels of a step's part, as `compression.prune.prune`."""
+    check(sam.config, target, [step], uniform=False)
+    family, encoder = family_of(sam.config.encoder), jax.device_get(sam.params["image_encoder"])
+    grads = jax.device_get(gradients(sam, step, calibration, seed))
+    grouping = groups_of(sam.config)
+    scores = pruning.score(encoder, grouping, grads, step.criterion, own_of(grouping, step), seed)
+    scores = {name: NORMALIZERS[step.normalizer](scores[name]) for name in names_of(sam.config, step)}
+    how = {"round_to": step.round_to, "min_keep": step.min_keep * (1 - target.ratio)}
+    if step.allocation == "params":
+        how["costs"] = parameter_costs(encoder, grouping, scores)
+    allocation = {"params": "cost"}.get(step.allocation, step.allocation)
+    keep = pruning.select(scores, target.ratio, allocation, **how)
+    slim = pruning.shrink(encoder, grouping, keep)
+    if hasattr(family, "keep_logit_scale"):
+        slim = family.keep_logit_scale(slim, encoder)
+    config = sam.config.with_encoder(family.config_of(slim, like=sam.config.encoder))
+    return dataclasses.replace(sam, config=config, params={**sam.params, "image_encoder": jax.device_put(slim)})
+
+
+def check(config: Architecture, target: Target, steps: Sequence[Prune], uniform: bool) -> None:
+    """Raises InputError for what only ViTs can do, before anything is computed."""
+    family = name_of(config.encoder)
+    for step in steps:
+        if step.criterion == "projection":
+            raise InputError(f"a {family}'s streams cannot be rotated, so there is no projection: take --recipe taylor")
+        if step.allocation == "macs":
+            raise InputError(
+                f"a {family}'s channels compete globally, locally or by params: set prune.allocation=global"
+            )
+        if step.quirks != Quirks():
+            raise InputError(
+                f"the reference's known bugs are of SAM's ViT, and this is a {family}: take --recipe taylor"
+            )
+    if target.budget or uniform:
+        raise InputError(f"--budget and --uniform are for SAM's ViT, and this is a {family}: give --ratio")
+
+
+@functools.lru_cache(maxsize=8)  # a few seconds each
+def groups_of(config: Architecture) -> pruning.Grouping:
+    """The groups of its image encoder."""
+    module = image_encoder(config, attention="plain")
+    images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+    embed = lambda params, images: module.apply({"params": params}, images)[0]
+    return pruning.find_groups(embed, abstract_params(config)["image_encoder"], images)
+
+
+def names_of(config: Architecture, step: Prune) -> list[str]:
+    """The groups that a step cuts: those of its part; channels within heads, or whole heads.
+
+    Raises:
+      InputError: there is none.
+    """
+    grouping, holds = groups_of(config), family_of(config.encoder).STAGES[step.part]
+    heads = {group.copies for group in grouping.groups if group.copies}
+    within = {group.name for group in grouping.groups if group.copies}
+    left_out = within if step.head_channels == "whole" else heads
+    found = [g.name for g in grouping.groups if g.name not in left_out and holds([m.path for m in g.members])]
+    if not found:
+        raise InputError(f"a {name_of(config.encoder)} has no channels to cut in its {step.part}")
+    return found
+
+
+def own_of(grouping: pruning.Grouping, step: Prune) -> list[str]:
+    """Groups whose heads keep channels of their own."""
+    return [group.name for group in grouping.groups if group.copies and step.head_channels == "separate"]
+
+
+def parameter_costs(encoder: Any, grouping: pruning.Grouping, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """{group: [size + 1] parameters at each width, the other groups whole}."""
+    arrays, costs = pruning.by_path(encoder), {}
+    for group in grouping.groups:
+        if group.name in names:
+            of_one = sum(arrays[path].size for path in {member.path for member in group.members}) / group.size
+            costs[group.name] = of_one * np.arange(group.size + 1.0)
+    return costs

@@ -1,0 +1,67 @@
+"""The architecture of a SAM whose image encoder is of any family: its encoder's, and SAM's own head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from slimsam_jax.models.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class SamConfig:
+    """A SAM. Stands wherever `Config` does, which is that of a ViT.
+
+    Attributes:
+      encoder: the `Config` of a family (`models.encoders.FAMILIES`).
+      head: prompt encoder and mask decoder, a `Config` without a ViT; its patches are the embedding's cells.
+
+    Raises:
+      ValueError: the embedding is not of the size that the head takes.
+    """
+
+    encoder: Any
+    head: Config
+
+    def __post_init__(self):
+        pairs = {"image_size": "pixels", "grid": "cells", "out_chans": "channels"}
+        for name, unit in pairs.items():
+            own, wanted = getattr(self.encoder, name), getattr(self.head, name)
+            if own != wanted:
+                raise ValueError(f"the encoder has {name} {own} ({unit}), and the mask decoder {wanted}")
+
+    def __getattr__(self, name: str) -> Any:
+        """The head's own fields: image_size, grid, out_chans, patch_size, pixel_mean, multimask_outputs, ..."""
+        if name.startswith("_") or name in ("embed_dim", "blocks", "uniform", "encoder", "head"):
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        return getattr(self.head, name)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"encoder": self.encoder.to_json(), "head": self.head.to_json()}
+
+    @classmethod
+    def from_json(cls, family: ModuleType, fields: Mapping[str, Any]) -> SamConfig:
+        """Inverse of `to_json`.
+
+        Args:
+          family: the encoder's module.
+
+        Raises:
+          ValueError: an unknown or missing field, or one out of range.
+        """
+        try:
+            head = Config.from_json(fields["head"], blocks=False)
+            return cls(family.Config.from_json(fields["encoder"]), head)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
+
+    def with_encoder(self, encoder: Any) -> SamConfig:
+        """The same SAM with an encoder of other widths."""
+        return dataclasses.replace(self, encoder=encoder)
+
+
+def head_of(image_size: tuple[int, int], patch_size: int = 16, **fields: Any) -> Config:
+    """SAM's own head for embeddings of a cell per `patch_size` pixels; `fields` are those of `Config`."""
+    return Config(image_size=image_size, embed_dim=0, blocks=(), patch_size=patch_size, **fields)

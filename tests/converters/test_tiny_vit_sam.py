@@ -1,0 +1,94 @@
+"""MobileSAM's and TinySAM's checkpoints through the doors that SAM's go through."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from converters import from_torch, to_onnx, to_torch
+from converters.tables.tiny_vit import to_state_dict
+from helpers.family_models import random_params
+from slimsam_jax import checkpoint
+from slimsam_jax.errors import InputError
+from slimsam_jax.inference.predictor import SamPredictor
+from slimsam_jax.models.composed import SamConfig, head_of
+from slimsam_jax.models.encoders.tiny_vit_config import Config, uniform
+from slimsam_jax.models.sam import Sam, abstract_params
+
+
+def small_encoder() -> Config:
+    encoder = uniform((16, 16, 24, 32), (1, 1, 1, 1), (1, 2, 2, 2), (2, 2, 3, 2), image_size=64)
+    *stages, last = encoder.stages  # whose stride the original has from its width
+    stages = (*stages, dataclasses.replace(last, stride=1))
+    return dataclasses.replace(encoder, stages=stages, out_chans=32)
+
+
+@pytest.fixture(scope="module")
+def sam() -> Sam:
+    head = head_of((64, 64), out_chans=32, mask_in_chans=8, decoder_mlp_dim=16, iou_head_dim=8)
+    config = SamConfig(small_encoder(), head)
+    return Sam(config, random_params(abstract_params(config)))
+
+
+@pytest.fixture
+def pth(sam, tmp_path):
+    """As MobileSAM publishes it: a plain state dict, with a classifier that is never run."""
+    state = to_torch.to_state_dict(sam)
+    assert "image_encoder.head.weight" in state
+    torch.save({name: torch.from_numpy(array.copy()) for name, array in state.items()}, tmp_path / "mobile_sam.pt")
+    return tmp_path / "mobile_sam.pt"
+
+
+def test_it_loads_predicts_and_becomes_a_folder(sam, pth, tmp_path):
+    again = from_torch.load(pth, image_size=64)
+    assert again.config == sam.config and again.provenance["source"] == "mobile_sam.pt"
+    jax.tree.map(np.testing.assert_array_equal, again.params, sam.params)
+    from_torch.main(pth, tmp_path / "folder", image_size=64)
+    assert checkpoint.load(tmp_path / "folder").config == sam.config
+    predictor = SamPredictor(again)
+    predictor.set_image(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    masks, scores, _ = predictor.predict(np.array([[9.0, 5.0]]), np.array([1]))
+    assert masks.shape == (3, 20, 30) and np.isfinite(scores).all()
+
+
+def test_what_no_array_tells_is_the_published_value(sam, pth):
+    assert from_torch.load(pth).config.image_size == (1024, 1024)
+    with pytest.raises(InputError, match="must be multiples"):
+        from_torch.load(pth, image_size=65)
+
+
+def test_where_arrays_tell_it_another_image_size_is_refused(material):
+    assert from_torch.load(material / "teacher", image_size=64).config.image_size == (64, 64)
+    with pytest.raises(InputError, match="takes images of 64 x 64 pixels, and image_size is 1024"):
+        from_torch.load(material / "teacher", image_size=1024)
+
+
+def test_what_the_original_cannot_hold_is_refused_with_the_reason(sam, tmp_path):
+    checkpoint.save(sam, tmp_path / "tiny")
+    for call, message in (
+        (lambda: to_torch.main(tmp_path / "tiny", tmp_path / "x.pth"), "cannot hold this encoder: it has"),
+        (lambda: to_torch.main(tmp_path / "tiny", tmp_path / "x", "hf"), "goes to --format sam alone"),
+        (lambda: to_onnx.main(tmp_path / "tiny", tmp_path / "x"), "ONNX is written of SAM's ViT alone"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+        assert not (tmp_path / "x").exists() and not (tmp_path / "x.pth").exists()
+
+
+def test_the_way_back_is_a_file_that_loads(sam, tmp_path):
+    to_torch.save_sam(sam, tmp_path / "back.pth")
+    assert {path.name for path in tmp_path.iterdir()} == {"back.pth"}  # SAM's loader is none for it
+    state = torch.load(tmp_path / "back.pth", weights_only=True)
+    for name, array in to_state_dict(from_torch_converted(sam)).items():
+        np.testing.assert_array_equal(state[name].numpy(), array)
+    jax.tree.map(np.testing.assert_array_equal, from_torch.load(tmp_path / "back.pth", 64).params, sam.params)
+
+
+def from_torch_converted(sam: Sam):
+    from converters.tables.strict import Converted
+
+    return Converted(sam.config.encoder, sam.config.head, sam.params, {})
