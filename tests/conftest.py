@@ -32,6 +32,7 @@ from helpers.models import SQUARE, UNEVEN, random_sam, tiny_config
 from helpers.runs import compress_options
 from slimsam_jax import checkpoint
 from slimsam_jax.api import compress_with
+from slimsam_jax.compression import report
 from slimsam_jax.models.config import Thresholds
 from slimsam_jax.models.sam import Sam
 
@@ -100,3 +101,9 @@ def material(tmp_path_factory):
 def finished(material):
     compress_with(compress_options(material, material / "slim"))
     return material / "slim"
+
+
+@pytest.fixture()
+def without_figure(monkeypatch):
+    """Leaves out the image of the report, where nobody looks at it."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)

@@ -6,7 +6,6 @@ The published files hold the state dict under "model". Nothing in it tells the n
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from converters.tables.rows import CONV, CONV_TRANSPOSE, LINEAR, Row, _attention, _layer, _norm
 from converters.tables.strict import Converted, Layer, State, abstract, placed, shapes, to_params, to_state
+from converters.tables.vit import fuse_qkv
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import DEEPEST, MOST_LAYERS
 
@@ -223,15 +223,3 @@ def split_qkv(state: Mapping[str, np.ndarray], outline: Outline) -> State:
             parts = np.split(split.pop(f"{name}.qkv.{leaf}"), [keys, 2 * keys])
             split |= {f"{name}.{q}.{leaf}": part for q, part in zip("qkv", parts, strict=True)}
     return split
-
-
-def fuse_qkv(state: Mapping[str, np.ndarray]) -> State:
-    """Inverse of `split_qkv`."""
-    fused = {}
-    for name, array in state.items():
-        if ".attn.q." in name:
-            parts = [state[name.replace(".q.", f".{q}.")] for q in "qkv"]
-            fused[name.replace(".q.", ".qkv.")] = np.concatenate(parts)
-        elif not re.search(r"\.attn\.[kv]\.", name):
-            fused[name] = array
-    return fused

@@ -91,7 +91,7 @@ def split_qkv(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return split
 
 
-def fuse_qkv(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def fuse_qkv(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Fuses what `split_qkv` splits."""
     fused = {}
     for name, array in state.items():

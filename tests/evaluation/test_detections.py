@@ -21,9 +21,9 @@ from converters.from_torch import from_state_dict, load
 from helpers.images import save_image
 from helpers.models import random_sam, tiny_config
 from helpers.peers import segment_anything, state_dict, stock_sam
-from helpers.programs import program
+from helpers.programs import run_program
 from helpers.shared import shared
-from slimsam_jax import checkpoint, cli
+from slimsam_jax import checkpoint
 from slimsam_jax.data import Annotation, find
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import clicks, detections, resampled_ap
@@ -225,30 +225,20 @@ def test_intervals_of_precision_are_paired(crowd):
     assert again[2] == worse != other[2]
 
 
-def run_command(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
-    try:
-        cli.run(program("evaluate").main)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
-
-
 def test_command_reports_ap_beside_a_protocol(coco_set, tmp_path, monkeypatch, capsys):
     arguments = ("--model", coco_set / "model", "--data", coco_set / "truth.json", "--boxes", coco_set / "boxes.json")
     outputs = ("--json", tmp_path / "x.json", "--protocol", "box")
-    code, text, error = run_command(monkeypatch, capsys, *arguments, *outputs)
+    code, text, error = run_program(monkeypatch, capsys, "evaluate", *arguments, *outputs)
     assert code == 0, error
     result = json.loads((tmp_path / "x.json").read_text())
     assert {"boxes/ap", "boxes/ap_best", "box/iou"} <= set(result["results"]) and "boxes AP50" in text
     assert result["data"]["images"] == 3 and result["results"]["box/iou"]["model"]["images"] == 2
-    code, text, _ = run_command(monkeypatch, capsys, *arguments)
+    code, text, _ = run_program(monkeypatch, capsys, "evaluate", *arguments)
     assert code == 0 and "box mIoU" not in text
     shutil.copytree(coco_set, tmp_path / "folder")
     (tmp_path / "folder" / "truth.json").rename(tmp_path / "folder" / "annotations.json")
     arguments = [tmp_path / "folder" if argument == coco_set / "truth.json" else argument for argument in arguments]
-    assert run_command(monkeypatch, capsys, *arguments)[:2] == (0, text)
+    assert run_program(monkeypatch, capsys, "evaluate", *arguments)[:2] == (0, text)
 
 
 def test_one_line_for_boxes_that_do_not_fit(coco_set, tmp_path, monkeypatch, capsys):
@@ -265,7 +255,7 @@ def test_one_line_for_boxes_that_do_not_fit(coco_set, tmp_path, monkeypatch, cap
         ({"--figure": tmp_path / "x.png"}, "--figure needs a --protocol"),
     ):
         arguments = [part for pair in (good | changes).items() for part in pair]
-        code, _, error = run_command(monkeypatch, capsys, *arguments)
+        code, _, error = run_program(monkeypatch, capsys, "evaluate", *arguments)
         assert code == 2 and message in error and len(error.strip().splitlines()) == 1, error
 
 

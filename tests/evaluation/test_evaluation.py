@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -18,9 +17,9 @@ from scipy import ndimage
 from converters.from_torch import load
 from helpers.images import samples, save_image, truncated, write_annotation
 from helpers.models import SQUARE, random_sam, tiny_config
-from helpers.programs import program
+from helpers.programs import run_program
 from helpers.shared import shared
-from slimsam_jax import checkpoint, cli
+from slimsam_jax import checkpoint
 from slimsam_jax.data import Annotation, find
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.evaluation import bootstrap, clicks, scores, tables
@@ -280,16 +279,6 @@ def test_digest_tells_data_apart(images, tmp_path):
     assert len(digests) == 2  # names do not count
 
 
-def run_command(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
-    try:
-        cli.run(program("evaluate").main)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    return code, *capsys.readouterr()
-
-
 def test_command_writes_table_json_and_figure(material, tmp_path, monkeypatch, capsys):
     teacher = load(material / "teacher")
     encoder = {**teacher.params["image_encoder"], "pos_embed": teacher.params["image_encoder"]["pos_embed"] + 0.3}
@@ -298,7 +287,7 @@ def test_command_writes_table_json_and_figure(material, tmp_path, monkeypatch, c
     out = [tmp_path / "new" / name for name in ("x.json", "x.md", "x.png")]
     arguments = ("--data", material / "val", "--json", out[0], "--markdown", out[1], "--figure", out[2])
     arguments = ("--model", material / "teacher", tmp_path / "other", *arguments, "--protocol", "box", "agreement")
-    code, text, _ = run_command(monkeypatch, capsys, *arguments)
+    code, text, _ = run_program(monkeypatch, capsys, "evaluate", *arguments)
     assert code == 0 and "2 images" in text
     result = json.loads(out[0].read_text())
     assert set(result["per_image"]) == {"0", "1"} and set(result["models"]) == {"teacher", "other"}
@@ -313,15 +302,15 @@ def test_command_writes_table_json_and_figure(material, tmp_path, monkeypatch, c
 def test_what_cannot_be_measured_is_said(material, tmp_path, monkeypatch, capsys):
     checkpoint.save(random_sam(SQUARE, seed=1), tmp_path / "other")
     arguments = ("--model", material / "teacher", tmp_path / "other", "--data", material / "images")
-    code, text, _ = run_command(monkeypatch, capsys, *arguments, "--protocol", "point", "box", "agreement")
+    code, text, _ = run_program(monkeypatch, capsys, "evaluate", *arguments, "--protocol", "point", "box", "agreement")
     assert code == 0 and text.endswith("6 images\nnot measured, as none of the images is annotated: point, box\n")
-    code, text, _ = run_command(monkeypatch, capsys, *arguments, "--protocol", "agreement")
+    code, text, _ = run_program(monkeypatch, capsys, "evaluate", *arguments, "--protocol", "agreement")
     assert code == 0 and "not measured" not in text
 
 
 def test_figure_of_one_model(material, tmp_path, monkeypatch, capsys):
     arguments = ("--model", material / "teacher", "--data", material / "val", "--protocol", "clicks", "--clicks", "1")
-    code, text, error = run_command(monkeypatch, capsys, *arguments, "--figure", tmp_path / "x.png")
+    code, text, error = run_program(monkeypatch, capsys, "evaluate", *arguments, "--figure", tmp_path / "x.png")
     assert code == 0 and "mIoU after click 1" in text and (tmp_path / "x.png").stat().st_size > 10_000, error
 
 
@@ -336,19 +325,28 @@ def test_one_line_for_bad_input(material, tmp_path, monkeypatch, capsys):
         ({"--json": tmp_path}, "is a folder, and an output file is needed"),
     ):
         arguments = [part for pair in (good | changes).items() for part in pair]
-        code, _, error = run_command(monkeypatch, capsys, *arguments)
+        code, _, error = run_program(monkeypatch, capsys, "evaluate", *arguments)
         assert code == 2 and message in error and error.count("error:") == 1, error
     (tmp_path / "broken").mkdir()
     truncated(tmp_path / "broken" / "a.jpg")
-    code, _, error = run_command(monkeypatch, capsys, "--model", material / "teacher", "--data", tmp_path / "broken")
+    code, _, error = run_program(
+        monkeypatch, capsys, "evaluate", "--model", material / "teacher", "--data", tmp_path / "broken"
+    )
     assert (
         code == 1 and "1 of 1 images cannot be used, more than --max-broken 0.1; the last: " in error.splitlines()[-1]
     )
 
 
 def test_a_model_given_twice_is_refused(material, monkeypatch, capsys):
-    code, _, error = run_command(
-        monkeypatch, capsys, "--model", material / "teacher", material / "teacher", "--data", material / "val"
+    code, _, error = run_program(
+        monkeypatch,
+        capsys,
+        "evaluate",
+        "--model",
+        material / "teacher",
+        material / "teacher",
+        "--data",
+        material / "val",
     )
     assert code == 2 and "a model twice" in error
 
