@@ -18,6 +18,7 @@ from slimsam_jax.compression import report, widths
 from slimsam_jax.compression.calibration_images import calibration_stream, on_devices
 from slimsam_jax.compression.distill import distill
 from slimsam_jax.compression.plan import Planned
+from slimsam_jax.compression.prepare import prepare
 from slimsam_jax.compression.prune import prune
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.steps import Distill, Initialize, Prune, Recipe
@@ -28,11 +29,11 @@ from slimsam_jax.inference.calibration import calibrate
 from slimsam_jax.models.sam import Sam, image_encoder
 from slimsam_jax.profiling.memory import peak_memory
 from slimsam_jax.progress import say, track
+from slimsam_jax.training import preemption
 from slimsam_jax.training.setup import too_many_of_val
 
 if TYPE_CHECKING:
     from slimsam_jax.compression.options import Options
-from slimsam_jax.compression.prepare import prepare
 
 # The run, the step, the student, the model before the last cut -> the student after the step.
 Do = Callable[[Run, Planned, Sam, Sam], Sam]
@@ -45,7 +46,7 @@ def run(options: Options, teacher: Sam, recipe: Recipe | None = None) -> dict[st
       recipe: the steps, if not those that the options name.
     """
     run = prepare(options, teacher, recipe)
-    with run.folder:
+    with run.folder, preemption.at_once("stopped; finished steps are kept: continue with --resume"):
         student, seconds = carry_out(run)
         numbers = finish(run, student, seconds) if sharding.is_main() else {}
     sharding.barrier("finished")

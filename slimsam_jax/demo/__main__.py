@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimsam_jax import cli, limits
+from slimsam_jax.demo.export import Dtype, prepare
 from slimsam_jax.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from slimsam_jax.demo.server import Server
-from slimsam_jax.demo.export import Dtype, prepare
 
 RUNTIME = "onnxruntime-web@^1.30"
 

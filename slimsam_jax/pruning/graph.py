@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from slimsam_jax.pruning.axes import PRODUCT, Axes, Mismatch
-from slimsam_jax.pruning.program import Program, Step, Values
+from slimsam_jax.pruning.program import Program, Step, Values, scan_operands
 from slimsam_jax.pruning.rules import RULES, Call, Nodes, unknown
 from slimsam_jax.pruning.rules.call import fresh, unify_all
 from slimsam_jax.pruning.rules.pointwise import ELEMENTWISE
 from slimsam_jax.pruning.structure import Product, Structure, Sum
 
 # What a kernel may pass through and still be that kernel where a matrix product reads it.
-PASSING = frozenset(("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "split", "slice", "rev"))
+PASSING = frozenset(
+    ("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "split", "unstack", "slice", "rev")
+)
 READERS = frozenset(("dot_general", "conv_general_dilated"))
 ARITHMETIC = frozenset(ELEMENTWISE.split())
 
@@ -128,8 +130,7 @@ def _joined(kind: str, structures: Iterable[Structure]) -> Structure:
 def _scan(graph: Graph, step: Step, operands: list[Nodes]) -> list[Nodes]:
     """Constants and carries pass; the scanned axis is one for all; layers under a scan keep the same channels."""
     axes, params, ((program, fed),) = graph.axes, step.eqn.params, step.inner
-    first = params["num_consts"]
-    last = first + params["num_carry"]
+    first, last = scan_operands(params)
     free = first == last < len(operands)
     lead = axes.leaf(params["length"], None if free else "scanned with a carry")
     for nodes in operands[last:]:

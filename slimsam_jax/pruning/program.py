@@ -9,7 +9,7 @@ and then cut, so an iota or a table of angles ties nothing and freezes nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -151,6 +151,14 @@ def _called(eqn: core.JaxprEqn) -> list[tuple[core.ClosedJaxpr, tuple[int, ...]]
             (params["body_jaxpr"], (*operands[tests : tests + body], *carry)),
         ]
     return []
+
+
+def scan_operands(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Where the carries and the scanned arrays of a `scan` begin among its operands; constants come first."""
+    if "ft_in" in params:  # since jax 0.11
+        constants, carries, _ = params["ft_in"].unpack()
+        return len(constants), len(constants) + len(carries)
+    return params["num_consts"], params["num_consts"] + params["num_carry"]
 
 
 def _read_by(step: Step) -> set[int]:

@@ -13,7 +13,7 @@ import numpy as np
 from slimsam_jax.errors import InputError
 from slimsam_jax.pruning.groups import Keep, Tree, by_path
 from slimsam_jax.pruning.made import Made
-from slimsam_jax.pruning.program import Program, Step, Values, bind
+from slimsam_jax.pruning.program import Program, Step, Values, bind, scan_operands
 from slimsam_jax.pruning.rewriting import REWRITES, Cut
 from slimsam_jax.pruning.shrink import shrink
 from slimsam_jax.pruning.structure import Structure, Widths, fold, pieces_of, shape_of, unfold
@@ -129,8 +129,7 @@ class _Run:
 
     def scan(self, step: Step, operands: list[Any]) -> list[Any]:
         ((program, _),), params = step.inner, step.eqn.params
-        first = params["num_consts"]
-        last = first + params["num_carry"]
+        first, last = scan_operands(params)
         rows = self._traced.operands[step][last:] + self._traced.results[step][last - first :]
         length = shape_of(rows[0][:1], self._widths)[0] if rows else params["length"]
 

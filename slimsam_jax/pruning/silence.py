@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax.pruning.program import Program, Step, Values
+from slimsam_jax.pruning.program import Program, Step, Values, scan_operands
 from slimsam_jax.pruning.structure import Structure, names
 
 Row = tuple[Structure, ...]
@@ -117,8 +117,8 @@ class Silence:
         """Branches must agree; what is carried is silent if it is at first and stays so."""
         carried, params = {}, step.eqn.params
         if step.name == "scan":
-            first = params["num_consts"]
-            carried = {first + i: i for i in range(params["num_carry"])}
+            first, last = scan_operands(params)
+            carried = {first + i: i for i in range(last - first)}
         elif step.name == "while":
             first = params["cond_nconsts"] + params["body_nconsts"]
             carried = {first + i: i for i in range(len(operands) - first)}

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import jax
 
+from slimsam_jax.errors import Stopped
+
 
 @contextmanager
 def on_request() -> Iterator[Callable[[], bool]]:
@@ -17,7 +19,7 @@ def on_request() -> Iterator[Callable[[], bool]]:
     Only a main thread can listen. Of several processes none does here: JAX listens itself, so that all of them
     stop at the same step (`checkpoints.Steps.asked_to_stop`).
     """
-    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+    if not _listens():
         yield lambda: False
         return
     asked = threading.Event()
@@ -26,3 +28,24 @@ def on_request() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def at_once(message: str) -> Iterator[None]:
+    """Raises Stopped(message) inside when SIGTERM comes, but where `on_request` waits for a better moment."""
+    if not _listens():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Stopped(message)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _listens() -> bool:
+    return threading.current_thread() is threading.main_thread() and jax.process_count() == 1

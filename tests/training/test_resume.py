@@ -23,10 +23,11 @@ from helpers.images import truncated
 from helpers.runs import compress_options
 from slimsam_jax import cli, sharding
 from slimsam_jax.api import compress_with
+from slimsam_jax.compression import pipeline
 from slimsam_jax.compression.distill import Distillation
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.set_option import change
-from slimsam_jax.compression.steps import Initialize
+from slimsam_jax.compression.steps import Initialize, Prune
 from slimsam_jax.distillation.step import TrainState, init_state, make_optimizer
 from slimsam_jax.errors import InputError, RunError, Stopped
 from slimsam_jax.training import checkpoints
@@ -157,6 +158,18 @@ def test_sigterm_saves_and_ends_cleanly(finished, material, tmp_path, monkeypatc
     with pytest.raises(SystemExit) as end:
         cli.run(Options, stopped)
     assert end.value.code == 143 and capsys.readouterr().err == "stopped after step 3\n"
+
+
+def test_sigterm_while_pruning_says_how_to_go_on(material, tmp_path, monkeypatch):
+    def killed(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("nobody listens")
+
+    monkeypatch.setitem(pipeline.DO, Prune, killed)
+    for resume in (False, True):  # the second finds the folder as the first one left it, and nobody at work in it
+        with pytest.raises(Stopped, match="finished steps are kept: continue with --resume"):
+            compress_with(compress_options(material, tmp_path / "slim", resume=resume))
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def small_state(value: float) -> TrainState:

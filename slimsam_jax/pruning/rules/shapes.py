@@ -95,6 +95,13 @@ def stack(axes: Axes, call: Call) -> list[Nodes]:
     return [result]
 
 
+def unstack(axes: Axes, call: Call) -> list[Nodes]:
+    """A primitive of its own since jax 0.11; before, slices of one and squeezes."""
+    rest = list(call.inputs[0])
+    axes.freeze(rest.pop(call.params["axis"]), "unstacked: each of its indices is an array of its own")
+    return [list(rest) for _ in call.results]
+
+
 def tile(axes: Axes, call: Call) -> list[Nodes]:
     repeat = lambda node, times: axes.product([axes.leaf(times, "repeated so often"), node])
     return [[repeat(node, times) for node, times in zip(call.inputs[0], call.params["reps"], strict=True)]]
@@ -162,6 +169,7 @@ RULES: dict[str, Rule] = {
     "reshape": reshape,
     "concatenate": concatenate,
     "stack": stack,
+    "unstack": unstack,
     "tile": tile,
     "split": split,
     "slice": slice_,
