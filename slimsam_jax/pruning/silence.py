@@ -25,9 +25,9 @@ NOTHING: Silent = frozenset()
 # f(0) = 0, or the first operand's numbers moved and summed.
 KEEPING = """abs asin asinh atan atanh cbrt ceil conj convert_element_type copy copy_p cumsum cumprod cummax cummin erf
 erf_inv expm1 floor imag integer_pow log1p neg real reduce_precision round sharding_constraint sign sin sinh sqrt square
-stop_gradient tan tanh transpose squeeze expand_dims reshape broadcast_in_dim tile split slice rev gather dynamic_slice
-reduce_sum reduce_max reduce_min reduce_prod reduce_or reduce_and reduce_window_sum reduce_window_max reduce_window_min
-rem sort"""
+stop_gradient tan tanh transpose squeeze expand_dims reshape broadcast_in_dim tile split unstack slice rev gather
+dynamic_slice reduce_sum reduce_max reduce_min reduce_prod reduce_or reduce_and reduce_window_sum reduce_window_max
+reduce_window_min rem sort"""
 POLES = ("div", "rsqrt", "log")  # not finite where the last operand is zero
 ONE_IS_ENOUGH = ("mul", "and")
 ALL_ARE_NEEDED = ("add", "add_any", "sub", "or", "xor", "max", "min", "select_n", "clamp", "pad")
