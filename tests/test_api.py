@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
+import io
 import pkgutil
 import re
 import subprocess
@@ -58,19 +60,25 @@ def there(tmp_path_factory):
     return root
 
 
-def test_the_examples_run_one_after_the_other(there, monkeypatch, capsys):
-    monkeypatch.chdir(there)
-    for name in FUNCTIONS:
-        code = example(name)
-        assert len(code.splitlines()) <= 5
-        exec(compile(code, name, "exec"), {})
-    said = capsys.readouterr().out.splitlines()
+@pytest.fixture(scope="module")
+def said(there):
+    """What the examples print, run there one after the other."""
+    printed = io.StringIO()
+    with contextlib.chdir(there), contextlib.redirect_stdout(printed):
+        for name in FUNCTIONS:
+            exec(compile(example(name), name, "exec"), {})
+    return printed.getvalue().splitlines()
+
+
+def test_the_examples_run_one_after_the_other(there, said):
+    assert all(len(example(name).splitlines()) <= 5 for name in FUNCTIONS)
     assert said[0] == "24 (64, 64)" and said[-1].startswith("(1, 400, 700) [")
     assert {"sam_b", "slim77", "scores.json"} <= {path.name for path in there.iterdir()}
     slim = checkpoint.load(there / "slim77")
     assert slim.config.embed_dim == 6 and slim.provenance["options"]["ratio"] == 0.77
 
 
+@pytest.mark.usefixtures("said")
 def test_the_example_of_the_readme_runs_as_it_stands(there, monkeypatch):
     """But for the line that compresses, which is the docstring's, and has run."""
     monkeypatch.chdir(there)
