@@ -21,9 +21,9 @@ from scipy.stats import spearmanr
 
 from converters.from_torch import load
 from experiments import results
-from slimsam_jax import data
+from slimsam_jax import data, pruning
 from slimsam_jax.compression import gradients as sam_gradients
-from slimsam_jax.compression import prune
+from slimsam_jax.compression import prune, vit_groups
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.calibration_images import on_devices
 from slimsam_jax.compression.recipes import RECIPES
@@ -31,9 +31,7 @@ from slimsam_jax.compression.selection import choose
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.inference.decode import encode_image
-from slimsam_jax.models.encoders import vit_groups
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.pruning import importance
 
 FILE = results.FOLDER / "estimators.jsonl"
 COUNTS = (1, 2, 5, 10, 20, 50, 100)
@@ -79,15 +77,11 @@ def cut(sam: Sam, grads: Any) -> Sam:
 def rank_correlations(sam: Sam, one: Any, other: Any) -> dict[str, float]:
     """Computes rank correlations per kind of group, means over groups."""
     encoder = jax.device_get(sam.params["image_encoder"])
-    kinds = {
-        "embedding": [vit_groups.embedding_group(sam.config)],
-        "attention": vit_groups.attention_groups(sam.config),
-        "mlp": vit_groups.mlp_groups(sam.config),
-    }
-    means = {}
-    for kind, of_kind in kinds.items():
-        scores = [importance.channel_scores(encoder, grads, of_kind) for grads in (one, other)]
-        means[kind] = float(np.mean([spearmanr(scores[0][g.name], scores[1][g.name]).statistic for g in of_kind]))
+    grouping, means = vit_groups.groups_of(sam.config), {}
+    for label, kind in (("embedding", "embedding"), ("attention", "attn"), ("mlp", "mlp")):
+        names = vit_groups.of_kind(grouping, kind)
+        scores = [pruning.score(encoder, grouping, grads, only=names) for grads in (one, other)]
+        means[label] = float(np.mean([spearmanr(scores[0][name], scores[1][name]).statistic for name in names]))
     return means
 
 

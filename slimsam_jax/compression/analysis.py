@@ -115,7 +115,7 @@ def draw(bench: Bench, pruned: Mapping[float, Pruned], ratio: float, out: Path) 
     figure = Figure(figsize=(12, 8), layout="constrained")
     (stream, errors), (heads, hidden) = figure.subplots(2, 2)
     narrow, slim, _ = pruned[ratio]
-    gains_of = lambda sam, part: prune.worth(sam, bench.steps[part], bench.calibration, bench.seed)
+    gains_of = lambda sam, part: prune.channel_gains(sam, bench.steps[part], bench.calibration, bench.seed)
     gains = gains_of(bench.sam, "embedding")["embedding"]
     stream.semilogy(np.maximum(gains, 1e-9 * gains.max()))
     stream.axvline(slim.config.embed_dim, color="black", label=f"kept at {ratio:g}")

@@ -1,8 +1,7 @@
-"""Prunes encoders of any family by the groups of their jaxpr: whole channels, by importance."""
+"""The groups of an encoder of any family, from its jaxpr, and which of their channels stay, by importance."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -13,33 +12,24 @@ import numpy as np
 
 from slimsam_jax import pruning
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.calibration_images import Calibration
-from slimsam_jax.compression.gradients import gradients
 from slimsam_jax.compression.steps import Prune, Quirks
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.encoders import family_of, name_of
-from slimsam_jax.models.sam import Architecture, Sam, abstract_params, image_encoder
+from slimsam_jax.models.sam import Architecture, abstract_params, image_encoder
+from slimsam_jax.pruning.groups import Keep
 from slimsam_jax.pruning.importance import NORMALIZERS
 
 
-def prune_found(sam: Sam, step: Prune, target: Target, calibration: Calibration, seed: int) -> Sam:
-    """Cuts the channels of a step's part, as `compression.prune.prune`."""
-    check(sam.config, target, [step], uniform=False)
-    family, encoder = family_of(sam.config.encoder), jax.device_get(sam.params["image_encoder"])
-    grads = jax.device_get(gradients(sam, step, calibration, seed))
-    grouping = groups_of(sam.config)
-    scores = pruning.score(encoder, grouping, grads, step.criterion, own_of(grouping, step), seed)
-    scores = {name: NORMALIZERS[step.normalizer](scores[name]) for name in names_of(sam.config, step)}
+def choose(config: Architecture, encoder: Any, grads: Any, step: Prune, target: Target, seed: int) -> Keep:
+    """Parameters and gradients of an encoder -> the channels that stay, for all groups of a step's part."""
+    grouping, names = groups_of(config), names_of(config, step)
+    scores = pruning.score(encoder, grouping, grads, step.criterion, own_of(grouping, step), seed, only=names)
+    scores = {name: NORMALIZERS[step.normalizer](score) for name, score in scores.items()}
     how = {"round_to": step.round_to, "min_keep": step.min_keep * (1 - target.ratio)}
     if step.allocation == "params":
         how["costs"] = parameter_costs(encoder, grouping, scores)
     allocation = {"params": "cost"}.get(step.allocation, step.allocation)
-    keep = pruning.select(scores, target.ratio, allocation, **how)
-    slim = pruning.shrink(encoder, grouping, keep)
-    if hasattr(family, "keep_logit_scale"):
-        slim = family.keep_logit_scale(slim, encoder)
-    config = sam.config.with_encoder(family.config_of(slim, like=sam.config.encoder))
-    return dataclasses.replace(sam, config=config, params={**sam.params, "image_encoder": jax.device_put(slim)})
+    return pruning.select(scores, target.ratio, allocation, **how)
 
 
 def check(config: Architecture, target: Target, steps: Sequence[Prune], uniform: bool) -> None:

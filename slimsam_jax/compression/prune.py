@@ -10,24 +10,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from slimsam_jax import sharding
-from slimsam_jax.compression import widths
+from slimsam_jax import pruning, sharding
+from slimsam_jax.compression import found_groups, reference, vit_groups, widths
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.calibration_images import Batch, Calibration
-from slimsam_jax.compression.found_groups import prune_found
 from slimsam_jax.compression.gradients import check_finite, gradients
 from slimsam_jax.compression.projection import attention, embedding, mlp, statistics
-from slimsam_jax.compression.selection import choose
+from slimsam_jax.compression.selection import choose, grouping_of
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.models.config import Config
-from slimsam_jax.models.encoders import name_of
-from slimsam_jax.models.encoders import vit_groups as channels
+from slimsam_jax.models.encoders import family_of, name_of
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import reference_macs
-from slimsam_jax.pruning import allocation, importance
+from slimsam_jax.pruning import allocation
 from slimsam_jax.pruning.bases import residual_spectrum
-from slimsam_jax.pruning.groups import Group, Keep, check_groups
-from slimsam_jax.pruning.shrink import shrink
+from slimsam_jax.pruning.groups import Keep
 
 # Multiply-accumulates of an image, below which compiling a program for narrower heads takes longer than it saves.
 MASKED_BELOW = 3e9
@@ -54,7 +51,7 @@ def prune(
       RunError: the model's statistics are not finite.
     """
     if name_of(sam.config.encoder) != "vit":
-        return prune_found(sam, step, target, calibration, seed)
+        found_groups.check(sam.config, target, [step], uniform)
     if step.criterion == "projection":
         slim = project(sam, step, target, calibration, seed, uniform)
     else:
@@ -66,26 +63,19 @@ def prune(
 
 
 def _with_encoder(sam: Sam, encoder: Any) -> Sam:
-    config = channels.shrunk_config(sam.config, encoder)
+    own = sam.config.encoder
+    config = sam.config.with_encoder(family_of(own).config_of(encoder, like=own))
     return dataclasses.replace(sam, config=config, params={**sam.params, "image_encoder": encoder})
-
-
-def all_groups(config: Config) -> list[Group]:
-    """Every group that a stage may cut; those of the heads overlap, and `keep` names one kind of them."""
-    kinds = (channels.attention_groups, channels.logit_groups, channels.value_groups, channels.head_groups)
-    bottlenecks = [group for kind in (*kinds, channels.mlp_groups) for group in kind(config)]
-    return [channels.embedding_group(config), *bottlenecks]
 
 
 def cut(sam: Sam, keep: Keep, step: Prune) -> Sam:
     """Removes all channels but `keep`, and settles what narrower heads change besides."""
-    groups = [group for group in all_groups(sam.config) if group.name in keep]
-    check_groups(sam.params["image_encoder"], groups)
-    encoder = shrink(sam.params["image_encoder"], groups, keep)
-    if not step.quirks.jumping_logit_scale:
-        encoder = channels.keep_logit_scale(encoder, sam.config, channels.shrunk_config(sam.config, encoder))
+    before, family = sam.params["image_encoder"], family_of(sam.config.encoder)
+    encoder = pruning.shrink(before, grouping_of(sam.config, step), keep)
+    if hasattr(family, "keep_logit_scale") and not step.quirks.jumping_logit_scale:
+        encoder = family.keep_logit_scale(encoder, before)
     if step.quirks.zeroed_rel_pos:
-        encoder = channels.zero_rel_pos(encoder)
+        encoder = reference.zero_rel_pos(encoder)
     return _with_encoder(sam, encoder)
 
 
@@ -155,7 +145,7 @@ def _bases(sam: Sam, step: Prune, batches: Iterable[Batch], seed: int):
 # ------------------------------------------------------------------------------------------- to look at
 
 
-def worth(sam: Sam, step: Prune, calibration: Calibration, seed: int = 0) -> dict[str, np.ndarray]:
+def channel_gains(sam: Sam, step: Prune, calibration: Calibration, seed: int = 0) -> dict[str, np.ndarray]:
     """Returns the gain of each further channel of a step's groups, the best first; nothing is cut or normalised.
 
     Returns:
@@ -169,8 +159,8 @@ def worth(sam: Sam, step: Prune, calibration: Calibration, seed: int = 0) -> dic
             return {"embedding": residual_spectrum(moment)}
         return _bases(sam, step, calibration("statistics"), seed)[1]
     grads = jax.device_get(gradients(sam, step, calibration, seed))
-    groups = [channels.embedding_group(sam.config)]
-    if step.part == "bottleneck":
-        groups = [*channels.attention_groups(sam.config), *channels.mlp_groups(sam.config)]
-    encoder = sam.params["image_encoder"]
-    return allocation.gains_of(importance.channel_scores(encoder, grads, groups, step.criterion, seed))
+    grouping = vit_groups.groups_of(sam.config)
+    kinds = ("embedding",) if step.part == "embedding" else ("attn", "mlp")
+    names = [name for kind in kinds for name in vit_groups.of_kind(grouping, kind)]
+    encoder = jax.device_get(sam.params["image_encoder"])
+    return allocation.gains_of(pruning.score(encoder, grouping, grads, step.criterion, seed=seed, only=names))

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from slimsam_jax.models.sam import Params
 from slimsam_jax.pruning.groups import Scores
 from slimsam_jax.pruning.importance import NORMALIZERS
 
@@ -81,6 +82,16 @@ def keep_global(
             lowest = [] if skip_vanishing else np.argsort(score, kind="stable")[:-1]
         keep[name] = _all_but(len(score), lowest)
     return keep
+
+
+def zero_rel_pos(encoder: Params) -> Params:
+    """Sets all relative position tables to zero, as the reference does in both stages (prune_funcs.py:39-58)."""
+    encoder = dict(encoder)
+    for name in (name for name in encoder if name.startswith("blocks_")):
+        attn = encoder[name]["attn"]
+        zeros = {table: np.zeros_like(attn[table]) for table in ("rel_pos_h", "rel_pos_w")}
+        encoder[name] = {**encoder[name], "attn": {**attn, **zeros}}
+    return encoder
 
 
 def _removed(size: int, ratio: float, round_to: int) -> int:

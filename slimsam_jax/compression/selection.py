@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
-from slimsam_jax.compression import reference, widths
+import numpy as np
+
+from slimsam_jax import pruning
+from slimsam_jax.compression import found_groups, reference, vit_groups, widths
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.models.config import Config
-from slimsam_jax.models.encoders import vit_groups as channels
-from slimsam_jax.pruning import allocation, importance
+from slimsam_jax.models.encoders import name_of
+from slimsam_jax.models.sam import Architecture
+from slimsam_jax.pruning import Grouping, allocation
 from slimsam_jax.pruning.groups import Keep, Scores
 from slimsam_jax.pruning.selection import keep_global, keep_widths
 
 
 def choose(
-    config: Config,
+    config: Architecture,
     encoder: Any,
     grads: Any,
     step: Prune,
@@ -23,21 +29,49 @@ def choose(
     uniform: bool = False,
     seed: int = 0,
 ) -> Keep:
-    """Parameters and gradients -> the channels that stay, for all groups of a stage."""
-    score = lambda groups: importance.channel_scores(encoder, grads, groups, step.criterion, seed)
+    """Parameters and gradients of an image encoder -> the channels that stay, for all groups of a stage.
+
+    Returns:
+      {group of `grouping_of`: ascending indices}.
+    """
+    if name_of(config.encoder) != "vit":
+        return found_groups.choose(config, encoder, grads, step, target, seed)
+    keep = _choose(config, functools.partial(_score, config, encoder, grads, step, seed), step, target, uniform)
+    return {name: kept for name, kept in keep.items() if name in grouping_of(config, step).widths}
+
+
+def _choose(config: Config, score: Callable[[str], Scores], step: Prune, target: Target, uniform: bool) -> Keep:
+    """Of a ViT; `score` takes a kind of group."""
     if step.part == "embedding":
-        return _choose_embedding(config, score([channels.embedding_group(config)]), step, target)
-    attention, mlp = score(channels.attention_groups(config)), score(channels.mlp_groups(config))
+        return _choose_embedding(config, score("embedding"), step, target)
+    attention, mlp = score("attn"), score("mlp")
     if step.quirks.rounded_selection and target.budget is None:
         return _choose_as_reference(config, attention, mlp, step, target.ratio, uniform)
     if step.head_channels == "whole":
-        return _choose_heads(score(channels.head_groups(config)), mlp, step, target)
+        return _choose_heads(score("attn/heads"), mlp, step, target)
     normal = reference.normalize(attention, step.normalizer) | reference.normalize(mlp, step.normalizer)
     chosen = widths.bottleneck_widths(config, allocation.gains_of(normal), target, step, uniform)
     keep = keep_widths(attention | mlp, chosen)
     if step.head_channels == "shared":
         return keep
-    return _choose_values(keep, score(channels.logit_groups(config)), score(channels.value_groups(config)))
+    return _choose_values(keep, score("attn/qk"), score("attn/v"))
+
+
+def grouping_of(config: Architecture, step: Prune) -> Grouping:
+    """The groups that a step may cut."""
+    if name_of(config.encoder) == "vit":
+        return vit_groups.groups_of(config, tied=step.head_channels != "separate")
+    return found_groups.groups_of(config)
+
+
+def _score(config: Config, encoder: Any, grads: Any, step: Prune, seed: int, kind: str) -> Scores:
+    """Of the groups of one kind. Those of a single channel, which the graph does not list, stay: one score each."""
+    grouping = vit_groups.groups_of(config, tied=kind == "attn")
+    names = vit_groups.of_kind(grouping, kind)
+    own = found_groups.own_of(grouping, step) if kind == "attn/v" else ()
+    found = pruning.score(encoder, grouping, grads, step.criterion, own, seed, only=names)
+    whole = {f"blocks_{i}/{kind}": np.ones(1) for i in range(len(config.blocks))}
+    return found if kind == "embedding" else {name: found.get(name, one) for name, one in whole.items()}
 
 
 def _choose_embedding(config: Config, scores: Scores, step: Prune, target: Target) -> Keep:

@@ -11,5 +11,6 @@ from slimsam_jax.pruning.cut import mask, score, select, shrink
 from slimsam_jax.pruning.find import find_groups
 from slimsam_jax.pruning.grouping import FoundGroup, Grouping, Place
 from slimsam_jax.pruning.groups import by_path
+from slimsam_jax.pruning.rename import rename
 
-__all__ = ["FoundGroup", "Grouping", "Place", "by_path", "find_groups", "mask", "score", "select", "shrink"]
+__all__ = ["FoundGroup", "Grouping", "Place", "by_path", "find_groups", "mask", "rename", "score", "select", "shrink"]

@@ -28,6 +28,7 @@ def score(
     criterion: Criterion = "taylor",
     own: Collection[str] = (),
     seed: int = 0,
+    only: Collection[str] | None = None,
 ) -> Scores:
     """Scores every channel of every group: the mean over the arrays that vote, see `importance.channel_scores`.
 
@@ -39,10 +40,16 @@ def score(
       criterion: a key of `importance.CRITERIA`, or "random".
       own: groups that have `copies` and are to be scored for each copy by itself.
       seed: for "random".
+      only: names of the groups to score; all of them by default.
 
     Returns:
       {group: [size], or [copies, size] for those in `own`, float64}.
+
+    Raises:
+      InputError: there is no such group, or it has no copies, or the criterion needs gradients.
     """
+    if missing := sorted({*own, *(only or ())} - grouping.widths.keys()):
+        raise InputError(f"there is no group {missing[0]!r} to score")
     for name in own:
         if not {group.name: group.copies for group in grouping.groups}.get(name):
             raise InputError(f"group {name!r} has no copies that could keep channels of their own")
@@ -51,6 +58,7 @@ def score(
             f"criterion {criterion!r} needs gradients; without them there are {' and '.join(WITHOUT_GRADIENT)}"
         )
     groups = groups_of_pieces(grouping.groups, grouping.axes, grouping.kernels, own)
+    groups = [group for group in groups if only is None or group.name in only]
     weights = unfold_tree(params, grouping)
     slopes = weights if gradients is None else unfold_tree(gradients, grouping)
     return channel_scores(weights, slopes, groups, criterion, seed)

@@ -55,6 +55,15 @@ def names(structure: Structure) -> tuple[str, ...]:
     return () if isinstance(structure, int) else tuple(name for part in structure.parts for name in names(part))
 
 
+def renamed(structure: Structure, new: Mapping[str, str]) -> Structure:
+    """The same of groups by their new names, {name: new name} of all."""
+    if isinstance(structure, str):
+        return new[structure]
+    if isinstance(structure, int):
+        return structure
+    return type(structure)(tuple(renamed(part, new) for part in structure.parts))
+
+
 def position(structure: Structure, index: int, full: Widths, widths: Widths) -> int:
     """Where a cut along the axis lies once its groups have shrunk from `full` to `widths`.
 

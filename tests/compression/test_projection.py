@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers import written_groups
 from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax.compression.projection import attention, mlp, statistics
 from slimsam_jax.compression.projection import embedding as sam_projection
-from slimsam_jax.models.encoders import vit_groups as channels
-from slimsam_jax.models.encoders.vit_groups import shrunk_config
+from slimsam_jax.models.encoders.vit import config_of
 from slimsam_jax.models.sam import encoder_for, preprocess, run_encoder
 from slimsam_jax.pruning.bases import bilinear_basis, choose_units, output_basis, refit, residual_basis
 from slimsam_jax.pruning.shrink import apply_masks, mask_tree
@@ -103,13 +103,13 @@ def batches(model):
 
 
 def moments(model, encoder, *parts):
-    statistic = statistics.moments_of(shrunk_config(model.config, encoder), parts)
+    statistic = statistics.moments_of(config_of(encoder, like=model.config), parts)
     return statistics.accumulate(statistic, jax.tree.map(jnp.asarray, encoder), batches(model))
 
 
 def project(model, encoder, kind: str, widths, weighting: str, masked: bool = False):
     """One of the three cuts, on statistics of the encoder as it is."""
-    config = shrunk_config(model.config, encoder)
+    config = config_of(encoder, like=model.config)
     if kind == "embedding":
         return sam_projection.project_embedding(config, encoder, moments(model, encoder, "stream")["stream"], widths)
     found = moments(model, encoder, kind, "sensitivity")
@@ -127,7 +127,7 @@ def test_nothing_cut_nothing_changed(model, weighting):
         encoder = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), model.params["image_encoder"])
         new = project(model, encoder, "embedding", config.embed_dim, weighting)
         new = project(model, new, "attention", [b.head_dim for b in config.blocks], weighting)
-        assert shrunk_config(config, new) == config and new["pos_embed"].dtype == jnp.float64
+        assert config_of(new, like=config) == config and new["pos_embed"].dtype == jnp.float64
         found, expected = (embed(config, e, batches(model)[0]) for e in (new, encoder))
         assert found.dtype == jnp.float64
         np.testing.assert_allclose(found, expected, atol=1e-9)
@@ -139,21 +139,21 @@ def test_nothing_cut_nothing_changed(model, weighting):
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_attention_that_uses_five_channels_loses_nothing_when_cut_to_five(model, weighting):
     """Also the softmax temperature: it must not follow the width."""
-    config, groups = model.config, channels.attention_groups(model.config)
+    config, groups = model.config, written_groups.attention_groups(model.config)
     keep = {group.name: np.arange(5) for group in groups}
     encoder = model.params["image_encoder"]
     encoder = apply_masks(encoder, mask_tree(encoder, groups, keep))
     new = project(model, encoder, "attention", [5, 5], weighting)
     batch = batches(model)[0]
-    np.testing.assert_allclose(embed(shrunk_config(config, new), new, batch), embed(config, encoder, batch), atol=1e-4)
+    np.testing.assert_allclose(embed(config_of(new, like=config), new, batch), embed(config, encoder, batch), atol=1e-4)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_masked_heads_are_cut_heads_in_the_shapes_that_there_were(model, weighting):
     encoder, batch = model.params["image_encoder"], batches(model)[0]
     cut, masked = (project(model, encoder, "attention", [3, 7], weighting, masked=masked) for masked in (False, True))
-    assert shrunk_config(model.config, masked) == model.config != shrunk_config(model.config, cut)
-    found, wanted = (embed(shrunk_config(model.config, each), each, batch) for each in (masked, cut))
+    assert config_of(masked, like=model.config) == model.config != config_of(cut, like=model.config)
+    found, wanted = (embed(config_of(each, like=model.config), each, batch) for each in (masked, cut))
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
@@ -162,7 +162,7 @@ def test_everything_cut_at_once_has_the_widths_asked_for(model, weighting):
     encoder = project(model, model.params["image_encoder"], "embedding", 11, weighting)
     encoder = project(model, encoder, "attention", [3, 7], weighting)
     encoder = project(model, encoder, "mlp", [13, 5], weighting)
-    config = shrunk_config(model.config, encoder)
+    config = config_of(encoder, like=model.config)
     assert config.embed_dim == 11 and [(b.head_dim, b.mlp_dim) for b in config.blocks] == [(3, 13), (7, 5)]
     assert np.isfinite(embed(config, encoder, batches(model)[0])).all()
 
@@ -175,7 +175,9 @@ def test_unweighted_worth_is_the_share_of_the_stream_that_would_be_wrong(model):
     slim = mlp.project_mlp(encoder, units, [30, 40])
     error = total = 0.0
     for batch in batches(model):
-        before, after = (run_encoder(shrunk_config(config, e), e, batch)[1]["blocks_0"]["out"] for e in (encoder, slim))
+        before, after = (
+            run_encoder(config_of(e, like=config), e, batch)[1]["blocks_0"]["out"] for e in (encoder, slim)
+        )
         error += np.square(after - before).sum()
         total += np.square(before - before.mean(-1, keepdims=True)).sum()
     np.testing.assert_allclose(units[0].worth[30:].sum(), error / total, rtol=0.05)
@@ -210,7 +212,7 @@ def test_weighted_worth_is_the_share_of_the_embedding_that_is_wrong(four_heads, 
     else:
         groups = mlp.hidden_units(encoder, found, "disturbed")
         slim = mlp.project_mlp(encoder, groups, widths)
-    after = shrunk_config(config, slim)
+    after = config_of(slim, like=config)
     error = sum(np.square(embed(after, slim, batch) - embed(config, encoder, batch)).sum() for batch in images)
     np.testing.assert_allclose(groups[block].worth[width:].sum(), error / found["embedding"], rtol=0.12)
 

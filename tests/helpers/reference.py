@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.tables.sam import rows
-from slimsam_jax.compression import selection
+from slimsam_jax import pruning
+from slimsam_jax.compression import selection, vit_groups
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.models.config import GLOBAL, Block, Config
-from slimsam_jax.models.encoders import vit_groups as channels
-from slimsam_jax.models.encoders.vit import ImageEncoder
+from slimsam_jax.models.encoders.vit import ImageEncoder, config_of
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.pruning.gradients import disturbed_loss
 
@@ -42,7 +42,7 @@ def tree(golden, prefix: str):
 
 def model(golden, prefix: str) -> Sam:
     encoder = tree(golden, prefix)
-    return Sam(channels.shrunk_config(FULL, encoder), {"image_encoder": encoder})
+    return Sam(config_of(encoder, like=FULL), {"image_encoder": encoder})
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -91,3 +91,10 @@ def assert_removed(golden, prefix: dict[str, str], keep, config: Config):
         np.testing.assert_array_equal(
             removed(mlp, config.blocks[block].mlp_dim), golden[f"{prefix['mlp']}/pruned/mlp{block}"]
         )
+
+
+def scores_of(sam: Sam, grads, kind: str, criterion: str = "taylor") -> dict[str, np.ndarray]:
+    """Of the groups of a kind, which are found: "embedding", "attn" or "mlp"."""
+    grouping = vit_groups.groups_of(sam.config)
+    names = vit_groups.of_kind(grouping, kind)
+    return pruning.score(sam.params["image_encoder"], grouping, grads, criterion, only=names)

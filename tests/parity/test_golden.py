@@ -25,11 +25,11 @@ from helpers.reference import (
     gradients,
     model,
     removed,
+    scores_of,
 )
 from helpers.shared import shared
-from slimsam_jax.compression import prune, reference
+from slimsam_jax.compression import prune, reference, vit_groups
 from slimsam_jax.compression.alignment import ALIGN, SAM
-from slimsam_jax.models.encoders import vit_groups as channels
 from slimsam_jax.pruning import importance
 
 KINDS = {"attn": ("gs1", HEADS, 8), "mlp": ("gs2", 1, 384)}  # the original's name of a run, copies, channels of a copy
@@ -51,10 +51,12 @@ def test_it_is_cut_from_the_whole(golden):
 def test_members_of_the_embedding(golden):
     """Every kernel on the side that the original traces, all of its votes, and what follows without one."""
     named, found = {row.path: row for row in encoder_rows()}, set()
-    for member in channels.embedding_group(FULL).members:
-        row = named[member.path]
-        last = member.axis == len(row.pattern.split(" -> ")[1].split()) - 1
-        side = "uncounted" if not member.votes else "out" if last else "in"
+    grouping = vit_groups.groups_of(FULL)
+    (embedding,) = (group for group in grouping.groups if group.name == "embedding")
+    for place in embedding.members:
+        row = named[place.path]
+        last = place.axis == len(row.pattern.split(" -> ")[1].split()) - 1
+        side = "uncounted" if place.path not in grouping.kernels else "out" if last else "in"
         if not row.name.endswith(".bias"):  # the original has modules
             found.add(f"{row.name.removesuffix('.weight')}:{side}")
     assert found == set(golden["step1/members"].tolist())
@@ -129,10 +131,11 @@ def test_encoder(golden, step2):
 def test_disturbed_gradients_and_importance(golden, step2):
     student, losses, grads = step2
     np.testing.assert_allclose(losses, golden["r77fix/step2/grad_loss"], rtol=1e-5)
-    encoder = student.params["image_encoder"]
-    for kind, groups in (("attn", channels.attention_groups(FULL)), ("mlp", channels.mlp_groups(FULL))):
+    for kind in KINDS:
         raw = stored(golden, f"r77fix/step2/global/{KINDS[kind][0]}/imp_raw", kind)
-        for name, scores in importance.channel_scores(encoder, grads, groups).items():
+        scored = scores_of(student, grads, kind)
+        assert len(scored) == DEPTH
+        for name, scores in scored.items():
             np.testing.assert_allclose(scores, raw[name], rtol=5e-5)
 
 

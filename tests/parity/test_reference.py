@@ -31,6 +31,7 @@ from helpers.reference import (
     model,
     removed,
     run,
+    scores_of,
     tree,
 )
 from helpers.shared import shared
@@ -40,7 +41,6 @@ from slimsam_jax.compression.alignment import ALIGN, SAM
 from slimsam_jax.compression.alignment import terms as terms_of
 from slimsam_jax.compression.steps import Quirks
 from slimsam_jax.distillation.losses import distillation_loss
-from slimsam_jax.models.encoders import vit_groups as channels
 from slimsam_jax.models.encoders.vit import bottleneck_features, stream_features
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.pruning import importance
@@ -99,9 +99,7 @@ def test_disturbed_gradients(golden, step, request):
 @pytest.mark.parametrize(("name", "criterion"), [("Disturb", "taylor"), ("mag", "magnitude")])
 def test_step1_importance(golden, step1, name, criterion):
     teacher, _, grads = step1
-    group = channels.embedding_group(FULL)
-    assert sum(m.votes for m in group.members) == 74
-    score = importance.channel_scores(teacher.params["image_encoder"], grads, [group], criterion)["embedding"]
+    score = scores_of(teacher, grads, "embedding", criterion)["embedding"]
     tied = np.tile(score.reshape(HEADS, -1).sum(0), HEADS)
     np.testing.assert_allclose(tied, golden[f"step1/{name}/imp_raw"], rtol=2e-6)
     np.testing.assert_allclose(importance.NORMALIZERS["mean"](tied), golden[f"step1/{name}/imp"], rtol=2e-6)
@@ -112,8 +110,7 @@ def test_step1_importance(golden, step1, name, criterion):
 def test_step1_taylor_lets_the_first_head_decide(golden, step1):
     """The original's "taylor" is Disturbed Taylor without the sum over what it takes for heads."""
     teacher, _, grads = step1
-    group = channels.embedding_group(FULL)
-    scores = importance.channel_scores(teacher.params["image_encoder"], grads, [group])
+    scores = scores_of(teacher, grads, "embedding")
     np.testing.assert_allclose(scores["embedding"], golden["step1/taylor/imp_raw"], rtol=2e-6)
     normal = reference.normalize(scores, "mean")["embedding"]
     np.testing.assert_allclose(normal, golden["step1/taylor/imp"], rtol=2e-6)
@@ -132,18 +129,15 @@ def test_step1_pruned_weights_and_output(golden, step1):
 
 def test_step2_importance(golden, step2):
     student, _, grads = step2
-    encoder = student.params["image_encoder"]
-    for kind, groups, copies in (
-        ("attn", channels.attention_groups(student.config), HEADS),
-        ("mlp", channels.mlp_groups(student.config), 1),
-    ):
-        scores = importance.channel_scores(encoder, grads, groups)
+    for kind, copies in (("attn", HEADS), ("mlp", 1)):
+        scores = scores_of(student, grads, kind)
         run_name = "gs1" if kind == "attn" else "gs2"
         normal = reference.normalize(scores, "gaussian", copies)
-        for block, group in enumerate(groups):
-            raw = np.tile(scores[group.name], copies)
+        assert len(scores) == len(student.config.blocks)
+        for block in range(len(scores)):
+            raw = np.tile(scores[f"blocks_{block}/{kind}"], copies)
             np.testing.assert_allclose(raw, golden[f"step2/global/{run_name}/imp_raw/{kind}{block}"], rtol=5e-5)
-            found = np.tile(normal[group.name], copies)
+            found = np.tile(normal[f"blocks_{block}/{kind}"], copies)
             np.testing.assert_allclose(found, golden[f"step2/global/{run_name}/imp/{kind}{block}"], atol=5e-5)
 
 
@@ -161,14 +155,11 @@ def test_step2_global(golden, step2):
 
 def test_step2_local(golden, step2):
     student, _, grads = step2
-    encoder = student.params["image_encoder"]
-    for kind, groups, copies in (
-        ("mlp", channels.mlp_groups(student.config), 1),
-        ("attn", channels.attention_groups(student.config), HEADS),
-    ):
-        scores = importance.channel_scores(encoder, grads, groups)
-        for block, group in enumerate(groups):
-            normal = reference.normalize(scores, "mean", copies)[group.name]
+    for kind, copies in (("mlp", 1), ("attn", HEADS)):
+        normals = reference.normalize(scores_of(student, grads, kind), "mean", copies)
+        assert len(normals) == len(student.config.blocks)
+        for block in range(len(normals)):
+            normal = normals[f"blocks_{block}/{kind}"]
             np.testing.assert_allclose(np.tile(normal, copies), golden[f"step2/local/imp/{kind}{block}"], rtol=5e-5)
     keep = choose(student, grads, dataclasses.replace(BOTTLENECK, allocation="local"), 0.5)
     assert_removed(golden, {"attn": "step2/local", "mlp": "step2/local"}, keep, student.config)

@@ -1,4 +1,4 @@
-"""SAM's groups, found from its jaxpr, are those that are written down in `models/groups.py`, and the neck."""
+"""SAM's groups, found from its jaxpr, are those that were written by hand, and the neck."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers import written_groups as written
 from helpers.graph_models import doubled, halves, largest_difference
 from helpers.models import random_sam, tiny_config
 from slimsam_jax import pruning
 from slimsam_jax.models.config import preset
-from slimsam_jax.models.encoders import vit_groups as written
 from slimsam_jax.models.encoders.vit import ImageEncoder
 from slimsam_jax.models.sam import abstract_params
 from slimsam_jax.pruning import find_groups

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import written_groups
 from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax.compression import reference
-from slimsam_jax.models.encoders import vit_groups as channels
+from slimsam_jax.models.encoders.vit import config_of, keep_logit_scale
 from slimsam_jax.models.sam import run_encoder
 from slimsam_jax.pruning import allocation, gradients, importance
 from slimsam_jax.pruning.groups import Group, Member, check_groups
@@ -161,9 +162,9 @@ def embed(config, encoder, seed=0):
 
 def test_groups_cover_the_encoder(model):
     groups = [
-        channels.embedding_group(model.config),
-        *channels.attention_groups(model.config),
-        *channels.mlp_groups(model.config),
+        written_groups.embedding_group(model.config),
+        *written_groups.attention_groups(model.config),
+        *written_groups.mlp_groups(model.config),
     ]
     encoder = model.params["image_encoder"]
     check_groups(encoder, groups)
@@ -175,21 +176,21 @@ def test_groups_cover_the_encoder(model):
 def test_masked_equals_shrunk_in_the_bottlenecks(model):
     """Attention needs its old temperature (keep_logit_scale); then both agree to rounding."""
     config, encoder = model.config, model.params["image_encoder"]
-    groups = channels.attention_groups(config) + channels.mlp_groups(config)
+    groups = written_groups.attention_groups(config) + written_groups.mlp_groups(config)
     random = np.random.default_rng(0)
     keep = {g.name: np.sort(random.choice(g.size, size, False)) for g, size in zip(groups, (5, 7, 11, 13), strict=True)}
     masked = apply_masks(encoder, mask_tree(encoder, groups, keep))
     shrunk = shrink(encoder, groups, keep)
-    after = channels.shrunk_config(config, shrunk)
+    after = config_of(shrunk, like=config)
     assert [(b.head_dim, b.mlp_dim) for b in after.blocks] == [(5, 11), (7, 13)]
-    rescaled = channels.keep_logit_scale(shrunk, config, after)
+    rescaled = keep_logit_scale(shrunk, encoder)
     np.testing.assert_allclose(embed(after, rescaled), embed(config, masked), atol=2e-5)
     assert np.abs(embed(after, shrunk) - embed(config, masked)).max() > 1e-3  # the jump of the temperature is real
 
 
 def test_masked_equals_shrunk_when_heads_keep_their_own_values(model):
     config, encoder = model.config, model.params["image_encoder"]
-    groups = channels.value_groups(config) + channels.logit_groups(config)
+    groups = written_groups.value_groups(config) + written_groups.logit_groups(config)
     random = np.random.default_rng(0)
     some = lambda size: np.sort(random.choice(12, size, False))
     keep = {f"blocks_{i}/attn/v": np.stack([some(width), some(width)]) for i, width in enumerate((5, 7))}
@@ -197,18 +198,18 @@ def test_masked_equals_shrunk_when_heads_keep_their_own_values(model):
     check_groups(encoder, groups)
     masked = apply_masks(encoder, mask_tree(encoder, groups, keep))
     shrunk = shrink(encoder, groups, keep)
-    after = channels.shrunk_config(config, shrunk)
+    after = config_of(shrunk, like=config)
     assert [b.head_dim for b in after.blocks] == [5, 7]
-    rescaled = channels.keep_logit_scale(shrunk, config, after)
+    rescaled = keep_logit_scale(shrunk, encoder)
     np.testing.assert_allclose(embed(after, rescaled), embed(config, masked), atol=2e-5)
 
 
 def test_masked_equals_shrunk_for_whole_heads(model):
     config, encoder = model.config, model.params["image_encoder"]
-    groups, keep = channels.head_groups(config), {"blocks_0/attn/heads": np.array([1])}
+    groups, keep = written_groups.head_groups(config), {"blocks_0/attn/heads": np.array([1])}
     masked = apply_masks(encoder, mask_tree(encoder, groups, keep))
     shrunk = shrink(encoder, groups, keep)
-    after = channels.shrunk_config(config, shrunk)
+    after = config_of(shrunk, like=config)
     assert [b.heads for b in after.blocks] == [1, 2]
     np.testing.assert_allclose(embed(after, shrunk), embed(config, masked), atol=2e-5)
 
@@ -217,9 +218,9 @@ def test_scores_of_copies_add_up_to_those_of_the_shared_group(model):
     """v and proj alone: what all heads together say is the sum of what each says."""
     config, encoder = model.config, model.params["image_encoder"]
     grads = random_sam(config, seed=1).params["image_encoder"]
-    apart = importance.channel_scores(encoder, grads, channels.value_groups(config))
+    apart = importance.channel_scores(encoder, grads, written_groups.value_groups(config))
     members = lambda group: tuple(m._replace(copies=None) for m in group.members)
-    shared = [dataclasses.replace(g, copies=0, members=members(g)) for g in channels.value_groups(config)]
+    shared = [dataclasses.replace(g, copies=0, members=members(g)) for g in written_groups.value_groups(config)]
     for name, score in importance.channel_scores(encoder, grads, shared).items():
         assert apart[name].shape == (2, 12)
         np.testing.assert_allclose(apart[name].sum(0), score, rtol=1e-5)
@@ -228,11 +229,11 @@ def test_scores_of_copies_add_up_to_those_of_the_shared_group(model):
 def test_masked_differs_from_shrunk_in_the_embedding_only_by_the_layer_norms(model):
     """LayerNorm averages over zeroed channels. Undone by hand, one linear layer agrees; the encoder does not."""
     config, encoder = model.config, model.params["image_encoder"]
-    group = channels.embedding_group(config)
+    group = written_groups.embedding_group(config)
     keep = {"embedding": np.arange(0, 24, 2)}
     masked = apply_masks(encoder, mask_tree(encoder, [group], keep))
     shrunk = shrink(encoder, [group], keep)
-    after = channels.shrunk_config(config, shrunk)
+    after = config_of(shrunk, like=config)
     assert after.embed_dim == 12
     batch = random_images(config)
     _, wide = run(config, masked, batch)

@@ -6,6 +6,7 @@ one layout on disk, one graph to prune, one table to convert. No gradient reache
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -164,8 +165,10 @@ def with_statistics(params: Params, statistics: Params, momentum: float = 0.1) -
 def keep_logit_scale(params: Params, before: Params) -> Params:
     """Undoes the change of the softmax temperature that narrower heads bring.
 
-    Attention divides q k by the root of the heads' width, so q is multiplied by the root of (after / before). A bias is
-    added after that division and stays as it is.
+    Attention divides q·k by the root of the heads' width, so cutting channels raises the logits. Scaling q by the root
+    of (after / before), and down the relative position tables that q is multiplied with after that division, restores
+    them exactly within the same architecture: a masked and a cut attention then agree. (SlimSAM's code lets the
+    temperature jump.) A bias on the logits stays as it is.
 
     Args:
       params: of an encoder whose channels of q and k have been cut.
@@ -175,6 +178,7 @@ def keep_logit_scale(params: Params, before: Params) -> Params:
     for name, part in params.items():
         scaled[name] = keep_logit_scale(part, before[name]) if isinstance(part, Mapping) else part
     if {"q", "k", "v"} <= set(params):
-        factor = (params["q"]["kernel"].shape[-1] / before["q"]["kernel"].shape[-1]) ** 0.5
+        factor = math.sqrt(params["q"]["kernel"].shape[-1] / before["q"]["kernel"].shape[-1])
         scaled["q"] = {name: array * factor for name, array in params["q"].items()}
+        scaled |= {name: table / factor for name, table in params.items() if name.startswith("rel_pos_")}
     return scaled

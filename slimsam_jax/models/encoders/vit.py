@@ -16,6 +16,20 @@ import jax.numpy as jnp
 
 from slimsam_jax.models.attention import Form, at_least_float32, attend
 from slimsam_jax.models.config import GLOBAL, Block, Config
+from slimsam_jax.models.encoders.layers import keep_logit_scale
+
+__all__ = [
+    "FEATURES",
+    "STAGES",
+    "Config",
+    "ImageEncoder",
+    "abstract_params",
+    "config_of",
+    "features",
+    "keep_logit_scale",
+    "kept_elements",
+    "last_arrays",
+]
 
 Features = dict[str, dict[str, jax.Array]]
 

@@ -1,6 +1,5 @@
-"""Which axes of the image encoder form one channel: the tables that pruning works from.
+"""Which axes of SAM's image encoder form one channel, written by hand: what its jaxpr must give.
 
-The reference finds them by tracing (its dependency graph); SAM's are few enough to be written down.
 Kernels vote on importance, biases, norms and position tables follow, as in the reference.
 """
 
@@ -8,11 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
 from slimsam_jax.models.config import Config
-from slimsam_jax.models.encoders.vit import config_of
-from slimsam_jax.models.sam import Params
 from slimsam_jax.pruning.groups import Group, Member
 
 
@@ -106,36 +101,3 @@ def mlp_groups(config: Config) -> list[Group]:
         )
         for i, block in enumerate(config.blocks)
     ]
-
-
-def shrunk_config(config: Config, encoder: Params) -> Config:
-    """The architecture whose widths are those of the shrunk encoder's arrays."""
-    return config_of(encoder, like=config)
-
-
-def keep_logit_scale(encoder: Params, before: Config, after: Config) -> Params:
-    """Undoes the change of the softmax temperature that narrower heads bring.
-
-    Attention divides q·k by the root of the head width, so cutting channels raises the
-    logits. Scaling q up and the relative position tables (read by q before that division)
-    down by sqrt(after / before) restores them exactly, within the stock architecture: a
-    masked and a shrunk attention then agree. (The reference lets the temperature jump.)
-    """
-    encoder = dict(encoder)
-    for i, (old, new) in enumerate(zip(before.blocks, after.blocks, strict=True)):
-        factor = np.float32(np.sqrt(new.head_dim / old.head_dim))
-        attn = dict(encoder[f"blocks_{i}"]["attn"])
-        attn["q"] = {name: array * factor for name, array in attn["q"].items()}
-        attn |= {f"rel_pos_{axis}": attn[f"rel_pos_{axis}"] / factor for axis in "hw"}
-        encoder[f"blocks_{i}"] = {**encoder[f"blocks_{i}"], "attn": attn}
-    return encoder
-
-
-def zero_rel_pos(encoder: Params) -> Params:
-    """Sets all relative position tables to zero, as the reference does in both stages (prune_funcs.py:39-58)."""
-    encoder = dict(encoder)
-    for name in (name for name in encoder if name.startswith("blocks_")):
-        attn = encoder[name]["attn"]
-        zeros = {table: np.zeros_like(attn[table]) for table in ("rel_pos_h", "rel_pos_w")}
-        encoder[name] = {**encoder[name], "attn": {**attn, **zeros}}
-    return encoder
