@@ -32,7 +32,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Rooms that could be lifted out for other models: of ours they know no more than this.
 ALONE = {"pruning": {"errors", "sharding"}, "distillation": {"errors", "sharding"}}
 FOREIGN = {"flax": {"imaging", "pruning", "distillation"}, "jax": {"imaging"}, "torch": set(LEVEL) - {"converters"}}
-MOST_FILES, MOST_LINES, MOST_OF_A_FUNCTION = 16, 300, 60
+MOST_FILES, MOST_LINES, MOST_OF_A_FUNCTION, MOST_FIELDS = 16, 300, 60, 12
 # Words that the field does not use: an image, what is given or reported, a gain; a first line names the result itself.
 GONE, GONE_FROM_FIRST_LINES = re.compile(r"\b(pictures?|told|worth)\b", re.I), re.compile(r"\bfound\b", re.I)
 
@@ -209,6 +209,21 @@ def test_a_hole_in_a_wall_is_seen(module, text, message):
     )
     (said,) = upwards(graph_of({**dict.fromkeys(rest, ""), module: text}))
     assert said.endswith(message)
+
+
+def is_option(node: ast.stmt) -> bool:
+    """Whether it is a field, but for another record and what is of the class alone."""
+    if not isinstance(node, ast.AnnAssign) or isinstance(node.value, ast.Call):
+        return False
+    return "ClassVar" not in ast.unparse(node.annotation)
+
+
+def test_a_record_of_options_is_looked_through_at_a_glance():
+    texts, fields = sources(), {}
+    for name in ("slimsam_jax.compression.steps", "slimsam_jax.compression.options", "slimsam_jax.training.options"):
+        records = [node for node in ast.parse(texts[name]).body if isinstance(node, ast.ClassDef)]
+        fields |= {each.name: sum(map(is_option, each.body)) for each in records}
+    assert fields["Prune"] and fields["ImageOptions"] and max(fields.values()) <= MOST_FIELDS, fields
 
 
 def test_circles_and_lengths_are_seen():

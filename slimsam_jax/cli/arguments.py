@@ -49,7 +49,9 @@ def _record(record: type) -> type:
 def _described(function: Callable[..., Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """{name: type, with its help text} of the parameters."""
     hints = typing.get_type_hints(function, include_extras=True)
-    texts = {each.arg_name: each.description or "" for each in docstring_parser.parse_from_object(function).params}
+    described = inspect.getmro(function)[:-1][::-1] if isinstance(function, type) else (function,)  # what it inherits
+    params = (each for one in described for each in docstring_parser.parse_from_object(one).params)
+    texts = {each.arg_name: each.description or "" for each in params}
     for name, default in defaults.items():
         text = " ".join(texts[name].split()) if name in texts else None
         unsaid = any(default is each for each in UNSAID)

@@ -1,4 +1,4 @@
-"""The options of a compression run, one record for the command line and for `slimsam_jax.compress`."""
+"""The options of a compression run, for the command line and for `slimsam_jax.compress`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range, quoted
 from slimsam_jax.progress import say
 from slimsam_jax.training.folder_lock import check_run_folder
+from slimsam_jax.training.options import DeviceOptions, ImageOptions, RunOptions
 
 COUNTED = {
     "steps": Range(0, limits.STEPS, True),
@@ -29,27 +30,12 @@ COUNTED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Compress a Segment Anything Model with unlabelled images.
-
-    The default recipe chooses a basis for each cut, prunes the embedding, then the channels within heads and MLPs,
-    and distils once. The recipes taylor and slimsam distil after each of the two cuts,
-    as SlimSAM does (Chen et al., NeurIPS 2024). Without arguments a small SAM and the photographs that ship with the
-    package are used, and a slim model appears in ./slim within a minute or two on a CPU.
-
-    The output folder holds model.safetensors, config.json (architecture and provenance), report.json with every
-    number of the table printed at the end, log.jsonl and report.png.
-    """
+class CutOptions:
+    """What is compressed, how far, and by which recipe."""
 
     teacher: Path | None = None
     """The SAM to compress: a .pth in segment_anything layout (fused qkv, or q, k and v apart), a Hugging
     Face SamModel folder, or a model folder of ours. Default: the small SAM in the package."""
-    images: tuple[str, ...] = ()
-    """What to learn from, no labels needed: folders, searched recursively, of images and .tar shards; .tar shards
-    themselves; a COCO .json; tfds:DIR. Default: the photographs in the package."""
-    val: tuple[str, ...] = ()
-    """What to measure on, of the same kinds. Annotations (an SA-1B .json of the same name beside an image) make it
-    count for mIoU. Default: an eighth of --images, at most 50, held out."""
     ratio: float | None = None
     """Share of the channels to remove, between 0 and 1. Default: 0.5, which leaves 34 % of the parameters of the small
     SAM's encoder and about 27 % of SAM-B's; 0.77 leaves 18 % and about 7 %. Most weights fall with the square
@@ -70,42 +56,26 @@ class Options:
     """Half of all optimizer steps: those of each of the paper's two distillations. A recipe that distils once, as the
     default, takes both halves at once. 0 prunes without distilling. Default: as many as 12 passes over the images take
     (distill.epochs; slimsam: 20, as the paper), in each distillation that a recipe has."""
-    batch: int | None = None
-    """Images per step, a multiple of the number of devices. Default: 4, or as many more as that takes."""
-    limit: int | None = None
-    """Learn from so many of --images only, drawn by --seed: 10000 of SA-1B's 11 million are the paper's."""
     importance_images: int = 100
     """Images that importance or statistics are estimated from, before each pruning."""
-    seed: int = 0
-    """Of noise and order; on one CPU machine the same seed gives the same model."""
-    out: Path = Path("slim")
-    """The folder to write. Must not exist or be empty, unless --resume is given."""
-    resume: bool = False
-    """Continue the unfinished run in --out, with the same options."""
-    save_every: int = 100
-    """Steps between two checkpoints for --resume. SIGTERM makes one, too, and ends the run."""
-    accumulate: int = 1
-    """Parts that a step's images are taken in, one after the other: less memory for nearly the same gradient (the
-    relative loss divides by each part's own variance)."""
-    fsdp: int = 1
-    """Devices that parameters and optimiser state are split over; 1 keeps them whole on each. Images are always
-    split over all devices."""
-    attention: Literal["auto", "plain", "rows", "folded"] = "auto"
-    """How the encoders compute it while distilling: "plain" keeps all logits, "rows" some at a time, "folded" runs
-    flash attention on GPUs that can; "auto" is what needs no more memory than it must."""
-    cache: Path | None = None
-    """A folder for the teacher's embeddings of --images (2 MB each at 1024 px): each is computed once, not once an
-    epoch. For this teacher only, but any number of runs."""
-    max_broken: float = 0.1
-    """The share of --images that may be unreadable; more stops the run. The others are named and skipped. Of --val,
-    too, but more of those are refused before the run, or do not stop it: the exit code is 1 in the end."""
-    strict: bool = False
-    """As --max-broken 0: stop at the first of --images that cannot be read."""
-    distributed: str | None = None
-    """For several processes, each with the same arguments and a shared file system: "auto" on TPU pods and under
-    SLURM or MPI; or HOST:PORT,PROCESSES,INDEX, where HOST:PORT is a free port of process 0."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation while distilling; parameters stay float32. "auto" is bfloat16 on GPU and TPU."""
+
+    def channel_ratio(self) -> float | None:
+        """Returns the share of channels to remove, or None if a budget says how much."""
+        return 0.5 if self.ratio is None and self.budget is None else self.ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(DeviceOptions, RunOptions, ImageOptions, CutOptions):
+    """Compress a Segment Anything Model with unlabelled images.
+
+    The default recipe chooses a basis for each cut, prunes the embedding, then the channels within heads and MLPs,
+    and distils once. The recipes taylor and slimsam distil after each of the two cuts,
+    as SlimSAM does (Chen et al., NeurIPS 2024). Without arguments a small SAM and the photographs that ship with the
+    package are used, and a slim model appears in ./slim within a minute or two on a CPU.
+
+    The output folder holds model.safetensors, config.json (architecture and provenance), report.json with every
+    number of the table printed at the end, log.jsonl and report.png.
+    """
 
     def check(self) -> None:
         """Raises InputError for what is wrong without looking at files."""
@@ -128,14 +98,6 @@ class Options:
             words = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
             if words and getattr(self, name) not in words:
                 raise InputError(f"--{name} {quoted(getattr(self, name))} is none of {', '.join(words)}")
-
-    def channel_ratio(self) -> float | None:
-        """Returns the share of channels to remove, or None if a budget says how much."""
-        return 0.5 if self.ratio is None and self.budget is None else self.ratio
-
-    def broken_share(self) -> float:
-        """Returns the share of images that may be unreadable."""
-        return 0.0 if self.strict else self.max_broken
 
     def fixing_the_result(self) -> dict[str, Any]:
         """Returns the options that a resumed run must share with the run it continues."""
