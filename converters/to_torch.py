@@ -29,20 +29,21 @@ LOADER = Path(__file__).with_name("slim_sam_torch.py")  # goes beside each .pth
 
 
 def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
-    """Converts our parameters to a `segment_anything` state dict (fused qkv), or MobileSAM's, exact.
+    """Converts our parameters to a `segment_anything` state dict (fused qkv), MobileSAM's or EfficientSAM's, exact.
 
     Raises:
       InputError: an array is missing or surplus.
     """
     import flax.traverse_util
 
-    from converters.tables import tiny_vit
+    from converters.tables import efficient_sam, tiny_vit
     from converters.tables.strict import Converted
     from slimsam_jax import checkpoint
     from slimsam_jax.models.encoders import name_of
 
-    if name_of(sam.config.encoder) == "tiny_vit":
-        return tiny_vit.to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, {}))
+    others = {"tiny_vit": tiny_vit, "efficient_sam": efficient_sam}
+    if (family := name_of(sam.config.encoder)) in others:
+        return others[family].to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, {}))
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     table = rows(sam.config)
     checkpoint.check_names(set(flat), {row.path for row in table}, "the parameter tree")

@@ -5,14 +5,13 @@ The published files hold the state dict under "model". Nothing in it tells the n
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from converters.tables.rows import CONV, CONV_TRANSPOSE, LINEAR, Row, _attention, _layer, _norm
-from converters.tables.strict import Converted, Layer, State, abstract, placed, shapes, to_params, to_state
+from converters.tables.strict import Converted, Layer, State, placed, shapes, to_params, to_state
 from converters.tables.vit import fuse_qkv
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import DEEPEST, MOST_LAYERS
@@ -134,7 +133,8 @@ def from_state_dict(
     Raises:
       InputError: a name missing or surplus, a shape that fits no such model, or an argument does not fit.
     """
-    from slimsam_jax.models.encoders.efficient_sam_vit import ImageEncoder, config_of
+    from slimsam_jax.models.encoders.efficient_sam_vit import abstract_params, config_of
+    from slimsam_jax.models.sam import abstract_head
 
     try:
         outline = _outline(state, heads, decoder_heads)
@@ -144,7 +144,7 @@ def from_state_dict(
         head = _head(tree, encoder, decoder_heads)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"{where}: {error}") from None
-    expected = {"image_encoder": abstract(ImageEncoder(encoder)), **abstract_head(head)}
+    expected = {"image_encoder": abstract_params(encoder), **abstract_head(head)}
     return Converted(encoder, head, to_params(used, table, expected, where), {})
 
 
@@ -192,16 +192,6 @@ def _head(tree: Mapping[str, Any], encoder: Any, decoder_heads: int) -> Any:
         iou_head_dim=decoder["iou_prediction_head"]["layers_0"]["kernel"].shape[1],
         upscaling_dims=tuple(decoder[f"output_upscaling_{i}"]["bias"].shape[0] for i in (0, 3)),
     )
-
-
-@functools.lru_cache(maxsize=32)
-def abstract_head(head: Any) -> dict[str, Any]:
-    """{"prompt_encoder", "mask_decoder"} as shapes, not to be changed."""
-    import jax
-
-    from slimsam_jax.models.efficient_sam_head import init
-
-    return jax.eval_shape(lambda: init(head, jax.random.key(0)))
 
 
 def split_qkv(state: Mapping[str, np.ndarray], outline: Outline) -> State:
