@@ -192,11 +192,12 @@ def _load_pth(
 ) -> Sam:
     """Loads a .pth, with what `to_torch` noted in it, if it did."""
     state, note = torch_file.read_with_note(path)
-    if not set(note) <= {"decoder_heads", "heads", "pixel_mean", "pixel_std", "thresholds"}:
+    if not set(note) <= {"decoder_heads", "heads", "image_size", "pixel_mean", "pixel_std", "thresholds"}:
         raise InputError(f"{path} has a note that is none of ours; save its state dict anew, as a plain dict")
     own, thresholds = "thresholds" in note, note.pop("thresholds", None)
     note |= {} if heads is None else {"heads": heads}
-    sam = from_state_dict(state, str(path), image_size, **note)
+    note |= {} if image_size is None else {"image_size": image_size}
+    sam = from_state_dict(state, str(path), **note)
     torch_file.check_sums(path)
     if thresholds is not None:
         thresholds = architecture.Thresholds.from_json(thresholds)

@@ -213,3 +213,23 @@ def split_qkv(state: Mapping[str, np.ndarray], outline: Outline) -> State:
             parts = np.split(split.pop(f"{name}.qkv.{leaf}"), [keys, 2 * keys])
             split |= {f"{name}.{q}.{leaf}": part for q, part in zip("qkv", parts, strict=True)}
     return split
+
+
+def obstacle(config: Any) -> str:
+    """Why the original's `build_efficient_sam` cannot hold a model, in a few words; "" if it can.
+
+    It has one width for the stream and for all heads together, MLPs four times as wide, and all else fixed.
+    """
+    encoder, head, blocks = config.encoder, config.head, config.encoder.blocks
+    whole = {(block.heads * block.key_dim, block.heads * block.value_dim) for block in blocks}
+    fixed = (head.out_chans, head.decoder_heads, head.decoder_depth, head.decoder_mlp_dim, head.multimask_outputs)
+    reasons = {
+        "blocks of different widths": len(set(blocks)) > 1,
+        "heads that are together not as wide as the embedding": whole != {(encoder.embed_dim,) * 2},
+        "MLPs that are not four times as wide as the embedding": {b.mlp_dim for b in blocks} != {4 * encoder.embed_dim},
+        "another number of blocks than 12": len(blocks) != 12,
+        "another image size than 1024": config.image_size != (1024, 1024),
+        "other patches than of 16 pixels": (encoder.patch_size, encoder.pretrain_grid) != (16, 14),
+        "another decoder": fixed != (256, 8, 2, 2048, 3) or (head.iou_head_dim, head.upscaling_dims) != (256, (64, 32)),
+    }
+    return next((f"it has {reason}" for reason, there in reasons.items() if there), "")
