@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,20 +24,29 @@ from slimsam_jax.files import read_json
 from slimsam_jax.models import config as architecture
 
 if TYPE_CHECKING:
+    from converters.tables.strict import Converted
     from slimsam_jax.models.sam import Sam
 
 # What needs JAX is imported where it is used: --help should not wait for it.
 
+PUBLISHED_SIZE = 1024  # pixels of the model frame, of all published models
 
-def load(source: Path | str, image_size: int | tuple[int, int] | None = None) -> Sam:
+
+def load(
+    source: Path | str,
+    image_size: int | tuple[int, int] | None = None,
+    heads: int | Sequence[int] | None = None,
+) -> Sam:
     """Loads any SAM we can read, float32, with its origin and sha256 in `provenance`.
 
     Args:
       source: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM
-        trains it, or a whole pickled module), MobileSAM's or TinySAM's, a Hugging Face `SamModel`
+        trains it, or a whole pickled module), MobileSAM's, TinySAM's or EfficientSAM's, a Hugging Face `SamModel`
         folder, or a model folder of ours.
-      image_size: pixels of the model frame, one side or (height, width), where no array tells it: of a TinyViT,
-        whose published models have 1024, the default.
+      image_size: pixels of the model frame, one side or (height, width), where no array tells it: of a TinyViT and of
+        EfficientSAM, whose published models have 1024, the default.
+      heads: of the image encoder's attention, one number or one a block, where no array tells it: of EfficientSAM,
+        whose published models are known by their width.
 
     Raises:
       InputError: missing, unreadable, or not a SAM; names what is missing and surplus.
@@ -49,12 +59,13 @@ def load(source: Path | str, image_size: int | tuple[int, int] | None = None) ->
     with reading(source):
         source = Path(source).expanduser()
         if not os.path.isdir(source):
-            sam = _load_pth(source, image_size)
+            sam = _load_pth(source, image_size, heads)
         elif _is_huggingface(source):
             sam = _load_huggingface(source)
         else:
             sam = checkpoint.load(source)
         _check_image_size(sam, image_size, source)
+        _check_heads(sam, heads, source)
         if os.path.isdir(source) and not _is_huggingface(source):
             return sam
     return dataclasses.replace(sam, provenance={"source": source.name, "sha256": checkpoint.sha256(source)})
@@ -68,24 +79,41 @@ def _check_image_size(sam: Sam, image_size: int | tuple[int, int] | None, source
         raise InputError(f"{source} takes images of {height} x {width} pixels, and image_size is {image_size!r:.40}")
 
 
+def _check_heads(sam: Sam, heads: int | Sequence[int] | None, source: Path) -> None:
+    """Raises InputError if other numbers of heads were asked for than the model has."""
+    if heads is None:
+        return
+    encoder = sam.config.encoder
+    parts = encoder.stages if hasattr(encoder, "stages") else [encoder]
+    found = tuple(block.heads for part in parts for block in getattr(part, "blocks", ()))
+    if found != ((heads,) * len(found) if isinstance(heads, int) else tuple(heads)):
+        raise InputError(f"{source} has blocks of {_short(found)} heads, and heads is {heads!r:.40}")
+
+
+def _short(numbers: Sequence[int]) -> str:
+    """ "3" of equal ones, else all."""
+    return ", ".join(map(str, numbers[:1] if len(set(numbers)) == 1 else numbers))
+
+
 def from_state_dict(
     state: dict[str, np.ndarray],
     where: str = "the state dict",
     image_size: int | tuple[int, int] | None = None,
+    heads: int | Sequence[int] | None = None,
     **overrides: Any,
 ) -> Sam:
-    """Converts a `segment_anything` state dict, or one of MobileSAM or TinySAM.
+    """Converts a `segment_anything` state dict, or one of MobileSAM, TinySAM or EfficientSAM.
 
     Args:
       state: {name: array}; `DataParallel`'s "module." is ignored.
       where: what to call it in error messages.
-      image_size: see `load`.
+      image_size, heads: see `load`.
       overrides: fields of `Config` that shapes do not tell.
 
     Raises:
       InputError: a name missing or surplus, or a shape that fits no SAM.
     """
-    from converters.tables import tiny_vit
+    from converters.tables import efficient_sam, tiny_vit
     from slimsam_jax import checkpoint
     from slimsam_jax.models.sam import Sam
 
@@ -97,6 +125,8 @@ def from_state_dict(
             overrides[key] = _pixel_statistics(renamed.pop(key), f"{where}: {key}")
     if tiny_vit.recognises(renamed):
         return _tiny_vit_sam(renamed, where, image_size, **overrides)
+    if efficient_sam.recognises(renamed):
+        return _efficient_sam(renamed, where, image_size, heads, **overrides)
     state = split_qkv(renamed)
     try:
         config = dataclasses.replace(vit.from_state_dict(state), **overrides)
@@ -116,11 +146,40 @@ def _tiny_vit_sam(
 ) -> Sam:
     """A SAM with a TinyViT. (The classifier that the published files bring along is never run, and left behind.)"""
     from converters.tables import tiny_vit
+
+    size = PUBLISHED_SIZE if image_size is None else image_size
+    return _composed(tiny_vit.from_state_dict(state, where, size, decoder_heads=decoder_heads), where, overrides)
+
+
+def _efficient_sam(
+    state: dict[str, np.ndarray],
+    where: str,
+    image_size: int | tuple[int, int] | None,
+    heads: int | Sequence[int] | None,
+    decoder_heads: int = 8,
+    **overrides: Any,
+) -> Sam:
+    """EfficientSAM, with the thresholds of its own notebook for everything mode."""
+    from converters.tables import efficient_sam
+
+    size = PUBLISHED_SIZE if image_size is None else image_size
+    converted = efficient_sam.from_state_dict(state, where, size, heads, decoder_heads)
+    for name in {"pixel_mean", "pixel_std"} & set(overrides):
+        if max(overrides[name]) <= 1:  # of a whole module: its images are 0 to 1
+            overrides[name] = tuple(round(255 * value, 4) for value in overrides[name])
+    thresholds = architecture.Thresholds(pred_iou_thresh=0.7, stability_score_thresh=0.9)
+    return dataclasses.replace(_composed(converted, where, overrides), thresholds=thresholds)
+
+
+def _composed(converted: Converted, where: str, overrides: dict[str, Any]) -> Sam:
+    """A SAM of an encoder and a head.
+
+    Args:
+      overrides: fields of the head that shapes do not tell.
+    """
     from slimsam_jax.models.composed import SamConfig
     from slimsam_jax.models.sam import Sam
 
-    size = 1024 if image_size is None else image_size
-    converted = tiny_vit.from_state_dict(state, where, size, decoder_heads=decoder_heads)
     try:
         config = SamConfig(converted.encoder, dataclasses.replace(converted.head, **overrides))
     except ValueError as error:
@@ -128,16 +187,21 @@ def _tiny_vit_sam(
     return Sam(config, converted.params)
 
 
-def _load_pth(path: Path, image_size: int | tuple[int, int] | None = None) -> Sam:
+def _load_pth(
+    path: Path, image_size: int | tuple[int, int] | None = None, heads: int | Sequence[int] | None = None
+) -> Sam:
     """Loads a .pth, with what `to_torch` noted in it, if it did."""
     state, note = torch_file.read_with_note(path)
-    thresholds = note.pop("thresholds", None)
-    if not set(note) <= {"decoder_heads", "pixel_mean", "pixel_std"}:
+    if not set(note) <= {"decoder_heads", "heads", "image_size", "pixel_mean", "pixel_std", "thresholds"}:
         raise InputError(f"{path} has a note that is none of ours; save its state dict anew, as a plain dict")
-    sam = from_state_dict(state, str(path), image_size, **note)
+    own, thresholds = "thresholds" in note, note.pop("thresholds", None)
+    note |= {} if heads is None else {"heads": heads}
+    note |= {} if image_size is None else {"image_size": image_size}
+    sam = from_state_dict(state, str(path), **note)
     torch_file.check_sums(path)
-    thresholds = None if thresholds is None else architecture.Thresholds.from_json(thresholds)
-    return dataclasses.replace(sam, thresholds=thresholds)
+    if thresholds is not None:
+        thresholds = architecture.Thresholds.from_json(thresholds)
+    return dataclasses.replace(sam, thresholds=thresholds) if own else sam
 
 
 def _pixel_statistics(array: np.ndarray, where: str) -> tuple[float, ...]:
@@ -185,19 +249,23 @@ def _load_huggingface(folder: Path) -> Sam:
     return sam
 
 
-def main(source: Positional[Path], folder: Positional[Path], image_size: int | None = None) -> None:
+def main(
+    source: Positional[Path], folder: Positional[Path], image_size: int | None = None, heads: int | None = None
+) -> None:
     """Convert a PyTorch or Hugging Face SAM into a model folder.
 
     Args:
-      source: a .pth file (SAM, SlimSAM, MobileSAM, TinySAM) or a Hugging Face SamModel folder.
+      source: a .pth file (SAM, SlimSAM, MobileSAM, TinySAM, EfficientSAM) or a Hugging Face SamModel folder.
       folder: the model folder to write; must not exist or be empty.
-      image_size: side in pixels, where no array tells it: of MobileSAM and TinySAM. Default: 1024.
+      image_size: side in pixels, where no array tells it: of MobileSAM, TinySAM and EfficientSAM. Default: 1024.
+      heads: of each block's attention, where no array tells it: of EfficientSAM. Default: the published model's of its
+        width.
     """
     from slimsam_jax import checkpoint
     from slimsam_jax.models.encoders import name_of
 
     check_empty(folder)
-    sam = load(source, image_size)
+    sam = load(source, image_size, heads)
     checkpoint.save(sam, folder)
     print(f"wrote {folder}: {name_of(sam.config.encoder)}, images of {sam.config.image_size} pixels")
 

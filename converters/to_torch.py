@@ -25,24 +25,30 @@ if TYPE_CHECKING:
 
 # What needs JAX is imported where it is used: --help should not wait for it.
 
-LOADER = Path(__file__).with_name("slim_sam_torch.py")  # goes beside each .pth
+# What goes beside each .pth, by the encoder's family: a file that loads it, whatever its widths.
+LOADERS = {
+    "vit": Path(__file__).with_name("slim_sam_torch.py"),
+    "efficient_sam": Path(__file__).with_name("efficient_sam_torch.py"),
+}
+LOADER = LOADERS["vit"]
 
 
 def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
-    """Converts our parameters to a `segment_anything` state dict (fused qkv), or MobileSAM's, exact.
+    """Converts our parameters to a `segment_anything` state dict (fused qkv), MobileSAM's or EfficientSAM's, exact.
 
     Raises:
       InputError: an array is missing or surplus.
     """
     import flax.traverse_util
 
-    from converters.tables import tiny_vit
+    from converters.tables import efficient_sam, tiny_vit
     from converters.tables.strict import Converted
     from slimsam_jax import checkpoint
     from slimsam_jax.models.encoders import name_of
 
-    if name_of(sam.config.encoder) == "tiny_vit":
-        return tiny_vit.to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, {}))
+    others = {"tiny_vit": tiny_vit, "efficient_sam": efficient_sam}
+    if (family := name_of(sam.config.encoder)) in others:
+        return others[family].to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, {}))
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     table = rows(sam.config)
     checkpoint.check_names(set(flat), {row.path for row in table}, "the parameter tree")
@@ -50,9 +56,9 @@ def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
 
 
 def save_sam(sam: Sam, path: Path) -> None:
-    """Writes a state dict in the names of `segment_anything`, and `LOADER` beside it; needs torch installed.
+    """Writes a state dict in the names of the original, and one of `LOADERS` beside it; needs torch installed.
 
-    Stock code loads it strictly if the model is uniform; `LOADER` loads it whatever its widths.
+    Stock code loads it strictly if the model is uniform; the loader loads it whatever its widths.
 
     Raises:
       InputError: there is no torch, or another file of the loader's name.
@@ -62,22 +68,31 @@ def save_sam(sam: Sam, path: Path) -> None:
     except ImportError:
         raise InputError("writing a .pth needs PyTorch: pip install torch") from None
     from slimsam_jax.files import replacing
+    from slimsam_jax.models.encoders import name_of
 
-    files = {path: None}
-    if isinstance(sam.config, Config):
-        files[path.with_name(LOADER.name)] = LOADER.read_bytes()
-    loader = path.with_name(LOADER.name)
-    if loader in files and loader.exists() and not (loader.is_file() and loader.read_bytes() == LOADER.read_bytes()):
-        raise InputError(f"{loader} is there already and is not this version's; remove it or write elsewhere")
+    files, family = {path: None}, name_of(sam.config.encoder)
+    if family in LOADERS:
+        loader = path.with_name(LOADERS[family].name)
+        content = files[loader] = LOADERS[family].read_bytes()
+        if loader.exists() and not (loader.is_file() and loader.read_bytes() == content):
+            raise InputError(f"{loader} is there already and is not this version's; remove it or write elsewhere")
     tensors = collections.OrderedDict((k, torch.from_numpy(v.copy())) for k, v in to_state_dict(sam).items())
-    note = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
-    note["thresholds"] = sam.thresholds.to_json() if sam.thresholds else None
-    tensors._metadata = {torch_file.NOTE: note}  # no tensor, which a strict load would refuse
+    tensors._metadata = {torch_file.NOTE: noted(sam)}  # no tensor, which a strict load would refuse
+    content_of_file = {"model": tensors} if family == "efficient_sam" else tensors  # as it is published
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack, writing(path):
         for name, content in files.items():
             temporary = stack.enter_context(replacing(name))
-            torch.save(tensors, temporary) if content is None else temporary.write_bytes(content)
+            torch.save(content_of_file, temporary) if content is None else temporary.write_bytes(content)
+
+
+def noted(sam: Sam) -> dict[str, Any]:
+    """What no shape tells, for a note beside the arrays."""
+    note = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
+    if hasattr(sam.config.encoder, "pretrain_grid"):  # of EfficientSAM, where no array tells the heads, nor the size
+        heads = tuple(block.heads for block in sam.config.encoder.blocks)
+        note |= {"heads": heads, "image_size": sam.config.image_size}
+    return {**note, "thresholds": sam.thresholds.to_json() if sam.thresholds else None}
 
 
 def save_huggingface(sam: Sam, folder: Path, card: str | None = None) -> None:
@@ -132,9 +147,10 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
     if (family := name_of(sam.config.encoder)) != "vit":
         if format != "sam" or pad:
             raise InputError(f"{source} is a {family}: it goes to --format sam alone, without padding")
-        from converters.tables import tiny_vit_unused
+        if family == "tiny_vit":
+            from converters.tables import tiny_vit_unused
 
-        tiny_vit_unused.refuse(sam.config.encoder)
+            tiny_vit_unused.refuse(sam.config.encoder)
         return sam
     if len(set(sam.config.image_size)) > 1:
         height, width = sam.config.image_size
@@ -168,6 +184,15 @@ def describe_padding(before: Config, after: Config) -> str:
 
 def how_to_load(config: Config, path: Path) -> str:
     """Says how to load a .pth, in two or three lines: for scripts, for tools, and for stock code where that can."""
+    from converters.tables import efficient_sam
+
+    if hasattr(config.encoder, "pretrain_grid"):
+        lines = [f"in Python: import efficient_sam_torch; model = efficient_sam_torch.load({str(path)!r})"]
+        if not (reason := efficient_sam.obstacle(config)):
+            width, heads = config.encoder.embed_dim, config.encoder.blocks[0].heads
+            arguments = f"encoder_patch_embed_dim={width}, encoder_num_heads={heads}, checkpoint={str(path)!r}"
+            return "\n".join([*lines, f"with EfficientSAM's code: build_efficient_sam({arguments})"])
+        return "\n".join([*lines, f"EfficientSAM's own class cannot hold it: {reason}"])
     if not isinstance(config, Config):
         return f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r})"
     lines = [

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def load(path: Path | str, image_size: int | tuple[int, int] | None = None) -> Sam:
+def load(
+    path: Path | str, image_size: int | tuple[int, int] | None = None, heads: int | Sequence[int] | None = None
+) -> Sam:
     """Loads any SAM we can read, float32, with its origin and sha256 in `provenance`.
 
     Example:
@@ -40,17 +42,18 @@ def load(path: Path | str, image_size: int | tuple[int, int] | None = None) -> S
       ```
 
     Args:
-      path: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM trains it, or a whole
-        pickled module), MobileSAM's or TinySAM's, a Hugging Face `SamModel` folder, or a model folder of ours.
-      image_size: pixels of the model frame, one side or (height, width), where no array tells it: of MobileSAM and
-        TinySAM, whose published models have 1024, the default.
+      path: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM trains it, or a whole pickled
+        module), MobileSAM's, TinySAM's, EfficientSAM's, a Hugging Face `SamModel` folder, or a folder of ours.
+      image_size: pixels of the model frame, one side or (height, width), if no array tells it; published models have
+        1024, the default.
+      heads: of the encoder's attention, one number or one a block, if no array tells them (EfficientSAM).
 
     Raises:
       InputError: missing, unreadable, or not a SAM; names what is missing and surplus.
     """
     from converters import from_torch
 
-    return from_torch.load(path, image_size)
+    return from_torch.load(path, image_size, heads)
 
 
 def save(sam: Sam, folder: Path | str) -> None:
@@ -60,8 +63,7 @@ def save(sam: Sam, folder: Path | str) -> None:
       ```python
       import slimsam_jax
 
-      sam = slimsam_jax.load("sam_vit_b_01ec64.pth")
-      slimsam_jax.save(sam, "sam_b")
+      slimsam_jax.save(slimsam_jax.load("sam_vit_b_01ec64.pth"), "sam_b")
       ```
 
     Raises:
@@ -202,18 +204,16 @@ def evaluate(
         "everything", or "agreement" with the first model, which needs no annotations; none for point and box, or with
         `boxes` for none.
       boxes: a detector's boxes as prompts, in COCO's results format: COCO AP.
-      clicks: how many, for "clicks".
-      points_per_side: of the grid of "everything".
+      clicks, points_per_side: how many, for "clicks"; of the grid, for "everything".
       seed: of the noise on boxes and of the intervals.
       resamples: of the bootstrap, for the intervals.
-      max_broken: the share of images that may be unreadable.
-      strict: none may be.
+      max_broken, strict: the share of images that may be unreadable; none may be.
 
     Returns:
       The means with their intervals in `summary`, the scores of each image in `measured`.
 
     Raises:
-      InputError: bad arguments or files, or no image can be measured on.
+      InputError: bad arguments or files, no image to measure on, or clicks for a model that takes no background.
       RunError: too many images are unreadable.
     """
     chosen = [_path(model, "a model") if _is_path(model) else _model(model) for model in _several(models)]
@@ -257,11 +257,10 @@ def predict(
       multimask_output: three masks of different extent instead of one.
 
     Returns:
-      masks [C, h0, w0] bool, their predicted IoU [C], and their logits [C, 4h, 4w] at the decoder's resolution; C is 1
-      or 3.
+      masks [C, h0, w0] bool, their predicted IoU [C], their logits [C, 4h, 4w] as decoded; C is 1 or 3.
 
     Raises:
-      InputError: no model, no image, or no prompt.
+      InputError: no model, no image, no prompt, or one that the model cannot take.
     """
     from slimsam_jax.inference.predictor import SamPredictor
 

@@ -5,14 +5,13 @@ The published files hold the state dict under "model". Nothing in it tells the n
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from converters.tables.rows import CONV, CONV_TRANSPOSE, LINEAR, Row, _attention, _layer, _norm
-from converters.tables.strict import Converted, Layer, State, abstract, placed, shapes, to_params, to_state
+from converters.tables.strict import Converted, Layer, State, placed, shapes, to_params, to_state
 from converters.tables.vit import fuse_qkv
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import DEEPEST, MOST_LAYERS
@@ -134,7 +133,8 @@ def from_state_dict(
     Raises:
       InputError: a name missing or surplus, a shape that fits no such model, or an argument does not fit.
     """
-    from slimsam_jax.models.encoders.efficient_sam_vit import ImageEncoder, config_of
+    from slimsam_jax.models.encoders.efficient_sam_vit import abstract_params, config_of
+    from slimsam_jax.models.sam import abstract_head
 
     try:
         outline = _outline(state, heads, decoder_heads)
@@ -144,7 +144,7 @@ def from_state_dict(
         head = _head(tree, encoder, decoder_heads)
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"{where}: {error}") from None
-    expected = {"image_encoder": abstract(ImageEncoder(encoder)), **abstract_head(head)}
+    expected = {"image_encoder": abstract_params(encoder), **abstract_head(head)}
     return Converted(encoder, head, to_params(used, table, expected, where), {})
 
 
@@ -194,16 +194,6 @@ def _head(tree: Mapping[str, Any], encoder: Any, decoder_heads: int) -> Any:
     )
 
 
-@functools.lru_cache(maxsize=32)
-def abstract_head(head: Any) -> dict[str, Any]:
-    """{"prompt_encoder", "mask_decoder"} as shapes, not to be changed."""
-    import jax
-
-    from slimsam_jax.models.efficient_sam_head import init
-
-    return jax.eval_shape(lambda: init(head, jax.random.key(0)))
-
-
 def split_qkv(state: Mapping[str, np.ndarray], outline: Outline) -> State:
     """Fused `qkv`, whose rows are all of q, of k and of v, -> `q`, `k` and `v`.
 
@@ -223,3 +213,23 @@ def split_qkv(state: Mapping[str, np.ndarray], outline: Outline) -> State:
             parts = np.split(split.pop(f"{name}.qkv.{leaf}"), [keys, 2 * keys])
             split |= {f"{name}.{q}.{leaf}": part for q, part in zip("qkv", parts, strict=True)}
     return split
+
+
+def obstacle(config: Any) -> str:
+    """Why the original's `build_efficient_sam` cannot hold a model, in a few words; "" if it can.
+
+    It has one width for the stream and for all heads together, MLPs four times as wide, and all else fixed.
+    """
+    encoder, head, blocks = config.encoder, config.head, config.encoder.blocks
+    whole = {(block.heads * block.key_dim, block.heads * block.value_dim) for block in blocks}
+    fixed = (head.out_chans, head.decoder_heads, head.decoder_depth, head.decoder_mlp_dim, head.multimask_outputs)
+    reasons = {
+        "blocks of different widths": len(set(blocks)) > 1,
+        "heads that are together not as wide as the embedding": whole != {(encoder.embed_dim,) * 2},
+        "MLPs that are not four times as wide as the embedding": {b.mlp_dim for b in blocks} != {4 * encoder.embed_dim},
+        "another number of blocks than 12": len(blocks) != 12,
+        "another image size than 1024": config.image_size != (1024, 1024),
+        "other patches than of 16 pixels": (encoder.patch_size, encoder.pretrain_grid) != (16, 14),
+        "another decoder": fixed != (256, 8, 2, 2048, 3) or (head.iou_head_dim, head.upscaling_dims) != (256, (64, 32)),
+    }
+    return next((f"it has {reason}" for reason, there in reasons.items() if there), "")

@@ -27,7 +27,7 @@ def calibration_stream(
     if step.needs_labels:
         # Images without annotations are passed over, too, and are not broken: distillation counts those.
         return AnnotatedBatches(samples, config, batch, seed, part)
-    return Batches(samples, config.image_size, batch, seed, part=part, max_broken=max_broken)
+    return Batches(samples, config.image_size, batch, seed, part=part, max_broken=max_broken, frame=config.frame)
 
 
 def on_devices(batches: Iterator[Batch], count: int) -> Iterator[Batch]:

@@ -107,9 +107,10 @@ class Distillation(Loop):
     def stream(self, start: int) -> Batches:
         run, seed, augment = self.whole, self.whole.options.seed + 1 + self.distill.order, self.distill.augment
         part = jax.process_index(), jax.process_count()
-        size, limit = run.teacher.config.image_size, run.options.broken_share()
+        config, limit = run.teacher.config, run.options.broken_share()
         framing = flip_and_crop(augment.flip, augment.crop)
-        return Batches(run.images, size, run.batch, seed, start, part, framing, self.extra, limit)
+        how = (framing, self.extra, limit)
+        return Batches(run.images, config.image_size, run.batch, seed, start, part, *how, frame=config.frame)
 
     def extra(self, sample: Sample, size: np.ndarray, random: np.random.Generator) -> dict[str, Any]:
         """What a step needs of an image besides its pixels."""

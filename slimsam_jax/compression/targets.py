@@ -15,7 +15,6 @@ from slimsam_jax.compression import trainer
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.steps import Distill
 from slimsam_jax.data import Sample
-from slimsam_jax.imaging.transforms import resize_and_pad
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam, run_encoder
 
@@ -49,7 +48,7 @@ class Targets:
     def _compute(self, sample: Sample) -> dict[str, Any]:
         image, cache = sample.image(), self.run.cache
         embedding = cache.read(sample) if cache else np.asarray(encode_image(self.run.teacher, image).embedding)
-        frame, size = resize_and_pad(image, self.run.teacher.config.image_size)
+        frame, size = self.run.teacher.config.frame.place(image)
         if not self._features():
             return {"embedding": embedding[None]}
         found = self.program(self.frozen, {"image": frame[None], "size": size[None], "embedding": embedding[None]})

@@ -1,4 +1,4 @@
-"""Makes batches of samples. uint8 until on the device; decoded in threads ahead of the step."""
+"""Makes batches of samples, decoded in threads ahead of the step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slimsam_jax import sharding
 from slimsam_jax.data.augment import Augment
 from slimsam_jax.data.sample import Sample, check_share
 from slimsam_jax.errors import InputError, RunError
-from slimsam_jax.imaging.transforms import resize_and_pad
+from slimsam_jax.imaging.frames import Fitted, Frame
 
 Extra = Callable[[Sample, np.ndarray, np.random.Generator], dict[str, np.ndarray]]
 
@@ -23,7 +23,7 @@ class Batches:
     """An endless, shuffled stream of batches, in which every step's images follow from seed and step alone.
 
     So a run is resumed by its step number, on any number of processes. Iterating gives
-    {"image": [b, H, W, 3] uint8, "size": [b, 2] int32}, as `sam.preprocess` takes them. In place of an image
+    {"image": [b, H, W, 3], "size": [b, 2] int32}, as `sam.preprocess` takes them. In place of an image
     that cannot be decoded comes the next one in the list; it is noted in `skipped`, {name: reason}. When more
     than their share have been, iteration stops with `RunError`; of several processes none does by itself, which
     would leave the others waiting for it: see `agree_on_skipped`.
@@ -37,6 +37,8 @@ class Batches:
       max_broken: the share of the samples that may be unreadable.
       workers: processes to read in, for samples that take long to draw and cannot be broken: what a worker could not
         read would be in its own `skipped` alone. 0 for threads of this process.
+      frame: how images come into the model frame; None for Segment Anything's way. (uint8 is what that gives, and
+        stays until on the device.)
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class Batches:
         max_broken: float = 1.0,
         threads: int = 4,
         workers: int = 0,
+        frame: Frame | None = None,
     ):
+        self.frame = frame or Fitted(image_size)
         self.samples, self.image_size, self.max_broken = list(samples), image_size, max_broken
         self.skipped: dict[str, str] = {}
         self.batch, self.augment, self.extra = batch, augment, extra
@@ -110,7 +114,7 @@ class Batches:
     def _item(self, sample: Sample, image: Image.Image, random: np.random.Generator) -> dict[str, np.ndarray]:
         if self.augment:
             image = self.augment(image, random)
-        pixels, size = resize_and_pad(image, self.image_size)
+        pixels, size = self.frame.place(image)
         return {"image": pixels, "size": size, **(self.extra(sample, size, random) if self.extra else {})}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:

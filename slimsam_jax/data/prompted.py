@@ -14,7 +14,7 @@ from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.geometry import bounding_window, interior_point
 from slimsam_jax.imaging.prompts import noisy, prompt_points
-from slimsam_jax.imaging.transforms import resize_and_pad, to_model_frame
+from slimsam_jax.imaging.transforms import to_model_frame
 from slimsam_jax.models.config import Config
 
 LARGEST = 0.9  # share of the image: masks above it are left out, as in the paper's appendix A
@@ -48,14 +48,15 @@ class MaskBatches(Batches):
         workers: int = 0,
     ):
         self.config, self.prompts, self.flip, self.crop = config, prompts, flip, crop
-        super().__init__(samples, config.image_size, batch, seed, start, part, max_broken=max_broken, workers=workers)
+        how = {"max_broken": max_broken, "workers": workers, "frame": config.frame}
+        super().__init__(samples, config.image_size, batch, seed, start, part, **how)
 
     def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
         image, annotations = read_annotated(sample)
         framing = draw_framing(image.size, self.flip, self.crop, random)
         whole = Framing((0, 0, *image.size), framing.mirrored)
         for framed in (framing, whole):  # a crop may have lost them all
-            pixels, size = resize_and_pad(framed.of_image(image), self.image_size)
+            pixels, size = self.frame.place(framed.of_image(image))
             if chosen := self._choose(annotations, framed, tuple(size), random):
                 masks, cells = zip(*(chosen[i % len(chosen)] for i in range(self.prompts)), strict=True)
                 points, labels = zip(*(first_prompt(mask, random) for mask in masks), strict=True)
@@ -135,7 +136,7 @@ class AnnotatedBatches(Batches):
         self, samples: Sequence[Sample], config: Config, batch: int, seed: int, part: tuple[int, int] = (0, 1)
     ):
         self.config = config
-        super().__init__(annotated(samples), config.image_size, batch, seed, part=part)
+        super().__init__(annotated(samples), config.image_size, batch, seed, part=part, frame=config.frame)
 
     def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
         image, annotations = read_annotated(sample)
@@ -164,7 +165,7 @@ def coverage(mask: np.ndarray, size: tuple[int, int], config: Config) -> np.ndar
     """Resizes a mask [h0, w0] bool to the decoder's output: [4h, 4w] float32, the share of each cell that it covers.
 
     Args:
-      size: the image's in the model frame, from `resize_and_pad`; what is below and right of it is 0.
+      size: the image's in the model frame, from `Frame.place`; what is below and right of it is 0.
     """
     cells = np.zeros([4 * side for side in config.grid], np.float32)
     height, width = (max(1, round(4 * side / config.patch_size)) for side in size)

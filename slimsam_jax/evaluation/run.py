@@ -6,14 +6,18 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from slimsam_jax.checkpoint import sha256
 from slimsam_jax.data import find
 from slimsam_jax.data.sources import coco
+from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation import bootstrap, detections, figures, tables
 from slimsam_jax.evaluation.checks import names_of
 from slimsam_jax.evaluation.compare import Measured, measure_models
 from slimsam_jax.evaluation.scores import Protocols
 from slimsam_jax.files import write_json
+from slimsam_jax.inference.decode import check_labels
 from slimsam_jax.models.sam import Sam
 
 
@@ -89,9 +93,22 @@ def run(
     truth = detections.read_truth(coco.file_of(data[0]), detected) if boxes else None
     paths = [model if isinstance(model, Path) else None for model in models]
     sams = [load(model) if isinstance(model, Path) else model for model in models]
+    check_clicks(names_of(models), sams, protocols)
     measured = measure_models(sams, samples, protocols, detected, max_broken)
     summary = bootstrap.summarise(list(measured.scores.values()), protocols.seed, resamples)
     if boxes:
         ids = [sample.image_id for sample in measured.samples.values()]
         summary |= detections.precisions(truth, list(measured.results.values()), ids, protocols.seed, resamples)
     return Evaluation(names_of(models), summary, measured, sams, paths, protocols, boxes, resamples)
+
+
+def check_clicks(names: Sequence[str], sams: Sequence[Sam], protocols: Protocols) -> None:
+    """Raises InputError, before anything is measured, for models that take no background points if those are asked."""
+    if "clicks" not in protocols.names:
+        return
+    for name, sam in zip(names, sams, strict=True):
+        try:
+            check_labels(sam, np.array([[1, 0]]))
+            check_labels(sam, np.array([[1, 1]]), masked=True)
+        except InputError as error:
+            raise InputError(f"{name} cannot be measured by --protocol clicks, so leave one out: {error}") from None

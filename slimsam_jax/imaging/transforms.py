@@ -65,11 +65,16 @@ def resize_masks(
       [..., h0, w0] float32; a mask is where they exceed 0.
     """
     rows, columns = (enlarging(masks.shape[i - 2], image_size[i], size[i], original_size[i]) for i in (0, 1))
-    masks = np.asarray(masks, np.float32)
-    enlarged = np.empty((*masks.shape[:-2], *original_size), np.float32)
-    for index in np.ndindex(masks.shape[:-2]):
-        enlarged[index] = rows @ np.ascontiguousarray((columns @ np.ascontiguousarray(masks[index].T)).T)
-    return enlarged
+    return resized(masks, rows, columns)
+
+
+def resized(planes: np.ndarray, rows: scipy.sparse.csr_array, columns: scipy.sparse.csr_array) -> np.ndarray:
+    """Planes [..., h, w] resized by a matrix per axis, [h', h] and [w', w]: [..., h', w'] float32."""
+    planes = np.asarray(planes, np.float32)
+    found = np.empty((*planes.shape[:-2], rows.shape[0], columns.shape[0]), np.float32)
+    for index in np.ndindex(planes.shape[:-2]):
+        found[index] = rows @ np.ascontiguousarray((columns @ np.ascontiguousarray(planes[index].T)).T)
+    return found
 
 
 @functools.lru_cache(maxsize=32)

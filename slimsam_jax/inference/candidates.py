@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax.imaging.transforms import enlarging
 from slimsam_jax.inference.decode import Encoded, padded
 from slimsam_jax.models.sam import Sam
 
@@ -73,7 +72,7 @@ def enlarge(sam: Sam, encoded: Encoded, low: np.ndarray, offset: float = 1.0, th
 def _matrix(sam: Sam, encoded: Encoded, axis: int, frame: int) -> np.ndarray:
     """Returns the weights of one axis, [frame, 4h or 4w], zero beyond the image."""
     source, side = 4 * sam.config.grid[axis], encoded.original_size[axis]
-    weights = enlarging(source, sam.config.image_size[axis], encoded.size[axis], side)
+    weights = sam.config.frame.mask_matrix(axis, source, encoded.size[axis], side)
     return np.pad(weights.toarray(), ((0, frame - side), (0, 0)))
 
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.prompts import Prompts, prompt_points
-from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks, to_model_frame
+from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.sam import Sam, decode, encode
 
 # Numbers of prompts that are ever compiled. Beyond 16 the decoder's activations leave a CPU's cache: a quarter slower.
@@ -29,7 +30,7 @@ class Encoded(NamedTuple):
 
 def encode_image(sam: Sam, image: Image.Image) -> Encoded:
     """Encodes an RGB image of any size."""
-    frame, size = resize_and_pad(image, sam.config.image_size)
+    frame, size = sam.config.frame.place(image)
     embedding = encode(sam.config, sam.params, frame[None], size[None], jnp.float32)[0]
     return Encoded(embedding, tuple(int(side) for side in size), (image.height, image.width))
 
@@ -44,8 +45,12 @@ def decode_prompts(
 
     Returns:
       [p, 1 + multimask_outputs, 4h, 4w] logits and [p, 1 + multimask_outputs] predicted IoU.
+
+    Raises:
+      InputError: the model cannot take such prompts.
     """
-    points = to_model_frame(prompts.points, encoded.size, encoded.original_size)
+    check_labels(sam, prompts.labels, masks is not None)
+    points = sam.config.frame.points(prompts.points, encoded.size, encoded.original_size)
     parts = []
     for index, count in padded(len(points)):
         previous = None if masks is None else masks[index][..., None]
@@ -53,6 +58,12 @@ def decode_prompts(
         parts.append([np.asarray(array)[:count] for array in outputs])
     low, scores = zip(*parts, strict=True)
     return np.concatenate(low), np.concatenate(scores)
+
+
+def check_labels(sam: Sam, labels: np.ndarray, masked: bool = False) -> None:
+    """Raises InputError for prompts of labels [p, n], or with previous masks, that the model's head cannot take."""
+    if reason := kind_of(sam.config.head).refusal(labels, masked):
+        raise InputError(reason)
 
 
 def padded(count: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -89,5 +100,5 @@ def original_masks(sam: Sam, encoded: Encoded, low: np.ndarray) -> np.ndarray:
     """Resizes [..., 4h, 4w] logits to [..., h0, w0] bool masks; of float32 there is never more than one mask."""
     masks = np.empty((*low.shape[:-2], *encoded.original_size), bool)
     for index in np.ndindex(low.shape[:-2]):
-        masks[index] = resize_masks(sam.config.image_size, low[index], encoded.size, encoded.original_size) > 0
+        masks[index] = sam.config.frame.resize_masks(low[index], encoded.size, encoded.original_size) > 0
     return masks

@@ -10,8 +10,7 @@ import numpy as np
 
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.prompts import ABSENT, prompt_points
-from slimsam_jax.imaging.transforms import to_model_frame
-from slimsam_jax.inference.decode import Encoded, padded
+from slimsam_jax.inference.decode import Encoded, check_labels, padded
 from slimsam_jax.limits import PROMPT_POINTS
 from slimsam_jax.models.sam import Sam, decode
 
@@ -48,7 +47,7 @@ def decode_mixed(
     """
     if not prompts:
         return []
-    points, labels = _join([_tokens(*pair) for pair in zip(encoded, prompts, strict=True)])
+    points, labels = _join([_tokens(sam, *pair) for pair in zip(encoded, prompts, strict=True)])
     masks, masked = _masks(sam, prompts)
     decoded = []
     for index, count in padded(len(prompts)):
@@ -65,18 +64,20 @@ def check(sam: Sam, prompt: Prompt, original_size: tuple[int, int]) -> None:
     """Raises InputError unless a prompt suits this model and an image of (height, width)."""
     if not isinstance(prompt, Prompt):
         raise InputError(f"a prompt is a Prompt(point_coords, point_labels, box, mask_input), not {kind_of(prompt)}")
-    _points(prompt, original_size)
+    _, labels = prompt_points(*_points(prompt, original_size))
+    check_labels(sam, labels, prompt.mask_input is not None)
     _mask(sam, prompt)
 
 
-def _tokens(encoded: Encoded, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
+def _tokens(sam: Sam, encoded: Encoded, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
     """Makes the tokens of one prompt: [m, 2] points in the model frame and [m] labels.
 
     Raises:
       InputError: it asks for nothing, or not in numbers of the right shapes.
     """
     xy, kinds = prompt_points(*_points(prompt, encoded.original_size))
-    return to_model_frame(xy[0], encoded.size, encoded.original_size), kinds[0]
+    check_labels(sam, kinds, prompt.mask_input is not None)
+    return sam.config.frame.points(xy[0], encoded.size, encoded.original_size), kinds[0]
 
 
 def _points(prompt: Prompt, original_size: tuple[int, int]) -> tuple[np.ndarray | None, ...]:

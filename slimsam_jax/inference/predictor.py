@@ -12,7 +12,6 @@ from PIL import Image
 from slimsam_jax.data import read_image
 from slimsam_jax.data.sample import eight_bits
 from slimsam_jax.errors import InputError, reading
-from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks
 from slimsam_jax.inference.decode import Encoded, padded
 from slimsam_jax.inference.mixed_prompts import Prompt, check, decode_mixed, kind_of, real_array
 from slimsam_jax.limits import IMAGE_SIDE, quoted
@@ -128,7 +127,7 @@ class SamPredictor:
 def encode_images(sam: Sam, images: Sequence[AnyImage]) -> list[Encoded]:
     """Encodes images of any sizes, in batches of few sizes."""
     images = [as_image(image) for image in images]
-    frames = [resize_and_pad(image, sam.config.image_size) for image in images]
+    frames = [sam.config.frame.place(image) for image in images]
     encoded: list[Encoded] = []
     for index, count in padded(len(frames)):
         pixels, sizes = (np.stack([frames[i][part] for i in index]) for part in (0, 1))
@@ -221,7 +220,7 @@ def predict(
     decoded = iter(decode_mixed(sam, [image for image, _ in flat], [prompt for _, prompt in flat]))
 
     def finished(image: Encoded, low: np.ndarray, scores: np.ndarray) -> Prediction:
-        masks = resize_masks(sam.config.image_size, low[outputs], image.size, image.original_size)
+        masks = sam.config.frame.resize_masks(low[outputs], image.size, image.original_size)
         return Prediction(masks if return_logits else masks > 0, scores[outputs], low[outputs])
 
     pairs = zip(encoded, prompts, strict=True)

@@ -1,4 +1,4 @@
-"""The architecture of a SAM whose image encoder is of any family: its encoder's, and SAM's own head."""
+"""The architecture of a SAM whose image encoder is of any family: its encoder's, and its head's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from slimsam_jax.models import heads
 from slimsam_jax.models.config import Config
 
 
@@ -16,14 +17,15 @@ class SamConfig:
 
     Attributes:
       encoder: the `Config` of a family (`models.encoders.FAMILIES`).
-      head: prompt encoder and mask decoder, a `Config` without a ViT; its patches are the embedding's cells.
+      head: prompt encoder and mask decoder, the `HeadConfig` of a kind (`models.heads.HEADS`), of SAM's own a
+        `Config` without a ViT; its patches are the embedding's cells.
 
     Raises:
       ValueError: the embedding is not of the size that the head takes.
     """
 
     encoder: Any
-    head: Config
+    head: Any
 
     def __post_init__(self):
         pairs = {"image_size": "pixels", "grid": "cells", "out_chans": "channels"}
@@ -39,7 +41,10 @@ class SamConfig:
         return getattr(self.head, name)
 
     def to_json(self) -> dict[str, Any]:
-        return {"encoder": self.encoder.to_json(), "head": self.head.to_json()}
+        """SAM's own head, which was the only one at first, says no kind."""
+        kind = heads.name_of(self.head)
+        said = {} if kind == "sam" else {"kind": kind}
+        return {"encoder": self.encoder.to_json(), "head": {**said, **self.head.to_json()}}
 
     @classmethod
     def from_json(cls, family: ModuleType, fields: Mapping[str, Any]) -> SamConfig:
@@ -52,8 +57,11 @@ class SamConfig:
           ValueError: an unknown or missing field, or one out of range.
         """
         try:
-            head = Config.from_json(fields["head"], blocks=False)
-            return cls(family.Config.from_json(fields["encoder"]), head)
+            own = dict(fields["head"])
+            kind = own.pop("kind", "sam")
+            if kind not in heads.HEADS:
+                raise ValueError(f"its head is of the kind {kind!r:.40}, and there are {', '.join(heads.HEADS)}")
+            return cls(family.Config.from_json(fields["encoder"]), heads.HEADS[kind].from_json(own))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
 

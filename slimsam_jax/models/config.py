@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from slimsam_jax.imaging.frames import Fitted
+
 GLOBAL = 0  # the `window` of a block whose tokens all attend to each other
 # Bounds far beyond any SAM (SAM-H: 5120 wide, 32 blocks), so that nothing is built that a file merely asks for.
 WIDEST, DEEPEST, MOST_LAYERS = 1 << 16, 128, 32
@@ -85,15 +87,22 @@ class Config:
             raise ValueError(f"image_size {self.image_size} must be multiples of the patch size {self.patch_size}")
         if self.out_chans % 8 or self.out_chans % (2 * self.decoder_heads):
             raise ValueError(f"out_chans {self.out_chans} must be a multiple of 8 and of twice the decoder's heads")
-        for name, values in (("pixel_mean", self.pixel_mean), ("pixel_std", self.pixel_std)):
-            numbers = all(isinstance(v, int | float) and type(v) is not bool and abs(v) < 1e6 for v in values)
-            if len(values) != 3 or not numbers or (name == "pixel_std" and min(values) <= 0):
-                raise ValueError(f"{name} {values!r:.40} must be three numbers, one per channel")
+        check_pixel_statistics(self.pixel_mean, self.pixel_std)
 
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patch tokens, which is also the size of the image embedding."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def frame(self) -> Fitted:
+        """How images come into the model frame."""
+        return Fitted(self.image_size)
+
+    @property
+    def point_tokens(self) -> int:
+        """Tokens of a prompt that is one point: itself and the padding."""
+        return 2
 
     @property
     def uniform(self) -> bool:
@@ -141,6 +150,14 @@ class Config:
             return cls(**{**tuples, "blocks": found})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
+
+
+def check_pixel_statistics(mean: Any, std: Any) -> None:
+    """Raises ValueError unless they are three numbers each, one per channel."""
+    for name, values in (("pixel_mean", mean), ("pixel_std", std)):
+        numbers = all(isinstance(v, int | float) and type(v) is not bool and abs(v) < 1e6 for v in values)
+        if len(values) != 3 or not numbers or (name == "pixel_std" and min(values) <= 0):
+            raise ValueError(f"{name} {values!r:.40} must be three numbers, one per channel")
 
 
 @dataclasses.dataclass(frozen=True)

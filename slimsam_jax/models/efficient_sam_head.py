@@ -1,6 +1,8 @@
-"""EfficientSAM's prompt encoder and mask decoder: embedding, points -> masks, predicted IoU.
+"""EfficientSAM's prompt encoder and mask decoder: embedding, points -> masks, predicted IoU. One of `heads.HEADS`.
 
-It knows positive points and boxes alone: no negative points, no mask, six points at most, of which a box takes two.
+It knows positive points and boxes alone: no background points, no mask, six points at most, of which a box takes two.
+The original embeds a background point as a position alone, and cuts off what is more than six, both silently; here
+`refusal` says so.
 Shapes: p prompts, n points, h x w cells of the embedding, C its channels.
 """
 
@@ -8,16 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from slimsam_jax.models.config import MOST_LAYERS
+from slimsam_jax.imaging.frames import Squashed
+from slimsam_jax.models.config import MOST_LAYERS, Config, check_pixel_statistics
 from slimsam_jax.models.efficient_sam_transformer import TwoWayTransformer
-from slimsam_jax.models.encoders.architecture import check_image_size, check_widths
+from slimsam_jax.models.encoders.architecture import check_image_size, check_width, check_widths
 from slimsam_jax.models.encoders.layers import Params, gelu
 from slimsam_jax.models.mask_decoder import Doubling
 
@@ -37,6 +41,7 @@ class HeadConfig:
       multimask_outputs: masks of an ambiguous prompt, besides the single one.
       iou_head_dim: hidden width of the IoU head; that of the masks' MLPs is C.
       upscaling_dims: channels after the first and the second doubling.
+      pixel_mean, pixel_std: per channel (RGB), in units of 0..255; the same as SAM's.
 
     Raises:
       ValueError: a size out of range.
@@ -51,6 +56,8 @@ class HeadConfig:
     multimask_outputs: int = 3
     iou_head_dim: int = 256
     upscaling_dims: tuple[int, int] = (64, 32)
+    pixel_mean: tuple[float, float, float] = Config.pixel_mean
+    pixel_std: tuple[float, float, float] = Config.pixel_std
 
     def __post_init__(self):
         check_widths(self, [field.name for field in dataclasses.fields(self) if field.type == "int"])
@@ -60,9 +67,22 @@ class HeadConfig:
             )
         if self.out_chans % (2 * self.decoder_heads):
             raise ValueError(f"out_chans {self.out_chans} must be a multiple of twice the decoder's heads")
-        if len(self.upscaling_dims) != 2 or any(type(dim) is not int or dim < 1 for dim in self.upscaling_dims):
+        if len(self.upscaling_dims) != 2:
             raise ValueError(f"upscaling_dims {self.upscaling_dims!r:.40} must be two widths")
+        for dim in self.upscaling_dims:
+            check_width("upscaling_dims", dim)
         check_image_size(self.image_size, self.patch_size)
+        check_pixel_statistics(self.pixel_mean, self.pixel_std)
+
+    @property
+    def frame(self) -> Squashed:
+        """How images come into the model frame."""
+        return Squashed(self.image_size)
+
+    @property
+    def point_tokens(self) -> int:
+        """Tokens of a prompt that is one point: all that there ever are."""
+        return MOST_POINTS
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -101,7 +121,7 @@ class PromptEncoder(nn.Module):
         """Encodes p prompts.
 
         Args:
-          points: [p, n, 2] (x, y) in pixels of the model frame, n = `MOST_POINTS` from `efficient_sam.fill_points`.
+          points: [p, n, 2] (x, y) in pixels of the model frame, n = `MOST_POINTS` from `fill_points`.
           labels: [p, n] int: -1 filled up, 1 foreground, 2 and 3 a box's corners. Any other is its position alone.
 
         Returns:
@@ -182,9 +202,54 @@ class MaskDecoder(nn.Module):
         return gelu(Doubling(second, name="output_upscaling_3")(gelu(norm(x))))
 
 
-def init(config: HeadConfig, key: jax.Array) -> Params:
-    """Random {"prompt_encoder", "mask_decoder"}."""
-    first, second = jax.random.split(key)
+def from_json(fields: Mapping[str, Any]) -> HeadConfig:
+    """Inverse of `HeadConfig.to_json`."""
+    return HeadConfig.from_json(fields)
+
+
+def refusal(labels: np.ndarray, masked: bool) -> str | None:
+    """Why prompts cannot be taken, or None.
+
+    Args:
+      labels: [p, n], see `imaging.prompts`.
+      masked: whether previous masks are given with them.
+    """
+    if masked:
+        return "EfficientSAM takes no mask as a prompt; give points or a box"
+    if (labels == 0).any():
+        return "EfficientSAM knows no background points (label 0); leave them out, or use a box"
+    counts = (labels >= POINT).sum(axis=1)
+    if not counts.all():
+        return "EfficientSAM needs a point or a box"
+    if (counts > MOST_POINTS).any():
+        return f"EfficientSAM takes {MOST_POINTS} points at most, of which a box is two, not {counts.max()}"
+    return None
+
+
+def fill_points(points: Any, labels: Any) -> tuple[Any, Any]:
+    """Brings prompts to `MOST_POINTS` points as the original does: fills up with (-1, -1), cuts off what is more.
+
+    Args:
+      points: [p, n, 2] (x, y) in the model frame; numpy, or JAX's.
+      labels: [p, n]; what is below 0 is no point, whatever it is to SAM, and makes room for those that are.
+
+    Returns:
+      [p, 6, 2] and [p, 6].
+    """
+    xp = jnp if isinstance(points, jax.Array) or isinstance(labels, jax.Array) else np
+    points, labels = xp.asarray(points, xp.float32), xp.asarray(labels, xp.int32)
+    missing, void = max(0, MOST_POINTS - labels.shape[1]), labels < 0
+    points = xp.pad(xp.where(void[..., None], -1.0, points), ((0, 0), (0, missing), (0, 0)), constant_values=-1.0)
+    labels = xp.pad(xp.where(void, INVALID, labels), ((0, 0), (0, missing)), constant_values=INVALID)
+    places = xp.arange(labels.shape[1])
+    order = xp.argsort((labels < 0) * len(places) + places, axis=1)[:, :MOST_POINTS]
+    filled = xp.take_along_axis(points, order[..., None], axis=1)
+    return filled.astype(xp.float32), xp.take_along_axis(labels, order, axis=1)
+
+
+def init(config: HeadConfig, keys: Sequence[jax.Array]) -> Params:
+    """Random {"prompt_encoder", "mask_decoder"}, by two keys."""
+    first, second = keys
     points, labels = jnp.zeros((1, MOST_POINTS, 2)), jnp.zeros((1, MOST_POINTS), jnp.int32)
     prompts = PromptEncoder(config).init(first, points, labels)
     sparse = PromptEncoder(config).apply(prompts, points, labels)
@@ -193,9 +258,20 @@ def init(config: HeadConfig, key: jax.Array) -> Params:
     return {"prompt_encoder": prompts["params"], "mask_decoder": decoder["params"]}
 
 
+def decode(config: HeadConfig, params: Params, embedding, points, labels, masks=None, masked=None):
+    """See `sam.decode`. One compilation per p, whatever the number of points.
+
+    Raises:
+      ValueError: masks are given, which `refusal` tells beforehand.
+    """
+    if masks is not None:
+        raise ValueError(refusal(np.zeros((0, 0)), masked=True))
+    return run(config, params, embedding, *fill_points(points, labels))[:2]
+
+
 @functools.partial(jax.jit, static_argnames="config")
-def decode(config: HeadConfig, params: Params, embedding: jax.Array, points: jax.Array, labels: jax.Array):
-    """Decodes p prompts. One compilation per p.
+def run(config: HeadConfig, params: Params, embedding: jax.Array, points: jax.Array, labels: jax.Array):
+    """Decodes p prompts of six points each.
 
     Args:
       params: {"prompt_encoder", "mask_decoder"}, at least.

@@ -10,12 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slimsam_jax.imaging.prompts import ABSENT
 from slimsam_jax.models.composed import SamConfig
 from slimsam_jax.models.config import Config, Thresholds
 from slimsam_jax.models.encoders import family_of
-from slimsam_jax.models.mask_decoder import MaskDecoder
-from slimsam_jax.models.prompt_encoder import PromptEncoder
+from slimsam_jax.models.heads import kind_of
 
 Params = dict[str, Any]
 Architecture = Config | SamConfig  # of a ViT, or of any family's encoder
@@ -60,18 +58,7 @@ def init(config: Architecture, key: jax.Array) -> Params:
     keys = jax.random.split(key, 3)
     images = jnp.zeros((1, *config.image_size, 3))
     encoder = image_encoder(config, attention="plain").init(keys[0], images)["params"]  # traced the soonest
-    return {"image_encoder": encoder, **_init_head(config.head, keys)}
-
-
-def _init_head(config: Config, keys: Any) -> Params:
-    embedding = jnp.zeros((*config.grid, config.out_chans))
-    points, labels = jnp.zeros((1, 1, 2)), jnp.zeros((1, 1), jnp.int32)
-    masks = jnp.zeros((1, 4 * config.grid[0], 4 * config.grid[1], 1))
-    prompt_encoder = PromptEncoder(config)
-    prompts = prompt_encoder.init(keys[1], points, labels, masks)
-    sparse, dense = prompt_encoder.apply(prompts, points, labels, masks)
-    decoder = MaskDecoder(config).init(keys[2], embedding, embedding, sparse, dense)["params"]
-    return {"prompt_encoder": prompts["params"], "mask_decoder": decoder}
+    return {"image_encoder": encoder, **kind_of(config.head).init(config.head, keys[1:])}
 
 
 @functools.lru_cache(maxsize=32)  # tracing takes a second or two, and a run asks for the same few models
@@ -86,9 +73,9 @@ def abstract_params(config: Architecture) -> Params:
 
 
 @functools.lru_cache(maxsize=32)
-def abstract_head(config: Config) -> Params:
+def abstract_head(head: Any) -> Params:
     """The same of what is the same for a SAM and its slim ones: all but the image encoder."""
-    return jax.eval_shape(lambda: _init_head(config, jax.random.split(jax.random.key(0), 3)))
+    return jax.eval_shape(lambda: kind_of(head).init(head, jax.random.split(jax.random.key(0), 2)))
 
 
 def run_encoder(
@@ -154,7 +141,8 @@ def decode(
 
     Args:
       embedding: [h, w, C], one image's, or [p, h, w, C], that of each prompt.
-      points, labels, masks, masked: as `PromptEncoder` takes them, from `prompt_points`.
+      points, labels, masks, masked: as SAM's `PromptEncoder` takes them, from `prompt_points`, whatever the kind of
+        head; `inference.decode.check_labels` refuses beforehand what it cannot take.
 
     Returns:
       masks: [p, 1 + multimask_outputs, 4h, 4w] logits; the original's `multimask_output=False`
@@ -162,24 +150,15 @@ def decode(
       iou: [p, 1 + multimask_outputs] predicted IoU.
     """
     parts = {name: params[name] for name in ("prompt_encoder", "mask_decoder")}
-    return _decode(config.head, parts, embedding, points, labels, masks, masked)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _decode(config: Config, params: Params, embedding, points, labels, masks, masked):
-    prompt_encoder = nn.apply(lambda m: (m(points, labels, masks, masked), m.dense_positions()), PromptEncoder(config))
-    with jax.default_matmul_precision("highest"):  # positions are phases of many turns: they bear no rounding
-        (sparse, dense), positions = prompt_encoder({"params": params["prompt_encoder"]})
-        inputs = (embedding, positions, sparse, dense, labels != ABSENT)
-        return MaskDecoder(config).apply({"params": params["mask_decoder"]}, *inputs)
+    return kind_of(config.head).decode(config.head, parts, embedding, points, labels, masks, masked)
 
 
 def preprocess(config: Architecture, images: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Normalises a padded batch; padding is zero after normalising, as in the original.
+    """Normalises a batch in the model frame; padding is zero after normalising, as in the original.
 
     Args:
-      images: [b, H, W, 3] uint8, RGB, each in the top left corner of its frame.
-      sizes: [b, 2] int, the part of each frame that is image.
+      images: [b, H, W, 3] uint8 RGB, or float32 of that range, each in the top left corner of its frame.
+      sizes: [b, 2] int, the part of each frame that is image; both as `config.frame.place` gives them.
 
     Returns:
       [b, H, W, 3] float32.

@@ -78,9 +78,11 @@ def _counted(config: Architecture) -> Macs:
     return macs.count(embed, abstract_params(config)["image_encoder"], images)
 
 
-def decoder_macs(config: Architecture, prompt_tokens: int = 2) -> Macs:
-    """Of the mask decoder for one prompt (a point makes two tokens: itself and the padding)."""
+def decoder_macs(config: Architecture, prompt_tokens: int | None = None) -> Macs:
+    """Of the mask decoder for one prompt; without a number of tokens for one that is a point."""
+    prompt_tokens = config.point_tokens if prompt_tokens is None else prompt_tokens
     width, image, hidden = config.out_chans, math.prod(config.grid), config.decoder_mlp_dim
+    first, second = getattr(config.head, "upscaling_dims", (width // 4, width // 8))
     outputs = 1 + config.multimask_outputs
     own = 1 + outputs + prompt_tokens
     to_image = _linear(own, width, width // 2) + 2 * _linear(image, width, width // 2) + _linear(own, width // 2, width)
@@ -89,14 +91,14 @@ def decoder_macs(config: Architecture, prompt_tokens: int = 2) -> Macs:
     )
     mlp = _linear(own, width, hidden) + own * hidden + _linear(own, hidden, width)
     linear = config.decoder_depth * (4 * _linear(own, width, width) + to_image + mlp + to_token) + to_image
-    for positions, inputs, channels in ((4 * image, width, width // 4), (16 * image, width // 4, width // 8)):
+    for positions, inputs, channels in ((4 * image, width, first), (16 * image, first, second)):
         # A transposed convolution counts as if every output saw all 2x2 taps; then its GELU.
         linear += _conv(positions, 4 * inputs, channels) + positions * channels
-    linear += outputs * (2 * _linear(1, width, width) + _linear(1, width, width // 8))
+    linear += outputs * (2 * _linear(1, width, width) + _linear(1, width, second))
     linear += 2 * _linear(1, width, config.iou_head_dim) + _linear(1, config.iou_head_dim, outputs)
     products = 2 * own * own * width + (2 * own * image * width // 2) * 2
     attention = config.decoder_depth * products + 2 * own * image * width // 2
-    return Macs(linear, attention + outputs * 16 * image * width // 8)
+    return Macs(linear, attention + outputs * 16 * image * second)
 
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:

@@ -19,6 +19,7 @@ from slimsam_jax.models.config import Config
 from slimsam_jax.models.encoders import efficient_sam_vit
 from slimsam_jax.models.encoders import tiny_vit as tiny_vit_encoder
 from slimsam_jax.models.encoders.architecture import Block
+from slimsam_jax.models.sam import abstract_head
 
 COUNTED = json.loads((families.HERE / "families_counts.json").read_text())
 PRESETS = {
@@ -193,7 +194,7 @@ def slim_vit() -> Converted:
     head = efficient_sam_head.HeadConfig(
         (48, 32), decoder_mlp_dim=8, out_chans=16, iou_head_dim=6, upscaling_dims=(5, 3)
     )
-    shapes = {"image_encoder": abstract(efficient_sam_vit.ImageEncoder(config)), **efficient_sam.abstract_head(head)}
+    shapes = {"image_encoder": abstract(efficient_sam_vit.ImageEncoder(config)), **abstract_head(head)}
     return Converted(config, head, random_params(shapes), {})
 
 

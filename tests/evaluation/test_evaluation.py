@@ -31,6 +31,7 @@ from slimsam_jax.imaging.overlap import boundary, boundary_iou, iou
 from slimsam_jax.imaging.prompts import Prompts
 from slimsam_jax.inference.decode import decode_prompts, encode_image
 from slimsam_jax.models import sam as models
+from slimsam_jax.models import sam_head
 
 MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=30))
 
@@ -189,7 +190,7 @@ def test_nothing_is_compiled_from_image_to_image(tiny_sam):
         found = encode_image(tiny_sam, noise(size))
         scores.image_scores([tiny_sam], [found], annotations, protocols)
 
-    sizes = lambda: (models.encode._cache_size(), models._decode._cache_size())
+    sizes = lambda: (models.encode._cache_size(), sam_head.decode._cache_size())
     measure((40, 30), 6)  # buckets of 1 and 4
     before = sizes()
     for size, count in (((31, 57), 1), ((64, 64), 4), ((50, 20), 11)):

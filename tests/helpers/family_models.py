@@ -8,8 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from slimsam_jax.models.composed import SamConfig
+from slimsam_jax.models.efficient_sam_head import HeadConfig
 from slimsam_jax.models.encoders import efficient_sam_vit, tiny_vit
 from slimsam_jax.models.encoders.architecture import Block
+from slimsam_jax.models.sam import Sam, abstract_params
 
 Tree = dict[str, Any]
 # Every kind of layer, widths that fit nothing, windows that are padded, one of them wider than its grid is high.
@@ -88,3 +91,11 @@ def run_all(encoder, params: Tree, images):
 def images_of(config, count: int = 1, seed: int = 0) -> np.ndarray:
     """Normalised random images [count, H, W, 3]."""
     return np.random.default_rng(seed).standard_normal((count, *config.image_size, 3)).astype(np.float32)
+
+
+def efficient_sam(encoder: efficient_sam_vit.Config = SLIM_VIT, seed: int = 0) -> Sam:
+    """A small EfficientSAM with random weights, of any encoder."""
+    sizes = {"patch_size": encoder.patch_size, "out_chans": encoder.out_chans}
+    head = HeadConfig(encoder.image_size, **sizes, decoder_mlp_dim=8, iou_head_dim=6, upscaling_dims=(5, 3))
+    config = SamConfig(encoder, head)
+    return Sam(config, random_params(abstract_params(config), seed))

@@ -19,6 +19,7 @@ from slimsam_jax.imaging.transforms import resized_shape
 from slimsam_jax.inference import predictor as predictors
 from slimsam_jax.inference.predictor import Prompt, SamPredictor
 from slimsam_jax.models import sam as models
+from slimsam_jax.models import sam_head
 
 CLICKS = [[12.0, 7.5], [25.0, 15.0], [3.0, 18.0]]
 BOX = [4.0, 3.0, 22.0, 17.0]
@@ -126,11 +127,11 @@ def test_every_form_of_an_image_is_the_same(tmp_path):
 def test_buckets_are_compiled_once(monkeypatch):
     """Other images, other numbers of prompts and of points within a bucket compile nothing."""
     sam = random_sam(SQUARE)
-    for name in ("encode", "_decode"):
-        function = getattr(models, name)
+    for module, name in ((models, "encode"), (sam_head, "decode")):
+        function = getattr(module, name)
         static = ("config", "dtype") if name == "encode" else "config"
         traced = chex.assert_max_traces(function.__wrapped__, n=1)
-        monkeypatch.setattr(models, name, jax.jit(traced, static_argnames=static))
+        monkeypatch.setattr(module, name, jax.jit(traced, static_argnames=static))
     monkeypatch.setattr(predictors, "encode", models.encode)
     ours = SamPredictor(sam)
     for seed, (height, width) in enumerate([(20, 30), (30, 20), (50, 50)]):

@@ -22,14 +22,17 @@ from converters.tables.strict import abstract
 from helpers import golden_families as families
 from helpers.family_models import SLIM_VIT, images_of, mirrored, random_params, run, run_all
 from helpers.shared import shared
-from slimsam_jax.errors import InputError
-from slimsam_jax.models import efficient_sam, efficient_sam_head
-from slimsam_jax.models.bicubic import bicubic_matrix
+from slimsam_jax.imaging.bicubic import bicubic_matrix
+from slimsam_jax.imaging.frames import Squashed
+from slimsam_jax.imaging.prompts import ABSENT, prompt_points
+from slimsam_jax.models import efficient_sam_head
 from slimsam_jax.models.encoders import efficient_sam_vit as vit
+from slimsam_jax.models.sam import abstract_head
 
 SUBSET = families.HERE / "efficient_sam_subset.npz"
 CASES = ("point1", "points2", "box", "points6", "points8", "queries4", "batch2")
 HEAD = efficient_sam_head.HeadConfig((256, 256))
+FRAME = Squashed((256, 256))
 
 
 def read(request, name: str) -> dict[str, np.ndarray]:
@@ -58,7 +61,7 @@ def params(golden):
     """The encoder's and the prompt encoder's; of the subset, where weights are missing, zeros."""
     told = json.loads(str(golden["config/json"]))
     config = vit.uniform(told["dim"], told["depth"], told["heads"], told["mlp"], told["img"])
-    expected = {"image_encoder": abstract(vit.ImageEncoder(config)), **table.abstract_head(HEAD)}
+    expected = {"image_encoder": abstract(vit.ImageEncoder(config)), **abstract_head(HEAD)}
     del expected["mask_decoder"]
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), expected)
     outline = table.Outline((3,) * told["depth"], 0, 8, 0)
@@ -68,11 +71,18 @@ def params(golden):
     return config, table.to_params(table.split_qkv(state, outline), rows, expected, "")
 
 
+def normalised(image) -> np.ndarray:
+    """As the encoder takes it, [256, 256, 3]."""
+    pixels, size = HEAD.frame.place(image)
+    assert size.tolist() == [256, 256] and pixels.dtype == np.float32
+    return (pixels - np.float32(HEAD.pixel_mean)) / np.float32(HEAD.pixel_std)
+
+
 @pytest.fixture(scope="module")
 def found(golden, params):
     """What ours makes of the golden images, by path of the module."""
     images = [golden["image_uint8"], golden.get("image2_uint8", golden["image_uint8"])]
-    pixels = np.stack([efficient_sam.preprocess(image, (256, 256)) for image in images])
+    pixels = np.stack(list(map(normalised, images)))
     embedding, _, modules = run_all(vit.ImageEncoder(params[0]), params[1]["image_encoder"], pixels)
     return {"pixels": pixels, "embedding": embedding, **modules}
 
@@ -95,10 +105,8 @@ def test_preprocessing(golden, found):
     """Squashed, up and down, without antialiasing."""
     assert_equal(golden, "preprocessed", found["pixels"][:1].transpose(0, 3, 1, 2), 2e-6)
     if "down/image_uint8" in golden:
-        down = efficient_sam.preprocess(golden["down/image_uint8"], (256, 256))
+        down = normalised(golden["down/image_uint8"])
         assert_equal(golden, "down/preprocessed", down.transpose(2, 0, 1)[None], 2e-6)
-        scaled = golden["image_uint8"].transpose(2, 0, 1)[None] / np.float32(255)
-        np.testing.assert_allclose(scaled, golden["to_tensor"], atol=1e-7)
 
 
 def test_positions(golden, params):
@@ -124,16 +132,16 @@ def test_embeddings_of_two_images(whole, found_whole):
 
 @pytest.fixture(scope="module")
 def found_whole(whole, model):
-    pixels = [efficient_sam.preprocess(whole[name], (256, 256)) for name in ("image_uint8", "image2_uint8")]
+    pixels = [normalised(whole[name]) for name in ("image_uint8", "image2_uint8")]
     return run_all(vit.ImageEncoder(model.encoder), model.params["image_encoder"], np.stack(pixels))[0]
 
 
 def prompts(arrays, case: str) -> tuple[np.ndarray, np.ndarray]:
     """Of all images and queries, [b * q, 6, 2] and [b * q, 6]."""
     points, labels = arrays[f"{case}/points"], arrays[f"{case}/labels"]
-    scaled = efficient_sam.to_model_frame(points, (256, 256), (90, 130))
+    scaled = FRAME.points(points, (256, 256), (90, 130))
     np.testing.assert_array_equal(scaled, arrays[f"{case}/rescaled_points"])
-    return efficient_sam.fill_points(scaled.reshape(-1, *scaled.shape[2:]), labels.reshape(-1, labels.shape[-1]))
+    return efficient_sam_head.fill_points(scaled.reshape(-1, *scaled.shape[2:]), labels.reshape(-1, labels.shape[-1]))
 
 
 def test_prompts(golden, params):
@@ -166,7 +174,7 @@ def decoded(whole, model):
         [np.arange(n) // 2 if case == "batch2" else np.zeros(n, int) for case, n in zip(CASES, counts, strict=True)]
     )
     inputs = map(np.concatenate, zip(*given.values(), strict=True))
-    low, iou, tokens = efficient_sam_head.decode(model.head, model.params, embeddings[of_image], *inputs)
+    low, iou, tokens = efficient_sam_head.run(model.head, model.params, embeddings[of_image], *inputs)
     places = {case: np.s_[end - n : end] for case, n, end in zip(CASES, counts, np.cumsum(counts), strict=True)}
     return np.asarray(low), np.asarray(iou), tokens, places
 
@@ -180,7 +188,7 @@ def test_masks(whole, decoded, case):
         assert_equal(whole, f"{case}/{mode}/low_res_masks", masks, 1e-4)
         assert_equal(whole, f"{case}/{mode}/iou_predictions", iou[places[case]][:, outputs].reshape(*shape, -1), 1e-5)
         if f"{case}/{mode}/mask_logits" in whole:
-            resized = efficient_sam.resize_masks(masks, (90, 130))
+            resized = FRAME.resize_masks(masks, (256, 256), (90, 130))
             assert_equal(whole, f"{case}/{mode}/mask_logits", resized, 1e-4)
     if case == "points2":  # the original's end to end, which is always its three masks
         assert_equal(whole, "forward/points2/masks", resized, 1e-4)
@@ -196,33 +204,38 @@ def test_tokens_of_the_transformer(whole, decoded):
 
 def test_one_image_of_many_prompts_is_decoded_alike(whole, model, decoded):
     embedding = whole["image_embedding"][0].transpose(1, 2, 0)
-    low, _, _ = efficient_sam_head.decode(model.head, model.params, embedding, *prompts(whole, "queries4"))
+    low, _, _ = efficient_sam_head.run(model.head, model.params, embedding, *prompts(whole, "queries4"))
     np.testing.assert_allclose(low, decoded[0][decoded[3]["queries4"]], atol=5e-5)
 
 
-def test_prompts_are_joined_and_filled():
-    points, labels = efficient_sam.prompt_points([[[1, 2]], [[3, 4]]], [[1], [-1]], [[5, 6, 7, 8], [9, 10, 11, 12]])
-    np.testing.assert_array_equal(labels, [[1, 2, 3, -1, -1, -1], [-1, 2, 3, -1, -1, -1]])
-    np.testing.assert_array_equal(points[1], [[3, 4], [9, 10], [11, 12], [-1, -1], [-1, -1], [-1, -1]])
-    assert points.dtype == np.float32 and labels.dtype == np.int32
-    _, labels = efficient_sam.prompt_points(boxes=[[5, 6, 7, 8]])
-    np.testing.assert_array_equal(labels, [[2, 3, -1, -1, -1, -1]])
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_prompts_of_sam_are_filled(xp):
+    """What only fills up goes, wherever it stands, and what is filled up is where the original has it."""
+    points, labels = prompt_points([[[1, 2]], [[3, 4]]], [[1], [-1]], [[5, 6, 7, 8], [9, 10, 11, 12]])
+    points, labels = efficient_sam_head.fill_points(xp.asarray(points), xp.asarray(labels))
+    np.testing.assert_array_equal(labels, [[1, 2, 3, -1, -1, -1], [2, 3, -1, -1, -1, -1]])
+    np.testing.assert_array_equal(points[1], [[9, 10], [11, 12], [-1, -1], [-1, -1], [-1, -1], [-1, -1]])
+    assert points.dtype == np.float32 and labels.dtype == np.int32 and isinstance(points, xp.ndarray)
+    long = np.full((1, 9), ABSENT)
+    long[0, [2, 8]] = 1
+    _, labels = efficient_sam_head.fill_points(np.zeros((1, 9, 2)), long)
+    np.testing.assert_array_equal(labels, [[1, 1, -1, -1, -1, -1]])
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"),
+    ("labels", "masked", "reason"),
     [
-        ({"points": [[[1, 2]]], "labels": [[0]]}, "background"),
-        ({"points": [[[1, 2]] * 7], "labels": [[1] * 7]}, "6 points"),
-        ({"points": [[[1, 2]] * 5], "labels": [[1] * 5], "boxes": [[1, 2, 3, 4]]}, "6 points"),
-        ({"boxes": [[1, 2, 3, 4]], "masks": np.zeros((1, 64, 64, 1))}, "no mask"),
-        ({}, "a point or a box"),
+        ([[1, 0, -1]], False, "background"),
+        ([[1] * 7, [1] * 6 + [-1]], False, "6 points at most, of which a box is two, not 7"),
+        ([[2, 3]], True, "no mask"),
+        ([[1, -1], [-1, -1]], False, "a point or a box"),
+        ([[1] * 6 + [-1]], False, None),
+        ([[1, 2, 3]], False, None),
     ],
 )
-def test_prompts_that_it_cannot_take_are_refused(given, reason):
-    with pytest.raises(InputError, match=reason) as refusal:
-        efficient_sam.prompt_points(**given)
-    assert "\n" not in str(refusal.value)
+def test_prompts_that_it_cannot_take_are_refused(labels, masked, reason):
+    refusal = efficient_sam_head.refusal(np.array(labels), masked)
+    assert refusal is None if reason is None else reason in refusal and "\n" not in refusal
 
 
 @pytest.mark.parametrize(("source", "target"), [(14, 64), (64, 90), (64, 41), (14, 14), (3, 7)])

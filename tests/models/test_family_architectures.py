@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from converters.tables import efficient_sam, tiny_vit, tiny_vit_unused
+from converters.tables import tiny_vit, tiny_vit_unused
 from converters.tables.strict import abstract
 from helpers import golden_families as families
 from helpers.family_models import SLIM_TINY_VIT, SLIM_VIT
@@ -20,6 +20,7 @@ from slimsam_jax.models.config import Config
 from slimsam_jax.models.encoders import counts, efficient_sam_vit
 from slimsam_jax.models.encoders import tiny_vit as tiny_vit_encoder
 from slimsam_jax.models.encoders.architecture import Block
+from slimsam_jax.models.sam import abstract_head
 
 COUNTED = json.loads((families.HERE / "families_counts.json").read_text())
 VIT_T = tiny_vit_encoder.PRESETS["vit_t"]
@@ -47,7 +48,7 @@ def test_counts_of_efficient_sam_equal_the_originals(name):
     counted, config = COUNTED[name], efficient_sam_vit.PRESETS[name]
     encoder = counts.parameters(abstract(efficient_sam_vit.ImageEncoder(config)))
     head = efficient_sam_head.HeadConfig((1024, 1024))
-    shapes = efficient_sam.abstract_head(head)
+    shapes = abstract_head(head)
     assert encoder == counted["encoder_params"]
     assert counts.parameters(shapes["mask_decoder"]) == counted["mask_decoder_params"]
     assert counts.parameters(shapes["prompt_encoder"]) == counted["prompt_encoder_params"]

@@ -17,11 +17,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slimsam_jax.models.bicubic import bicubic_matrix
+from slimsam_jax.imaging.bicubic import bicubic_matrix
 from slimsam_jax.models.config import DEEPEST
 from slimsam_jax.models.encoders.architecture import Block, block_of, check_image_size, check_widths, pair
 from slimsam_jax.models.encoders.attention import attend
-from slimsam_jax.models.encoders.layers import gelu, neck
+from slimsam_jax.models.encoders.layers import gelu, keep_logit_scale, neck
+
+__all__ = ["FEATURES", "STAGES", "Config", "ImageEncoder", "config_of", "features", "keep_logit_scale"]
 
 Features = dict[str, dict[str, jax.Array]]
 
@@ -87,16 +89,20 @@ def uniform(embed_dim: int, depth: int, heads: int, mlp_ratio: float = 4.0, imag
 PRESETS = {"efficient_sam_ti": uniform(192, 12, 3), "efficient_sam_s": uniform(384, 12, 6)}
 
 
-def config_of(params: Mapping[str, Any], image_size: int | tuple[int, int] = 1024) -> Config:
+def config_of(
+    params: Mapping[str, Any], image_size: int | tuple[int, int] = 1024, like: Config | None = None
+) -> Config:
     """Reads the architecture off the shapes of a parameter tree.
 
     Args:
       params: of an `ImageEncoder`, arrays or shapes.
       image_size: pixels, one side or (height, width), which no shape tells: positions are resized to it.
+      like: another architecture that has it.
 
     Raises:
       ValueError: the tree lacks an array, or its image size fits none.
     """
+    image_size = image_size if like is None else like.image_size
     try:
         patch, _, _, embed_dim = params["patch_embed_proj"]["kernel"].shape
         blocks = [params[f"blocks_{i}"] for i in range(sum(name.startswith("blocks_") for name in params))]
@@ -167,7 +173,7 @@ class ImageEncoder(nn.Module):
         """Encodes normalised images.
 
         Args:
-          images: [b, H, W, 3], squashed and normalised by `efficient_sam.preprocess`.
+          images: [b, H, W, 3], squashed (`imaging.frames.Squashed`) and normalised by `sam.preprocess`.
 
         Returns:
           embedding: [b, h, w, out_chans] float32, (h, w) = config.grid.
@@ -211,6 +217,28 @@ def _bottleneck(paths: Collection[str]) -> bool:
     return any(re.search(r"(^|/)blocks_\d+/", path) for path in paths) and not _embedding(paths)
 
 
+FEATURES = {"embedding": ("qkv", "mlp"), "bottleneck": ("stream",)}
+
 # Whether a group, by its members' paths, is cut in a stage. In neither are the neck's width, nor the rows and columns
 # of the learnt positions, which a graph finds to be groups of their own.
 STAGES = {"embedding": _embedding, "bottleneck": _bottleneck}
+
+
+def kept_elements(config: Config) -> int:
+    """Numbers in the residual stream of an image, which the backward pass keeps."""
+    return config.grid[0] * config.grid[1] * config.embed_dim * len(config.blocks)
+
+
+def abstract_params(config: Config) -> Any:
+    """The parameter tree as shapes; equal blocks have equal shapes, and are traced once."""
+    distinct = tuple(dict.fromkeys(config.blocks))
+    traced = ImageEncoder(dataclasses.replace(config, blocks=distinct))
+    images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
+    encoder = dict(jax.eval_shape(lambda images: traced.init(jax.random.key(0), images)["params"], images))
+    shapes = {block: encoder.pop(f"blocks_{i}") for i, block in enumerate(distinct)}
+    return encoder | {f"blocks_{i}": shapes[block] for i, block in enumerate(config.blocks)}
+
+
+def last_arrays(config: Config) -> list[str]:
+    """Paths that are there only if all blocks are: a check that costs nothing, before anything is traced."""
+    return [f"blocks_{len(config.blocks) - 1}/norm1/scale"]
