@@ -55,15 +55,17 @@ def iterate(
         raise InputError("a budget cannot be spread over steps: give a ratio")
     sizes: dict[str, int] = {}
     keep: dict[str, np.ndarray] = {}
+    before: Ratio = 0.0
     for step in range(1, steps + 1):
         share = ratio(step) if callable(ratio) else _scaled(ratio, SCHEDULES[schedule](step / steps))
+        if any(gone > _by_pattern(share).get(pattern, 0.0) for pattern, gone in _by_pattern(before).items()):
+            raise InputError(f"step {step} asks for {share} after {before}: what is gone does not come back")
+        before = share
         scores = score()
         sizes = sizes or {name: of_group.shape[-1] for name, of_group in scores.items()}
         whole, alive = _of_the_original(scores, keep, sizes)
         chosen = select(_ranked(whole, alive), share, **how)
         widths = {name: min(kept.shape[-1], int(alive[name].sum(-1).min())) for name, kept in chosen.items()}
-        if grown := [name for name, of_group in keep.items() if widths.get(name, 0) > of_group.shape[-1]]:
-            raise InputError(f"step {step} would give group {grown[0]!r} channels back")
         keep |= keep_widths({name: np.where(alive[name], whole[name], -np.inf) for name in widths}, widths)
         yield dict(keep)
 
@@ -84,9 +86,12 @@ def _positions(kept: np.ndarray, before: np.ndarray) -> np.ndarray:
 
 
 def _scaled(ratio: Ratio, share: float) -> Ratio:
-    if isinstance(ratio, Mapping):
-        return {pattern: of_pattern * share for pattern, of_pattern in ratio.items()}
-    return ratio * share
+    scaled = {pattern: of_pattern * share for pattern, of_pattern in _by_pattern(ratio).items()}
+    return scaled if isinstance(ratio, Mapping) else scaled["*"]
+
+
+def _by_pattern(ratio: Ratio) -> Mapping[str, float]:
+    return ratio if isinstance(ratio, Mapping) else {"*": ratio}
 
 
 def _of_the_original(scores: Scores, keep: Keep, sizes: Mapping[str, int]) -> tuple[Scores, dict[str, np.ndarray]]:
