@@ -66,6 +66,27 @@ def test_nothing_comes_back_whoever_competes(how, shift):
     assert sum(map(len, keeps[-1].values())) in (7, 8)
 
 
+@pytest.mark.parametrize("shift", [0.0, -2.0])
+def test_steps_end_where_one_cut_does_if_scores_stay(shift):
+    scores = {name: score + shift for name, score in random_scores()().items()}
+    *_, last = iterate(lambda: scores, 0.7, 4, allocation="global")
+    once = pruning.select(scores, 0.7, "global")
+    assert sum(map(len, once.values())) == 9
+    for name, kept in once.items():
+        np.testing.assert_array_equal(last[name], kept)
+
+
+def test_what_is_left_of_a_budget_buys_nothing_back():
+    """A channel of "a" costs ten of "b", and there is always room for some of those."""
+    costs = {"a:1": 10.0 * np.arange(21), "b:1": 1.0 * np.arange(11)}
+    random = random_scores()
+    score = lambda: {"a:1": 9 + random()["a:1"], "b:1": random()["b:1"] / 1e3}
+    keeps = list(iterate(score, lambda step: (0.11, 0.12, 0.49, 0.52)[step - 1], 4, allocation="cost", costs=costs))
+    for before, after in itertools.pairwise(keeps):
+        assert all(set(after[name]) <= set(before[name]) for name in after)
+    assert len(keeps[0]["b:1"]) < 10
+
+
 def test_masks_between_and_cuts_between_are_the_same(grouping):
     """Without training. The cut model is traced again; its scores are those of the channels that are left."""
     now = {"params": PARAMS, "grouping": grouping}
