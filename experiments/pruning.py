@@ -131,7 +131,7 @@ class Bench:
             if step.criterion == "projection":
                 sam = prune.prune(sam, step, target, calibration, seed)
                 continue
-            ungraded = step.criterion in ("magnitude", "random")
+            ungraded = not step.reads_gradients
             key = (ungraded, step.importance_loss, step.grad_reduction, step.noise_samples, seed)
             if sam is not self.teacher:
                 grads = jax.device_get(gradients(sam, step, calibration, seed))

@@ -64,8 +64,8 @@ class Prune(Record):
       part: "embedding", the residual stream; or "bottleneck", the channels within heads and MLPs.
       ratio: share of the channels to remove; None for that of the run (or what its budget asks for).
       criterion: "projection" chooses a basis first and cuts in that; it reads `importance_loss`, `allocation`,
-        `round_to` and `min_keep`. The others score whole channels (`pruning.importance.CRITERIA`): "taylor" is the
-        paper's Disturbed Taylor.
+        `round_to` and `min_keep`. The others score whole channels (`pruning.importance`): "taylor" is the paper's
+        Disturbed Taylor; "magnitude", "l1", "l2", "fpgm" and "random" read no gradient.
       importance_loss: the loss whose gradient tells what a weight matters. "disturbance": the distance between the
         embedding and itself plus noise, without labels. "masks": SAM's loss of annotated masks, the paper's baseline.
         "none": a projection of the bottlenecks is measured where it is made, not in the embedding. (The residual
@@ -88,12 +88,14 @@ class Prune(Record):
 
     part: Literal["embedding", "bottleneck"]
     ratio: float | None = None
-    criterion: Literal["projection", "taylor", "fisher", "magnitude", "random"] = "projection"
+    criterion: Literal["projection", "taylor", "fisher", "obd", "magnitude", "l1", "l2", "fpgm", "random"] = (
+        "projection"
+    )
     importance_loss: Literal["disturbance", "masks", "none"] = "disturbance"
     grad_reduction: Literal["rms", "sum"] = "rms"
     noise_samples: int = 1
     allocation: Literal["macs", "params", "global", "local"] = "macs"
-    normalizer: Literal["none", "sum", "mean", "max", "minmax", "gaussian"] = "none"
+    normalizer: Literal["none", "sum", "mean", "max", "minmax", "gaussian", "lamp"] = "none"
     round_to: int = 1
     min_keep: float = 1 / 4
     head_channels: Literal["shared", "separate", "whole"] = "shared"
@@ -115,12 +117,20 @@ class Prune(Record):
             )
         if self.head_channels == "whole" and (projects or self.quirks.rounded_selection):
             raise InputError("head_channels whole goes with scores of whole channels alone (recipe taylor)")
-        if self.reads_gradients and self.importance_loss == "none":
+        if self.criterion == "obd":
+            raise InputError(
+                "criterion obd reads the diagonal of a Hessian, which is not estimated here: fisher stands for it"
+            )
+        if self.importance_loss == "none" and self.reads_gradients:
             raise InputError(f"criterion {self.criterion} needs a gradient: importance_loss disturbance or masks")
 
     @property
     def reads_gradients(self) -> bool:
-        return self.criterion not in ("projection", "magnitude", "random")
+        if self.criterion == "projection":
+            return False
+        from slimsam_jax.pruning.importance import WITHOUT_GRADIENT  # heavy, and options are read before it is needed
+
+        return self.criterion not in WITHOUT_GRADIENT
 
     @property
     def needs_labels(self) -> bool:

@@ -5,12 +5,31 @@ scores = score(params, grouping, gradients)
 keep = select(scores, ratio=0.5)                       # {group: ascending indices}
 slim = shrink(params, grouping, keep)
 grouping.run(slim, *inputs)                            # no model class is asked
+
+Sparse training is in `pruning.sparse`.
 """
 
-from slimsam_jax.pruning.cut import mask, score, select, shrink
+from slimsam_jax.pruning.activations import activations
+from slimsam_jax.pruning.choosing import select
+from slimsam_jax.pruning.cut import mask, score, shrink
 from slimsam_jax.pruning.find import find_groups
 from slimsam_jax.pruning.grouping import FoundGroup, Grouping, Place
 from slimsam_jax.pruning.groups import by_path
+from slimsam_jax.pruning.iterating import iterate, within
 from slimsam_jax.pruning.rename import rename
 
-__all__ = ["FoundGroup", "Grouping", "Place", "by_path", "find_groups", "mask", "rename", "score", "select", "shrink"]
+__all__ = [
+    "FoundGroup",
+    "Grouping",
+    "Place",
+    "activations",
+    "by_path",
+    "find_groups",
+    "iterate",
+    "mask",
+    "rename",
+    "score",
+    "select",
+    "shrink",
+    "within",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -33,12 +34,28 @@ def gains_of(scores: Scores) -> dict[str, np.ndarray]:
     return {name: by_copy.sum(axis=0) for name, by_copy in falling.items()}
 
 
-def local_widths(gains: Gains, ratio: float, round_to: int = 1) -> dict[str, int]:
+def narrowest(size: int, round_to: int = 1, min_keep: float = 0.0, max_ratio: float = 1.0) -> int:
+    """Returns the fewest of `size` channels that may stay, a multiple of `round_to` (of a narrower group: all).
+
+    Args:
+      min_keep: share that stays, rounded down; at least one channel.
+      max_ratio: share that may go, rounded down, as far as `round_to` allows.
+    """
+    chunk = min(round_to, size)
+    least = math.ceil((1 - max_ratio) * size / chunk - 1e-9)
+    return chunk * max(1, int(min(min_keep, 1.0) * size / chunk), min(least, size // chunk))
+
+
+def local_widths(gains: Gains, ratio: float, round_to: int = 1, max_ratio: float = 1.0) -> dict[str, int]:
     """Keeps the same share of every group, to the nearest multiple of `round_to`. Returns {group: width}."""
-    return {name: rounded_width(len(gain), ratio, round_to) for name, gain in gains.items()}
+    sizes = {name: len(gain) for name, gain in gains.items()}
+    least = {name: narrowest(size, round_to, max_ratio=max_ratio) for name, size in sizes.items()}
+    return {name: max(least[name], rounded_width(size, ratio, round_to)) for name, size in sizes.items()}
 
 
-def global_widths(gains: Gains, ratio: float, round_to: int = 1, min_keep: float = 0.0) -> dict[str, int]:
+def global_widths(
+    gains: Gains, ratio: float, round_to: int = 1, min_keep: float = 0.0, max_ratio: float = 1.0
+) -> dict[str, int]:
     """Keeps the channels of highest gain over all groups; exactly the asked share in all, if `min_keep` allows.
 
     Channels compete in chunks of `round_to`, best first within their group, so rounding
@@ -49,6 +66,7 @@ def global_widths(gains: Gains, ratio: float, round_to: int = 1, min_keep: float
       ratio: share of the pooled channels to remove.
       round_to: every width that stays is a multiple of this (a narrower group keeps its width).
       min_keep: share of its channels that every group keeps at any rate, and at least one chunk of `round_to`.
+      max_ratio: share of its channels that a group loses at most.
 
     Returns:
       {group: width}.
@@ -56,7 +74,7 @@ def global_widths(gains: Gains, ratio: float, round_to: int = 1, min_keep: float
     chunks = []  # (mean gain, group, width), the guaranteed ones with infinite gain
     for name, gain in gains.items():
         chunk = min(round_to, len(gain))
-        guaranteed = max(1, int(min_keep * len(gain) / chunk))
+        guaranteed = narrowest(len(gain), round_to, min_keep, max_ratio) // chunk
         for i in range(len(gain) // chunk):
             mean = np.inf if i < guaranteed else gain[i * chunk : (i + 1) * chunk].mean()
             chunks.append((mean, name, chunk))
@@ -77,7 +95,9 @@ class TooSmall(ValueError):
     """The budget is below what the narrowest widths cost."""
 
 
-def allocate(gains: Gains, costs: Costs, budget: float, round_to: int = 1, min_keep: float = 0.0) -> dict[str, int]:
+def allocate(
+    gains: Gains, costs: Costs, budget: float, round_to: int = 1, min_keep: float = 0.0, max_ratio: float = 1.0
+) -> dict[str, int]:
     """Chooses the widths of all groups that gain most within a budget.
 
     At a price per unit of cost, every group takes the width at which its gain less its cost
@@ -89,7 +109,7 @@ def allocate(gains: Gains, costs: Costs, budget: float, round_to: int = 1, min_k
       gains: {group: [size], falling}, comparable between groups.
       costs: {group: [size + 1]}, not falling.
       budget: what all groups may cost together.
-      round_to, min_keep: as in `global_widths`.
+      round_to, min_keep, max_ratio: as in `global_widths`.
 
     Returns:
       {group: width}; their costs together are at most `budget`.
@@ -100,7 +120,7 @@ def allocate(gains: Gains, costs: Costs, budget: float, round_to: int = 1, min_k
     """
     if not all(np.min(gain) >= 0 for gain in gains.values()):
         raise ValueError("gains must be numbers, and not negative")
-    steps = {name: _allowed(len(gain), round_to, min_keep) for name, gain in gains.items()}
+    steps = {name: _allowed(len(gain), round_to, min_keep, max_ratio) for name, gain in gains.items()}
     value = {name: np.concatenate([[0.0], np.cumsum(gain)]) for name, gain in gains.items()}
     total = lambda widths: sum(costs[name][width] for name, width in widths.items())
     smallest = {name: int(widths[0]) for name, widths in steps.items()}
@@ -121,10 +141,9 @@ def allocate(gains: Gains, costs: Costs, budget: float, round_to: int = 1, min_k
     return _spend(widths if total(widths) <= budget else smallest, steps, value, costs, budget)
 
 
-def _allowed(size: int, round_to: int, min_keep: float) -> np.ndarray:
+def _allowed(size: int, round_to: int, min_keep: float, max_ratio: float) -> np.ndarray:
     """Returns the widths that a group may have, ascending."""
-    chunk = min(round_to, size)
-    return chunk * np.arange(max(1, int(min(min_keep, 1.0) * size / chunk)), size // chunk + 1)
+    return np.arange(narrowest(size, round_to, min_keep, max_ratio), size + 1, min(round_to, size))
 
 
 def _spend(widths: dict[str, int], steps, value, costs: Costs, budget: float) -> dict[str, int]:

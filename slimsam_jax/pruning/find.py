@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from slimsam_jax.pruning.copies import copies
 from slimsam_jax.pruning.graph import Graph
 from slimsam_jax.pruning.grouping import FoundGroup, Grouping, places
 from slimsam_jax.pruning.groups import Tree, path_of
+from slimsam_jax.pruning.patterns import fits
 from slimsam_jax.pruning.program import Program, trace
 from slimsam_jax.pruning.rerun import Traced
 from slimsam_jax.pruning.rules.call import Nodes, fresh
@@ -85,8 +85,7 @@ def _kept(arrays: Mapping[str, Any], patterns: Sequence[str]) -> Iterator[tuple[
     """(path, axis) of what is to be kept."""
     every = {f"{path}:{axis}": (path, axis) for path, array in arrays.items() for axis in range(len(array.shape))}
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        forms = (pattern, f"{pattern}:*", f"{pattern}/*")
-        found = [place for name, place in every.items() if any(fnmatch.fnmatchcase(name, form) for form in forms)]
+        found = [place for name, place in every.items() if fits(name, pattern)]
         if not found:
             nearest = ", ".join(difflib.get_close_matches(pattern, arrays, n=3, cutoff=0))
             raise InputError(f"keep={pattern!r} matches no parameter; the nearest are {nearest}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,14 @@ class Traced:
 
     def run(self, grouping: Grouping, params: Tree, inputs: tuple, keep: Keep | None) -> Any:
         """See `Grouping.run`."""
+        leaves = self.leaves(params, inputs)
+        arrays = by_path(params)
+        keep, widths = self._widths(grouping, arrays, keep)
+        check_shapes(arrays, grouping, widths)
+        return jax.tree.unflatten(self.result, Run(self, grouping, widths, keep)(self.program, leaves))
+
+    def leaves(self, params: Tree, inputs: tuple) -> list[Any]:
+        """The arguments of the program; raises InputError if they are others than were traced, widths apart."""
         leaves, structure = jax.tree.flatten((params, *inputs))
         if structure != self.arguments:
             raise InputError(f"the arguments are {structure}, but {self.arguments} was traced")
@@ -55,10 +63,7 @@ class Traced:
         for value, leaf in zip(self.program.inputs[count:], leaves[count:], strict=True):
             if np.shape(leaf) != self.values.shape(value):
                 raise InputError(f"an input has shape {np.shape(leaf)}, but {self.values.shape(value)} was traced")
-        arrays = by_path(params)
-        keep, widths = self._widths(grouping, arrays, keep)
-        check_shapes(arrays, grouping, widths)
-        return jax.tree.unflatten(self.result, _Run(self, grouping, widths, keep)(self.program, leaves))
+        return leaves
 
     def _widths(self, grouping: Grouping, arrays: Mapping[str, Any], keep: Keep | None) -> tuple[Keep | None, Widths]:
         check_paths(arrays, grouping)
@@ -70,8 +75,10 @@ class Traced:
         return keep, widths_of(grouping, keep)
 
 
-class _Run:
+class Run:
     """One run: the widths, and the constants that it has computed."""
+
+    CONTROL: ClassVar = {"scan": "scan", "cond": "cond", "while": "while_"}
 
     def __init__(self, traced: Traced, grouping: Grouping, widths: Widths, keep: Keep | None):
         self._traced, self._grouping, self._widths, self._keep = traced, grouping, widths, keep
@@ -117,7 +124,7 @@ class _Run:
 
     def _step(self, step: Step, operands: list[Any]) -> list[Any]:
         if step.inner:
-            return CONTROL[step.name](self, step, operands)
+            return getattr(self, self.CONTROL[step.name])(step, operands)
         eqn, rows, results = step.eqn, self._traced.operands[step], self._traced.results[step]
         shapes = [shape_of(row, self._widths) for row in results]
         cut = Cut(eqn, rows, [np.shape(x) for x in operands], shapes, self._full, self._widths)
@@ -153,6 +160,3 @@ class _Run:
         goes_on = lambda carry: self(test, (*operands[:tests], *carry))[0]
         turn = lambda carry: tuple(self(body, (*operands[tests:first], *carry)))
         return list(jax.lax.while_loop(goes_on, turn, tuple(map(jnp.asarray, operands[first:]))))
-
-
-CONTROL = {"scan": _Run.scan, "cond": _Run.cond, "while": _Run.while_}

@@ -76,13 +76,17 @@ def test_without_annotations_it_is_refused(tmp_path, folder):
 
 def test_only_criteria_that_read_gradients_need_them_or_labels():
     """The options and the core agree on which they are, also on one that somebody adds."""
-    for criterion in typing.get_args(importance.Criterion):
+    for criterion in sorted({*importance.CHOICES} - {"obd"}):
         step = Prune("bottleneck", criterion=criterion, importance_loss="masks")
         assert step.reads_gradients == step.needs_labels == (criterion not in importance.WITHOUT_GRADIENT)
         if step.reads_gradients:
             with pytest.raises(InputError, match=f"criterion {criterion} needs a gradient"):
                 Prune("bottleneck", criterion=criterion, importance_loss="none")
-    assert set(typing.get_args(typing.get_type_hints(Prune)["criterion"])) - {"projection"} == {
-        *typing.get_args(importance.Criterion)
-    }
-    assert set(typing.get_args(importance.Criterion)) == {*importance.CRITERIA, "random"}
+    with pytest.raises(InputError, match=r"criterion obd reads the diagonal of a Hessian, .* fisher stands for it"):
+        Prune("bottleneck", criterion="obd")
+    hints = typing.get_type_hints(Prune)
+    assert set(typing.get_args(hints["criterion"])) - {"projection"} == {*typing.get_args(importance.Criterion)}
+    assert set(typing.get_args(importance.Criterion)) == {*importance.CHOICES}
+    assert set(typing.get_args(hints["normalizer"])) == {*typing.get_args(importance.Normalizer)}
+    assert set(typing.get_args(importance.Normalizer)) == {*importance.NORMALIZERS}
+    assert set(typing.get_args(importance.Reduction)) == {*importance.REDUCTIONS}

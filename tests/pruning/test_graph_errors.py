@@ -95,7 +95,7 @@ def test_what_cannot_be_selected(grouping):
             pruning.select(scores, ratio)
     with pytest.raises(InputError, match="there are no groups"):
         pruning.select({}, 0.5)
-    with pytest.raises(InputError, match="local, global or cost"):
+    with pytest.raises(InputError, match="allocation 'block' is none of local, global, isomorphic, params, macs, cost"):
         pruning.select(scores, 0.5, "block")
     with pytest.raises(InputError, match="costs lack the group 'a:1'"):
         pruning.select(scores, 0.5, "cost", costs={})
