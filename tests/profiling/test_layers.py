@@ -174,3 +174,20 @@ def test_a_cut_function_is_counted_without_its_class():
     slim = pruning.shrink(params, grouping, halves(grouping.groups))
     rows = rows_of(grouping.run, slim, IMAGES)
     assert rows["params/Conv_1/kernel"].macs == Macs(2 * 16 * 16 * 9 * 8 * 8, 0)
+
+
+def test_a_state_that_begins_as_an_array_is_an_activation():
+    """Nor is a learned token the kernel where it meets one; the first output is what an array shows."""
+    params = {"start": struct(3, 3), "kernel": struct(3, 3)}
+
+    def function(p, x):
+        token = p["start"] @ p["kernel"]
+        state, _ = jax.lax.scan(lambda s, _: (s @ s, None), p["start"], length=4)
+        turned = jax.lax.while_loop(lambda s: s[0, 0] < 3, lambda s: s @ s, p["start"])
+        return x[0] @ p["kernel"] @ (token + state + turned)
+
+    rows = rows_of(function, params, X)
+    assert rows["start"].macs == Macs(0, 0)
+    assert rows["kernel"] == Layer("kernel", 9, Macs(27 + 9, 0), (3, 3))
+    assert rows["(products)"].macs == Macs(4 * 27 + 27 + 9, 0)
+    assert [row.name for row in layers.layers(tuple(rows.values()))] == ["start", "kernel", "(products)"]
