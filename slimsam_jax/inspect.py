@@ -21,6 +21,7 @@ def main(
     set: tuple[str, ...] = (),
     importance_images: int = 32,
     seed: int = 0,
+    layers: bool = False,
     out: Path = Path("inspect.png"),
 ):
     """Show the blocks of a SAM; with images, also what its channels gain and what cutting them would cost.
@@ -38,6 +39,7 @@ def main(
       set: choices that differ from the recipe's, as prune.NAME=VALUE.
       importance_images: how many images importance or statistics are estimated from.
       seed: of noise and order of images.
+      layers: also list every layer of the image encoder: parameters, shape of its output, multiply-accumulates.
       out: the figure to write, PNG.
     """
     tried = sorted({ratio, *ratios})
@@ -56,11 +58,15 @@ def main(
     from slimsam_jax.compression.set_option import change
     from slimsam_jax.data import find
     from slimsam_jax.models.encoders import name_of
+    from slimsam_jax.profiling import reference_macs
+    from slimsam_jax.profiling.layers import table
 
     choices = change(RECIPES[recipe], set)
     samples = find(images) if images else []
     sam = load(model)
     analysis.print_parts(sam)
+    if layers:
+        print(table(reference_macs.encoder_layers(sam.config)))
     if not images:
         return
     if name_of(sam.config.encoder) != "vit":

@@ -38,12 +38,9 @@ def count(function: Callable, *inputs: Any) -> Macs:
 def _of(jaxpr: Jaxpr) -> Macs:
     linear = attention = 0
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            batched, number = _dot(equation)
-            linear, attention = (linear, attention + number) if batched else (linear + number, attention)
-        elif equation.primitive.name == "conv_general_dilated":
-            linear += _convolution(equation)
-        inner = [_of(each) for each in _inner(equation)]
+        own = product(equation) or Macs(0, 0)
+        linear, attention = linear + own.linear, attention + own.attention
+        inner = [_of(each) for each in inner_jaxprs(equation)]
         if inner:
             once = max(inner, key=lambda macs: macs.total) if equation.primitive.name == "cond" else _sum(inner)
             times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
@@ -55,7 +52,7 @@ def _sum(parts: list[Macs]) -> Macs:
     return Macs(sum(part.linear for part in parts), sum(part.attention for part in parts))
 
 
-def _inner(equation: Any) -> Iterator[Jaxpr]:
+def inner_jaxprs(equation: Any) -> Iterator[Jaxpr]:
     """The jaxprs that an equation calls."""
     for value in equation.params.values():
         for each in value if isinstance(value, tuple | list) else (value,):
@@ -65,11 +62,18 @@ def _inner(equation: Any) -> Iterator[Jaxpr]:
                 yield each
 
 
-def _dot(equation: Any) -> tuple[bool, int]:
-    """Whether it has a batch axis, and the multiply-accumulates."""
+def product(equation: Any) -> Macs | None:
+    """What an equation multiplies, if it is a product or a convolution; not what it calls."""
+    if equation.primitive.name == "dot_general":
+        return _dot(equation)
+    return Macs(_convolution(equation), 0) if equation.primitive.name == "conv_general_dilated" else None
+
+
+def _dot(equation: Any) -> Macs:
     (contracted, _), (batch, _) = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
-    return bool(batch), math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    number = math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    return Macs(0, number) if batch else Macs(number, 0)
 
 
 def _convolution(equation: Any) -> int:

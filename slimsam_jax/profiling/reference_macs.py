@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from slimsam_jax.models.config import Config, tokens
 from slimsam_jax.models.sam import Architecture, abstract_head, abstract_params, image_encoder
 from slimsam_jax.profiling import macs
+from slimsam_jax.profiling.layers import Layer, arrays, layers
 from slimsam_jax.profiling.macs import Macs
 
 
@@ -72,10 +74,20 @@ def encoder_macs(config: Architecture) -> Macs:
 
 @functools.lru_cache
 def _counted(config: Architecture) -> Macs:
+    return macs.count(*_encoder(config))
+
+
+def encoder_layers(config: Architecture) -> tuple[Layer, ...]:
+    """Of the image encoder for one image, counted in its jaxpr: without biases and activations, with attention."""
+    return layers(arrays(*_encoder(config)))
+
+
+def _encoder(config: Architecture) -> tuple[Callable, Any, Any]:
+    """(function, parameters, images), the latter as shapes."""
     module = image_encoder(config, attention="plain")
     images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
     embed = lambda params, images: module.apply({"params": params}, images)[0]
-    return macs.count(embed, abstract_params(config)["image_encoder"], images)
+    return embed, abstract_params(config)["image_encoder"], images
 
 
 def decoder_macs(config: Architecture, prompt_tokens: int | None = None) -> Macs:

@@ -5,6 +5,7 @@ scores = score(params, grouping, gradients)
 keep = select(scores, ratio=0.5)                       # {group: ascending indices}
 slim = shrink(params, grouping, keep)
 grouping.run(slim, *inputs)                            # no model class is asked
+save(folder, slim, grouping, keep)                     # safetensors and JSON; `load` reads them
 
 Sparse training is in `pruning.sparse`.
 """
@@ -17,17 +18,21 @@ from slimsam_jax.pruning.grouping import FoundGroup, Grouping, Place
 from slimsam_jax.pruning.groups import by_path
 from slimsam_jax.pruning.iterating import iterate, within
 from slimsam_jax.pruning.rename import rename
+from slimsam_jax.pruning.saving import Saved, load, save
 
 __all__ = [
     "FoundGroup",
     "Grouping",
     "Place",
+    "Saved",
     "activations",
     "by_path",
     "find_groups",
     "iterate",
+    "load",
     "mask",
     "rename",
+    "save",
     "score",
     "select",
     "shrink",

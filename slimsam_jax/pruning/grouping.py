@@ -13,6 +13,7 @@ from slimsam_jax.pruning.groups import Keep, Tree
 from slimsam_jax.pruning.structure import Structure
 
 FORMAT = 1
+MOST_PIECES = 10**5  # of an unfolded array; one of many axes that are all sums has any number of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,14 +135,26 @@ class Grouping:
             for name in (name for axis in axes for name in structure.names(axis)):
                 if name not in known:
                     raise InputError(f"{path} has channels of a group {name!r} that the grouping does not list")
+            if (count := structure.count_pieces(axes)) > MOST_PIECES:
+                raise InputError(f"{path} would fall into {count} pieces; at most {MOST_PIECES} are read")
         for group in self.groups:
-            if group.copies not in (None, *known):
-                raise InputError(f"group {group.name!r} has copies numbered by {group.copies!r}, which is not listed")
+            if group.copies not in (None, *known - {group.name}):
+                raise InputError(
+                    f"group {group.name!r} has copies numbered by {group.copies!r}, which is no other group"
+                )
+        self._check_copies({group.name: group.copies for group in self.groups if group.copies})
         return self
+
+    def _check_copies(self, numbered: Mapping[str, str]) -> None:
+        for path, axes in self.axes.items():
+            if numbered.keys() & {name for axis in axes for name in structure.names(axis)}:
+                for piece in structure.pieces_of(axes):
+                    if alone := [name for name in piece if name in numbered and numbered[name] not in piece]:
+                        raise InputError(f"{path}: group {alone[0]!r} has no {numbered[alone[0]]!r} beside it")
 
 
 def _size(group: Mapping[str, Any]) -> int:
-    if type(group["size"]) is not int or group["size"] < 1:
+    if type(group["size"]) is not int or not 0 < group["size"] < 2**31:
         raise InputError(f"group {group['name']!r} has the size {group['size']!r}, not a number of channels")
     return group["size"]
 

@@ -104,6 +104,18 @@ def from_json(data: Any, deepest: int = 50) -> Structure:
     raise InputError(f"{data!r} is no structure of an axis: a group's name, a length, a product or a sum")
 
 
+def count_pieces(axes: Sequence[Structure]) -> int:
+    """How many pieces `pieces_of` would list."""
+    return math.prod(map(_count, axes))
+
+
+def _count(axis: Structure) -> int:
+    if isinstance(axis, str | int):
+        return 1
+    counts = [_count(part) for part in axis.parts]
+    return math.prod(counts) if isinstance(axis, Product) else sum(counts)
+
+
 def pieces_of(axes: Sequence[Structure]) -> list[tuple[str | int, ...]]:
     """The axes of every piece of an unfolded array, in the order of `unfold`."""
     for i, axis in enumerate(axes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 from PIL import Image
@@ -31,7 +32,8 @@ def test_inspect_command(material, tmp_path, monkeypatch, capsys):
 
 
 def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
-    _, out, _ = run_program(monkeypatch, capsys, "inspect", material / "teacher")
+    _, out, _ = run_program(monkeypatch, capsys, "inspect", material / "teacher", "--layers")
+    assert re.search(r"(?m)^neck_2 +\|.*\| +1 x .* x \d+ \|", out)
     assert "2 x 12" in out and f"{reference_macs.encoder_parameters(SQUARE) / 1e6:.3f}" in out
 
 
