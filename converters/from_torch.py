@@ -33,10 +33,10 @@ def load(source: Path | str, image_size: int | tuple[int, int] | None = None) ->
 
     Args:
       source: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM
-        trains it, or a whole pickled module), MobileSAM's or TinySAM's, a Hugging Face `SamModel`
+        trains it, or a whole pickled module), MobileSAM's, TinySAM's or EdgeSAM's, a Hugging Face `SamModel`
         folder, or a model folder of ours.
-      image_size: pixels of the model frame, one side or (height, width), where no array tells it: of a TinyViT,
-        whose published models have 1024, the default.
+      image_size: pixels of the model frame, one side or (height, width), where no array tells it: of a TinyViT or a
+        RepViT, whose published models have 1024, the default.
 
     Raises:
       InputError: missing, unreadable, or not a SAM; names what is missing and surplus.
@@ -74,7 +74,7 @@ def from_state_dict(
     image_size: int | tuple[int, int] | None = None,
     **overrides: Any,
 ) -> Sam:
-    """Converts a `segment_anything` state dict, or one of MobileSAM or TinySAM.
+    """Converts a `segment_anything` state dict, or one of MobileSAM, TinySAM or EdgeSAM.
 
     Args:
       state: {name: array}; `DataParallel`'s "module." is ignored.
@@ -85,7 +85,7 @@ def from_state_dict(
     Raises:
       InputError: a name missing or surplus, or a shape that fits no SAM.
     """
-    from converters.tables import tiny_vit
+    from converters.tables import rep_vit, tiny_vit
     from slimsam_jax import checkpoint
     from slimsam_jax.models.sam import Sam
 
@@ -97,6 +97,8 @@ def from_state_dict(
             overrides[key] = _pixel_statistics(renamed.pop(key), f"{where}: {key}")
     if tiny_vit.recognises(renamed):
         return _tiny_vit_sam(renamed, where, image_size, **overrides)
+    if rep_vit.recognises(renamed):
+        return _edge_sam(renamed, where, image_size, **overrides)
     state = split_qkv(renamed)
     try:
         config = dataclasses.replace(vit.from_state_dict(state), **overrides)
@@ -138,6 +140,27 @@ def _load_pth(path: Path, image_size: int | tuple[int, int] | None = None) -> Sa
     torch_file.check_sums(path)
     thresholds = None if thresholds is None else architecture.Thresholds.from_json(thresholds)
     return dataclasses.replace(sam, thresholds=thresholds)
+
+
+def _edge_sam(
+    state: dict[str, np.ndarray],
+    where: str,
+    image_size: int | tuple[int, int] | None,
+    decoder_heads: int = 8,
+    **overrides: Any,
+) -> Sam:
+    """A SAM with a RepViT."""
+    from converters.tables import rep_vit
+    from slimsam_jax.models.composed import SamConfig
+    from slimsam_jax.models.sam import Sam
+
+    size = 1024 if image_size is None else image_size
+    converted = rep_vit.from_state_dict(state, where, size, decoder_heads=decoder_heads)
+    try:
+        config = SamConfig(converted.encoder, dataclasses.replace(converted.head, **overrides))
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    return Sam(config, converted.params)
 
 
 def _pixel_statistics(array: np.ndarray, where: str) -> tuple[float, ...]:
@@ -189,9 +212,9 @@ def main(source: Positional[Path], folder: Positional[Path], image_size: int | N
     """Convert a PyTorch or Hugging Face SAM into a model folder.
 
     Args:
-      source: a .pth file (SAM, SlimSAM, MobileSAM, TinySAM) or a Hugging Face SamModel folder.
+      source: a .pth file (SAM, SlimSAM, MobileSAM, TinySAM, EdgeSAM) or a Hugging Face SamModel folder.
       folder: the model folder to write; must not exist or be empty.
-      image_size: side in pixels, where no array tells it: of MobileSAM and TinySAM. Default: 1024.
+      image_size: side in pixels, where no array tells it: of MobileSAM, TinySAM, EdgeSAM. Default: 1024.
     """
     from slimsam_jax import checkpoint
     from slimsam_jax.models.encoders import name_of

@@ -29,20 +29,21 @@ LOADER = Path(__file__).with_name("slim_sam_torch.py")  # goes beside each .pth
 
 
 def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
-    """Converts our parameters to a `segment_anything` state dict (fused qkv), or MobileSAM's, exact.
+    """Converts our parameters to a `segment_anything` state dict (fused qkv), MobileSAM's or EdgeSAM's, exact.
 
     Raises:
       InputError: an array is missing or surplus.
     """
     import flax.traverse_util
 
-    from converters.tables import tiny_vit
+    from converters.tables import rep_vit, tiny_vit
     from converters.tables.strict import Converted
     from slimsam_jax import checkpoint
     from slimsam_jax.models.encoders import name_of
 
-    if name_of(sam.config.encoder) == "tiny_vit":
-        return tiny_vit.to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, {}))
+    table = {"tiny_vit": tiny_vit, "rep_vit": rep_vit}.get(name_of(sam.config.encoder))
+    if table is not None:
+        return table.to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, {}))
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     table = rows(sam.config)
     checkpoint.check_names(set(flat), {row.path for row in table}, "the parameter tree")
@@ -132,9 +133,9 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
     if (family := name_of(sam.config.encoder)) != "vit":
         if format != "sam" or pad:
             raise InputError(f"{source} is a {family}: it goes to --format sam alone, without padding")
-        from converters.tables import tiny_vit_unused
+        from converters.tables import rep_vit, tiny_vit_unused
 
-        tiny_vit_unused.refuse(sam.config.encoder)
+        {"tiny_vit": tiny_vit_unused, "rep_vit": rep_vit}[family].refuse(sam.config.encoder)
         return sam
     if len(set(sam.config.image_size)) > 1:
         height, width = sam.config.image_size
@@ -168,6 +169,10 @@ def describe_padding(before: Config, after: Config) -> str:
 
 def how_to_load(config: Config, path: Path) -> str:
     """Says how to load a .pth, in two or three lines: for scripts, for tools, and for stock code where that can."""
+    from slimsam_jax.models.encoders import rep_vit
+
+    if isinstance(config.encoder, rep_vit.Config):
+        return f"with EdgeSAM's code: load_state_dict(torch.load({str(path)!r}), strict=True) of its model"
     if not isinstance(config, Config):
         return f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r})"
     lines = [
