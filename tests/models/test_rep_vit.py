@@ -213,32 +213,43 @@ def test_gradients(whole, model):
 
 
 CASES = ("point1", "points3", "points_ignored", "box", "box_point", "boxes2", "batch2", "point1_mask")
-TOKENS = 4
+TOKENS = 5
+
+
+def prompts(whole, case: str) -> tuple[np.ndarray, np.ndarray]:
+    """Points and labels of a case, in the model frame."""
+    if case == "export":  # whose caller pads
+        return whole["export/point_coords"], whole["export/point_labels"].astype(int)
+    if case.startswith("images2"):
+        points = None if case.endswith("boxes") else whole["images2/points"]
+        return prompt_points(points, np.ones((3, 1), int), whole["images2/boxes"] if points is None else None)
+    given = lambda name: whole.get(f"{case}/{name}")
+    labels = given("labels")
+    labels = None if labels is None else np.where(labels == -2, IGNORED, labels)
+    return prompt_points(given("model_frame_points"), labels, given("model_frame_boxes"))
 
 
 @pytest.fixture(scope="module")
 def batch(whole):
-    """Points, labels, masks, masked of all cases as one, where tokens are missing to four absent; and their places."""
+    """Embeddings, points, labels, masks, masked of all cases as one, missing tokens absent; and their places."""
     parts, places = [], {}
-    for case in CASES:
-        given = lambda name, case=case: whole.get(f"{case}/{name}")
-        labels = given("labels")
-        labels = None if labels is None else np.where(labels == -2, IGNORED, labels)
-        points, labels = prompt_points(given("model_frame_points"), labels, given("model_frame_boxes"))
+    one, two = (whole[name].transpose(0, 2, 3, 1) for name in ("image_embedding", "images2/embedding"))
+    for case in (*CASES, "export", "images2/points", "images2/boxes"):
+        points, labels = prompts(whole, case)
         fill, count = ((0, 0), (0, TOKENS - labels.shape[1])), len(labels)
         masks = np.zeros((count, 32, 32, 1), np.float32)
         masks += whole["prompt/mask_input"][0].transpose(1, 2, 0) if case == "point1_mask" else 0
-        start = sum(len(part[1]) for part in parts)
+        start = sum(len(part[2]) for part in parts)
         places[case] = np.s_[start : start + count], np.s_[: labels.shape[1]]
+        of_prompt = np.repeat(two, whole["images2/num_prompts"], 0) if "images2" in case else np.repeat(one, count, 0)
         labels = np.pad(labels, fill, constant_values=ABSENT)
-        parts.append((np.pad(points, (*fill, (0, 0))), labels, masks, np.full(count, case == "point1_mask")))
+        parts.append((of_prompt, np.pad(points, (*fill, (0, 0))), labels, masks, np.full(count, case == "point1_mask")))
     return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)], places
 
 
 @pytest.fixture(scope="module")
-def decoded(whole, model, batch):
-    embedding = whole["image_embedding"][0].transpose(1, 2, 0)
-    return [np.asarray(array) for array in sam.decode(model.head, model.params, embedding, *batch[0])]
+def decoded(model, batch):
+    return [np.asarray(array) for array in sam.decode(model.head, model.params, *batch[0])]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -258,14 +269,36 @@ def test_masks_and_which_is_the_best(whole, model, batch, decoded, case):
         assert_equal(whole, f"{case}/n4/mask_logits", resize_masks(*sizes), 1e-4)
 
 
+def test_the_exported_decoder_and_prompts_on_several_images(whole, batch, decoded):
+    of_case = lambda case: [array[batch[1][case][0]] for array in decoded]
+    low, iou = of_case("export")
+    assert_equal(whole, "export/masks", low, 1e-4)
+    assert_equal(whole, "export/stability_False/scores", iou, 1e-5)
+    np.testing.assert_array_equal(stability_scores(low), whole["export/stability_True/scores"])
+    for kind, count in (("points", 4), ("boxes", 1)):
+        low, iou = of_case(f"images2/{kind}")
+        assert_equal(whole, f"images2/{kind}_n{count}/masks", low[:, :count], 1e-4)
+        assert_equal(whole, f"images2/{kind}_n{count}/iou", iou[:, :count], 1e-5)
+
+
+def test_the_predictor_by_stability(whole, model, batch, decoded):
+    low = decoded[0][batch[1]["points3"][0]][0]
+    wanted, sizes = whole["predictor/points3_n4_stability/masks"], ("input_size", "original_size")
+    logits = resize_masks(model.head.image_size, low, *(tuple(whole[name]) for name in sizes))
+    sure = np.abs(logits) > 1e-4
+    np.testing.assert_array_equal((logits > 0)[sure], wanted[sure])
+    assert sure.mean() > 0.999
+    np.testing.assert_array_equal(stability_scores(low), whole["predictor/points3_n4_stability/scores"])
+
+
 def test_prompt_tokens(whole, model, batch):
-    (points, labels, masks, _), places = batch
+    (_, points, labels, masks, _), places = batch
     encode = lambda module: (*module(points, labels, masks), module.dense_positions())
     with jax.default_matmul_precision("highest"):
         apply = jax.jit(nn.apply(encode, PromptEncoder(model.head)))
         sparse, dense, positions = apply({"params": model.params["prompt_encoder"]})
-    for case, place in places.items():
-        assert_equal(whole, f"{case}/sparse", np.asarray(sparse)[place], 2e-5)
+    for case in CASES:
+        assert_equal(whole, f"{case}/sparse", np.asarray(sparse)[places[case]], 2e-5)
     assert not np.asarray(sparse)[places["points_ignored"][0]][0, 1].any()
     assert_equal(whole, "dense_pe", planes(positions[None]), 2e-5)
     assert_equal(whole, "point1_mask/dense", planes(dense[places["point1_mask"][0]]), 5e-5)
