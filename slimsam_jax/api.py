@@ -41,9 +41,9 @@ def load(path: Path | str, image_size: int | tuple[int, int] | None = None) -> S
 
     Args:
       path: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM trains it, or a whole
-        pickled module), MobileSAM's or TinySAM's, a Hugging Face `SamModel` folder, or a model folder of ours.
-      image_size: pixels of the model frame, one side or (height, width), where no array tells it: of MobileSAM and
-        TinySAM, whose published models have 1024, the default.
+        pickled module), MobileSAM's, TinySAM's or EdgeSAM's, a Hugging Face `SamModel` folder, or a model folder.
+      image_size: pixels of the model frame, one side or (height, width), where no array tells it: of MobileSAM,
+        TinySAM and EdgeSAM, whose published models have 1024, the default.
 
     Raises:
       InputError: missing, unreadable, or not a SAM; names what is missing and surplus.
