@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,29 +25,30 @@ from slimsam_jax.files import read_json
 from slimsam_jax.models import config as architecture
 
 if TYPE_CHECKING:
-    from converters.tables.strict import Converted
     from slimsam_jax.models.sam import Sam
 
 # What needs JAX is imported where it is used: --help should not wait for it.
-
-PUBLISHED_SIZE = 1024  # pixels of the model frame, of all published models
 
 
 def load(
     source: Path | str,
     image_size: int | tuple[int, int] | None = None,
     heads: int | Sequence[int] | None = None,
+    single_mask: bool | None = None,
 ) -> Sam:
     """Loads any SAM we can read, float32, with its origin and sha256 in `provenance`.
 
     Args:
-      source: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM
-        trains it, or a whole pickled module), MobileSAM's, TinySAM's or EfficientSAM's, a Hugging Face `SamModel`
-        folder, or a model folder of ours.
-      image_size: pixels of the model frame, one side or (height, width), where no array tells it: of a TinyViT and of
-        EfficientSAM, whose published models have 1024, the default.
+      source: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM trains it, or a whole
+        pickled module), MobileSAM's, TinySAM's, EfficientSAM's or EdgeSAM's, a Hugging Face `SamModel` folder, or a
+        model folder of ours.
+      image_size: pixels of the model frame, one side or (height, width), where no array tells it: of all families but
+        SAM's own ViT. Their published models have 1024, the default.
       heads: of the image encoder's attention, one number or one a block, where no array tells it: of EfficientSAM,
         whose published models are known by their width.
+      single_mask: whether the decoder's first mask is for use, which no array tells either. TinySAM returns the other
+        three alone; without its own the best of them by predicted IoU is what asks for a single mask get. Default: as
+        the file says if `to_torch` wrote it; else not of a TinyViT whose file is called tinysam*.
 
     Raises:
       InputError: missing, unreadable, or not a SAM; names what is missing and surplus.
@@ -56,38 +58,44 @@ def load(
     if not isinstance(source, str | os.PathLike) or not str(source):
         what = "an empty name" if source == "" else f"an object of type {type(source).__name__}"
         raise InputError(f"load takes the path of a checkpoint or a model folder, not {what}")
+    told = {"image_size": image_size, "heads": heads, "single_mask": single_mask}
+    told = {name: value for name, value in told.items() if value is not None}
     with reading(source):
         source = Path(source).expanduser()
         if not os.path.isdir(source):
-            sam = _load_pth(source, image_size, heads)
+            sam = _load_pth(source, told)
         elif _is_huggingface(source):
             sam = _load_huggingface(source)
         else:
             sam = checkpoint.load(source)
-        _check_image_size(sam, image_size, source)
-        _check_heads(sam, heads, source)
+        _check_told(sam, str(source), **told)
         if os.path.isdir(source) and not _is_huggingface(source):
             return sam
     return dataclasses.replace(sam, provenance={"source": source.name, "sha256": checkpoint.sha256(source)})
 
 
-def _check_image_size(sam: Sam, image_size: int | tuple[int, int] | None, source: Path) -> None:
-    """Raises InputError if another image size was asked for than the arrays have."""
+def _check_told(
+    sam: Sam,
+    where: str,
+    image_size: int | tuple[int, int] | None = None,
+    heads: int | Sequence[int] | None = None,
+    single_mask: bool | None = None,
+) -> None:
+    """Raises InputError if a model is not what it was said to be."""
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is not None and tuple(size) != sam.config.image_size:
         height, width = sam.config.image_size
-        raise InputError(f"{source} takes images of {height} x {width} pixels, and image_size is {image_size!r:.40}")
-
-
-def _check_heads(sam: Sam, heads: int | Sequence[int] | None, source: Path) -> None:
-    """Raises InputError if other numbers of heads were asked for than the model has."""
+        raise InputError(f"{where} takes images of {height} x {width} pixels, and image_size is {image_size!r:.40}")
+    if single_mask is not None and single_mask is not sam.config.single_mask:
+        there = "a" if sam.config.single_mask else "no"
+        raise InputError(f"{where} has {there} single mask, and single_mask is {single_mask!r:.40}")
     if heads is None:
         return
     encoder = sam.config.encoder
     parts = encoder.stages if hasattr(encoder, "stages") else [encoder]
-    found = tuple(block.heads for part in parts for block in getattr(part, "blocks", ()))
-    if found != ((heads,) * len(found) if isinstance(heads, int) else tuple(heads)):
-        raise InputError(f"{source} has blocks of {_short(found)} heads, and heads is {heads!r:.40}")
+    own = tuple(block.heads for part in parts for block in getattr(part, "blocks", ()) if hasattr(block, "heads"))
+    if own != ((heads,) * len(own) if isinstance(heads, int) else tuple(heads)):
+        raise InputError(f"{where} has blocks of {_short(own)} heads, and heads is {heads!r:.40}")
 
 
 def _short(numbers: Sequence[int]) -> str:
@@ -95,41 +103,39 @@ def _short(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:1] if len(set(numbers)) == 1 else numbers))
 
 
-def from_state_dict(
-    state: dict[str, np.ndarray],
-    where: str = "the state dict",
-    image_size: int | tuple[int, int] | None = None,
-    heads: int | Sequence[int] | None = None,
-    **overrides: Any,
-) -> Sam:
-    """Converts a `segment_anything` state dict, or one of MobileSAM, TinySAM or EfficientSAM.
+def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict", **told: Any) -> Sam:
+    """Converts a `segment_anything` state dict, or one of another family (`converters.families`).
 
     Args:
       state: {name: array}; `DataParallel`'s "module." is ignored.
       where: what to call it in error messages.
-      image_size, heads: see `load`.
-      overrides: fields of `Config` that shapes do not tell.
+      told: what shapes do not tell: a family's `TOLD`, see `load`, and fields of the head's `Config`. What a family's
+        shapes do tell is passed over.
 
     Raises:
       InputError: a name missing or surplus, or a shape that fits no SAM.
     """
-    from converters.tables import efficient_sam, tiny_vit
-    from slimsam_jax import checkpoint
-    from slimsam_jax.models.sam import Sam
+    from converters.families import family_of
 
     renamed = {re.sub(r"(^|\.)module\.", r"\1", name): array for name, array in state.items()}
     if len(renamed) < len(state):
         raise InputError(f"{where} holds arrays that differ in name by 'module.' alone")
     for key in ("pixel_mean", "pixel_std"):  # buffers, present in whole modules only
         if key in renamed:
-            overrides[key] = _pixel_statistics(renamed.pop(key), f"{where}: {key}")
-    if tiny_vit.recognises(renamed):
-        return _tiny_vit_sam(renamed, where, image_size, **overrides)
-    if efficient_sam.recognises(renamed):
-        return _efficient_sam(renamed, where, image_size, heads, **overrides)
-    state = split_qkv(renamed)
+            told[key] = _pixel_statistics(renamed.pop(key), f"{where}: {key}")
+    family = family_of(renamed)
+    return _vision_transformer(renamed, where, told) if family is None else _composed(family, renamed, where, told)
+
+
+def _vision_transformer(state: dict[str, np.ndarray], where: str, told: dict[str, Any]) -> Sam:
+    """A SAM with its own ViT."""
+    from slimsam_jax import checkpoint
+    from slimsam_jax.models.sam import Sam
+
+    told = {name: value for name, value in told.items() if name not in ("image_size", "heads", "single_mask")}
+    state = split_qkv(state)
     try:
-        config = dataclasses.replace(vit.from_state_dict(state), **overrides)
+        config = dataclasses.replace(vit.from_state_dict(state), **told)
         table = rows(config)
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
@@ -137,71 +143,44 @@ def from_state_dict(
     return Sam(config, _params(config, state, table, where))
 
 
-def _tiny_vit_sam(
-    state: dict[str, np.ndarray],
-    where: str,
-    image_size: int | tuple[int, int] | None,
-    decoder_heads: int = 8,
-    **overrides: Any,
-) -> Sam:
-    """A SAM with a TinyViT. (The classifier that the published files bring along is never run, and left behind.)"""
-    from converters.tables import tiny_vit
-
-    size = PUBLISHED_SIZE if image_size is None else image_size
-    return _composed(tiny_vit.from_state_dict(state, where, size, decoder_heads=decoder_heads), where, overrides)
-
-
-def _efficient_sam(
-    state: dict[str, np.ndarray],
-    where: str,
-    image_size: int | tuple[int, int] | None,
-    heads: int | Sequence[int] | None,
-    decoder_heads: int = 8,
-    **overrides: Any,
-) -> Sam:
-    """EfficientSAM, with the thresholds of its own notebook for everything mode."""
-    from converters.tables import efficient_sam
-
-    size = PUBLISHED_SIZE if image_size is None else image_size
-    converted = efficient_sam.from_state_dict(state, where, size, heads, decoder_heads)
-    for name in {"pixel_mean", "pixel_std"} & set(overrides):
-        if max(overrides[name]) <= 1:  # of a whole module: its images are 0 to 1
-            overrides[name] = tuple(round(255 * value, 4) for value in overrides[name])
-    thresholds = architecture.Thresholds(pred_iou_thresh=0.7, stability_score_thresh=0.9)
-    return dataclasses.replace(_composed(converted, where, overrides), thresholds=thresholds)
-
-
-def _composed(converted: Converted, where: str, overrides: dict[str, Any]) -> Sam:
-    """A SAM of an encoder and a head.
-
-    Args:
-      overrides: fields of the head that shapes do not tell.
-    """
+def _composed(family: ModuleType, state: dict[str, np.ndarray], where: str, told: dict[str, Any]) -> Sam:
+    """A SAM with an encoder of another family."""
     from slimsam_jax.models.composed import SamConfig
     from slimsam_jax.models.sam import Sam
 
+    statistics = {name: told[name] for name in ("pixel_mean", "pixel_std") if name in told}
+    for name, values in statistics.items():
+        if hasattr(family, "UNIT_IMAGES") and max(values) <= 1:  # of a whole module
+            statistics[name] = tuple(round(255 * value, 4) for value in values)
+    own = {name: value for name, value in told.items() if name in family.TOLD and name != "single_mask"}
+    converted = family.from_state_dict(state, where, **own)
+    single = {"single_mask": told["single_mask"]} if "single_mask" in family.TOLD and "single_mask" in told else {}
     try:
-        config = SamConfig(converted.encoder, dataclasses.replace(converted.head, **overrides))
+        config = SamConfig(converted.encoder, dataclasses.replace(converted.head, **statistics), **single)
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
-    return Sam(config, converted.params)
+    kept = {name: np.array(array) for name, array in converted.kept.items()}
+    return Sam(config, converted.params, thresholds=getattr(family, "THRESHOLDS", None), kept=kept)
 
 
-def _load_pth(
-    path: Path, image_size: int | tuple[int, int] | None = None, heads: int | Sequence[int] | None = None
-) -> Sam:
+def _load_pth(path: Path, told: dict[str, Any]) -> Sam:
     """Loads a .pth, with what `to_torch` noted in it, if it did."""
+    from converters.families import family_of
+
     state, note = torch_file.read_with_note(path)
-    if not set(note) <= {"decoder_heads", "heads", "image_size", "pixel_mean", "pixel_std", "thresholds"}:
+    family = family_of(state)
+    known = ("decoder_heads", *getattr(family, "TOLD", ()))
+    if not set(note) <= {*known, "pixel_mean", "pixel_std", "thresholds"}:
         raise InputError(f"{path} has a note that is none of ours; save its state dict anew, as a plain dict")
-    own, thresholds = "thresholds" in note, note.pop("thresholds", None)
-    note |= {} if heads is None else {"heads": heads}
-    note |= {} if image_size is None else {"image_size": image_size}
-    sam = from_state_dict(state, str(path), **note)
+    if "single_mask" in known and path.name.startswith("tinysam"):
+        note = {"single_mask": False, **note}  # no array tells it
+    noted, thresholds = "thresholds" in note, note.pop("thresholds", None)
+    sam = from_state_dict(state, str(path), **{**note, **told})
     torch_file.check_sums(path)
-    if thresholds is not None:
-        thresholds = architecture.Thresholds.from_json(thresholds)
-    return dataclasses.replace(sam, thresholds=thresholds) if own else sam
+    if not noted:
+        return sam
+    thresholds = None if thresholds is None else architecture.Thresholds.from_json(thresholds)
+    return dataclasses.replace(sam, thresholds=thresholds)
 
 
 def _pixel_statistics(array: np.ndarray, where: str) -> tuple[float, ...]:
@@ -250,22 +229,28 @@ def _load_huggingface(folder: Path) -> Sam:
 
 
 def main(
-    source: Positional[Path], folder: Positional[Path], image_size: int | None = None, heads: int | None = None
+    source: Positional[Path],
+    folder: Positional[Path],
+    image_size: int | None = None,
+    heads: int | None = None,
+    single_mask: bool | None = None,
 ) -> None:
     """Convert a PyTorch or Hugging Face SAM into a model folder.
 
     Args:
-      source: a .pth file (SAM, SlimSAM, MobileSAM, TinySAM, EfficientSAM) or a Hugging Face SamModel folder.
+      source: a .pth file (SAM, SlimSAM, MobileSAM, TinySAM, EfficientSAM, EdgeSAM) or a Hugging Face SamModel folder.
       folder: the model folder to write; must not exist or be empty.
-      image_size: side in pixels, where no array tells it: of MobileSAM, TinySAM and EfficientSAM. Default: 1024.
+      image_size: side in pixels, where no array tells it: of all but SAM and SlimSAM. Default: 1024.
       heads: of each block's attention, where no array tells it: of EfficientSAM. Default: the published model's of its
         width.
+      single_mask: whether the decoder's first mask is for use, which no array tells either. Default: not of a file
+        called tinysam*, as TinySAM returns the other three alone.
     """
     from slimsam_jax import checkpoint
     from slimsam_jax.models.encoders import name_of
 
     check_empty(folder)
-    sam = load(source, image_size, heads)
+    sam = load(source, image_size, heads, single_mask)
     checkpoint.save(sam, folder)
     print(f"wrote {folder}: {name_of(sam.config.encoder)}, images of {sam.config.image_size} pixels")
 

@@ -21,7 +21,7 @@ from slimsam_jax.errors import InputError, writing
 from slimsam_jax.models.config import GLOBAL, Config
 
 if TYPE_CHECKING:
-    from slimsam_jax.models.sam import Sam
+    from slimsam_jax.models.sam import Architecture, Sam
 
 # What needs JAX is imported where it is used: --help should not wait for it.
 
@@ -34,21 +34,22 @@ LOADER = LOADERS["vit"]
 
 
 def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
-    """Converts our parameters to a `segment_anything` state dict (fused qkv), MobileSAM's or EfficientSAM's, exact.
+    """Converts our parameters to a `segment_anything` state dict (fused qkv), or to that of its family, exact.
+
+    Some have arrays that are never run, too: those that the model came with (`Sam.kept`), or zeros.
 
     Raises:
       InputError: an array is missing or surplus.
     """
     import flax.traverse_util
 
-    from converters.tables import efficient_sam, tiny_vit
+    from converters.families import FAMILIES
     from converters.tables.strict import Converted
     from slimsam_jax import checkpoint
     from slimsam_jax.models.encoders import name_of
 
-    others = {"tiny_vit": tiny_vit, "efficient_sam": efficient_sam}
-    if (family := name_of(sam.config.encoder)) in others:
-        return others[family].to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, {}))
+    if (family := name_of(sam.config.encoder)) in FAMILIES:
+        return FAMILIES[family].to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, sam.kept))
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     table = rows(sam.config)
     checkpoint.check_names(set(flat), {row.path for row in table}, "the parameter tree")
@@ -88,10 +89,12 @@ def save_sam(sam: Sam, path: Path) -> None:
 
 def noted(sam: Sam) -> dict[str, Any]:
     """What no shape tells, for a note beside the arrays."""
+    from converters.families import FAMILIES
+    from slimsam_jax.models.encoders import name_of
+
     note = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
-    if hasattr(sam.config.encoder, "pretrain_grid"):  # of EfficientSAM, where no array tells the heads, nor the size
-        heads = tuple(block.heads for block in sam.config.encoder.blocks)
-        note |= {"heads": heads, "image_size": sam.config.image_size}
+    if (family := name_of(sam.config.encoder)) in FAMILIES:
+        note |= FAMILIES[family].told_by(sam.config)
     return {**note, "thresholds": sam.thresholds.to_json() if sam.thresholds else None}
 
 
@@ -141,16 +144,15 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
     Raises:
       InputError: it can hold neither, or padding would be needed and `pad` is False.
     """
+    from converters.families import FAMILIES
     from converters.pad_to_uniform import pad_to_uniform
     from slimsam_jax.models.encoders import name_of
 
     if (family := name_of(sam.config.encoder)) != "vit":
         if format != "sam" or pad:
             raise InputError(f"{source} is a {family}: it goes to --format sam alone, without padding")
-        if family == "tiny_vit":
-            from converters.tables import tiny_vit_unused
-
-            tiny_vit_unused.refuse(sam.config.encoder)
+        if family not in LOADERS and (reason := FAMILIES[family].obstacle(sam.config)):
+            raise InputError(f"{source} cannot be held by the class of its original: {reason}")
         return sam
     if len(set(sam.config.image_size)) > 1:
         height, width = sam.config.image_size
@@ -182,19 +184,13 @@ def describe_padding(before: Config, after: Config) -> str:
     )
 
 
-def how_to_load(config: Config, path: Path) -> str:
+def how_to_load(config: Architecture, path: Path) -> str:
     """Says how to load a .pth, in two or three lines: for scripts, for tools, and for stock code where that can."""
-    from converters.tables import efficient_sam
+    from converters.families import FAMILIES
+    from slimsam_jax.models.encoders import name_of
 
-    if hasattr(config.encoder, "pretrain_grid"):
-        lines = [f"in Python: import efficient_sam_torch; model = efficient_sam_torch.load({str(path)!r})"]
-        if not (reason := efficient_sam.obstacle(config)):
-            width, heads = config.encoder.embed_dim, config.encoder.blocks[0].heads
-            arguments = f"encoder_patch_embed_dim={width}, encoder_num_heads={heads}, checkpoint={str(path)!r}"
-            return "\n".join([*lines, f"with EfficientSAM's code: build_efficient_sam({arguments})"])
-        return "\n".join([*lines, f"EfficientSAM's own class cannot hold it: {reason}"])
-    if not isinstance(config, Config):
-        return f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r})"
+    if (family := name_of(config.encoder)) in FAMILIES:
+        return FAMILIES[family].how_to_load(config, path)
     lines = [
         f'in Python: import slim_sam_torch; slim_sam_torch.register("slim", {str(path)!r}) puts it into '
         "segment_anything's sam_model_registry",

@@ -43,7 +43,7 @@ def load(
 
     Args:
       path: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM trains it, or a whole pickled
-        module), MobileSAM's, TinySAM's, EfficientSAM's, a Hugging Face `SamModel` folder, or a folder of ours.
+        module), MobileSAM's, TinySAM's, EfficientSAM's, EdgeSAM's, a Hugging Face `SamModel` folder, or one of ours.
       image_size: pixels of the model frame, one side or (height, width), if no array tells it; published models have
         1024, the default.
       heads: of the encoder's attention, one number or one a block, if no array tells them (EfficientSAM).

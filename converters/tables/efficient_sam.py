@@ -6,6 +6,7 @@ The published files hold the state dict under "model". Nothing in it tells the n
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from converters.tables.rows import CONV, CONV_TRANSPOSE, LINEAR, Row, _attention
 from converters.tables.strict import Converted, Layer, State, placed, shapes, to_params, to_state
 from converters.tables.vit import fuse_qkv
 from slimsam_jax.errors import InputError
-from slimsam_jax.models.config import DEEPEST, MOST_LAYERS
+from slimsam_jax.models.config import DEEPEST, MOST_LAYERS, Thresholds
 
 PUBLISHED_HEADS = {192: 3, 384: 6}  # by the width of the embedding
 
@@ -69,6 +70,11 @@ DECODER = [
     *_layer("final_output_upscaling_layers.1.0", "output_upscaling_3", CONV_TRANSPOSE),
     *_mlp("iou_prediction_head", "iou_prediction_head"),
 ]
+
+
+TOLD = ("image_size", "heads", "decoder_heads")  # see `converters.families`
+THRESHOLDS = Thresholds(pred_iou_thresh=0.7, stability_score_thresh=0.9)  # of its own notebook for everything mode
+UNIT_IMAGES = True
 
 
 class Outline(NamedTuple):
@@ -233,3 +239,19 @@ def obstacle(config: Any) -> str:
         "another decoder": fixed != (256, 8, 2, 2048, 3) or (head.iou_head_dim, head.upscaling_dims) != (256, (64, 32)),
     }
     return next((f"it has {reason}" for reason, there in reasons.items() if there), "")
+
+
+def told_by(config: Any) -> dict[str, Any]:
+    """What no array tells."""
+    heads = tuple(block.heads for block in config.encoder.blocks)
+    return {"image_size": config.image_size, "heads": heads, "decoder_heads": config.decoder_heads}
+
+
+def how_to_load(config: Any, path: Path) -> str:
+    """Lines for those who have a .pth of it."""
+    lines = [f"in Python: import efficient_sam_torch; model = efficient_sam_torch.load({str(path)!r})"]
+    if reason := obstacle(config):
+        return "\n".join([*lines, f"EfficientSAM's own class cannot hold it: {reason}"])
+    width, heads = config.encoder.embed_dim, config.encoder.blocks[0].heads
+    arguments = f"encoder_patch_embed_dim={width}, encoder_num_heads={heads}, checkpoint={str(path)!r}"
+    return "\n".join([*lines, f"with EfficientSAM's code: build_efficient_sam({arguments})"])

@@ -11,7 +11,8 @@ import dataclasses
 import math
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,6 +55,9 @@ BLOCK = [
     *_layer("mlp.fc1", "mlp/fc1", LINEAR),
     *_layer("mlp.fc2", "mlp/fc2", LINEAR),
 ]
+
+
+TOLD = ("image_size", "single_mask", "strides", "decoder_heads")  # see `converters.families`
 
 
 class Outline(NamedTuple):
@@ -219,3 +223,20 @@ def fuse_qkv(state: Mapping[str, np.ndarray], form: Outline) -> State:
             by_head = [part.reshape(heads, -1, *part.shape[1:]) for part in parts]
             fused[f"{name}.qkv.{leaf}"] = np.concatenate(by_head, axis=1).reshape(-1, *parts[0].shape[1:])
     return fused
+
+
+def obstacle(config: Any) -> str:
+    """Why MobileSAM's class cannot hold a model of this architecture; "" if it can."""
+    return unused.obstacle(config.encoder)
+
+
+def told_by(config: Any) -> dict[str, Any]:
+    """What no array tells."""
+    strides = tuple(stage.stride for stage in config.encoder.stages)
+    own = {name: getattr(config, name) for name in ("image_size", "single_mask", "decoder_heads")}
+    return {**own, "strides": strides}
+
+
+def how_to_load(config: Any, path: Path) -> str:
+    """Lines for those who have a .pth of it."""
+    return f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r})"

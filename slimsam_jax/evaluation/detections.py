@@ -20,6 +20,7 @@ from slimsam_jax.evaluation.resampled_ap import RESAMPLES, categories, intervals
 from slimsam_jax.imaging import rle
 from slimsam_jax.imaging.prompts import Prompts, prompt_points
 from slimsam_jax.inference.decode import Encoded, decode_prompts, original_masks
+from slimsam_jax.inference.stability import ranking
 from slimsam_jax.models.sam import Sam
 
 MEASURES = ("ap", "ap_50", "ap_75", "ap_small", "ap_medium", "ap_large")  # the first of COCOeval.stats, in its order
@@ -105,7 +106,8 @@ def segment(sam: Sam, encoded: Encoded, image_id: int, detections: Sequence[Dete
     prompts = Prompts(*prompt_points(boxes=np.stack([detection.box for detection in detections])))
     for detection, logits, scores in zip(detections, *decode_prompts(sam, encoded, prompts), strict=True):
         common = {"image_id": image_id, "category_id": detection.category, "score": detection.score}
-        for choice, output in zip(CHOICES, (0, 1 + scores[1:].argmax()), strict=True):
+        best = 1 + ranking(sam, logits, scores)[1:].argmax()
+        for choice, output in zip(CHOICES, (0, best), strict=True):
             mask = original_masks(sam, encoded, logits[output])
             results[choice].append(common | {"segmentation": rle.encode(mask)})
     return results

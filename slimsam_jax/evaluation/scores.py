@@ -14,6 +14,7 @@ from slimsam_jax.evaluation.protocols import PROMPTS
 from slimsam_jax.imaging import overlap
 from slimsam_jax.imaging.prompts import Prompts, clicks_at, point_grid
 from slimsam_jax.inference.decode import Encoded, decode_prompts, original_masks
+from slimsam_jax.inference.stability import ranking
 from slimsam_jax.models.sam import Sam
 
 
@@ -93,13 +94,13 @@ def prompt_scores(
     """Computes IoU and boundary IoU [p] of one prompt per annotation.
 
     Three choices among the outputs: the single mask (`multimask_output=False`), the best of the others by predicted
-    IoU, and the best of them by true IoU (oracle).
+    IoU (EdgeSAM's: by stability), and the best of them by true IoU (oracle).
     """
     low, predicted = decode_prompts(sam, encoded, prompts)
     overlaps = [_overlaps(sam, encoded, logits, a.mask) for logits, a in zip(low, annotations, strict=True)]
     iou, boundary = (np.stack(values) for values in zip(*overlaps, strict=True))
     rows = np.arange(len(iou))
-    choices = {"": 0, "_best": 1 + predicted[:, 1:].argmax(1), "_oracle": 1 + iou[:, 1:].argmax(1)}
+    choices = {"": 0, "_best": 1 + ranking(sam, low, predicted)[:, 1:].argmax(1), "_oracle": 1 + iou[:, 1:].argmax(1)}
     return {
         f"{measure}{suffix}": values[rows, chosen]
         for measure, values in (("iou", iou), ("boundary", boundary))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 NOT_A_POINT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 2, 3  # besides 0, background, and 1, foreground
+IGNORED = -3  # a token of zeros, which is attended to: EdgeSAM's label -2
 ABSENT = -2  # fills prompts up to one length; `sam.decode` passes it by, where "not a point" is a token to the original
 
 

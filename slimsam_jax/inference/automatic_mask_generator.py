@@ -22,6 +22,7 @@ from slimsam_jax.inference.decode import Encoded, decode_prompts
 from slimsam_jax.inference.hierarchical import Decoded
 from slimsam_jax.inference.mixed_prompts import real_array
 from slimsam_jax.inference.predictor import AnyImage, as_image, check_list, check_model, encode_images
+from slimsam_jax.inference.stability import by_stability, stability_scores
 from slimsam_jax.limits import SEARCH, quoted
 from slimsam_jax.limits import check as check_number
 from slimsam_jax.models.config import Thresholds
@@ -47,6 +48,8 @@ class SamAutomaticMaskGenerator:
       min_mask_region_area: holes and islands of fewer pixels are filled and dropped; 0 for none.
       output_mode: "binary_mask" [h0, w0] bool, "uncompressed_rle" or "coco_rle".
       hierarchical: asks fewer points: a few first, then where they gave a mask, see `inference.hierarchical`.
+      use_stability_score: filter and rank by the stability of the decoder's logits in place of predicted IoU, in
+        `pred_iou_thresh` and in the results' predicted_iou, too; None: of models that have no estimate, EdgeSAM's.
       covered_thresh: with `hierarchical`, TinySAM's strategy instead of ours: the logit over which a mask covers other
         points. Theirs is 8.5, tuned on SAM-H and its like.
     """
@@ -67,12 +70,15 @@ class SamAutomaticMaskGenerator:
     output_mode: Literal["binary_mask", "uncompressed_rle", "coco_rle"] = "binary_mask"
     hierarchical: bool = False
     covered_thresh: float | None = None
+    use_stability_score: bool | None = None
 
     def __post_init__(self):
         check_model(self.sam)
         for name, value in (self.sam.thresholds or Thresholds()).to_json().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the class is frozen
+        if self.use_stability_score is None:
+            object.__setattr__(self, "use_stability_score", by_stability(self.sam))
         self._check_numbers()
         if (self.points_per_side is None) == (self.point_grids is None):
             raise InputError("give either points_per_side or point_grids")
@@ -91,8 +97,9 @@ class SamAutomaticMaskGenerator:
             value = getattr(self, name)
             if value is not None or name not in ("points_per_side", "covered_thresh"):
                 check_number(name, value, allowed)
-        if not isinstance(self.hierarchical, bool | np.bool_):
-            raise InputError(f"hierarchical {quoted(self.hierarchical)} is neither True nor False")
+        for name in ("hierarchical", "use_stability_score"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise InputError(f"{name} {quoted(getattr(self, name))} is neither True nor False")
 
     def generate(self, image: AnyImage) -> list[dict[str, Any]]:
         """Finds the masks of an image, best first; [] if there are none.
@@ -155,6 +162,7 @@ class SamAutomaticMaskGenerator:
             some = points[start : start + self.points_per_batch]
             low, scores = decode_prompts(self.sam, encoded, clicks_at(some))
             low, scores = low[:, 1:].reshape(-1, *low.shape[2:]), scores[:, 1:].ravel()
+            scores = stability_scores(low) if self.use_stability_score else scores
             yield Decoded(np.repeat(some, len(scores) // len(some), axis=0), scores, low)
 
     def _passing(

@@ -14,6 +14,7 @@ from slimsam_jax.data.sample import eight_bits
 from slimsam_jax.errors import InputError, reading
 from slimsam_jax.inference.decode import Encoded, padded
 from slimsam_jax.inference.mixed_prompts import Prompt, check, decode_mixed, kind_of, real_array
+from slimsam_jax.inference.stability import outputs_of, stability_scores
 from slimsam_jax.limits import IMAGE_SIDE, quoted
 from slimsam_jax.models.sam import Sam, encode
 
@@ -72,18 +73,23 @@ class SamPredictor:
         mask_input=None,
         multimask_output=True,
         return_logits=False,
+        num_multimask_outputs=None,
+        use_stability_score=False,
     ) -> Prediction:
         """Predicts masks for one prompt on the image; arguments as in `Prompt`.
 
         Args:
           multimask_output: three masks of different extent, which suits an ambiguous prompt such as one point.
           return_logits: masks as logits instead of bool.
+          num_multimask_outputs: in place of multimask_output, as EdgeSAM asks: 1, 3, or 4 for all of them.
+          use_stability_score: give masks' stability as their scores (`inference.stability`), not predicted IoU.
 
         Raises:
           InputError: no image is set, or the prompt is none.
         """
         prompt = Prompt(point_coords, point_labels, box, mask_input)
-        return predict(self.model, [self._encoded()], [[prompt]], multimask_output, return_logits)[0][0]
+        how = (multimask_output, return_logits, num_multimask_outputs, use_stability_score)
+        return predict(self.model, [self._encoded()], [[prompt]], *how)[0][0]
 
     def predict_batch(
         self,
@@ -91,12 +97,15 @@ class SamPredictor:
         prompts: Sequence[Sequence[Prompt]],
         multimask_output: bool = True,
         return_logits: bool = False,
+        num_multimask_outputs: int | None = None,
+        use_stability_score: bool = False,
     ) -> list[list[Prediction]]:
         """Predicts masks for all prompts of many images, of mixed kinds; leaves the image that is set alone.
 
         Args:
           images: as `set_image` takes them, in a list; or [b, h0, w0, 3] uint8.
           prompts: those of each image.
+          multimask_output, return_logits, num_multimask_outputs, use_stability_score: as `predict` takes them.
 
         Raises:
           InputError: not as many lists of prompts as images, or one of them is none.
@@ -105,7 +114,8 @@ class SamPredictor:
         images = [as_image(image) for image in images]
         sizes = [(image.height, image.width) for image in images]
         check_prompts(self.model, sizes, prompts)  # before anything is encoded
-        return predict(self.model, encode_images(self.model, images), prompts, multimask_output, return_logits)
+        how = (multimask_output, return_logits, num_multimask_outputs, use_stability_score)
+        return predict(self.model, encode_images(self.model, images), prompts, *how)
 
     def get_image_embedding(self) -> np.ndarray:
         """Returns the embedding of the image that is set, [1, C, h, w] float32, as the original gives it."""
@@ -205,21 +215,26 @@ def predict(
     prompts: Sequence[Sequence[Prompt]],
     multimask_output: bool = True,
     return_logits: bool = False,
+    num_multimask_outputs: int | None = None,
+    use_stability_score: bool = False,
 ) -> list[list[Prediction]]:
-    """Decodes the prompts of all images together.
+    """Decodes the prompts of all images together; see `SamPredictor.predict`.
 
     Raises:
       InputError: not as many lists of prompts as images, or one of them is none.
     """
-    for name, flag in (("multimask_output", multimask_output), ("return_logits", return_logits)):
+    flags = {"multimask_output": multimask_output, "return_logits": return_logits}
+    for name, flag in (flags | {"use_stability_score": use_stability_score}).items():
         if not (isinstance(flag, bool | np.bool_) or (type(flag) is int and flag in (0, 1))):
             raise InputError(f"{name} {quoted(flag)} is neither True nor False")
     check_prompts(sam, [image.original_size for image in encoded], prompts)
     flat = [(image, prompt) for image, of_image in zip(encoded, prompts, strict=True) for prompt in of_image]
     outputs = slice(1, None) if multimask_output else slice(0, 1)
+    outputs = outputs if num_multimask_outputs is None else outputs_of(sam, num_multimask_outputs)
     decoded = iter(decode_mixed(sam, [image for image, _ in flat], [prompt for _, prompt in flat]))
 
     def finished(image: Encoded, low: np.ndarray, scores: np.ndarray) -> Prediction:
+        scores = stability_scores(low) if use_stability_score else scores
         masks = sam.config.frame.resize_masks(low[outputs], image.size, image.original_size)
         return Prediction(masks if return_logits else masks > 0, scores[outputs], low[outputs])
 

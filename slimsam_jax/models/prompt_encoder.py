@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slimsam_jax.imaging.prompts import NOT_A_POINT
+from slimsam_jax.imaging.prompts import IGNORED, NOT_A_POINT
 from slimsam_jax.models.config import Config
 
 
@@ -37,7 +37,7 @@ class PromptEncoder(nn.Module):
         Args:
           points: [p, n, 2] (x, y) in pixels of the model frame; box corners are points too
             (see `prompt_points`), n may be 0.
-          labels: [p, n] int: -2 absent, -1 not a point, 0 background, 1 foreground, 2 and 3 the
+          labels: [p, n] int: -3 ignored, -2 absent, -1 not a point, 0 background, 1 foreground, 2 and 3 the
             top-left and bottom-right corner of a box.
           masks: [p, 4h, 4w, 1] logits of a previous mask, or None.
           masked: [p] bool, which prompts `masks` counts for; None for all.
@@ -52,7 +52,8 @@ class PromptEncoder(nn.Module):
         encoded = self.encode_positions((points + 0.5) / jnp.array([width, height], jnp.float32))
         real = (labels != NOT_A_POINT)[..., None]
         kind = jnp.concatenate(self.point_embeddings)[jnp.clip(labels, 0, 3)]
-        return jnp.where(real, encoded + kind, self.not_a_point_embed)
+        tokens = jnp.where(real, encoded + kind, self.not_a_point_embed)
+        return jnp.where((labels != IGNORED)[..., None], tokens, 0.0)
 
     def dense(self, masks: jax.Array | None, masked: jax.Array | None = None) -> jax.Array:
         without = self.no_mask_embed[:, None, None, :]

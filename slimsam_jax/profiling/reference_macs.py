@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from slimsam_jax.models.config import Config, tokens
+from slimsam_jax.models.encoders import counts
 from slimsam_jax.models.sam import Architecture, abstract_head, abstract_params, image_encoder
 from slimsam_jax.profiling import macs
 from slimsam_jax.profiling.layers import Layer, arrays, layers
@@ -20,10 +21,9 @@ from slimsam_jax.profiling.macs import Macs
 def parameters(params: Any) -> int:
     """Counts the scalars in a tree (of arrays or of shapes), as PyTorch counts a SAM.
 
-    The frequencies of the positional encoding are a buffer there, so they do not count.
+    The frequencies of the positional encoding and batch norm's statistics are buffers there, so they do not count.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return sum(math.prod(leaf.shape) for path, leaf in leaves if "gaussian_matrix" not in str(path[-1]))
+    return counts.parameters(params)
 
 
 def encoder_parameters(config: Architecture) -> int:
@@ -56,7 +56,7 @@ def encoder_macs(config: Architecture) -> Macs:
 
     Of a ViT in closed form, which equals the reference's counter to the digit: `linear` counts biases once per call for
     a linear layer, per position for a convolution, and an activation one per element. Of another family as the papers
-    count, in its jaxpr.
+    count, in closed form (`models.encoders.counts`) or in its jaxpr.
     """
     if not isinstance(config, Config):
         return _counted(config)
@@ -74,6 +74,8 @@ def encoder_macs(config: Architecture) -> Macs:
 
 @functools.lru_cache
 def _counted(config: Architecture) -> Macs:
+    if type(config.encoder) in counts.CLOSED_FORMS:  # a jaxpr for CPUs has sums in place of depthwise convolutions
+        return Macs(*counts.macs(config.encoder))
     return macs.count(*_encoder(config))
 
 

@@ -44,6 +44,20 @@ def predictor(module: torch.nn.Module, image: Image.Image):
     return made
 
 
+def test_the_best_of_a_boxs_masks_is_the_highest_ranked(monkeypatch):
+    """By predicted IoU the second of three, by EdgeSAM's stability, say, the third."""
+    masks = np.arange(4)[:, None, None] == np.arange(4).reshape(2, 2)
+    monkeypatch.setattr(detections, "decode_prompts", lambda *_: (masks[None], np.array([[0.9, 0.1, 0.8, 0.7]])))
+    monkeypatch.setattr(detections, "original_masks", lambda sam, encoded, low: low)
+    sam, box = random_sam(tiny_config()), detections.Detection(np.array([0.0, 0, 1, 1]), 1, 0.5)
+    for best, ranking in ((2, detections.ranking), (3, lambda sam, low, predicted: np.arange(4))):
+        monkeypatch.setattr(detections, "ranking", ranking)
+        results = detections.segment(sam, None, 7, [box])
+        found = {choice: rle.decode(result["segmentation"], (2, 2)) for choice, (result,) in results.items()}
+        np.testing.assert_array_equal(found[""], masks[0])
+        np.testing.assert_array_equal(found["_best"], masks[best])
+
+
 def write_coco(folder: Path, samples, random: np.random.Generator) -> tuple[Path, Path]:
     """Ground truth beside copies of the images, and a detector that is a little wrong: (truth, boxes)."""
     images, annotations, boxes = [], [], []

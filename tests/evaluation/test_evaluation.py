@@ -116,6 +116,8 @@ def test_choices_among_outputs(monkeypatch, tiny_sam):
     found = scores.prompt_scores(tiny_sam, None, [annotation(truth)], None)
     assert (found["iou"], found["iou_best"], found["iou_oracle"]) == (0.5, 0, 1)
     assert (found["boundary_best"], found["boundary_oracle"]) == (0, 1) and 0 < found["boundary"] < 1
+    monkeypatch.setattr(scores, "ranking", lambda sam, low, predicted: -predicted)  # EdgeSAM's are ranked otherwise
+    assert scores.prompt_scores(tiny_sam, None, [annotation(truth)], None)["iou_best"] == 1
 
 
 def test_sizes_are_those_of_coco():

@@ -10,7 +10,7 @@ import numpy as np
 
 from slimsam_jax.models.composed import SamConfig
 from slimsam_jax.models.efficient_sam_head import HeadConfig
-from slimsam_jax.models.encoders import efficient_sam_vit, tiny_vit
+from slimsam_jax.models.encoders import efficient_sam_vit, rep_vit, tiny_vit
 from slimsam_jax.models.encoders.architecture import Block
 from slimsam_jax.models.sam import Sam, abstract_params
 
@@ -29,6 +29,20 @@ SLIM_TINY_VIT = tiny_vit.Config(
 )
 SLIM_VIT = efficient_sam_vit.Config(
     image_size=(48, 32), embed_dim=10, blocks=(Block(2, 4, 3, 17), Block(3, 5, 6, 9)), pretrain_grid=4, out_chans=16
+)
+
+# Widths that fit nothing, squeeze-excite in all kinds of blocks, a coarsest stage of one row.
+SLIM_REP_VIT = rep_vit.Config(
+    image_size=(32, 64),
+    stem_dim=5,
+    stages=(
+        rep_vit.Stage(8, (rep_vit.Block(12, 3),)),
+        rep_vit.Stage(10, (rep_vit.Block(7), rep_vit.Block(9, 2))),
+        rep_vit.Stage(12, (rep_vit.Block(11, 4),)),
+        rep_vit.Stage(6, (rep_vit.Block(13),)),
+    ),
+    fuse_dim=9,
+    out_chans=16,
 )
 
 

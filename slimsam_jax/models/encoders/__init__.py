@@ -8,7 +8,8 @@
 - `STAGES`: which groups of channels are cut with either, a predicate on the paths of their members.
 
 A family may bring along what else it knows: `keep_logit_scale`, `abstract_params`, `kept_elements`,
-`last_arrays`. What is for ViTs alone (projection, budgets) asks for "vit" by name and refuses others.
+`last_arrays`, `RANKED_BY_STABILITY`. What is for ViTs alone (projection, budgets) asks for "vit" by name and refuses
+others.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from slimsam_jax.models.encoders import efficient_sam_vit, tiny_vit, vit
+from slimsam_jax.models.encoders import efficient_sam_vit, rep_vit, tiny_vit, vit
 
-FAMILIES: dict[str, ModuleType] = {"vit": vit, "tiny_vit": tiny_vit, "efficient_sam": efficient_sam_vit}
+FAMILIES: dict[str, ModuleType] = {
+    "vit": vit,
+    "tiny_vit": tiny_vit,
+    "efficient_sam": efficient_sam_vit,
+    "rep_vit": rep_vit,
+}
 
 
 def name_of(encoder: Any) -> str:

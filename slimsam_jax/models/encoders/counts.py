@@ -13,7 +13,7 @@ import jax
 
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.efficient_sam_head import HeadConfig
-from slimsam_jax.models.encoders import efficient_sam_vit, tiny_vit
+from slimsam_jax.models.encoders import efficient_sam_vit, rep_vit, tiny_vit
 from slimsam_jax.models.encoders.architecture import Block
 
 
@@ -39,9 +39,9 @@ def parameters(params: Any) -> int:
     return sum(math.prod(leaf.shape) for name, leaf in named if not name.endswith(buffers))
 
 
-def macs(config: tiny_vit.Config | efficient_sam_vit.Config) -> Macs:
+def macs(config: tiny_vit.Config | efficient_sam_vit.Config | rep_vit.Config) -> Macs:
     """Of an image encoder for one image of its own size."""
-    return tiny_vit_macs(config) if isinstance(config, tiny_vit.Config) else efficient_sam_vit_macs(config)
+    return CLOSED_FORMS[type(config)](config)
 
 
 def tiny_vit_macs(config: tiny_vit.Config) -> Macs:
@@ -67,6 +67,28 @@ def efficient_sam_vit_macs(config: efficient_sam_vit.Config) -> Macs:
     linear = grid * 3 * config.patch_size**2 * dim + _neck(grid, dim, config.out_chans)
     linear += sum(grid * (_projections(dim, block) + 2 * dim * block.mlp_dim) for block in config.blocks)
     return Macs(linear, sum(grid * _products(grid, block) for block in config.blocks))
+
+
+def rep_vit_macs(config: rep_vit.Config) -> Macs:
+    """Of RepViT, in training's form or folded; enlarging the last stage does not count."""
+    grids, before = [math.prod(grid) for grid in config.grids], config.stages[0].dim
+    taps = 9 + config.batch_norm  # of the two branches
+    linear = 4 * grids[0] * 27 * config.stem_dim + grids[0] * 9 * config.stem_dim * before
+    for grid, stage in zip(grids, config.stages, strict=True):
+        linear += sum(grid * (taps + 2 * b.hidden) * stage.dim + 2 * stage.dim * b.squeezed for b in stage.blocks)
+        if stage is not config.stages[0]:  # whose first block has another filter, and another width until it ends
+            strided = grid * (9 * before + before * stage.dim) + 2 * (before - stage.dim) * stage.blocks[0].squeezed
+            linear += strided - grid * taps * stage.dim
+        before = stage.dim
+    linear += (grids[2] * config.stages[2].dim + grids[3] * config.stages[3].dim) * config.fuse_dim
+    return Macs(linear + _neck(grids[2], config.fuse_dim, config.out_chans), 0)
+
+
+CLOSED_FORMS = {
+    tiny_vit.Config: tiny_vit_macs,
+    efficient_sam_vit.Config: efficient_sam_vit_macs,
+    rep_vit.Config: rep_vit_macs,
+}
 
 
 def decoder_macs(head: Config | HeadConfig, prompt_tokens: int) -> int:

@@ -58,7 +58,8 @@ class ConvNorm(nn.Module):
 
     Attributes:
       features: output channels; of a depthwise one those of its input, too.
-      size: side of the kernel, padded by half of it: 1 (kernel [i, o]) or 3 (kernel [3, 3, i, o], depthwise i = 1).
+      size: side of the kernel, padded by half of it: 1 (kernel [i, o]) or 3 (kernel [3, 3, i, o]).
+      depthwise: each channel by its own kernel [size, size, 1, o].
       batch_norm: False after `fold_batch_norm`.
       of_batch: as `BatchNorm` takes it.
     """
@@ -75,12 +76,13 @@ class ConvNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, h, w, i] -> [b, h / stride, w / stride, features], rounded up."""
         inputs = 1 if self.depthwise else x.shape[-1]
-        shape = (self.size, self.size, inputs, self.features) if self.size > 1 else (inputs, self.features)
+        product = self.size == 1 and not self.depthwise
+        shape = (inputs, self.features) if product else (self.size, self.size, inputs, self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         convolution = depthwise if self.depthwise else convolve
         # 1 x 1 as a product: on a CPU, XLA's convolution takes three times as long.
         x = x.astype(self.dtype)
-        x = x @ kernel if self.size == 1 else convolution(x, kernel, self.stride)
+        x = x @ kernel if product else convolution(x, kernel, self.stride)
         if self.batch_norm:
             return BatchNorm(self.of_batch, self.dtype, name="bn")(x)
         return x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
