@@ -114,7 +114,7 @@ def _tiny_vit_sam(
     decoder_heads: int = 8,
     **overrides: Any,
 ) -> Sam:
-    """A SAM with a TinyViT. (The classifier that the published files bring along is never run, and left behind.)"""
+    """A SAM with a TinyViT; the classifier that the published files bring along is never run, and kept aside."""
     from converters.tables import tiny_vit
     from slimsam_jax.models.composed import SamConfig
     from slimsam_jax.models.sam import Sam
@@ -125,7 +125,7 @@ def _tiny_vit_sam(
         config = SamConfig(converted.encoder, dataclasses.replace(converted.head, **overrides))
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
-    return Sam(config, converted.params)
+    return Sam(config, converted.params, kept={name: np.array(array) for name, array in converted.kept.items()})
 
 
 def _load_pth(path: Path, image_size: int | tuple[int, int] | None = None) -> Sam:

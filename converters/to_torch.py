@@ -31,6 +31,8 @@ LOADER = Path(__file__).with_name("slim_sam_torch.py")  # goes beside each .pth
 def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
     """Converts our parameters to a `segment_anything` state dict (fused qkv), or MobileSAM's, exact.
 
+    MobileSAM's has arrays that are never run, too: those that the model came with (`Sam.kept`), or zeros.
+
     Raises:
       InputError: an array is missing or surplus.
     """
@@ -42,7 +44,7 @@ def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
     from slimsam_jax.models.encoders import name_of
 
     if name_of(sam.config.encoder) == "tiny_vit":
-        return tiny_vit.to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, {}))
+        return tiny_vit.to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, sam.kept))
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     table = rows(sam.config)
     checkpoint.check_names(set(flat), {row.path for row in table}, "the parameter tree")

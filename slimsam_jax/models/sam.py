@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slimsam_jax.imaging.prompts import ABSENT
 from slimsam_jax.models.composed import SamConfig
@@ -35,12 +36,15 @@ class Sam:
       provenance: where it came from; free-form JSON, carried along on disk.
       thresholds: of everything mode, if the model has some of its own; they are no part of `config`, by which compiled
         programs are distinguished.
+      kept: arrays of a published file that nothing of ours reads, on the host, under their names there, for the way
+        back: TinyViT's classifier, say. They are neither trained nor counted.
     """
 
     config: Architecture
     params: Params
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     thresholds: Thresholds | None = None
+    kept: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def image_encoder(config: Architecture, dtype: Any = jnp.float32, remat: bool = False, **options: Any) -> nn.Module:

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from converters import from_torch, to_onnx, to_torch
+from converters.tables import tiny_vit_unused
 from converters.tables.tiny_vit import to_state_dict
 from helpers.family_models import random_params
 from slimsam_jax import checkpoint
+from slimsam_jax.compression.pipeline import without_misfits
 from slimsam_jax.errors import InputError
 from slimsam_jax.inference.predictor import SamPredictor
 from slimsam_jax.models.composed import SamConfig, head_of
@@ -92,3 +94,54 @@ def from_torch_converted(sam: Sam):
     from converters.tables.strict import Converted
 
     return Converted(sam.config.encoder, sam.config.head, sam.params, {})
+
+
+def test_what_is_never_run_comes_back_as_it_was(sam, pth, tmp_path):
+    """Through a model folder, too; nowhere is it a parameter, and no folder keeps another model's."""
+    random = np.random.default_rng(0)
+    state = {name: tensor.numpy() for name, tensor in torch.load(pth, weights_only=True).items()}
+    unread = [name for name in state if tiny_vit_unused.is_kept(name)]
+    state |= {name: random.random(state[name].shape, np.float32) for name in unread if "num_batches" not in name}
+    state |= {name: np.array(i, np.int64) for i, name in enumerate(unread) if "num_batches" in name}
+    torch.save({name: torch.from_numpy(array) for name, array in state.items()}, pth)
+    loaded = from_torch.load(pth, 64)
+    assert set(loaded.kept) == set(unread) and jax.tree.structure(loaded.params) == jax.tree.structure(sam.params)
+    folder = tmp_path / "folder"
+    checkpoint.save(loaded, folder)
+    again = checkpoint.load(folder)
+    to_torch.save_sam(again, tmp_path / "back.pt")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert set(back) == set(state)
+    for name, array in state.items():
+        assert back[name].numpy().dtype == array.dtype
+        np.testing.assert_array_equal(back[name].numpy(), array, err_msg=name)
+    checkpoint.save(sam, folder)
+    assert not (folder / "kept.safetensors").exists() and not checkpoint.load(folder).kept
+
+
+def test_what_was_kept_must_fit(sam, pth, tmp_path, monkeypatch):
+    loaded = from_torch.load(pth, 64)
+    narrow = {**loaded.kept, "image_encoder.norm_head.bias": np.zeros(5, np.float32)}
+    with pytest.raises(InputError, match="what was kept has arrays of the wrong shape"):
+        to_torch.to_state_dict(dataclasses.replace(loaded, kept=narrow))
+    checkpoint.save(loaded, tmp_path / "folder")
+    monkeypatch.setattr(checkpoint, "MOST_KEPT", 1000)
+    with pytest.raises(InputError, match="at most 1000 are kept"):
+        checkpoint.load(tmp_path / "folder")
+    (tmp_path / "folder" / "kept.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="safetensors cannot be read"):
+        checkpoint.load(tmp_path / "folder")
+
+
+def test_a_cut_of_the_last_stage_drops_what_was_kept(sam, pth, capsys):
+    loaded = from_torch.load(pth, 64)
+    *stages, last = loaded.config.encoder.stages
+    cut = lambda **widths: dataclasses.replace(
+        loaded,
+        config=loaded.config.with_encoder(
+            dataclasses.replace(loaded.config.encoder, stages=(*stages, dataclasses.replace(last, **widths)))
+        ),
+    )
+    assert without_misfits(cut(entry_dim=5), loaded).kept == loaded.kept and not capsys.readouterr().out
+    assert without_misfits(cut(dim=5), loaded).kept == {}
+    assert "classifier" in capsys.readouterr().out

@@ -34,6 +34,7 @@ __all__ = [
     "features",
     "fold_batch_norm",
     "keep_logit_scale",
+    "keeps_unread",
     "uniform",
 ]
 
@@ -222,6 +223,11 @@ def features(config: Config, features: Features) -> dict[str, dict[str, list[jax
         "mlp": all_of("mlp"),
     }
     return {"embedding": inner, "bottleneck": {"stream": all_of("middle", "local", "out")}}
+
+
+def keeps_unread(config: Config, before: Config) -> bool:
+    """Whether what published files have besides (`Sam.kept`) fits after a cut: the classifier is of the last stage."""
+    return config.stages[-1].dim == before.stages[-1].dim
 
 
 FEATURES = {"embedding": ("stem", "conv", "qkv", "mlp"), "bottleneck": ("stream",)}
