@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # What needs JAX is imported where it is used: --help should not wait for it.
 
 
-def load(source: Path | str, image_size: int | tuple[int, int] | None = None) -> Sam:
+def load(source: Path | str, image_size: int | tuple[int, int] | None = None, single_mask: bool | None = None) -> Sam:
     """Loads any SAM we can read, float32, with its origin and sha256 in `provenance`.
 
     Args:
@@ -37,6 +37,9 @@ def load(source: Path | str, image_size: int | tuple[int, int] | None = None) ->
         folder, or a model folder of ours.
       image_size: pixels of the model frame, one side or (height, width), where no array tells it: of a TinyViT,
         whose published models have 1024, the default.
+      single_mask: whether the decoder's first mask is for use, which no array tells either. TinySAM returns the other
+        three alone; without its own the best of them by predicted IoU is what asks for a single mask get. Default: as
+        the file says if `to_torch` wrote it; else not of a TinyViT whose file is called tinysam*.
 
     Raises:
       InputError: missing, unreadable, or not a SAM; names what is missing and surplus.
@@ -49,19 +52,22 @@ def load(source: Path | str, image_size: int | tuple[int, int] | None = None) ->
     with reading(source):
         source = Path(source).expanduser()
         if not os.path.isdir(source):
-            sam = _load_pth(source, image_size)
+            sam = _load_pth(source, image_size, single_mask)
         elif _is_huggingface(source):
             sam = _load_huggingface(source)
         else:
             sam = checkpoint.load(source)
-        _check_image_size(sam, image_size, source)
+        _check_given(sam, image_size, single_mask, source)
         if os.path.isdir(source) and not _is_huggingface(source):
             return sam
     return dataclasses.replace(sam, provenance={"source": source.name, "sha256": checkpoint.sha256(source)})
 
 
-def _check_image_size(sam: Sam, image_size: int | tuple[int, int] | None, source: Path) -> None:
-    """Raises InputError if another image size was asked for than the arrays have."""
+def _check_given(sam: Sam, image_size: int | tuple[int, int] | None, single_mask: bool | None, source: Path) -> None:
+    """Raises InputError if another image size was asked for than the arrays have, or another single mask."""
+    if single_mask is not None and single_mask is not sam.config.single_mask:
+        there = "a" if sam.config.single_mask else "no"
+        raise InputError(f"{source} has {there} single mask, and single_mask is {single_mask!r:.40}")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is not None and tuple(size) != sam.config.image_size:
         height, width = sam.config.image_size
@@ -72,6 +78,7 @@ def from_state_dict(
     state: dict[str, np.ndarray],
     where: str = "the state dict",
     image_size: int | tuple[int, int] | None = None,
+    single_mask: bool = True,
     **overrides: Any,
 ) -> Sam:
     """Converts a `segment_anything` state dict, or one of MobileSAM or TinySAM.
@@ -79,7 +86,7 @@ def from_state_dict(
     Args:
       state: {name: array}; `DataParallel`'s "module." is ignored.
       where: what to call it in error messages.
-      image_size: see `load`.
+      image_size, single_mask: see `load`.
       overrides: fields of `Config` that shapes do not tell.
 
     Raises:
@@ -96,7 +103,9 @@ def from_state_dict(
         if key in renamed:
             overrides[key] = _pixel_statistics(renamed.pop(key), f"{where}: {key}")
     if tiny_vit.recognises(renamed):
-        return _tiny_vit_sam(renamed, where, image_size, **overrides)
+        return _tiny_vit_sam(renamed, where, image_size, single_mask, **overrides)
+    if not single_mask:
+        raise InputError(f"{where} is SAM's own, whose decoder has a single mask: leave single_mask out")
     state = split_qkv(renamed)
     try:
         config = dataclasses.replace(vit.from_state_dict(state), **overrides)
@@ -111,6 +120,7 @@ def _tiny_vit_sam(
     state: dict[str, np.ndarray],
     where: str,
     image_size: int | tuple[int, int] | None,
+    single_mask: bool = True,
     decoder_heads: int = 8,
     **overrides: Any,
 ) -> Sam:
@@ -122,18 +132,22 @@ def _tiny_vit_sam(
     size = 1024 if image_size is None else image_size
     converted = tiny_vit.from_state_dict(state, where, size, decoder_heads=decoder_heads)
     try:
-        config = SamConfig(converted.encoder, dataclasses.replace(converted.head, **overrides))
+        config = SamConfig(converted.encoder, dataclasses.replace(converted.head, **overrides), single_mask)
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
     return Sam(config, converted.params, kept={name: np.array(array) for name, array in converted.kept.items()})
 
 
-def _load_pth(path: Path, image_size: int | tuple[int, int] | None = None) -> Sam:
+def _load_pth(path: Path, image_size: int | tuple[int, int] | None = None, single_mask: bool | None = None) -> Sam:
     """Loads a .pth, with what `to_torch` noted in it, if it did."""
+    from converters.tables import tiny_vit
+
     state, note = torch_file.read_with_note(path)
     thresholds = note.pop("thresholds", None)
-    if not set(note) <= {"decoder_heads", "pixel_mean", "pixel_std"}:
+    if not set(note) <= {"decoder_heads", "pixel_mean", "pixel_std", "single_mask"}:
         raise InputError(f"{path} has a note that is none of ours; save its state dict anew, as a plain dict")
+    published = not (path.name.startswith("tinysam") and tiny_vit.recognises(state))  # no array tells it
+    note = {"single_mask": published if single_mask is None else single_mask, **note}
     sam = from_state_dict(state, str(path), image_size, **note)
     torch_file.check_sums(path)
     thresholds = None if thresholds is None else architecture.Thresholds.from_json(thresholds)
@@ -185,19 +199,26 @@ def _load_huggingface(folder: Path) -> Sam:
     return sam
 
 
-def main(source: Positional[Path], folder: Positional[Path], image_size: int | None = None) -> None:
+def main(
+    source: Positional[Path],
+    folder: Positional[Path],
+    image_size: int | None = None,
+    single_mask: bool | None = None,
+) -> None:
     """Convert a PyTorch or Hugging Face SAM into a model folder.
 
     Args:
       source: a .pth file (SAM, SlimSAM, MobileSAM, TinySAM) or a Hugging Face SamModel folder.
       folder: the model folder to write; must not exist or be empty.
       image_size: side in pixels, where no array tells it: of MobileSAM and TinySAM. Default: 1024.
+      single_mask: whether the decoder's first mask is for use, which no array tells either. Default: not of a file
+        called tinysam*, as TinySAM returns the other three alone.
     """
     from slimsam_jax import checkpoint
     from slimsam_jax.models.encoders import name_of
 
     check_empty(folder)
-    sam = load(source, image_size)
+    sam = load(source, image_size, single_mask)
     checkpoint.save(sam, folder)
     print(f"wrote {folder}: {name_of(sam.config.encoder)}, images of {sam.config.image_size} pixels")
 

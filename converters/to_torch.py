@@ -74,6 +74,8 @@ def save_sam(sam: Sam, path: Path) -> None:
     tensors = collections.OrderedDict((k, torch.from_numpy(v.copy())) for k, v in to_state_dict(sam).items())
     note = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
     note["thresholds"] = sam.thresholds.to_json() if sam.thresholds else None
+    if not sam.config.single_mask:
+        note["single_mask"] = False
     tensors._metadata = {torch_file.NOTE: note}  # no tensor, which a strict load would refuse
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack, writing(path):

@@ -17,15 +17,22 @@ class SamConfig:
     Attributes:
       encoder: the `Config` of a family (`models.encoders.FAMILIES`).
       head: prompt encoder and mask decoder, a `Config` without a ViT; its patches are the embedding's cells.
+      single_mask: whether the decoder's first mask is for use. TinySAM's never returns it: then the best of the others,
+        by predicted IoU, stands in its place (`sam.decode`).
 
     Raises:
-      ValueError: the embedding is not of the size that the head takes.
+      ValueError: the embedding is not of the size that the head takes, or there would be no mask at all.
     """
 
     encoder: Any
     head: Config
+    single_mask: bool = True
 
     def __post_init__(self):
+        if type(self.single_mask) is not bool:
+            raise ValueError(f"single_mask {self.single_mask!r:.40} is neither true nor false")
+        if not (self.single_mask or self.head.multimask_outputs):
+            raise ValueError("a decoder without a single mask has others, and this one has none")
         pairs = {"image_size": "pixels", "grid": "cells", "out_chans": "channels"}
         for name, unit in pairs.items():
             own, wanted = getattr(self.encoder, name), getattr(self.head, name)
@@ -39,7 +46,8 @@ class SamConfig:
         return getattr(self.head, name)
 
     def to_json(self) -> dict[str, Any]:
-        return {"encoder": self.encoder.to_json(), "head": self.head.to_json()}
+        fields = {"encoder": self.encoder.to_json(), "head": self.head.to_json()}
+        return fields if self.single_mask else {**fields, "single_mask": False}
 
     @classmethod
     def from_json(cls, family: ModuleType, fields: Mapping[str, Any]) -> SamConfig:
@@ -53,7 +61,7 @@ class SamConfig:
         """
         try:
             head = Config.from_json(fields["head"], blocks=False)
-            return cls(family.Config.from_json(fields["encoder"]), head)
+            return cls(family.Config.from_json(fields["encoder"]), head, fields.get("single_mask", True))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
 

@@ -162,11 +162,20 @@ def decode(
 
     Returns:
       masks: [p, 1 + multimask_outputs, 4h, 4w] logits; the original's `multimask_output=False`
-        is index 0, `True` the rest.
+        is index 0, `True` the rest. Index 0 of a decoder without a single mask is the best of the rest.
       iou: [p, 1 + multimask_outputs] predicted IoU.
     """
     parts = {name: params[name] for name in ("prompt_encoder", "mask_decoder")}
-    return _decode(config.head, parts, embedding, points, labels, masks, masked)
+    outputs = _decode(config.head, parts, embedding, points, labels, masks, masked)
+    return outputs if config.single_mask else _best_first(*outputs)
+
+
+@jax.jit
+def _best_first(masks: jax.Array, iou: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[p, m, h, w], [p, m] with the best of 1.. by predicted IoU at 0, the others as they are."""
+    best = 1 + iou[:, 1:].argmax(1)[:, None]
+    first = jnp.take_along_axis(masks, best[..., None, None], 1), jnp.take_along_axis(iou, best, 1)
+    return tuple(jnp.concatenate([own, rest[:, 1:]], 1) for own, rest in zip(first, (masks, iou), strict=True))
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -145,3 +145,37 @@ def test_a_cut_of_the_last_stage_drops_what_was_kept(sam, pth, capsys):
     assert without_misfits(cut(entry_dim=5), loaded).kept == loaded.kept and not capsys.readouterr().out
     assert without_misfits(cut(dim=5), loaded).kept == {}
     assert "classifier" in capsys.readouterr().out
+
+
+def test_a_decoder_without_a_single_mask_gives_the_best_of_the_others(sam, pth, tmp_path):
+    """As TinySAM's: told by the file's name or by the caller, remembered by folders and files of ours."""
+    tiny = pth.rename(tmp_path / "tinysam.pth")
+    with_mask, without = from_torch.load(tiny, 64, single_mask=True), from_torch.load(tiny, 64)
+    assert with_mask.config == sam.config and without.config == dataclasses.replace(sam.config, single_mask=False)
+    image, (points, labels) = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8), ([[9.0, 5.0]], [1])
+    found = {}
+    for name, model in (("with", with_mask), ("without", without)):
+        predictor = SamPredictor(model)
+        predictor.set_image(image)
+        found[name] = [predictor.predict(points, labels, multimask_output=many) for many in (False, True)]
+    (single, three), (best, same) = found["with"], found["without"]
+    for ours, theirs in zip(same, three, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    chosen = three.iou_predictions.argmax()
+    np.testing.assert_array_equal(best.low_res_masks[0], three.low_res_masks[chosen])
+    assert best.masks.shape == (1, 20, 30) and best.iou_predictions[0] == three.iou_predictions[chosen]
+    assert np.abs(single.low_res_masks - best.low_res_masks).max() > 1e-3
+    checkpoint.save(without, tmp_path / "folder")
+    to_torch.save_sam(checkpoint.load(tmp_path / "folder"), tmp_path / "back.pth")
+    assert from_torch.load(tmp_path / "back.pth", 64).config == without.config
+    with pytest.raises(InputError, match="folder has no single mask, and single_mask is True"):
+        from_torch.load(tmp_path / "folder", single_mask=True)
+
+
+def test_sams_own_decoder_has_a_single_mask(material, sam):
+    with pytest.raises(InputError, match="has a single mask, and single_mask is False"):
+        from_torch.load(material / "teacher", single_mask=False)
+    with pytest.raises(ValueError, match="neither true nor false"):
+        dataclasses.replace(sam.config, single_mask=1)
+    with pytest.raises(ValueError, match="has none"):
+        SamConfig(sam.config.encoder, dataclasses.replace(sam.config.head, multimask_outputs=0), single_mask=False)
