@@ -135,7 +135,8 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
 
     if (family := name_of(sam.config.encoder)) != "vit":
         if format != "sam" or pad:
-            raise InputError(f"{source} is a {family}: it goes to --format sam alone, without padding")
+            lacks = "transformers has no SAM with such an encoder" if format == "hf" else "it has no padded twin"
+            raise InputError(f"{source} is a {family}, and {lacks}: it goes to --format sam alone, without padding")
         from converters.tables import tiny_vit_unused
 
         tiny_vit_unused.refuse(sam.config.encoder)

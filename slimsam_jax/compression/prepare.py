@@ -45,6 +45,10 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run
     check_combinations(options, recipe, target)
     if options.uniform and not teacher.config.uniform:
         raise InputError("--uniform needs a teacher whose blocks are alike, and this one's are not")
+    recalibrates = any(isinstance(step, Distill) and step.batch_norm != "frozen" for step in recipe)
+    if recalibrates and not getattr(teacher.config.encoder, "batch_norm", False):
+        family = name_of(teacher.config.encoder)
+        raise InputError(f"this {family} has no batch norms to recalibrate: leave distill.batch_norm out")
     images, val = split_images(options)
     images = some_of(images, options.limit, options.seed)
     check_batch(options, batch, len(images))

@@ -244,6 +244,9 @@ class Distill(Record):
       order: of the images; steps of the same order see them one after the other alike.
       losses: the terms besides the embedding.
       optimizer: how long and how fast it learns.
+      batch_norm: of families that have it, before the step learns; while it learns, statistics stay ("frozen": a few
+        images are poor statistics). "recalibrated": estimated anew from the images, as those of before a cut are of
+        channels that are gone.
       augment: what is done to images at random.
       validation: how the student is judged.
       quirks: of the reference.
@@ -256,6 +259,7 @@ class Distill(Record):
     validation: Validation = Validation()
     train: tuple[str, ...] = ("image_encoder",)
     order: int = 0
+    batch_norm: Literal["frozen", "recalibrated"] = "frozen"
     quirks: Quirks = Quirks()
 
     RANGES: typing.ClassVar = {"order": Range(0, 10**5, True)}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from converters import from_torch, to_onnx, to_torch
+from converters import from_torch, to_torch
 from converters.tables import tiny_vit_unused
 from converters.tables.tiny_vit import to_state_dict
 from helpers.family_models import random_params
@@ -73,8 +73,11 @@ def test_what_the_original_cannot_hold_is_refused_with_the_reason(sam, tmp_path)
     checkpoint.save(sam, tmp_path / "tiny")
     for call, message in (
         (lambda: to_torch.main(tmp_path / "tiny", tmp_path / "x.pth"), "cannot hold this encoder: it has"),
-        (lambda: to_torch.main(tmp_path / "tiny", tmp_path / "x", "hf"), "goes to --format sam alone"),
-        (lambda: to_onnx.main(tmp_path / "tiny", tmp_path / "x"), "ONNX is written of SAM's ViT alone"),
+        (
+            lambda: to_torch.main(tmp_path / "tiny", tmp_path / "x", "hf"),
+            "transformers has no SAM with such an encoder",
+        ),
+        (lambda: to_torch.main(tmp_path / "tiny", tmp_path / "x", "sam", True), "it has no padded twin"),
     ):
         with pytest.raises(InputError, match=message):
             call()
