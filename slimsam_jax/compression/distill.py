@@ -88,7 +88,7 @@ class Distillation(Loop):
         self.whole, self.planned, self.distill, self.student = run, planned, step, student
         self.steps = planned.steps
         work = self.steps * run.batch * reference_macs.encoder_macs(run.teacher.config).total
-        self.names = family_of(run.teacher.config.encoder).FEATURES
+        self.names = family_of(student.config.encoder).FEATURES
         every = [terms(step, index, self.steps, self.names) for index in range(self.steps)]
         names = sorted(set(itertools.chain.from_iterable(every)))
         self.faded = dict.fromkeys(names, 0.0) if work < WORTH_A_PROGRAM else {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 from slimsam_jax import limits
 from slimsam_jax.errors import InputError
@@ -282,7 +282,14 @@ class Distill(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Initialize(Record):
-    """Draws the image encoder's weights anew, at the widths that it has: what distillation gives by itself."""
+    """Draws the image encoder's weights anew: what distillation gives by itself.
+
+    Attributes:
+      encoder: a family's `Config` for another encoder (a TinyViT, say, as MobileSAM has it), of the same image size,
+        grid and `out_chans`; None for the widths that there are.
+    """
+
+    encoder: Any = None
 
 
 Step = Prune | Distill | Initialize
