@@ -6,6 +6,7 @@ one layout on disk, one graph to prune, one table to convert. No gradient reache
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -176,18 +177,9 @@ def recalibrate(encoder: nn.Module, params: Params, batches: Iterable[jax.Array]
     Returns:
       The tree with other `bn/mean` and `bn/var`; all other leaves are the same arrays.
     """
-    observed = encoder.clone(of_batch=True)
-
-    @jax.jit
-    def moments(params: Params, images: jax.Array) -> Params:
-        seen = observed.apply({"params": params}, images, mutable=["statistics"])[1]["statistics"]
-        flat = {path: value[0] for path, value in flax.traverse_util.flatten_dict(seen).items()}
-        square = lambda path: jnp.square(flat[*path[:-1], "mean"])
-        return {path: value + square(path) if path[-1] == "var" else value for path, value in flat.items()}
-
-    total, images = {}, 0
+    observed, total, images = encoder.clone(of_batch=True), {}, 0
     for batch in batches:
-        for path, value in jax.device_get(moments(params, batch)).items():
+        for path, value in jax.device_get(_moments(observed, params, batch)).items():
             total[path] = total.get(path, 0) + len(batch) * value.astype(np.float64)
         images += len(batch)
     mean = {path: value / images for path, value in total.items()}
@@ -196,6 +188,15 @@ def recalibrate(encoder: nn.Module, params: Params, batches: Iterable[jax.Array]
         path: jnp.asarray(variance(path) if path[-1] == "var" else value, jnp.float32) for path, value in mean.items()
     }
     return flax.traverse_util.unflatten_dict(flax.traverse_util.flatten_dict(params) | new)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moments(encoder: nn.Module, params: Params, images: jax.Array) -> dict[tuple[str, ...], jax.Array]:
+    """{path of a mean: the mean, path of a variance: the mean of squares} of what arrives at each batch norm."""
+    seen = encoder.apply({"params": params}, images, mutable=["statistics"])[1]["statistics"]
+    flat = {path: value[0] for path, value in flax.traverse_util.flatten_dict(seen).items()}
+    square = lambda path: jnp.square(flat[*path[:-1], "mean"])
+    return {path: value + square(path) if path[-1] == "var" else value for path, value in flat.items()}
 
 
 def learning(params: Params) -> Params:
