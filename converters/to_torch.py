@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 # What goes beside each .pth, by the encoder's family: a file that loads it, whatever its widths.
 LOADERS = {
     "vit": Path(__file__).with_name("slim_sam_torch.py"),
+    "tiny_vit": Path(__file__).with_name("tiny_vit_sam_torch.py"),
     "efficient_sam": Path(__file__).with_name("efficient_sam_torch.py"),
 }
-LOADER = LOADERS["vit"]
 
 
 def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
@@ -150,7 +150,8 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
 
     if (family := name_of(sam.config.encoder)) != "vit":
         if format != "sam" or pad:
-            raise InputError(f"{source} is a {family}: it goes to --format sam alone, without padding")
+            lacks = "transformers has no SAM with such an encoder" if format == "hf" else "it has no padded twin"
+            raise InputError(f"{source} is a {family}, and {lacks}: it goes to --format sam alone, without padding")
         if family not in LOADERS and (reason := FAMILIES[family].obstacle(sam.config)):
             raise InputError(f"{source} cannot be held by the class of its original: {reason}")
         return sam
@@ -194,7 +195,7 @@ def how_to_load(config: Architecture, path: Path) -> str:
     lines = [
         f'in Python: import slim_sam_torch; slim_sam_torch.register("slim", {str(path)!r}) puts it into '
         "segment_anything's sam_model_registry",
-        f"in a shell: python {path.with_name(LOADER.name)} TOOL.py --model-type slim --checkpoint {path}",
+        f"in a shell: python {path.with_name(LOADERS['vit'].name)} TOOL.py --model-type slim --checkpoint {path}",
     ]
     if config.uniform:
         arguments = ", ".join(f"{name}={value!r}" for name, value in encoder_arguments(config).items())

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from slimsam_jax.cli.checks import check_share
 from slimsam_jax.compression.options import Options, announce
+from slimsam_jax.compression.plan import as_recipe
 from slimsam_jax.compression.set_option import change
-from slimsam_jax.compression.steps import Distill, Initialize, Prune, Recipe, Step
+from slimsam_jax.compression.steps import Recipe, Step
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation.checks import Protocol, check_choices, check_numbers
 from slimsam_jax.limits import quoted
@@ -29,7 +30,10 @@ T = TypeVar("T")
 
 
 def load(
-    path: Path | str, image_size: int | tuple[int, int] | None = None, heads: int | Sequence[int] | None = None
+    path: Path | str,
+    image_size: int | tuple[int, int] | None = None,
+    heads: int | Sequence[int] | None = None,
+    single_mask: bool | None = None,
 ) -> Sam:
     """Loads any SAM we can read, float32, with its origin and sha256 in `provenance`.
 
@@ -47,13 +51,15 @@ def load(
       image_size: pixels of the model frame, one side or (height, width), if no array tells it; published models have
         1024, the default.
       heads: of the encoder's attention, one number or one a block, if no array tells them (EfficientSAM).
+      single_mask: whether the decoder's first mask is for use, which no array tells: TinySAM returns the other three
+        alone. Without it the best of them by predicted IoU stands in. Default: not of a TinyViT called tinysam*.
 
     Raises:
       InputError: missing, unreadable, or not a SAM; names what is missing and surplus.
     """
     from converters import from_torch
 
-    return from_torch.load(path, image_size, heads)
+    return from_torch.load(path, image_size, heads, single_mask)
 
 
 def save(sam: Sam, folder: Path | str) -> None:
@@ -149,7 +155,9 @@ def compress(
     fields |= {"out": _path(out, "out"), "set": tuple(_several(set))}
     if isinstance(recipe, str):
         return compress_with(Options(**fields))
-    return compress_with(Options(**{**fields, "recipe": "default", "set": ()}), change(_recipe(recipe), fields["set"]))
+    return compress_with(
+        Options(**{**fields, "recipe": "default", "set": ()}), change(as_recipe(recipe), fields["set"])
+    )
 
 
 def compress_with(options: Options, recipe: Recipe | None = None) -> Compressed:
@@ -290,10 +298,3 @@ def _model(value: Any) -> Sam:
     from slimsam_jax.inference.predictor import check_model
 
     return check_model(value)
-
-
-def _recipe(steps: Any) -> Recipe:
-    """Raises InputError for what is no list of steps."""
-    if not isinstance(steps, list | tuple) or not all(isinstance(step, Prune | Distill | Initialize) for step in steps):
-        raise InputError(f"recipe {quoted(steps)} is neither a recipe's name nor a list of Prune, Distill, Initialize")
-    return tuple(steps)

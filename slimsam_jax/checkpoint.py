@@ -1,4 +1,7 @@
-"""Saves and loads models: a folder with `model.safetensors` and `config.json`. Nothing is ever half-written."""
+"""Saves and loads models: a folder with `model.safetensors` and `config.json`. Nothing is ever half-written.
+
+Of a published model that brings along arrays which are never run, `kept.safetensors` has those.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from slimsam_jax.models.encoders import FAMILIES, family_of, name_of
 from slimsam_jax.models.sam import Architecture, Params, Sam, abstract_params
 
 FORMAT, FIRST = "slimsam_jax/2", "slimsam_jax/1"  # the first had no family: SAM's ViT
+KEPT, MOST_KEPT = "kept.safetensors", 1 << 28  # file, and bytes: MobileSAM's classifier has 1.3 MB
 MOST_LEVELS = 100  # of provenance; a teacher's teacher's are four deeper each
 
 
@@ -37,6 +41,11 @@ def save(sam: Sam, folder: Path | str) -> None:
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     with writing(folder / "model.safetensors"), replacing(folder / "model.safetensors") as temporary:
         save_file({path: np.asarray(array) for path, array in flat.items()}, temporary)
+    if sam.kept:
+        with writing(folder / KEPT), replacing(folder / KEPT) as temporary:
+            save_file(sam.kept, temporary)
+    else:
+        (folder / KEPT).unlink(missing_ok=True)  # of a model that was here before
     write_json(folder / "config.json", describe(sam))
 
 
@@ -68,8 +77,19 @@ def load(folder: Path | str) -> Sam:
         shapes = flax.traverse_util.flatten_dict(abstract_params(config), sep="/")
     check_names(set(flat), set(shapes), str(folder))
     check_shapes({k: (v.shape, shapes[k].shape) for k, v in flat.items()}, str(folder))
+    kept = _kept(folder / KEPT)
     params = to_device(flat, str(folder))
-    return Sam(config, params, provenance, thresholds)
+    return Sam(config, params, provenance, thresholds, kept)
+
+
+def _kept(path: Path) -> dict[str, np.ndarray]:
+    """What is kept aside for the way back, which checks it; {} if nothing is."""
+    if not os.path.lexists(path):
+        return {}
+    arrays = safetensors_file.read(path)
+    if (size := sum(array.nbytes for array in arrays.values())) > MOST_KEPT:
+        raise InputError(f"{path} has {size} bytes of arrays that nothing reads, and at most {MOST_KEPT} are kept")
+    return {name: np.array(array) for name, array in arrays.items()}
 
 
 def _architecture(description: dict[str, Any], where: str) -> Architecture:

@@ -239,4 +239,7 @@ def told_by(config: Any) -> dict[str, Any]:
 
 def how_to_load(config: Any, path: Path) -> str:
     """Lines for those who have a .pth of it."""
-    return f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r})"
+    theirs = f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r})"
+    if reason := obstacle(config):
+        theirs = f"MobileSAM's class cannot hold this encoder: {reason}"
+    return f"in Python: import tiny_vit_sam_torch; tiny_vit_sam_torch.load({str(path)!r})\n{theirs}"

@@ -26,6 +26,8 @@ from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import write_json
 from slimsam_jax.inference.calibration import calibrate
+from slimsam_jax.models.composed import with_encoder
+from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.sam import Sam, image_encoder
 from slimsam_jax.profiling.memory import peak_memory
 from slimsam_jax.progress import say, track
@@ -153,11 +155,21 @@ def prune_step(run: Run, place: Planned, student: Sam, previous: Sam) -> Sam:
         return track(on_devices(batches, count), f"{place.name}: {name}", count, per_item=devices, compiles=True)
 
     slim = prune(student, step, widths.target_of(step, run.target), calibration, options.seed, options.uniform)
+    slim = without_misfits(slim, student)
     for batches in streams:
         batches.agree_on_skipped()
     if not run.is_named_later(place):
         name_skipped(run, place, {name: reason for batches in streams for name, reason in batches.skipped.items()})
     return slim
+
+
+def without_misfits(slim: Sam, before: Sam) -> Sam:
+    """Without the arrays kept aside for the way back (`Sam.kept`), if the cut has changed what they belong to."""
+    fits = getattr(family_of(slim.config.encoder), "keeps_unread", lambda config, before: True)
+    if not slim.kept or fits(slim.config.encoder, before.config.encoder):
+        return slim
+    print("the teacher's classifier, which nothing runs, is as wide as a stage was before: it is left out", flush=True)
+    return dataclasses.replace(slim, kept={})
 
 
 def name_skipped(run: Run, place: Planned, skipped: Mapping[str, str]) -> None:
@@ -167,10 +179,12 @@ def name_skipped(run: Run, place: Planned, skipped: Mapping[str, str]) -> None:
 
 
 def initialize(run: Run, place: Planned, student: Sam, previous: Sam) -> Sam:
-    """The step `Initialize`: an image encoder of the same widths with random weights."""
-    images = jnp.zeros((1, *student.config.image_size, 3))
-    encoder = jax.jit(image_encoder(student.config).init)(jax.random.key(run.options.seed), images)
-    return dataclasses.replace(student, params={**student.params, "image_encoder": encoder["params"]})
+    """The step `Initialize`: an image encoder with random weights, of the same widths or of the step's own."""
+    config = student.config if place.step.encoder is None else with_encoder(student.config, place.step.encoder)
+    images = jnp.zeros((1, *config.image_size, 3))
+    encoder = jax.jit(image_encoder(config).init)(jax.random.key(run.options.seed), images)
+    params = {**student.params, "image_encoder": encoder["params"]}
+    return dataclasses.replace(student, config=config, params=params, kept={})
 
 
 DO: dict[type, Do] = {Prune: prune_step, Distill: distill, Initialize: initialize}

@@ -11,6 +11,14 @@ from typing import Any, NamedTuple
 from slimsam_jax import limits
 from slimsam_jax.compression.steps import Distill, Prune, Recipe, Step
 from slimsam_jax.errors import InputError
+from slimsam_jax.limits import quoted
+
+
+def as_recipe(steps: Any) -> Recipe:
+    """Raises InputError for what is no list of steps."""
+    if not isinstance(steps, list | tuple) or not all(isinstance(step, Step) for step in steps):
+        raise InputError(f"recipe {quoted(steps)} is neither a recipe's name nor a list of Prune, Distill, Initialize")
+    return tuple(steps)
 
 
 def check(recipe: Recipe) -> None:
@@ -27,8 +35,8 @@ def check(recipe: Recipe) -> None:
                     "or distil between them (recipe taylor)"
                 )
             cuts = []
-    if not any(isinstance(step, Prune) for step in recipe):
-        raise InputError("a recipe needs a step that prunes")
+    if not any(isinstance(step, Prune) or getattr(step, "encoder", None) for step in recipe):
+        raise InputError("a recipe needs a step that prunes, or that initializes another encoder")
 
 
 def names(recipe: Recipe) -> list[str]:

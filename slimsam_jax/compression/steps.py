@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 from slimsam_jax import limits
 from slimsam_jax.errors import InputError
@@ -254,6 +254,9 @@ class Distill(Record):
       order: of the images; steps of the same order see them one after the other alike.
       losses: the terms besides the embedding.
       optimizer: how long and how fast it learns.
+      batch_norm: of families that have it, before the step learns; while it learns, statistics stay ("frozen": a few
+        images are poor statistics). "recalibrated": estimated anew from the images, as those of before a cut are of
+        channels that are gone.
       augment: what is done to images at random.
       validation: how the student is judged.
       quirks: of the reference.
@@ -266,6 +269,7 @@ class Distill(Record):
     validation: Validation = Validation()
     train: tuple[str, ...] = ("image_encoder",)
     order: int = 0
+    batch_norm: Literal["frozen", "recalibrated"] = "frozen"
     quirks: Quirks = Quirks()
 
     RANGES: typing.ClassVar = {"order": Range(0, 10**5, True)}
@@ -288,7 +292,14 @@ class Distill(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Initialize(Record):
-    """Draws the image encoder's weights anew, at the widths that it has: what distillation gives by itself."""
+    """Draws the image encoder's weights anew: what distillation gives by itself.
+
+    Attributes:
+      encoder: a family's `Config` for another encoder (a TinyViT, say, as MobileSAM has it), of the same image size,
+        grid and `out_chans`; None for the widths that there are.
+    """
+
+    encoder: Any = None
 
 
 Step = Prune | Distill | Initialize

@@ -112,6 +112,11 @@ class Config:
         return len(widths) == 1 and len(windows) <= 1 and next(iter(widths))[0] == self.embed_dim
 
     @property
+    def single_mask(self) -> bool:
+        """Whether the decoder's first mask is for use, as SAM's is; see `composed.SamConfig`."""
+        return True
+
+    @property
     def encoder(self) -> Config:
         """The image encoder's architecture: of a ViT the record itself, as model folders have had it from the start."""
         return self

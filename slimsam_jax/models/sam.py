@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slimsam_jax.models.composed import SamConfig
 from slimsam_jax.models.config import Config, Thresholds
@@ -33,12 +34,15 @@ class Sam:
       provenance: where it came from; free-form JSON, carried along on disk.
       thresholds: of everything mode, if the model has some of its own; they are no part of `config`, by which compiled
         programs are distinguished.
+      kept: arrays of a published file that nothing of ours reads, on the host, under their names there, for the way
+        back: TinyViT's classifier, say. They are neither trained nor counted.
     """
 
     config: Architecture
     params: Params
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     thresholds: Thresholds | None = None
+    kept: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def image_encoder(config: Architecture, dtype: Any = jnp.float32, remat: bool = False, **options: Any) -> nn.Module:
@@ -109,6 +113,16 @@ def _dtype(encoder: Params) -> Any:
     return jax.tree.leaves(encoder)[0].dtype
 
 
+def folded(sam: Sam) -> Sam:
+    """The same without what inference need not do: of TinyViT batch norms, of other families itself."""
+    fold = getattr(family_of(sam.config.encoder), "for_inference", None)
+    if fold is None:
+        return sam
+    encoder, params = fold(sam.config.encoder, sam.params["image_encoder"])
+    config = sam.config.with_encoder(encoder)
+    return dataclasses.replace(sam, config=config, params={**sam.params, "image_encoder": params})
+
+
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def encode(
     config: Architecture, params: Params, images: jax.Array, sizes: jax.Array, dtype: Any = jnp.float32
@@ -123,9 +137,10 @@ def encode(
       [b, h, w, C] float32.
     """
     pixels = preprocess(config, images, sizes)
+    sam = folded(Sam(config, params))
     # Where float32 is asked for, accelerators shall not multiply in fewer bits, as they do by default.
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
-        return image_encoder(config, dtype).apply({"params": params["image_encoder"]}, pixels)[0]
+        return image_encoder(sam.config, dtype).apply({"params": sam.params["image_encoder"]}, pixels)[0]
 
 
 def decode(
@@ -146,11 +161,20 @@ def decode(
 
     Returns:
       masks: [p, 1 + multimask_outputs, 4h, 4w] logits; the original's `multimask_output=False`
-        is index 0, `True` the rest.
+        is index 0, `True` the rest. Index 0 of a decoder without a single mask is the best of the rest.
       iou: [p, 1 + multimask_outputs] predicted IoU.
     """
     parts = {name: params[name] for name in ("prompt_encoder", "mask_decoder")}
-    return kind_of(config.head).decode(config.head, parts, embedding, points, labels, masks, masked)
+    outputs = kind_of(config.head).decode(config.head, parts, embedding, points, labels, masks, masked)
+    return outputs if config.single_mask else _best_first(*outputs)
+
+
+@jax.jit
+def _best_first(masks: jax.Array, iou: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[p, m, h, w], [p, m] with the best of 1.. by predicted IoU at 0, the others as they are."""
+    best = 1 + iou[:, 1:].argmax(1)[:, None]
+    first = jnp.take_along_axis(masks, best[..., None, None], 1), jnp.take_along_axis(iou, best, 1)
+    return tuple(jnp.concatenate([own, rest[:, 1:]], 1) for own, rest in zip(first, (masks, iou), strict=True))
 
 
 def preprocess(config: Architecture, images: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -56,10 +56,11 @@ def encoder_macs(config: Architecture) -> Macs:
 
     Of a ViT in closed form, which equals the reference's counter to the digit: `linear` counts biases once per call for
     a linear layer, per position for a convolution, and an activation one per element. Of another family as the papers
-    count, in closed form (`models.encoders.counts`) or in its jaxpr.
+    count: in closed form where there is one, else in its jaxpr (which on a CPU holds no depthwise convolutions).
     """
     if not isinstance(config, Config):
-        return _counted(config)
+        closed = counts.CLOSED_FORMS.get(type(config.encoder))
+        return Macs(*closed(config.encoder)) if closed else _counted(config)
     embed, out, grid = config.embed_dim, config.out_chans, math.prod(config.grid)
     linear = _conv(grid, 3 * config.patch_size**2, embed) + grid * out * (embed + 9 * out)
     attention = 0
@@ -74,8 +75,6 @@ def encoder_macs(config: Architecture) -> Macs:
 
 @functools.lru_cache
 def _counted(config: Architecture) -> Macs:
-    if type(config.encoder) in counts.CLOSED_FORMS:  # a jaxpr for CPUs has sums in place of depthwise convolutions
-        return Macs(*counts.macs(config.encoder))
     return macs.count(*_encoder(config))
 
 

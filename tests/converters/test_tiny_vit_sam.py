@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from converters import from_torch, to_onnx, to_torch
+from converters import from_torch, to_torch
+from converters.tables import tiny_vit_unused
 from converters.tables.tiny_vit import to_state_dict
 from helpers.family_models import random_params
 from slimsam_jax import checkpoint
+from slimsam_jax.compression.pipeline import without_misfits
 from slimsam_jax.errors import InputError
 from slimsam_jax.inference.predictor import SamPredictor
 from slimsam_jax.models.composed import SamConfig, head_of
@@ -70,9 +72,11 @@ def test_where_arrays_tell_it_another_image_size_is_refused(material):
 def test_what_the_original_cannot_hold_is_refused_with_the_reason(sam, tmp_path):
     checkpoint.save(sam, tmp_path / "tiny")
     for call, message in (
-        (lambda: to_torch.main(tmp_path / "tiny", tmp_path / "x.pth"), "cannot hold this encoder: it has"),
-        (lambda: to_torch.main(tmp_path / "tiny", tmp_path / "x", "hf"), "goes to --format sam alone"),
-        (lambda: to_onnx.main(tmp_path / "tiny", tmp_path / "x"), "ONNX is written of SAM's ViT alone"),
+        (
+            lambda: to_torch.main(tmp_path / "tiny", tmp_path / "x", "hf"),
+            "transformers has no SAM with such an encoder",
+        ),
+        (lambda: to_torch.main(tmp_path / "tiny", tmp_path / "x", "sam", True), "it has no padded twin"),
     ):
         with pytest.raises(InputError, match=message):
             call()
@@ -81,14 +85,103 @@ def test_what_the_original_cannot_hold_is_refused_with_the_reason(sam, tmp_path)
 
 def test_the_way_back_is_a_file_that_loads(sam, tmp_path):
     to_torch.save_sam(sam, tmp_path / "back.pth")
-    assert {path.name for path in tmp_path.iterdir()} == {"back.pth"}  # SAM's loader is none for it
+    assert {path.name for path in tmp_path.iterdir()} == {"back.pth", "tiny_vit_sam_torch.py"}
     state = torch.load(tmp_path / "back.pth", weights_only=True)
     for name, array in to_state_dict(from_torch_converted(sam)).items():
         np.testing.assert_array_equal(state[name].numpy(), array)
-    jax.tree.map(np.testing.assert_array_equal, from_torch.load(tmp_path / "back.pth", 64).params, sam.params)
+    back = from_torch.load(tmp_path / "back.pth")  # which notes what no array tells
+    assert back.config == sam.config
+    jax.tree.map(np.testing.assert_array_equal, back.params, sam.params)
+    with pytest.raises(InputError, match="takes images of 64 x 64 pixels, and image_size is 1024"):
+        from_torch.load(tmp_path / "back.pth", 1024)
 
 
 def from_torch_converted(sam: Sam):
     from converters.tables.strict import Converted
 
     return Converted(sam.config.encoder, sam.config.head, sam.params, {})
+
+
+def test_what_is_never_run_comes_back_as_it_was(sam, pth, tmp_path):
+    """Through a model folder, too; nowhere is it a parameter, and no folder keeps another model's."""
+    random = np.random.default_rng(0)
+    state = {name: tensor.numpy() for name, tensor in torch.load(pth, weights_only=True).items()}
+    unread = [name for name in state if tiny_vit_unused.is_kept(name)]
+    state |= {name: random.random(state[name].shape, np.float32) for name in unread if "num_batches" not in name}
+    state |= {name: np.array(i, np.int64) for i, name in enumerate(unread) if "num_batches" in name}
+    torch.save({name: torch.from_numpy(array) for name, array in state.items()}, pth)
+    loaded = from_torch.load(pth, 64)
+    assert set(loaded.kept) == set(unread) and jax.tree.structure(loaded.params) == jax.tree.structure(sam.params)
+    folder = tmp_path / "folder"
+    checkpoint.save(loaded, folder)
+    again = checkpoint.load(folder)
+    to_torch.save_sam(again, tmp_path / "back.pt")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert set(back) == set(state)
+    for name, array in state.items():
+        assert back[name].numpy().dtype == array.dtype
+        np.testing.assert_array_equal(back[name].numpy(), array, err_msg=name)
+    checkpoint.save(sam, folder)
+    assert not (folder / "kept.safetensors").exists() and not checkpoint.load(folder).kept
+
+
+def test_what_was_kept_must_fit(sam, pth, tmp_path, monkeypatch):
+    loaded = from_torch.load(pth, 64)
+    narrow = {**loaded.kept, "image_encoder.norm_head.bias": np.zeros(5, np.float32)}
+    with pytest.raises(InputError, match="what was kept has arrays of the wrong shape"):
+        to_torch.to_state_dict(dataclasses.replace(loaded, kept=narrow))
+    checkpoint.save(loaded, tmp_path / "folder")
+    monkeypatch.setattr(checkpoint, "MOST_KEPT", 1000)
+    with pytest.raises(InputError, match="at most 1000 are kept"):
+        checkpoint.load(tmp_path / "folder")
+    (tmp_path / "folder" / "kept.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="safetensors cannot be read"):
+        checkpoint.load(tmp_path / "folder")
+
+
+def test_a_cut_of_the_last_stage_drops_what_was_kept(sam, pth, capsys):
+    loaded = from_torch.load(pth, 64)
+    *stages, last = loaded.config.encoder.stages
+    cut = lambda **widths: dataclasses.replace(
+        loaded,
+        config=loaded.config.with_encoder(
+            dataclasses.replace(loaded.config.encoder, stages=(*stages, dataclasses.replace(last, **widths)))
+        ),
+    )
+    assert without_misfits(cut(entry_dim=5), loaded).kept == loaded.kept and not capsys.readouterr().out
+    assert without_misfits(cut(dim=5), loaded).kept == {}
+    assert "classifier" in capsys.readouterr().out
+
+
+def test_a_decoder_without_a_single_mask_gives_the_best_of_the_others(sam, pth, tmp_path):
+    """As TinySAM's: told by the file's name or by the caller, remembered by folders and files of ours."""
+    tiny = pth.rename(tmp_path / "tinysam.pth")
+    with_mask, without = from_torch.load(tiny, 64, single_mask=True), from_torch.load(tiny, 64)
+    assert with_mask.config == sam.config and without.config == dataclasses.replace(sam.config, single_mask=False)
+    image, (points, labels) = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8), ([[9.0, 5.0]], [1])
+    found = {}
+    for name, model in (("with", with_mask), ("without", without)):
+        predictor = SamPredictor(model)
+        predictor.set_image(image)
+        found[name] = [predictor.predict(points, labels, multimask_output=many) for many in (False, True)]
+    (single, three), (best, same) = found["with"], found["without"]
+    for ours, theirs in zip(same, three, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    chosen = three.iou_predictions.argmax()
+    np.testing.assert_array_equal(best.low_res_masks[0], three.low_res_masks[chosen])
+    assert best.masks.shape == (1, 20, 30) and best.iou_predictions[0] == three.iou_predictions[chosen]
+    assert np.abs(single.low_res_masks - best.low_res_masks).max() > 1e-3
+    checkpoint.save(without, tmp_path / "folder")
+    to_torch.save_sam(checkpoint.load(tmp_path / "folder"), tmp_path / "back.pth")
+    assert from_torch.load(tmp_path / "back.pth", 64).config == without.config
+    with pytest.raises(InputError, match="folder has no single mask, and single_mask is True"):
+        from_torch.load(tmp_path / "folder", single_mask=True)
+
+
+def test_sams_own_decoder_has_a_single_mask(material, sam):
+    with pytest.raises(InputError, match="has a single mask, and single_mask is False"):
+        from_torch.load(material / "teacher", single_mask=False)
+    with pytest.raises(ValueError, match="neither true nor false"):
+        dataclasses.replace(sam.config, single_mask=1)
+    with pytest.raises(ValueError, match="has none"):
+        SamConfig(sam.config.encoder, dataclasses.replace(sam.config.head, multimask_outputs=0), single_mask=False)

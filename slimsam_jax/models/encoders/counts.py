@@ -106,6 +106,9 @@ def decoder_macs(head: Config | HeadConfig, prompt_tokens: int) -> int:
     return linear + head.iou_head_dim * (width + head.iou_head_dim + 1 + head.multimask_outputs)
 
 
+CLOSED_FORMS = {tiny_vit.Config: tiny_vit_macs, efficient_sam_vit.Config: efficient_sam_vit_macs}
+
+
 def _projections(dim: int, block: Block) -> int:
     """Of one token: q, k, v and proj."""
     return 2 * dim * block.heads * (block.key_dim + block.value_dim)

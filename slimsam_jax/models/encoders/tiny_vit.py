@@ -7,6 +7,7 @@ GELU on it in the first and a depthwise convolution per block in the others: its
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Collection
@@ -33,7 +34,9 @@ __all__ = [
     "config_of",
     "features",
     "fold_batch_norm",
+    "for_inference",
     "keep_logit_scale",
+    "keeps_unread",
     "uniform",
 ]
 
@@ -222,6 +225,18 @@ def features(config: Config, features: Features) -> dict[str, dict[str, list[jax
         "mlp": all_of("mlp"),
     }
     return {"embedding": inner, "bottleneck": {"stream": all_of("middle", "local", "out")}}
+
+
+def for_inference(config: Config, params: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The same encoder without batch norms, which are multiplied into convolutions."""
+    if not config.batch_norm:
+        return config, params
+    return dataclasses.replace(config, batch_norm=False), fold_batch_norm(params)
+
+
+def keeps_unread(config: Config, before: Config) -> bool:
+    """Whether what published files have besides (`Sam.kept`) fits after a cut: the classifier is of the last stage."""
+    return config.stages[-1].dim == before.stages[-1].dim
 
 
 FEATURES = {"embedding": ("stem", "conv", "qkv", "mlp"), "bottleneck": ("stream",)}
