@@ -1,9 +1,9 @@
 """The families beside SAM's own ViT, as PyTorch files hold them: a module of `tables` each, with these names:
 
 - `recognises(names)`: whether a state dict is of the family;
-- `from_state_dict(state, where, **told) -> Converted`, and `to_state_dict(converted) -> state`, its exact inverse;
-- `TOLD`: what of `told` there is: what no array tells, by default the published model's, and noted in files of ours;
-- `told_by(config)`: the same of a model;
+- `from_state_dict(state, where, **given) -> Converted`, and `to_state_dict(converted) -> state`, its exact inverse;
+- `GIVEN`: what of `given` there is: what no array tells, by default the published model's, and noted in files of ours;
+- `given_by(config)`: the same of a model;
 - `obstacle(config)`: why the original's class cannot hold a model of this architecture, "" if it can;
 - `how_to_load(config, path)`: lines for those who have a .pth of it.
 

@@ -58,23 +58,23 @@ def load(
     if not isinstance(source, str | os.PathLike) or not str(source):
         what = "an empty name" if source == "" else f"an object of type {type(source).__name__}"
         raise InputError(f"load takes the path of a checkpoint or a model folder, not {what}")
-    told = {"image_size": image_size, "heads": heads, "single_mask": single_mask}
-    told = {name: value for name, value in told.items() if value is not None}
+    given = {"image_size": image_size, "heads": heads, "single_mask": single_mask}
+    given = {name: value for name, value in given.items() if value is not None}
     with reading(source):
         source = Path(source).expanduser()
         if not os.path.isdir(source):
-            sam = _load_pth(source, told)
+            sam = _load_pth(source, given)
         elif _is_huggingface(source):
             sam = _load_huggingface(source)
         else:
             sam = checkpoint.load(source)
-        _check_told(sam, str(source), **told)
+        _check_given(sam, str(source), **given)
         if os.path.isdir(source) and not _is_huggingface(source):
             return sam
     return dataclasses.replace(sam, provenance={"source": source.name, "sha256": checkpoint.sha256(source)})
 
 
-def _check_told(
+def _check_given(
     sam: Sam,
     where: str,
     image_size: int | tuple[int, int] | None = None,
@@ -103,13 +103,13 @@ def _short(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:1] if len(set(numbers)) == 1 else numbers))
 
 
-def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict", **told: Any) -> Sam:
+def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict", **given: Any) -> Sam:
     """Converts a `segment_anything` state dict, or one of another family (`converters.families`).
 
     Args:
       state: {name: array}; `DataParallel`'s "module." is ignored.
       where: what to call it in error messages.
-      told: what shapes do not tell: a family's `TOLD`, see `load`, and fields of the head's `Config`. What a family's
+      given: what shapes do not tell: a family's `GIVEN`, see `load`, and fields of the head's `Config`. What a family's
         shapes do tell is passed over.
 
     Raises:
@@ -122,20 +122,20 @@ def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict",
         raise InputError(f"{where} holds arrays that differ in name by 'module.' alone")
     for key in ("pixel_mean", "pixel_std"):  # buffers, present in whole modules only
         if key in renamed:
-            told[key] = _pixel_statistics(renamed.pop(key), f"{where}: {key}")
+            given[key] = _pixel_statistics(renamed.pop(key), f"{where}: {key}")
     family = family_of(renamed)
-    return _vision_transformer(renamed, where, told) if family is None else _composed(family, renamed, where, told)
+    return _vision_transformer(renamed, where, given) if family is None else _composed(family, renamed, where, given)
 
 
-def _vision_transformer(state: dict[str, np.ndarray], where: str, told: dict[str, Any]) -> Sam:
+def _vision_transformer(state: dict[str, np.ndarray], where: str, given: dict[str, Any]) -> Sam:
     """A SAM with its own ViT."""
     from slimsam_jax import checkpoint
     from slimsam_jax.models.sam import Sam
 
-    told = {name: value for name, value in told.items() if name not in ("image_size", "heads", "single_mask")}
+    given = {name: value for name, value in given.items() if name not in ("image_size", "heads", "single_mask")}
     state = split_qkv(state)
     try:
-        config = dataclasses.replace(vit.from_state_dict(state), **told)
+        config = dataclasses.replace(vit.from_state_dict(state), **given)
         table = rows(config)
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
@@ -143,18 +143,18 @@ def _vision_transformer(state: dict[str, np.ndarray], where: str, told: dict[str
     return Sam(config, _params(config, state, table, where))
 
 
-def _composed(family: ModuleType, state: dict[str, np.ndarray], where: str, told: dict[str, Any]) -> Sam:
+def _composed(family: ModuleType, state: dict[str, np.ndarray], where: str, given: dict[str, Any]) -> Sam:
     """A SAM with an encoder of another family."""
     from slimsam_jax.models.composed import SamConfig
     from slimsam_jax.models.sam import Sam
 
-    statistics = {name: told[name] for name in ("pixel_mean", "pixel_std") if name in told}
+    statistics = {name: given[name] for name in ("pixel_mean", "pixel_std") if name in given}
     for name, values in statistics.items():
         if hasattr(family, "UNIT_IMAGES") and max(values) <= 1:  # of a whole module
             statistics[name] = tuple(round(255 * value, 4) for value in values)
-    own = {name: value for name, value in told.items() if name in family.TOLD and name != "single_mask"}
+    own = {name: value for name, value in given.items() if name in family.GIVEN and name != "single_mask"}
     converted = family.from_state_dict(state, where, **own)
-    single = {"single_mask": told["single_mask"]} if "single_mask" in family.TOLD and "single_mask" in told else {}
+    single = {"single_mask": given["single_mask"]} if "single_mask" in family.GIVEN and "single_mask" in given else {}
     try:
         config = SamConfig(converted.encoder, dataclasses.replace(converted.head, **statistics), **single)
     except ValueError as error:
@@ -163,19 +163,19 @@ def _composed(family: ModuleType, state: dict[str, np.ndarray], where: str, told
     return Sam(config, converted.params, thresholds=getattr(family, "THRESHOLDS", None), kept=kept)
 
 
-def _load_pth(path: Path, told: dict[str, Any]) -> Sam:
+def _load_pth(path: Path, given: dict[str, Any]) -> Sam:
     """Loads a .pth, with what `to_torch` noted in it, if it did."""
     from converters.families import family_of
 
     state, note = torch_file.read_with_note(path)
     family = family_of(state)
-    known = ("decoder_heads", *getattr(family, "TOLD", ()))
+    known = ("decoder_heads", *getattr(family, "GIVEN", ()))
     if not set(note) <= {*known, "pixel_mean", "pixel_std", "thresholds"}:
         raise InputError(f"{path} has a note that is none of ours; save its state dict anew, as a plain dict")
     if "single_mask" in known and path.name.startswith("tinysam"):
-        note = {"single_mask": False, **note}  # no array tells it
+        given = {"single_mask": False, **given}  # no array tells it
     noted, thresholds = "thresholds" in note, note.pop("thresholds", None)
-    sam = from_state_dict(state, str(path), **{**note, **told})
+    sam = from_state_dict(state, str(path), **{**given, **note})
     torch_file.check_sums(path)
     if not noted:
         return sam

@@ -94,7 +94,7 @@ def noted(sam: Sam) -> dict[str, Any]:
 
     note = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
     if (family := name_of(sam.config.encoder)) in FAMILIES:
-        note |= FAMILIES[family].told_by(sam.config)
+        note |= FAMILIES[family].given_by(sam.config)
     return {**note, "thresholds": sam.thresholds.to_json() if sam.thresholds else None}
 
 

@@ -72,7 +72,7 @@ DECODER = [
 ]
 
 
-TOLD = ("image_size", "heads", "decoder_heads")  # see `converters.families`
+GIVEN = ("image_size", "heads", "decoder_heads")  # see `converters.families`
 THRESHOLDS = Thresholds(pred_iou_thresh=0.7, stability_score_thresh=0.9)  # of its own notebook for everything mode
 UNIT_IMAGES = True
 
@@ -175,8 +175,8 @@ def _outline(state: Mapping[str, np.ndarray], heads: int | Sequence[int] | None,
         heads = PUBLISHED_HEADS[width]
     heads = (heads,) * depth if isinstance(heads, int) else tuple(heads)
     if len(heads) != depth or any(type(n) is not int or n < 1 for n in (*heads, decoder_heads)):
-        told = f"heads {heads!r:.60} and decoder_heads {decoder_heads!r:.40}"
-        raise ValueError(f"{told} are no numbers of heads of {depth} blocks and a decoder")
+        given = f"heads {heads!r:.60} and decoder_heads {decoder_heads!r:.40}"
+        raise ValueError(f"{given} are no numbers of heads of {depth} blocks and a decoder")
     return Outline(heads, layers, decoder_heads, masks)
 
 
@@ -241,7 +241,7 @@ def obstacle(config: Any) -> str:
     return next((f"it has {reason}" for reason, there in reasons.items() if there), "")
 
 
-def told_by(config: Any) -> dict[str, Any]:
+def given_by(config: Any) -> dict[str, Any]:
     """What no array tells."""
     heads = tuple(block.heads for block in config.encoder.blocks)
     return {"image_size": config.image_size, "heads": heads, "decoder_heads": config.decoder_heads}

@@ -58,7 +58,7 @@ MIXER = [
 ]
 
 
-TOLD = ("image_size", "decoder_heads")  # see `converters.families`
+GIVEN = ("image_size", "decoder_heads")  # see `converters.families`
 
 
 class Outline(NamedTuple):
@@ -212,7 +212,7 @@ def blocks(config: Config) -> Iterator[tuple[Block, int, int]]:
         before = stage.dim
 
 
-def told_by(config: Any) -> dict[str, Any]:
+def given_by(config: Any) -> dict[str, Any]:
     """What no array tells."""
     return {"image_size": config.image_size, "decoder_heads": config.decoder_heads}
 

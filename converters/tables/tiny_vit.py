@@ -57,7 +57,7 @@ BLOCK = [
 ]
 
 
-TOLD = ("image_size", "single_mask", "strides", "decoder_heads")  # see `converters.families`
+GIVEN = ("image_size", "single_mask", "strides", "decoder_heads")  # see `converters.families`
 
 
 class Outline(NamedTuple):
@@ -230,7 +230,7 @@ def obstacle(config: Any) -> str:
     return unused.obstacle(config.encoder)
 
 
-def told_by(config: Any) -> dict[str, Any]:
+def given_by(config: Any) -> dict[str, Any]:
     """What no array tells."""
     strides = tuple(stage.stride for stage in config.encoder.stages)
     own = {name: getattr(config, name) for name in ("image_size", "single_mask", "decoder_heads")}

@@ -88,9 +88,7 @@ class Prune(Record):
 
     part: Literal["embedding", "bottleneck"]
     ratio: float | None = None
-    criterion: Literal["projection", "taylor", "fisher", "obd", "magnitude", "l1", "l2", "fpgm", "random"] = (
-        "projection"
-    )
+    criterion: Literal["projection", "taylor", "fisher", "magnitude", "l1", "l2", "fpgm", "random"] = "projection"
     importance_loss: Literal["disturbance", "masks", "none"] = "disturbance"
     grad_reduction: Literal["rms", "sum"] = "rms"
     noise_samples: int = 1
@@ -117,10 +115,6 @@ class Prune(Record):
             )
         if self.head_channels == "whole" and (projects or self.quirks.rounded_selection):
             raise InputError("head_channels whole goes with scores of whole channels alone (recipe taylor)")
-        if self.criterion == "obd":
-            raise InputError(
-                "criterion obd reads the diagonal of a Hessian, which is not estimated here: fisher stands for it"
-            )
         if self.importance_loss == "none" and self.reads_gradients:
             raise InputError(f"criterion {self.criterion} needs a gradient: importance_loss disturbance or masks")
 

@@ -21,8 +21,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from slimsam_jax.imaging.bicubic import bicubic_matrix
 from slimsam_jax.imaging.transforms import bilinear_matrix
-from slimsam_jax.models.bicubic import bicubic_matrix
 from slimsam_jax.models.encoders.layers import ConvNorm, neck
 from slimsam_jax.models.encoders.rep_vit_branches import fold_batch_norm, unfold_batch_norm
 from slimsam_jax.models.encoders.rep_vit_config import (
