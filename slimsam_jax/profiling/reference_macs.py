@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from slimsam_jax.models.config import Config, tokens
+from slimsam_jax.models.encoders import counts, efficient_sam_vit
 from slimsam_jax.models.sam import Architecture, abstract_head, abstract_params, image_encoder
 from slimsam_jax.profiling import macs
 from slimsam_jax.profiling.macs import Macs
@@ -56,6 +57,8 @@ def encoder_macs(config: Architecture) -> Macs:
     a linear layer, per position for a convolution, and an activation one per element. Of another family as the papers
     count, in its jaxpr.
     """
+    if isinstance(config.encoder, efficient_sam_vit.Config):  # whose jaxpr resizes the positions for each image
+        return Macs(*counts.macs(config.encoder))
     if not isinstance(config, Config):
         return _counted(config)
     embed, out, grid = config.embed_dim, config.out_chans, math.prod(config.grid)
