@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from slimsam_jax.compression.projection.statistics import like
-from slimsam_jax.models.config import GLOBAL, Config
+from slimsam_jax.models.config import GLOBAL
 from slimsam_jax.models.sam import Params
 from slimsam_jax.pruning import bases
 
 
-def project_embedding(config: Config, encoder: Params, moment: np.ndarray, width: int) -> Params:
-    """Rotates the residual stream and keeps `width` of its dimensions."""
+def project_embedding(config: Any, encoder: Params, moment: np.ndarray, width: int) -> Params:
+    """Rotates the residual stream and keeps `width` of its dimensions.
+
+    Args:
+      config: of the encoder, SAM's ViT or EfficientSAM's.
+      moment: [D, D] second moment of the stream, see `statistics.moments_of`.
+    """
     basis = bases.residual_basis(moment, width)
     writes = lambda array: np.asarray(array, np.float64) @ basis.T  # last axis
     new = dict(encoder)
@@ -22,7 +28,8 @@ def project_embedding(config: Config, encoder: Params, moment: np.ndarray, width
     new["neck_0"] = {"kernel": np.einsum("dD,yxDc->yxdc", basis, np.float64(encoder["neck_0"]["kernel"]))}
     for i, block in enumerate(config.blocks):
         old = encoder[f"blocks_{i}"]
-        padded = block.window != GLOBAL and any(side % block.window for side in config.grid)
+        window = getattr(block, "window", GLOBAL)  # EfficientSAM's blocks have none
+        padded = window != GLOBAL and any(side % window for side in config.grid)
         norm1, attn = _rotate_reader(basis, old["norm1"], [old["attn"][name] for name in "qkv"], padded)
         norm2, (lin1,) = _rotate_reader(basis, old["norm2"], [old["mlp_lin1"]], padded=False)
         new[f"blocks_{i}"] = {

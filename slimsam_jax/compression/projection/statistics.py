@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax.models.config import GLOBAL, Block, Config
+from slimsam_jax.models.config import GLOBAL
 from slimsam_jax.models.encoders.vit import stream_features, window_partition
-from slimsam_jax.models.sam import Params, encoder_for, preprocess, run_encoder
+from slimsam_jax.models.sam import Architecture, Params, encoder_for, preprocess, run_encoder
 
 Weighting = Literal["none", "disturbed"]
 
@@ -69,8 +69,8 @@ def _programs(statistic: Statistic) -> tuple[Callable[..., Any], Callable[..., A
     return found, jax.jit(add, donate_argnums=0)
 
 
-def moments_of(config: Config, parts: Sequence[Part]) -> Statistic:
-    """The statistic that gives {part: moments} of the parts asked for.
+def moments_of(config: Architecture, parts: Sequence[Part]) -> Statistic:
+    """The statistic that gives {part: moments} of the parts asked for, of SAM's ViT or EfficientSAM's.
 
     Parts:
       stream: [D, D] second moment of the residual stream after patch embedding and after the attention and
@@ -81,16 +81,16 @@ def moments_of(config: Config, parts: Sequence[Part]) -> Statistic:
 
     def statistic(encoder: Params, batch: Batch, key: jax.Array) -> dict[str, Any]:
         embedding, features = run_encoder(config, encoder, batch)
-        blocks = [features[f"blocks_{i}"] for i in range(len(config.blocks))]
+        blocks = [features[f"blocks_{i}"] for i in range(len(config.encoder.blocks))]
         found: dict[str, Any] = {
             "tokens": jnp.array(float(embedding[..., 0].size)),
             "embedding": jnp.square(embedding - embedding.mean()).sum(),
             "blocks": [_variance(block["out"]) for block in blocks],
         }
         if "stream" in parts:
-            found["stream"] = sum(_gram(_normal(x)) for x in stream_features(config, features)["stream"])
+            found["stream"] = sum(_gram(_normal(x)) for x in stream_features(config.encoder, features)["stream"])
         if "attention" in parts:
-            real = [_real_tokens(config, block) for block in config.blocks]
+            real = [_real_tokens(config, block) for block in config.encoder.blocks]
             found["attention"] = [_attention(*pair) for pair in zip(blocks, real, strict=True)]
         if "mlp" in parts:
             found["mlp"] = [_mlp(block) for block in blocks]
@@ -116,10 +116,10 @@ def _variance(stream: jax.Array) -> jax.Array:
     return jnp.square(stream - stream.mean(-1, keepdims=True)).sum()
 
 
-def _real_tokens(config: Config, block: Block) -> jax.Array:
+def _real_tokens(config: Architecture, block: Any) -> jax.Array:
     """1 for a token, 0 for what pads a window; broadcasts to [b * windows, rows, columns, 1, 1]."""
-    real = jnp.ones((1, *config.grid, 1))
-    return (real if block.window == GLOBAL else window_partition(real, block.window))[..., None]
+    real, window = jnp.ones((1, *config.grid, 1)), getattr(block, "window", GLOBAL)
+    return (real if window == GLOBAL else window_partition(real, window))[..., None]
 
 
 def _attention(block: dict[str, jax.Array], real: jax.Array) -> Moments:
@@ -147,7 +147,7 @@ def _mlp(block: dict[str, jax.Array]) -> Moments:
     return {"hidden": _gram(hidden), "hidden_sum": hidden.sum(0), "tokens": jnp.array(float(len(hidden)))}
 
 
-def _sensitivity(config: Config, encoder: Params, batch: Batch, key: jax.Array) -> dict[str, Any]:
+def _sensitivity(config: Architecture, encoder: Params, batch: Batch, key: jax.Array) -> dict[str, Any]:
     """How an error inside shows in the embedding: the disturbed gradient's second moments.
 
     With unit noise ε at the embedding and g = Jᵀε the gradient somewhere inside, E[g gᵀ] = JᵀJ:
@@ -166,8 +166,9 @@ def _sensitivity(config: Config, encoder: Params, batch: Batch, key: jax.Array) 
 
     embedding, pull_back = jax.vjp(embed, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
     (grads,) = pull_back(jax.random.normal(key, embedding.shape, embedding.dtype))
-    blocks = [grads[f"blocks_{i}"] for i in range(len(config.blocks))]
+    widths = config.encoder.blocks
+    blocks = [grads[f"blocks_{i}"] for i in range(len(widths))]
     return {
         **{name: [_gram(block[name]) for block in blocks] for name in ("middle", "out")},
-        "queries": [_gram(block["attn"]["queries"]) / config.blocks[i].heads for i, block in enumerate(blocks)],
+        "queries": [_gram(block["attn"]["queries"]) / widths[i].heads for i, block in enumerate(blocks)],
     }

@@ -1,0 +1,194 @@
+"""Projects EfficientSAM's ViT: as SAM's, with neither windows nor tables, and with a width of v of its own.
+
+On its residual stream lie linear maps and LayerNorms alone, no norm follows the last block, and positions are resized
+channel by channel: a basis change is exact, as in SAM's. As nothing ties v to q and k, the three kinds of channels of
+a block, "blocks_i/qk", "blocks_i/v" and "blocks_i/mlp", get widths of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from slimsam_jax import sharding
+from slimsam_jax.compression.budget import Target
+from slimsam_jax.compression.calibration_images import Batch, Calibration
+from slimsam_jax.compression.gradients import check_finite
+from slimsam_jax.compression.projection import mlp, statistics
+from slimsam_jax.compression.projection.embedding import project_embedding
+from slimsam_jax.compression.projection.statistics import Moments, like
+from slimsam_jax.compression.steps import Prune
+from slimsam_jax.errors import InputError
+from slimsam_jax.models.encoders import counts
+from slimsam_jax.models.encoders.efficient_sam_vit import Config, config_of
+from slimsam_jax.models.sam import Architecture, Params, Sam
+from slimsam_jax.pruning import allocation
+from slimsam_jax.pruning.allocation import Costs, Gains
+from slimsam_jax.pruning.bases import Compression, bilinear_basis, output_basis
+
+FIELDS = {"qk": "key_dim", "v": "value_dim", "mlp": "mlp_dim"}  # of a `Block`, by the kind of a group
+
+
+def project(sam: Sam, step: Prune, target: Target, calibration: Calibration, seed: int) -> Sam:
+    """Chooses bases and cuts the channels of a step's part, by a ratio; arguments as `compression.prune.prune`.
+
+    Raises:
+      InputError: the widths cannot be made as narrow as asked for.
+      RunError: the model's statistics are not finite.
+    """
+    encoder, config = sam.params["image_encoder"], sam.config.encoder
+    if step.part == "embedding":
+        moment = moments(sam, calibration("statistics of the stream"), seed, "stream")["stream"]
+        width = allocation.rounded_width(config.embed_dim, target.ratio, step.round_to)
+        return with_encoder(sam, project_embedding(config, encoder, moment, width))
+    weighted = step.importance_loss != "none"
+    weighting, further = ("disturbed", ("sensitivity",)) if weighted else ("none", ())
+    found = moments(sam, calibration("statistics of heads"), seed, "attention", "mlp", *further)
+    bases = head_bases(encoder, found, weighting)
+    chosen = choose_widths(config, gains_of(bases, mlp.hidden_units(encoder, found, weighting)), target.ratio, step)
+    of_kind = lambda kind: [chosen[f"blocks_{i}/{kind}"] for i in range(len(bases))]
+    sam = with_encoder(sam, project_heads(encoder, bases, of_kind("qk"), of_kind("v")))
+    found = moments(sam, calibration("statistics of MLPs"), seed, "mlp", *further)  # behind heads already cut
+    units = mlp.hidden_units(sam.params["image_encoder"], found, weighting, of_kind("mlp"))
+    return with_encoder(sam, mlp.project_mlp(sam.params["image_encoder"], units, of_kind("mlp")))
+
+
+def with_encoder(sam: Sam, encoder: Params) -> Sam:
+    """The SAM with an encoder of other widths, on the default device."""
+    config = sam.config.with_encoder(config_of(encoder, like=sam.config.encoder))
+    return dataclasses.replace(sam, config=config, params={**sam.params, "image_encoder": jax.device_put(encoder)})
+
+
+def moments(sam: Sam, batches: Iterable[Batch], seed: int, *parts: statistics.Part) -> Moments:
+    """`statistics.moments_of`, over batches."""
+    encoder = sharding.replicate(sam.params["image_encoder"], sharding.make_mesh())
+    return check_finite(statistics.accumulate(_statistic(sam.config, parts), encoder, batches, seed))
+
+
+@functools.lru_cache(maxsize=2)
+def _statistic(config: Architecture, parts: tuple[statistics.Part, ...]) -> statistics.Statistic:
+    """The same function for the same question, so that its program is compiled once."""
+    return statistics.moments_of(config, parts)
+
+
+class HeadBases(NamedTuple):
+    """Bases of one block: of its logits, and of each head's output with its mean; and the gain of each channel."""
+
+    query: np.ndarray  # [d, d]
+    key: np.ndarray  # [d, d]
+    outputs: list[Compression]  # of [e, e], one a head
+    means: np.ndarray  # [n, e]
+    logit_gains: np.ndarray  # [d], falling
+    value_gains: np.ndarray  # [e], falling
+
+
+def head_bases(encoder: Params, found: Moments, weighting: statistics.Weighting = "none") -> list[HeadBases]:
+    """Bases of every block at full width, with gains as `attention.attention_bases` has them, q and k's apart."""
+    blocks = range(len(found["attention"]))
+    return [_bases(encoder[f"blocks_{i}"]["attn"], found, i, weighting) for i in blocks]
+
+
+def _bases(attn: Params, found: Moments, i: int, weighting: statistics.Weighting) -> HeadBases:
+    wide = functools.partial(jax.tree.map, np.float64)
+    m, kernels = wide(found["attention"][i]), np.float64(attn["proj"]["kernel"])
+    queries, means = m["q"] / m["tokens"], m["output_sum"] / m["tokens"]
+    covariances = m["output"] / m["tokens"] - np.einsum("ni,nj->nij", means, means)
+    metric = np.eye(kernels.shape[2])
+    if weighting == "disturbed":
+        metric = wide(found["sensitivity"]["middle"][i]) / found["embedding"]
+    readers = np.einsum("niD,DE,njE->nij", kernels, metric, kernels, optimize=True)
+    outputs = [output_basis(c, r) for c, r in zip(covariances, readers, strict=True)]
+    written = sum(output.singular_values**2 for output in outputs)
+    if weighting == "disturbed":
+        logits = output_basis(queries, len(kernels) * wide(found["sensitivity"]["queries"][i]) / found["embedding"])
+        return HeadBases(logits.encode, logits.decode.T, outputs, means, logits.singular_values**2, written)
+    logits = bilinear_basis(queries, m["k"] / m["keys"] / len(queries))
+    read = logits.singular_values**2 / (logits.singular_values**2).sum() * written.sum()
+    share = found["tokens"] / found["blocks"][i]
+    return HeadBases(logits.left, logits.right, outputs, means, read * share, written * share)
+
+
+def gains_of(bases: Sequence[HeadBases], units: Sequence[mlp.HiddenUnits]) -> Gains:
+    """The gain of each further channel of every group."""
+    gains = {}
+    for i, (basis, unit) in enumerate(zip(bases, units, strict=True)):
+        gains |= {
+            f"blocks_{i}/qk": basis.logit_gains,
+            f"blocks_{i}/v": basis.value_gains,
+            f"blocks_{i}/mlp": unit.worth,
+        }
+    return gains
+
+
+def project_heads(encoder: Params, bases: Sequence[HeadBases], keys: Sequence[int], values: Sequence[int]) -> Params:
+    """Gives q and k one basis per block, v and proj one per head; keeps `keys` and `values` channels of a block's."""
+    new = dict(encoder)
+    for i, (basis, key_dim, value_dim) in enumerate(zip(bases, keys, values, strict=True)):
+        attn = jax.tree.map(np.float64, jax.device_get(encoder[f"blocks_{i}"]["attn"]))
+        # The softmax divides by the root of the new width.
+        factor = (key_dim / len(basis.query)) ** 0.5
+        along = lambda layer, matrix: {name: array @ matrix.T for name, array in layer.items()}
+        encode = np.stack([output.encode[:value_dim] for output in basis.outputs])
+        decode = np.stack([output.decode[:, :value_dim] for output in basis.outputs])
+        kernel = attn["proj"]["kernel"]
+        v = {
+            "kernel": np.einsum("nrm,Dnm->Dnr", encode, attn["v"]["kernel"]),
+            "bias": np.einsum("nrm,nm->nr", encode, attn["v"]["bias"] - basis.means),
+        }
+        # Attention weights sum to one, so a constant taken from v comes back through proj.
+        bias = attn["proj"]["bias"] + np.einsum("nm,nmD->D", basis.means, kernel)
+        proj = {"kernel": np.einsum("nmr,nmD->nrD", decode, kernel), "bias": bias}
+        q, k = along(attn["q"], factor * basis.query[:key_dim]), along(attn["k"], basis.key[:key_dim])
+        new[f"blocks_{i}"] = {**encoder[f"blocks_{i}"], "attn": {"q": q, "k": k, "v": v, "proj": proj}}
+    return like(encoder, new)
+
+
+def choose_widths(config: Config, gains: Gains, ratio: float, step: Prune) -> dict[str, int]:
+    """{group: width} by the step's allocation; see `compression.steps.Prune`.
+
+    Raises:
+      InputError: of the cost that is asked for not even the narrowest widths are left.
+    """
+    least = step.min_keep * (1 - ratio)
+    if step.allocation == "local":
+        return allocation.local_widths(gains, ratio, step.round_to)
+    if step.allocation == "global":
+        widths: dict[str, int] = {}
+        for kind in FIELDS:
+            of_kind = {name: gain for name, gain in gains.items() if name.endswith(kind)}
+            widths |= allocation.global_widths(of_kind, ratio, step.round_to, least)
+        return widths
+    costs = group_costs(config, step.allocation)
+    room = sum(costs[name][allocation.rounded_width(len(gain), ratio)] for name, gain in gains.items())
+    try:
+        return allocation.allocate(gains, costs, room, step.round_to, least)
+    except allocation.TooSmall as error:
+        raise InputError(
+            f"the bottlenecks cannot be made as narrow as asked for: of {step.allocation}, {error}; "
+            f"cut less, or choose a smaller round_to ({step.round_to}) or min_keep ({step.min_keep:g})"
+        ) from None
+
+
+def group_costs(config: Config, kind: str) -> Costs:
+    """Each group's parameters ("params") or multiply-accumulates ("macs") at each width, {group: [size + 1]}."""
+    tables = {}
+    for i, block in enumerate(config.blocks):
+        for name, field in FIELDS.items():
+            size = getattr(block, field)
+            blocks = [*config.blocks[:i], dataclasses.replace(block, **{field: size + 1}), *config.blocks[i + 1 :]]
+            wider = dataclasses.replace(config, blocks=tuple(blocks))
+            slope = counts.macs(wider).total - counts.macs(config).total
+            if kind == "params":
+                slope = _parameters_of_one(config.embed_dim, block.heads)[name]
+            tables[f"blocks_{i}/{name}"] = slope * np.arange(size + 1.0)
+    return tables
+
+
+def _parameters_of_one(embed_dim: int, heads: int) -> Mapping[str, int]:
+    """Of a further channel, in all heads of a block, by the kind of its group."""
+    return {"qk": 2 * heads * (embed_dim + 1), "v": heads * (2 * embed_dim + 1), "mlp": 2 * embed_dim + 1}
