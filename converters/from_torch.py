@@ -23,20 +23,21 @@ from slimsam_jax.files import read_json
 from slimsam_jax.models import config as architecture
 
 if TYPE_CHECKING:
+    from slimsam_jax.models.fast_sam import FastSam
     from slimsam_jax.models.sam import Sam
 
 # What needs JAX is imported where it is used: --help should not wait for it.
 
 
-def load(source: Path | str, image_size: int | tuple[int, int] | None = None) -> Sam:
+def load(source: Path | str, image_size: int | tuple[int, int] | None = None) -> Sam | FastSam:
     """Loads any SAM we can read, float32, with its origin and sha256 in `provenance`.
 
     Args:
       source: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM
-        trains it, or a whole pickled module), MobileSAM's or TinySAM's, a Hugging Face `SamModel`
-        folder, or a model folder of ours.
-      image_size: pixels of the model frame, one side or (height, width), where no array tells it: of a TinyViT,
-        whose published models have 1024, the default.
+        trains it, or a whole pickled module), MobileSAM's or TinySAM's, FastSAM's `.pt`, a Hugging Face
+        `SamModel` folder, or a model folder of ours.
+      image_size: pixels of the model frame, one side or (height, width), where no array tells it: of a TinyViT
+        or a FastSAM, whose published models have 1024, the default; of a FastSAM the longer side.
 
     Raises:
       InputError: missing, unreadable, or not a SAM; names what is missing and surplus.
@@ -62,9 +63,9 @@ def load(source: Path | str, image_size: int | tuple[int, int] | None = None) ->
 
 def _check_image_size(sam: Sam, image_size: int | tuple[int, int] | None, source: Path) -> None:
     """Raises InputError if another image size was asked for than the arrays have."""
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if size is not None and tuple(size) != sam.config.image_size:
-        height, width = sam.config.image_size
+    size, own = ((side, side) if isinstance(side, int) else side for side in (image_size, sam.config.image_size))
+    if size is not None and tuple(size) != own:
+        height, width = own
         raise InputError(f"{source} takes images of {height} x {width} pixels, and image_size is {image_size!r:.40}")
 
 
@@ -128,9 +129,36 @@ def _tiny_vit_sam(
     return Sam(config, converted.params)
 
 
-def _load_pth(path: Path, image_size: int | tuple[int, int] | None = None) -> Sam:
+def load_sam(source: Path | str) -> Sam:
+    """As `load`, for what needs SAM's prompt encoder and decoder.
+
+    Raises:
+      InputError: as `load`, or it is a FastSAM.
+    """
+    from slimsam_jax.inference.predictor import check_model
+
+    return check_model(load(source))
+
+
+def _fast_sam(path: Path, state: dict[str, np.ndarray], note: dict[str, Any], image_size: Any) -> FastSam:
+    """A FastSAM, whose image size `to_torch` may have noted."""
+    from converters.tables import fast_sam
+    from slimsam_jax.models.fast_sam import FastSam
+
+    size = note.get("image_size", 1024) if image_size is None else image_size
+    size = size[0] if isinstance(size, tuple) and len(set(size)) == 1 else size  # of a square one side
+    model = FastSam(*fast_sam.from_state_dict(state, str(path), size))
+    torch_file.check_sums(path)
+    return model
+
+
+def _load_pth(path: Path, image_size: int | tuple[int, int] | None = None) -> Sam | FastSam:
     """Loads a .pth, with what `to_torch` noted in it, if it did."""
+    from converters.tables import fast_sam
+
     state, note = torch_file.read_with_note(path)
+    if fast_sam.recognises(state):
+        return _fast_sam(path, state, note, image_size)
     thresholds = note.pop("thresholds", None)
     if not set(note) <= {"decoder_heads", "pixel_mean", "pixel_std"}:
         raise InputError(f"{path} has a note that is none of ours; save its state dict anew, as a plain dict")
@@ -189,17 +217,16 @@ def main(source: Positional[Path], folder: Positional[Path], image_size: int | N
     """Convert a PyTorch or Hugging Face SAM into a model folder.
 
     Args:
-      source: a .pth file (SAM, SlimSAM, MobileSAM, TinySAM) or a Hugging Face SamModel folder.
+      source: a .pth file (SAM, SlimSAM, MobileSAM, TinySAM, FastSAM) or a Hugging Face SamModel folder.
       folder: the model folder to write; must not exist or be empty.
-      image_size: side in pixels, where no array tells it: of MobileSAM and TinySAM. Default: 1024.
+      image_size: side in pixels, where no array tells it: of MobileSAM, TinySAM and FastSAM. Default: 1024.
     """
     from slimsam_jax import checkpoint
-    from slimsam_jax.models.encoders import name_of
 
     check_empty(folder)
     sam = load(source, image_size)
     checkpoint.save(sam, folder)
-    print(f"wrote {folder}: {name_of(sam.config.encoder)}, images of {sam.config.image_size} pixels")
+    print(f"wrote {folder}: {checkpoint.describe(sam)['family']}, images of {sam.config.image_size} pixels")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from slimsam_jax.errors import InputError, writing
 from slimsam_jax.models.config import GLOBAL, Config
 
 if TYPE_CHECKING:
+    from slimsam_jax.models.fast_sam import FastSam
     from slimsam_jax.models.sam import Sam
 
 # What needs JAX is imported where it is used: --help should not wait for it.
@@ -28,19 +29,22 @@ if TYPE_CHECKING:
 LOADER = Path(__file__).with_name("slim_sam_torch.py")  # goes beside each .pth
 
 
-def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
-    """Converts our parameters to a `segment_anything` state dict (fused qkv), or MobileSAM's, exact.
+def to_state_dict(sam: Sam | FastSam) -> dict[str, np.ndarray]:
+    """Converts our parameters to a `segment_anything` state dict (fused qkv), or MobileSAM's or FastSAM's, exact.
 
     Raises:
       InputError: an array is missing or surplus.
     """
     import flax.traverse_util
 
-    from converters.tables import tiny_vit
+    from converters.tables import fast_sam, tiny_vit
     from converters.tables.strict import Converted
     from slimsam_jax import checkpoint
     from slimsam_jax.models.encoders import name_of
+    from slimsam_jax.models.fast_sam import FastSam
 
+    if isinstance(sam, FastSam):
+        return fast_sam.to_state_dict(sam.config, sam.params)
     if name_of(sam.config.encoder) == "tiny_vit":
         return tiny_vit.to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, {}))
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
@@ -70,14 +74,22 @@ def save_sam(sam: Sam, path: Path) -> None:
     if loader in files and loader.exists() and not (loader.is_file() and loader.read_bytes() == LOADER.read_bytes()):
         raise InputError(f"{loader} is there already and is not this version's; remove it or write elsewhere")
     tensors = collections.OrderedDict((k, torch.from_numpy(v.copy())) for k, v in to_state_dict(sam).items())
-    note = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
-    note["thresholds"] = sam.thresholds.to_json() if sam.thresholds else None
-    tensors._metadata = {torch_file.NOTE: note}  # no tensor, which a strict load would refuse
+    tensors._metadata = {torch_file.NOTE: note_of(sam)}  # no tensor, which a strict load would refuse
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack, writing(path):
         for name, content in files.items():
             temporary = stack.enter_context(replacing(name))
             torch.save(tensors, temporary) if content is None else temporary.write_bytes(content)
+
+
+def note_of(sam: Sam | FastSam) -> dict[str, Any]:
+    """What no array tells, for the way back."""
+    from slimsam_jax.models.fast_sam import FastSam
+
+    if isinstance(sam, FastSam):
+        return {"image_size": sam.config.image_size}
+    note = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
+    return {**note, "thresholds": sam.thresholds.to_json() if sam.thresholds else None}
 
 
 def save_huggingface(sam: Sam, folder: Path, card: str | None = None) -> None:
@@ -127,11 +139,14 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
       InputError: it can hold neither, or padding would be needed and `pad` is False.
     """
     from converters.pad_to_uniform import pad_to_uniform
-    from slimsam_jax.models.encoders import name_of
+    from slimsam_jax import checkpoint
+    from slimsam_jax.models.fast_sam import FastSam
 
-    if (family := name_of(sam.config.encoder)) != "vit":
+    if (family := checkpoint.describe(sam)["family"]) != "vit":
         if format != "sam" or pad:
             raise InputError(f"{source} is a {family}: it goes to --format sam alone, without padding")
+        if isinstance(sam, FastSam):
+            return sam
         from converters.tables import tiny_vit_unused
 
         tiny_vit_unused.refuse(sam.config.encoder)
@@ -168,6 +183,10 @@ def describe_padding(before: Config, after: Config) -> str:
 
 def how_to_load(config: Config, path: Path) -> str:
     """Says how to load a .pth, in two or three lines: for scripts, for tools, and for stock code where that can."""
+    from slimsam_jax.models import fast_sam
+
+    if isinstance(config, fast_sam.Config):
+        return f"torch.load({str(path)!r}) gives the state dict of a YOLOv8-seg module, names beginning with model."
     if not isinstance(config, Config):
         return f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r})"
     lines = [

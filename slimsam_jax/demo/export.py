@@ -79,7 +79,7 @@ def prepare(paths: tuple[Path, ...], dtype: Dtype, cache: Path) -> list[tuple[di
     Raises:
       InputError: not a model, or one that is too large for a browser.
     """
-    from converters.from_torch import load
+    from converters.from_torch import load_sam as load
     from slimsam_jax.models.encoders import name_of
 
     models = []

@@ -46,6 +46,10 @@ class Masks:
         """From [n, h, w] bool."""
         return cls(masks.shape[1:], [pack(mask, np.s_[: masks.shape[1], : masks.shape[2]]) for mask in masks])
 
+    def take(self, index: np.ndarray) -> Masks:
+        """Some of them."""
+        return Masks(self.shape, [self._parts[i] for i in index])
+
     def __len__(self) -> int:
         return len(self._parts)
 

@@ -68,7 +68,7 @@ def by_box(masks: Masks, box: Sequence[float], size: Size, among: np.ndarray | N
         raise InputError("a box that ends at 0 holds no pixel: x1 and y1 must lie inside of the image")
     if not len(masks) or (among is not None and not among.any()):
         return None
-    scores = box_overlaps(masks, _box_in_masks(box, masks.shape, size))
+    scores = box_overlaps(masks, box_in_masks(box, masks.shape, size))
     return int((scores if among is None else np.where(among, scores, -1)).argmax())
 
 
@@ -99,7 +99,7 @@ def _in_masks(points: np.ndarray, shape: Size, size: Size) -> list[tuple[int, in
     return [(int(scale(x, 1)), int(scale(y, 0))) for x, y in np.asarray(points, float).reshape(-1, 2)]
 
 
-def _box_in_masks(box: Sequence[float], shape: Size, size: Size) -> tuple[int, int, int, int]:
+def box_in_masks(box: Sequence[float], shape: Size, size: Size) -> tuple[int, int, int, int]:
     """A box of the image in pixels of the masks: cut off to whole numbers if they differ, else rounded; and clipped."""
     if shape != size:
         box = [int(value * shape[axis] / size[axis]) for value, axis in zip(box, (1, 0, 1, 0), strict=True)]

@@ -20,7 +20,6 @@ import numpy as np
 
 from slimsam_jax.models.attention import at_least_float32
 from slimsam_jax.models.encoders import layers
-from slimsam_jax.models.encoders.layers import ConvNorm
 from slimsam_jax.models.fast_sam_config import (
     BINS,
     CONVS,
@@ -34,11 +33,11 @@ from slimsam_jax.models.fast_sam_config import (
     config_of,
     scaled,
 )
+from slimsam_jax.models.fast_sam_layers import EPSILON, Branch, C2f, Conv, Pool, Prototypes, twice
 
 __all__ = ["PRESETS", "Config", "FastSam", "Network", "Outputs", "Stage", "config_of", "decode", "detect", "scaled"]
 
 Params = dict[str, Any]
-EPSILON = 1e-3  # of the batch norms; no array tells it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,117 +69,6 @@ class Outputs(NamedTuple):
     scores: tuple[jax.Array, ...]
     coefficients: tuple[jax.Array, ...]
     prototypes: jax.Array
-
-
-class Conv(nn.Module):
-    """A convolution, its batch norm and SiLU."""
-
-    features: int
-    size: int = 1
-    stride: int = 1
-    batch_norm: bool = True
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, h, w, i] -> [b, h / stride, w / stride, features]."""
-        fields = {"batch_norm": self.batch_norm, "dtype": self.dtype, "epsilon": EPSILON}
-        convolution = ConvNorm(self.features, self.size, self.stride, **fields)
-        nn.share_scope(self, convolution)
-        return nn.silu(convolution(x))
-
-
-class Bottleneck(nn.Module):
-    """Two convolutions of 3 x 3; residual in the backbone."""
-
-    widths: tuple[int, int]
-    shortcut: bool
-    conv: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.conv(self.widths[1], 3, name="cv2")(self.conv(self.widths[0], 3, name="cv1")(x))
-        return x + y if self.shortcut else y
-
-
-class C2f(nn.Module):
-    """A convolution split in two, bottlenecks in a row on its second part, and all of them joined."""
-
-    stage: Stage
-    shortcut: bool
-    conv: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, h, w, i] -> [b, h, w, out]."""
-        split = self.conv(self.stage.first + self.stage.second, name="cv1")(x)
-        parts = jnp.split(split, [self.stage.first], axis=-1)
-        for i, widths in enumerate(self.stage.blocks):
-            parts.append(Bottleneck(widths, self.shortcut, self.conv, name=f"blocks_{i}")(parts[-1]))
-        return self.conv(self.stage.out, name="cv2")(jnp.concatenate(parts, axis=-1))
-
-
-class Pool(nn.Module):
-    """SPPF: three maximum poolings of 5 x 5 in a row, joined."""
-
-    widths: tuple[int, int]
-    conv: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, h, w, i] -> [b, h, w, out]."""
-        parts = [self.conv(self.widths[0], name="cv1")(x)]
-        for _ in range(3):
-            parts.append(nn.max_pool(parts[-1], (5, 5), padding="SAME"))
-        return self.conv(self.widths[1], name="cv2")(jnp.concatenate(parts, axis=-1))
-
-
-class Upsample(nn.Module):
-    """A transposed convolution of 2 x 2 with stride 2: each pixel becomes four, which overlap no others."""
-
-    features: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, h, w, i] -> [b, 2h, 2w, features]."""
-        b, h, w, inputs = x.shape
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (2, 2, inputs, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = jnp.einsum("bhwi,yxio->bhywxo", x.astype(self.dtype), kernel.astype(self.dtype))
-        return y.reshape(b, 2 * h, 2 * w, self.features) + bias.astype(self.dtype)
-
-
-class Prototypes(nn.Module):
-    """The images of which every mask is a weighted sum, at a quarter of the frame's resolution."""
-
-    widths: tuple[int, int, int, int]
-    conv: Any
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, H / 8, W / 8, i] -> [b, H / 4, W / 4, m]."""
-        first, up, second, masks = self.widths
-        x = Upsample(up, self.dtype, name="upsample")(self.conv(first, 3, name="cv1")(x))
-        return self.conv(masks, name="cv3")(self.conv(second, 3, name="cv2")(x))
-
-
-class Branch(nn.Module):
-    """A branch of the head at one level: two convolutions of 3 x 3, and one of 1 x 1 with a bias alone."""
-
-    widths: tuple[int, int]
-    outputs: int
-    conv: Any
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, h, w, i] -> [b, h, w, outputs], at least float32."""
-        for i, width in enumerate(self.widths):
-            x = self.conv(width, 3, name=f"conv_{i}")(x)
-        y = ConvNorm(self.outputs, batch_norm=False, dtype=self.dtype, name="out")(x)
-        return y.astype(at_least_float32(y))
 
 
 class Network(nn.Module):
@@ -237,12 +125,6 @@ class Network(nn.Module):
 JOINED = {11: 6, 14: 4, 17: 12, 20: 9}  # layers that join what is before them with an earlier one
 
 
-def twice(x: jax.Array) -> jax.Array:
-    """Each pixel four times: [b, h, w, c] -> [b, 2h, 2w, c]."""
-    b, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-
-
 def decode(outputs: Outputs) -> jax.Array:
     """Boxes, scores and coefficients of all cells: [b, n, 4 + 1 + m], levels from fine to coarse, cells row by row.
 
@@ -265,7 +147,7 @@ def decode(outputs: Outputs) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def detect(config: Config, params: Params, images: jax.Array, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
-    """Finds everything in letterboxed images. One compilation for each shape.
+    """Finds everything in letterboxed images, batch norms folded. One compilation for each shape.
 
     Args:
       images: [b, H, W, 3] uint8, RGB.
@@ -275,6 +157,8 @@ def detect(config: Config, params: Params, images: jax.Array, dtype: Any = jnp.f
       prototypes: [b, H / 4, W / 4, m].
     """
     pixels = images.astype(jnp.float32) / 255
+    if config.batch_norm:
+        config, params = dataclasses.replace(config, batch_norm=False), layers.fold_batch_norm(params, EPSILON)
     # Where float32 is asked for, accelerators shall not multiply in fewer bits, as they do by default.
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
         outputs, _ = Network(config, dtype).apply({"params": params}, pixels)
@@ -291,6 +175,12 @@ def abstract_params(config: Config) -> Params:
     """The parameter tree as shapes, not to be changed; costs no memory, whatever the size."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     return jax.eval_shape(lambda images: Network(config).init(jax.random.key(0), images)["params"], images)
+
+
+def last_arrays(config: Config) -> list[str]:
+    """A path in the last block of each stage: whether they are there is seen sooner than what all of them are."""
+    depths = zip(STAGES, (len(stage.blocks) for stage in config.stages), strict=True)
+    return [f"layers_{number}/blocks_{count - 1}/cv1/kernel" for number, count in depths]
 
 
 def folded(model: FastSam) -> FastSam:
