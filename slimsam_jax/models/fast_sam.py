@@ -23,6 +23,7 @@ from slimsam_jax.models.encoders import layers
 from slimsam_jax.models.fast_sam_config import (
     BINS,
     CONVS,
+    JOINED,
     LEVELS,
     PRESETS,
     SHORTCUTS,
@@ -120,9 +121,6 @@ class Network(nn.Module):
         if number in JOINED:
             return jnp.concatenate([x, given[JOINED[number]]], axis=-1)
         return twice(x) if number in (10, 13) else Pool(c.pool, conv, name=name)(x)
-
-
-JOINED = {11: 6, 14: 4, 17: 12, 20: 9}  # layers that join what is before them with an earlier one
 
 
 def decode(outputs: Outputs) -> jax.Array:

@@ -18,6 +18,7 @@ BINS = 16  # of the distance from a cell to each side of a box
 CONVS = (0, 1, 3, 5, 7, 16, 19)  # numbers of the layers that are one convolution
 STAGES = (2, 4, 6, 8, 12, 15, 18, 21)  # of those that are a `Stage`; 9 is the pooling, the others have no parameters
 SHORTCUTS = (2, 4, 6, 8)  # stages whose bottlenecks are residual: those of the backbone
+JOINED = {11: 6, 14: 4, 17: 12, 20: 9}  # layers that join what is before them with an earlier one
 LEVELS = (15, 18, 21)  # what the head reads
 
 
