@@ -22,15 +22,17 @@ from slimsam_jax.pruning.cut import Allocation
 from slimsam_jax.pruning.gradients import disturbed_gradients
 from slimsam_jax.pruning.importance import WITHOUT_GRADIENT, Criterion
 
-FIXED = ("boxes_*/out/kernel:1", "boxes_*/out/bias")  # bins: a softmax runs over them, and their places are distances
 TRACED_SIDE = 64  # pixels; groups do not depend on it
 
 
 @functools.lru_cache(maxsize=8)
 def groups_of(config: Config) -> pruning.Grouping:
-    """The groups of a FastSAM. Nothing crosses any of them: masked and cut are the same function."""
+    """The groups of a FastSAM. Nothing crosses any of them: masked and cut are the same function.
+
+    Of the outputs as they leave the network, so that bins, whose places are distances, coefficients and prototypes stay.
+    """
     images = jax.ShapeDtypeStruct((1, TRACED_SIDE, TRACED_SIDE, 3), jnp.float32)
-    return pruning.find_groups(functools.partial(raw, config), abstract_params(config), images, keep=FIXED)
+    return pruning.find_groups(functools.partial(raw, config), abstract_params(config), images)
 
 
 def raw(config: Config, params: Any, images: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ class Detections(NamedTuple):
 
 
 def suppress(decoded: np.ndarray, conf: float, iou: float, max_det: int) -> Detections:
-    """Keeps the good cells, and of boxes that overlap the best one.
+    """Keeps the good cells, all of whose numbers are finite, and of boxes that overlap the best one.
 
     Args:
       decoded: [n, 4 + 1 + m] of an image, as `models.fast_sam.decode` gives them.
@@ -44,7 +44,7 @@ def suppress(decoded: np.ndarray, conf: float, iou: float, max_det: int) -> Dete
       max_det: the most that are kept.
     """
     decoded = np.asarray(decoded, np.float32)
-    cells = np.flatnonzero(decoded[:, 4] > conf)
+    cells = np.flatnonzero((decoded[:, 4] > conf) & np.isfinite(decoded).all(axis=1))
     cells = cells[np.argsort(-decoded[cells, 4], kind="stable")[:MOST_CANDIDATES]]
     rows = decoded[cells]
     half = rows[:, 2:4] / 2

@@ -21,7 +21,7 @@ from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGener
 from slimsam_jax.inference.fast_sam import ORIGINAL, Options, find, find_one
 from slimsam_jax.inference.fast_sam_masks import Masks
 from slimsam_jax.inference.fast_sam_predictor import FastSamMaskGenerator, FastSamPredictor, predictor_for
-from slimsam_jax.inference.fast_sam_prompts import by_box, by_boxes, by_points, draw
+from slimsam_jax.inference.fast_sam_prompts import box_in_masks, by_box, by_boxes, by_points, draw
 from slimsam_jax.inference.predictor import SamPredictor
 from slimsam_jax.models.fast_sam import Outputs, decode
 from slimsam_jax.models.sam import Sam
@@ -81,6 +81,14 @@ def test_clustered_boxes(golden, iou, most):
     np.testing.assert_array_equal(found.coefficients, wanted[:, 6:])
 
 
+def test_what_is_not_finite_is_no_detection(decoded):
+    broken = decoded.copy()
+    broken[::2, 0] = np.inf
+    broken[1::4, 9] = np.nan
+    kept = fast_sam_boxes.suppress(broken, 0.4, 0.9, 300)
+    assert len(kept.cells) and set(kept.cells % 4) == {3}
+
+
 @pytest.mark.parametrize("case", ["no_full", "one_full"])
 def test_the_border_rule(golden, case):
     boxes = golden[f"full_box/{case}/in"][:, :4]
@@ -112,10 +120,11 @@ def test_masks_are_the_original_s(golden, decoded, retina):
     assert found.masks.shape == wanted.shape[1:] and len(found.masks) == len(wanted) == 120
     assert all((mask == true).mean() >= 0.999 for mask, true in zip(found.masks, wanted, strict=True))
     assert np.abs(found.masks.areas - golden[f"result/retina_{retina}/mask_area"]).max() <= 3
-    dropped = inference.assemble(
-        detections, prototypes, decoded[detections.cells, :2], place, size, Options(retina_masks=retina)
-    )
-    assert len(dropped.masks) == np.count_nonzero(found.masks.areas) and dropped.masks.areas.all()
+    detections.coefficients[3] = 0  # a mask without a pixel
+    for how, count in ((options, 120), (Options(retina_masks=retina), 119)):
+        found = inference.assemble(detections, prototypes, decoded[detections.cells, :2], place, size, how)
+        assert len(found.masks) == len(found.boxes) == len(found.scores) == len(found.points) == count
+        assert (found.masks.areas == 0).sum() == count - 119
 
 
 @pytest.mark.parametrize("case", ["same_size", "other_size", "real_retina"])
@@ -130,6 +139,12 @@ def test_prompts_choose_what_the_original_chooses(golden, case):
     for name in boxes:
         told = {key: golden[f"prompt/{case}/box/{name}/{key}"] for key in ("boxes", "indices")}
         assert by_boxes(masks, told["boxes"], size) == told["indices"].tolist(), name
+
+
+def test_boxes_are_rounded_to_even_or_cut_off_where_sizes_differ():
+    assert box_in_masks([10.5, 11.5, 40.5, 41.5], (50, 60), (50, 60)) == (10, 12, 40, 42)
+    assert box_in_masks([-3.2, 1, 70, 90], (50, 60), (50, 60)) == (0, 1, 60, 50)
+    assert box_in_masks([10.5, 11.5, 40.5, 41.5], (25, 30), (50, 60)) == (5, 5, 20, 20)
 
 
 def test_boxes_that_end_at_zero_are_refused():
