@@ -25,6 +25,7 @@ from slimsam_jax.files import read_json
 from slimsam_jax.models import config as architecture
 
 if TYPE_CHECKING:
+    from slimsam_jax.models.fast_sam import FastSam
     from slimsam_jax.models.sam import Sam
 
 # What needs JAX is imported where it is used: --help should not wait for it.
@@ -35,15 +36,15 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     heads: int | Sequence[int] | None = None,
     single_mask: bool | None = None,
-) -> Sam:
+) -> Sam | FastSam:
     """Loads any SAM we can read, float32, with its origin and sha256 in `provenance`.
 
     Args:
       source: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM trains it, or a whole
-        pickled module), MobileSAM's, TinySAM's, EfficientSAM's or EdgeSAM's, a Hugging Face `SamModel` folder, or a
-        model folder of ours.
+        pickled module), MobileSAM's, TinySAM's, EfficientSAM's, EdgeSAM's or FastSAM's, a Hugging Face `SamModel`
+        folder, or a model folder of ours.
       image_size: pixels of the model frame, one side or (height, width), where no array tells it: of all families but
-        SAM's own ViT. Their published models have 1024, the default.
+        SAM's own ViT. Their published models have 1024, the default; a FastSAM's is the longer side.
       heads: of the image encoder's attention, one number or one a block, where no array tells it: of EfficientSAM,
         whose published models are known by their width.
       single_mask: whether the decoder's first mask is for use, which no array tells either. TinySAM returns the other
@@ -75,23 +76,23 @@ def load(
 
 
 def _check_given(
-    sam: Sam,
+    sam: Sam | FastSam,
     where: str,
     image_size: int | tuple[int, int] | None = None,
     heads: int | Sequence[int] | None = None,
     single_mask: bool | None = None,
 ) -> None:
     """Raises InputError if a model is not what it was said to be."""
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if size is not None and tuple(size) != sam.config.image_size:
-        height, width = sam.config.image_size
+    size, own = ((side, side) if isinstance(side, int) else side for side in (image_size, sam.config.image_size))
+    if size is not None and tuple(size) != own:
+        height, width = own
         raise InputError(f"{where} takes images of {height} x {width} pixels, and image_size is {image_size!r:.40}")
-    if single_mask is not None and single_mask is not sam.config.single_mask:
-        there = "a" if sam.config.single_mask else "no"
+    if single_mask is not None and single_mask is not (there := getattr(sam.config, "single_mask", False)):
+        there = "a" if there else "no"
         raise InputError(f"{where} has {there} single mask, and single_mask is {single_mask!r:.40}")
     if heads is None:
         return
-    encoder = sam.config.encoder
+    encoder = getattr(sam.config, "encoder", sam.config)
     parts = encoder.stages if hasattr(encoder, "stages") else [encoder]
     own = tuple(block.heads for part in parts for block in getattr(part, "blocks", ()) if hasattr(block, "heads"))
     if own != ((heads,) * len(own) if isinstance(heads, int) else tuple(heads)):
@@ -163,11 +164,37 @@ def _composed(family: ModuleType, state: dict[str, np.ndarray], where: str, give
     return Sam(config, converted.params, thresholds=getattr(family, "THRESHOLDS", None), kept=kept)
 
 
-def _load_pth(path: Path, given: dict[str, Any]) -> Sam:
+def load_sam(source: Path | str) -> Sam:
+    """As `load`, for what needs SAM's prompt encoder and decoder.
+
+    Raises:
+      InputError: as `load`, or it is a FastSAM.
+    """
+    from slimsam_jax.inference.predictor import check_model
+
+    return check_model(load(source))
+
+
+def _fast_sam(path: Path, state: dict[str, np.ndarray], image_size: Any = 1024) -> FastSam:
+    """A FastSAM, whose image size `to_torch` may have noted."""
+    from converters.tables import fast_sam
+    from slimsam_jax.models.fast_sam import FastSam
+
+    square = isinstance(image_size, tuple) and len(set(image_size)) == 1
+    model = FastSam(*fast_sam.from_state_dict(state, str(path), image_size[0] if square else image_size))
+    torch_file.check_sums(path)
+    return model
+
+
+def _load_pth(path: Path, given: dict[str, Any]) -> Sam | FastSam:
     """Loads a .pth, with what `to_torch` noted in it, if it did."""
     from converters.families import family_of
+    from converters.tables import fast_sam
 
     state, note = torch_file.read_with_note(path)
+    if fast_sam.recognises(state):
+        sizes = {name: each["image_size"] for name, each in (("note", note), ("given", given)) if "image_size" in each}
+        return _fast_sam(path, state, *list(sizes.values())[:1])
     family = family_of(state)
     known = ("decoder_heads", *getattr(family, "GIVEN", ()))
     if not set(note) <= {*known, "pixel_mean", "pixel_std", "thresholds"}:
@@ -238,7 +265,8 @@ def main(
     """Convert a PyTorch or Hugging Face SAM into a model folder.
 
     Args:
-      source: a .pth file (SAM, SlimSAM, MobileSAM, TinySAM, EfficientSAM, EdgeSAM) or a Hugging Face SamModel folder.
+      source: a .pth file (SAM, SlimSAM, MobileSAM, TinySAM, EfficientSAM, EdgeSAM, FastSAM) or a Hugging Face
+        SamModel folder.
       folder: the model folder to write; must not exist or be empty.
       image_size: side in pixels, where no array tells it: of all but SAM and SlimSAM. Default: 1024.
       heads: of each block's attention, where no array tells it: of EfficientSAM. Default: the published model's of its
@@ -247,12 +275,11 @@ def main(
         called tinysam*, as TinySAM returns the other three alone.
     """
     from slimsam_jax import checkpoint
-    from slimsam_jax.models.encoders import name_of
 
     check_empty(folder)
     sam = load(source, image_size, heads, single_mask)
     checkpoint.save(sam, folder)
-    print(f"wrote {folder}: {name_of(sam.config.encoder)}, images of {sam.config.image_size} pixels")
+    print(f"wrote {folder}: {checkpoint.describe(sam)['family']}, images of {sam.config.image_size} pixels")
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def main(
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"writing ONNX needs {' and '.join(missing)}: pip install onnx onnxruntime")
-    from converters.from_torch import load
+    from converters.from_torch import load_sam as load
     from slimsam_jax import data
 
     photo = data.read_image(image or data.embedded_images() / "dog.jpg")

@@ -21,6 +21,7 @@ from slimsam_jax.errors import InputError, writing
 from slimsam_jax.models.config import GLOBAL, Config
 
 if TYPE_CHECKING:
+    from slimsam_jax.models.fast_sam import FastSam
     from slimsam_jax.models.sam import Architecture, Sam
 
 # What needs JAX is imported where it is used: --help should not wait for it.
@@ -33,7 +34,7 @@ LOADERS = {
 }
 
 
-def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
+def to_state_dict(sam: Sam | FastSam) -> dict[str, np.ndarray]:
     """Converts our parameters to a `segment_anything` state dict (fused qkv), or to that of its family, exact.
 
     Some have arrays that are never run, too: those that the model came with (`Sam.kept`), or zeros.
@@ -44,10 +45,14 @@ def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
     import flax.traverse_util
 
     from converters.families import FAMILIES
+    from converters.tables import fast_sam
     from converters.tables.strict import Converted
     from slimsam_jax import checkpoint
     from slimsam_jax.models.encoders import name_of
+    from slimsam_jax.models.fast_sam import FastSam
 
+    if isinstance(sam, FastSam):
+        return fast_sam.to_state_dict(sam.config, sam.params)
     if (family := name_of(sam.config.encoder)) in FAMILIES:
         return FAMILIES[family].to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, sam.kept))
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
@@ -68,10 +73,10 @@ def save_sam(sam: Sam, path: Path) -> None:
         import torch
     except ImportError:
         raise InputError("writing a .pth needs PyTorch: pip install torch") from None
+    from slimsam_jax import checkpoint
     from slimsam_jax.files import replacing
-    from slimsam_jax.models.encoders import name_of
 
-    files, family = {path: None}, name_of(sam.config.encoder)
+    files, family = {path: None}, checkpoint.describe(sam)["family"]
     if family in LOADERS:
         loader = path.with_name(LOADERS[family].name)
         content = files[loader] = LOADERS[family].read_bytes()
@@ -87,11 +92,14 @@ def save_sam(sam: Sam, path: Path) -> None:
             torch.save(content_of_file, temporary) if content is None else temporary.write_bytes(content)
 
 
-def noted(sam: Sam) -> dict[str, Any]:
+def noted(sam: Sam | FastSam) -> dict[str, Any]:
     """What no shape tells, for a note beside the arrays."""
     from converters.families import FAMILIES
     from slimsam_jax.models.encoders import name_of
+    from slimsam_jax.models.fast_sam import FastSam
 
+    if isinstance(sam, FastSam):
+        return {"image_size": sam.config.image_size}
     note = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
     if (family := name_of(sam.config.encoder)) in FAMILIES:
         note |= FAMILIES[family].given_by(sam.config)
@@ -146,13 +154,13 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
     """
     from converters.families import FAMILIES
     from converters.pad_to_uniform import pad_to_uniform
-    from slimsam_jax.models.encoders import name_of
+    from slimsam_jax import checkpoint
 
-    if (family := name_of(sam.config.encoder)) != "vit":
+    if (family := checkpoint.describe(sam)["family"]) != "vit":
         if format != "sam" or pad:
             lacks = "transformers has no SAM with such an encoder" if format == "hf" else "it has no padded twin"
             raise InputError(f"{source} is a {family}, and {lacks}: it goes to --format sam alone, without padding")
-        if family not in LOADERS and (reason := FAMILIES[family].obstacle(sam.config)):
+        if family in FAMILIES and family not in LOADERS and (reason := FAMILIES[family].obstacle(sam.config)):
             raise InputError(f"{source} cannot be held by the class of its original: {reason}")
         return sam
     if len(set(sam.config.image_size)) > 1:
@@ -188,8 +196,11 @@ def describe_padding(before: Config, after: Config) -> str:
 def how_to_load(config: Architecture, path: Path) -> str:
     """Says how to load a .pth, in two or three lines: for scripts, for tools, and for stock code where that can."""
     from converters.families import FAMILIES
+    from slimsam_jax.models import fast_sam
     from slimsam_jax.models.encoders import name_of
 
+    if isinstance(config, fast_sam.Config):
+        return f"torch.load({str(path)!r}) gives the state dict of a YOLOv8-seg module, names beginning with model."
     if (family := name_of(config.encoder)) in FAMILIES:
         return FAMILIES[family].how_to_load(config, path)
     lines = [

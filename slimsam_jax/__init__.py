@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slimsam_jax.api import compress, evaluate, load, predict, save
     from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
+    from slimsam_jax.inference.fast_sam_predictor import FastSamMaskGenerator, FastSamPredictor
     from slimsam_jax.inference.predictor import SamPredictor
 
 __version__ = "0.3.0"
-__all__ = ["SamAutomaticMaskGenerator", "SamPredictor", "compress", "evaluate", "load", "predict", "save"]
+__all__ = ["FastSamMaskGenerator", "FastSamPredictor", "SamAutomaticMaskGenerator", "SamPredictor"]
+__all__ += ["compress", "evaluate", "load", "predict", "save"]
 
 # Imported when asked for: they need JAX, and `--help` shall not wait for it.
 _PLACES = {
     **dict.fromkeys(("compress", "evaluate", "load", "predict", "save"), "slimsam_jax.api"),
+    **dict.fromkeys(("FastSamMaskGenerator", "FastSamPredictor"), "slimsam_jax.inference.fast_sam_predictor"),
     "SamPredictor": "slimsam_jax.inference.predictor",
     "SamAutomaticMaskGenerator": "slimsam_jax.inference.automatic_mask_generator",
 }

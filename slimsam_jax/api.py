@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from slimsam_jax.cli.checks import check_share
 from slimsam_jax.compression.options import Options, announce
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from slimsam_jax.evaluation.run import Evaluation
+    from slimsam_jax.inference.fast_sam_predictor import FastPrediction
     from slimsam_jax.inference.predictor import AnyImage, Prediction
+    from slimsam_jax.models.fast_sam import FastSam
     from slimsam_jax.models.sam import Sam
-
-T = TypeVar("T")
 
 
 def load(
@@ -34,7 +34,7 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     heads: int | Sequence[int] | None = None,
     single_mask: bool | None = None,
-) -> Sam:
+) -> Sam | FastSam:
     """Loads any SAM we can read, float32, with its origin and sha256 in `provenance`.
 
     Example:
@@ -47,7 +47,8 @@ def load(
 
     Args:
       path: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM trains it, or a whole pickled
-        module), MobileSAM's, TinySAM's, EfficientSAM's, EdgeSAM's, a Hugging Face `SamModel` folder, or one of ours.
+        module), MobileSAM's, TinySAM's, EfficientSAM's, EdgeSAM's, FastSAM's, a Hugging Face `SamModel` folder,
+        or one of ours.
       image_size: pixels of the model frame, one side or (height, width), if no array tells it; published models have
         1024, the default.
       heads: of the encoder's attention, one number or one a block, if no array tells them (EfficientSAM).
@@ -62,7 +63,7 @@ def load(
     return from_torch.load(path, image_size, heads, single_mask)
 
 
-def save(sam: Sam, folder: Path | str) -> None:
+def save(sam: Sam | FastSam, folder: Path | str) -> None:
     """Writes a model folder, `model.safetensors` and `config.json`; existing files of these names are replaced.
 
     Example:
@@ -238,14 +239,14 @@ def evaluate(
 
 
 def predict(
-    sam: Sam | Path | str,
+    sam: Sam | FastSam | Path | str,
     image: AnyImage,
     points: np.ndarray | Sequence[Sequence[float]] | None = None,
     labels: np.ndarray | Sequence[int] | None = None,
     box: np.ndarray | Sequence[float] | None = None,
     multimask_output: bool = False,
-) -> Prediction:
-    """Segments one object of an image. For many prompts on an image use `SamPredictor`, which encodes it once.
+) -> Prediction | FastPrediction:
+    """Segments one object of an image. For many prompts on one use `SamPredictor` or `FastSamPredictor`.
 
     Example:
       ```python
@@ -262,22 +263,23 @@ def predict(
       points: [n, 2] (x, y) in pixels of the image.
       labels: [n], 1 on the object, 0 beside it; all 1 if None.
       box: [4] x0, y0, x1, y1 in pixels.
-      multimask_output: three masks of different extent instead of one.
+      multimask_output: three masks of different extent instead of one; of a FastSAM up to three.
 
     Returns:
-      masks [C, h0, w0] bool, their predicted IoU [C], their logits [C, 4h, 4w] as decoded; C is 1 or 3.
+      masks [C, h0, w0] bool, their predicted IoU [C], their logits [C, 4h, 4w] as decoded; C is 1 or 3. Of a
+        FastSAM see `FastPrediction`.
 
     Raises:
       InputError: no model, no image, no prompt, or one that the model cannot take.
     """
-    from slimsam_jax.inference.predictor import SamPredictor
+    from slimsam_jax.inference.fast_sam_predictor import predictor_for
 
-    predictor = SamPredictor(load(sam) if _is_path(sam) else sam)
+    predictor = predictor_for(load(sam) if _is_path(sam) else sam)
     predictor.set_image(image)
     return predictor.predict(points, labels, box, multimask_output=multimask_output)
 
 
-def _several(values: T | Iterable[T]) -> list[T]:
+def _several(values: Any) -> list[Any]:
     """One value, or those of a list."""
     return list(values) if isinstance(values, Iterable) and not _is_path(values) else [values]
 
@@ -293,8 +295,8 @@ def _path(value: Any, name: str) -> Path:
     return Path(value)
 
 
-def _model(value: Any) -> Sam:
+def _model(value: Any) -> Sam | FastSam:
     """Raises InputError for what is no model."""
-    from slimsam_jax.inference.predictor import check_model
+    from slimsam_jax.inference.fast_sam_predictor import check_any_model
 
-    return check_model(value)
+    return check_any_model(value)

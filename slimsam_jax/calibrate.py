@@ -27,12 +27,13 @@ def main(model: Positional[Path], images: tuple[str, ...] = (), like: Path | Non
         raise InputError(f"{model} is no model folder, so it cannot hold thresholds; make one by converters.from_torch")
     import dataclasses
 
-    from converters.from_torch import load
+    from converters.from_torch import load_sam as load
     from slimsam_jax import checkpoint, data
     from slimsam_jax.files import write_json
     from slimsam_jax.inference.calibration import calibrate
+    from slimsam_jax.inference.predictor import check_model
 
-    sam, teacher = checkpoint.load(model), load(like) if like else None
+    sam, teacher = check_model(checkpoint.load(model)), load(like) if like else None
     thresholds = calibrate(sam, data.find(images or [data.embedded_images()]), teacher, count)
     if thresholds is None:
         raise InputError(

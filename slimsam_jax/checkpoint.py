@@ -20,17 +20,20 @@ from safetensors.numpy import save_file
 from slimsam_jax import safetensors_file
 from slimsam_jax.errors import InputError, printable, reading, writing
 from slimsam_jax.files import open_regular, read_json, replacing, write_json
+from slimsam_jax.models import fast_sam
 from slimsam_jax.models.composed import SamConfig
 from slimsam_jax.models.config import Config, Thresholds
 from slimsam_jax.models.encoders import FAMILIES, family_of, name_of
+from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.sam import Architecture, Params, Sam, abstract_params
 
 FORMAT, FIRST = "slimsam_jax/2", "slimsam_jax/1"  # the first had no family: SAM's ViT
 KEPT, MOST_KEPT = "kept.safetensors", 1 << 28  # file, and bytes: MobileSAM's classifier has 1.3 MB
+FAST_SAM = "fast_sam"  # a family that is no image encoder with SAM's head
 MOST_LEVELS = 100  # of provenance; a teacher's teacher's are four deeper each
 
 
-def save(sam: Sam, folder: Path | str) -> None:
+def save(sam: Sam | FastSam, folder: Path | str) -> None:
     """Writes a model folder; existing files of these names are replaced atomically.
 
     Raises:
@@ -49,14 +52,16 @@ def save(sam: Sam, folder: Path | str) -> None:
     write_json(folder / "config.json", describe(sam))
 
 
-def describe(sam: Sam) -> dict[str, Any]:
+def describe(sam: Sam | FastSam) -> dict[str, Any]:
     """Returns the content of `config.json`; thresholds only of a model that has some."""
-    thresholds = {"thresholds": sam.thresholds.to_json()} if sam.thresholds else {}
-    described = {"format": FORMAT, "family": name_of(sam.config.encoder), "architecture": sam.config.to_json()}
+    whole = isinstance(sam, FastSam)
+    thresholds = {} if whole or not sam.thresholds else {"thresholds": sam.thresholds.to_json()}
+    family = FAST_SAM if whole else name_of(sam.config.encoder)
+    described = {"format": FORMAT, "family": family, "architecture": sam.config.to_json()}
     return {**described, **thresholds, "provenance": sam.provenance}
 
 
-def load(folder: Path | str) -> Sam:
+def load(folder: Path | str) -> Sam | FastSam:
     """Reads a model folder back, float32, strictly: every array of the architecture and no other.
 
     Raises:
@@ -71,15 +76,17 @@ def load(folder: Path | str) -> Sam:
         config = _architecture(description, str(folder))
         provenance = _provenance(description.get("provenance", {}))
         flat = safetensors_file.read(folder / "model.safetensors")
+        whole = isinstance(config, fast_sam.Config)
         check_depth(config, set(flat), str(folder))
         thresholds = description.get("thresholds")
         thresholds = None if thresholds is None else Thresholds.from_json(thresholds)
-        shapes = flax.traverse_util.flatten_dict(abstract_params(config), sep="/")
+        tree = fast_sam.abstract_params(config) if whole else abstract_params(config)
+        shapes = flax.traverse_util.flatten_dict(tree, sep="/")
     check_names(set(flat), set(shapes), str(folder))
     check_shapes({k: (v.shape, shapes[k].shape) for k, v in flat.items()}, str(folder))
     kept = _kept(folder / KEPT)
     params = to_device(flat, str(folder))
-    return Sam(config, params, provenance, thresholds, kept)
+    return FastSam(config, params, provenance) if whole else Sam(config, params, provenance, thresholds, kept)
 
 
 def _kept(path: Path) -> dict[str, np.ndarray]:
@@ -92,12 +99,14 @@ def _kept(path: Path) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in arrays.items()}
 
 
-def _architecture(description: dict[str, Any], where: str) -> Architecture:
+def _architecture(description: dict[str, Any], where: str) -> Architecture | fast_sam.Config:
     """By its family; in the first format SAM's ViT was the only one."""
     if description.get("format") not in (FORMAT, FIRST):
         theirs = printable(repr(description.get("format")), 40)
         raise InputError(f"{where} has format {theirs}, and {FORMAT!r} is what we read")
     name = description["family"] if description["format"] == FORMAT else "vit"
+    if name == FAST_SAM:
+        return fast_sam.Config.from_json(description["architecture"])
     if name not in FAMILIES:
         raise InputError(f"{where} is of the family {printable(repr(name), 40)}, and there are {', '.join(FAMILIES)}")
     if name == "vit":
@@ -135,8 +144,10 @@ def to_device(flat: dict[str, np.ndarray], where: str) -> Params:
     return jax.device_put(flax.traverse_util.unflatten_dict(tree, sep="/"))  # at once: no program for each shape
 
 
-def check_depth(config: Architecture, names: set[str], where: str) -> None:
+def check_depth(config: Architecture | fast_sam.Config, names: set[str], where: str) -> None:
     """Raises InputError unless the last block, decoder layer and mask of `config` are there; costs next to nothing."""
+    if isinstance(config, fast_sam.Config):
+        return check_names(names & set(fast_sam.last_arrays(config)), set(fast_sam.last_arrays(config)), where)
     own = getattr(family_of(config.encoder), "last_arrays", lambda encoder: [])
     expected = {f"image_encoder/{path}" for path in own(config.encoder)}
     lasts = {

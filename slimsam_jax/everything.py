@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
     from slimsam_jax.data import Sample
     from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
+    from slimsam_jax.inference.fast_sam_predictor import FastSamMaskGenerator
+    from slimsam_jax.models.fast_sam import FastSam
+    from slimsam_jax.models.sam import Sam
+
+FILES = ("model", "images", "out", "sheet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +44,12 @@ class Options:
     points_per_batch: int = 64
     """Points that are decoded together."""
     pred_iou_thresh: float | None = None
-    """The model's own estimate that a mask must exceed. Default: what the model brings along, else 0.88."""
+    """The model's own estimate that a mask must exceed. Default: what the model brings along, else 0.88; a FastSAM's
+    confidence 0.4."""
     stability_score_thresh: float | None = None
     """The lowest stability of a mask. Default: what the model brings along, else 0.95."""
-    box_nms_thresh: float = 0.7
-    """Box IoU from which the worse of two masks is a duplicate."""
+    box_nms_thresh: float | None = None
+    """Box IoU from which the worse of two masks is a duplicate. Default: 0.7, of a FastSAM 0.9."""
     crop_n_layers: int = 0
     """1: also in 4 overlapping crops, 2: and in 16."""
     crop_n_points_downscale_factor: int = 1
@@ -68,13 +74,9 @@ def everything(options: Options) -> None:
     from slimsam_jax.data import find
     from slimsam_jax.data.reading import map_readable
     from slimsam_jax.files import write_json
-    from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
     from slimsam_jax.progress import track
 
-    samples, fields = find(options.images), dataclasses.asdict(options)
-    for name in ("model", "images", "out", "sheet"):
-        del fields[name]
-    generator = SamAutomaticMaskGenerator(load(options.model), output_mode="coco_rle", **fields)
+    samples, generator = find(options.images), generator_of(load(options.model), options)
     results, skipped = map_readable(lambda sample: search(generator, sample), track(samples, "everything"))
     for reason in skipped.values():
         print(f"skipped: {reason}")
@@ -90,9 +92,40 @@ def everything(options: Options) -> None:
         draw(results, options.sheet)
 
 
-def why_nothing(generator: SamAutomaticMaskGenerator, samples: Sequence[Sample]) -> str:
+def generator_of(model: Sam | FastSam, options: Options) -> SamAutomaticMaskGenerator | FastSamMaskGenerator:
+    """The generator of a model's kind.
+
+    Raises:
+      InputError: an option of SAM's grid of points, and the model is a FastSAM, which asks none.
+    """
+    from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
+    from slimsam_jax.inference.fast_sam_predictor import FastSamMaskGenerator
+    from slimsam_jax.models.fast_sam import FastSam
+
+    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in FILES}
+    if not isinstance(model, FastSam):
+        fields["box_nms_thresh"] = 0.7 if options.box_nms_thresh is None else options.box_nms_thresh
+        return SamAutomaticMaskGenerator(model, output_mode="coco_rle", **fields)
+    from slimsam_jax.inference.fast_sam import Options as How
+
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    known = {"conf": fields.pop("pred_iou_thresh"), "iou": fields.pop("box_nms_thresh")}
+    if others := [name for name, value in fields.items() if value != defaults[name]]:
+        raise InputError(
+            f"--{others[0].replace('_', '-')} is of SAM's grid of points, and {options.model} is a FastSAM"
+        )
+    how = How(**{name: value for name, value in known.items() if value is not None})
+    return FastSamMaskGenerator(model, how, output_mode="coco_rle")
+
+
+def why_nothing(generator: SamAutomaticMaskGenerator | FastSamMaskGenerator, samples: Sequence[Sample]) -> str:
     """Explains why readable samples gave no mask: the best scores, and which option to lower how far."""
     from slimsam_jax.inference import calibration
+    from slimsam_jax.inference.fast_sam_predictor import FastSamMaskGenerator
+
+    if isinstance(generator, FastSamMaskGenerator):
+        conf = generator.predictor.options.conf
+        return f"no mask was kept: nothing is detected with a confidence above {conf:.2f}; lower --pred-iou-thresh"
 
     scores = calibration.scores(generator.sam, samples, generator.stability_score_offset)
     asked = f"{len(scores.stability)} masks at {calibration.GRID} x {calibration.GRID} points"
@@ -109,7 +142,7 @@ def why_nothing(generator: SamAutomaticMaskGenerator, samples: Sequence[Sample])
     return f"no mask was kept. Of {asked} {' and '.join(best)}: lower to, say, {' '.join(options)}{hint}"
 
 
-def search(generator: SamAutomaticMaskGenerator, sample: Sample) -> dict[str, Any]:
+def search(generator: SamAutomaticMaskGenerator | FastSamMaskGenerator, sample: Sample) -> dict[str, Any]:
     """Finds the masks of a sample: {"size": (height, width), "masks": records}."""
     image = sample.image()
     return {"size": (image.height, image.width), "masks": generator.generate(image)}

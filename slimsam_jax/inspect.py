@@ -52,12 +52,12 @@ def main(
     if images:
         check_file(out)
     from converters.from_torch import load
+    from slimsam_jax.checkpoint import describe
     from slimsam_jax.compression import analysis, widths
     from slimsam_jax.compression.budget import Target
     from slimsam_jax.compression.recipes import RECIPES
     from slimsam_jax.compression.set_option import change
     from slimsam_jax.data import find
-    from slimsam_jax.models.encoders import name_of
     from slimsam_jax.profiling import reference_macs
     from slimsam_jax.profiling.layers import table
 
@@ -69,7 +69,7 @@ def main(
         print(table(reference_macs.encoder_layers(sam.config)))
     if not images:
         return
-    if name_of(sam.config.encoder) != "vit":
+    if describe(sam)["family"] != "vit":
         raise InputError(f"{model}: what cutting costs is drawn for SAM's ViT alone; leave out --images")
     bench = analysis.Bench(sam, choices, samples, importance_images, seed)
     for r in tried:

@@ -74,7 +74,8 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         drawn.save(temporary, format="PNG" if out.suffix.lower() == ".png" else "JPEG")
-    print(f"wrote {out}: mask of {int(masks[0].sum())} pixels, predicted IoU {scores[0]:.3f}")
+    nothing = "" if masks[0].any() else "; the model has no mask at this prompt"
+    print(f"wrote {out}: mask of {int(masks[0].sum())} pixels, predicted IoU {scores[0]:.3f}{nothing}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import write_json
 from slimsam_jax.inference.calibration import calibrate
+from slimsam_jax.inference.predictor import check_model
 from slimsam_jax.models.composed import with_encoder
 from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.sam import Sam, image_encoder
@@ -47,7 +48,7 @@ def run(options: Options, teacher: Sam, recipe: Recipe | None = None) -> dict[st
     Args:
       recipe: the steps, if not those that the options name.
     """
-    run = prepare(options, teacher, recipe)
+    run = prepare(options, check_model(teacher), recipe)
     with run.folder, preemption.at_once("stopped; finished steps are kept: continue with --resume"):
         student, seconds = carry_out(run)
         numbers = finish(run, student, seconds) if sharding.is_main() else {}

@@ -80,7 +80,7 @@ def prepare(paths: tuple[Path, ...], dtype: Dtype, cache: Path) -> list[tuple[di
       InputError: not a model, or one that is too large for a browser.
     """
     from converters import to_onnx
-    from converters.from_torch import load
+    from converters.from_torch import load_sam as load
 
     models = []
     for path in paths:

@@ -48,7 +48,8 @@ def click_ious(sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], cl
     for k in range(clicks):
         open_ = [_add_click(prompts, i, k, masks[i], truth[i]) for i in range(len(truth))]
         new, _ = decode_prompts(sam, encoded, prompts, low)
-        low = new[:, 0] if low is None else np.where(np.array(open_)[:, None, None], new[:, 0], low)
+        changed = np.array(open_).reshape(-1, *[1] * (new.ndim - 2))  # logits, or choices of a FastSAM
+        low = new[:, 0] if low is None else np.where(changed, new[:, 0], low)
         masks = list(original_masks(sam, encoded, low))
         ious[:, k] = [iou(mask, true) for mask, true in zip(masks, truth, strict=True)]
     return ious

@@ -15,6 +15,8 @@ from slimsam_jax.imaging.overlap import iou
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
 from slimsam_jax.inference.candidates import unpack
 from slimsam_jax.inference.decode import Encoded
+from slimsam_jax.inference.fast_sam import Found
+from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.sam import Sam
 
 COUNTS = (10, 100, 1000)
@@ -22,15 +24,21 @@ THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 
 
 def proposal_scores(
-    sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], points_per_side: int
+    sam: Sam | FastSam, encoded: Encoded | Found, annotations: Sequence[Annotation], points_per_side: int
 ) -> dict[str, float]:
-    """Scores an image: {"ar_10": average recall of its annotations by the first ten masks, ...}."""
+    """Scores an image: {"ar_10": average recall of its annotations by the first ten masks, ...}.
+
+    A FastSAM's masks are those that it finds, whatever `points_per_side`.
+    """
+    truth = np.stack([a.mask for a in annotations])
+    if isinstance(sam, FastSam):
+        ious = [iou(mask[None], truth) for mask in encoded.masks]
+        return average_recall(np.array(ious).reshape(-1, len(truth)))
     generator = SamAutomaticMaskGenerator(
         sam, points_per_side, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.9
     )
     kept = generator.candidates(encoded)
     kept = kept.take(np.argsort(-(kept.predicted_iou + kept.stability), kind="stable")[: COUNTS[-1]])
-    truth = np.stack([a.mask for a in annotations])
     ious = [iou(unpack(kept, i, encoded.original_size)[None], truth) for i in range(len(kept.bits))]
     return average_recall(np.array(ious).reshape(-1, len(truth)))
 

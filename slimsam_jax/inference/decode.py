@@ -12,6 +12,9 @@ from PIL import Image
 
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.prompts import Prompts, prompt_points
+from slimsam_jax.inference import fast_sam
+from slimsam_jax.inference.fast_sam import Found
+from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.sam import Sam, decode, encode
 
@@ -28,15 +31,17 @@ class Encoded(NamedTuple):
     original_size: tuple[int, int]
 
 
-def encode_image(sam: Sam, image: Image.Image) -> Encoded:
-    """Encodes an RGB image of any size."""
+def encode_image(sam: Sam | FastSam, image: Image.Image) -> Encoded | Found:
+    """Encodes an RGB image of any size; with a FastSAM, finds everything in it."""
+    if isinstance(sam, FastSam):
+        return fast_sam.find_one(sam, image)
     frame, size = sam.config.frame.place(image)
     embedding = encode(sam.config, sam.params, frame[None], size[None], jnp.float32)[0]
     return Encoded(embedding, tuple(int(side) for side in size), (image.height, image.width))
 
 
 def decode_prompts(
-    sam: Sam, encoded: Encoded, prompts: Prompts, masks: np.ndarray | None = None
+    sam: Sam | FastSam, encoded: Encoded | Found, prompts: Prompts, masks: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decodes p prompts to all outputs, at the decoder's resolution.
 
@@ -44,11 +49,14 @@ def decode_prompts(
       masks: [p, 4h, 4w] logits of a previous mask of each prompt, or None.
 
     Returns:
-      [p, 1 + multimask_outputs, 4h, 4w] logits and [p, 1 + multimask_outputs] predicted IoU.
+      [p, 1 + multimask_outputs, 4h, 4w] logits and [p, 1 + multimask_outputs] predicted IoU. Of a FastSAM choices
+      among its masks instead of logits, which `original_masks` takes, too; it does not read `masks`.
 
     Raises:
       InputError: the model cannot take such prompts.
     """
+    if isinstance(sam, FastSam):
+        return fast_sam.decode_prompts(encoded, prompts)
     check_labels(sam, prompts.labels, masks is not None)
     points = sam.config.frame.points(prompts.points, encoded.size, encoded.original_size)
     parts = []
@@ -96,8 +104,10 @@ def predict_masks(
     return original_masks(sam, encoded, low[:, mask]), scores[:, mask]
 
 
-def original_masks(sam: Sam, encoded: Encoded, low: np.ndarray) -> np.ndarray:
+def original_masks(sam: Sam | FastSam, encoded: Encoded | Found, low: np.ndarray) -> np.ndarray:
     """Resizes [..., 4h, 4w] logits to [..., h0, w0] bool masks; of float32 there is never more than one mask."""
+    if isinstance(sam, FastSam):
+        return fast_sam.original_masks(encoded, low)
     masks = np.empty((*low.shape[:-2], *encoded.original_size), bool)
     for index in np.ndindex(low.shape[:-2]):
         masks[index] = sam.config.frame.resize_masks(low[index], encoded.size, encoded.original_size) > 0

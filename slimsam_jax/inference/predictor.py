@@ -16,6 +16,7 @@ from slimsam_jax.inference.decode import Encoded, padded
 from slimsam_jax.inference.mixed_prompts import Prompt, check, decode_mixed, kind_of, real_array
 from slimsam_jax.inference.stability import outputs_of, stability_scores
 from slimsam_jax.limits import IMAGE_SIDE, quoted
+from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.sam import Sam, encode
 
 AnyImage = str | Path | Image.Image | np.ndarray
@@ -185,6 +186,11 @@ def check_model(sam: Sam) -> Sam:
     Raises:
       InputError: it is something else, such as the path of one.
     """
+    if isinstance(sam, FastSam):
+        raise InputError(
+            "this is a FastSAM, which has neither SAM's prompt encoder nor its decoder: predict, everything, evaluate "
+            "and inspect take it, FastSamPredictor, FastSamMaskGenerator and slimsam_jax.pruning; see docs/fast_sam.md"
+        )
     if not isinstance(sam, Sam):
         raise InputError(f"a model must be given, as slimsam_jax.load(path) gives it, not {kind_of(sam)}")
     return sam

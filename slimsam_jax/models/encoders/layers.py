@@ -33,10 +33,12 @@ class BatchNorm(nn.Module):
 
     Attributes:
       of_batch: use the statistics of the batch, and sow them into the collection "statistics".
+      epsilon: added to the variance.
     """
 
     of_batch: bool = False
     dtype: Any = jnp.float32
+    epsilon: float = BATCH_NORM_EPSILON
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -51,7 +53,7 @@ class BatchNorm(nn.Module):
             self.sow("statistics", "mean", mean)
             # PyTorch normalises by the biased variance and remembers the unbiased; Flax takes the biased for both.
             self.sow("statistics", "var", var * (count / max(count - 1, 1)))
-        factor = leaf["scale"] * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
+        factor = leaf["scale"] * jax.lax.rsqrt(var + self.epsilon)
         return x * factor.astype(self.dtype) + (leaf["bias"] - mean * factor).astype(self.dtype)
 
 
@@ -63,7 +65,7 @@ class ConvNorm(nn.Module):
       size: side of the kernel, padded by half of it: 1 (kernel [i, o]) or 3 (kernel [3, 3, i, o]).
       depthwise: each channel by its own kernel [size, size, 1, o].
       batch_norm: False after `fold_batch_norm`.
-      of_batch: as `BatchNorm` takes it.
+      of_batch, epsilon: as `BatchNorm` takes them.
     """
 
     features: int
@@ -73,6 +75,7 @@ class ConvNorm(nn.Module):
     batch_norm: bool = True
     of_batch: bool = False
     dtype: Any = jnp.float32
+    epsilon: float = BATCH_NORM_EPSILON
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -86,7 +89,7 @@ class ConvNorm(nn.Module):
         x = x.astype(self.dtype)
         x = x @ kernel if product else convolution(x, kernel, self.stride)
         if self.batch_norm:
-            return BatchNorm(self.of_batch, self.dtype, name="bn")(x)
+            return BatchNorm(self.of_batch, self.dtype, self.epsilon, name="bn")(x)
         return x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
 
 
@@ -119,7 +122,7 @@ def neck(x: jax.Array, out_chans: int, dtype: Any) -> jax.Array:
     return x.astype(at_least_float32(x))
 
 
-def fold_batch_norm(params: Params) -> Params:
+def fold_batch_norm(params: Params, epsilon: float = BATCH_NORM_EPSILON) -> Params:
     """Multiplies every batch norm into the convolution before it, for inference; other arrays stay themselves.
 
     Args:
@@ -129,13 +132,14 @@ def fold_batch_norm(params: Params) -> Params:
       a tree for the same architecture with `batch_norm=False`.
     """
     if "bn" not in params:
-        return {name: fold_batch_norm(part) if isinstance(part, Mapping) else part for name, part in params.items()}
+        fold = lambda part: fold_batch_norm(part, epsilon) if isinstance(part, Mapping) else part
+        return {name: fold(part) for name, part in params.items()}
     norm = params["bn"]
-    factor = norm["scale"] * (norm["var"] + BATCH_NORM_EPSILON) ** -0.5
+    factor = norm["scale"] * (norm["var"] + epsilon) ** -0.5
     return {"kernel": params["kernel"] * factor, "bias": norm["bias"] - norm["mean"] * factor}
 
 
-def unfold_batch_norm(params: Params, paths: Iterable[str]) -> Params:
+def unfold_batch_norm(params: Params, paths: Iterable[str], epsilon: float = BATCH_NORM_EPSILON) -> Params:
     """Gives a folded tree batch norms that change nothing, to rounding: for layouts that want them.
 
     Args:
@@ -144,7 +148,7 @@ def unfold_batch_norm(params: Params, paths: Iterable[str]) -> Params:
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     for path in paths:
         bias = flat.pop(f"{path}/bias")
-        norm = {"scale": bias * 0 + 1, "bias": bias, "mean": bias * 0, "var": bias * 0 + (1 - BATCH_NORM_EPSILON)}
+        norm = {"scale": bias * 0 + 1, "bias": bias, "mean": bias * 0, "var": bias * 0 + (1 - epsilon)}
         flat |= {f"{path}/bn/{name}": array for name, array in norm.items()}
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 

@@ -1,0 +1,106 @@
+"""Chooses among FastSAM's masks by prompts, as the original does. numpy alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from slimsam_jax.errors import InputError
+from slimsam_jax.inference.fast_sam_masks import Masks
+
+Size = tuple[int, int]
+
+
+class Choice(NamedTuple):
+    """A mask made of masks: pixels of those at `indices` are set or cleared, one after the other.
+
+    Attributes:
+      indices: of the masks, in their order of detection.
+      values: whether each is set.
+    """
+
+    indices: tuple[int, ...] = ()
+    values: tuple[bool, ...] = ()
+
+
+def draw(masks: Masks, choice: Choice) -> np.ndarray:
+    """[h, w] bool."""
+    image = np.zeros(masks.shape, bool)
+    for index, value in zip(*choice, strict=True):
+        masks.assign(image, index, value)
+    return image
+
+
+def by_points(masks: Masks, points: np.ndarray, labels: Sequence[int], size: Size) -> Choice:
+    """Joins the masks at points: masks from large to small, of each the points in their order.
+
+    A point with label 1 sets the pixels of a mask on which it lies, one with label 0 clears them. So a
+    smaller mask that is set later stands in a larger one that was cleared, and nothing but label 0 gives nothing.
+
+    Args:
+      points: [n, 2] (x, y) in pixels of the image.
+      labels: [n] 1 or 0.
+      size: (height, width) of the image, which the masks may differ from.
+    """
+    held = [masks.holds(x, y) for x, y in _in_masks(points, masks.shape, size)]
+    steps = [
+        (int(index), bool(label))
+        for index in np.argsort(-masks.areas, kind="stable")
+        for on, label in zip(held, labels, strict=True)
+        if on[index]
+    ]
+    return Choice(tuple(index for index, _ in steps), tuple(value for _, value in steps))
+
+
+def by_box(masks: Masks, box: Sequence[float], size: Size, among: np.ndarray | None = None) -> int | None:
+    """The index of the mask with the largest IoU with a box, the first of equal ones; None if there are no masks.
+
+    Args:
+      box: x0, y0, x1, y1 in pixels of the image.
+      among: [n] bool, which masks to choose from; all if None.
+
+    Raises:
+      InputError: the box ends at the image's left or upper edge, which the original refuses.
+    """
+    if box[2] == 0 or box[3] == 0:
+        raise InputError("a box that ends at 0 holds no pixel: x1 and y1 must lie inside of the image")
+    if not len(masks) or (among is not None and not among.any()):
+        return None
+    scores = box_overlaps(masks, box_in_masks(box, masks.shape, size))
+    return int((scores if among is None else np.where(among, scores, -1)).argmax())
+
+
+def by_boxes(masks: Masks, boxes: Sequence[Sequence[float]], size: Size) -> list[int]:
+    """The masks of several boxes: ascending, each once, not in the order of the boxes."""
+    found = {by_box(masks, box, size) for box in boxes}
+    return sorted(found - {None})
+
+
+def box_overlaps(masks: Masks, box: tuple[int, int, int, int]) -> np.ndarray:
+    """IoU [n] of masks with a box of whole numbers in their frame; 0 where neither has a pixel."""
+    shared = masks.shared(box)
+    union = (box[2] - box[0]) * (box[3] - box[1]) + masks.areas - shared
+    return np.divide(shared, union, out=np.zeros(len(masks)), where=union > 0)
+
+
+def consistent(masks: Masks, points: np.ndarray, labels: Sequence[int], size: Size) -> np.ndarray:
+    """Which masks [n] hold all points with label 1 and none with label 0."""
+    good = np.ones(len(masks), bool)
+    for (x, y), label in zip(_in_masks(points, masks.shape, size), labels, strict=True):
+        good &= masks.holds(x, y) == bool(label)
+    return good
+
+
+def _in_masks(points: np.ndarray, shape: Size, size: Size) -> list[tuple[int, int]]:
+    """Points of the image in pixels of the masks, cut off to whole numbers."""
+    scale = lambda value, axis: value if shape == size else value * shape[axis] / size[axis]
+    return [(int(scale(x, 1)), int(scale(y, 0))) for x, y in np.asarray(points, float).reshape(-1, 2)]
+
+
+def box_in_masks(box: Sequence[float], shape: Size, size: Size) -> tuple[int, int, int, int]:
+    """A box of the image in pixels of the masks: cut off to whole numbers if they differ, else rounded; and clipped."""
+    if shape != size:
+        box = [int(value * shape[axis] / size[axis]) for value, axis in zip(box, (1, 0, 1, 0), strict=True)]
+    return tuple(min(max(0, round(float(value))), shape[axis]) for value, axis in zip(box, (1, 0, 1, 0), strict=True))
