@@ -17,7 +17,7 @@ from slimsam_jax.pruning.importance import (
     channel_scores,
     check_choice,
 )
-from slimsam_jax.pruning.patterns import matching
+from slimsam_jax.pruning.patterns import voters
 from slimsam_jax.pruning.shrink import apply_masks, mask_tree
 from slimsam_jax.pruning.shrink import shrink as shrink_pieces
 from slimsam_jax.pruning.unfolding import fold_tree, groups_of_pieces, unfold_tree
@@ -71,22 +71,13 @@ def score(
         raise InputError(
             f"criterion {criterion!r} needs gradients; without them there are {', '.join(WITHOUT_GRADIENT)}"
         )
-    voters, scored = _voters(grouping, votes)
-    groups = groups_of_pieces(grouping.groups, grouping.axes, voters, own)
+    voting, scored = voters(grouping, votes)
+    groups = groups_of_pieces(grouping.groups, grouping.axes, voting, own)
     groups = [group for group in groups if group.name in scored and (only is None or group.name in only)]
     weights = unfold_tree(params, grouping)
     slopes = weights if gradients is None else unfold_tree(gradients, grouping)
     scores = channel_scores(weights, slopes, groups, criterion, seed, reduction)
     return {name: NORMALIZERS[normalizer](of_group) for name, of_group in scores.items()}
-
-
-def _voters(grouping: Grouping, votes: Sequence[str] | None) -> tuple[Collection[str], Collection[str]]:
-    """Paths of the arrays that vote, and the names of the groups that they score."""
-    if votes is None:
-        return grouping.kernels, grouping.widths
-    patterns = (votes,) if isinstance(votes, str) else votes
-    voters = set().union(*(matching("votes=", pattern, grouping.axes) for pattern in patterns))
-    return voters, {group.name for group in grouping.groups if any(m.path in voters for m in group.members)}
 
 
 def mask(params: Tree, grouping: Grouping, keep: Keep) -> Tree:

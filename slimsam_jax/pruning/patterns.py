@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from slimsam_jax.errors import InputError
@@ -42,3 +42,16 @@ def groups_matching(what: str, pattern: str, names: Iterable[str], grouping: Gro
             places[group.name] |= {f"{member.path}:{member.axis}" for member in group.members}
     found = matching(what, pattern, list(dict.fromkeys(place for own in places.values() for place in own)))
     return {name for name, own in places.items() if own & found}
+
+
+def voters(grouping: Grouping, votes: str | Sequence[str] | None) -> tuple[Collection[str], Collection[str]]:
+    """Paths of the arrays that speak for their groups, and the names of the groups that they speak for.
+
+    Args:
+      votes: patterns of paths; None for the kernels, and for all members of a group that has none.
+    """
+    if votes is None:
+        return grouping.kernels, grouping.widths
+    patterns = (votes,) if isinstance(votes, str) else votes
+    paths = set().union(*(matching("votes=", pattern, grouping.axes) for pattern in patterns))
+    return paths, {group.name for group in grouping.groups if any(member.path in paths for member in group.members)}

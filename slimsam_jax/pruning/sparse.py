@@ -18,6 +18,7 @@ import optax
 from slimsam_jax.errors import InputError
 from slimsam_jax.pruning.grouping import Grouping
 from slimsam_jax.pruning.groups import Group, Keep, Tree, path_of
+from slimsam_jax.pruning.patterns import voters
 from slimsam_jax.pruning.structure import fold
 from slimsam_jax.pruning.unfolding import groups_of_pieces, unfold_tree
 from slimsam_jax.pruning.widths import check_keep
@@ -25,22 +26,29 @@ from slimsam_jax.pruning.widths import check_keep
 PerChannel = dict[str, jax.Array]  # group -> [size]
 
 
-def group_lasso(grouping: Grouping, strength: float, only: Sequence[str] | None = None) -> optax.GradientTransformation:
+def group_lasso(
+    grouping: Grouping,
+    strength: float,
+    only: Sequence[str] | None = None,
+    votes: Sequence[str] | None = None,
+) -> optax.GradientTransformation:
     """Pulls every channel to zero with the same force, so that the small ones get there.
 
     The penalty is strength * sum over channels of the L2 norm of all their weights (Yuan & Lin
     2006; on coupled layers as in DepGraph, Fang et al., CVPR 2023), its gradient strength * w / norm.
+    Of the scales of BatchNorms alone it is network slimming's (Liu et al., ICCV 2017).
 
     Args:
       grouping: of the parameters that are trained, at full width. Its kernels are penalised, and the members of groups
         without any; weights that lie in two groups, twice.
       strength: of the penalty, not negative.
       only: names of the groups; all of them by default.
+      votes: patterns of the paths of the arrays that are penalised in place of the kernels, as "*/BatchNorm_*/scale".
 
     Raises:
-      InputError: a negative strength, or an unknown group.
+      InputError: a negative strength, an unknown group, or a pattern that matches nothing.
     """
-    groups = _groups(grouping, only)
+    groups = _groups(grouping, only, votes)
     if not strength >= 0:
         raise InputError(f"strength {strength} of a penalty is negative")
 
@@ -109,11 +117,12 @@ def growing_regularization(
     return optax.GradientTransformation(init, update)
 
 
-def _groups(grouping: Grouping, only: Sequence[str] | None) -> list[Group]:
+def _groups(grouping: Grouping, only: Sequence[str] | None, votes: Sequence[str] | None = None) -> list[Group]:
+    voting, spoken_for = voters(grouping, votes)
     if missing := sorted(set(only or ()) - grouping.widths.keys()):
         raise InputError(f"there is no group {missing[0]!r} to penalise")
-    groups = groups_of_pieces(grouping.groups, grouping.axes, grouping.kernels)
-    return [group for group in groups if only is None or group.name in only]
+    groups = groups_of_pieces(grouping.groups, grouping.axes, voting)
+    return [group for group in groups if group.name in spoken_for and (only is None or group.name in only)]
 
 
 def _pieces(params: Tree | None, grouping: Grouping) -> dict[str, list[jax.Array]]:

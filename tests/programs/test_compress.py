@@ -127,15 +127,19 @@ def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, without
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "direction", "distilled"),
+    ("recipe", "direction", "distilled", "criterion"),
     [
-        (lists.progressive(0.5), 0.5, ["distill", "distill-2", "distill-3", "distill-4"]),
-        (lists.scratch(0.5), 0, ["distill"]),
+        (lists.progressive(0.5), 0.5, ["distill", "distill-2", "distill-3", "distill-4"], ("magnitude", "none")),
+        (lists.scratch(0.5), 0, ["distill"], ("fpgm", "lamp")),
     ],
     ids=["progressive", "scratch"],
 )
-def test_other_orders_than_the_papers(material, tmp_path, without_figure, recipe, direction, distilled):
-    choices = ("distill.validations=1", f"distill.direction={direction}", "prune.criterion=magnitude")
+def test_other_orders_than_the_papers(material, tmp_path, without_figure, recipe, direction, distilled, criterion):
+    """And criteria that read no gradients."""
+    choices = ("distill.validations=1", f"distill.direction={direction}")
+    choices += tuple(
+        f"prune.{name}={choice}" for name, choice in zip(("criterion", "normalizer"), criterion, strict=True)
+    )
     options = compress_options(material, tmp_path / "slim", limit=4, set=("distill.validations=1",), ratio=0.5)
     compress_with(options, change(recipe, (*choices, "distill.features=0")))
     slim = from_torch.load(tmp_path / "slim")

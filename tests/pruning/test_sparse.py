@@ -67,6 +67,12 @@ def test_group_lasso_in_closed_form(grouping):
     assert_equal(updated(sparse.group_lasso(grouping, 0.3)), jax.tree.map(lambda g: 1 + g, slopes))
 
 
+def test_scales_alone_are_pulled_by_their_sign(grouping):
+    """Network slimming: of an array with one number per channel the norm is its size."""
+    updates = updated(sparse.group_lasso(grouping, 0.3, votes="in/bias"))
+    assert_equal(updates, {**by_hand(np.zeros(8)), "in": {"kernel": np.ones((3, 8)), "bias": np.full(8, 1.3)}})
+
+
 def test_a_dead_channel_has_no_slope(grouping):
     dead = pruning.mask(PARAMS, grouping, KEEP)
     lasso = sparse.group_lasso(grouping, 0.3)
@@ -143,6 +149,7 @@ def test_groups_with_products_and_several_axes():
     [
         (lambda g: sparse.group_lasso(g, -1.0), r"strength -1\.0 of a penalty is negative"),
         (lambda g: sparse.group_lasso(g, 1.0, only=["b"]), "there is no group 'b' to penalise"),
+        (lambda g: sparse.group_lasso(g, 1.0, votes="*/scale"), r"votes='\*/scale' matches nothing"),
         (lambda g: sparse.growing_regularization(g, -0.1), r"grow -0\.1 and most 1\.0 must not be negative"),
         (lambda g: sparse.growing_regularization(g, 0.1, every=0), "every 0 at least 1"),
         (lambda g: sparse.growing_regularization(g, 0.1, keep={NAME: [9]}), "between 0 and 7"),
