@@ -2,7 +2,10 @@
 
     python -m experiments.batch_norm --model FOLDER --images TRAIN --val VAL
 
-The model is a TinyViT-SAM, such as `experiments.tiny_vit_end_to_end` makes. Its streams are cut, nothing is distilled.
+The model is a TinyViT-SAM, such as `experiments.tiny_vit_end_to_end` makes. Its streams are cut, each by the same
+share, and nothing is distilled: as it was trained, with statistics that stood still and so are nobody's any more, and
+with statistics of its images, as those of a model that was trained with batches' (the published ones).
+
 The error is that against the uncut model, relative to the variance of its embedding, mean over the images of `val`.
 """
 
@@ -46,17 +49,24 @@ class Options:
 
 
 def main(options: Options) -> None:
-    sam, samples = slimsam_jax.load(options.model), find(list(options.images))
-    step = Prune("embedding", criterion=options.criterion, allocation="global")
-    batches = lambda batch: Batches(samples, sam.config.image_size, batch, options.seed)
-    calibration = lambda name: (batch for _, batch in zip(range(24), batches(1), strict=False))
-    slim = prune(sam, step, Target(options.ratio), calibration, options.seed)
-    models = {"as they were": slim} | {f"of {count} images": again(slim, batches(8), count) for count in options.counts}
+    trained, samples = slimsam_jax.load(options.model), find(list(options.images))
+    batches = lambda batch: Batches(samples, trained.config.image_size, batch, options.seed)
     val = [sample.image() for sample in find(list(options.val))[: options.limit]]
-    wanted = [encode_image(sam, image).embedding for image in val]
-    for name, model in models.items():
-        errors = [relative_error(encode_image(model, i).embedding, e) for i, e in zip(val, wanted, strict=True)]
-        print(f"{options.criterion}, ratio {options.ratio:g}, statistics {name}: {np.mean(errors):.3f}", flush=True)
+    true = again(trained, batches(8), options.counts[-1])
+    print(f"uncut, new statistics in place of those it was trained with: {error(true, trained, val):.3f}", flush=True)
+    step = Prune("embedding", criterion=options.criterion, allocation="local")
+    calibration = lambda name: (batch for _, batch in zip(range(24), batches(1), strict=False))
+    for name, sam in (("as trained", trained), ("whose statistics are its images'", true)):
+        slim = prune(sam, step, Target(options.ratio), calibration, options.seed)
+        print(f"a model {name}, cut by {options.ratio:g}: statistics as they were {error(slim, sam, val):.3f}", end="")
+        for count in options.counts:
+            print(f", of {count} images {error(again(slim, batches(8), count), sam, val):.3f}", end="", flush=True)
+        print(flush=True)
+
+
+def error(sam: Sam, uncut: Sam, images: list) -> float:
+    pairs = ([encode_image(model, image).embedding for model in (sam, uncut)] for image in images)
+    return float(np.mean([relative_error(*pair) for pair in pairs]))
 
 
 def again(slim: Sam, batches: Batches, count: int) -> Sam:

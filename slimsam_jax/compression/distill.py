@@ -84,7 +84,8 @@ class Distillation(Loop):
 
     def __init__(self, run: Run, planned: Planned, student: Sam, previous: Sam):
         options, step = run.options, planned.step
-        student = recalibrated(run, student) if step.batch_norm == "recalibrated" else student
+        if step.batch_norm == "recalibrated" and not planned.before:
+            student = recalibrated(run, student)
         self.whole, self.planned, self.distill, self.student = run, planned, step, student
         self.steps = planned.steps
         work = self.steps * run.batch * reference_macs.encoder_macs(run.teacher.config).total

@@ -248,9 +248,10 @@ class Distill(Record):
       order: of the images; steps of the same order see them one after the other alike.
       losses: the terms besides the embedding.
       optimizer: how long and how fast it learns.
-      batch_norm: of families that have it, before the step learns; while it learns, statistics stay ("frozen": a few
-        images are poor statistics). "recalibrated": estimated anew from the images, as those of before a cut are of
-        channels that are gone.
+      batch_norm: of families that have it. "frozen": its statistics stay as they are, as a few images are poor ones.
+        "recalibrated": the first distillation of a run begins with statistics of its images, for weights drawn anew,
+        or where a cut has taken channels from a model that learned with statistics of batches, as published ones. One
+        that was distilled before has learned with statistics that stood still, and loses by others.
       augment: what is done to images at random.
       validation: how the student is judged.
       quirks: of the reference.

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, printable
 from slimsam_jax.pruning.axes import Axes
 from slimsam_jax.pruning.copies import copies
 from slimsam_jax.pruning.graph import Graph
@@ -49,12 +50,14 @@ def find_groups(function: Callable, params: Tree, *inputs: Any, keep: Sequence[s
     except Exception as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise InputError(f"the function cannot be traced: {type(error).__name__}: {reason}") from error
+    if not program.outputs:
+        raise InputError("the function returns no array, so all of it is dead code")
     axes = Axes()
     number = dict(zip(arrays, program.inputs, strict=False))
     nodes = {number[path]: fresh(axes, tuple(array.shape)) for path, array in arrays.items()}
     others = program.inputs[len(arrays) :]
     nodes |= {value: fresh(axes, values.shape(value), "an axis of an input") for value in others}
-    for path, axis in _kept(arrays, keep):
+    for path, axis in _kept(arrays, _patterns(keep)):
         axes.freeze(nodes[number[path]][axis], "kept by request")
     graph = Graph(values, nodes, {value: path for path, value in number.items()}, axes)
     for output in graph.walk(program):
@@ -68,12 +71,21 @@ def _arrays(params: Tree) -> dict[str, Any]:
         path = path_of(keys)
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise InputError(f"parameter {path!r} is a {type(leaf).__name__}, not an array")
+        if isinstance(leaf.dtype, np.dtype) and leaf.dtype.kind in "OSUMm":  # a key of random numbers has another type
+            raise InputError(f"parameter {path!r} holds {leaf.dtype}, not numbers")
         if path in arrays:
             raise InputError(f"two parameters have the path {path!r}")
         arrays[path] = leaf
     if not arrays:
         raise InputError("there are no parameters: the tree has no arrays")
     return arrays
+
+
+def _patterns(keep: Any) -> Sequence[str]:
+    patterns = (keep,) if isinstance(keep, str) else keep
+    if not isinstance(patterns, list | tuple | set | frozenset) or not all(isinstance(each, str) for each in patterns):
+        raise InputError(f"keep= takes paths or patterns of paths, not {printable(repr(keep), 60)}")
+    return patterns
 
 
 def _shape(leaf: Any) -> Any:

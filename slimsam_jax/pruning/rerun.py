@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax.errors import InputError
-from slimsam_jax.pruning.groups import Keep, Tree, by_path
+from slimsam_jax.pruning.groups import Keep, Tree, by_path, path_of
 from slimsam_jax.pruning.made import Made
 from slimsam_jax.pruning.program import Program, Step, Values, bind, scan_operands
 from slimsam_jax.pruning.rewriting import REWRITES, Cut
@@ -52,7 +52,12 @@ class Traced:
         arrays = by_path(params)
         keep, widths = self._widths(grouping, arrays, keep)
         check_shapes(arrays, grouping, widths)
-        return jax.tree.unflatten(self.result, Run(self, grouping, widths, keep)(self.program, leaves))
+        try:
+            outputs = Run(self, grouping, widths, keep)(self.program, leaves)
+        except TypeError:  # of lax, whose operands must be of one type
+            self._check_types((params, *inputs))
+            raise
+        return jax.tree.unflatten(self.result, outputs)
 
     def leaves(self, params: Tree, inputs: tuple) -> list[Any]:
         """The arguments of the program; raises InputError if they are others than were traced, widths apart."""
@@ -64,6 +69,15 @@ class Traced:
             if np.shape(leaf) != self.values.shape(value):
                 raise InputError(f"an input has shape {np.shape(leaf)}, but {self.values.shape(value)} was traced")
         return leaves
+
+    def _check_types(self, arguments: Any) -> None:
+        """Raises InputError if an argument has another type than was traced."""
+        leaves = jax.tree_util.tree_leaves_with_path(arguments)
+        for (keys, leaf), value in zip(leaves, self.program.inputs, strict=True):
+            traced, given = self.values.avals[value].dtype, jax.dtypes.result_type(leaf)
+            if given != traced:
+                what = f"array {path_of(keys[1:])!r}" if keys[0].idx == 0 else f"input {keys[0].idx}"
+                raise InputError(f"{what} is {given}, but the function was traced with {traced}")
 
     def _widths(self, grouping: Grouping, arrays: Mapping[str, Any], keep: Keep | None) -> tuple[Keep | None, Widths]:
         check_paths(arrays, grouping)
@@ -122,10 +136,20 @@ class Run:
                 piece = jnp.take(piece, np.arange(self._widths[name]), i)
         return piece
 
+    def _cut_drawn(self, numbers: Any, row: Row) -> Any:
+        """Random numbers of full size cut as the parameters were, so that a mask leaves the same."""
+        if shape_of(row, self._widths) == numbers.shape:
+            return numbers
+        if self._keep is None:
+            raise InputError(f"the cut goes through random numbers of shape {numbers.shape}: pass keep=")
+        return self._cut(numbers, row)
+
     def _step(self, step: Step, operands: list[Any]) -> list[Any]:
         if step.inner:
             return getattr(self, self.CONTROL[step.name])(step, operands)
         eqn, rows, results = step.eqn, self._traced.operands[step], self._traced.results[step]
+        if step.name == "random_bits":
+            return [self._cut_drawn(*bind(eqn, operands, eqn.params), results[0])]
         shapes = [shape_of(row, self._widths) for row in results]
         cut = Cut(eqn, rows, [np.shape(x) for x in operands], shapes, self._full, self._widths)
         params = {**eqn.params, **REWRITES[step.name](cut)} if step.name in REWRITES else eqn.params

@@ -89,6 +89,8 @@ def check_paths(arrays: Mapping[str, Any], grouping: Grouping) -> None:
             nearest = difflib.get_close_matches(path, arrays, n=3, cutoff=0)
             raise InputError(f"there is no array {path!r}, which was traced; the nearest are {', '.join(nearest)}")
     for path, array in arrays.items():
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise InputError(f"{path!r} is a {type(array).__name__}, not an array")
         if path not in grouping.axes and path not in grouping.unused:
             raise InputError(f"array {path!r} was not there when the function was traced")
         if path in grouping.axes and array.ndim != len(grouping.axes[path]):

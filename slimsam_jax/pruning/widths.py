@@ -24,6 +24,8 @@ def check_keep(grouping: Grouping, keep: Keep) -> dict[str, np.ndarray]:
         group with copies, [copies, width].
     """
     groups = {group.name: group for group in grouping.groups}
+    if not isinstance(keep, Mapping):
+        raise InputError(f"keep must be {{group: indices of channels}}, not of type {type(keep).__name__}")
     for name in keep:
         if name not in groups:
             nearest = difflib.get_close_matches(str(name), groups, n=3, cutoff=0)

@@ -31,6 +31,20 @@ def heads(params, x):
     return jnp.einsum("nhd,mhd->nm", q, k)
 
 
+def called_back(y):
+    return jax.pure_callback(lambda y: np.asarray(y), jax.ShapeDtypeStruct(y.shape, y.dtype), y)
+
+
+def endless(n):
+    return endless(n + 1)
+
+
+def narrow(params, x):
+    """Each number as two of half its size."""
+    halves = jax.lax.bitcast_convert_type(x @ params["a"], jnp.bfloat16)
+    return halves.sum(-1).astype(np.float32) @ params["b"]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -47,6 +61,23 @@ def heads(params, x):
             "a:1: primitive fft has no",
         ),
         (lambda: find_groups(function, PARAMS, X, keep=["c/*"]), "keep='c/.' matches no parameter; the nearest are"),
+        (lambda: find_groups(function, PARAMS, X, keep=[3]), r"takes paths or patterns of paths, not \[3\]"),
+        (lambda: find_groups(function, PARAMS, X, keep=None), "takes paths or patterns of paths, not None"),
+        (lambda: find_groups(lambda p, x: None, PARAMS, X), "the function returns no array"),
+        (lambda: find_groups(lambda p, x: (), PARAMS, X), "the function returns no array"),
+        (lambda: find_groups(lambda p, x: 3.0, PARAMS, X), "nothing can be cut .no parameter is read"),
+        (lambda: find_groups(lambda p, x: p["s"] * x, {"s": np.float32(3)}, X), "or all axes have length 1"),
+        (lambda: find_groups(lambda p, x: "text", PARAMS, X), "cannot be traced: TypeError: .*<class 'str'>"),
+        (lambda: find_groups(function, {**PARAMS, "c": 2.0}, X), "parameter 'c' is a float, not an array"),
+        (lambda: find_groups(function, {**PARAMS, "c": np.array([object()])}, X), "parameter 'c' holds object"),
+        (lambda: find_groups(function, {"c": None}, X), "there are no parameters"),
+        (lambda: find_groups(function, {"a/b": X, "a": {"b": X}}, X), "two parameters have the path 'a/b'"),
+        (lambda: find_groups(function, PARAMS, X, "train"), "cannot be traced: TypeError"),
+        (lambda: find_groups(lambda p, x, t: x if t else 0, PARAMS, X, True), "cannot be traced: TracerBool"),
+        (lambda: find_groups(lambda p, x: called_back(x @ p["a"]) @ p["b"], PARAMS, X), "a:1: primitive pure_callback"),
+        (lambda: find_groups(lambda p, x: endless(0), PARAMS, X), "cannot be traced: RecursionError"),
+        (lambda: find_groups(3, PARAMS, X), "cannot be traced: TypeError"),
+        (lambda: find_groups(narrow, PARAMS, X), "a:1: its numbers are read as those of another size"),
     ],
 )
 def test_what_cannot_be_grouped(call, message):
@@ -82,6 +113,10 @@ def test_another_tree(grouping):
         pruning.mask({**PARAMS, "b": PARAMS["b"][:7]}, grouping, keep)
     with pytest.raises(InputError, match="array 'c' was not there when the function was traced"):
         pruning.mask({**PARAMS, "c": X}, grouping, keep)
+    with pytest.raises(InputError, match="'b' is a str, not an array"):
+        pruning.mask({**PARAMS, "b": "text"}, grouping, keep)
+    with pytest.raises(InputError, match=r"must be {group: indices of channels}, not of type list"):
+        pruning.mask(PARAMS, grouping, [0, 1])
 
 
 def test_what_cannot_be_selected(grouping):
@@ -111,8 +146,23 @@ def test_what_cannot_be_run(grouping):
         grouping.run(slim)
     with pytest.raises(InputError, match=r"array 'b' has shape \(8, 5\), not \(3, 5\)"):
         grouping.run({**slim, "b": PARAMS["b"]}, X)
+    with pytest.raises(InputError, match="'a' is a str, not an array"):
+        grouping.run({**slim, "a": "text"}, X)
     with pytest.raises(InputError, match="is wider than group 'a:1', which has 8"):
         grouping.run({"a": np.ones((3, 9), np.float32), "b": np.ones((9, 5), np.float32)}, X)
+
+
+def test_arguments_of_other_types():
+    """Where lax would not take them; what it takes is run."""
+    function = lambda p, x: (x @ p["a"] + p["c"]) @ p["b"]
+    params = {**PARAMS, "c": np.ones(8, np.float32)}
+    grouping = find_groups(function, params, X)
+    slim = pruning.shrink(params, grouping, {"a:1": [0, 1, 5]})
+    with pytest.raises(InputError, match="array 'c' is int8, but the function was traced with float32"):
+        grouping.run({**slim, "c": slim["c"].astype(np.int8)}, X)
+    added = find_groups(lambda p, x, y: (x @ p["a"]).sum(1) + y, {"a": np.ones((3, 8), np.float32)}, X, X[:, 0])
+    with pytest.raises(InputError, match="input 2 is int8, but the function was traced with float32"):
+        added.run({"a": PARAMS["a"]}, X, X[:, 0].astype(np.int8))
 
 
 def test_an_axis_that_no_cut_leaves():

@@ -77,4 +77,5 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("sort", "top_k"), ordering),
     "rev": reverse,
     "optimization_barrier": unchanged,
+    "device_put": unchanged,
 }
