@@ -12,7 +12,7 @@ from slimsam_jax.evaluation.checks import Protocol
 
 def main(
     model: tuple[Path, ...],
-    data: tuple[str, ...],
+    data: tuple[str, ...] = (),
     protocol: tuple[Protocol, ...] = (),
     boxes: Path | None = None,
     clicks: int = 10,
@@ -21,6 +21,7 @@ def main(
     resamples: int = 10_000,
     max_broken: float = 0.1,
     strict: bool = False,
+    costs: bool = True,
     json: Path | None = None,
     markdown: Path | None = None,
     figure: Path | None = None,
@@ -29,7 +30,9 @@ def main(
 
     Each annotation of an image gives one prompt; the mask is compared with it at the image's own size. Mean over
     annotations, then over images. Intervals are 95 % bootstrap intervals over images; of all models but the first
-    they are of the difference to the first, paired by image.
+    they are of the difference to the first, paired by image. Beside the scores stands what each model costs:
+    parameters, multiply-accumulates, milliseconds and memory of its encoder on this machine. Without --data that alone
+    is measured.
 
     Args:
       model: model folders, .pth files, or Hugging Face SamModel folders.
@@ -46,10 +49,15 @@ def main(
       resamples: for the intervals; of AP 1000 at most, which takes longer.
       max_broken: the share of images that may be unreadable; more stop the evaluation. The others are named.
       strict: stop at the first image that cannot be read.
+      costs: measure those, too.
       json: write all numbers, per image too, with the hashes of models and data.
       markdown: write the table.
       figure: write a PNG: each image's score of one model against the first's, and masks of the worst images.
     """
+    if not data:
+        if protocol or boxes or json or markdown or figure or not costs:
+            raise InputError("--data needs at least one value; without it only costs are measured and printed")
+        return print_costs(model)
     if figure and boxes and not protocol:
         raise InputError("--figure needs a --protocol: AP has no score per image to draw")
     outputs = [path for path in (json, markdown, figure) if path]
@@ -57,12 +65,22 @@ def main(
     choices = {"boxes": boxes, "clicks": clicks, "points_per_side": points_per_side, "seed": seed}
     shares = {"resamples": resamples, "max_broken": max_broken, "strict": strict}
     found = api.evaluate(model, data, protocol, **choices, **shares)
+    found = found.measure_costs() if costs else found
     found.print_table()  # before anything is written, which may fail
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
     for path, write in ((json, found.save_json), (markdown, found.save_markdown), (figure, found.save_figure)):
         if path:
             write(path)
+
+
+def print_costs(models: tuple[Path, ...]) -> None:
+    """Prints what models cost, which takes no images."""
+    from slimsam_jax.evaluation import costs
+    from slimsam_jax.evaluation.checks import check_choices, names_of
+
+    check_choices(models, ["none"], (), None)
+    costs.print_table(names_of(models), costs.measure([api.load(model) for model in models]))
 
 
 if __name__ == "__main__":

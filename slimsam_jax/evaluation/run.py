@@ -10,6 +10,7 @@ from slimsam_jax.checkpoint import sha256
 from slimsam_jax.data import find
 from slimsam_jax.data.sources import coco
 from slimsam_jax.evaluation import bootstrap, detections, figures, tables
+from slimsam_jax.evaluation import costs as costing
 from slimsam_jax.evaluation.checks import names_of
 from slimsam_jax.evaluation.compare import Measured, measure_models
 from slimsam_jax.evaluation.scores import Protocols
@@ -31,6 +32,7 @@ class Evaluation:
       protocols: how it was measured.
       boxes: a detector's boxes, if there were some.
       resamples: of the bootstrap.
+      costs: of each model, if they were measured: see `measure_costs`.
     """
 
     names: list[str]
@@ -41,9 +43,16 @@ class Evaluation:
     protocols: Protocols
     boxes: Path | None
     resamples: int
+    costs: costing.Costs | None = None
+
+    def measure_costs(self) -> Evaluation:
+        """With what the models cost on this machine beside what they score: see `costs.measure`."""
+        return dataclasses.replace(self, costs=costing.measure(self.sams))
 
     def print_table(self) -> None:
-        """Prints the summary, and which images and protocols are not in it."""
+        """Prints costs and summary, and which images and protocols are not in it."""
+        if self.costs:
+            costing.print_table(self.names, self.costs)
         for reason in self.measured.skipped.values():
             print(f"skipped: {reason}")
         tables.print_table(self.names, self.summary)
@@ -58,12 +67,15 @@ class Evaluation:
             name: {"path": where and str(where), "sha256": where and sha256(where), "provenance": sam.provenance}
             for name, where, sam in zip(self.names, self.paths, self.sams, strict=True)
         }
+        if self.costs:
+            models = {name: {**models[name], "costs": cost} for name, cost in zip(self.names, self.costs, strict=True)}
         made_by = {"models": models, "boxes": self.boxes and sha256(self.boxes), "resamples": self.resamples}
         write_json(Path(path), made_by | tables.as_json(self.names, self.measured, self.protocols, self.summary))
 
     def save_markdown(self, path: Path | str) -> None:
-        """Writes the summary as a table."""
-        tables.write_markdown(Path(path), self.names, self.summary)
+        """Writes the summary as a table, and costs as another."""
+        more = f"\n{costing.markdown(self.names, self.costs)}" if self.costs else ""
+        tables.write_markdown(Path(path), self.names, self.summary, more)
 
     def save_figure(self, path: Path | str) -> None:
         """Writes a PNG: each image's score of one model against the first's, and masks of the worst images."""

@@ -87,9 +87,10 @@ def markdown(names: Sequence[str], summary: Summary) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def write_markdown(path: Path, names: Sequence[str], summary: Summary) -> None:
+def write_markdown(path: Path, names: Sequence[str], summary: Summary, more: str = "") -> None:
+    """Writes the summary, and `more` below it."""
     with replacing(path) as temporary:
-        temporary.write_text(markdown(names, summary))
+        temporary.write_text(markdown(names, summary) + more)
 
 
 def as_json(names: Sequence[str], measured: Measured, protocols: Protocols, summary: Summary) -> dict[str, Any]:

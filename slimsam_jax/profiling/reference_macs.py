@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from slimsam_jax.models.config import Config, tokens
+from slimsam_jax.models.encoders import counts
 from slimsam_jax.models.sam import Architecture, abstract_head, abstract_params, image_encoder
 from slimsam_jax.profiling import macs
 from slimsam_jax.profiling.macs import Macs
@@ -18,10 +19,9 @@ from slimsam_jax.profiling.macs import Macs
 def parameters(params: Any) -> int:
     """Counts the scalars in a tree (of arrays or of shapes), as PyTorch counts a SAM.
 
-    The frequencies of the positional encoding are a buffer there, so they do not count.
+    The frequencies of the positional encoding and batch norm's statistics are buffers there, so they do not count.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return sum(math.prod(leaf.shape) for path, leaf in leaves if "gaussian_matrix" not in str(path[-1]))
+    return counts.parameters(params)
 
 
 def encoder_parameters(config: Architecture) -> int:
@@ -54,10 +54,11 @@ def encoder_macs(config: Architecture) -> Macs:
 
     Of a ViT in closed form, which equals the reference's counter to the digit: `linear` counts biases once per call for
     a linear layer, per position for a convolution, and an activation one per element. Of another family as the papers
-    count, in its jaxpr.
+    count: in closed form where there is one, else in its jaxpr (which on a CPU holds no depthwise convolutions).
     """
     if not isinstance(config, Config):
-        return _counted(config)
+        closed = counts.CLOSED_FORMS.get(type(config.encoder))
+        return Macs(*closed(config.encoder)) if closed else _counted(config)
     embed, out, grid = config.embed_dim, config.out_chans, math.prod(config.grid)
     linear = _conv(grid, 3 * config.patch_size**2, embed) + grid * out * (embed + 9 * out)
     attention = 0

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -31,6 +32,7 @@ from slimsam_jax.imaging.overlap import boundary, boundary_iou, iou
 from slimsam_jax.imaging.prompts import Prompts
 from slimsam_jax.inference.decode import decode_prompts, encode_image
 from slimsam_jax.models import sam as models
+from slimsam_jax.profiling import reference_macs
 
 MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=30))
 
@@ -294,7 +296,16 @@ def test_command_writes_table_json_and_figure(material, tmp_path, monkeypatch, c
     assert result["models"]["other"]["sha256"] == checkpoint.sha256(tmp_path / "other")
     values = [image["other"]["box/iou"] - image["teacher"]["box/iou"] for image in result["per_image"].values()]
     assert result["results"]["box/iou"]["other"]["difference"] == pytest.approx(np.mean(values))
-    assert out[1].read_text().splitlines()[2].startswith("| box mIoU | ")
+    lines = out[1].read_text().splitlines()
+    assert lines[2].startswith("| box mIoU | ")
+    costs = result["models"]["other"]["costs"]
+    size = reference_macs.parameters(other.params)
+    assert costs["parameters"] == size and costs["encoder_latency_ms"] > 0
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(encoder))
+    assert weights < costs["encoder_memory"] < 100 * weights
+    assert costs["encoder_macs_linear"] == reference_macs.encoder_macs(other.config).linear
+    row = f"| parameters, whole model | {size / 1e6:.2f} M | {size / 1e6:.2f} M |"
+    assert row in lines and "parameters, whole model" in text
     with Image.open(out[2]) as drawn:
         assert drawn.size == (1300, 1100)
 
@@ -306,6 +317,14 @@ def test_what_cannot_be_measured_is_said(material, tmp_path, monkeypatch, capsys
     assert code == 0 and text.endswith("6 images\nnot measured, as none of the images is annotated: point, box\n")
     code, text, _ = run_program(monkeypatch, capsys, "evaluate", *arguments, "--protocol", "agreement")
     assert code == 0 and "not measured" not in text
+
+
+def test_costs_need_no_images(material, monkeypatch, capsys):
+    code, text, _ = run_program(monkeypatch, capsys, "evaluate", "--model", material / "teacher")
+    assert code == 0 and "encoder MACs, attention" in text and "mIoU" not in text
+    for more in (("--protocol", "box"), ("--no-costs",), ("--json", "x.json")):
+        code, _, error = run_program(monkeypatch, capsys, "evaluate", "--model", material / "teacher", *more)
+        assert code == 2 and "--data needs at least one value" in error
 
 
 def test_figure_of_one_model(material, tmp_path, monkeypatch, capsys):

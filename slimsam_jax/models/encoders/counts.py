@@ -41,7 +41,7 @@ def parameters(params: Any) -> int:
 
 def macs(config: tiny_vit.Config | efficient_sam_vit.Config) -> Macs:
     """Of an image encoder for one image of its own size."""
-    return tiny_vit_macs(config) if isinstance(config, tiny_vit.Config) else efficient_sam_vit_macs(config)
+    return CLOSED_FORMS[type(config)](config)
 
 
 def tiny_vit_macs(config: tiny_vit.Config) -> Macs:
@@ -82,6 +82,9 @@ def decoder_macs(head: Config | HeadConfig, prompt_tokens: int) -> int:
     linear = head.decoder_depth * block + one_way + 4 * image * (width + 4 * second) * first
     linear += (1 + head.multimask_outputs) * width * (2 * width + second)
     return linear + head.iou_head_dim * (width + head.iou_head_dim + 1 + head.multimask_outputs)
+
+
+CLOSED_FORMS = {tiny_vit.Config: tiny_vit_macs, efficient_sam_vit.Config: efficient_sam_vit_macs}
 
 
 def _projections(dim: int, block: Block) -> int:

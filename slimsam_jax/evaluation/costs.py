@@ -1,0 +1,74 @@
+"""Measures what models cost, to stand beside what they score: parameters, multiply-accumulates, latency, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from slimsam_jax.models.sam import Sam, encode
+from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling.latency import encoder_runner, interleaved
+
+Costs = list[dict[str, float]]  # of each model
+ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (  # key, label, format of a cell
+    ("parameters", "parameters, whole model", lambda v: f"{v / 1e6:.2f} M"),
+    ("encoder_parameters", "parameters, encoder", lambda v: f"{v / 1e6:.2f} M"),
+    ("encoder_macs_linear", "encoder MACs, linear", lambda v: f"{v / 1e9:.2f} G"),
+    ("encoder_macs_attention", "encoder MACs, attention", lambda v: f"{v / 1e9:.2f} G"),
+    ("encoder_latency_ms", "encoder, one image", lambda v: f"{v:.1f} ms"),
+    ("encoder_memory", "encoder, peak memory", lambda v: f"{v / 1e6:.0f} MB"),
+)
+
+
+def measure(sams: Sequence[Sam]) -> Costs:
+    """Measures models, those of one image in float32 on this machine; latencies by turns, so that they compare.
+
+    Returns:
+      of each model "parameters", "encoder_parameters", "encoder_macs_linear", "encoder_macs_attention",
+      "encoder_latency_ms" (the median) and "encoder_memory" in bytes: XLA's count of what the program holds at most,
+      weights included.
+    """
+    seconds = interleaved([encoder_runner(sam.config, sam.params) for sam in sams])
+    return [_of(sam) | {"encoder_latency_ms": 1e3 * each} for sam, each in zip(sams, seconds, strict=True)]
+
+
+def _of(sam: Sam) -> dict[str, float]:
+    macs = reference_macs.encoder_macs(sam.config)
+    return {
+        "parameters": reference_macs.parameters(sam.params),
+        "encoder_parameters": reference_macs.parameters(sam.params["image_encoder"]),
+        "encoder_macs_linear": macs.linear,
+        "encoder_macs_attention": macs.attention,
+        "encoder_memory": _memory(sam),
+    }
+
+
+def _memory(sam: Sam) -> int:
+    """Bytes of the encoder's program, which is compiled already where the latency was measured."""
+    frame, size = np.zeros((1, *sam.config.image_size, 3), np.uint8), np.array([sam.config.image_size], np.int32)
+    found = encode.lower(sam.config, sam.params, frame, size, jnp.float32).compile().memory_analysis()
+    return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+
+
+def rows(costs: Costs) -> list[list[Any]]:
+    """Formats the rows: [[label, a cell per model], ...]."""
+    return [[label, *(cell(model[key]) for model in costs)] for key, label, cell in ROWS]
+
+
+def print_table(names: Sequence[str], costs: Costs) -> None:
+    table = Table("costs", *names)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows(costs):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def markdown(names: Sequence[str], costs: Costs) -> str:
+    lines = [["costs", *names], ["---"] + ["---:"] * len(names), *rows(costs)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
