@@ -26,7 +26,8 @@ from slimsam_jax.errors import RunError
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.encoders import family_of
-from slimsam_jax.models.sam import Sam
+from slimsam_jax.models.encoders.layers import recalibrate
+from slimsam_jax.models.sam import Sam, image_encoder, preprocess
 from slimsam_jax.profiling import reference_macs
 from slimsam_jax.training.loop import ADVICE, Loop, Schedule
 
@@ -68,15 +69,27 @@ def starting_error(run: Run, student: Sam) -> float:
     return float(np.mean(list(found.values())))
 
 
+def recalibrated(run: Run, student: Sam) -> Sam:
+    """With batch norms whose statistics are of the run's images: in every process of all of them, so the same."""
+    options, size = run.options, student.config.image_size
+    count = max(1, min(options.importance_images, len(run.images)) // run.batch)
+    batches = itertools.islice(Batches(run.images, size, run.batch, options.seed), count)
+    pixels = (preprocess(student.config, batch["image"], batch["size"]) for batch in batches)
+    encoder = recalibrate(image_encoder(student.config), student.params["image_encoder"], pixels)
+    return dataclasses.replace(student, params={**student.params, "image_encoder": encoder})
+
+
 class Distillation(Loop):
     """One distillation, in one run folder."""
 
     def __init__(self, run: Run, planned: Planned, student: Sam, previous: Sam):
         options, step = run.options, planned.step
+        if step.batch_norm == "recalibrated" and not planned.before:
+            student = recalibrated(run, student)
         self.whole, self.planned, self.distill, self.student = run, planned, step, student
         self.steps = planned.steps
         work = self.steps * run.batch * reference_macs.encoder_macs(run.teacher.config).total
-        self.names = family_of(run.teacher.config.encoder).FEATURES
+        self.names = family_of(student.config.encoder).FEATURES
         every = [terms(step, index, self.steps, self.names) for index in range(self.steps)]
         names = sorted(set(itertools.chain.from_iterable(every)))
         self.faded = dict.fromkeys(names, 0.0) if work < WORTH_A_PROGRAM else {}

@@ -26,6 +26,7 @@ from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import write_json
 from slimsam_jax.inference.calibration import calibrate
+from slimsam_jax.models.composed import with_encoder
 from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.sam import Sam, image_encoder
 from slimsam_jax.profiling.memory import peak_memory
@@ -178,10 +179,12 @@ def name_skipped(run: Run, place: Planned, skipped: Mapping[str, str]) -> None:
 
 
 def initialize(run: Run, place: Planned, student: Sam, previous: Sam) -> Sam:
-    """The step `Initialize`: an image encoder of the same widths with random weights."""
-    images = jnp.zeros((1, *student.config.image_size, 3))
-    encoder = jax.jit(image_encoder(student.config).init)(jax.random.key(run.options.seed), images)
-    return dataclasses.replace(student, params={**student.params, "image_encoder": encoder["params"]})
+    """The step `Initialize`: an image encoder with random weights, of the same widths or of the step's own."""
+    config = student.config if place.step.encoder is None else with_encoder(student.config, place.step.encoder)
+    images = jnp.zeros((1, *config.image_size, 3))
+    encoder = jax.jit(image_encoder(config).init)(jax.random.key(run.options.seed), images)
+    params = {**student.params, "image_encoder": encoder["params"]}
+    return dataclasses.replace(student, config=config, params=params, kept={})
 
 
 DO: dict[type, Do] = {Prune: prune_step, Distill: distill, Initialize: initialize}

@@ -35,8 +35,8 @@ def check(recipe: Recipe) -> None:
                     "or distil between them (recipe taylor)"
                 )
             cuts = []
-    if not any(isinstance(step, Prune) for step in recipe):
-        raise InputError("a recipe needs a step that prunes")
+    if not any(isinstance(step, Prune) or getattr(step, "encoder", None) for step in recipe):
+        raise InputError("a recipe needs a step that prunes, or that initializes another encoder")
 
 
 def names(recipe: Recipe) -> list[str]:

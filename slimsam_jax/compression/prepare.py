@@ -18,15 +18,16 @@ from slimsam_jax.compression.plan import Planned, check, describe, optimizer_ste
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.set_option import change
-from slimsam_jax.compression.steps import Augment, Distill, Prune, Recipe
+from slimsam_jax.compression.steps import Augment, Distill, Initialize, Prune, Recipe
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.validation import IMAGES, validator
 from slimsam_jax.data import Sample
 from slimsam_jax.data.prompted import annotated
 from slimsam_jax.data.reading import map_readable, read_annotated
 from slimsam_jax.errors import InputError
+from slimsam_jax.models.composed import with_encoder
 from slimsam_jax.models.encoders import name_of
-from slimsam_jax.models.sam import Sam
+from slimsam_jax.models.sam import Architecture, Sam
 from slimsam_jax.progress import say
 from slimsam_jax.training.run_folder import RunFolder
 from slimsam_jax.training.setup import batch_size, check_batch, compute_dtype, some_of, split_images, too_many_of_val
@@ -45,6 +46,7 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run
     check_combinations(options, recipe, target)
     if options.uniform and not teacher.config.uniform:
         raise InputError("--uniform needs a teacher whose blocks are alike, and this one's are not")
+    config = check_encoders(recipe, teacher.config)
     images, val = split_images(options)
     images = some_of(images, options.limit, options.seed)
     check_batch(options, batch, len(images))
@@ -56,8 +58,8 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run
     if any(step.needs_labels for step in prunes):
         annotated(images)
     if not options.resume:  # a latency may be measured otherwise the second time
-        checked = widths.check if name_of(teacher.config.encoder) == "vit" else found_groups.check
-        checked(teacher.config, target, prunes, options.uniform)
+        checked = widths.check if name_of(config.encoder) == "vit" else found_groups.check
+        checked(config, target, prunes, options.uniform)
     counts = optimizer_steps(recipe, len(images), batch, options.steps)
     dtype, plan = compute_dtype(options), planned(recipe, counts)
     if sharding.is_main():
@@ -75,6 +77,26 @@ def announce(dtype: Any, plan: Sequence[Planned], batch: int, images: int, val: 
     say("device", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jnp.dtype(dtype).name}")
     done = ", ".join(each.name + (f" ({each.steps} steps of {batch} images)" if each.steps else "") for each in plan)
     say("steps", f"{done}; {images} images to learn from, {val} to measure on")
+
+
+def check_encoders(recipe: Recipe, config: Architecture) -> Architecture:
+    """Raises InputError for a step that is not of the encoder which is there when its turn comes.
+
+    Returns:
+      The architecture of the student, but for its widths.
+    """
+    for step in recipe:
+        if isinstance(step, Initialize) and step.encoder is not None:
+            try:
+                name_of(step.encoder)
+                config = with_encoder(config, step.encoder)
+            except ValueError as error:
+                raise InputError(f"the encoder to initialize does not fit the teacher: {error}") from None
+        recalibrates = isinstance(step, Distill) and step.batch_norm == "recalibrated"
+        if recalibrates and not getattr(config.encoder, "batch_norm", False):
+            family = name_of(config.encoder)
+            raise InputError(f"this {family} has no batch norms to recalibrate: leave distill.batch_norm out")
+    return config
 
 
 def check_combinations(options: Options, recipe: Recipe, target: Target) -> None:

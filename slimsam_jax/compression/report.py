@@ -122,12 +122,12 @@ def draw(
     edges = {"left": 0.045, "right": 0.99, "bottom": 0.55 / height, "top": (PLOTS - 0.5) / height}
     left, middle, right = (figure.add_subplot(cell) for cell in figure.add_gridspec(1, 3, **edges, wspace=0.16))
     _plot_losses(left, log)
-    if name_of(teacher.config.encoder) == "vit":
+    if name_of(teacher.config.encoder) == name_of(slim.config.encoder) == "vit":
         _plot_widths(middle, teacher, slim, "head_dim", "channels per head")
         _plot_widths(right, teacher, slim, "mlp_dim", "MLP channels")
     else:
-        _plot_parameters(middle, teacher, slim)
-        right.axis("off")
+        for place, name, sam in ((middle, "teacher", teacher), (right, "slim", slim)):
+            _plot_parameters(place, name, sam)
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -170,13 +170,9 @@ def _plot_widths(axes: Any, teacher: Sam, slim: Sam, field: str, title: str) -> 
     axes.legend(ncols=2, frameon=False, loc="upper center")
 
 
-def _plot_parameters(axes: Any, teacher: Sam, slim: Sam) -> None:
+def _plot_parameters(axes: Any, name: str, sam: Sam) -> None:
     """Of the parts of an image encoder of any family."""
-    parts = list(teacher.params["image_encoder"])
-    for offset, (name, sam) in enumerate((("teacher", teacher), ("slim", slim))):
-        encoder = sam.params["image_encoder"]
-        sizes = [reference_macs.parameters({part: encoder[part]}) / 1e3 for part in parts]
-        axes.bar(np.arange(len(parts)) + 0.4 * (offset - 0.5), sizes, 0.4, label=name)
-    axes.set(title="parameters of the image encoder, thousands")
-    axes.set_xticks(np.arange(len(parts)), parts, rotation=90, fontsize=6)
-    axes.legend(frameon=False)
+    parts = sam.params["image_encoder"]
+    axes.bar(np.arange(len(parts)), [reference_macs.parameters({part: parts[part]}) / 1e3 for part in parts])
+    axes.set(title=f"{name}: parameters of the image encoder, thousands")
+    axes.set_xticks(np.arange(len(parts)), list(parts), rotation=90, fontsize=6)

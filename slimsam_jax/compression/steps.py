@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 from slimsam_jax import limits
 from slimsam_jax.errors import InputError
@@ -244,6 +244,10 @@ class Distill(Record):
       order: of the images; steps of the same order see them one after the other alike.
       losses: the terms besides the embedding.
       optimizer: how long and how fast it learns.
+      batch_norm: of families that have it. "frozen": its statistics stay as they are, as a few images are poor ones.
+        "recalibrated": the first distillation of a run begins with statistics of its images, for weights drawn anew,
+        or where a cut has taken channels from a model that learned with statistics of batches, as published ones. One
+        that was distilled before has learned with statistics that stood still, and loses by others.
       augment: what is done to images at random.
       validation: how the student is judged.
       quirks: of the reference.
@@ -256,6 +260,7 @@ class Distill(Record):
     validation: Validation = Validation()
     train: tuple[str, ...] = ("image_encoder",)
     order: int = 0
+    batch_norm: Literal["frozen", "recalibrated"] = "frozen"
     quirks: Quirks = Quirks()
 
     RANGES: typing.ClassVar = {"order": Range(0, 10**5, True)}
@@ -278,7 +283,14 @@ class Distill(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Initialize(Record):
-    """Draws the image encoder's weights anew, at the widths that it has: what distillation gives by itself."""
+    """Draws the image encoder's weights anew: what distillation gives by itself.
+
+    Attributes:
+      encoder: a family's `Config` for another encoder (a TinyViT, say, as MobileSAM has it), of the same image size,
+        grid and `out_chans`; None for the widths that there are.
+    """
+
+    encoder: Any = None
 
 
 Step = Prune | Distill | Initialize

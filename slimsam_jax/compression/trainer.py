@@ -16,6 +16,7 @@ from slimsam_jax.distillation import losses
 from slimsam_jax.distillation.step import init_state, make_optimizer, make_step
 from slimsam_jax.models.attention import Form
 from slimsam_jax.models.encoders import family_of
+from slimsam_jax.models.encoders.layers import learning
 from slimsam_jax.models.sam import Architecture, Params, Sam, decode, run_encoder
 from slimsam_jax.training.loop import Trainer
 
@@ -46,7 +47,7 @@ def make_trainer(
       known: whether batches bring their targets, see `targets`.
     """
     mesh = sharding.make_mesh(fsdp)
-    optimizer = make_optimizer(step.optimizer.clip, step.optimizer.weight_decay)
+    optimizer = make_optimizer(step.optimizer.clip, step.optimizer.weight_decay, learning)
     encode = functools.partial(run_encoder, dtype=dtype, devices=mesh.size, attention=attention)
     train_step = make_step(
         functools.partial(_student_features, encode, student.config, step),

@@ -70,6 +70,19 @@ class SamConfig:
         return dataclasses.replace(self, encoder=encoder)
 
 
+def with_encoder(config: Config | SamConfig, encoder: Any) -> Config | SamConfig:
+    """The same head with an encoder of any family.
+
+    Raises:
+      ValueError: it does not give what the head takes.
+    """
+    if isinstance(encoder, Config):
+        if (encoder.head, config.single_mask) != (config.head, True):
+            raise ValueError("a ViT brings along its own head, and this is another one")
+        return encoder
+    return SamConfig(encoder, config.head, config.single_mask)
+
+
 def head_of(image_size: tuple[int, int], patch_size: int = 16, **fields: Any) -> Config:
     """SAM's own head for embeddings of a cell per `patch_size` pixels; `fields` are those of `Config`."""
     return Config(image_size=image_size, embed_dim=0, blocks=(), patch_size=patch_size, **fields)

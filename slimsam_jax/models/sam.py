@@ -126,6 +126,16 @@ def _dtype(encoder: Params) -> Any:
     return jax.tree.leaves(encoder)[0].dtype
 
 
+def folded(sam: Sam) -> Sam:
+    """The same without what inference need not do: of TinyViT batch norms, of other families itself."""
+    fold = getattr(family_of(sam.config.encoder), "for_inference", None)
+    if fold is None:
+        return sam
+    encoder, params = fold(sam.config.encoder, sam.params["image_encoder"])
+    config = sam.config.with_encoder(encoder)
+    return dataclasses.replace(sam, config=config, params={**sam.params, "image_encoder": params})
+
+
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def encode(
     config: Architecture, params: Params, images: jax.Array, sizes: jax.Array, dtype: Any = jnp.float32
@@ -140,9 +150,10 @@ def encode(
       [b, h, w, C] float32.
     """
     pixels = preprocess(config, images, sizes)
+    sam = folded(Sam(config, params))
     # Where float32 is asked for, accelerators shall not multiply in fewer bits, as they do by default.
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
-        return image_encoder(config, dtype).apply({"params": params["image_encoder"]}, pixels)[0]
+        return image_encoder(sam.config, dtype).apply({"params": sam.params["image_encoder"]}, pixels)[0]
 
 
 def decode(

@@ -21,7 +21,7 @@ from slimsam_jax.compression.pipeline import initialize
 from slimsam_jax.compression.plan import check, names, optimizer_steps
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.set_option import FIELDS, change
-from slimsam_jax.compression.steps import Distill, Losses, Optimizer, Prune, Quirks, Validation
+from slimsam_jax.compression.steps import Distill, Initialize, Losses, Optimizer, Prune, Quirks, Validation
 from slimsam_jax.compression.trainer import _student_features, _target_features, make_trainer, run_encoder
 from slimsam_jax.data.prompted import random_clicks
 from slimsam_jax.distillation.losses import mse
@@ -187,7 +187,7 @@ def test_some_images_are_drawn_by_seed():
 def test_weights_drawn_anew_keep_the_widths():
     sam = random_sam(tiny_config())
     run = SimpleNamespace(options=SimpleNamespace(seed=0))
-    new = initialize(run, None, sam, sam)
+    new = initialize(run, SimpleNamespace(step=Initialize()), sam, sam)
     shapes = lambda params: jax.tree.map(lambda leaf: leaf.shape, params)
     assert shapes(new.params) == shapes(sam.params)
     assert new.params["mask_decoder"] is sam.params["mask_decoder"]

@@ -8,8 +8,8 @@
 - `STAGES`: which groups of channels are cut with either, a predicate on the paths of their members.
 
 A family may bring along what else it knows: `keep_logit_scale`, `abstract_params`, `kept_elements`,
-`last_arrays`. What is for ViTs alone (projection, budgets) asks for "vit" by name and refuses others. EfficientSAM's
-encoder, `efficient_sam_vit`, lies here and is no row yet.
+`last_arrays`, `for_inference`, `keeps_unread`. What is for ViTs alone (projection, budgets) asks for "vit" by name and
+refuses others. EfficientSAM's encoder, `efficient_sam_vit`, lies here and is no row yet.
 """
 
 from __future__ import annotations

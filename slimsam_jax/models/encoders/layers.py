@@ -6,6 +6,7 @@ one layout on disk, one graph to prune, one table to convert. No gradient reache
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slimsam_jax.models.attention import at_least_float32
 
@@ -159,6 +161,48 @@ def with_statistics(params: Params, statistics: Params, momentum: float = 0.1) -
         else:
             moved[name] = (1 - momentum) * params[name] + momentum * part[-1]
     return moved
+
+
+def recalibrate(encoder: nn.Module, params: Params, batches: Iterable[jax.Array]) -> Params:
+    """Estimates the running statistics anew, from what arrives at each batch norm: after channels before it were cut.
+
+    While that is measured, batch norms normalise by the statistics of the batch, as in training: those behind see what
+    they will see. Mean and variance are those of all images together.
+
+    Args:
+      encoder: a module with the field `of_batch`.
+      params: its parameters.
+      batches: normalised images [b, h, w, 3], at least one batch; each size compiles once. Larger ones are better.
+
+    Returns:
+      The tree with other `bn/mean` and `bn/var`; all other leaves are the same arrays.
+    """
+    observed, total, images = encoder.clone(of_batch=True), {}, 0
+    for batch in batches:
+        for path, value in jax.device_get(_moments(observed, params, batch)).items():
+            total[path] = total.get(path, 0) + len(batch) * value.astype(np.float64)
+        images += len(batch)
+    mean = {path: value / images for path, value in total.items()}
+    variance = lambda path: mean[path] - mean[*path[:-1], "mean"] ** 2
+    new = {
+        path: jnp.asarray(variance(path) if path[-1] == "var" else value, jnp.float32) for path, value in mean.items()
+    }
+    return flax.traverse_util.unflatten_dict(flax.traverse_util.flatten_dict(params) | new)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moments(encoder: nn.Module, params: Params, images: jax.Array) -> dict[tuple[str, ...], jax.Array]:
+    """{path of a mean: the mean, path of a variance: the mean of squares} of what arrives at each batch norm."""
+    seen = encoder.apply({"params": params}, images, mutable=["statistics"])[1]["statistics"]
+    flat = {path: value[0] for path, value in flax.traverse_util.flatten_dict(seen).items()}
+    square = lambda path: jnp.square(flat[*path[:-1], "mean"])
+    return {path: value + square(path) if path[-1] == "var" else value for path, value in flat.items()}
+
+
+def learning(params: Params) -> Params:
+    """Marks what an optimizer may touch: every leaf but the running statistics of batch norms."""
+    statistics = lambda path: len(path) > 1 and path[-2].key == "bn" and path[-1].key in ("mean", "var")
+    return jax.tree_util.tree_map_with_path(lambda path, _: not statistics(path), params)
 
 
 def keep_logit_scale(params: Params, before: Params) -> Params:

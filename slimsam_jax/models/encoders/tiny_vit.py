@@ -7,6 +7,7 @@ GELU on it in the first and a depthwise convolution per block in the others: its
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Collection
@@ -33,6 +34,7 @@ __all__ = [
     "config_of",
     "features",
     "fold_batch_norm",
+    "for_inference",
     "keep_logit_scale",
     "keeps_unread",
     "uniform",
@@ -223,6 +225,13 @@ def features(config: Config, features: Features) -> dict[str, dict[str, list[jax
         "mlp": all_of("mlp"),
     }
     return {"embedding": inner, "bottleneck": {"stream": all_of("middle", "local", "out")}}
+
+
+def for_inference(config: Config, params: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The same encoder without batch norms, which are multiplied into convolutions."""
+    if not config.batch_norm:
+        return config, params
+    return dataclasses.replace(config, batch_norm=False), fold_batch_norm(params)
 
 
 def keeps_unread(config: Config, before: Config) -> bool:

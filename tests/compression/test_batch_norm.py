@@ -1,0 +1,79 @@
+"""Batch norm in a run: which steps may recalibrate it, with which images; and encoders of another family."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from helpers.family_models import SLIM_TINY_VIT, random_params
+from helpers.images import samples, save_image
+from helpers.models import SQUARE, random_sam
+from slimsam_jax.compression import distill, pipeline
+from slimsam_jax.compression.options import Options
+from slimsam_jax.compression.plan import check
+from slimsam_jax.compression.prepare import check_encoders
+from slimsam_jax.compression.steps import Distill, Initialize, Prune
+from slimsam_jax.errors import InputError
+from slimsam_jax.models.composed import SamConfig, head_of
+from slimsam_jax.models.encoders.tiny_vit_config import uniform
+from slimsam_jax.models.sam import Sam, abstract_params
+
+HEAD = {"out_chans": 16, "mask_in_chans": 4, "decoder_mlp_dim": 8, "decoder_depth": 1, "iou_head_dim": 8}
+RECALIBRATED = Distill("none", batch_norm="recalibrated")
+
+
+def tiny_encoder():
+    """Of the square test model's frame, grid and embedding."""
+    encoder = uniform((4, 6, 8, 8), (1, 1, 1, 1), (1, 1, 2, 2), (2, 2, 3, 2), image_size=64)
+    *stages, last = encoder.stages
+    stages = (*stages, dataclasses.replace(last, stride=1))
+    return dataclasses.replace(encoder, stages=stages, out_chans=SQUARE.out_chans)
+
+
+def test_another_encoder_is_drawn_for_the_same_head(monkeypatch):
+    teacher = random_sam(SQUARE)
+    drawn = []
+    module = SimpleNamespace(init=lambda key, images: {"params": {"images": images}})
+    monkeypatch.setattr(pipeline, "image_encoder", lambda config: drawn.append(config) or module)
+    run = SimpleNamespace(options=SimpleNamespace(seed=0))
+    found = pipeline.initialize(run, SimpleNamespace(step=Initialize(tiny_encoder())), teacher, teacher)
+    assert [found.config] == drawn == [SamConfig(tiny_encoder(), SQUARE.head)]
+    assert found.params["image_encoder"]["images"].shape == (1, 64, 64, 3)
+    for part in ("prompt_encoder", "mask_decoder"):
+        assert found.params[part] is teacher.params[part]
+
+
+def test_steps_are_of_the_encoder_that_is_there_then():
+    recipe = (Initialize(tiny_encoder()), RECALIBRATED)
+    check(recipe)
+    assert check_encoders(recipe, SQUARE).encoder == tiny_encoder()
+    assert check_encoders((Prune("embedding"),), SQUARE) is SQUARE
+    for steps, message in (
+        ((RECALIBRATED,), "this vit has no batch norms to recalibrate"),
+        ((Initialize(SLIM_TINY_VIT),), "does not fit the teacher: the encoder has image_size"),
+        ((Initialize("vit_t"),), "does not fit the teacher: .* is no family of encoders"),
+        ((Initialize(dataclasses.replace(tiny_encoder(), batch_norm=False)), RECALIBRATED), "this tiny_vit has no"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_encoders(steps, SQUARE)
+
+
+def test_statistics_are_estimated_from_the_runs_images(tmp_path, monkeypatch):
+    """As many batches as `importance_images` make, normalised as the model takes them."""
+    head = head_of(SLIM_TINY_VIT.image_size, 8, **HEAD, decoder_heads=1)
+    config = SamConfig(SLIM_TINY_VIT, head)
+    sam = Sam(config, random_params(abstract_params(config)))
+    seen = []
+    record = lambda module, params, batches: seen.extend(map(np.asarray, batches)) or {"new": params}
+    monkeypatch.setattr(distill, "recalibrate", record)
+    images = samples([save_image(tmp_path / f"{i}.png", seed=i) for i in range(7)])
+    run = SimpleNamespace(options=Options(importance_images=5), images=images, batch=2)
+    found = distill.recalibrated(run, sam)
+    assert found.params["image_encoder"] == {"new": sam.params["image_encoder"]}
+    assert [batch.shape for batch in seen] == [(2, 32, 48, 3)] * 2
+    assert all(2 < np.abs(batch).max() < 3 and np.ptp(batch[..., 0]) > 0 for batch in seen)
+    assert jax.tree.leaves(found.params["mask_decoder"])[0] is jax.tree.leaves(sam.params["mask_decoder"])[0]
