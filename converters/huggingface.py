@@ -6,7 +6,7 @@ import functools
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from slimsam_jax import safetensors_file
 from slimsam_jax.errors import InputError, printable
 from slimsam_jax.files import read_json
 from slimsam_jax.models.config import GLOBAL, Config
+
+if TYPE_CHECKING:
+    from slimsam_jax.models.sam import Architecture
 
 # segment_anything's part <-> Hugging Face's, after `image_encoder.` <-> `vision_encoder.`. {0}, {1}: any number.
 _PARTS = [
@@ -112,34 +115,21 @@ def pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:
     return {}
 
 
-def description(config: Config) -> dict[str, Any]:
-    """Returns the `config.json` of a uniform, square model for `SamModel.from_pretrained`."""
-    block = config.blocks[0]
-    windows = {b.window for b in config.blocks} - {GLOBAL}
+def description(config: Architecture) -> dict[str, Any]:
+    """Returns the `config.json` of a square model; that of a uniform ViT is `SamModel.from_pretrained`'s."""
     common = {"hidden_size": config.out_chans}
     return {
         "architectures": ["SamModel"],
         "model_type": "sam",
         "vision_config": {
             "model_type": "sam_vision_model",
-            "hidden_size": config.embed_dim,
             "output_channels": config.out_chans,
-            "num_hidden_layers": len(config.blocks),
-            "num_attention_heads": block.heads,
             "num_channels": 3,
             "image_size": config.image_size[0],
             "patch_size": config.patch_size,
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-6,
-            "qkv_bias": True,
-            "use_abs_pos": True,
-            "use_rel_pos": True,
-            "mlp_dim": block.mlp_dim,
-            "mlp_ratio": block.mlp_dim / config.embed_dim,
-            "window_size": next(iter(windows), config.grid[0]),
-            "global_attn_indexes": [i for i, b in enumerate(config.blocks) if b.window == GLOBAL],
             "num_pos_feats": config.out_chans // 2,
-        },
+        }
+        | (_vision_transformer(config) if isinstance(config, Config) else {}),
         "prompt_encoder_config": common
         | {
             "image_size": config.image_size[0],
@@ -164,7 +154,27 @@ def description(config: Config) -> dict[str, Any]:
     }
 
 
-def preprocessor(config: Config) -> dict[str, Any]:
+def _vision_transformer(config: Config) -> dict[str, Any]:
+    """What `SamVisionConfig` asks of the image encoder, whose blocks are alike."""
+    block = config.blocks[0]
+    windows = {b.window for b in config.blocks} - {GLOBAL}
+    return {
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": len(config.blocks),
+        "num_attention_heads": block.heads,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "use_abs_pos": True,
+        "use_rel_pos": True,
+        "mlp_dim": block.mlp_dim,
+        "mlp_ratio": block.mlp_dim / config.embed_dim,
+        "window_size": next(iter(windows), config.grid[0]),
+        "global_attn_indexes": [i for i, b in enumerate(config.blocks) if b.window == GLOBAL],
+    }
+
+
+def preprocessor(config: Architecture) -> dict[str, Any]:
     """Returns the `preprocessor_config.json` for `SamImageProcessor` and transformers.js."""
     height, width = config.image_size
     return {

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     import onnx
 
     from converters.onnx.check import Errors, Reference
-    from slimsam_jax.models.config import Config
-    from slimsam_jax.models.sam import Sam
+    from slimsam_jax.models.sam import Architecture, Sam
 
 # What needs JAX or onnx is imported where it is used: --help should not wait for it.
 
@@ -40,7 +39,9 @@ def models(sam: Sam, layout: Layout, dtype: Any, return_single_mask: bool = Fals
     import flax.traverse_util
 
     from converters.onnx import layouts
+    from slimsam_jax.models.sam import folded
 
+    sam = folded(sam)
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     params = {path: np.asarray(array) for path, array in flat.items()}
     if layout == "sam":
@@ -48,6 +49,15 @@ def models(sam: Sam, layout: Layout, dtype: Any, return_single_mask: bool = Fals
         return [layouts.sam_encoder(sam.config, params, dtype), decoder]
     makers = layouts.vision_encoder, layouts.prompt_encoder_mask_decoder
     return [make(sam.config, params, dtype) for make in makers]
+
+
+def check_family(sam: Sam, where: str) -> None:
+    """Raises InputError if there is no graph of the encoder's family."""
+    from converters.onnx.layouts import ENCODERS
+    from slimsam_jax.models.encoders import name_of
+
+    if (family := name_of(sam.config.encoder)) not in ENCODERS:
+        raise InputError(f"{where} is a {family}, and ONNX is written of {', '.join(ENCODERS)} alone")
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
@@ -105,12 +115,13 @@ def measure(expected: Reference, layout: Layout, paths: list[Path], return_singl
     return check.compare_transformers_js(expected, *paths)
 
 
-def describe(config: Config, folder: Path) -> None:
+def describe(config: Architecture, folder: Path) -> None:
     """Writes the two files that transformers.js reads, with all widths of models whose blocks are not alike."""
     from slimsam_jax.files import write_json
+    from slimsam_jax.models.config import Config
 
     fields = huggingface.description(config)
-    if not config.uniform:
+    if isinstance(config, Config) and not config.uniform:
         for name in ("num_attention_heads", "mlp_dim", "mlp_ratio"):  # true of the first block only
             del fields["vision_config"][name]
     fields["slimsam_jax"] = config.to_json()
@@ -198,12 +209,10 @@ def main(
         raise InputError(f"writing ONNX needs {' and '.join(missing)}: pip install onnx onnxruntime")
     from converters.from_torch import load
     from slimsam_jax import data
-    from slimsam_jax.models.encoders import name_of
 
     photo = data.read_image(image or data.embedded_images() / "dog.jpg")
     sam = load(source)
-    if (family := name_of(sam.config.encoder)) != "vit":
-        raise InputError(f"{source} is a {family}, and ONNX is written of SAM's ViT alone")
+    check_family(sam, str(source))
     if layout == "transformers_js" and len(set(sam.config.image_size)) > 1:
         height, width = sam.config.image_size
         raise InputError(f"transformers.js pads images to squares, and {source} takes {height} x {width}; use sam")

@@ -11,7 +11,7 @@ from converters.onnx.graph import FLOAT, Graph
 from slimsam_jax.models.config import Config
 
 PROMPTS, DECODER, TRANSFORMER = "prompt_encoder", "mask_decoder", "mask_decoder/transformer"
-TORCH_EPSILON = 1e-5  # of the two-way transformer's norms; 1e-6 everywhere else in SAM
+TORCH_EPSILON = 1e-5  # of the two-way transformer's norms, and TinyViT's; 1e-6 everywhere else
 
 
 def prompt_tokens(g: Graph, config: Config, points: str, labels: str) -> str:

@@ -22,6 +22,11 @@ def image_encoder(g: Graph, config: Config, pixels: str) -> str:
     x = g.wide(g.add(x, g.param(f"{root}/pos_embed", g.dtype)))
     for i, block in enumerate(config.blocks):
         x = encoder_block(g, config, block, x, f"{root}/blocks_{i}")
+    return neck(g, x, root)
+
+
+def neck(g: Graph, x: str, root: str) -> str:
+    """Applies SAM's neck: [b, h, w, D] float32 -> [b, C, h, w]."""
     x = g.layer_norm(g.wide(g.linear(g.half(x), f"{root}/neck_0")), f"{root}/neck_1")  # a 1 x 1 convolution
     x = g.layer_norm(g.wide(g.conv(g.half(x), f"{root}/neck_2", pad=1)), f"{root}/neck_3")
     return g.transpose(x, 0, 3, 1, 2)
@@ -33,32 +38,32 @@ def encoder_block(g: Graph, config: Config, block: Block, x: str, path: str) -> 
     if block.window == GLOBAL:
         y = attention(g, block, config.grid, y, f"{path}/attn")
     else:
-        y = window_partition(g, y, block.window, config)
+        y = window_partition(g, y, block.window, config.grid, config.embed_dim)
         y = attention(g, block, (block.window, block.window), y, f"{path}/attn")
-        y = window_unpartition(g, y, block.window, config)
+        y = window_unpartition(g, y, block.window, config.grid, config.embed_dim)
     x = g.add(x, g.wide(y))
     y = g.linear(g.half(g.layer_norm(x, f"{path}/norm2")), f"{path}/mlp_lin1")
     return g.add(x, g.wide(g.linear(g.gelu(y), f"{path}/mlp_lin2")))
 
 
-def window_partition(g: Graph, x: str, window: int, config: Config) -> str:
+def window_partition(g: Graph, x: str, window: int, grid: tuple[int, int], width: int) -> str:
     """Partitions [b, h, w, D] -> [b * windows, window, window, D], zero-padded at the bottom and right."""
-    rows, columns = (-(-side // window) for side in config.grid)
-    bottom, right = rows * window - config.grid[0], columns * window - config.grid[1]
+    rows, columns = (-(-side // window) for side in grid)
+    bottom, right = rows * window - grid[0], columns * window - grid[1]
     if bottom or right:
         x = g.op("Pad", x, (0, 0, 0, 0, 0, bottom, right, 0))
-    x = g.reshape(x, -1, rows, window, columns, window, config.embed_dim)
-    return g.reshape(g.transpose(x, 0, 1, 3, 2, 4, 5), -1, window, window, config.embed_dim)
+    x = g.reshape(x, -1, rows, window, columns, window, width)
+    return g.reshape(g.transpose(x, 0, 1, 3, 2, 4, 5), -1, window, window, width)
 
 
-def window_unpartition(g: Graph, x: str, window: int, config: Config) -> str:
+def window_unpartition(g: Graph, x: str, window: int, grid: tuple[int, int], width: int) -> str:
     """Undoes `window_partition`; drops the padding."""
-    rows, columns = (-(-side // window) for side in config.grid)
-    x = g.transpose(g.reshape(x, -1, rows, columns, window, window, config.embed_dim), 0, 1, 3, 2, 4, 5)
-    x = g.reshape(x, -1, rows * window, columns * window, config.embed_dim)
-    if (rows * window, columns * window) == config.grid:
+    rows, columns = (-(-side // window) for side in grid)
+    x = g.transpose(g.reshape(x, -1, rows, columns, window, window, width), 0, 1, 3, 2, 4, 5)
+    x = g.reshape(x, -1, rows * window, columns * window, width)
+    if (rows * window, columns * window) == grid:
         return x
-    return g.op("Slice", x, (0, 0), config.grid, (1, 2))
+    return g.op("Slice", x, (0, 0), grid, (1, 2))
 
 
 def attention(g: Graph, block: Block, span: tuple[int, int], x: str, path: str) -> str:

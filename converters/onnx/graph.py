@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from slimsam_jax.models.config import Config
+from slimsam_jax.models.sam import Architecture
 
 OPSET = 17  # the first with LayerNormalization
 IR_VERSION = 8  # what came with it; onnxruntime 1.12 and newer read both
@@ -114,10 +114,11 @@ class Graph:
         phi = self.add(self.op("Erf", self.op("Div", x, 2**0.5)), 1.0)
         return self.mul(self.mul(x, phi), 0.5)
 
-    def conv(self, x: str, path: str, stride: int = 1, pad: int = 0) -> str:
+    def conv(self, x: str, path: str, stride: int = 1, pad: int = 0, depthwise: bool = False) -> str:
         """Convolves [b, h, w, c] to the same; onnxruntime drops the transpositions that meet. In `dtype`."""
         kernel = self.params[f"{path}/kernel"].transpose(3, 2, 0, 1).astype(self.dtype)
-        return self._convolve("Conv", x, path, kernel, stride, pads=[pad] * 4)
+        groups = {"group": len(kernel)} if depthwise else {}
+        return self._convolve("Conv", x, path, kernel, stride, pads=[pad] * 4, **groups)
 
     def conv_transpose(self, x: str, path: str, stride: int) -> str:
         """Convolves [b, h, w, c] to [b, stride * h, stride * w, c']; kernels no larger than the stride. In `dtype`."""
@@ -131,7 +132,9 @@ class Graph:
         sizes = {"kernel_shape": kernel.shape[2:], "strides": [stride, stride]}
         return self.transpose(self.op(kind, *operands, name=path, **sizes, **attributes), 0, 2, 3, 1)
 
-    def model(self, name: str, config: Config, inputs: dict[str, tuple[int, Shape]], outputs: dict) -> onnx.ModelProto:
+    def model(
+        self, name: str, config: Architecture, inputs: dict[str, tuple[int, Shape]], outputs: dict
+    ) -> onnx.ModelProto:
         """Finishes the model.
 
         Args:

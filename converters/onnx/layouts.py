@@ -11,13 +11,20 @@ from typing import Any
 import numpy as np
 import onnx
 
+from converters.onnx import encoder, tiny_vit
 from converters.onnx.decoder import dense_embedding, dense_positions, mask_decoder, no_mask, prompt_tokens
-from converters.onnx.encoder import image_encoder
 from converters.onnx.graph import FLOAT, INT64, UINT8, Graph
 from slimsam_jax.imaging.prompts import NOT_A_POINT
-from slimsam_jax.models.config import Config
+from slimsam_jax.models.encoders import name_of
+from slimsam_jax.models.sam import Architecture as Config
 
 Params = Mapping[str, np.ndarray]  # paths joined by slashes
+ENCODERS = {"vit": encoder.image_encoder, "tiny_vit": tiny_vit.image_encoder}  # of the families that go to ONNX
+
+
+def image_encoder(g: Graph, config: Config, pixels: str) -> str:
+    """Encodes [b, 3, H, W] normalised images -> [b, C, h, w], by the encoder's family."""
+    return ENCODERS[name_of(config.encoder)](g, config, pixels)
 
 
 def sam_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx.ModelProto:
@@ -83,6 +90,8 @@ def sam_decoder(
     image = g.add(image, dense_embedding(g, config, "mask_input", "has_mask_input"))
     image = g.op("Expand", image, g.concat(g.sizes("point_coords", 0, 1), (1, 1)))
     masks, iou = mask_decoder(g, config, image, dense_positions(g, config), sparse)
+    if not config.single_mask:
+        masks, iou = best_first(g, masks, iou)
     if return_single_mask:
         masks, iou = select_mask(g, config, masks, iou, g.sizes("point_coords", 1, 2))
     count = 1 if return_single_mask else 1 + config.multimask_outputs
@@ -109,6 +118,14 @@ def select_mask(g: Graph, config: Config, masks: str, iou: str, points: str) -> 
     best = g.op("ArgMax", g.add(iou, g.mul(surplus, bonus)), axis=1, keepdims=1)
     pick = lambda x: g.op("Unsqueeze", g.op("GatherND", x, best, batch_dims=1), [1])
     return pick(masks), pick(iou)
+
+
+def best_first(g: Graph, masks: str, iou: str) -> tuple[str, str]:
+    """Puts the best of 1.. at 0, as `sam.decode` does for a decoder without a single mask; shapes stay."""
+    rest = [g.op("Slice", x, [1], [2**31], [1]) for x in (masks, iou)]
+    best = g.op("ArgMax", rest[1], axis=1, keepdims=1)
+    first = lambda x: g.op("Unsqueeze", g.op("GatherND", x, best, batch_dims=1), [1])
+    return tuple(g.concat(first(x), x, axis=1) for x in rest)
 
 
 def original_masks(g: Graph, config: Config, masks: str, original_size: str) -> str:

@@ -79,14 +79,13 @@ def prepare(paths: tuple[Path, ...], dtype: Dtype, cache: Path) -> list[tuple[di
     Raises:
       InputError: not a model, or one that is too large for a browser.
     """
+    from converters import to_onnx
     from converters.from_torch import load
-    from slimsam_jax.models.encoders import name_of
 
     models = []
     for path in paths:
         sam = load(path)
-        if (family := name_of(sam.config.encoder)) != "vit":
-            raise InputError(f"{path} is a {family}, and the page shows SAM's ViT alone")
+        to_onnx.check_family(sam, str(path))
         check_size(sam, dtype)
         print(f"{path}:", flush=True)
         files = exported(sam, dtype, cache)
