@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,7 @@ def _tiny_vit_sam(
     image_size: int | tuple[int, int] | None,
     single_mask: bool = True,
     decoder_heads: int = 8,
+    strides: Sequence[int] | None = None,
     **overrides: Any,
 ) -> Sam:
     """A SAM with a TinyViT; the classifier that the published files bring along is never run, and kept aside."""
@@ -130,7 +132,7 @@ def _tiny_vit_sam(
     from slimsam_jax.models.sam import Sam
 
     size = 1024 if image_size is None else image_size
-    converted = tiny_vit.from_state_dict(state, where, size, decoder_heads=decoder_heads)
+    converted = tiny_vit.from_state_dict(state, where, size, strides, decoder_heads)
     try:
         config = SamConfig(converted.encoder, dataclasses.replace(converted.head, **overrides), single_mask)
     except ValueError as error:
@@ -144,11 +146,12 @@ def _load_pth(path: Path, image_size: int | tuple[int, int] | None = None, singl
 
     state, note = torch_file.read_with_note(path)
     thresholds = note.pop("thresholds", None)
-    if not set(note) <= {"decoder_heads", "pixel_mean", "pixel_std", "single_mask"}:
+    family = {"single_mask", "image_size", "strides"} if tiny_vit.recognises(state) else set()
+    if not set(note) <= {"decoder_heads", "pixel_mean", "pixel_std", *family}:
         raise InputError(f"{path} has a note that is none of ours; save its state dict anew, as a plain dict")
-    published = not (path.name.startswith("tinysam") and tiny_vit.recognises(state))  # no array tells it
-    note = {"single_mask": published if single_mask is None else single_mask, **note}
-    sam = from_state_dict(state, str(path), image_size, **note)
+    published = not (family and path.name.startswith("tinysam"))  # no array tells it
+    given = {"single_mask": published if single_mask is None else single_mask, "image_size": image_size}
+    sam = from_state_dict(state, str(path), **{**given, **note})
     torch_file.check_sums(path)
     thresholds = None if thresholds is None else architecture.Thresholds.from_json(thresholds)
     return dataclasses.replace(sam, thresholds=thresholds)

@@ -21,11 +21,15 @@ from slimsam_jax.errors import InputError, writing
 from slimsam_jax.models.config import GLOBAL, Config
 
 if TYPE_CHECKING:
-    from slimsam_jax.models.sam import Sam
+    from slimsam_jax.models.sam import Architecture, Sam
 
 # What needs JAX is imported where it is used: --help should not wait for it.
 
-LOADER = Path(__file__).with_name("slim_sam_torch.py")  # goes beside each .pth
+# What goes beside each .pth that stock code may not load, by family.
+LOADERS = {
+    "vit": Path(__file__).with_name("slim_sam_torch.py"),
+    "tiny_vit": Path(__file__).with_name("tiny_vit_sam_torch.py"),
+}
 
 
 def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
@@ -52,9 +56,9 @@ def to_state_dict(sam: Sam) -> dict[str, np.ndarray]:
 
 
 def save_sam(sam: Sam, path: Path) -> None:
-    """Writes a state dict in the names of `segment_anything`, and `LOADER` beside it; needs torch installed.
+    """Writes a state dict in the names of `segment_anything` or MobileSAM, and a loader beside it; needs torch.
 
-    Stock code loads it strictly if the model is uniform; `LOADER` loads it whatever its widths.
+    Stock code loads it strictly if the model is uniform; the loader of its family loads it whatever its widths.
 
     Raises:
       InputError: there is no torch, or another file of the loader's name.
@@ -64,18 +68,19 @@ def save_sam(sam: Sam, path: Path) -> None:
     except ImportError:
         raise InputError("writing a .pth needs PyTorch: pip install torch") from None
     from slimsam_jax.files import replacing
+    from slimsam_jax.models.encoders import name_of
 
-    files = {path: None}
-    if isinstance(sam.config, Config):
-        files[path.with_name(LOADER.name)] = LOADER.read_bytes()
-    loader = path.with_name(LOADER.name)
-    if loader in files and loader.exists() and not (loader.is_file() and loader.read_bytes() == LOADER.read_bytes()):
+    own = LOADERS[name_of(sam.config.encoder)]
+    loader = path.with_name(own.name)
+    files = {path: None, loader: own.read_bytes()}
+    if loader.exists() and not (loader.is_file() and loader.read_bytes() == own.read_bytes()):
         raise InputError(f"{loader} is there already and is not this version's; remove it or write elsewhere")
     tensors = collections.OrderedDict((k, torch.from_numpy(v.copy())) for k, v in to_state_dict(sam).items())
     note = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
     note["thresholds"] = sam.thresholds.to_json() if sam.thresholds else None
-    if not sam.config.single_mask:
-        note["single_mask"] = False
+    if not isinstance(sam.config, Config):
+        strides = tuple(stage.stride for stage in sam.config.encoder.stages)
+        note |= {"single_mask": sam.config.single_mask, "image_size": sam.config.image_size, "strides": strides}
     tensors._metadata = {torch_file.NOTE: note}  # no tensor, which a strict load would refuse
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack, writing(path):
@@ -135,10 +140,8 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
 
     if (family := name_of(sam.config.encoder)) != "vit":
         if format != "sam" or pad:
-            raise InputError(f"{source} is a {family}: it goes to --format sam alone, without padding")
-        from converters.tables import tiny_vit_unused
-
-        tiny_vit_unused.refuse(sam.config.encoder)
+            lacks = "transformers has no SAM with such an encoder" if format == "hf" else "it has no padded twin"
+            raise InputError(f"{source} is a {family}, and {lacks}: it goes to --format sam alone, without padding")
         return sam
     if len(set(sam.config.image_size)) > 1:
         height, width = sam.config.image_size
@@ -170,19 +173,29 @@ def describe_padding(before: Config, after: Config) -> str:
     )
 
 
-def how_to_load(config: Config, path: Path) -> str:
+def how_to_load(config: Architecture, path: Path) -> str:
     """Says how to load a .pth, in two or three lines: for scripts, for tools, and for stock code where that can."""
     if not isinstance(config, Config):
-        return f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r})"
+        return how_to_load_tiny_vit(config, path)
     lines = [
         f'in Python: import slim_sam_torch; slim_sam_torch.register("slim", {str(path)!r}) puts it into '
         "segment_anything's sam_model_registry",
-        f"in a shell: python {path.with_name(LOADER.name)} TOOL.py --model-type slim --checkpoint {path}",
+        f"in a shell: python {path.with_name(LOADERS['vit'].name)} TOOL.py --model-type slim --checkpoint {path}",
     ]
     if config.uniform:
         arguments = ", ".join(f"{name}={value!r}" for name, value in encoder_arguments(config).items())
         lines.append(f"without it: ImageEncoderViT({arguments}, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))")
     return "\n".join(lines)
+
+
+def how_to_load_tiny_vit(config: Architecture, path: Path) -> str:
+    """The same of a TinyViT, with the reason where MobileSAM's own class cannot hold it."""
+    from converters.tables.tiny_vit_unused import obstacle
+
+    theirs = f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r})"
+    if reason := obstacle(config.encoder):
+        theirs = f"MobileSAM's class cannot hold this encoder: {reason}"
+    return f"in Python: import tiny_vit_sam_torch; tiny_vit_sam_torch.load({str(path)!r})\n{theirs}"
 
 
 def main(
@@ -194,7 +207,7 @@ def main(
     """Convert a model folder into a PyTorch checkpoint or a Hugging Face folder.
 
     Beside a checkpoint goes slim_sam_torch.py, by which every tool that takes its models from segment_anything's
-    sam_model_registry loads it: docs/third_party.md.
+    sam_model_registry loads it (docs/third_party.md); beside a TinyViT's tiny_vit_sam_torch.py, which does the same.
 
     Args:
       source: a model folder of ours (or anything else that loads).

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from converters.tables.strict import State
-from slimsam_jax.errors import InputError
 from slimsam_jax.models.encoders.tiny_vit_config import Config, original_stride
 
 CLASSIFIER = tuple(
@@ -66,9 +65,3 @@ def obstacle(config: Config) -> str:
         "another embedding than of 256 channels": config.out_chans != 256,
     }
     return next((f"it has {reason}" for reason, there in reasons.items() if there), "")
-
-
-def refuse(config: Config) -> None:
-    """Raises InputError, with the reason, if the original's class cannot hold this encoder."""
-    if reason := obstacle(config):
-        raise InputError(f"MobileSAM's class cannot hold this encoder: {reason}")

@@ -182,9 +182,6 @@ def with_stage(index: int, **changes):
 )
 def test_why_the_originals_class_cannot_hold_an_encoder(config, reason):
     assert reason in tiny_vit_unused.obstacle(config) and bool(reason) == bool(tiny_vit_unused.obstacle(config))
-    if reason:
-        with pytest.raises(InputError, match=reason):
-            tiny_vit_unused.refuse(config)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from converters import from_torch, to_onnx, to_torch
+from converters import from_torch, to_torch
 from converters.tables import tiny_vit_unused
 from converters.tables.tiny_vit import to_state_dict
 from helpers.family_models import random_params
@@ -72,9 +72,11 @@ def test_where_arrays_tell_it_another_image_size_is_refused(material):
 def test_what_the_original_cannot_hold_is_refused_with_the_reason(sam, tmp_path):
     checkpoint.save(sam, tmp_path / "tiny")
     for call, message in (
-        (lambda: to_torch.main(tmp_path / "tiny", tmp_path / "x.pth"), "cannot hold this encoder: it has"),
-        (lambda: to_torch.main(tmp_path / "tiny", tmp_path / "x", "hf"), "goes to --format sam alone"),
-        (lambda: to_onnx.main(tmp_path / "tiny", tmp_path / "x"), "ONNX is written of SAM's ViT alone"),
+        (
+            lambda: to_torch.main(tmp_path / "tiny", tmp_path / "x", "hf"),
+            "transformers has no SAM with such an encoder",
+        ),
+        (lambda: to_torch.main(tmp_path / "tiny", tmp_path / "x", "sam", True), "it has no padded twin"),
     ):
         with pytest.raises(InputError, match=message):
             call()
@@ -83,11 +85,15 @@ def test_what_the_original_cannot_hold_is_refused_with_the_reason(sam, tmp_path)
 
 def test_the_way_back_is_a_file_that_loads(sam, tmp_path):
     to_torch.save_sam(sam, tmp_path / "back.pth")
-    assert {path.name for path in tmp_path.iterdir()} == {"back.pth"}  # SAM's loader is none for it
+    assert {path.name for path in tmp_path.iterdir()} == {"back.pth", "tiny_vit_sam_torch.py"}
     state = torch.load(tmp_path / "back.pth", weights_only=True)
     for name, array in to_state_dict(from_torch_converted(sam)).items():
         np.testing.assert_array_equal(state[name].numpy(), array)
-    jax.tree.map(np.testing.assert_array_equal, from_torch.load(tmp_path / "back.pth", 64).params, sam.params)
+    back = from_torch.load(tmp_path / "back.pth")  # which notes what no array tells
+    assert back.config == sam.config
+    jax.tree.map(np.testing.assert_array_equal, back.params, sam.params)
+    with pytest.raises(InputError, match="takes images of 64 x 64 pixels, and image_size is 1024"):
+        from_torch.load(tmp_path / "back.pth", 1024)
 
 
 def from_torch_converted(sam: Sam):

@@ -173,7 +173,7 @@ def test_beside_a_pth_lies_what_loads_it(uneven, tmp_path, capsys):
         to_torch.main(uneven, tmp_path / "out" / name)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"one.pth", "two.pth", "slim_sam_torch.py"}
     loader = tmp_path / "out" / "slim_sam_torch.py"
-    assert loader.read_bytes() == to_torch.LOADER.read_bytes()
+    assert loader.read_bytes() == to_torch.LOADERS["vit"].read_bytes()
     printed = capsys.readouterr().out
     assert f"register(\"slim\", '{tmp_path / 'out' / 'one.pth'}')" in printed and "ImageEncoderViT" not in printed
     loader.write_text("mine")
