@@ -1,0 +1,113 @@
+"""Images per second and peak memory of other families' image encoders, ours against PyTorch modules, taking turns.
+
+    python -m experiments.bench_families --preset vit_t
+    python -m experiments.bench_families --preset efficient_sam_ti
+
+The originals are no packages; PyTorch's side is modules of their shape and names (`bench_families_torch.py`), which
+the golden vectors of the originals agree with. Weights are random, which changes no time. Ours folds batch norms into
+convolutions, as `SamPredictor` does; PyTorch's keeps them, as MobileSAM does, unless `--fused` (its `fuse()`).
+
+Every turn is a process of its own, as in `bench.py`, and compilation and the first image are not counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from typing import Literal
+
+import tyro
+
+from experiments.bench import Step, flags, ratios, spread, timed
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to time.
+
+    Attributes:
+      images: timed in each turn.
+      turns: of each side.
+      image_size: side in pixels; the published models' is 1024.
+      fused: PyTorch's batch norms are multiplied into its convolutions, too.
+      side: "jax" and "torch" are the turns themselves.
+    """
+
+    preset: Literal["vit_t", "efficient_sam_ti", "efficient_sam_s"] = "vit_t"
+    images: int = 5
+    turns: int = 5
+    image_size: int = 1024
+    fused: bool = False
+    side: Literal["both", "jax", "torch"] = "both"
+
+
+def main(options: Options) -> None:
+    if options.side == "both":
+        compare(options)
+    else:
+        print(json.dumps(timed(make_step(options), options.images)))
+
+
+def make_step(options: Options) -> Step:
+    if options.side == "torch":  # PyTorch and JAX in one process would share its threads and its memory
+        from experiments import bench_families_torch
+
+        return bench_families_torch.make_step(options)
+    import jax
+    import numpy as np
+
+    from slimsam_jax.profiling.memory import peak_memory
+
+    module, params = our_encoder(options)
+    image = np.random.default_rng(0).standard_normal((1, *module.config.image_size, 3)).astype(np.float32)
+
+    @jax.jit
+    def embed(params, image):
+        with jax.default_matmul_precision("highest"):  # as `sam.encode` has it
+            return module.apply({"params": params}, image)[0]
+
+    cores = len(os.sched_getaffinity(0))
+    device = f"{cores} cores" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    return Step(lambda: jax.block_until_ready(embed(params, image)), 1, peak_memory, f"{device}, fp32")
+
+
+def our_encoder(options: Options):
+    """The Flax module that inference runs, and random parameters for it."""
+    import jax
+    import jax.numpy as jnp
+
+    from slimsam_jax.models.encoders import efficient_sam_vit, tiny_vit
+
+    family = tiny_vit if options.preset in tiny_vit.PRESETS else efficient_sam_vit
+    config = dataclasses.replace(family.PRESETS[options.preset], image_size=(options.image_size,) * 2)
+    images = jnp.zeros((1, *config.image_size, 3))
+    params = jax.jit(family.ImageEncoder(config).init)(jax.random.key(0), images)["params"]
+    if family is tiny_vit:
+        config, params = tiny_vit.for_inference(config, params)
+    return family.ImageEncoder(config), jax.device_put(jax.device_get(params))
+
+
+def compare(options: Options) -> None:
+    """Runs the two sides in turn, and prints the ratios of neighbours."""
+    turns: dict[str, list[dict]] = {"jax": [], "torch": []}
+    for _ in range(options.turns):
+        for side, results in turns.items():
+            command = [sys.executable, "-m", "experiments.bench_families", *flags(options), f"--side={side}"]
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            results.append(json.loads(output.splitlines()[-1]))
+            print(side, {name: value for name, value in results[-1].items() if name != "outcome"}, flush=True)
+    ours, theirs = turns["jax"], turns["torch"]
+    highest = lambda side: max(turn["peak_gb"] for turn in side)
+    print(
+        f"forward, {options.preset}, {options.image_size} px; ours on {ours[0]['where']}, PyTorch on "
+        f"{theirs[0]['where']}: {spread(ours)} against {spread(theirs)} images/s, {ratios(ours, theirs, 'seconds')} "
+        f"times as many ({ratios(ours, theirs, 'cpu_seconds')} by the CPU's time), with {highest(ours):.2f} and "
+        f"{highest(theirs):.2f} GB at the peak"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
