@@ -21,7 +21,7 @@ from PIL import Image
 
 from converters.from_torch import load
 from experiments import results
-from experiments.bench_everything import FIELDS, Masks, encoded, partners
+from experiments.bench.everything import FIELDS, Masks, encoded, partners
 from slimsam_jax import data
 from slimsam_jax.imaging.prompts import clicks_at
 from slimsam_jax.inference import amg

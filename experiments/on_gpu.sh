@@ -50,7 +50,7 @@ else
 fi
 (nvidia-smi -L || echo "no GPU") >>"$results" 2>/dev/null
 
-part attention 60 $python -m experiments.bench_attention --preset $slim --runs $runs
+part attention 60 $python -m experiments.bench.attention --preset $slim --runs $runs
 part forward 60 $python -m experiments.bench --what forward --preset $slim --images $images --turns $turns \
   $([ -n "$dry" ] || echo --compile)
 part step 90 $python -m experiments.bench --what bottleneck-stage --preset $slim --images $images --turns $turns

@@ -9,6 +9,7 @@ import tyro
 
 from slimsam_jax import cli, limits
 from slimsam_jax.cli.checks import check_file, check_seed
+from slimsam_jax.compression.set_option import explain
 from slimsam_jax.errors import InputError
 
 
@@ -83,4 +84,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, explain=explain)

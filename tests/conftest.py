@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import gc
 import os
@@ -51,13 +52,9 @@ def tiny_sam() -> Sam:
 
 
 def pytest_collection_modifyitems(items):
-    """What needs the finished run goes to one worker, so that it is made once; so do the fixtures of a file."""
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs
-        if "finished" in fixtures:
-            item.add_marker(pytest.mark.xdist_group("finished"))
-        elif any(found[-1].scope == "module" for found in fixtures.values()):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+    """Files with the most slow tests come first, so that no worker is left alone with one of them in the end."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture()

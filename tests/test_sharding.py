@@ -1,6 +1,6 @@
 """One device, eight, and several processes take the same steps.
 
-In processes of their own, since the number of CPU devices is fixed when JAX starts.
+More than one in processes of their own, since the number of CPU devices is fixed when JAX starts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from converters import from_torch
+from helpers import sharded_worker
 from helpers.images import save_image
 from slimsam_jax import sharding
 from slimsam_jax.profiling import reference_macs
@@ -35,7 +36,7 @@ def start(program: list[str], devices: int = 1) -> subprocess.Popen:
 def wait_for(*processes: subprocess.Popen) -> None:
     try:
         for process in processes:
-            _, error = process.communicate(timeout=240)
+            _, error = process.communicate(timeout=480)
             assert process.returncode == 0, error.decode()[-3000:]
     finally:
         for process in processes:
@@ -48,21 +49,26 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def train(out: Path, count: int, devices: int = 1, fsdp: int = 1, processes: int = 1) -> dict[str, int]:
-    """Steps of `helpers.sharded_worker`, from the last checkpoint in `out`; what the compiled step holds."""
-    out.mkdir(exist_ok=True)
+def train(*runs: dict, devices: int = 1, processes: int = 1) -> None:
+    """Runs `helpers.sharded_worker.main` with each of these arguments, one after the other, in new processes."""
     worker, address = ("-m", "helpers.sharded_worker"), free_address()
-    arguments = {"out": str(out), "count": count, "fsdp": fsdp}
-    several = [{**arguments, "distributed": f"{address},{processes},{i}"} for i in range(processes)]
-    wait_for(*(start([*worker, json.dumps(one)], devices) for one in (several if processes > 1 else [arguments])))
-    return json.loads((out / "facts.json").read_text())
+    joined = [{"distributed": f"{address},{processes},{i}"} if processes > 1 else {} for i in range(processes)]
+    wait_for(*(start([*worker, json.dumps([run | own for run in runs])], devices) for own in joined))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Fifteen steps on one device."""
+    """Fifteen steps on one device, which is what this process has."""
     folder = tmp_path_factory.mktemp("alone")
-    assert train(folder, 15)["all-reduce"] == 0
+    assert sharded_worker.main(fsdp=1, count=15, out=str(folder))["all-reduce"] == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """Five steps on eight devices by data alone, and on 2 x 4."""
+    folder = tmp_path_factory.mktemp("eight")
+    train(*({"fsdp": fsdp, "count": 5, "out": str(folder / str(fsdp))} for fsdp in (1, 4)), devices=8)
     return folder
 
 
@@ -73,25 +79,33 @@ def assert_same_steps(one: Path, other: Path, step: int) -> None:
             np.testing.assert_allclose(found[name], expected[name], atol=1e-5, rtol=1e-5, err_msg=name)
 
 
-def test_data_parallel_reduces_gradients_once_and_gathers_nothing(alone, tmp_path):
-    facts = train(tmp_path, 5, devices=8)
-    assert_same_steps(alone, tmp_path, 5)
+def facts_of(folder: Path) -> dict[str, int]:
+    return json.loads((folder / "facts.json").read_text())
+
+
+@pytest.mark.slow
+def test_data_parallel_reduces_gradients_once_and_gathers_nothing(alone, eight):
+    facts = facts_of(eight / "1")
+    assert_same_steps(alone, eight / "1", 5)
     assert facts["all-reduce"] > 0 and facts["parameters split"] == facts["state split"] == 0
     assert not any(facts[name] for name in ("all-gather", "reduce-scatter", "all-to-all", "collective-permute"))
     assert facts["parameters"] <= facts["numbers reduced"] < 1.01 * facts["parameters"] + 100  # and some sums
 
 
-def test_split_parameters_restored_by_two_processes_and_by_one(alone, tmp_path):
+@pytest.mark.slow
+def test_split_parameters_restored_by_two_processes_and_by_one(alone, eight):
     """Five steps on 2 x 4 devices, five in two processes of 1 x 2 each, five on one device."""
-    facts = train(tmp_path, 5, devices=8, fsdp=4)
-    assert_same_steps(alone, tmp_path, 5)
+    folder = eight / "4"
+    facts = facts_of(folder)
+    assert_same_steps(alone, folder, 5)
     assert facts["all-gather"] > 0
     assert 0.5 * facts["parameters"] < facts["parameters split"] < facts["parameters"]
     assert facts["state split"] == 3 * facts["parameters split"]  # Adam's two moments and the average
-    train(tmp_path, 5, devices=2, fsdp=2, processes=2)
-    assert_same_steps(alone, tmp_path, 10)
-    train(tmp_path, 5)
-    assert_same_steps(alone, tmp_path, 15)
+    more = {"count": 5, "out": str(folder)}
+    train({"fsdp": 2, **more}, devices=2, processes=2)
+    assert_same_steps(alone, folder, 10)
+    sharded_worker.main(fsdp=1, **more)
+    assert_same_steps(alone, folder, 15)
 
 
 @pytest.mark.slow

@@ -22,13 +22,18 @@ Arguments = Callable[..., Any] | dict[str, Callable[..., Any]]
 program: str | None = None  # "slimsam compress", set by `slimsam_jax.__main__`
 
 
-def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> None:
+def run(
+    arguments: Arguments,
+    command: Callable[[Any], Any] | None = None,
+    explain: Callable[[str], str | None] = lambda option: None,
+) -> None:
     """Parses the command line into `arguments`, a function or dataclass, and calls it.
 
     `command` is then called with the result, if given.
 
     Args:
       arguments: or {name: function}, for a command with subcommands.
+      explain: what is said of an option that there is not, "--name=value" or "--name"; None where that is nothing.
 
     Exit codes: 0 done, 1 a fault while running, 2 bad input (as argparse has it), 130 interrupted, 143
     stopped by SIGTERM.
@@ -47,7 +52,7 @@ def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> No
         compilation.prepare()
         check_no_repetition(sys.argv[1:])
         check_values(sys.argv[1:], arguments)
-        parsed = parse(arguments)
+        parsed = parse(arguments, explain)
         if command:
             command(parsed)
     except InputError as error:
@@ -63,7 +68,7 @@ def run(arguments: Arguments, command: Callable[[Any], Any] | None = None) -> No
         sys.exit(143)  # as the shell names an end by SIGTERM
 
 
-def parse(arguments: Arguments) -> Any:
+def parse(arguments: Arguments, explain: Callable[[str], str | None] = lambda option: None) -> Any:
     """Parses the command line for a function (which is called), a dataclass, or the function of several that it names.
 
     Raises:
@@ -78,9 +83,19 @@ def parse(arguments: Arguments) -> Any:
             parsed = one(postponed, prog=_name(), config=(tyro.conf.DisallowNone,))
     except SystemExit as stop:
         if stop.code:
-            raise InputError(_in_a_line(said.getvalue())) from None
+            line = _in_a_line(said.getvalue())
+            raise InputError(_explained(line, explain) or line) from None
         raise
     return seen.finished(parsed, arguments)
+
+
+def _explained(line: str, explain: Callable[[str], str | None]) -> str | None:
+    """Returns a better line than "Unrecognized options: ...", where `explain` knows one of them."""
+    unknown = line.startswith("Unrecognized options:")
+    for option in sys.argv[1:] if unknown else ():
+        if option.startswith("--") and option.partition("=")[0] in line and (answer := explain(option)):
+            return f"{printable(option.partition('=')[0], 60)}: {printable(answer, 300)}"
+    return None
 
 
 def _in_a_line(frame: str) -> str:

@@ -43,6 +43,20 @@ def change(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     return changed
 
 
+def explain(option: str) -> str | None:
+    """Returns a sentence for whoever types a choice, or its name of 0.2, as an option; None if it is none.
+
+    Args:
+      option: "--criterion=fisher" or "--prune.min-keep".
+    """
+    name, _, value = option.removeprefix("--").partition("=")
+    name = name.replace("-", "_")
+    if name in FIELDS:
+        return f"it is a choice of the recipe: --set {name}={value or 'VALUE'}"
+    answer = what_became_of(f"{name}={value or 'VALUE'}")
+    return answer and f"{answer}{' (--set NAME=VALUE)' if 'called' in answer else ''}"
+
+
 def _fields() -> dict[str, Any]:
     """{"prune.round_to": int, "distill.lr": ..., "quirks.tied_embedding": bool, ...}: names and their types."""
     found = {}

@@ -43,6 +43,7 @@ def test_batches_carry_clicks_and_masks_in_the_model_frame(folder):
     assert batch["masks"][0, 0, 3, 4] == 1 and batch["masks"][0, 0, 0, 0] == 0
 
 
+@pytest.mark.slow
 def test_loss_falls_on_the_way_down_its_gradient(folder):
     sam = random_sam(CONFIG)
     batch = jax.tree.map(lambda x: x[:1], next(prompted.AnnotatedBatches(folder, CONFIG, 2, seed=0)))

@@ -222,6 +222,7 @@ def test_directions_are_told_apart_by_their_cosine():
     np.testing.assert_allclose(mse(found["direction"], wanted["direction"]), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_masks_are_those_of_the_decoder_for_each_click():
     teacher, batch, found, wanted = features_of(Losses(masks=1.0, points=3))
     assert found["masks"].shape == wanted["masks"].shape == (2 * 3, 4, 16, 12)
@@ -240,6 +241,7 @@ def test_clicks_lie_on_the_image():
     assert len(xy) == 500 and (xy >= 0).all() and (xy < [7.5, 40.5]).all() and (xy.max(0) > [6, 36]).all()
 
 
+@pytest.mark.slow
 def test_the_decoder_learns_in_the_end():
     *_, first, last = lists.decoder(0.5)
     assert (first.train, last.train) == (("image_encoder",), ("image_encoder", "mask_decoder"))

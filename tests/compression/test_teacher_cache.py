@@ -97,6 +97,7 @@ def test_a_full_disk_is_told_beforehand(material, teacher, tmp_path, monkeypatch
     assert not list(tmp_path.rglob("*.npy"))
 
 
+@pytest.mark.slow
 def test_a_run_with_a_cache_learns_the_same(finished, material, tmp_path):
     """But for half precision."""
     compress_with(compress_options(material, tmp_path / "with", cache=tmp_path / "cache"))

@@ -76,6 +76,7 @@ def test_of_equal_scores_the_later_is_the_best():
     assert nothing.best() == 6
 
 
+@pytest.mark.slow
 def test_best_and_last_are_both_kept(material, tmp_path, monkeypatch):
     """With scores that fall from validation to validation the first is the best."""
     scores = iter(range(0, -100, -1))

@@ -12,14 +12,17 @@ import torch
 import tyro
 
 from converters.from_torch import from_state_dict
-from experiments import bench, bench_everything, bench_torch, hierarchical
+from experiments import hierarchical
+from experiments.bench import everything, original
+from experiments.bench.__main__ import flags
+from experiments.bench.options import STAGES, Options, distillation_of
 from helpers.models import SQUARE, random_sam, tiny_config
 from helpers.peers import state_dict, stock_sam
 from slimsam_jax.distillation.losses import mse
 from slimsam_jax.models.encoders.vit import ImageEncoder, bottleneck_features, stream_features
 
 
-@pytest.mark.parametrize("what", bench.STAGES)
+@pytest.mark.parametrize("what", STAGES)
 def test_features_that_pytorch_compares_are_ours(what):
     """An encoder whose embedding is narrower than its heads, and its teacher."""
     teacher = tiny_config(image_size=(64, 64))
@@ -30,15 +33,15 @@ def test_features_that_pytorch_compares_are_ours(what):
         for config in ((narrow, narrow) if what == "bottleneck-stage" else (narrow, teacher))
     )
     for name in student[0]:
-        found = bench_torch.mean_square(student[0][name], target[0][name]).item()
+        found = original.mean_square(student[0][name], target[0][name]).item()
         np.testing.assert_allclose(mse(student[1][name], target[1][name]), found, rtol=1e-4)
-    assert len(student[0]) == {"bottleneck": 3, "stream+embedding": 1}[bench.distillation_of(what).align]
+    assert len(student[0]) == {"bottleneck": 3, "stream+embedding": 1}[distillation_of(what).align]
 
 
 def _both_sides(config, image: torch.Tensor, what: str):
     """PyTorch's features of a random encoder, and ours of the same weights."""
-    module = bench_torch.encoder(config, torch.device("cpu"))
-    features = bench_torch.watch(module, config, what)
+    module = original.encoder(config, torch.device("cpu"))
+    features = original.watch(module, config, what)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -54,20 +57,18 @@ def _both_sides(config, image: torch.Tensor, what: str):
 
 
 def test_turns_are_started_with_the_options_given():
-    for options in (bench.Options(), bench.Options("everything", images=3, cached=True, photos=Path("photos"))):
-        assert tyro.cli(bench.Options, args=bench.flags(options)) == options
+    for options in (Options(), Options("everything", images=3, cached=True, photos=Path("photos"))):
+        assert tyro.cli(Options, args=flags(options)) == options
 
 
 def test_share_of_masks_that_both_sides_find():
     whole, nearly, less = (np.ones((10, 10), bool) for _ in range(3))
     nearly[0, :9], less[0] = False, False  # 0.91 and 0.9 of it
-    one, other = bench_everything.encoded(
-        [[{"segmentation": whole}], [{"segmentation": nearly}, {"segmentation": less}]]
-    )
-    assert bench_everything.partners(one, other).tolist() == [True]
-    assert bench_everything.partners(other, one).tolist() == [True, False]
-    assert bench_everything.share([other, []], [one, one]) == 0.5
-    assert bench_everything.share([[]], [one]) == 1 and bench_everything.share([one], [[]]) == 0
+    one, other = everything.encoded([[{"segmentation": whole}], [{"segmentation": nearly}, {"segmentation": less}]])
+    assert everything.partners(one, other).tolist() == [True]
+    assert everything.partners(other, one).tolist() == [True, False]
+    assert everything.share([other, []], [one, one]) == 0.5
+    assert everything.share([[]], [one]) == 1 and everything.share([one], [[]]) == 0
 
 
 def test_points_asked_are_counted():

@@ -10,6 +10,7 @@ from typing import Any
 from slimsam_jax import cli
 from slimsam_jax.api import compress_with
 from slimsam_jax.compression.options import Options
+from slimsam_jax.compression.set_option import explain
 
 
 def program(name: str) -> ModuleType:
@@ -22,7 +23,7 @@ def run_program(monkeypatch: Any, capsys: Any, name: str, *arguments: Any) -> tu
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     code = 0
     try:
-        cli.run(Options, compress_with) if name == "compress" else cli.run(program(name).main)
+        cli.run(Options, compress_with, explain) if name == "compress" else cli.run(program(name).main)
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()

@@ -1,4 +1,4 @@
-"""One process of test_sharding.py: trains some steps on simulated devices and writes what it has seen."""
+"""Training for test_sharding.py: some steps on the devices that a process has, and what their program holds."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def collectives(text: str) -> dict[str, int]:
     return {**{name: len(lines) for name, lines in found.items()}, "numbers reduced": reduced}
 
 
-def main(fsdp: int, count: int, out: str, distributed: str | None = None) -> None:
+def main(fsdp: int, count: int, out: str, distributed: str | None = None) -> dict[str, int]:
+    """Takes `count` steps from the last checkpoint in `out`, and writes parameters and what the compiled step holds."""
+    Path(out).mkdir(exist_ok=True)
     if distributed:
         sharding.join_processes(distributed)
     folder, trainer, losses, compiled = Path(out), make_trainer(fsdp), [], None
@@ -80,7 +82,9 @@ def main(fsdp: int, count: int, out: str, distributed: str | None = None) -> Non
     }
     if sharding.is_main():
         (folder / "facts.json").write_text(json.dumps(facts))
+    return facts
 
 
 if __name__ == "__main__":
-    main(**json.loads(sys.argv[1]))
+    for arguments in json.loads(sys.argv[1]):
+        main(**arguments)

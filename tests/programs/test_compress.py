@@ -82,6 +82,7 @@ def test_uniform_result_loads_strictly_into_stock_code(material, tmp_path, witho
     assert from_torch.load(tmp_path / "hf").config == slim.config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "steps"), [("slimsam", 1), ("taylor", 0), ("default", 1)])
 def test_recipes_run_to_the_end(material, tmp_path, without_figure, recipe, steps):
     compress_with(compress_options(material, tmp_path / "slim", recipe=recipe, steps=steps, set=()))
@@ -151,6 +152,7 @@ def test_other_orders_than_the_papers(material, tmp_path, without_figure, recipe
     assert ("direction" in steps[0]) == bool(direction)
 
 
+@pytest.mark.slow
 def test_labelled_masks_can_tell_what_to_cut(material, tmp_path, without_figure):
     labelled = compress_options(
         material,

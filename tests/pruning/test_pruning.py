@@ -242,6 +242,7 @@ def test_masked_differs_from_shrunk_in_the_embedding_only_by_the_layer_norms(mod
     assert np.abs(slim["blocks_1"]["out"] - wide["blocks_1"]["out"][..., keep["embedding"]]).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise_samples", [1, 2])
 def test_disturbed_gradient_is_that_of_the_loss(model, noise_samples):
     """Of every image and probe by itself: summed as they are, or by their squares."""
@@ -347,6 +348,7 @@ for recipe in ("default", "taylor"):
 """
 
 
+@pytest.mark.slow
 def test_both_stages_prune_on_several_devices(tmp_path):
     program = DEVICES
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
@@ -354,6 +356,7 @@ def test_both_stages_prune_on_several_devices(tmp_path):
     assert done.stdout.split() == ["default", "12", "taylor", "12"]
 
 
+@pytest.mark.slow
 def test_sharded_importance_equals_one_device_and_gathers_nothing(tmp_path):
     """Each device squares the gradients of its own images; only their sum travels."""
     program = SHARDED

@@ -100,6 +100,7 @@ def test_stages_of_other_recipes_are_resumed_too(material, tmp_path, monkeypatch
     assert not all(map(np.array_equal, *map(jax.tree.leaves, decoders)))
 
 
+@pytest.mark.slow
 def test_broken_images_are_named_and_skipped(material, tmp_path, monkeypatch, capsys):
     """Also those that were met before the run was stopped; each once a stage."""
     shutil.copytree(material / "images", tmp_path / "images")

@@ -1,6 +1,6 @@
 """Measures the forms of attention on this device: error, milliseconds and memory of the image encoder in each.
 
-    python -m experiments.bench_attention --preset vit_p77
+    python -m experiments.bench.attention --preset vit_p77
 
 Errors are of the embedding's largest value, against "plain" in float32 with exact matrix products. Memory is what the
 compiled program needs beside parameters and image (XLA's own count), so all forms can be measured in one process.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.bench_jax import images, random_model
+from experiments.bench.ours import images, random_model
 from slimsam_jax.errors import InputError
 from slimsam_jax.models import config as configs
 from slimsam_jax.models.sam import run_encoder

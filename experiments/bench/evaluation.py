@@ -1,4 +1,4 @@
-"""Both sides of `bench.py --what evaluation`: mIoU by point and by box of an image with annotations.
+"""Both sides of `experiments.bench --what evaluation`: mIoU by point and by box of an image with annotations.
 
 Ours is what `slimsam_jax.evaluate` does for the single mask, two images at a time; PyTorch's is `SamPredictor`, which
 encodes the image once and is then asked for one mask at a time, and IoU by numpy as in SlimSAM's validation
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from experiments.bench import Options, Step
+from experiments.bench.options import Options, Step
 from slimsam_jax.data import Annotation
 from slimsam_jax.models.config import Config
 
@@ -48,7 +48,7 @@ def annotations(size: tuple[int, int]) -> list[Annotation]:
 
 
 def ours(config: Config, image: Image.Image, truth: list[Annotation]) -> tuple[Callable[[], object], Callable[[], int]]:
-    from experiments.bench_jax import random_model
+    from experiments.bench.ours import random_model
     from slimsam_jax.data.reading import map_readable
     from slimsam_jax.evaluation.scores import single_mask_iou
     from slimsam_jax.inference.decode import encode_image
@@ -68,7 +68,7 @@ def original(
 ) -> tuple[Callable[[], object], Callable[[], int]]:
     import torch
 
-    from experiments.bench_torch import peak
+    from experiments.bench.original import peak
     from slimsam_jax.imaging.transforms import resized_shape
     from tests.helpers.peers import segment_anything, stock_sam
 

@@ -1,4 +1,4 @@
-"""Both sides of `bench.py --what data`: JPEGs of SA-1B's size, decoded, resized as SAM does, and batched.
+"""Both sides of `experiments.bench --what data`: JPEGs of SA-1B's size, decoded, resized as SAM does, and batched.
 
 Ours are threads (`data/batches.py`), PyTorch's a `DataLoader` with a process for each core, doing the same by Pillow.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from experiments.bench import Options, Step
+from experiments.bench.options import Options, Step
 from slimsam_jax import data
 from slimsam_jax.imaging.transforms import resize_and_pad
 

@@ -1,4 +1,4 @@
-"""Both sides of `bench.py --what everything`: all masks of photographs, by ours and by the original's generator.
+"""Both sides of `experiments.bench --what everything`: all masks of photographs, ours and the original generator's.
 
 Both have the small SAM of the package: the work depends on how many masks pass the filters, so weights must be trained.
 Suppression is ours on both sides, as the original's is torchvision's, which has no CPU build on PyPI.
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench import Options, Step
+from experiments.bench.options import Options, Step
 from slimsam_jax import data
 from slimsam_jax.imaging import rle
 
@@ -46,9 +46,9 @@ def ours() -> tuple[Callable, Callable[[], int]]:
 def original() -> tuple[Callable, Callable[[], int]]:
     import torch
 
-    from experiments.bench_torch import peak
+    from experiments.bench.original import peak
     from slimsam_jax.inference import amg
-    from tests import peers
+    from tests.helpers import peers
 
     peers.segment_anything()  # before the next line needs it
     from converters import slim_sam_torch

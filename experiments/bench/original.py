@@ -1,4 +1,4 @@
-"""PyTorch's side of `bench.py`: the encoder of `segment_anything` in the loops of SlimSAM, batch 1.
+"""PyTorch's side of `experiments.bench`: the encoder of `segment_anything` in the loops of SlimSAM, batch 1.
 
 Sources: prune_distill_step1.py:107-121 (importance), :153-171 (first stage), prune_distill_step2.py:186-222 (second).
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import mse_loss
 
-from experiments.bench import Options, Step, distillation_of
+from experiments.bench.options import Options, Step, distillation_of
 from slimsam_jax.compression.alignment import ALIGN, SAM
 from slimsam_jax.models.config import GLOBAL, Config
 from tests.helpers.peers import stock_sam

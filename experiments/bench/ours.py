@@ -1,4 +1,4 @@
-"""Our side of `bench.py`: what `slimsam_jax.compress` runs, on random weights and images."""
+"""Our side of `experiments.bench`: what `slimsam_jax.compress` runs, on random weights and images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import Options, Step, distillation_of
+from experiments.bench.options import Options, Step, distillation_of
 from slimsam_jax import sharding
 from slimsam_jax.compression.alignment import terms
 from slimsam_jax.compression.trainer import make_trainer

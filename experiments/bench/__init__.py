@@ -1,0 +1,1 @@
+"""Benchmarks, ours against the original PyTorch modules: `python -m experiments.bench`."""
