@@ -1,4 +1,4 @@
-"""Prunes a FastSAM by the groups of its jaxpr. What C2f splits and joins is found there; nothing here knows it."""
+"""Prunes a FastSAM by the groups of its jaxpr, which know what C2f splits and joins; nothing here does."""
 
 from __future__ import annotations
 
