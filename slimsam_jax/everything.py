@@ -133,7 +133,8 @@ def why_nothing(generator: SamAutomaticMaskGenerator | FastSamMaskGenerator, sam
         return f"no mask was kept, though of {asked} some pass: raise --points-per-side"
     lower = calibration.fitting(scores, calibration.USUAL)
     best, options = [], []
-    for name, words, values in zip(calibration.NAMES, ("predicted IoU", "stability"), scores, strict=True):
+    first = "stability of its logits" if generator.use_stability_score else "predicted IoU"
+    for name, words, values in zip(calibration.NAMES, (first, "stability"), scores, strict=True):
         option, threshold = f"--{name.replace('_', '-')}", getattr(generator, name)
         best.append(f"the best {words} is {values.max():.2f} ({option} is {threshold:.2f})")
         if getattr(lower, name) < threshold:

@@ -109,7 +109,8 @@ def depthwise(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     if jax.default_backend() != "cpu":
         return convolve(x, kernel, stride, x.shape[-1])
     (h, w), (rows, columns) = x.shape[1:3], kernel.shape[:2]
-    padded = jnp.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
+    # The barrier keeps XLA from computing x again for each of the shifts, and what x is computed from again for each.
+    padded = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0))))
     shifted = lambda i, j: padded[:, i : i + h : stride, j : j + w : stride]
     return sum(shifted(i, j) * kernel[i, j, 0] for i in range(rows) for j in range(columns))
 
