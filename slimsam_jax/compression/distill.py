@@ -69,8 +69,13 @@ def starting_error(run: Run, student: Sam) -> float:
     return float(np.mean(list(found.values())))
 
 
-def recalibrated(run: Run, student: Sam) -> Sam:
-    """With batch norms whose statistics are of the run's images: in every process of all of them, so the same."""
+def recalibrated(run: Run, planned: Planned, student: Sam) -> Sam:
+    """With batch norms whose statistics are of the run's images, if that is asked for and no weight has moved yet.
+
+    Every process takes the same images, so that all have the same statistics.
+    """
+    if planned.step.batch_norm == "frozen" or planned.before:
+        return student
     options, size = run.options, student.config.image_size
     count = max(1, min(options.importance_images, len(run.images)) // run.batch)
     batches = itertools.islice(Batches(run.images, size, run.batch, options.seed), count)
@@ -84,8 +89,7 @@ class Distillation(Loop):
 
     def __init__(self, run: Run, planned: Planned, student: Sam, previous: Sam):
         options, step = run.options, planned.step
-        if step.batch_norm == "recalibrated" and not planned.before:
-            student = recalibrated(run, student)
+        student = recalibrated(run, planned, student)
         self.whole, self.planned, self.distill, self.student = run, planned, step, student
         self.steps = planned.steps
         work = self.steps * run.batch * reference_macs.encoder_macs(run.teacher.config).total

@@ -174,5 +174,5 @@ def _plot_parameters(axes: Any, name: str, sam: Sam) -> None:
     """Of the parts of an image encoder of any family."""
     parts = sam.params["image_encoder"]
     axes.bar(np.arange(len(parts)), [reference_macs.parameters({part: parts[part]}) / 1e3 for part in parts])
-    axes.set(title=f"{name}: parameters of the image encoder, thousands")
+    axes.set(title=f"{name}: encoder parameters, thousands")
     axes.set_xticks(np.arange(len(parts)), list(parts), rotation=90, fontsize=6)

@@ -14,7 +14,7 @@ from helpers.images import samples, save_image
 from helpers.models import SQUARE, random_sam
 from slimsam_jax.compression import distill, pipeline
 from slimsam_jax.compression.options import Options
-from slimsam_jax.compression.plan import check
+from slimsam_jax.compression.plan import check, planned
 from slimsam_jax.compression.prepare import check_encoders
 from slimsam_jax.compression.steps import Distill, Initialize, Prune
 from slimsam_jax.errors import InputError
@@ -72,7 +72,9 @@ def test_statistics_are_estimated_from_the_runs_images(tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "recalibrate", record)
     images = samples([save_image(tmp_path / f"{i}.png", seed=i) for i in range(7)])
     run = SimpleNamespace(options=Options(importance_images=5), images=images, batch=2)
-    found = distill.recalibrated(run, sam)
+    later, frozen = planned((Distill("none"), RECALIBRATED), [4, 4])[1], planned((Distill("none"),), [4])[0]
+    assert distill.recalibrated(run, later, sam) is sam is distill.recalibrated(run, frozen, sam) and not seen
+    found = distill.recalibrated(run, planned((Initialize(), RECALIBRATED), [0, 4])[1], sam)
     assert found.params["image_encoder"] == {"new": sam.params["image_encoder"]}
     assert [batch.shape for batch in seen] == [(2, 32, 48, 3)] * 2
     assert all(2 < np.abs(batch).max() < 3 and np.ptp(batch[..., 0]) > 0 for batch in seen)
