@@ -1,4 +1,4 @@
-"""Prunes a FastSAM by the groups of its jaxpr. What C2f splits and joins is found there; nothing here knows it."""
+"""Prunes a FastSAM by the groups of its jaxpr: what C2f splits and joins follows from it, and nothing here knows it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRACED_SIDE = 64  # pixels; groups do not depend on it
 def groups_of(config: Config) -> pruning.Grouping:
     """The groups of a FastSAM. Nothing crosses any of them: masked and cut are the same function.
 
-    Of the outputs as they leave the network, so that bins, whose places are distances, coefficients and prototypes stay.
+    Of the outputs as they leave the network: bins (whose places are distances), coefficients and prototypes stay.
     """
     images = jax.ShapeDtypeStruct((1, TRACED_SIDE, TRACED_SIDE, 3), jnp.float32)
     return pruning.find_groups(functools.partial(raw, config), abstract_params(config), images)
