@@ -44,9 +44,9 @@ def save(sam: Sam | FastSam, folder: Path | str) -> None:
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     with writing(folder / "model.safetensors"), replacing(folder / "model.safetensors") as temporary:
         save_file({path: np.asarray(array) for path, array in flat.items()}, temporary)
-    if sam.kept:
+    if kept := getattr(sam, "kept", {}):  # a FastSAM has all its arrays in use
         with writing(folder / KEPT), replacing(folder / KEPT) as temporary:
-            save_file(sam.kept, temporary)
+            save_file(kept, temporary)
     else:
         (folder / KEPT).unlink(missing_ok=True)  # of a model that was here before
     write_json(folder / "config.json", describe(sam))

@@ -18,7 +18,7 @@ from slimsam_jax.imaging.letterbox import fit, letterbox
 from slimsam_jax.inference.predictor import AnyImage, as_image
 from slimsam_jax.models.fast_sam import Config, FastSam, Network, abstract_params, config_of
 from slimsam_jax.models.fast_sam_config import STRIDE
-from slimsam_jax.pruning.cut import Allocation
+from slimsam_jax.pruning.choosing import Allocation
 from slimsam_jax.pruning.gradients import disturbed_gradients
 from slimsam_jax.pruning.importance import WITHOUT_GRADIENT, Criterion
 
@@ -72,7 +72,7 @@ def prune(
     if criterion not in WITHOUT_GRADIENT:
         frames = [frame_of(image, config.image_size) for image in images]
         if not frames:
-            raise InputError(f"criterion {criterion!r} needs images; {' and '.join(WITHOUT_GRADIENT)} need none")
+            raise InputError(f"criterion {criterion!r} needs images; {', '.join(WITHOUT_GRADIENT)} need none")
         embed = functools.partial(raw, config)
         gradients = jax.device_get(disturbed_gradients(embed, params, frames, jax.random.key(seed)))
     scores = pruning.score(params, grouping, gradients, criterion, seed=seed)

@@ -34,11 +34,11 @@ def choose(config: Architecture, encoder: Any, grads: Any, step: Prune, target: 
 
 def check(config: Architecture, target: Target, steps: Sequence[Prune], uniform: bool) -> None:
     """Raises InputError for what only ViTs can do, before anything is computed."""
-    family = name_of(config.encoder)
+    family, rotates = name_of(config.encoder), getattr(family_of(config.encoder), "ROTATES", False)
     for step in steps:
-        if step.criterion == "projection":
+        if (projects := step.criterion == "projection") and not rotates:
             raise InputError(f"a {family}'s streams cannot be rotated, so there is no projection: take --recipe taylor")
-        if step.allocation == "macs":
+        if step.allocation == "macs" and not projects:
             raise InputError(
                 f"a {family}'s channels compete globally, locally or by params: set prune.allocation=global"
             )

@@ -15,7 +15,7 @@ from slimsam_jax.compression import found_groups, reference, vit_groups, widths
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.calibration_images import Batch, Calibration
 from slimsam_jax.compression.gradients import check_finite, gradients
-from slimsam_jax.compression.projection import attention, embedding, mlp, statistics
+from slimsam_jax.compression.projection import attention, embedding, mlp, plain_vit, statistics
 from slimsam_jax.compression.selection import choose, grouping_of
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.models.config import Config
@@ -50,8 +50,10 @@ def prune(
       InputError: the budget cannot be met.
       RunError: the model's statistics are not finite.
     """
-    if name_of(sam.config.encoder) != "vit":
+    if (family := name_of(sam.config.encoder)) != "vit":
         found_groups.check(sam.config, target, [step], uniform)
+    if step.criterion == "projection" and family != "vit":
+        return plain_vit.project(sam, step, target, calibration, seed)
     if step.criterion == "projection":
         slim = project(sam, step, target, calibration, seed, uniform)
     else:

@@ -10,8 +10,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from slimsam_jax.models.fast_sam import FastSam, detect
 from slimsam_jax.models.sam import Sam, encode
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import fast_sam_costs, reference_macs
 from slimsam_jax.profiling.latency import encoder_runner, interleaved
 
 Costs = list[dict[str, float]]  # of each model
@@ -25,7 +26,7 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (  # key, label, for
 )
 
 
-def measure(sams: Sequence[Sam]) -> Costs:
+def measure(sams: Sequence[Sam | FastSam]) -> Costs:
     """Measures models, those of one image in float32 on this machine; latencies by turns, so that they compare.
 
     Returns:
@@ -33,8 +34,33 @@ def measure(sams: Sequence[Sam]) -> Costs:
       "encoder_latency_ms" (the median) and "encoder_memory" in bytes: XLA's count of what the program holds at most,
       weights included.
     """
-    seconds = interleaved([encoder_runner(sam.config, sam.params) for sam in sams])
-    return [_of(sam) | {"encoder_latency_ms": 1e3 * each} for sam, each in zip(sams, seconds, strict=True)]
+    seconds = interleaved([_runner(sam) for sam in sams])
+    counted = [_of_fast_sam(sam) if isinstance(sam, FastSam) else _of(sam) for sam in sams]
+    return [each | {"encoder_latency_ms": 1e3 * second} for each, second in zip(counted, seconds, strict=True)]
+
+
+def _runner(sam: Sam | FastSam) -> Callable[[], Any]:
+    """Encodes one black image; of a FastSAM the whole network does."""
+    if not isinstance(sam, FastSam):
+        return encoder_runner(sam.config, sam.params)
+    return lambda: detect(sam.config, sam.params, _black(sam))
+
+
+def _black(sam: FastSam) -> np.ndarray:
+    return np.zeros((1, sam.config.image_size, sam.config.image_size, 3), np.uint8)
+
+
+def _of_fast_sam(sam: FastSam) -> dict[str, float]:
+    """Its network is all encoder."""
+    count = fast_sam_costs.parameters_of(sam.config)
+    memory = detect.lower(sam.config, sam.params, _black(sam)).compile().memory_analysis()
+    return {
+        "parameters": count,
+        "encoder_parameters": count,
+        "encoder_macs_linear": fast_sam_costs.macs_of(sam.config),
+        "encoder_macs_attention": 0,
+        "encoder_memory": _bytes(memory),
+    }
 
 
 def _of(sam: Sam) -> dict[str, float]:
@@ -51,8 +77,11 @@ def _of(sam: Sam) -> dict[str, float]:
 def _memory(sam: Sam) -> int:
     """Bytes of the encoder's program, which is compiled already where the latency was measured."""
     frame, size = np.zeros((1, *sam.config.image_size, 3), np.uint8), np.array([sam.config.image_size], np.int32)
-    found = encode.lower(sam.config, sam.params, frame, size, jnp.float32).compile().memory_analysis()
-    return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return _bytes(encode.lower(sam.config, sam.params, frame, size, jnp.float32).compile().memory_analysis())
+
+
+def _bytes(memory: Any) -> int:
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 
 def rows(costs: Costs) -> list[list[Any]]:

@@ -68,8 +68,10 @@ def decode_prompts(
     return np.concatenate(low), np.concatenate(scores)
 
 
-def check_labels(sam: Sam, labels: np.ndarray, masked: bool = False) -> None:
+def check_labels(sam: Sam | FastSam, labels: np.ndarray, masked: bool = False) -> None:
     """Raises InputError for prompts of labels [p, n], or with previous masks, that the model's head cannot take."""
+    if isinstance(sam, FastSam):
+        return
     if reason := kind_of(sam.config.head).refusal(labels, masked):
         raise InputError(reason)
 

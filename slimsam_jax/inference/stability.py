@@ -30,7 +30,7 @@ def stability_scores(low: np.ndarray, offset: float = 1.0) -> np.ndarray:
 
 def by_stability(sam: Sam) -> bool:
     """Whether a model's masks are ranked by stability, because its family's decoders estimate nothing."""
-    return getattr(family_of(sam.config.encoder), "RANKED_BY_STABILITY", False)
+    return isinstance(sam, Sam) and getattr(family_of(sam.config.encoder), "RANKED_BY_STABILITY", False)
 
 
 def ranking(sam: Sam, low: np.ndarray, predicted: np.ndarray) -> np.ndarray:

@@ -130,7 +130,10 @@ def test_the_doors_of_files(model, tmp_path):
 def test_what_it_cannot_become_is_one_line(model, tmp_path):
     checkpoint.save(model, tmp_path / "folder")
     for call, message in (
-        (lambda: to_torch.main(tmp_path / "folder", tmp_path / "x", "hf"), "a fast_sam: it goes to --format sam alone"),
+        (
+            lambda: to_torch.main(tmp_path / "folder", tmp_path / "x", "hf"),
+            "a fast_sam, and transformers has no",
+        ),
         (lambda: to_onnx.main(tmp_path / "folder", tmp_path / "x"), "this is a FastSAM, which has neither"),
         (lambda: from_torch.load(tmp_path / "folder", image_size=96), "takes images of 64 x 64 pixels"),
     ):

@@ -66,7 +66,7 @@ def test_the_card_understands_the_report_of_a_run(finished, tmp_path):
     text = (tmp_path / "hf" / "README.md").read_text()
     report = json.loads((finished / "report.json").read_text())
     assert f"| {100 * report['teacher']['point_miou']:.2f} % | {100 * report['slim']['point_miou']:.2f} % |" in text
-    assert "python -m slimsam_jax.compress --teacher teacher --images images --val val" in text
+    assert "python -m slimsam_jax.compress --teacher teacher" in text and "--images images --val val" in text
     assert str(finished.parent) not in text and "None" not in text
     assert all(len(line) <= 120 or line.startswith("python") for line in text.splitlines())
 

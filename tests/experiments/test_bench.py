@@ -14,8 +14,8 @@ import tyro
 from converters.from_torch import from_state_dict
 from experiments import hierarchical
 from experiments.bench import everything, original
-from experiments.bench.__main__ import flags
 from experiments.bench.options import STAGES, Options, distillation_of
+from experiments.bench.turns import flags
 from helpers.models import SQUARE, random_sam, tiny_config
 from helpers.peers import state_dict, stock_sam
 from slimsam_jax.distillation.losses import mse

@@ -9,7 +9,7 @@ import pytest
 import torch
 import tyro
 
-from experiments import bench, bench_families, bench_families_torch
+from experiments.bench import families, families_original, turns
 from helpers.shared import shared
 
 
@@ -19,26 +19,26 @@ def test_modules_are_the_originals(file, heads):
         state = {name[17:]: torch.from_numpy(arrays[name]) for name in arrays if name.startswith("sd/image_encoder.")}
         image, wanted = torch.from_numpy(arrays["preprocessed"]), arrays["image_embedding"]
     image = image.reshape(1, *image.shape[-3:])
-    module = bench_families_torch.build(state, image.shape[-1], heads).eval()
+    module = families_original.build(state, image.shape[-1], heads).eval()
     known = module.state_dict().keys()
     assert {name for name in state if name not in known} <= {n for n in state if n.startswith(("head.", "norm_head."))}
     module.load_state_dict({name: state[name] for name in known})
     with torch.no_grad():
-        for found in (module(image), bench_families_torch.fused(module)(image)):
+        for found in (module(image), families_original.fused(module)(image)):
             np.testing.assert_allclose(found, wanted, atol=2e-4)
 
 
 def test_published_shapes_are_those_of_our_presets():
     """The counts of both sides' parameters."""
     for preset, count in (("vit_t", 5_743_892), ("efficient_sam_ti", 6_163_840)):
-        module = bench_families_torch.encoder(preset, 64)
+        module = families_original.encoder(preset, 64)
         assert sum(parameter.numel() for parameter in module.parameters()) == count
 
 
 def test_a_turn(capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of this process, which other tests share
-    options = bench_families.Options(images=1, image_size=64, fused=True)
-    assert tyro.cli(bench_families.Options, args=bench.flags(options)) == options
-    bench_families.main(tyro.cli(bench_families.Options, args=[*bench.flags(options), "--side=torch"]))
+    options = families.Options(images=1, image_size=64, fused=True)
+    assert tyro.cli(families.Options, args=turns.flags(options)) == options
+    families.main(tyro.cli(families.Options, args=[*turns.flags(options), "--side=torch"]))
     turn = json.loads(capsys.readouterr().out)
     assert turn["seconds"] > 0 and "fused" in turn["where"]

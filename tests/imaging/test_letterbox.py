@@ -16,9 +16,7 @@ from slimsam_jax.imaging.letterbox import Letterbox, fit, letterbox, resize
 def test_it_is_the_original_s_to_the_bit(rectangle, name):
     arrays = subset()
     image = arrays["image_bgr_uint8"]
-    np.testing.assert_array_equal(
-        letterbox(image, fit(image.shape[:2], 192, rectangle)), arrays[f"letterboxed_{name}_uint8"]
-    )
+    np.testing.assert_array_equal(letterbox(image, fit(image.shape[:2], 192, rectangle)), arrays[name])
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_masked_is_cut():
 
 
 def test_what_cannot_be_pruned_is_one_line():
-    with pytest.raises(InputError, match="criterion 'taylor' needs images; magnitude and random need none"):
+    with pytest.raises(InputError, match=r"criterion 'taylor' needs images; magnitude, .*random need none"):
         prune(random_fast_sam(), 0.5, "taylor")
     with pytest.raises(InputError, match="would leave no channel"):
         prune(random_fast_sam(), 1.0)

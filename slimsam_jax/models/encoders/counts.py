@@ -106,7 +106,11 @@ def decoder_macs(head: Config | HeadConfig, prompt_tokens: int) -> int:
     return linear + head.iou_head_dim * (width + head.iou_head_dim + 1 + head.multimask_outputs)
 
 
-CLOSED_FORMS = {tiny_vit.Config: tiny_vit_macs, efficient_sam_vit.Config: efficient_sam_vit_macs}
+CLOSED_FORMS = {
+    tiny_vit.Config: tiny_vit_macs,
+    efficient_sam_vit.Config: efficient_sam_vit_macs,
+    rep_vit.Config: rep_vit_macs,
+}
 
 
 def _projections(dim: int, block: Block) -> int:

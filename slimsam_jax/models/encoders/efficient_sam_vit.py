@@ -222,6 +222,7 @@ FEATURES = {"embedding": ("qkv", "mlp"), "bottleneck": ("stream",)}
 # Whether a group, by its members' paths, is cut in a stage. In neither are the neck's width, nor the rows and columns
 # of the learnt positions, which a graph finds to be groups of their own.
 STAGES = {"embedding": _embedding, "bottleneck": _bottleneck}
+ROTATES = True  # its streams may be, as nothing but linear maps and LayerNorms reads them: `compression.projection`
 
 
 def kept_elements(config: Config) -> int:

@@ -1,4 +1,4 @@
-"""PyTorch's side of `bench_families.py`: image encoders in the shape and with the names of the published ones."""
+"""PyTorch's side of `families.py`: image encoders in the shape and with the names of the published ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from experiments.bench import Step
-from experiments.bench_torch import peak, wait
+from experiments.bench.options import Step
+from experiments.bench.original import peak, wait
 from tests.helpers.peers import segment_anything
 
 if TYPE_CHECKING:
-    from experiments.bench_families import Options
+    from experiments.bench.families import Options
 
-SHAPES = Path(__file__).parents[1] / "tests" / "golden" / "families_counts.json"  # of the published state dicts
+SHAPES = Path(__file__).parents[2] / "tests" / "golden" / "families_counts.json"  # of the published state dicts
 HEADS = {"efficient_sam_ti": 3, "efficient_sam_s": 6}
 
 

@@ -1,9 +1,9 @@
 """Images per second and peak memory of other families' image encoders, ours against PyTorch modules, taking turns.
 
-    python -m experiments.bench_families --preset vit_t
-    python -m experiments.bench_families --preset efficient_sam_ti
+    python -m experiments.bench.families --preset vit_t
+    python -m experiments.bench.families --preset efficient_sam_ti
 
-The originals are no packages; PyTorch's side is modules of their shape and names (`bench_families_torch.py`), which
+The originals are no packages; PyTorch's side is modules of their shape and names (`families_original.py`), which
 the golden vectors of the originals agree with. Weights are random, which changes no time. Ours folds batch norms into
 convolutions, as `SamPredictor` does; PyTorch's keeps them, as MobileSAM does, unless `--fused` (its `fuse()`).
 
@@ -15,13 +15,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from typing import Literal
 
 import tyro
 
-from experiments.bench import Step, flags, ratios, spread, timed
+from experiments.bench import turns
+from experiments.bench.options import Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +47,14 @@ def main(options: Options) -> None:
     if options.side == "both":
         compare(options)
     else:
-        print(json.dumps(timed(make_step(options), options.images)))
+        print(json.dumps(turns.timed(make_step(options), options.images)))
 
 
 def make_step(options: Options) -> Step:
     if options.side == "torch":  # PyTorch and JAX in one process would share its threads and its memory
-        from experiments import bench_families_torch
+        from experiments.bench import families_original
 
-        return bench_families_torch.make_step(options)
+        return families_original.make_step(options)
     import jax
     import numpy as np
 
@@ -91,22 +90,8 @@ def our_encoder(options: Options):
 
 
 def compare(options: Options) -> None:
-    """Runs the two sides in turn, and prints the ratios of neighbours."""
-    turns: dict[str, list[dict]] = {"jax": [], "torch": []}
-    for _ in range(options.turns):
-        for side, results in turns.items():
-            command = [sys.executable, "-m", "experiments.bench_families", *flags(options), f"--side={side}"]
-            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            results.append(json.loads(output.splitlines()[-1]))
-            print(side, {name: value for name, value in results[-1].items() if name != "outcome"}, flush=True)
-    ours, theirs = turns["jax"], turns["torch"]
-    highest = lambda side: max(turn["peak_gb"] for turn in side)
-    print(
-        f"forward, {options.preset}, {options.image_size} px; ours on {ours[0]['where']}, PyTorch on "
-        f"{theirs[0]['where']}: {spread(ours)} against {spread(theirs)} images/s, {ratios(ours, theirs, 'seconds')} "
-        f"times as many ({ratios(ours, theirs, 'cpu_seconds')} by the CPU's time), with {highest(ours):.2f} and "
-        f"{highest(theirs):.2f} GB at the peak"
-    )
+    ours, theirs = turns.taken("experiments.bench.families", options)
+    print(turns.summary(f"forward, {options.preset}, {options.image_size} px", ours, theirs))
 
 
 if __name__ == "__main__":
