@@ -99,8 +99,8 @@ def project(
         width = widths.embedding_width(sam.config, target, step)
         return _with_encoder(sam, embedding.project_embedding(sam.config, encoder, moment, width))
 
-    bases, worth = _bases(sam, step, calibration("statistics of heads"), seed)
-    chosen = widths.bottleneck_widths(sam.config, worth, target, step, uniform)
+    bases, gains = _bases(sam, step, calibration("statistics of heads"), seed)
+    chosen = widths.bottleneck_widths(sam.config, gains, target, step, uniform)
     of_kind = lambda kind: [chosen[f"blocks_{i}/{kind}"] for i in range(len(bases))]
 
     cut = functools.partial(attention.project_attention, sam.config, encoder, bases, of_kind("attn"))
@@ -140,8 +140,8 @@ def _bases(sam: Sam, step: Prune, batches: Iterable[Batch], seed: int):
     found = _moments(sam, batches, seed, *_parts(step))
     bases = attention.attention_bases(sam.config, encoder, found, weighting(step))
     units = mlp.hidden_units(encoder, found, weighting(step))
-    worth = {f"blocks_{i}/attn": basis.worth for i, basis in enumerate(bases)}
-    return bases, worth | {f"blocks_{i}/mlp": unit.worth for i, unit in enumerate(units)}
+    gains = {f"blocks_{i}/attn": basis.gains for i, basis in enumerate(bases)}
+    return bases, gains | {f"blocks_{i}/mlp": unit.gains for i, unit in enumerate(units)}
 
 
 # ------------------------------------------------------------------------------------------- to look at

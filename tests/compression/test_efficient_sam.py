@@ -67,6 +67,17 @@ def test_it_is_slimmed_end_to_end(teacher, material, tmp_path, without_figure):
     assert masks.shape == (3, 20, 30) and np.isfinite(scores).all()
 
 
+def test_the_default_recipe_chooses_bases_first(teacher, material, tmp_path, without_figure):
+    """Its streams may be rotated; q, k and v get widths of their own."""
+    options = compress_options(material, tmp_path / "slim", teacher=teacher, recipe="default", steps=0, set=())
+    numbers = compress_with(options).report
+    slim = from_torch.load(tmp_path / "slim")
+    assert slim.config.encoder.embed_dim == 5
+    assert numbers["slim"]["encoder_parameters"] < numbers["teacher"]["encoder_parameters"]
+    masks, _, _ = api.predict(slim, material / "val" / "0.png", [[5, 6]])
+    assert masks.shape == (1, 20, 30)
+
+
 def test_what_it_cannot_do_is_one_line(teacher, material, tmp_path):
     options = compress_options(material, tmp_path / "slim", teacher=teacher, recipe="slimsam", set=())
     with pytest.raises(InputError, match="known bugs are of SAM's ViT"):

@@ -180,7 +180,7 @@ def test_unweighted_worth_is_the_share_of_the_stream_that_would_be_wrong(model):
         )
         error += np.square(after - before).sum()
         total += np.square(before - before.mean(-1, keepdims=True)).sum()
-    np.testing.assert_allclose(units[0].worth[30:].sum(), error / total, rtol=0.05)
+    np.testing.assert_allclose(units[0].gains[30:].sum(), error / total, rtol=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_weighted_worth_is_the_share_of_the_embedding_that_is_wrong(four_heads, 
         slim = mlp.project_mlp(encoder, groups, widths)
     after = config_of(slim, like=config)
     error = sum(np.square(embed(after, slim, batch) - embed(config, encoder, batch)).sum() for batch in images)
-    np.testing.assert_allclose(groups[block].worth[width:].sum(), error / found["embedding"], rtol=0.12)
+    np.testing.assert_allclose(groups[block].gains[width:].sum(), error / found["embedding"], rtol=0.12)
 
 
 def test_padding_of_windows_is_left_out_where_nobody_reads_it(model):

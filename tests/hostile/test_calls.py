@@ -215,7 +215,7 @@ def test_any_prompt_is_refused_or_finite(points, labels, box, mask):
         mixed_prompts.check(model(), Prompt(points, labels, box, mask), encoded.original_size)
     except InputError:
         return
-    xy, kinds = mixed_prompts._tokens(encoded, Prompt(points, labels, box, mask))
+    xy, kinds = mixed_prompts._tokens(model(), encoded, Prompt(points, labels, box, mask))
     assert xy.dtype == np.float32 and np.isfinite(xy).all() and xy.shape == (len(kinds), 2)
     assert (np.abs(xy) <= 200).all() and np.isin(kinds, (-1, 0, 1, 2, 3)).all()
 

@@ -23,7 +23,7 @@ class AttentionBases(NamedTuple):
     key: np.ndarray  # [r, m]
     outputs: list[Compression]
     means: np.ndarray  # [n, m]
-    worth: np.ndarray  # [m], falling
+    gains: np.ndarray  # [m], falling
 
 
 def attention_bases(
@@ -60,8 +60,8 @@ def _bases(attn: Params, moments: Moments, i: int, weighting: Weighting) -> Atte
     keys = m["k"] / m["keys"] / head_dim + sum(table.T @ table / len(table) for table in tables)
     logits = bilinear_basis(queries, keys)
     read = logits.singular_values**2 / (logits.singular_values**2).sum() * written.sum()
-    worth = (written + read) * moments["tokens"] / moments["blocks"][i]
-    return AttentionBases(logits.left, logits.right, outputs, means, worth)
+    gains = (written + read) * moments["tokens"] / moments["blocks"][i]
+    return AttentionBases(logits.left, logits.right, outputs, means, gains)
 
 
 def project_attention(
@@ -108,7 +108,7 @@ def project_attention(
 
 def _first(basis: AttentionBases, width: int) -> AttentionBases:
     """With zeros in place of all channels but the first `width`."""
-    stays = (np.arange(len(basis.worth)) < width).astype(np.float64)
+    stays = (np.arange(len(basis.gains)) < width).astype(np.float64)
     rows = stays[:, None]
     outputs = [o._replace(encode=rows * o.encode, decode=o.decode * stays) for o in basis.outputs]
     return basis._replace(query=rows * basis.query, key=rows * basis.key, outputs=outputs)

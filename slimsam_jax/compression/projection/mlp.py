@@ -24,10 +24,10 @@ class HiddenUnits:
         _, covariance = self._mean_and_covariance()
         if weighting == "disturbed":
             metric = bases.root(_wide(moments["sensitivity"]["out"][i]) / moments["embedding"])
-            self.order, self.worth = bases.choose_units(covariance, self.kernel @ metric, count)
+            self.order, self.gains = bases.choose_units(covariance, self.kernel @ metric, count)
         else:
             self.order, gains = bases.choose_units(covariance, self.kernel, count)
-            self.worth = gains * moments["tokens"] / moments["blocks"][i]
+            self.gains = gains * moments["tokens"] / moments["blocks"][i]
 
     def _mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
         """Computed each time: those of all blocks of SAM-H together would be 6.7 GB."""

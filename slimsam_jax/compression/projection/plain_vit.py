@@ -120,7 +120,7 @@ def gains_of(bases: Sequence[HeadBases], units: Sequence[mlp.HiddenUnits]) -> Ga
         gains |= {
             f"blocks_{i}/qk": basis.logit_gains,
             f"blocks_{i}/v": basis.value_gains,
-            f"blocks_{i}/mlp": unit.worth,
+            f"blocks_{i}/mlp": unit.gains,
         }
     return gains
 
