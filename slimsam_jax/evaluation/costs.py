@@ -7,9 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from slimsam_jax.evaluation import tables
 from slimsam_jax.models.fast_sam import FastSam, detect
 from slimsam_jax.models.sam import Sam, encode
 from slimsam_jax.profiling import fast_sam_costs, reference_macs
@@ -90,14 +89,8 @@ def rows(costs: Costs) -> list[list[Any]]:
 
 
 def print_table(names: Sequence[str], costs: Costs) -> None:
-    table = Table("costs", *names)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows(costs):
-        table.add_row(*row)
-    Console().print(table)
+    tables.print_rows(["costs", *names], rows(costs))
 
 
 def markdown(names: Sequence[str], costs: Costs) -> str:
-    lines = [["costs", *names], ["---"] + ["---:"] * len(names), *rows(costs)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return tables.markdown_rows(["costs", *names], rows(costs))

@@ -16,6 +16,7 @@ from slimsam_jax.files import replacing
 
 Summary = dict[str, list[dict[str, Any]]]  # of statistics.summarise
 
+TITLE = "per cent (95 % interval)"
 LABELS = {
     "iou": "mIoU",
     "iou_best": "mIoU, best predicted",
@@ -73,18 +74,26 @@ def cell(key: str, model: dict[str, Any]) -> str:
 
 
 def print_table(names: Sequence[str], summary: Summary) -> None:
-    table = Table("per cent (95 % interval)", *names)
+    print_rows([TITLE, *names], rows(summary))
+
+
+def print_rows(header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Prints a table whose numbers are aligned to the right."""
+    table = Table(*header)
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in rows(summary):
-        table.add_row(*row)
+    for line in lines:
+        table.add_row(*line)
     Console().print(table)
 
 
 def markdown(names: Sequence[str], summary: Summary) -> str:
-    header = ["per cent (95 % interval)", *names]
-    lines = [header, ["---"] + ["---:"] * len(names), *rows(summary)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_rows([TITLE, *names], rows(summary))
+
+
+def markdown_rows(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    ruled = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in ruled)
 
 
 def write_markdown(path: Path, names: Sequence[str], summary: Summary, more: str = "") -> None:

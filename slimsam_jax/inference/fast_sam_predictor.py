@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.geometry import bounding_window
@@ -13,7 +12,7 @@ from slimsam_jax.inference.automatic_mask_generator import ENCODE
 from slimsam_jax.inference.fast_sam import Found, Options, choose, draw, find_one
 from slimsam_jax.inference.fast_sam_prompts import Choice
 from slimsam_jax.inference.mixed_prompts import Prompt, _points, kind_of
-from slimsam_jax.inference.predictor import AnyImage, SamPredictor, as_image, check_model
+from slimsam_jax.inference.predictor import AnyImage, SamPredictor, as_rgb, check_model
 from slimsam_jax.limits import quoted
 from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.sam import Sam
@@ -62,12 +61,7 @@ class FastSamPredictor:
         Raises:
           InputError: not an image.
         """
-        if not isinstance(image_format, str) or image_format not in ("RGB", "BGR"):
-            raise InputError(f"image_format {quoted(image_format)} is neither RGB nor BGR")
-        rgb = as_image(image)
-        if image_format == "BGR" and isinstance(image, np.ndarray):
-            rgb = Image.fromarray(np.ascontiguousarray(np.asarray(rgb)[..., ::-1]))
-        self.found = find_one(self.model, rgb, self.options)
+        self.found = find_one(self.model, as_rgb(image, image_format), self.options)
 
     def predict(
         self,

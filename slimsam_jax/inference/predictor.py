@@ -59,12 +59,7 @@ class SamPredictor:
         Raises:
           InputError: not an image.
         """
-        if not isinstance(image_format, str) or image_format not in ("RGB", "BGR"):
-            raise InputError(f"image_format {quoted(image_format)} is neither RGB nor BGR")
-        rgb = as_image(image)
-        if image_format == "BGR" and isinstance(image, np.ndarray):
-            rgb = Image.fromarray(np.ascontiguousarray(np.asarray(rgb)[..., ::-1]))
-        (self.encoded,) = encode_images(self.model, [rgb])
+        (self.encoded,) = encode_images(self.model, [as_rgb(image, image_format)])
 
     def predict(
         self,
@@ -178,6 +173,16 @@ def check_sides(height: int, width: int) -> None:
         raise InputError(
             f"an image of {width} x {height} pixels; sides of at most {IMAGE_SIDE} and {most} pixels are taken"
         )
+
+
+def as_rgb(image: AnyImage, image_format: str) -> Image.Image:
+    """Reads an image for `set_image`, whose arguments these are; of an array the channels may be in BGR order."""
+    if not isinstance(image_format, str) or image_format not in ("RGB", "BGR"):
+        raise InputError(f"image_format {quoted(image_format)} is neither RGB nor BGR")
+    rgb = as_image(image)
+    if image_format == "BGR" and isinstance(image, np.ndarray):
+        rgb = Image.fromarray(np.ascontiguousarray(np.asarray(rgb)[..., ::-1]))
+    return rgb
 
 
 def check_model(sam: Sam) -> Sam:

@@ -19,11 +19,25 @@ import jax.numpy as jnp
 
 from slimsam_jax.imaging.bicubic import bicubic_matrix
 from slimsam_jax.models.config import DEEPEST
+from slimsam_jax.models.encoders import vit
 from slimsam_jax.models.encoders.architecture import Block, block_of, check_image_size, check_widths, pair
 from slimsam_jax.models.encoders.attention import attend
 from slimsam_jax.models.encoders.layers import gelu, keep_logit_scale, neck
+from slimsam_jax.models.encoders.vit import kept_elements, last_arrays
 
-__all__ = ["FEATURES", "STAGES", "Config", "ImageEncoder", "config_of", "features", "keep_logit_scale"]
+__all__ = [
+    "FEATURES",
+    "ROTATES",
+    "STAGES",
+    "Config",
+    "ImageEncoder",
+    "abstract_params",
+    "config_of",
+    "features",
+    "keep_logit_scale",
+    "kept_elements",
+    "last_arrays",
+]
 
 Features = dict[str, dict[str, jax.Array]]
 
@@ -225,21 +239,6 @@ STAGES = {"embedding": _embedding, "bottleneck": _bottleneck}
 ROTATES = True  # its streams may be, as nothing but linear maps and LayerNorms reads them: `compression.projection`
 
 
-def kept_elements(config: Config) -> int:
-    """Numbers in the residual stream of an image, which the backward pass keeps."""
-    return config.grid[0] * config.grid[1] * config.embed_dim * len(config.blocks)
-
-
 def abstract_params(config: Config) -> Any:
-    """The parameter tree as shapes; equal blocks have equal shapes, and are traced once."""
-    distinct = tuple(dict.fromkeys(config.blocks))
-    traced = ImageEncoder(dataclasses.replace(config, blocks=distinct))
-    images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
-    encoder = dict(jax.eval_shape(lambda images: traced.init(jax.random.key(0), images)["params"], images))
-    shapes = {block: encoder.pop(f"blocks_{i}") for i, block in enumerate(distinct)}
-    return encoder | {f"blocks_{i}": shapes[block] for i, block in enumerate(config.blocks)}
-
-
-def last_arrays(config: Config) -> list[str]:
-    """Paths that are there only if all blocks are: a check that costs nothing, before anything is traced."""
-    return [f"blocks_{len(config.blocks) - 1}/norm1/scale"]
+    """The parameter tree as shapes."""
+    return vit.abstract_params(config, ImageEncoder)

@@ -221,10 +221,10 @@ def kept_elements(config: Config) -> int:
     return config.grid[0] * config.grid[1] * config.embed_dim * len(config.blocks)
 
 
-def abstract_params(config: Config) -> Any:
-    """The parameter tree as shapes; equal blocks have equal shapes, and are traced once."""
+def abstract_params(config: Any, module: type[nn.Module] = ImageEncoder) -> Any:
+    """The parameter tree as shapes, of this or another plain ViT; equal blocks are traced once."""
     distinct = tuple(dict.fromkeys(config.blocks))
-    traced = ImageEncoder(dataclasses.replace(config, blocks=distinct))
+    traced = module(dataclasses.replace(config, blocks=distinct))
     images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
     encoder = dict(jax.eval_shape(lambda images: traced.init(jax.random.key(0), images)["params"], images))
     shapes = {block: encoder.pop(f"blocks_{i}") for i, block in enumerate(distinct)}
