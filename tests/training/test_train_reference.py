@@ -8,7 +8,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from PIL import Image
 
@@ -228,19 +227,25 @@ def test_what_is_not_trained(tiny_sam):
     assert not decayed["mask_tokens"] and decayed["iou_prediction_head"]["layers_0"] == {"bias": False, "kernel": True}
 
 
-@pytest.mark.slow
-def test_a_batch_in_parts_gives_the_same_gradients(images):
-    """Each image has its own clicks to correct, wherever it stands in the batch."""
-    sam, found = random_sam(SQUARE), []
-    for accumulate in (1, 2):
-        # With `learnt`'s settings, whose compiled step the first one then is.
-        settings = Settings(steps=1, batch=2, prompts=2, accumulate=accumulate, ema=0.9)
-        trainer = make_trainer(sam, settings)
-        batch = next(MaskBatches(samples(sorted(images.glob("*.png"))), SQUARE, 2, seed=0, prompts=2))
-        how = OBJECTIVES["short"].weights, 1e-3
-        state, terms = trainer.step(trainer.state, trainer.frozen, batch, *how)
-        found.append((optax.tree_utils.tree_get(state.opt_state, "mu"), terms))
-    chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
+def test_images_share_nothing_but_a_batch(images):
+    """Each has its own clicks to correct, wherever it stands: a batch in parts gives the same."""
+    sam, weights = random_sam(SQUARE), OBJECTIVES["short"].weights
+    batch = next(MaskBatches(samples(sorted(images.glob("*.png"))), SQUARE, 2, seed=0, prompts=2))
+    embedding = jax.random.normal(jax.random.key(0), (2, *SQUARE.grid, SQUARE.out_chans))
+    loss = jax.jit(lambda params, *images: prompt_loop.interactive_loss(SQUARE, params, *images, weights)[1])
+    both = loss(sam.params, embedding, batch)
+    one = lambda i: loss(sam.params, *jax.tree.map(lambda rows: rows[i : i + 1], (embedding, batch)))
+    each = [one(0), one(1)]
+    assert abs(each[0]["iou_1"] - each[1]["iou_1"]) > 1e-3
+    chex.assert_trees_all_close(both, jax.tree.map(lambda *two: sum(two) / 2, *each), rtol=1e-4, atol=1e-6)
+
+
+def test_parts_of_a_batch_come_one_after_the_other(images):
+    """That their gradients are those of the whole is `test_distill`'s."""
+    trainer = make_trainer(random_sam(SQUARE), Settings(steps=1, batch=2, prompts=1, corrections=0, accumulate=2))
+    batch = next(MaskBatches(samples(sorted(images.glob("*.png"))), SQUARE, 2, seed=0, prompts=1))
+    step = jax.make_jaxpr(trainer.step)(trainer.state, trainer.frozen, batch, OBJECTIVES["short"].weights, 1e-3)
+    assert "length=2" in str(step)
 
 
 def options(folder, out, **changes) -> train_reference.Options:
