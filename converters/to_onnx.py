@@ -143,15 +143,15 @@ def export(
     from converters.onnx import check
     from slimsam_jax.files import new_folder
 
-    expected = check.reference(sam, image)
-    lines = []
+    expected, lines = check.reference(sam, image), []
+    said = lambda differences: summary(differences, score_of(sam.config))
     with new_folder(folder) as temporary:
         for dtype in ("float32", *(d for d in dtypes if d != "float32")):  # float32 proves the graph
             paths = write(sam, temporary, layout, dtype, return_single_mask)
             differences = measure(expected, layout, paths, return_single_mask)
             if dtype == "float32" and max(differences[:3]) > LARGEST_ERROR:
-                raise RunError(f"the ONNX model differs from JAX: {summary(differences)}; nothing is written")
-            lines += [f"{dtype}: {summary(differences)}", *(f"  {describe_file(path, temporary)}" for path in paths)]
+                raise RunError(f"the ONNX model differs from JAX: {said(differences)}; nothing is written")
+            lines += [f"{dtype}: {said(differences)}", *(f"  {describe_file(path, temporary)}" for path in paths)]
         if "float32" not in dtypes:
             lines = lines[3:]
             for stem in STEMS[layout]:
@@ -162,10 +162,17 @@ def export(
     print("\n".join(lines))
 
 
-def summary(errors: Errors) -> str:
+def score_of(config: Architecture) -> str:
+    """What a model ranks its masks by, in words."""
+    from slimsam_jax.inference.stability import ranks_by_stability
+
+    return "stability" if ranks_by_stability(config) else "predicted IoU"
+
+
+def summary(errors: Errors, score: str) -> str:
     return (
         f"largest error relative to the largest value: embedding {errors.embedding:.1e}, masks {errors.masks:.1e}, "
-        f"IoU {errors.iou:.1e}; masks agree to {100 * errors.agreement:.2f} %"
+        f"{score} {errors.iou:.1e}; masks agree to {100 * errors.agreement:.2f} %"
     )
 
 

@@ -14,9 +14,9 @@ from slimsam_jax.errors import RunError
 from slimsam_jax.imaging import overlap
 from slimsam_jax.imaging.prompts import BOX_TOP_LEFT, prompt_points
 from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks
+from slimsam_jax.inference.stability import ranking, ranks_by_stability, stability_scores
 from slimsam_jax.models import sam as jax_sam
-from slimsam_jax.models.config import Config
-from slimsam_jax.models.sam import Sam
+from slimsam_jax.models.sam import Architecture, Sam
 
 Outputs = list[tuple[np.ndarray, np.ndarray]]  # (masks, IoU) of each prompt that a layout knows
 
@@ -28,7 +28,7 @@ class Prompt(NamedTuple):
       points, labels: [1, n, 2] float32 in the model frame, [1, n] int32.
       mask: [1, 4h, 4w, 1] logits, or None.
       low: [1, m, 4h, 4w] logits, m = 1 + multimask_outputs.
-      iou: [1, m].
+      iou: [1, m]: what masks are ranked by, see `inference.stability`.
     """
 
     points: np.ndarray
@@ -48,7 +48,7 @@ class Reference(NamedTuple):
       prompts: a point, a box, and the point with a mask.
     """
 
-    config: Config
+    config: Architecture
     frame: np.ndarray
     size: tuple[int, int]
     original_size: tuple[int, int]
@@ -77,7 +77,8 @@ def reference(sam: Sam, image: Image.Image) -> Reference:
 
     def ask(points: np.ndarray, labels: np.ndarray, mask: np.ndarray | None = None) -> Prompt:
         low, iou = jax_sam.decode(sam.config, sam.params, embedding, points, labels, mask)
-        return Prompt(points.astype(np.float32), labels, mask, np.asarray(low), np.asarray(iou))
+        low, iou = np.asarray(low), np.asarray(iou)
+        return Prompt(points.astype(np.float32), labels, mask, low, ranking(sam, low, iou))
 
     first = ask(*point)
     prompts = (first, ask(*box), ask(*point, mask=first.low[:, :1].transpose(0, 2, 3, 1)))
@@ -117,13 +118,19 @@ def compare_sam(expected: Reference, encoder: Path, decoder: Path, return_single
         kept = [chosen(prompt)] if return_single_mask else slice(None)
         resized = resize_masks(expected.config.image_size, prompt.low[:, kept], expected.size, expected.original_size)
         actual += [(low, iou), (full, iou)]
-        target += [(prompt.low[:, kept], prompt.iou[:, kept]), (resized, prompt.iou[:, kept])]
+        wanted = scores(expected.config, prompt.iou[:, kept], low)
+        target += [(prompt.low[:, kept], wanted), (resized, wanted)]
     return errors(expected, embedding, actual, target)
 
 
 def chosen(prompt: Prompt) -> int:
     """Returns the output of Meta's `return_single_mask`: the first for more than two points, else the best other."""
     return 0 if prompt.points.shape[1] > 2 else 1 + int(prompt.iou[0, 1:].argmax())
+
+
+def scores(config: Architecture, iou: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """JAX's `iou`; but stability is that of the model's own logits: a pixel more moves that of a small mask by much."""
+    return stability_scores(low) if ranks_by_stability(config) else iou
 
 
 def compare_transformers_js(expected: Reference, encoder: Path, decoder: Path) -> Errors:
@@ -143,7 +150,7 @@ def compare_transformers_js(expected: Reference, encoder: Path, decoder: Path) -
         }
         iou, masks = run(None, inputs)
         actual.append((masks[0], iou[0]))
-        target.append((prompt.low[:, 1:], prompt.iou[:, 1:]))
+        target.append((prompt.low[:, 1:], scores(expected.config, prompt.iou[:, 1:], masks[0])))
     return errors(expected, embedding, actual, target)
 
 
@@ -167,4 +174,4 @@ def largest_error(actual: np.ndarray, target: np.ndarray) -> float:
     if actual.shape != target.shape or not np.isfinite(actual).all():
         what = "values that are not finite" if actual.shape == target.shape else f"{actual.shape}, not {target.shape}"
         raise RunError(f"the ONNX model gives {what}")
-    return float(np.abs(actual - target).max() / np.abs(target).max())
+    return float(np.abs(actual - target).max() / (np.abs(target).max() or 1))  # stability may be 0 of all masks

@@ -16,6 +16,9 @@ OPSET = 17  # the first with LayerNormalization
 IR_VERSION = 8  # what came with it; onnxruntime 1.12 and newer read both
 
 FLOAT, INT64, UINT8 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.UINT8
+# Attributes of Resize, without antialiasing; both as PyTorch interpolates with align_corners=False.
+BILINEAR = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+CUBIC = {"mode": "cubic", "coordinate_transformation_mode": "half_pixel", "cubic_coeff_a": -0.75}
 Shape = tuple[int | str, ...]  # a str is an axis of any length
 Operand = str | np.ndarray | np.generic | float | Iterable[int]
 

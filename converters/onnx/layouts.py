@@ -11,15 +11,20 @@ from typing import Any
 import numpy as np
 import onnx
 
-from converters.onnx import encoder, tiny_vit
+from converters.onnx import encoder, rep_vit, tiny_vit
 from converters.onnx.decoder import dense_embedding, dense_positions, mask_decoder, no_mask, prompt_tokens
-from converters.onnx.graph import FLOAT, INT64, UINT8, Graph
+from converters.onnx.graph import BILINEAR, FLOAT, INT64, UINT8, Graph
 from slimsam_jax.imaging.prompts import NOT_A_POINT
+from slimsam_jax.inference.stability import ranks_by_stability
 from slimsam_jax.models.encoders import name_of
 from slimsam_jax.models.sam import Architecture as Config
 
 Params = Mapping[str, np.ndarray]  # paths joined by slashes
-ENCODERS = {"vit": encoder.image_encoder, "tiny_vit": tiny_vit.image_encoder}  # of the families that go to ONNX
+ENCODERS = {  # of the families that go to ONNX
+    "vit": encoder.image_encoder,
+    "tiny_vit": tiny_vit.image_encoder,
+    "rep_vit": rep_vit.image_encoder,
+}
 
 
 def image_encoder(g: Graph, config: Config, pixels: str) -> str:
@@ -79,7 +84,8 @@ def sam_decoder(
       mask_input [1 or p, 1, 4h, 4w]: logits; has_mask_input [1 or p]: 1, or 0 to ignore them;
       orig_im_size [2]: (height, width) of the image.
     Outputs, float32:
-      masks [p, m, height, width]: logits in the image; iou_predictions [p, m]; low_res_masks [p, m, 4h, 4w].
+      masks [p, m, height, width]: logits in the image; iou_predictions [p, m]: see `scores`; low_res_masks
+        [p, m, 4h, 4w].
       m is 1 + multimask_outputs, the first the single mask; or, if `return_single_mask`, 1: the first for more than
       two points, else the best of the others, as the original chooses.
     """
@@ -92,6 +98,7 @@ def sam_decoder(
     masks, iou = mask_decoder(g, config, image, dense_positions(g, config), sparse)
     if not config.single_mask:
         masks, iou = best_first(g, masks, iou)
+    iou = scores(g, config, masks, iou)
     if return_single_mask:
         masks, iou = select_mask(g, config, masks, iou, g.sizes("point_coords", 1, 2))
     count = 1 if return_single_mask else 1 + config.multimask_outputs
@@ -109,6 +116,19 @@ def sam_decoder(
         "low_res_masks": (masks, ("num_prompts", count, 4 * h, 4 * w)),
     }
     return g.model("sam_decoder", config, inputs, outputs)
+
+
+def scores(g: Graph, config: Config, masks: str, iou: str) -> str:
+    """What masks are ranked by [p, m]: predicted IoU, or the stability of logits [p, m, 4h, 4w].
+
+    Stability in the place of the estimates that EdgeSAM's decoder has not learned, as `inference.stability` has it:
+    whoever takes the mask of the highest value then takes the one that EdgeSAM takes.
+    """
+    if not ranks_by_stability(config):
+        return iou
+    above = lambda cut: g.op("Cast", g.op("Greater", masks, np.float32(cut)), to=FLOAT)
+    inner, outer = (g.op("ReduceSum", above(cut), [2, 3], keepdims=0) for cut in (1, -1))
+    return g.op("Div", inner, g.op("Max", outer, np.float32(1)))
 
 
 def select_mask(g: Graph, config: Config, masks: str, iou: str, points: str) -> tuple[str, str]:
@@ -134,12 +154,11 @@ def original_masks(g: Graph, config: Config, masks: str, original_size: str) -> 
     scale = g.op("ReduceMin", g.op("Div", frame, original_size))
     size = g.op("Floor", g.add(g.mul(original_size, scale), np.float32(0.5)))
     size = g.op("Max", g.op("Cast", size, to=INT64), [1])
-    bilinear = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
     larger = config.patch_size / 4
-    masks = g.op("Resize", masks, "", np.array([1, 1, larger, larger], np.float32), **bilinear)
+    masks = g.op("Resize", masks, "", np.array([1, 1, larger, larger], np.float32), **BILINEAR)
     masks = g.op("Slice", masks, (0, 0), size, (2, 3))
     sizes = g.concat(g.sizes(masks, 0, 2), g.op("Cast", original_size, to=INT64))
-    return g.op("Resize", masks, "", "", sizes, **bilinear)
+    return g.op("Resize", masks, "", "", sizes, **BILINEAR)
 
 
 def prompt_encoder_mask_decoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx.ModelProto:
@@ -152,7 +171,8 @@ def prompt_encoder_mask_decoder(config: Config, params: Params, dtype: Any = np.
         not a point, -10 nothing at all; and, which `SamModel` does not know, 2 and 3 for the corners of a box. Like
         `SamModel` it appends a "not a point", unless a label is 2 or 3;
       image_embeddings, image_positional_embeddings float32 [b, C, h, w], from `vision_encoder`.
-    Outputs: iou_scores float32 [b, p, m]; pred_masks float32 [b, p, m, 4h, 4w], logits. m is multimask_outputs.
+    Outputs: iou_scores float32 [b, p, m], see `scores`; pred_masks float32 [b, p, m, 4h, 4w], logits; m is
+      multimask_outputs.
     """
     g = Graph(params, dtype)
     (h, w), many = config.grid, config.multimask_outputs
@@ -167,6 +187,7 @@ def prompt_encoder_mask_decoder(config: Config, params: Params, dtype: Any = np.
 
     image = g.add(per_prompt("image_embeddings"), no_mask(g))
     masks, iou = mask_decoder(g, config, image, per_prompt("image_positional_embeddings"), sparse)
+    iou = scores(g, config, masks, iou)
     split = lambda x, *rest: g.op("Reshape", g.op("Slice", x, [1], [1 + many], [1]), g.concat(counts, (many, *rest)))
     shape = ("batch_size", "point_batch_size", many)
     inputs = {

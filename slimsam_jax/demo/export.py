@@ -62,11 +62,13 @@ def exported(sam: Sam, dtype: Dtype, cache: Path) -> tuple[Path, Path]:
 
 def describe(name: str, sam: Sam, files: tuple[Path, Path]) -> dict[str, Any]:
     """Describes a model for the page."""
+    from converters import to_onnx
     from slimsam_jax.profiling import reference_macs
 
     return {
         "name": name,
         "image_size": sam.config.image_size,
+        "score": to_onnx.score_of(sam.config),
         "parameters": reference_macs.sam_parameters(sam.config),
         "encoder_macs": reference_macs.encoder_macs(sam.config).total,
         "bytes": sum(path.stat().st_size for path in files),

@@ -11,7 +11,7 @@ import numpy as np
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import quoted
 from slimsam_jax.models.encoders import family_of
-from slimsam_jax.models.sam import Sam
+from slimsam_jax.models.sam import Architecture, Sam
 
 
 def stability_scores(low: np.ndarray, offset: float = 1.0) -> np.ndarray:
@@ -30,7 +30,12 @@ def stability_scores(low: np.ndarray, offset: float = 1.0) -> np.ndarray:
 
 def by_stability(sam: Sam) -> bool:
     """Whether a model's masks are ranked by stability, because its family's decoders estimate nothing."""
-    return isinstance(sam, Sam) and getattr(family_of(sam.config.encoder), "RANKED_BY_STABILITY", False)
+    return isinstance(sam, Sam) and ranks_by_stability(sam.config)
+
+
+def ranks_by_stability(config: Architecture) -> bool:
+    """The same of an architecture."""
+    return getattr(family_of(config.encoder), "RANKED_BY_STABILITY", False)
 
 
 def ranking(sam: Sam, low: np.ndarray, predicted: np.ndarray) -> np.ndarray:

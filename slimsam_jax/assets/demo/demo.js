@@ -128,7 +128,7 @@ async function decodeOnce(number) {
     if (number !== newest) return;
     panel.drawMask(mask);
     panel.say("decoder", milliseconds(ms));
-    panel.say("predicted IoU", score.toFixed(3));
+    panel.say(panel.score, score.toFixed(3));
     panel.say("mask", `${((100 * mask.reduce((a, b) => a + b, 0)) / mask.length).toFixed(1)} % of the image`);
     if (model) panel.say("agreement", `IoU ${iou(panels[0].mask, mask).toFixed(3)} with the first model's mask`);
   }

@@ -26,7 +26,8 @@ export class Panel {
     const title = caption.appendChild(document.createElement("strong"));
     title.textContent = model.name;
     title.style.borderBottom = `3px solid rgb(${this.colour})`;
-    const names = ["model", "encoder", "decoder", "predicted IoU", "mask", ...(index ? ["agreement"] : [])];
+    this.score = model.score;
+    const names = ["model", "encoder", "decoder", model.score, "mask", ...(index ? ["agreement"] : [])];
     this.values = this.list(caption, names);
     const macs = `${(model.encoder_macs / 1e9).toFixed(2)} G MACs in the encoder`;
     const size = `${(model.bytes / 1e6).toFixed(1)} MB`;

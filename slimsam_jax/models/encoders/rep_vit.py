@@ -12,6 +12,7 @@ are filtered one by one and gated one by one: they can be selected, not rotated.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Collection
@@ -47,6 +48,7 @@ __all__ = [
     "config_of",
     "features",
     "fold_batch_norm",
+    "for_inference",
     "kept_elements",
     "squeezed_dim",
     "unfold_batch_norm",
@@ -189,6 +191,13 @@ def features(config: Config, features: Features) -> dict[str, dict[str, list[jax
     blocks = [part for name, part in features.items() if name != "stem"]
     inner = {"stem": [features["stem"]["hidden"]], "mlp": [block["hidden"] for block in blocks]}
     return {"embedding": inner, "bottleneck": {"stream": [b[name] for b in blocks for name in ("middle", "out")]}}
+
+
+def for_inference(config: Config, params: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The same encoder without batch norms and branches, of which convolutions are made."""
+    if not config.batch_norm:
+        return config, params
+    return dataclasses.replace(config, batch_norm=False), fold_batch_norm(params)
 
 
 FEATURES = {"embedding": ("stem", "mlp"), "bottleneck": ("stream",)}
