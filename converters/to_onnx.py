@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 # What needs JAX or onnx is imported where it is used: --help should not wait for it.
 
 Dtype = Literal["float32", "float16", "int8"]
-Layout = Literal["sam", "transformers_js"]
+Layout = Literal["sam", "transformers_js", "efficient_sam"]
 SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # transformers.js's
 STEMS = {
     "sam": ("encoder", "decoder"),
     "transformers_js": ("onnx/vision_encoder", "onnx/prompt_encoder_mask_decoder"),
+    "efficient_sam": ("encoder", "decoder"),
 }
+LAYOUTS = {"sam": ("sam", "transformers_js"), "efficient_sam": ("sam", "efficient_sam")}  # by the kind of head
 LARGEST_ERROR = 1e-3  # of float32; rounding gives 1e-5 at most, a wrong graph 1e-1
 LARGEST_FILE = 2**31 - 2**24  # bytes of arrays: protobuf's limit less the nodes; larger ones get a second file
 
@@ -38,7 +40,7 @@ def models(sam: Sam, layout: Layout, dtype: Any, return_single_mask: bool = Fals
     """Builds encoder and decoder, `dtype` np.float32 or np.float16."""
     import flax.traverse_util
 
-    from converters.onnx import layouts
+    from converters.onnx import efficient_sam_layout, layouts
     from slimsam_jax.models.sam import folded
 
     sam = folded(sam)
@@ -47,17 +49,27 @@ def models(sam: Sam, layout: Layout, dtype: Any, return_single_mask: bool = Fals
     if layout == "sam":
         decoder = layouts.sam_decoder(sam.config, params, dtype, return_single_mask)
         return [layouts.sam_encoder(sam.config, params, dtype), decoder]
-    makers = layouts.vision_encoder, layouts.prompt_encoder_mask_decoder
-    return [make(sam.config, params, dtype) for make in makers]
+    makers = {
+        "transformers_js": (layouts.vision_encoder, layouts.prompt_encoder_mask_decoder),
+        "efficient_sam": (efficient_sam_layout.encoder, efficient_sam_layout.decoder),
+    }
+    return [make(sam.config, params, dtype) for make in makers[layout]]
 
 
-def check_family(sam: Sam, where: str) -> None:
-    """Raises InputError if there is no graph of the encoder's family."""
+def check_model(sam: Sam, where: str, layout: Layout = "sam") -> None:
+    """Raises InputError if there is no graph of the encoder's family or its head, or the layout cannot express it."""
     from converters.onnx.layouts import ENCODERS
     from slimsam_jax.models.encoders import name_of
+    from slimsam_jax.models.heads import name_of as kind_of
 
     if (family := name_of(sam.config.encoder)) not in ENCODERS:
         raise InputError(f"{where} is a {family}, and ONNX is written of {', '.join(ENCODERS)} alone")
+    if layout not in (known := LAYOUTS.get(head := kind_of(sam.config.head), ())):
+        advice = f"take {' or '.join(known)}" if known else "there is none"
+        raise InputError(f"--layout {layout} is not for {where}, whose prompts are those of {head}; {advice}")
+    if layout == "transformers_js" and len(set(sam.config.image_size)) > 1:
+        height, width = sam.config.image_size
+        raise InputError(f"transformers.js pads images to squares, and {where} takes {height} x {width}; use sam")
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
@@ -112,7 +124,8 @@ def measure(expected: Reference, layout: Layout, paths: list[Path], return_singl
 
     if layout == "sam":
         return check.compare_sam(expected, *paths, return_single_mask)
-    return check.compare_transformers_js(expected, *paths)
+    compare = {"transformers_js": check.compare_transformers_js, "efficient_sam": check.compare_efficient_sam}
+    return compare[layout](expected, *paths)
 
 
 def describe(config: Architecture, folder: Path) -> None:
@@ -196,11 +209,15 @@ def main(
     them itself; decoder.onnx has the signature of Meta's SamOnnxModel. The layout transformers_js is a
     folder for SamModel.from_pretrained of transformers.js, which scales images otherwise than everyone
     else (sides rounded down, no smoothing), so that masks deviate unless it is given scaled images.
+    EfficientSAM goes to sam and to efficient_sam, the signature of its own export: batched_images
+    float32 [b, 3, height, width], 0 to 1, of any size, and many queries for each image. Its graphs
+    fail for what it cannot take, a node's name saying why.
 
     Args:
       source: a model folder, a .pth, or a Hugging Face SamModel folder.
       folder: the folder to write; must not exist or be empty.
-      layout: sam for Meta's tools, transformers_js for the browser, where masks deviate (see above).
+      layout: sam for Meta's tools, transformers_js for the browser, where masks deviate (see above),
+        efficient_sam for tools made for EfficientSAM.
       dtype: one or several. float16 keeps residual stream, LayerNorm, softmax and positions in float32;
         int8 quantizes the weights of linear layers, and their inputs as they come.
       return_single_mask: of the layout sam: the decoder chooses one of its masks, as Meta's option does.
@@ -208,7 +225,7 @@ def main(
     """
     check_empty(folder)
     if layout != "sam" and return_single_mask:
-        raise InputError("--return-single-mask belongs to --layout sam; transformers.js chooses by itself")
+        raise InputError("--return-single-mask belongs to --layout sam; who calls the others chooses")
     if len(set(dtype)) != len(dtype) or not dtype:
         raise InputError(f"--dtype {' '.join(dtype)}: give at least one, and each once")
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
@@ -219,10 +236,7 @@ def main(
 
     photo = data.read_image(image or data.embedded_images() / "dog.jpg")
     sam = load(source)
-    check_family(sam, str(source))
-    if layout == "transformers_js" and len(set(sam.config.image_size)) > 1:
-        height, width = sam.config.image_size
-        raise InputError(f"transformers.js pads images to squares, and {source} takes {height} x {width}; use sam")
+    check_model(sam, str(source), layout)
     export(sam, folder, layout, dtype, photo, return_single_mask)
     print(f"wrote {folder}")
 

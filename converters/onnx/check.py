@@ -12,10 +12,12 @@ from PIL import Image
 
 from slimsam_jax.errors import RunError
 from slimsam_jax.imaging import overlap
+from slimsam_jax.imaging.frames import Squashed
 from slimsam_jax.imaging.prompts import BOX_TOP_LEFT, prompt_points
-from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks
+from slimsam_jax.imaging.transforms import resized_shape, to_model_frame
 from slimsam_jax.inference.stability import ranking, ranks_by_stability, stability_scores
 from slimsam_jax.models import sam as jax_sam
+from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.sam import Architecture, Sam
 
 Outputs = list[tuple[np.ndarray, np.ndarray]]  # (masks, IoU) of each prompt that a layout knows
@@ -25,7 +27,7 @@ class Prompt(NamedTuple):
     """One prompt and JAX's outputs.
 
     Attributes:
-      points, labels: [1, n, 2] float32 in the model frame, [1, n] int32.
+      points, labels: [1, n, 2] (x, y) in pixels of the image, [1, n] int32.
       mask: [1, 4h, 4w, 1] logits, or None.
       low: [1, m, 4h, 4w] logits, m = 1 + multimask_outputs.
       iou: [1, m]: what masks are ranked by, see `inference.stability`.
@@ -42,16 +44,17 @@ class Reference(NamedTuple):
     """JAX's outputs for an image.
 
     Attributes:
-      frame: [H, W, 3] uint8, the image in the model frame.
-      size, original_size: (height, width) of the image there and by itself.
+      image: [h0, w0, 3] uint8.
+      frame: [H, W, 3], the image in the model frame, and `size`, its (height, width) there.
       embedding: [h, w, C].
-      prompts: a point, a box, and the point with a mask.
+      pixels: [1, H, W, 3], the frame normalised.
+      prompts: a point, a box, and, unless the model takes no such prompts, the point with a mask.
     """
 
     config: Architecture
+    image: np.ndarray
     frame: np.ndarray
     size: tuple[int, int]
-    original_size: tuple[int, int]
     embedding: np.ndarray
     pixels: np.ndarray
     prompts: tuple[Prompt, ...]
@@ -68,22 +71,30 @@ class Errors(NamedTuple):
 
 def reference(sam: Sam, image: Image.Image) -> Reference:
     """Asks JAX, in float32: the image's middle as a point, its middle half as a box, the point with its own mask."""
-    frame, size = resize_and_pad(image, sam.config.image_size)
-    embedding = jax_sam.encode(sam.config, sam.params, frame[None], size[None])[0]
-    pixels = np.asarray(jax_sam.preprocess(sam.config, frame[None], size[None]))
-    height, width = size
+    config, original_size = sam.config, (image.height, image.width)
+    frame, size = config.frame.place(image)
+    embedding = jax_sam.encode(config, sam.params, frame[None], size[None])[0]
+    pixels = np.asarray(jax_sam.preprocess(config, frame[None], size[None]))
+    size = tuple(map(int, size))
+    height, width = original_size
     point = prompt_points(np.array([[[width / 2, height / 2]]]), np.ones((1, 1)))
     box = prompt_points(boxes=np.array([[width / 4, height / 4, 3 * width / 4, 3 * height / 4]]))
 
     def ask(points: np.ndarray, labels: np.ndarray, mask: np.ndarray | None = None) -> Prompt:
-        low, iou = jax_sam.decode(sam.config, sam.params, embedding, points, labels, mask)
-        low, iou = np.asarray(low), np.asarray(iou)
-        return Prompt(points.astype(np.float32), labels, mask, low, ranking(sam, low, iou))
+        placed = config.frame.points(points, size, original_size)
+        low, iou = map(np.asarray, jax_sam.decode(config, sam.params, embedding, placed, labels, mask))
+        return Prompt(points, labels, mask, low, ranking(sam, low, iou))
 
-    first = ask(*point)
-    prompts = (first, ask(*box), ask(*point, mask=first.low[:, :1].transpose(0, 2, 3, 1)))
-    original_size = image.height, image.width
-    return Reference(sam.config, frame, (height, width), original_size, np.asarray(embedding), pixels, prompts)
+    prompts = [ask(*point), ask(*box)]
+    if kind_of(config.head).refusal(point[1], masked=True) is None:
+        prompts.append(ask(*point, mask=prompts[0].low[:, :1].transpose(0, 2, 3, 1)))
+    return Reference(config, np.asarray(image), frame, size, np.asarray(embedding), pixels, tuple(prompts))
+
+
+def fitted_points(expected: Reference, prompt: Prompt) -> np.ndarray:
+    """The prompt's points as tools made for Segment Anything give them, whatever the model's frame."""
+    original_size = expected.image.shape[:2]
+    return to_model_frame(prompt.points, resized_shape(original_size, expected.config.image_size), original_size)
 
 
 def session(model: Path | bytes) -> onnxruntime.InferenceSession:
@@ -101,24 +112,26 @@ def session(model: Path | bytes) -> onnxruntime.InferenceSession:
 
 def compare_sam(expected: Reference, encoder: Path, decoder: Path, return_single_mask: bool = False) -> Errors:
     """Measures models of the layout `sam`: masks at low resolution and at the image's own."""
-    image = expected.frame[: expected.size[0], : expected.size[1]]
+    config, original_size = expected.config, expected.image.shape[:2]
+    fitted = expected.frame[: expected.size[0], : expected.size[1]]
+    image = expected.image if isinstance(config.frame, Squashed) else fitted
     (embedding,) = session(encoder).run(None, {"images": image.transpose(2, 0, 1)[None]})
     run, actual, target = session(decoder).run, [], []
     for prompt in expected.prompts:
         mask = np.zeros((1, *prompt.low.shape[2:], 1)) if prompt.mask is None else prompt.mask
         inputs = {
             "image_embeddings": embedding,
-            "point_coords": prompt.points,
+            "point_coords": fitted_points(expected, prompt),
             "point_labels": prompt.labels,
             "mask_input": mask.transpose(0, 3, 1, 2),
             "has_mask_input": [prompt.mask is not None],
-            "orig_im_size": expected.original_size,
+            "orig_im_size": original_size,
         }
         full, iou, low = run(None, {name: np.asarray(value, np.float32) for name, value in inputs.items()})
         kept = [chosen(prompt)] if return_single_mask else slice(None)
-        resized = resize_masks(expected.config.image_size, prompt.low[:, kept], expected.size, expected.original_size)
+        resized = config.frame.resize_masks(prompt.low[:, kept], expected.size, original_size)
         actual += [(low, iou), (full, iou)]
-        wanted = scores(expected.config, prompt.iou[:, kept], low)
+        wanted = scores(config, prompt.iou[:, kept], low)
         target += [(prompt.low[:, kept], wanted), (resized, wanted)]
     return errors(expected, embedding, actual, target)
 
@@ -143,7 +156,7 @@ def compare_transformers_js(expected: Reference, encoder: Path, decoder: Path) -
             continue
         given = slice(None) if BOX_TOP_LEFT in prompt.labels else slice(-1)  # it appends the "not a point" itself
         inputs = {
-            "input_points": prompt.points[None, :, given],
+            "input_points": fitted_points(expected, prompt)[None, :, given],
             "input_labels": prompt.labels[None, :, given].astype(np.int64),
             "image_embeddings": embedding,
             "image_positional_embeddings": positions,
@@ -152,6 +165,25 @@ def compare_transformers_js(expected: Reference, encoder: Path, decoder: Path) -
         actual.append((masks[0], iou[0]))
         target.append((prompt.low[:, 1:], scores(expected.config, prompt.iou[:, 1:], masks[0])))
     return errors(expected, embedding, actual, target)
+
+
+def compare_efficient_sam(expected: Reference, encoder: Path, decoder: Path) -> Errors:
+    """Measures models of the layout `efficient_sam`, all prompts at once: each has two points, one perhaps void."""
+    original_size = expected.image.shape[:2]
+    images = (expected.image.transpose(2, 0, 1)[None] / 255).astype(np.float32)
+    (embedding,) = session(encoder).run(None, {"batched_images": images})
+    inputs = {
+        "image_embeddings": embedding,
+        "batched_point_coords": np.stack([prompt.points for prompt in expected.prompts], axis=1).astype(np.float32),
+        "batched_point_labels": np.stack([prompt.labels for prompt in expected.prompts], axis=1).astype(np.float32),
+        "orig_im_size": np.array(original_size),
+    }
+    full, iou, low = session(decoder).run(None, inputs)
+    target = [(prompt.low[:, 1:], prompt.iou[:, 1:]) for prompt in expected.prompts]
+    resize = lambda masks: expected.config.frame.resize_masks(masks, expected.size, original_size)
+    actual = [(low[i : i + 1], iou[:, i]) for i in range(len(target))]
+    actual += [(full[:, i], iou[:, i]) for i in range(len(target))]
+    return errors(expected, embedding, actual, target + [(resize(masks), scores) for masks, scores in target])
 
 
 def errors(expected: Reference, embedding: np.ndarray, actual: Outputs, target: Outputs) -> Errors:

@@ -5,6 +5,8 @@ Shapes: b images, h x w tokens, D embedding channels, n heads, d channels per he
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from converters.onnx.graph import Graph
@@ -72,12 +74,16 @@ def attention(g: Graph, block: Block, span: tuple[int, int], x: str, path: str) 
     split = lambda name: g.reshape(g.linear(x, f"{path}/{name}"), -1, h * w, heads, dim)
     q, v = (g.transpose(split(name), 0, 2, 1, 3) for name in "qv")  # [b, n, L, d]
     k = g.transpose(split("k"), 0, 2, 3, 1)  # [b, n, d, L]
-    if heads * (h * w) ** 2 <= LOGITS_AT_ONCE:
-        out = attend(g, q, k, v, span, path)
-    else:
-        per_head = [[g.op("Slice", part, [i], [i + 1], [1]) for part in (q, k, v)] for i in range(heads)]
-        out = g.concat(*(attend(g, *head, span, path) for head in per_head), axis=1)
+    out = by_heads(g, heads, h * w, q, k, v, lambda *some: attend(g, *some, span, path))
     return g.linear(g.reshape(g.transpose(out, 0, 2, 1, 3), -1, h, w, heads * dim), f"{path}/proj")
+
+
+def by_heads(g: Graph, heads: int, tokens: int, q: str, k: str, v: str, attend: Callable[[str, str, str], str]) -> str:
+    """Calls `attend` with all heads of q, k, v, [b, n, ...] each, or with one after the other."""
+    if heads * tokens**2 <= LOGITS_AT_ONCE:
+        return attend(q, k, v)
+    per_head = [[g.op("Slice", part, [i], [i + 1], [1]) for part in (q, k, v)] for i in range(heads)]
+    return g.concat(*(attend(*head) for head in per_head), axis=1)
 
 
 def attend(g: Graph, q: str, k: str, v: str, span: tuple[int, int], path: str) -> str:

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import onnx
 
-from converters.onnx import encoder, rep_vit, tiny_vit
+from converters.onnx import efficient_sam, encoder, rep_vit, tiny_vit
 from converters.onnx.decoder import dense_embedding, dense_positions, mask_decoder, no_mask, prompt_tokens
-from converters.onnx.graph import BILINEAR, FLOAT, INT64, UINT8, Graph
+from converters.onnx.frames import way_of
+from converters.onnx.graph import FLOAT, INT64, UINT8, Graph
 from slimsam_jax.imaging.prompts import NOT_A_POINT
 from slimsam_jax.inference.stability import ranks_by_stability
+from slimsam_jax.models import heads
 from slimsam_jax.models.encoders import name_of
 from slimsam_jax.models.sam import Architecture as Config
 
@@ -23,6 +25,7 @@ Params = Mapping[str, np.ndarray]  # paths joined by slashes
 ENCODERS = {  # of the families that go to ONNX
     "vit": encoder.image_encoder,
     "tiny_vit": tiny_vit.image_encoder,
+    "efficient_sam": efficient_sam.image_encoder,
     "rep_vit": rep_vit.image_encoder,
 }
 
@@ -36,15 +39,14 @@ def sam_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx
     """Builds `SamPredictor.set_torch_image`: `Sam.preprocess` and the image encoder.
 
     Input `images`: uint8 [b, 3, height, width], RGB, scaled to fit the model frame (`ResizeLongestSide.apply_image`)
-    and not padded: normalising and padding are part of the graph.
+    and not padded: normalising and padding are part of the graph. Of EfficientSAM the image as it is, of any size:
+    squashing is part of the graph. An image that was scaled to fit before is scaled twice then, and gives almost the
+    same.
     Output `image_embeddings`: float32 [b, C, h, w].
     """
     g = Graph(params, dtype)
-    mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (config.pixel_mean, config.pixel_std))
-    pixels = g.op("Div", g.op("Sub", g.op("Cast", "images", to=FLOAT), mean), std)
-    # Never negative, which would crop: an image larger than the frame fails where positions are added instead.
-    missing = g.op("Max", g.op("Sub", config.image_size, g.sizes("images", 2, 4)), [0])
-    embedding = image_encoder(g, config, g.op("Pad", pixels, g.concat([0] * 6, missing)))
+    pixels = way_of(config).place(g, config, g.op("Cast", "images", to=FLOAT))
+    embedding = image_encoder(g, config, pixels)
     inputs = {"images": (UINT8, ("batch_size", 3, "height", "width"))}
     outputs = {"image_embeddings": (embedding, ("batch_size", config.out_chans, *config.grid))}
     return g.model("sam_encoder", config, inputs, outputs)
@@ -78,10 +80,11 @@ def sam_decoder(
 
     Inputs, float32 all:
       image_embeddings [1, C, h, w];
-      point_coords [p, n, 2]: (x, y) in pixels of the model frame; point_labels [p, n]: 0 background, 1 foreground,
+      point_coords [p, n, 2]: (x, y) in pixels of the image scaled to fit the model frame, of EfficientSAM, too, whose
+        graph scales them on; point_labels [p, n]: 0 background, 1 foreground,
         2 and 3 the corners of a box, -1 not a point. A prompt without a box ends with a "not a point" at (0, 0), as
         the original's do;
-      mask_input [1 or p, 1, 4h, 4w]: logits; has_mask_input [1 or p]: 1, or 0 to ignore them;
+      mask_input [1 or p, 1, 4h, 4w]: logits; has_mask_input [1 or p]: 1, or 0 to ignore them, EfficientSAM's only one;
       orig_im_size [2]: (height, width) of the image.
     Outputs, float32:
       masks [p, m, height, width]: logits in the image; iou_predictions [p, m]: see `scores`; low_res_masks
@@ -91,11 +94,7 @@ def sam_decoder(
     """
     g = Graph(params, dtype)
     h, w = config.grid
-    sparse = prompt_tokens(g, config, "point_coords", g.op("Cast", "point_labels", to=INT64))
-    image = g.reshape(g.transpose("image_embeddings", 0, 2, 3, 1), 1, h * w, config.out_chans)
-    image = g.add(image, dense_embedding(g, config, "mask_input", "has_mask_input"))
-    image = g.op("Expand", image, g.concat(g.sizes("point_coords", 0, 1), (1, 1)))
-    masks, iou = mask_decoder(g, config, image, dense_positions(g, config), sparse)
+    masks, iou = HEADS[heads.name_of(config.head)](g, config)
     if not config.single_mask:
         masks, iou = best_first(g, masks, iou)
     iou = scores(g, config, masks, iou)
@@ -111,11 +110,39 @@ def sam_decoder(
         "orig_im_size": (FLOAT, (2,)),
     }
     outputs = {
-        "masks": (original_masks(g, config, masks, "orig_im_size"), ("num_prompts", count, "height", "width")),
+        "masks": (way_of(config).masks(g, config, masks, "orig_im_size"), ("num_prompts", count, "height", "width")),
         "iou_predictions": (iou, ("num_prompts", count)),
         "low_res_masks": (masks, ("num_prompts", count, 4 * h, 4 * w)),
     }
     return g.model("sam_decoder", config, inputs, outputs)
+
+
+def sam_masks(g: Graph, config: Config) -> tuple[str, str]:
+    """Masks [p, m, 4h, 4w] and predicted IoU [p, m] of the inputs of `sam_decoder`."""
+    sparse = prompt_tokens(g, config, "point_coords", g.op("Cast", "point_labels", to=INT64))
+    image = g.add(image_tokens(g, config), dense_embedding(g, config, "mask_input", "has_mask_input"))
+    image = g.op("Expand", image, g.concat(g.sizes("point_coords", 0, 1), (1, 1)))
+    return mask_decoder(g, config, image, dense_positions(g, config), sparse)
+
+
+def efficient_sam_masks(g: Graph, config: Config) -> tuple[str, str]:
+    """The same of EfficientSAM; fails for a mask as a prompt."""
+    given = g.op("Cast", g.op("ReduceMax", "has_mask_input", keepdims=0), to=INT64)
+    nothing = g.op("Gather", np.zeros(1, np.int64), given, name="EfficientSAM_takes_no_mask_as_a_prompt")
+    labels = g.add(g.op("Cast", "point_labels", to=INT64), nothing)
+    points = way_of(config).points(g, config, "point_coords", "orig_im_size")
+    sparse = efficient_sam.prompt_tokens(g, config, points, labels)
+    image = g.op("Expand", image_tokens(g, config), g.concat(g.sizes("point_coords", 0, 1), (1, 1)))
+    return efficient_sam.mask_decoder(g, config, image, dense_positions(g, config), sparse)
+
+
+def image_tokens(g: Graph, config: Config) -> str:
+    """The image's embedding as [1, s, C]."""
+    h, w = config.grid
+    return g.reshape(g.transpose("image_embeddings", 0, 2, 3, 1), 1, h * w, config.out_chans)
+
+
+HEADS = {"sam": sam_masks, "efficient_sam": efficient_sam_masks}
 
 
 def scores(g: Graph, config: Config, masks: str, iou: str) -> str:
@@ -146,19 +173,6 @@ def best_first(g: Graph, masks: str, iou: str) -> tuple[str, str]:
     best = g.op("ArgMax", rest[1], axis=1, keepdims=1)
     first = lambda x: g.op("Unsqueeze", g.op("GatherND", x, best, batch_dims=1), [1])
     return tuple(g.concat(first(x), x, axis=1) for x in rest)
-
-
-def original_masks(g: Graph, config: Config, masks: str, original_size: str) -> str:
-    """Enlarges logits to the model frame, drops the padding, and resizes to `original_size`, float32 [2]."""
-    frame = np.array(config.image_size, np.float32)
-    scale = g.op("ReduceMin", g.op("Div", frame, original_size))
-    size = g.op("Floor", g.add(g.mul(original_size, scale), np.float32(0.5)))
-    size = g.op("Max", g.op("Cast", size, to=INT64), [1])
-    larger = config.patch_size / 4
-    masks = g.op("Resize", masks, "", np.array([1, 1, larger, larger], np.float32), **BILINEAR)
-    masks = g.op("Slice", masks, (0, 0), size, (2, 3))
-    sizes = g.concat(g.sizes(masks, 0, 2), g.op("Cast", original_size, to=INT64))
-    return g.op("Resize", masks, "", "", sizes, **BILINEAR)
 
 
 def prompt_encoder_mask_decoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx.ModelProto:

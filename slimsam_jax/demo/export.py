@@ -72,6 +72,26 @@ def describe(name: str, sam: Sam, files: tuple[Path, Path]) -> dict[str, Any]:
         "parameters": reference_macs.sam_parameters(sam.config),
         "encoder_macs": reference_macs.encoder_macs(sam.config).total,
         "bytes": sum(path.stat().st_size for path in files),
+        **limits(sam),
+    }
+
+
+def limits(sam: Sam) -> dict[str, Any]:
+    """What the page has to know of a model's frame and of the prompts that it cannot take.
+
+    `squashed`: the encoder takes images as they are. `no_background`: why there are no background points, or None.
+    `most_points`: of a prompt, a box being two; None for any number.
+    """
+    import numpy as np
+
+    from slimsam_jax.imaging.frames import Squashed
+    from slimsam_jax.models.heads import kind_of
+
+    head = kind_of(sam.config.head)
+    return {
+        "squashed": isinstance(sam.config.frame, Squashed),
+        "no_background": head.refusal(np.array([[1, 0]]), masked=False),
+        "most_points": getattr(head, "MOST_POINTS", None),
     }
 
 
@@ -87,7 +107,7 @@ def prepare(paths: tuple[Path, ...], dtype: Dtype, cache: Path) -> list[tuple[di
     models = []
     for path in paths:
         sam = load(path)
-        to_onnx.check_family(sam, str(path))
+        to_onnx.check_model(sam, str(path))
         check_size(sam, dtype)
         print(f"{path}:", flush=True)
         files = exported(sam, dtype, cache)

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from converters import from_torch
+from converters import from_torch, to_onnx
 from helpers.family_models import SLIM_VIT, efficient_sam, images_of, run
 from helpers.runs import compress_options
 from slimsam_jax import api, checkpoint, pruning
@@ -64,6 +64,7 @@ def test_it_is_slimmed_end_to_end(teacher, material, tmp_path, without_figure):
     assert {"qkv", "mlp"} <= set(losses[0]) and {"stream", "previous"} <= set(losses[-1])
     masks, scores, _ = api.predict(slim, material / "val" / "0.png", [[5, 6]], multimask_output=True)
     assert masks.shape == (3, 20, 30) and np.isfinite(scores).all()
+    to_onnx.main(tmp_path / "slim", tmp_path / "onnx", "efficient_sam")  # compares with JAX
 
 
 def test_the_default_recipe_chooses_bases_first(teacher, material, tmp_path, without_figure):

@@ -156,7 +156,7 @@ def test_other_formats_are_refused(sam, tmp_path):
     checkpoint.save(sam, tmp_path / "model")
     for call, message in (
         (lambda: to_torch.main(tmp_path / "model", tmp_path / "x", "hf"), "goes to --format sam alone"),
-        (lambda: to_onnx.main(tmp_path / "model", tmp_path / "x"), "ONNX is written of vit, tiny_vit alone"),
+        (lambda: to_onnx.main(tmp_path / "model", tmp_path / "x", "transformers_js"), "take sam or efficient_sam"),
     ):
         with pytest.raises(InputError, match=message):
             call()

@@ -55,9 +55,11 @@ async function start() {
   const { models, photos, threads } = await (await get("models.json")).json();
   panels = models.map((model, index) => new Panel(element("panels"), model, index));
   panels.forEach((panel) => listen(panel));
-  for (const [index, { name, encoder, decoder, image_size }] of models.entries()) {
+  const off = models.find((model) => model.no_background);
+  element("limits").textContent = off ? `Shift-click is off. ${off.name}: ${off.no_background}.` : "";
+  for (const [index, { name, encoder, decoder, image_size, squashed }] of models.entries()) {
     say("loading", `Loading ${name} (${index + 1} of ${models.length})`);
-    await ask("load", { encoder, decoder, imageSize: image_size, threads });
+    await ask("load", { encoder, decoder, imageSize: image_size, squashed, threads });
   }
   const title = (name) => name.replace(/\.[^.]*$/, "").replaceAll("_", " ");
   element("photos").append(...photos.map((name) => new Option(title(name), name)));
@@ -128,7 +130,7 @@ async function decodeOnce(number) {
     if (number !== newest) return;
     panel.drawMask(mask);
     panel.say("decoder", milliseconds(ms));
-    panel.say(panel.score, score.toFixed(3));
+    panel.say(panel.model.score, score.toFixed(3));
     panel.say("mask", `${((100 * mask.reduce((a, b) => a + b, 0)) / mask.length).toFixed(1)} % of the image`);
     if (model) panel.say("agreement", `IoU ${iou(panels[0].mask, mask).toFixed(3)} with the first model's mask`);
   }
@@ -151,6 +153,27 @@ function boxBetween(from, to, canvas) {
   return [Math.min(one.x, other.x), Math.min(one.y, other.y), Math.max(one.x, other.x), Math.max(one.y, other.y)];
 }
 
+/** Why one of the models cannot take prompts, or null. */
+function refusal(points, box) {
+  for (const { model } of panels) {
+    const { name, no_background: reason, most_points: most } = model;
+    if (reason && points.some(({ label }) => !label)) return `${name}: ${reason}.`;
+    if (most && points.length + (box ? 2 : 0) > most) return `${name} takes ${most} points at most, and a box is two.`;
+  }
+  return null;
+}
+
+/** Has new prompts decoded if all models can take them; else the old ones stay, and the page says why. */
+function take(newPoints, newBox) {
+  const reason = refusal(newPoints, newBox);
+  if (reason) {
+    panels.forEach((panel) => panel.drawPrompts(points, box));
+    return say(document.documentElement.dataset.state, reason);
+  }
+  [points, box] = [newPoints, newBox];
+  return guarded("Decoding failed", decode);
+}
+
 /** Clicks and drags on a panel's image. */
 function listen({ stack, image }) {
   let from = null;
@@ -166,11 +189,10 @@ function listen({ stack, image }) {
   });
   stack.addEventListener("pointerup", (event) => {
     if (from && shown) {
-      if (isDrag(event)) box = boxBetween(from, event, image);
-      else points = [...points, { ...at(event, image), label: event.shiftKey ? 0 : 1 }];
+      if (isDrag(event)) take(points, boxBetween(from, event, image));
+      else take([...points, { ...at(event, image), label: event.shiftKey ? 0 : 1 }], box);
     }
     from = null;
-    guarded("Decoding failed", decode);
   });
   stack.addEventListener("pointercancel", () => {
     from = null;

@@ -3,7 +3,7 @@
 import * as ort from "./ort/ort.wasm.min.mjs";
 import { fit, resize } from "./resize.js";
 
-const models = []; // {encoder, decoder, imageSize, embedding}
+const models = []; // {encoder, decoder, imageSize, squashed, embedding}
 let image = null; // {pixels, size, shown}: RGBA, its [height, width], and those it is shown and masked at
 
 const BOX = [2, 3]; // labels of its corners
@@ -16,11 +16,12 @@ async function timed(run) {
 }
 
 const tasks = {
-  async load({ encoder, decoder, imageSize, threads }) {
+  async load({ encoder, decoder, imageSize, squashed, threads }) {
     ort.env.wasm.numThreads = threads;
     ort.env.logLevel = "error";
     const create = (url) => ort.InferenceSession.create(url, { executionProviders: ["wasm"] });
-    models.push({ encoder: await create(encoder), decoder: await create(decoder), imageSize, embedding: null });
+    const sessions = { encoder: await create(encoder), decoder: await create(decoder) };
+    models.push({ ...sessions, imageSize, squashed, embedding: null });
   },
 
   async setImage(given) {
@@ -30,7 +31,7 @@ const tasks = {
   /** Runs one model's encoder on the image. */
   async encode({ model }) {
     const it = models[model];
-    const size = fit(image.shown, it.imageSize);
+    const size = it.squashed ? image.size : fit(image.shown, it.imageSize); // squashing is part of the graph
     const images = new ort.Tensor("uint8", resize(image.pixels, image.size, size), [1, 3, ...size]);
     const [outputs, ms] = await timed(() => it.encoder.run({ images }));
     it.embedding = outputs.image_embeddings;

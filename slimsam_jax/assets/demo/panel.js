@@ -26,7 +26,7 @@ export class Panel {
     const title = caption.appendChild(document.createElement("strong"));
     title.textContent = model.name;
     title.style.borderBottom = `3px solid rgb(${this.colour})`;
-    this.score = model.score;
+    this.model = model;
     const names = ["model", "encoder", "decoder", model.score, "mask", ...(index ? ["agreement"] : [])];
     this.values = this.list(caption, names);
     const macs = `${(model.encoder_macs / 1e9).toFixed(2)} G MACs in the encoder`;
