@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import flax.traverse_util
 import numpy as np
 import pytest
@@ -12,22 +10,20 @@ from PIL import Image
 from converters import to_onnx
 from converters.onnx import check
 from converters.tables import rep_vit as table
-from helpers.family_models import SLIM_REP_VIT, random_params
+from helpers.family_models import edge_sam
 from helpers.images import random_image
 from helpers.shared import shared
 from slimsam_jax import checkpoint
 from slimsam_jax.demo import export
 from slimsam_jax.inference.stability import stability_scores
-from slimsam_jax.models.composed import SamConfig, head_of
-from slimsam_jax.models.sam import Sam, abstract_params, folded
+from slimsam_jax.models.composed import SamConfig
+from slimsam_jax.models.sam import Sam, folded
 
 
 @pytest.fixture(scope="module")
 def sam() -> Sam:
     """Widths that fit nothing, squeeze-excite in strided blocks, too, a rectangle."""
-    head = head_of(SLIM_REP_VIT.image_size, 16, out_chans=16, mask_in_chans=4, decoder_mlp_dim=8, iou_head_dim=8)
-    config = SamConfig(SLIM_REP_VIT, dataclasses.replace(head, decoder_heads=2, decoder_depth=1))
-    return Sam(config, random_params(abstract_params(config)))
+    return edge_sam()
 
 
 @pytest.fixture(scope="module")

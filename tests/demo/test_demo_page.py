@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 
 import flax.traverse_util
@@ -10,21 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import chromium
-from helpers.demo_serving import serving
-from helpers.models import SQUARE
+from helpers import demo_page
+from helpers.demo_page import PHOTO, SETTLED, assert_agree, choose, masks, on_screen, said
 from slimsam_jax import checkpoint
 from slimsam_jax.data import embedded_images, embedded_teacher, read_image
-from slimsam_jax.demo import __main__, export
-from slimsam_jax.demo.server import page_files
-from slimsam_jax.errors import InputError
 from slimsam_jax.imaging import overlap
 from slimsam_jax.imaging.transforms import resize_and_pad
-from slimsam_jax.inference.predictor import SamPredictor
 from slimsam_jax.models.sam import Sam
-
-BLOCKS = (dataclasses.replace(SQUARE.blocks[0], mlp_dim=8), SQUARE.blocks[1])
-PHOTO = "dog.jpg"
 
 
 def narrower(sam: Sam) -> Sam:
@@ -49,80 +40,8 @@ def pair():
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, pair):
     """The page in Chromium, with two models loaded and a photograph encoded by both."""
-    if chromium.executable() is None:
-        pytest.skip("needs Chromium: apt install chromium")
-    try:
-        runtime = __main__.find_runtime(__main__.default_cache())
-    except InputError as error:
-        pytest.skip(str(error))
-    root = tmp_path_factory.mktemp("page")
-    for name, sam in zip(("slim", "teacher"), pair, strict=True):
-        checkpoint.save(sam, root / name)
-    prepared = export.prepare((root / "slim", root / "teacher"), "float32", root / "cache")
-    server = serving(page_files(prepared, runtime, threads=1))
-    with chromium.page(root / "profile") as tab:
-        tab.call("Page.navigate", url=f"http://127.0.0.1:{server.server_port}/")
-        tab.wait_for(SETTLED)
+    with demo_page.opened(tmp_path_factory.mktemp("page"), {"slim": pair[0], "teacher": pair[1]}) as tab:
         yield tab
-    server.shutdown()
-    server.server_close()
-
-
-SETTLED = "['ready', 'error'].includes(document.documentElement?.dataset.state)"
-MASK = """(() => {
-  const canvas = document.querySelectorAll('canvas.mask')[%d];
-  const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
-  const bytes = Uint8Array.from({ length: data.length / 4 }, (_, i) => data[4 * i + 3] ? 1 : 0);
-  let text = '';
-  for (let i = 0; i < bytes.length; i += 4096) text += String.fromCharCode(...bytes.subarray(i, i + 4096));
-  return { size: [canvas.height, canvas.width], bytes: btoa(text) };
-})()"""
-FRAME = """(() => {
-  document.querySelector('.stack').scrollIntoView({ block: 'center' });
-  const { left, top, width } = document.querySelector('.stack').getBoundingClientRect();
-  return [left, top, document.querySelector('canvas.image').width / width];
-})()"""
-
-
-def choose(tab: chromium.Page, photo: str) -> None:
-    """Takes one of our photographs."""
-    change = f"s => {{ s.value = '{photo}'; s.dispatchEvent(new Event('change')); }}"
-    tab.evaluate(f"({change})(document.getElementById('photos'))")
-    tab.wait_for(f"document.documentElement.dataset.state == 'ready' && {DRAWN % 0}")
-
-
-DRAWN = "document.querySelectorAll('[data-value=decoder]')[%d].textContent == '–'"
-
-
-def on_screen(tab: chromium.Page, *wanted: tuple[float, float]) -> tuple[list, list]:
-    """Whole pixels of the screen nearest to points of the image; and the points that these are."""
-    left, top, scale = tab.evaluate(FRAME)
-    screen = [(round(x / scale + left), round(y / scale + top)) for x, y in wanted]
-    return screen, [((x - left) * scale, (y - top) * scale) for x, y in screen]
-
-
-def masks(tab: chromium.Page) -> list[np.ndarray]:
-    """What is drawn, of both models, once it is."""
-    tab.wait_for("document.documentElement.dataset.state != 'busy'")
-    assert tab.evaluate("document.documentElement.dataset.state") == "ready", tab.evaluate(chromium.TEXT)
-    found = [tab.evaluate(MASK % index) for index in range(2)]
-    return [np.frombuffer(base64.b64decode(m["bytes"]), np.uint8).reshape(m["size"]) > 0 for m in found]
-
-
-def said(tab: chromium.Page, name: str) -> list[str]:
-    return tab.evaluate(f"[...document.querySelectorAll('[data-value=\"{name}\"]')].map(e => e.textContent)")
-
-
-def assert_agree(found, pair, photo=PHOTO, **prompt):
-    """Each model's mask with `SamPredictor`'s; the predicted IoU that it gives."""
-    scores = []
-    for mask, sam in zip(found, pair, strict=True):
-        predictor = SamPredictor(sam)
-        predictor.set_image(embedded_images() / photo)
-        wanted, iou, _ = predictor.predict(**prompt, multimask_output=False)
-        assert wanted.any() and overlap.iou(mask, wanted[0]) > 0.999
-        scores.append(f"{iou[0]:.3f}")
-    return scores
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from slimsam_jax.models.composed import SamConfig
+from slimsam_jax.models.composed import SamConfig, head_of
 from slimsam_jax.models.efficient_sam_head import HeadConfig
 from slimsam_jax.models.encoders import efficient_sam_vit, rep_vit, tiny_vit
 from slimsam_jax.models.encoders.architecture import Block
@@ -105,6 +105,14 @@ def run_all(encoder, params: Tree, images):
 def images_of(config, count: int = 1, seed: int = 0) -> np.ndarray:
     """Normalised random images [count, H, W, 3]."""
     return np.random.default_rng(seed).standard_normal((count, *config.image_size, 3)).astype(np.float32)
+
+
+def edge_sam(encoder: rep_vit.Config = SLIM_REP_VIT, seed: int = 0) -> Sam:
+    """A small EdgeSAM with random weights, of any encoder."""
+    sizes = {"out_chans": encoder.out_chans, "mask_in_chans": 4, "decoder_mlp_dim": 8, "iou_head_dim": 8}
+    head = head_of(encoder.image_size, encoder.stride, **sizes, decoder_heads=2, decoder_depth=1)
+    config = SamConfig(encoder, head)
+    return Sam(config, random_params(abstract_params(config), seed))
 
 
 def efficient_sam(encoder: efficient_sam_vit.Config = SLIM_VIT, seed: int = 0) -> Sam:

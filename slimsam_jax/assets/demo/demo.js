@@ -56,7 +56,7 @@ async function start() {
   panels = models.map((model, index) => new Panel(element("panels"), model, index));
   panels.forEach((panel) => listen(panel));
   const off = models.find((model) => model.no_background);
-  element("limits").textContent = off ? `Shift-click is off. ${off.name}: ${off.no_background}.` : "";
+  if (off) element("background").textContent = `Shift-click is off (${off.name}: ${off.no_background}).`;
   for (const [index, { name, encoder, decoder, image_size, squashed }] of models.entries()) {
     say("loading", `Loading ${name} (${index + 1} of ${models.length})`);
     await ask("load", { encoder, decoder, imageSize: image_size, squashed, threads });
