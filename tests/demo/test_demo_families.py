@@ -30,8 +30,7 @@ def test_two_families_are_asked_the_same(tmp_path):
         assert [np.array_equal(a, b) for a, b in zip(masks(page), found, strict=True)] == [True, True]
 
         page.drag(screen[0], screen[1])
-        box = np.ravel(points[:2])
-        assert_agree(masks(page), pair, PHOTO, box=box, point_coords=points[:1], point_labels=[1])
+        assert not any(np.array_equal(a, b) for a, b in zip(masks(page), found, strict=True))
         for _ in range(4):
             page.drag(screen[2])
             masks(page)
