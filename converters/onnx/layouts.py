@@ -40,8 +40,7 @@ def sam_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx
 
     Input `images`: uint8 [b, 3, height, width], RGB, scaled to fit the model frame (`ResizeLongestSide.apply_image`)
     and not padded: normalising and padding are part of the graph. Of EfficientSAM the image as it is, of any size:
-    squashing is part of the graph. An image that was scaled to fit before is scaled twice then, and gives almost the
-    same.
+    squashing is part of the graph. One that was scaled to fit is scaled twice then, and was smoothed in between.
     Output `image_embeddings`: float32 [b, C, h, w].
     """
     g = Graph(params, dtype)
@@ -80,10 +79,9 @@ def sam_decoder(
 
     Inputs, float32 all:
       image_embeddings [1, C, h, w];
-      point_coords [p, n, 2]: (x, y) in pixels of the image scaled to fit the model frame, of EfficientSAM, too, whose
-        graph scales them on; point_labels [p, n]: 0 background, 1 foreground,
-        2 and 3 the corners of a box, -1 not a point. A prompt without a box ends with a "not a point" at (0, 0), as
-        the original's do;
+      point_coords [p, n, 2]: (x, y) in pixels of the image scaled to fit the model frame, as `ResizeLongestSide` gives
+        them; EfficientSAM's graph scales them on; point_labels [p, n]: 0 background, 1 foreground, 2 and 3 the corners
+        of a box, -1 not a point. A prompt without a box ends with a "not a point" at (0, 0), as the original's do;
       mask_input [1 or p, 1, 4h, 4w]: logits; has_mask_input [1 or p]: 1, or 0 to ignore them, EfficientSAM's only one;
       orig_im_size [2]: (height, width) of the image.
     Outputs, float32:
