@@ -15,9 +15,14 @@ from __future__ import annotations
 from collections.abc import Container
 from types import ModuleType
 
-from converters.tables import efficient_sam, rep_vit, tiny_vit
+from converters.tables import efficient_sam, hiera, rep_vit, tiny_vit
 
-FAMILIES: dict[str, ModuleType] = {"tiny_vit": tiny_vit, "efficient_sam": efficient_sam, "rep_vit": rep_vit}
+FAMILIES: dict[str, ModuleType] = {
+    "tiny_vit": tiny_vit,
+    "efficient_sam": efficient_sam,
+    "rep_vit": rep_vit,
+    "hiera": hiera,
+}
 
 
 def family_of(names: Container[str]) -> ModuleType | None:

@@ -16,7 +16,7 @@ from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.steps import Distill
 from slimsam_jax.data import Sample
 from slimsam_jax.inference.decode import encode_image
-from slimsam_jax.models.sam import Sam, run_encoder
+from slimsam_jax.models.sam import Sam, embedding_shapes, run_encoder
 
 ROOM = 2**28  # bytes that targets may take: those of 24 images of the small SAM are 63 MB, of 200 too many
 
@@ -47,11 +47,12 @@ class Targets:
 
     def _compute(self, sample: Sample) -> dict[str, Any]:
         image, cache = sample.image(), self.run.cache
-        embedding = cache.read(sample) if cache else np.asarray(encode_image(self.run.teacher, image).embedding)
+        embedding = cache.read(sample) if cache else encode_image(self.run.teacher, image).embedding
+        embedding = jax.tree.map(lambda x: np.asarray(x)[None], embedding)
         frame, size = self.run.teacher.config.frame.place(image)
         if not self._features():
-            return {"embedding": embedding[None]}
-        found = self.program(self.frozen, {"image": frame[None], "size": size[None], "embedding": embedding[None]})
+            return {"embedding": embedding}
+        found = self.program(self.frozen, {"image": frame[None], "size": size[None], "embedding": embedding})
         return jax.device_get({name: found[name] for name in found if name in self.names})
 
     def _features(self) -> bool:
@@ -60,7 +61,7 @@ class Targets:
 
     def bytes_per_image(self) -> int:
         config, row = self.run.teacher.config, jax.ShapeDtypeStruct
-        embedding = row((1, *config.grid, config.out_chans), np.float32)
+        embedding = jax.tree.map(lambda leaf: row((1, *leaf.shape), leaf.dtype), embedding_shapes(config))
         batch = {"image": row((1, *config.image_size, 3), np.uint8), "size": row((1, 2), np.int32)}
         found = {"embedding": embedding}
         if self._features():
@@ -76,7 +77,7 @@ def remembered(run: Run, step: Distill, steps: int, previous: Sam, names: Sequen
     """
     count, config = len(run.images), run.teacher.config
     again = steps * run.batch > count and not step.augment.flip and step.augment.crop == 1
-    least = 4 * count * config.grid[0] * config.grid[1] * config.out_chans
+    least = 4 * count * sum(leaf.size for leaf in jax.tree.leaves(embedding_shapes(config)))
     if not again or least > ROOM or jax.device_count() > 1:
         return None
     targets = Targets(run, step, previous, names)

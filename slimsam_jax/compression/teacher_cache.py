@@ -19,12 +19,12 @@ from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError, RunError, reading, writing
 from slimsam_jax.files import replacing
 from slimsam_jax.inference.decode import encode_image
-from slimsam_jax.models.sam import Sam
+from slimsam_jax.models.sam import Embedding, Sam, embedding_shapes
 from slimsam_jax.progress import track
 
 
 class TeacherCache:
-    """A cache of one teacher's embeddings, [h, w, out_chans] float16.
+    """A cache of one teacher's embeddings, [h, w, out_chans] float16; several maps lie one after the other in a file.
 
     Half precision adds a relative squared error of about 1e-7, far below what distillation reaches.
 
@@ -45,7 +45,9 @@ class TeacherCache:
         except OSError as error:
             raise InputError(f"--cache {folder} cannot be made a folder: {error.strerror}") from None
         self._files: dict[str, Path] = {}  # so that an image is hashed once
-        self.shape = (*teacher.config.grid, teacher.config.out_chans)
+        self.shapes = embedding_shapes(teacher.config)
+        self.elements = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+        self.shape = self.shapes.shape if hasattr(self.shapes, "shape") else (self.elements,)
 
     def file(self, sample: Sample) -> Path:
         """Returns the file of an image's embedding, there or not.
@@ -58,14 +60,14 @@ class TeacherCache:
             self._files[sample.name] = self.folder / f"{name}.npy"
         return self._files[sample.name]
 
-    def read(self, sample: Sample) -> np.ndarray:
-        """Reads an image's embedding.
+    def read(self, sample: Sample) -> Embedding:
+        """Reads an image's embedding, an array or a dict of maps.
 
         Raises:
           RunError: there is none, or it is damaged.
         """
         try:
-            return self._read(self.file(sample))
+            return self._maps(self._read(self.file(sample)))
         except InputError as error:
             raise RunError(f"{error}; continue with --resume, and it is computed again") from None
 
@@ -75,6 +77,13 @@ class TeacherCache:
             if embedding.shape != self.shape or embedding.dtype != np.float16:
                 raise ValueError(f"it is {embedding.dtype}{list(embedding.shape)}")
             return embedding
+
+    def _maps(self, stored: np.ndarray) -> Embedding:
+        """What a file holds as the encoder gives it."""
+        leaves, tree = jax.tree.flatten(self.shapes)
+        parts = np.split(stored.ravel(), np.cumsum([leaf.size for leaf in leaves])[:-1])
+        maps = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+        return jax.tree.unflatten(tree, maps)
 
     def fill(self, samples: Sequence[Sample]) -> None:
         """Computes what is missing or damaged; each process takes its share. Says beforehand how much room it takes.
@@ -88,7 +97,7 @@ class TeacherCache:
         missing = [sample for sample in share if not self._is_there(sample)]
         if not missing:
             return
-        needed = len(missing) * jax.process_count() * 2 * int(np.prod(self.shape))
+        needed = len(missing) * jax.process_count() * 2 * self.elements
         free = shutil.disk_usage(self.folder).free
         print(f"the teacher's embeddings: about {needed / 1e9:.2f} GB in {self.folder}", flush=True)
         if free < needed:
@@ -113,7 +122,8 @@ class TeacherCache:
             image = sample.image()
         except InputError:
             return
-        embedding = np.asarray(encode_image(self.teacher, image).embedding.astype(jnp.float16))
+        maps = jax.tree.leaves(encode_image(self.teacher, image).embedding)
+        embedding = np.concatenate([np.asarray(x.astype(jnp.float16)).ravel() for x in maps]).reshape(self.shape)
         file = self.file(sample)
         with writing(file), replacing(file) as temporary, temporary.open("wb") as target:
             np.save(target, embedding)

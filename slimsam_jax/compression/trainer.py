@@ -17,11 +17,11 @@ from slimsam_jax.distillation.step import init_state, make_optimizer, make_step
 from slimsam_jax.models.attention import Form
 from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.encoders.layers import learning
-from slimsam_jax.models.sam import Architecture, Params, Sam, decode, run_encoder
+from slimsam_jax.models.sam import Architecture, Embedding, Params, Sam, decode, run_encoder
 from slimsam_jax.training.loop import Trainer
 
 Batch = dict[str, Any]
-Encode = Callable[[Architecture, Any, Batch], tuple[jax.Array, Any]]
+Encode = Callable[[Architecture, Any, Batch], tuple[Embedding, Any]]
 
 
 def make_trainer(
@@ -105,30 +105,31 @@ def frozen_features(
     return {"embedding": embedding, **_aligned(step, previous, features, before)}
 
 
-def _aligned(step: Distill, config: Architecture, features: Any, embedding: jax.Array) -> losses.Features:
+def _aligned(step: Distill, config: Architecture, features: Any, embedding: Embedding) -> losses.Features:
     """What a step can compare with the model before the cut: features by their family's names, and its embedding."""
     own = family_of(config.encoder).features(config.encoder, features)
     return own["embedding"] if step.align == "bottleneck" else {"previous": embedding, **own["bottleneck"]}
 
 
-def _views(config: Architecture, step: Distill, embedding: jax.Array, head: Any, batch: Batch) -> losses.Features:
+def _views(config: Architecture, step: Distill, embedding: Embedding, head: Any, batch: Batch) -> losses.Features:
     """The embedding as others see it; see `Losses`."""
-    found, embedding = {}, embedding.astype(jnp.float32)
+    found, embedding = {}, jax.tree.map(lambda x: x.astype(jnp.float32), embedding)
     if step.losses.direction:
-        found["direction"] = embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
+        unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        found["direction"] = jax.tree.map(unit, embedding)
     if step.losses.masks:
         found["masks"], found["iou"] = masks_at_clicks(config, head, embedding, batch)
     return found
 
 
 def masks_at_clicks(
-    config: Architecture, head: Params, embedding: jax.Array, batch: Batch
+    config: Architecture, head: Params, embedding: Embedding, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     """What the decoder makes of a batch's clicks.
 
     Args:
       head: {"prompt_encoder": ..., "mask_decoder": ...}.
-      embedding: [b, h, w, C].
+      embedding: [b, h, w, C], or a dict of such maps.
       batch: with "points" [b, p, n, 2] and "labels" [b, p, n].
 
     Returns:
@@ -136,7 +137,7 @@ def masks_at_clicks(
       float32 0..1.
     """
     points, labels = batch["points"], batch["labels"]
-    each = jnp.repeat(embedding, points.shape[1], axis=0)
+    each = jax.tree.map(lambda x: jnp.repeat(x, points.shape[1], axis=0), embedding)
     flat = lambda array: array.reshape(-1, *array.shape[2:])
     logits, iou = decode(config, head, each, flat(points), flat(labels))
     return jax.nn.sigmoid(logits), iou

@@ -19,9 +19,13 @@ Weights = dict[str, float]
 def mse(student: Tree, target: Tree, relative: bool = False) -> jax.Array:
     """Computes the mean squared error over all elements of two trees of equal structure, as if concatenated.
 
+    Of two dicts it is the mean of their entries', whatever the sizes: an embedding of several maps.
+
     Args:
       relative: divide by the variance of the target's elements (1 = as bad as their mean).
     """
+    if isinstance(target, dict):
+        return sum(mse(student[name], target[name], relative) for name in target) / len(target)
     count = float(sum(leaf.size for leaf in jax.tree.leaves(target)))  # may be more than an int32 holds
     if count == 0:
         return jnp.zeros(())  # a kind of feature that this model has none of

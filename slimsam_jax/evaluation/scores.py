@@ -15,11 +15,16 @@ from slimsam_jax.imaging import overlap
 from slimsam_jax.imaging.prompts import Prompts, clicks_at, point_grid
 from slimsam_jax.inference.decode import Encoded, decode_prompts, original_masks
 from slimsam_jax.inference.stability import ranking
-from slimsam_jax.models.sam import Sam
+from slimsam_jax.models.sam import Embedding, Sam
 
 
-def relative_error(embedding: np.ndarray, target: np.ndarray) -> float:
-    """Computes the mean squared error over the target's variance: 0 is equal, 1 as bad as its mean everywhere."""
+def relative_error(embedding: Embedding, target: Embedding) -> float:
+    """Computes the mean squared error over the target's variance: 0 is equal, 1 as bad as its mean everywhere.
+
+    Of an embedding of several maps the mean of theirs.
+    """
+    if isinstance(target, dict):
+        return float(np.mean([relative_error(embedding[name], target[name]) for name in target]))
     embedding, target = np.asarray(embedding), np.asarray(target)
     return float(np.square(embedding - target).mean() / target.var())
 

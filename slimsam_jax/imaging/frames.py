@@ -94,3 +94,20 @@ class Squashed(Frame):
 
     def mask_matrix(self, axis: int, source: int, size: int, original: int) -> scipy.sparse.csr_array:
         return bicubic_matrix(source, original)
+
+
+class Stretched(Frame):
+    """SAM 2's: the whole frame, the aspect lost; bilinear, antialiased where that shrinks, and bilinear back."""
+
+    def place(self, image: np.ndarray | Image.Image) -> tuple[np.ndarray, np.ndarray]:
+        channels = np.moveaxis(np.asarray(image, np.float32), -1, 0)
+        rows, columns = (transforms.antialiased_matrix(channels.shape[i + 1], self.image_size[i]) for i in (0, 1))
+        stretched = np.moveaxis(transforms.resized(channels, rows, columns), 0, -1)
+        return np.ascontiguousarray(stretched), np.array(self.image_size, np.int32)
+
+    def points(self, xy: np.ndarray, size: Size, original_size: Size) -> np.ndarray:
+        xy = np.asarray(xy, np.float64) / np.array(original_size[::-1], np.float64)
+        return (xy * np.array(self.image_size[::-1], np.float64)).astype(np.float32)
+
+    def mask_matrix(self, axis: int, source: int, size: int, original: int) -> scipy.sparse.csr_array:
+        return transforms.bilinear_matrix(source, original)

@@ -95,3 +95,24 @@ def bilinear_matrix(source: int, target: int) -> scipy.sparse.csr_array:
     matrix = scipy.sparse.csr_array((weights, places), shape=(target, source)).astype(np.float32)
     matrix.eliminate_zeros()
     return matrix
+
+
+@functools.lru_cache(maxsize=32)
+def antialiased_matrix(source: int, target: int) -> scipy.sparse.csr_array:
+    """Returns weights of bilinear interpolation that averages where it shrinks, [target, source] float32.
+
+    PyTorch's `antialias=True`: a triangle as wide as a target's pixel, or as a source's where that is larger.
+    """
+    scale = source / target
+    support = max(scale, 1.0)
+    centres = (np.arange(target) + 0.5) * scale
+    low = np.maximum((centres - support + 0.5).astype(int), 0)
+    high = np.minimum((centres + support + 0.5).astype(int), source)
+    columns = low[:, None] + np.arange((high - low).max())
+    weights = np.maximum(1 - np.abs(columns + 0.5 - centres[:, None]) / support, 0) * (columns < high[:, None])
+    weights /= weights.sum(1, keepdims=True)
+    places = np.repeat(np.arange(target), columns.shape[1]), np.minimum(columns, source - 1).ravel()
+    matrix = scipy.sparse.csr_array((weights.ravel(), places), shape=(target, source)).astype(np.float32)
+    matrix.sum_duplicates()
+    matrix.eliminate_zeros()
+    return matrix

@@ -16,7 +16,7 @@ from slimsam_jax.inference import fast_sam
 from slimsam_jax.inference.fast_sam import Found
 from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.heads import kind_of
-from slimsam_jax.models.sam import Sam, decode, encode
+from slimsam_jax.models.sam import Embedding, Sam, decode, embedding_of, encode
 
 # Numbers of prompts that are ever compiled. Beyond 16 the decoder's activations leave a CPU's cache: a quarter slower.
 BUCKETS = (1, 4, 16)
@@ -24,9 +24,9 @@ ACCELERATOR_BUCKETS = (1, 4, 16, 64)
 
 
 class Encoded(NamedTuple):
-    """An image after the encoder: its [h, w, C] embedding, size in the model frame, and own size."""
+    """An image after the encoder: its embedding [h, w, C] or dict of maps, size in the model frame, and own size."""
 
-    embedding: jax.Array
+    embedding: Embedding
     size: tuple[int, int]
     original_size: tuple[int, int]
 
@@ -36,8 +36,8 @@ def encode_image(sam: Sam | FastSam, image: Image.Image) -> Encoded | Found:
     if isinstance(sam, FastSam):
         return fast_sam.find_one(sam, image)
     frame, size = sam.config.frame.place(image)
-    embedding = encode(sam.config, sam.params, frame[None], size[None], jnp.float32)[0]
-    return Encoded(embedding, tuple(int(side) for side in size), (image.height, image.width))
+    embeddings = encode(sam.config, sam.params, frame[None], size[None], jnp.float32)
+    return Encoded(embedding_of(embeddings, 0), tuple(int(side) for side in size), (image.height, image.width))
 
 
 def decode_prompts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,7 +54,8 @@ def decode_mixed(
     for index, count in padded(len(prompts)):
         # The embedding of the one image where there is but one: a decoder shares its projections among prompts.
         alone = all(encoded[i] is encoded[index[0]] for i in index)
-        embedding = encoded[index[0]].embedding if alone else jnp.stack([encoded[i].embedding for i in index])
+        each = [encoded[i].embedding for i in index]
+        embedding = each[0] if alone else jax.tree.map(lambda *maps: jnp.stack(maps), *each)
         previous = (masks[index], masked[index]) if masked[index].any() else (None, None)
         low, scores = decode(sam.config, sam.params, embedding, points[index], labels[index], *previous)
         decoded += list(zip(np.asarray(low)[:count], np.asarray(scores)[:count], strict=True))

@@ -17,7 +17,8 @@ from slimsam_jax.inference.mixed_prompts import Prompt, check, decode_mixed, kin
 from slimsam_jax.inference.stability import outputs_of, stability_scores
 from slimsam_jax.limits import IMAGE_SIDE, quoted
 from slimsam_jax.models.fast_sam import FastSam
-from slimsam_jax.models.sam import Sam, encode
+from slimsam_jax.models.heads import kind_of as head_kind
+from slimsam_jax.models.sam import Sam, embedding_of, encode
 
 AnyImage = str | Path | Image.Image | np.ndarray
 
@@ -114,8 +115,13 @@ class SamPredictor:
         return predict(self.model, encode_images(self.model, images), prompts, *how)
 
     def get_image_embedding(self) -> np.ndarray:
-        """Returns the embedding of the image that is set, [1, C, h, w] float32, as the original gives it."""
-        return np.asarray(self._encoded().embedding).transpose(2, 0, 1)[None]
+        """Returns the embedding of the image that is set, [1, C, h, w] float32, as the original gives it.
+
+        Of SAM 2 it is the one at stride 16; `encoded.embedding` has the finer maps, too.
+        """
+        embedding = self._encoded().embedding
+        coarse = embedding["embedding"] if isinstance(embedding, dict) else embedding
+        return np.asarray(coarse).transpose(2, 0, 1)[None]
 
     def reset_image(self) -> None:
         self.encoded: Encoded | None = None
@@ -140,7 +146,7 @@ def encode_images(sam: Sam, images: Sequence[AnyImage]) -> list[Encoded]:
         embeddings = encode(sam.config, sam.params, pixels, sizes)
         for i in range(count):
             image = images[index[i]]
-            encoded.append(Encoded(embeddings[i], tuple(map(int, sizes[i])), (image.height, image.width)))
+            encoded.append(Encoded(embedding_of(embeddings, i), tuple(map(int, sizes[i])), (image.height, image.width)))
     return encoded
 
 
@@ -242,12 +248,14 @@ def predict(
     flat = [(image, prompt) for image, of_image in zip(encoded, prompts, strict=True) for prompt in of_image]
     outputs = slice(1, None) if multimask_output else slice(0, 1)
     outputs = outputs if num_multimask_outputs is None else outputs_of(sam, num_multimask_outputs)
+    largest = getattr(head_kind(sam.config.head), "LARGEST_LOW_RES", np.inf)
     decoded = iter(decode_mixed(sam, [image for image, _ in flat], [prompt for _, prompt in flat]))
 
     def finished(image: Encoded, low: np.ndarray, scores: np.ndarray) -> Prediction:
         scores = stability_scores(low) if use_stability_score else scores
         masks = sam.config.frame.resize_masks(low[outputs], image.size, image.original_size)
-        return Prediction(masks if return_logits else masks > 0, scores[outputs], low[outputs])
+        given = np.clip(low[outputs], -largest, largest)
+        return Prediction(masks if return_logits else masks > 0, scores[outputs], given)
 
     pairs = zip(encoded, prompts, strict=True)
     return [[finished(image, *next(decoded)) for _ in of_image] for image, of_image in pairs]

@@ -5,9 +5,11 @@
   (`imaging.frames`); and `point_tokens`, how many tokens one point makes;
 - `from_json(fields)`: its inverse;
 - `init(config, keys)`: random {"prompt_encoder", "mask_decoder"};
-- `decode(config, params, embedding, points, labels, masks, masked)`: as `sam.decode`;
+- `decode(config, params, embedding, points, labels, masks, masked)`: as `sam.decode`; SAM 2's embedding is a dict of
+  three maps;
 - `refusal(labels, masked)`: why prompts cannot be taken, in a line, or None.
 
+One may bring along `LARGEST_LOW_RES`, within which logits are given back for a next prompt.
 Prompts come to all of them alike: points, box corners and what fills up, with the labels of `imaging.prompts`.
 """
 
@@ -16,9 +18,9 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from slimsam_jax.models import efficient_sam_head, sam_head
+from slimsam_jax.models import efficient_sam_head, sam2_head, sam_head
 
-HEADS: dict[str, ModuleType] = {"sam": sam_head, "efficient_sam": efficient_sam_head}
+HEADS: dict[str, ModuleType] = {"sam": sam_head, "efficient_sam": efficient_sam_head, "sam2": sam2_head}
 
 
 def name_of(head: Any) -> str:

@@ -18,6 +18,7 @@ from slimsam_jax.models.heads import kind_of
 
 Params = dict[str, Any]
 Architecture = Config | SamConfig  # of a ViT, or of any family's encoder
+Embedding = Any  # [h, w, C], with axes before them of images or prompts; or a dict of such maps, as SAM 2's are
 
 # Above this many numbers that the backward pass would keep (images x tokens x channels x blocks) each block is computed
 # again instead: more than one image of ViT-B at 1024 px on a device.
@@ -90,7 +91,7 @@ def run_encoder(
     devices: int = 1,
     attention: str = "auto",
 ):
-    """(embedding, features) of a batch {"image": uint8, "size"}.
+    """(embedding, features) of a batch {"image": uint8, "size"}; an embedding may be a dict of maps.
 
     Args:
       encoder: the image encoder's parameters.
@@ -107,6 +108,20 @@ def encoder_for(config: Architecture, images: int, dtype: Any, attention: str = 
     """For batches of so many images on a device."""
     kept = getattr(family_of(config.encoder), "kept_elements", lambda encoder: 0)
     return image_encoder(config, dtype, remat=images * kept(config.encoder) > REMAT_ABOVE, attention=attention)
+
+
+def embedding_shapes(config: Architecture) -> Any:
+    """One image's embedding as shapes, [h, w, C] float32 or a dict of such maps, of which nothing is traced."""
+    row = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    own = getattr(family_of(config.encoder), "embedding_shapes", None)
+    if own is None:
+        return row((*config.grid, config.out_chans))
+    return {name: row(shape) for name, shape in own(config.encoder).items()}
+
+
+def embedding_of(embeddings: Embedding, index: int) -> Embedding:
+    """One image's of a batch's: without the first axis."""
+    return jax.tree.map(lambda array: array[index], embeddings)
 
 
 def _dtype(encoder: Params) -> Any:
@@ -126,7 +141,7 @@ def folded(sam: Sam) -> Sam:
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def encode(
     config: Architecture, params: Params, images: jax.Array, sizes: jax.Array, dtype: Any = jnp.float32
-) -> jax.Array:
+) -> Embedding:
     """uint8 images -> embeddings. One compilation per batch size.
 
     Args:
@@ -134,7 +149,7 @@ def encode(
       images, sizes: as `preprocess` takes them.
 
     Returns:
-      [b, h, w, C] float32.
+      [b, h, w, C] float32, or a dict of such maps (`embedding_shapes`).
     """
     pixels = preprocess(config, images, sizes)
     sam = folded(Sam(config, params))
@@ -146,7 +161,7 @@ def encode(
 def decode(
     config: Architecture,
     params: Params,
-    embedding: jax.Array,
+    embedding: Embedding,
     points: jax.Array,
     labels: jax.Array,
     masks=None,
@@ -155,7 +170,7 @@ def decode(
     """Decodes p prompts. One compilation per (p, n), shared by a teacher and its slim models.
 
     Args:
-      embedding: [h, w, C], one image's, or [p, h, w, C], that of each prompt.
+      embedding: [h, w, C], one image's, or [p, h, w, C], that of each prompt; or a dict of such maps.
       points, labels, masks, masked: as SAM's `PromptEncoder` takes them, from `prompt_points`, whatever the kind of
         head; `inference.decode.check_labels` refuses beforehand what it cannot take.
 

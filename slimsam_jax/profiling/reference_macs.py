@@ -97,7 +97,8 @@ def decoder_macs(config: Architecture, prompt_tokens: int | None = None) -> Macs
     width, image, hidden = config.out_chans, math.prod(config.grid), config.decoder_mlp_dim
     first, second = getattr(config.head, "upscaling_dims", (width // 4, width // 8))
     outputs = 1 + config.multimask_outputs
-    own = 1 + outputs + prompt_tokens
+    scored = getattr(config.head, "object_tokens", 0)
+    own = 1 + outputs + prompt_tokens + scored
     to_image = _linear(own, width, width // 2) + 2 * _linear(image, width, width // 2) + _linear(own, width // 2, width)
     to_token = (
         _linear(image, width, width // 2) + 2 * _linear(own, width, width // 2) + _linear(image, width // 2, width)
@@ -109,6 +110,7 @@ def decoder_macs(config: Architecture, prompt_tokens: int | None = None) -> Macs
         linear += _conv(positions, 4 * inputs, channels) + positions * channels
     linear += outputs * (2 * _linear(1, width, width) + _linear(1, width, second))
     linear += 2 * _linear(1, width, config.iou_head_dim) + _linear(1, config.iou_head_dim, outputs)
+    linear += scored * (2 * _linear(1, width, width) + _linear(1, width, 1))
     products = 2 * own * own * width + (2 * own * image * width // 2) * 2
     attention = config.decoder_depth * products + 2 * own * image * width // 2
     return Macs(linear, attention + outputs * 16 * image * second)

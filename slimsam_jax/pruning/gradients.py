@@ -23,8 +23,12 @@ Gradients = Callable[[Tree, Any, jax.Array], Tree]  # params, a batch of one, ke
 def disturbed_loss(
     embed: Callable[[Tree, Any], jax.Array], params: Tree, batch: Any, target: jax.Array, noise: jax.Array
 ):
-    """Computes the MSE between a model's embedding and a target plus noise; its gradient is the disturbed one."""
-    return jnp.mean(jnp.square(embed(params, batch) - jax.lax.stop_gradient(target) - noise))
+    """Computes the MSE between a model's embedding and a target plus noise; its gradient is the disturbed one.
+
+    Of an embedding that is a tree of several maps, the sum of theirs.
+    """
+    error = lambda found, target, noise: jnp.mean(jnp.square(found - jax.lax.stop_gradient(target) - noise))
+    return sum(jax.tree.leaves(jax.tree.map(error, embed(params, batch), target, noise)))
 
 
 def disturbed_gradients(
@@ -46,7 +50,7 @@ def disturbed_gradients(
     noise vanish: "rms" is an unbiased estimate of Σ diag(JᵀJ) before its root.
 
     Args:
-      embed: (params, batch) -> embeddings; compiled here, once per shape of batch.
+      embed: (params, batch) -> embeddings, an array or a tree of maps; compiled here, once per shape of batch.
       params: the model.
       batches: what `embed` takes, images along the first axis.
       key: of the noise; every image and draw has its own.
@@ -66,8 +70,11 @@ def disturbed(embed: Callable[[Tree, Any], jax.Array], std: float = 0.01, noise_
 
     def gradients(params: Tree, item: Any, key: jax.Array) -> Tree:
         embedding, pull_back = jax.vjp(lambda p: embed(p, item), params)
-        noise = std * jax.random.normal(key, (noise_samples, *embedding.shape), embedding.dtype)
-        return jax.vmap(pull_back)(-2.0 / embedding.size * noise)[0]
+        maps, tree = jax.tree.flatten(embedding)
+        keys = [key] if len(maps) == 1 else jax.random.split(key, len(maps))
+        noise = lambda key, x: std * jax.random.normal(key, (noise_samples, *x.shape), x.dtype)
+        pulls = [-2.0 / x.size * noise(key, x) for key, x in zip(keys, maps, strict=True)]
+        return jax.vmap(pull_back)(jax.tree.unflatten(tree, pulls))[0]
 
     return gradients
 

@@ -16,7 +16,7 @@ from slimsam_jax.distillation import mask_losses
 from slimsam_jax.distillation.mask_losses import Groups, Weights
 from slimsam_jax.imaging.prompts import ABSENT
 from slimsam_jax.models.config import Config
-from slimsam_jax.models.sam import Params, decode
+from slimsam_jax.models.sam import Embedding, Params, decode
 
 Outputs = Literal["sam", "both"]
 OUTSIDE = -40.0  # a logit without any doubt, and so without loss and gradient
@@ -33,7 +33,7 @@ class Prompts(NamedTuple):
 def interactive_loss(
     config: Config,
     params: Params,
-    embedding: jax.Array,
+    embedding: Embedding,
     batch: dict[str, jax.Array],
     weights: Weights,
     corrections: int = 1,
@@ -42,7 +42,7 @@ def interactive_loss(
     """Computes the loss, mean over b images of p prompts each, and over the first prompt and all corrections.
 
     Args:
-      embedding: [b, h, w, C].
+      embedding: [b, h, w, C], or a dict of such maps.
       batch: from `MaskBatches`.
       weights: of the terms, see `mask_losses.prompt_loss`.
       outputs: which learn: see `learning`.
@@ -52,7 +52,7 @@ def interactive_loss(
     """
     count = batch["labels"].shape[1]
     spread = lambda rows: jnp.repeat(rows, count, axis=0)  # an image's for each of its prompts
-    embedding, inside = spread(embedding), spread(inside_image(config, batch["size"]))
+    embedding, inside = jax.tree.map(spread, embedding), spread(inside_image(config, batch["size"]))
     keys = _flat(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), count))(batch["seed"]))
     prompts, target = Prompts(_flat(batch["points"]), _flat(batch["labels"])), _flat(batch["masks"])
     rounds, ious = [], {}

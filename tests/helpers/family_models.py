@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from slimsam_jax.models import sam2_head
 from slimsam_jax.models.composed import SamConfig, head_of
 from slimsam_jax.models.efficient_sam_head import HeadConfig
-from slimsam_jax.models.encoders import efficient_sam_vit, rep_vit, tiny_vit
+from slimsam_jax.models.encoders import efficient_sam_vit, hiera, rep_vit, tiny_vit
 from slimsam_jax.models.encoders.architecture import Block
 from slimsam_jax.models.sam import Sam, abstract_params
 
@@ -42,6 +43,20 @@ SLIM_REP_VIT = rep_vit.Config(
         rep_vit.Stage(6, (rep_vit.Block(13),)),
     ),
     fuse_dim=9,
+    out_chans=16,
+)
+
+# Widths that fit nothing, windows that are padded, one of them pooled, a block in the midst that is global.
+SLIM_HIERA = hiera.Config(
+    image_size=(64, 96),
+    stages=(
+        hiera.Stage(8, 8, (Block(1, 4, 3, 9),)),
+        hiera.Stage(10, 6, (Block(2, 5, 3, 7),)),
+        hiera.Stage(12, 6, (Block(2, 3, 4, 13), Block(3, 6, 5, 14))),
+        hiera.Stage(14, 3, (Block(4, 2, 3, 15),)),
+    ),
+    global_blocks=(3,),
+    pos_grid=(3, 2),
     out_chans=16,
 )
 
@@ -119,5 +134,13 @@ def efficient_sam(encoder: efficient_sam_vit.Config = SLIM_VIT, seed: int = 0) -
     """A small EfficientSAM with random weights, of any encoder."""
     sizes = {"patch_size": encoder.patch_size, "out_chans": encoder.out_chans}
     head = HeadConfig(encoder.image_size, **sizes, decoder_mlp_dim=8, iou_head_dim=6, upscaling_dims=(5, 3))
+    config = SamConfig(encoder, head)
+    return Sam(config, random_params(abstract_params(config), seed))
+
+
+def sam2(encoder: hiera.Config = SLIM_HIERA, seed: int = 0) -> Sam:
+    """A small SAM 2 with random weights, of any encoder."""
+    sizes = {"out_chans": encoder.out_chans, "mask_in_chans": 4, "decoder_heads": 2}
+    head = sam2_head.HeadConfig(encoder.image_size, **sizes, decoder_mlp_dim=8, iou_head_dim=6)
     config = SamConfig(encoder, head)
     return Sam(config, random_params(abstract_params(config), seed))

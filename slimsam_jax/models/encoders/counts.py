@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from slimsam_jax.models import sam2_head
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.efficient_sam_head import HeadConfig
-from slimsam_jax.models.encoders import efficient_sam_vit, rep_vit, tiny_vit
+from slimsam_jax.models.encoders import efficient_sam_vit, hiera, rep_vit, tiny_vit
 from slimsam_jax.models.encoders.architecture import Block
 
 
@@ -39,7 +40,7 @@ def parameters(params: Any) -> int:
     return sum(math.prod(leaf.shape) for name, leaf in named if not name.endswith(buffers))
 
 
-def macs(config: tiny_vit.Config | efficient_sam_vit.Config | rep_vit.Config) -> Macs:
+def macs(config: tiny_vit.Config | efficient_sam_vit.Config | rep_vit.Config | hiera.Config) -> Macs:
     """Of an image encoder for one image of its own size."""
     return CLOSED_FORMS[type(config)](config)
 
@@ -84,33 +85,47 @@ def rep_vit_macs(config: rep_vit.Config) -> Macs:
     return Macs(linear + _neck(grids[2], config.fuse_dim, config.out_chans), 0)
 
 
+def hiera_macs(config: hiera.Config) -> Macs:
+    """Of Hiera with its pyramid and the decoder's convolutions of the finer maps; not the positions' interpolation."""
+    grids, dims = [math.prod(grid) for grid in config.grids], [stage.dim for stage in config.stages]
+    linear = grids[0] * 3 * hiera.KERNEL**2 * dims[0]
+    linear += sum(grid * dim for grid, dim in zip(grids, dims, strict=True)) * config.out_chans
+    linear += sum(grid * config.out_chans * dim for grid, dim in zip(grids, config.high_res_dims, strict=False))
+    attention = 0
+    for place in hiera.places(config):
+        side, block = place.window, place.block
+        rows = math.prod(-(-length // side) * side if side else length for length in place.grid)
+        queries, tokens = (number // 4 if place.pools else number for number in (rows, math.prod(place.grid)))
+        inner = place.inputs * (2 * block.key_dim + block.value_dim)
+        linear += block.heads * (rows * inner + queries * place.dim * block.value_dim)
+        linear += tokens * 2 * place.dim * block.mlp_dim
+        linear += math.prod(place.grid) * place.inputs * place.dim * place.pools
+        attention += queries * _products(side**2 or rows, block)
+    return Macs(linear, attention)
+
+
 CLOSED_FORMS = {
     tiny_vit.Config: tiny_vit_macs,
     efficient_sam_vit.Config: efficient_sam_vit_macs,
     rep_vit.Config: rep_vit_macs,
+    hiera.Config: hiera_macs,
 }
 
 
-def decoder_macs(head: Config | HeadConfig, prompt_tokens: int) -> int:
+def decoder_macs(head: Config | HeadConfig | sam2_head.HeadConfig, prompt_tokens: int) -> int:
     """Of a mask decoder for one prompt, the papers' column: to SAM's a point is 2 tokens, to EfficientSAM's 6.
 
     `profiling.reference_macs.decoder_macs` counts as SlimSAM's counter does: with biases, and transposed convolutions
     fourfold.
     """
-    width, image, tokens = head.out_chans, math.prod(head.grid), 2 + head.multimask_outputs + prompt_tokens
+    width, image, scored = head.out_chans, math.prod(head.grid), getattr(head, "object_tokens", 0)
+    tokens = 2 + head.multimask_outputs + prompt_tokens + scored
     first, second = getattr(head, "upscaling_dims", (width // 4, width // 8))
     one_way = (tokens + image) * width * width  # four projections to or from half of the width, two on either side
     block = 4 * tokens * width * width + 2 * one_way + 2 * tokens * width * head.decoder_mlp_dim
     linear = head.decoder_depth * block + one_way + 4 * image * (width + 4 * second) * first
-    linear += (1 + head.multimask_outputs) * width * (2 * width + second)
+    linear += (1 + head.multimask_outputs) * width * (2 * width + second) + scored * width * (2 * width + 1)
     return linear + head.iou_head_dim * (width + head.iou_head_dim + 1 + head.multimask_outputs)
-
-
-CLOSED_FORMS = {
-    tiny_vit.Config: tiny_vit_macs,
-    efficient_sam_vit.Config: efficient_sam_vit_macs,
-    rep_vit.Config: rep_vit_macs,
-}
 
 
 def _projections(dim: int, block: Block) -> int:
