@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tyro.conf import Positional
 
-from converters import huggingface, torch_file
+from converters import huggingface, huggingface_sam2, torch_file
 from converters.tables import vit
 from converters.tables.rows import Row
 from converters.tables.sam import rows
@@ -41,12 +41,12 @@ def load(
 
     Args:
       source: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM trains it, or a whole
-        pickled module), MobileSAM's, TinySAM's, EfficientSAM's, EdgeSAM's or FastSAM's, a Hugging Face `SamModel`
-        folder, or a model folder of ours.
+        pickled module), MobileSAM's, TinySAM's, EfficientSAM's, EdgeSAM's, SAM 2's or FastSAM's, a Hugging Face
+        `SamModel` or `Sam2Model` folder, or a model folder of ours.
       image_size: pixels of the model frame, one side or (height, width), where no array tells it: of all families but
         SAM's own ViT. Their published models have 1024, the default; a FastSAM's is the longer side.
-      heads: of the image encoder's attention, one number or one a block, where no array tells it: of EfficientSAM,
-        whose published models are known by their width.
+      heads: of the image encoder's attention, one number or one a block, where no array tells it: of EfficientSAM and
+        SAM 2, whose published models are known by their width.
       single_mask: whether the decoder's first mask is for use, which no array tells either. TinySAM returns the other
         three alone; without its own the best of them by predicted IoU is what asks for a single mask get. Default: as
         the file says if `to_torch` wrote it; else not of a TinyViT whose file is called tinysam*.
@@ -244,11 +244,14 @@ def _is_huggingface(folder: Path) -> bool:
 
 
 def _load_huggingface(folder: Path) -> Sam:
-    state, description = huggingface.read(folder)
-    overrides = huggingface.pixel_statistics(folder)
-    overrides["decoder_heads"] = description.get("mask_decoder_config", {}).get("num_attention_heads", 8)
-    state = {huggingface.to_segment_anything(name): array for name, array in state.items()}
-    sam = from_state_dict(state, str(folder), **overrides)
+    description = read_json(folder / "config.json")
+    if description["model_type"] in huggingface_sam2.TYPES:
+        state, overrides = huggingface_sam2.read(folder, description)
+    else:
+        state, description = huggingface.read(folder)
+        overrides = {"decoder_heads": description.get("mask_decoder_config", {}).get("num_attention_heads", 8)}
+        state = {huggingface.to_segment_anything(name): array for name, array in state.items()}
+    sam = from_state_dict(state, str(folder), **overrides, **huggingface.pixel_statistics(folder))
     for path in safetensors_file.files_of(folder):
         if path.suffix == ".bin":
             torch_file.check_sums(path)

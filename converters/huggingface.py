@@ -52,16 +52,17 @@ _TWIN = "prompt_encoder.shared_embedding.positional_embedding"
 
 def to_huggingface(name: str) -> str:
     """Converts a `segment_anything` parameter name to Hugging Face's spelling."""
-    return _replace_part(re.sub(r"^image_encoder\.", "vision_encoder.", name), _PARTS)
+    return replace_part(re.sub(r"^image_encoder\.", "vision_encoder.", name), _PARTS)
 
 
 def to_segment_anything(name: str) -> str:
     """Converts a parameter name back; inverse of `to_huggingface`."""
     parts = [(theirs, ours) for ours, theirs in _PARTS]
-    return re.sub(r"^vision_encoder\.", "image_encoder.", _replace_part(name, parts))
+    return re.sub(r"^vision_encoder\.", "image_encoder.", replace_part(name, parts))
 
 
-def _replace_part(name: str, parts: list[tuple[str, str]]) -> str:
+def replace_part(name: str, parts: list[tuple[str, str]]) -> str:
+    """Replaces the beginning of a name by the first row that it fits."""
     for source, target in parts:
         match = _pattern(source).match(name)
         if match:
@@ -84,16 +85,26 @@ def read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if description.get("model_type") != "sam":
         theirs = printable(repr(description.get("model_type")), 40)
         raise InputError(f"{folder} holds a {theirs} model, not a SamModel")
+    state = weights(folder)
+    twin = state.pop(_TWIN, None)
+    if twin is not None:
+        state.setdefault("shared_image_embedding.positional_embedding", twin)
+    return state, description
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    """Reads the arrays of a folder.
+
+    Raises:
+      InputError: there are none, or a file is damaged.
+    """
     paths = safetensors_file.files_of(folder)
     if not paths:
         raise InputError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
     state: dict[str, np.ndarray] = {}
     for path in paths:
         state |= torch_file.read(path) if path.suffix == ".bin" else safetensors_file.read(path)
-    twin = state.pop(_TWIN, None)
-    if twin is not None:
-        state.setdefault("shared_image_embedding.positional_embedding", twin)
-    return state, description
+    return state
 
 
 def pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:

@@ -16,6 +16,30 @@ if TYPE_CHECKING:
 
 REPORT_LIMIT = 8 << 20  # bytes of a report.json, which names every image that was skipped
 
+USE = """import torch
+from PIL import Image
+from transformers import SamModel, SamProcessor
+
+model, processor = SamModel.from_pretrained("{name}"), SamProcessor.from_pretrained("{name}")
+image = Image.open("image.jpg").convert("RGB")
+inputs = processor(image, input_points=[[[image.width / 2, image.height / 2]]], return_tensors="pt")
+with torch.no_grad():
+    outputs = model(**inputs)
+masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])[0]
+"""
+USE_SAM2 = """import torch
+from PIL import Image
+from transformers import Sam2Model, Sam2Processor
+
+model, processor = Sam2Model.from_pretrained("{name}"), Sam2Processor.from_pretrained("{name}")
+image = Image.open("image.jpg").convert("RGB")
+points, labels = [[[[image.width / 2, image.height / 2]]]], [[[1]]]
+inputs = processor(images=image, input_points=points, input_labels=labels, return_tensors="pt")
+with torch.no_grad():
+    outputs = model(**inputs)
+masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"])[0]
+"""
+
 CARD = """---
 library_name: transformers
 pipeline_tag: mask-generation
@@ -33,17 +57,7 @@ tags:
 ## Use it
 
 ```python
-import torch
-from PIL import Image
-from transformers import SamModel, SamProcessor
-
-model, processor = SamModel.from_pretrained("{name}"), SamProcessor.from_pretrained("{name}")
-image = Image.open("image.jpg").convert("RGB")
-inputs = processor(image, input_points=[[[image.width / 2, image.height / 2]]], return_tensors="pt")
-with torch.no_grad():
-    outputs = model(**inputs)
-masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])[0]
-```
+{use}```
 
 `masks` are three for the point; `outputs.iou_scores` is how good the model thinks they are.
 
@@ -75,8 +89,12 @@ def text(sam: Sam, original: Sam, name: str, folder: Path) -> str:
     """
     with reading(f"the provenance of {folder}"):
         parts = {"origin": origin(original.provenance), "teacher": teacher(original.provenance)}
+    from slimsam_jax.models.encoders import name_of
+
+    use = USE_SAM2 if name_of(sam.config.encoder) == "hiera" else USE
     return CARD.format(
         name=name,
+        use=use.format(name=name),
         summary=summary(sam, original),
         thresholds=thresholds(sam),
         numbers=numbers(folder, sam, original),

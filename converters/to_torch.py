@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tyro.conf import Positional
 
-from converters import huggingface, model_card, torch_file
+from converters import huggingface, huggingface_sam2, model_card, torch_file
 from converters.from_torch import load
 from converters.tables.sam import rows
 from converters.tables.vit import fuse_qkv
@@ -32,6 +32,7 @@ LOADERS = {
     "tiny_vit": Path(__file__).with_name("tiny_vit_sam_torch.py"),
     "efficient_sam": Path(__file__).with_name("efficient_sam_torch.py"),
 }
+UNDER_MODEL = ("efficient_sam", "hiera")  # families whose published files hold the state dict under "model"
 
 
 def to_state_dict(sam: Sam | FastSam) -> dict[str, np.ndarray]:
@@ -84,7 +85,7 @@ def save_sam(sam: Sam, path: Path) -> None:
             raise InputError(f"{loader} is there already and is not this version's; remove it or write elsewhere")
     tensors = collections.OrderedDict((k, torch.from_numpy(v.copy())) for k, v in to_state_dict(sam).items())
     tensors._metadata = {torch_file.NOTE: noted(sam)}  # no tensor, which a strict load would refuse
-    content_of_file = {"model": tensors} if family == "efficient_sam" else tensors  # as it is published
+    content_of_file = {"model": tensors} if family in UNDER_MODEL else tensors  # as it is published
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack, writing(path):
         for name, content in files.items():
@@ -107,21 +108,26 @@ def noted(sam: Sam | FastSam) -> dict[str, Any]:
 
 
 def save_huggingface(sam: Sam, folder: Path, card: str | None = None) -> None:
-    """Writes a folder for `SamModel.from_pretrained`; needs neither torch nor transformers.
+    """Writes a folder for `from_pretrained` of `SamModel` or `Sam2Model`; needs neither torch nor transformers.
 
     Args:
       card: the text of its README.md; None writes none.
     """
+    from slimsam_jax import checkpoint
     from slimsam_jax.files import new_folder, replacing, write_json
 
-    state = {huggingface.to_huggingface(name): array for name, array in to_state_dict(sam).items()}
+    state, kind = to_state_dict(sam), huggingface
+    if checkpoint.describe(sam)["family"] == "hiera":
+        state, kind = huggingface_sam2.to_huggingface(state), huggingface_sam2
+    else:
+        state = {huggingface.to_huggingface(name): array for name, array in state.items()}
     with new_folder(folder) as temporary:
         weights = temporary / "model.safetensors"
         # Replaced for its permissions: safetensors lets nobody else read what it writes.
         with writing(folder), replacing(weights) as file:
             save_file(state, file, metadata={"format": "pt"})
-        write_json(temporary / "config.json", huggingface.description(sam.config))
-        write_json(temporary / "preprocessor_config.json", huggingface.preprocessor(sam.config))
+        write_json(temporary / "config.json", kind.description(sam.config))
+        write_json(temporary / "preprocessor_config.json", kind.preprocessor(sam.config))
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
@@ -157,6 +163,10 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
     from slimsam_jax import checkpoint
 
     if (family := checkpoint.describe(sam)["family"]) != "vit":
+        if family == "hiera" and format == "hf" and not pad:
+            if reason := huggingface_sam2.obstacle(sam.config):
+                raise InputError(f"{source} cannot be held by transformers' Sam2Model: {reason}")
+            return sam
         if format != "sam" or pad:
             lacks = "transformers has no SAM with such an encoder" if format == "hf" else "it has no padded twin"
             raise InputError(f"{source} is a {family}, and {lacks}: it goes to --format sam alone, without padding")
@@ -228,7 +238,7 @@ def main(
     Args:
       source: a model folder of ours (or anything else that loads).
       destination: the .pth file (sam) or folder (hf) to write; must not exist.
-      format: sam for segment_anything, hf for transformers' SamModel.
+      format: sam for segment_anything or the original of its family, hf for transformers' SamModel or Sam2Model.
       pad_to_uniform: give a model whose blocks differ an exact twin with equal ones, larger by zeros: hf needs it,
         and sam where slim_sam_torch.py shall not be needed.
     """

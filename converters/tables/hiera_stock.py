@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+POOLING = "a global block that pools"  # their classes divide by the side of its window, 0
+
 
 def obstacle(config: Any) -> str:
     """Why `build_sam2` cannot hold a model, in a few words; "" if it can.
@@ -23,6 +25,7 @@ def obstacle(config: Any) -> str:
             {block.heads * block.key_dim, block.heads * block.value_dim} != {dim} for dim, _, block in blocks
         ),
         "MLPs that are not four times as wide as their stage": any(b.mlp_dim != 4 * dim for dim, _, b in blocks),
+        POOLING: bool(set(encoder.firsts[1:]) & set(encoder.global_blocks)),
         "an image that is not square": len(set(config.image_size)) > 1,
         "another decoder": fixed != (256, 16, 8, 2, 2048) or (head.multimask_outputs, head.iou_head_dim) != (3, 256),
     }

@@ -13,7 +13,7 @@ from slimsam_jax.compression.calibration_images import Calibration
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.distillation import mask_losses
 from slimsam_jax.errors import RunError
-from slimsam_jax.models.sam import Sam, decode, embedding_of, run_encoder
+from slimsam_jax.models.sam import Sam, decode, embedding_of, in_training, run_encoder
 from slimsam_jax.pruning.gradients import disturbed_gradients, loss_gradients
 
 
@@ -26,7 +26,9 @@ def mask_loss(sam: Sam, encoder: Any, batch: dict[str, jax.Array]) -> jax.Array:
       batch: one image, from `AnnotatedBatches`.
     """
     embedding, _ = run_encoder(sam.config, encoder, batch)
-    logits, _ = decode(sam.config, sam.params, embedding_of(embedding, 0), batch["points"][0], batch["labels"][0])
+    logits, _ = decode(
+        in_training(sam.config), sam.params, embedding_of(embedding, 0), batch["points"][0], batch["labels"][0]
+    )
     logits, target = logits[:, 0], batch["masks"][0]
     return 20 * mask_losses.focal(logits, target).mean() + mask_losses.dice(logits, target).mean()
 

@@ -17,7 +17,7 @@ from slimsam_jax.distillation.step import init_state, make_optimizer, make_step
 from slimsam_jax.models.attention import Form
 from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.encoders.layers import learning
-from slimsam_jax.models.sam import Architecture, Embedding, Params, Sam, decode, run_encoder
+from slimsam_jax.models.sam import Architecture, Embedding, Params, Sam, decode, in_training, run_encoder
 from slimsam_jax.training.loop import Trainer
 
 Batch = dict[str, Any]
@@ -139,5 +139,5 @@ def masks_at_clicks(
     points, labels = batch["points"], batch["labels"]
     each = jax.tree.map(lambda x: jnp.repeat(x, points.shape[1], axis=0), embedding)
     flat = lambda array: array.reshape(-1, *array.shape[2:])
-    logits, iou = decode(config, head, each, flat(points), flat(labels))
+    logits, iou = decode(in_training(config), head, each, flat(points), flat(labels))
     return jax.nn.sigmoid(logits), iou

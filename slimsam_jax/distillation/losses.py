@@ -19,13 +19,9 @@ Weights = dict[str, float]
 def mse(student: Tree, target: Tree, relative: bool = False) -> jax.Array:
     """Computes the mean squared error over all elements of two trees of equal structure, as if concatenated.
 
-    Of two dicts it is the mean of their entries', whatever the sizes: an embedding of several maps.
-
     Args:
       relative: divide by the variance of the target's elements (1 = as bad as their mean).
     """
-    if isinstance(target, dict):
-        return sum(mse(student[name], target[name], relative) for name in target) / len(target)
     count = float(sum(leaf.size for leaf in jax.tree.leaves(target)))  # may be more than an int32 holds
     if count == 0:
         return jnp.zeros(())  # a kind of feature that this model has none of
@@ -37,13 +33,20 @@ def mse(student: Tree, target: Tree, relative: bool = False) -> jax.Array:
     return error / (total(jax.tree.map(lambda t: jnp.square(t.astype(jnp.float32) - mean), target)) / count)
 
 
+def map_mse(student: Tree, target: Tree, relative: bool = False) -> jax.Array:
+    """Computes `mse`; of a dict of several maps, such as an embedding of three scales, the mean of theirs."""
+    if not isinstance(target, dict):
+        return mse(student, target, relative)
+    return sum(mse(student[name], target[name], relative) for name in target) / len(target)
+
+
 def distillation_loss(student: Features, target: Features, weights: Weights, relative: bool = False):
-    """Sums `mse` over the keys of `weights`, weighted. Returns the sum and {key: unweighted term}.
+    """Sums `map_mse` over the keys of `weights`, weighted. Returns the sum and {key: unweighted term}.
 
     Raises:
       ValueError: student or target lack a key.
     """
     if not set(weights) <= set(student) & set(target):
         raise ValueError(f"terms {sorted(weights)}, student {sorted(student)} and target {sorted(target)} differ")
-    terms = {key: mse(student[key], target[key], relative) for key in weights}
+    terms = {key: map_mse(student[key], target[key], relative) for key in weights}
     return sum(weights[key] * terms[key] for key in weights), terms

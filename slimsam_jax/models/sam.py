@@ -184,6 +184,13 @@ def decode(
     return outputs if config.single_mask else _best_first(*outputs)
 
 
+def in_training(config: Architecture) -> Architecture:
+    """The same without what a decoder does at inference alone: of SAM 2 an unstable mask is not replaced."""
+    if not getattr(config.head, "dynamic_multimask", False):
+        return config
+    return dataclasses.replace(config, head=dataclasses.replace(config.head, dynamic_multimask=False))
+
+
 @jax.jit
 def _best_first(masks: jax.Array, iou: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[p, m, h, w], [p, m] with the best of 1.. by predicted IoU at 0, the others as they are."""

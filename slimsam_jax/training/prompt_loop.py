@@ -16,7 +16,7 @@ from slimsam_jax.distillation import mask_losses
 from slimsam_jax.distillation.mask_losses import Groups, Weights
 from slimsam_jax.imaging.prompts import ABSENT
 from slimsam_jax.models.config import Config
-from slimsam_jax.models.sam import Embedding, Params, decode
+from slimsam_jax.models.sam import Embedding, Params, decode, in_training
 
 Outputs = Literal["sam", "both"]
 OUTSIDE = -40.0  # a logit without any doubt, and so without loss and gradient
@@ -57,7 +57,7 @@ def interactive_loss(
     prompts, target = Prompts(_flat(batch["points"]), _flat(batch["labels"])), _flat(batch["masks"])
     rounds, ious = [], {}
     for turn in range(1 + corrections):
-        logits, predicted = decode(config, params, embedding, *prompts)
+        logits, predicted = decode(in_training(config), params, embedding, *prompts)
         groups = learning(config, turn, outputs)
         seen = jnp.where(inside[:, None], logits, OUTSIDE)
         loss, terms, actual = mask_losses.prompt_loss(seen, predicted, target, weights, groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -58,6 +59,11 @@ SLIM_HIERA = hiera.Config(
     global_blocks=(3,),
     pos_grid=(3, 2),
     out_chans=16,
+)
+
+# What sam2's own class holds.
+SMALL_HIERA = dataclasses.replace(
+    hiera.uniform(8, 1, (1, 1, 2, 1), (3,), (8, 4, 6, 3), (3, 3), image_size=64), out_chans=16
 )
 
 
