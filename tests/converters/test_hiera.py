@@ -195,7 +195,10 @@ def test_hugging_face_gives_equal_maps_and_masks_and_is_written_back(tmp_path):
     maps = sam.encode(ours.config, ours.params, image, np.array([[64, 64]]))
     pixels = np.asarray(sam.preprocess(ours.config, image, np.array([[64, 64]]))).transpose(0, 3, 1, 2)
     points, box = np.array([[[20.0, 30.0]]], np.float32), np.array([[10.0, 20, 40, 50]], np.float32)
-    pixels, prompts = torch.from_numpy(pixels), (torch.from_numpy(points)[None], torch.ones(1, 1, 1, dtype=torch.int))
+    pixels, prompts = (
+        torch.from_numpy(pixels.copy()),
+        (torch.from_numpy(points)[None], torch.ones(1, 1, 1, dtype=torch.int)),
+    )
     with torch.no_grad():
         several = model(pixel_values=pixels, input_points=prompts[0], input_labels=prompts[1])
         single = model(pixel_values=pixels, input_boxes=torch.from_numpy(box)[None], multimask_output=False)
