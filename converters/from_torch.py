@@ -268,12 +268,12 @@ def main(
     """Convert a PyTorch or Hugging Face SAM into a model folder.
 
     Args:
-      source: a .pth file (SAM, SlimSAM, MobileSAM, TinySAM, EfficientSAM, EdgeSAM, FastSAM) or a Hugging Face
-        SamModel folder.
+      source: a .pth file (SAM, SlimSAM, MobileSAM, TinySAM, EfficientSAM, EdgeSAM, SAM 2, FastSAM) or a Hugging Face
+        SamModel or Sam2Model folder.
       folder: the model folder to write; must not exist or be empty.
       image_size: side in pixels, where no array tells it: of all but SAM and SlimSAM. Default: 1024.
-      heads: of each block's attention, where no array tells it: of EfficientSAM. Default: the published model's of its
-        width.
+      heads: of each block's attention, where no array tells it: of EfficientSAM and SAM 2. Default: the published
+        model's of its width.
       single_mask: whether the decoder's first mask is for use, which no array tells either. Default: not of a file
         called tinysam*, as TinySAM returns the other three alone.
     """

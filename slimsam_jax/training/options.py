@@ -20,8 +20,8 @@ class ImageOptions:
     limit: int | None = None
     """Learn from so many of --images only, drawn by --seed: 10000 of SA-1B's 11 million are the paper's."""
     cache: Path | None = None
-    """A folder for the teacher's embeddings of --images (2 MB each at 1024 px): each is computed once, not once an
-    epoch. For this teacher only, but any number of runs."""
+    """A folder for the teacher's embeddings of --images (2 MB each at 1024 px, of SAM 2 8 MB): each is computed once,
+    not once an epoch. For this teacher only, but any number of runs."""
     max_broken: float = 0.1
     """The share of --images that may be unreadable; more stops the run. The others are named and skipped. Of --val,
     too, but more of those are refused before the run, or do not stop it: the exit code is 1 in the end."""

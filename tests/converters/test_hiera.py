@@ -161,6 +161,23 @@ def test_what_the_originals_can_hold():
     assert "cannot hold it: it has MLPs" in table.how_to_load(two, "x.pt")
 
 
+@pytest.mark.parametrize(
+    ("vision", "message"),
+    [
+        ({"backbone_config": {"blocks_per_stage": [1, 1 << 40, 1, 1]}}, "no numbers of blocks"),
+        ({"backbone_config": {"patch_stride": [2, 2]}}, r"patch_stride is \[2, 2\], and SAM 2 has"),
+        ({"backbone_config": {"num_attention_heads_per_stage": [1]}}, "cannot be read"),
+        ({"backbone_config": 3}, "cannot be read"),
+        ({}, "has neither model.safetensors"),
+    ],
+)
+def test_folders_that_are_none_of_it_are_refused(tmp_path, vision, message):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "sam2_video", "vision_config": vision}))
+    with pytest.raises(InputError, match=message) as refusal:
+        from_torch.load(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
 def transformers_model():
     """A small `Sam2Model` with random weights, stages of widths that do not double."""
     from transformers import Sam2Config, Sam2Model
