@@ -39,9 +39,9 @@ def models(sam: Sam, layout: Layout, dtype: Any, return_single_mask: bool = Fals
     import flax.traverse_util
 
     from converters.onnx import layouts
-    from slimsam_jax.models.sam import folded
+    from slimsam_jax.models.sam import dequantized, folded
 
-    sam = folded(sam)
+    sam = folded(dequantized(sam))
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     params = {path: np.asarray(array) for path, array in flat.items()}
     if layout == "sam":
