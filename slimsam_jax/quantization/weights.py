@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from slimsam_jax.errors import InputError
 from slimsam_jax.quantization import gptq
 from slimsam_jax.quantization.capture import Statistics
-from slimsam_jax.quantization.codes import Quantized, levels, storage
+from slimsam_jax.quantization.codes import Quantized, is_quantized, levels, storage
 
 Method = Literal["gptq", "search", "absmax"]
 TINY = 1e-12  # a scale of channels that are all zero
@@ -24,7 +24,7 @@ def quantize(
     bits: int = 8,
     group: int = 0,
     method: Method = "gptq",
-    report: Callable[[str], None] | None = None,
+    bias_correction: bool = False,
 ) -> Any:
     """Puts integers in the place of the parameters that layers were seen to read; others stay as they are.
 
@@ -36,7 +36,7 @@ def quantize(
         of it has one scale a channel.
       method: "gptq", errors made up for by other weights; "search", each weight rounded by itself, with the scale whose
         error is least; "absmax", the scale of the largest weight.
-      report: is called with each path before its turn.
+      bias_correction: move each `bias` beside a `kernel` by the mean error of what its layer puts out.
 
     Returns:
       the tree with a `Quantized` for each of them.
@@ -51,13 +51,30 @@ def quantize(
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         if path not in statistics:
             return leaf
-        if report:
-            report(path)
         if not np.isfinite(array := np.asarray(leaf, np.float64)).all():
             raise InputError(f"{path} has values that are not finite, and cannot be quantised")
         return quantize_array(array, statistics[path], bits, group, method)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    integers = jax.tree_util.tree_map_with_path(one, params)
+    return _corrected(params, integers, statistics) if bias_correction else integers
+
+
+def _corrected(params: Any, integers: Any, statistics: Mapping[str, Statistics]) -> Any:
+    """With biases that make up for the mean error of integers."""
+    name = lambda keys: jax.tree_util.keystr(keys, simple=True, separator="/")
+    plain = {name(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    nodes = {name(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(integers, is_leaf=is_quantized)}
+
+    def one(keys: tuple, leaf: Any) -> Any:
+        path = name(keys)
+        kernel = path.removesuffix("bias") + "kernel"
+        if not path.endswith("bias") or not is_quantized(nodes.get(kernel)):
+            return leaf
+        seen, error = statistics[kernel], np.asarray(plain[kernel], np.float64) - np.asarray(nodes[kernel].dequantize())
+        moved = np.einsum("io,oi->o", to_matrix(error, seen.axes), seen.mean[seen.group_of])
+        return (np.asarray(leaf, np.float64) + moved.reshape(leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, integers, is_leaf=is_quantized)
 
 
 def check_group(group: int) -> None:
