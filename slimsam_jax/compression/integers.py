@@ -29,6 +29,8 @@ class Quantize(Record):
       float_inputs: so many layers keep their inputs as they are: those that cost most by themselves.
       arithmetic: with `activations`: "integer" multiplies int8 by int8 into int32; "float" what they stand for.
       head: also the prompt encoder and the mask decoder, their weights alone.
+      float_weights: so many layers of the prompt encoder and the decoder keep their weights: those whose integers cost
+        most by themselves.
       bias_correction: move biases by the mean error of what their layers put out.
       images: to calibrate with.
     """
@@ -42,6 +44,7 @@ class Quantize(Record):
     float_inputs: int = 0
     arithmetic: Literal["float", "integer"] = "float"
     head: bool = True
+    float_weights: int = 0
     bias_correction: bool = False
     images: int = 32
 
@@ -50,6 +53,7 @@ class Quantize(Record):
         "group": Range(0, 2**16, True),
         "percentile": Range(50.1, 100),
         "float_inputs": Range(0, 10**4, True),
+        "float_weights": Range(0, 10**4, True),
         "images": Range(1, limits.COUNT, True),
     }
 

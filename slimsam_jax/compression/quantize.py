@@ -81,7 +81,7 @@ def _quantized(sam: Sam, step: Quantize, batches: list[dict[str, np.ndarray]], s
     inputs = [(batch["image"], batch["size"]) for batch in batches]
     encoder, percentiles = sam.params["image_encoder"], (step.percentile,) if step.ranges == "percentile" else ()
     shown = lambda items, name: track(items, f"quantize: {name}", len(inputs), per_item=AT_ONCE, compiles=True)
-    seen = capture(run, encoder, shown(inputs, "image encoder"), percentiles)
+    seen = kernels(capture(run, encoder, shown(inputs, "image encoder"), percentiles))
     new = weights.quantize(encoder, seen, step.weights, step.group, step.method, step.bias_correction)
     if step.activations:
         new = with_ranges(new, seen, step)
@@ -89,12 +89,33 @@ def _quantized(sam: Sam, step: Quantize, batches: list[dict[str, np.ndarray]], s
             new = without_worst(new, sensitivity(run, encoder, new, inputs[:1]), step.float_inputs)
     params = {**sam.params, "image_encoder": new}
     if step.head:
-        head = {name: array for name, array in sam.params.items() if name != "image_encoder"}
-        prompts = prompted(sam, shown(batches, "decoder"), seed)
-        seen = capture(lambda head, *inputs: _decode(sam.config, head, *inputs), head, prompts)
-        params |= weights.quantize(head, seen, step.weights, step.group, step.method, step.bias_correction)
+        params |= _quantized_head(sam, step, list(prompted(sam, shown(batches, "decoder"), seed)))
     note = {"quantized": dataclasses.asdict(step) | {"calibration_images": len(batches) * AT_ONCE, "seed": seed}}
     return dataclasses.replace(sam, params=jax.device_put(params), provenance={**sam.provenance, **note}, kept={})
+
+
+def kernels(seen: dict[str, Statistics]) -> dict[str, Statistics]:
+    """Layers alone: not what else is multiplied by, such as a positional encoding's frequencies of many turns."""
+    return {path: each for path, each in seen.items() if path.endswith("kernel")}
+
+
+def _quantized_head(sam: Sam, step: Quantize, prompts: list[tuple[Any, ...]]) -> Params:
+    """Prompt encoder and decoder: their weights alone."""
+    head = {name: array for name, array in sam.params.items() if name != "image_encoder"}
+    run = lambda head, *inputs: _decode(sam.config, head, *inputs)
+    seen = kernels(capture(run, head, prompts))
+    new = weights.quantize(head, seen, step.weights, step.group, step.method, step.bias_correction)
+    if not step.float_weights:
+        return new
+    errors = sensitivity(
+        lambda head, *inputs: run(head, *inputs)[0], head, new, prompts[:: -(-len(prompts) // AT_ONCE)]
+    )
+    worst = list(errors)[: step.float_weights]
+    return weights.quantize(
+        head,
+        {path: each for path, each in seen.items() if path not in worst},
+        *(step.weights, step.group, step.method, step.bias_correction),
+    )
 
 
 def embed(config: Architecture, encoder: Params, images: jax.Array, sizes: jax.Array) -> jax.Array:
