@@ -26,7 +26,7 @@ LEVELS = (
     ("compression",),
     ("converters",),
     ("api",),
-    ("calibrate", "compress", "demo", "evaluate", "everything", "inspect", "predict", "programs"),
+    ("calibrate", "compress", "demo", "evaluate", "everything", "inspect", "predict", "programs", "quantize"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Rooms that could be lifted out for other models: of ours they know no more than this.

@@ -6,23 +6,20 @@ onnxruntime's `MatMulNBits`; of a convolution int8, too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from onnx import helper
 
+from slimsam_jax.quantization import Quantized
 from slimsam_jax.quantization.weights import to_matrix
-
-if TYPE_CHECKING:
-    from converters.onnx.graph import Graph
-    from slimsam_jax.quantization import Quantized
 
 BLOCK = 32  # inputs that share a scale in MatMulNBits, where the model has one a channel
 DOMAIN = "com.microsoft"
 
 
-def linear(g: Graph, x: str, path: str, node: Quantized) -> str:
-    """Multiplies [..., inputs] by a kernel, without its bias."""
+def linear(g: Any, x: str, path: str, node: Quantized) -> str:
+    """Multiplies [..., inputs] by a kernel, without its bias, in a `Graph` (which imports this)."""
     codes, scale = matrices(node)
     if node.bits > 4 and len(scale) == 1:
         weights = g.op("DequantizeLinear", g.constant(codes, f"{path}/kernel"), scale[0], zeros(scale[0]), axis=1)
@@ -35,7 +32,7 @@ def linear(g: Graph, x: str, path: str, node: Quantized) -> str:
     return path
 
 
-def kernel(g: Graph, path: str, node: Quantized, axes: tuple[int, ...]) -> str:
+def kernel(g: Any, path: str, node: Quantized, axes: tuple[int, ...]) -> str:
     """A convolution's kernel with its axes permuted, from int8."""
     codes = np.ascontiguousarray(np.asarray(node.codes).astype(np.int8).transpose(axes))
     scale = np.asarray(node.scale).transpose(axes)

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,46 +76,88 @@ def check_not_quantized(sam: Sam, what: str) -> None:
         raise InputError(f"this model is quantised, and integers cannot be {what}: take the model that it was made of")
 
 
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What the layers of a SAM see of a calibration set.
+
+    Attributes:
+      encoder, head: statistics by the path of the kernel; no head's if it is left out.
+      images: inputs of the image encoder, a batch each; `prompts`: inputs of the head, an image each.
+    """
+
+    encoder: dict[str, Statistics]
+    head: dict[str, Statistics]
+    images: list[tuple[Any, ...]]
+    prompts: list[tuple[Any, ...]]
+
+
 def _quantized(sam: Sam, step: Quantize, batches: list[dict[str, np.ndarray]], seed: int) -> Sam:
-    run = lambda encoder, images, sizes: embed(sam.config, encoder, images, sizes)
-    inputs = [(batch["image"], batch["size"]) for batch in batches]
-    encoder, percentiles = sam.params["image_encoder"], (step.percentile,) if step.ranges == "percentile" else ()
-    shown = lambda items, name: track(items, f"quantize: {name}", len(inputs), per_item=AT_ONCE, compiles=True)
-    seen = kernels(capture(run, encoder, shown(inputs, "image encoder"), percentiles))
-    new = weights.quantize(encoder, seen, step.weights, step.group, step.method, step.bias_correction)
-    if step.activations:
-        new = with_ranges(new, seen, step)
-        if step.float_inputs:
-            new = without_worst(new, sensitivity(run, encoder, new, inputs[:1]), step.float_inputs)
-    params = {**sam.params, "image_encoder": new}
-    if step.head:
-        params |= _quantized_head(sam, step, list(prompted(sam, shown(batches, "decoder"), seed)))
+    percentiles = (step.percentile,) if step.ranges == "percentile" else ()
+    params = with_integers(sam, step, see(sam, batches, seed, percentiles, step.head))
     note = {"quantized": dataclasses.asdict(step) | {"calibration_images": len(batches) * AT_ONCE, "seed": seed}}
-    return dataclasses.replace(sam, params=jax.device_put(params), provenance={**sam.provenance, **note}, kept={})
+    return dataclasses.replace(sam, params=params, provenance={**sam.provenance, **note}, kept={})
 
 
-def kernels(seen: dict[str, Statistics]) -> dict[str, Statistics]:
+def see(
+    sam: Sam, batches: Sequence[dict[str, np.ndarray]], seed: int, percentiles: Sequence[float] = (), head: bool = True
+) -> Seen:
+    """Captures statistics of all layers.
+
+    Args:
+      batches: images, as `data.Batches` gives them.
+      seed: of prompts.
+      percentiles: of ranges, see `capture`.
+      head: also of prompt encoder and decoder.
+    """
+    shown = lambda items, name: track(items, f"quantize: {name}", len(batches), per_item=AT_ONCE, compiles=True)
+    images = [(batch["image"], batch["size"]) for batch in batches]
+    encoder = capture(_embed_of(sam), sam.params["image_encoder"], shown(images, "image encoder"), percentiles)
+    prompts = list(prompted(sam, shown(batches, "decoder"), seed)) if head else []
+    return Seen(
+        _kernels(encoder), _kernels(capture(_decode_of(sam), sam.params, prompts) if head else {}), images, prompts
+    )
+
+
+def _kernels(seen: dict[str, Statistics]) -> dict[str, Statistics]:
     """Layers alone: not what else is multiplied by, such as a positional encoding's frequencies of many turns."""
     return {path: each for path, each in seen.items() if path.endswith("kernel")}
 
 
-def _quantized_head(sam: Sam, step: Quantize, prompts: list[tuple[Any, ...]]) -> Params:
-    """Prompt encoder and decoder: their weights alone."""
-    head = {name: array for name, array in sam.params.items() if name != "image_encoder"}
-    run = lambda head, *inputs: _decode(sam.config, head, *inputs)
-    seen = kernels(capture(run, head, prompts))
-    new = weights.quantize(head, seen, step.weights, step.group, step.method, step.bias_correction)
-    if not step.float_weights:
-        return new
-    errors = sensitivity(
-        lambda head, *inputs: run(head, *inputs)[0], head, new, prompts[:: -(-len(prompts) // AT_ONCE)]
-    )
-    worst = list(errors)[: step.float_weights]
-    return weights.quantize(
-        head,
-        {path: each for path, each in seen.items() if path not in worst},
-        *(step.weights, step.group, step.method, step.bias_correction),
-    )
+def with_integers(sam: Sam, step: Quantize, seen: Seen) -> Params:
+    """The parameters of a SAM, quantised by what was seen."""
+    encoder, how = sam.params["image_encoder"], (step.weights, step.group, step.method, step.bias_correction)
+    new = weights.quantize(encoder, seen.encoder, *how)
+    if step.activations:
+        new = with_ranges(new, seen.encoder, step)
+        if step.float_inputs:
+            new = without_worst(new, sensitivity(_embed_of(sam), encoder, new, seen.images[:1]), step.float_inputs)
+    params = {**sam.params, "image_encoder": new}
+    if step.head:
+        head = weights.quantize(sam.params, seen.head, *how)
+        if step.float_weights:
+            some = seen.prompts[:: -(-len(seen.prompts) // AT_ONCE)]
+            errors = sensitivity(lambda *inputs: _decode_of(sam)(*inputs)[0], sam.params, head, some)
+            head = restored(head, sam.params, list(errors)[: step.float_weights])
+        params = {**head, "image_encoder": new}
+    return jax.device_put(params)
+
+
+def restored(integers: Params, params: Params, paths: Sequence[str]) -> Params:
+    """With the kernels of some paths, and the biases beside them, as they were."""
+    beside = {path.removesuffix("kernel") + name for path in paths for name in ("kernel", "bias")}
+
+    def one(keys: tuple, leaf: Any, before: Any) -> Any:
+        return before if jax.tree_util.keystr(keys, simple=True, separator="/") in beside else leaf
+
+    return jax.tree_util.tree_map_with_path(one, integers, params, is_leaf=is_quantized)
+
+
+def _embed_of(sam: Sam) -> Callable[..., jax.Array]:
+    return lambda encoder, images, sizes: embed(sam.config, encoder, images, sizes)
+
+
+def _decode_of(sam: Sam) -> Callable[..., Any]:
+    return lambda params, *inputs: _decode(sam.config, params, *inputs)
 
 
 def embed(config: Architecture, encoder: Params, images: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.models.sam import dequantized, encode
 from slimsam_jax.profiling.reference_macs import parameters
 from slimsam_jax.quantization import is_quantized
+from slimsam_jax.quantize.__main__ import main
 
 SMALL = tiny_config(image_size=(64, 64), decoder_depth=1, multimask_outputs=1)
 SMALL = dataclasses.replace(SMALL, blocks=SMALL.blocks[:1])
@@ -44,11 +45,15 @@ def sam():
 
 @pytest.fixture(scope="module")
 def quantized(sam, photos, tmp_path_factory):
-    """With four bits, its encoder's layers with inputs of eight; as it is read from its folder."""
+    """By the program: with four bits, its encoder's layers with inputs of eight; as it is read from its folder."""
     folder = tmp_path_factory.mktemp("quantized")
-    step = Quantize(4, 8, float_inputs=1, images=4, float_weights=2)
-    checkpoint.save(quantize(sam, data.find([photos[0].parent])[:4], step), folder)
-    return folder, checkpoint.load(folder)
+    checkpoint.save(sam, folder / "float")
+    (folder / "photos").mkdir()
+    for photo in photos:
+        (folder / "photos" / photo.name).symlink_to(photo)
+    settings = ("float_inputs=1", "quantize.float_weights=2")
+    main(folder / "float", folder / "out", (str(folder / "photos"),), 4, 8, settings)
+    return folder / "out", checkpoint.load(folder / "out")
 
 
 @pytest.fixture(scope="module")
