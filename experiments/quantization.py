@@ -1,6 +1,7 @@
-"""What integers cost: agreement of a quantised SAM with its own float one. One line of JSON a row.
+"""What integers cost: agreement of a quantised SAM with its own float one.
 
-    python -m experiments.quantization MODEL --calibration bsds_train --images bsds_val --seeds 0 1 2 > results.jsonl
+    python -m experiments.quantization run sam_small_256.pth --calibration bsds_train --images bsds_val --seeds 0 1 2
+    python -m experiments.quantization table
 
 Statistics are captured once a seed; each row is a choice of `Quantize`. Agreement is `evaluate`'s: single masks for a
 grid of 4 x 4 points an image. The size is that of model.safetensors and config.json together.
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from converters.from_torch import load_sam
+from experiments import results
 from slimsam_jax import checkpoint, cli, data
 from slimsam_jax.compression import quantize
 from slimsam_jax.compression.integers import Quantize
@@ -28,6 +29,8 @@ from slimsam_jax.evaluation.scores import agreement, relative_error
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam, dequantized
 from slimsam_jax.quantization.running import quantizes_inputs
+
+FILE = results.FOLDER / "quantization.jsonl"
 
 # Ten layers of the decoder make nearly all of its error: both of `output_upscaling`, eight of image-to-token attention.
 ROWS = {
@@ -72,7 +75,7 @@ class Bench:
         }
 
 
-def main(
+def run(
     model: Positional[Path],
     calibration: str,
     images: str,
@@ -81,7 +84,7 @@ def main(
     calibration_images: int = 16,
     rows: tuple[str, ...] = tuple(ROWS),
 ) -> None:
-    """Measure all rows.
+    """Measure rows that are not measured yet, and add them to experiments/results/quantization.jsonl.
 
     Args:
       model: the float model.
@@ -96,12 +99,33 @@ def main(
     for seed in seeds:
         batches = Batches(data.find([calibration]), sam.config.image_size, 4, seed, frame=sam.config.frame)
         batches = list(itertools.islice(batches, calibration_images // 4))
-        seen = quantize.see(sam, batches, seed)
-        for name in rows:
+        key = {"model": model.stem, "seed": seed, "images": limit, "calibration_images": calibration_images}
+        missing = [name for name in rows if not results.find(FILE, {**key, "row": name})]
+        seen = quantize.see(sam, batches, seed) if missing else None
+        for name in missing:
             step = Quantize(**ROWS[name])
             row = bench.measure(dataclasses.replace(sam, params=quantize.with_integers(sam, step, seen)))
-            print(json.dumps({"model": model.name, "row": name, "seed": seed, "images": limit, **row}), flush=True)
+            results.append(FILE, {**key, "row": name, **row})
+            print(name, seed, row, flush=True)
+
+
+def table() -> None:
+    """Write experiments/tables/quantization.md: means over seeds, with their spread if there are several."""
+    head = "| model | weights (W), inputs (A), bits | agreement | embedding error | size | of float32 | seeds, images |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    entries = results.read(FILE)
+    for model, name in itertools.product(dict.fromkeys(entry["model"] for entry in entries), ROWS):
+        own = [entry for entry in entries if (entry["model"], entry["row"]) == (model, name)]
+        if not own:
+            continue
+        mean = lambda key, own=own: float(np.mean([entry[key] for entry in own]))
+        spread = f" ± {100 * np.std([entry['agreement'] for entry in own], ddof=1):.2f}" if len(own) > 1 else ""
+        cells = [f"{100 * mean('agreement'):.2f}{spread} %", f"{mean('embedding_error'):.1e}"]
+        cells += [f"{mean('megabytes'):.2f} MB", f"{100 * mean('share'):.1f} %", f"{len(own)}, {own[0]['images']}"]
+        lines.append(f"| {' | '.join([model, name, *cells])} |")
+    command = "python -m experiments.quantization table"
+    results.write_table("quantization", "Integers", lines, command, "../../docs/quantization.md")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run({"run": run, "table": table})
