@@ -65,11 +65,16 @@ def fake_input(layer: Layer, x: jax.Array, node: Quantized) -> jax.Array:
 
 
 def token_axes(layer: Layer) -> tuple[int, ...]:
-    """Axes of a layer's input that one scale is for: those summed over, of a convolution all of an image."""
-    numbers = layer.step.eqn.params["dimension_numbers"]
+    """Axes of a layer's input that one scale is for: those summed over; with a window all of an image."""
+    params = layer.step.eqn.params
+    numbers = params["dimension_numbers"]
     if layer.step.name == "dot_general":
         return tuple(numbers[0][1 - layer.side])
-    return tuple(numbers.lhs_spec[1:])
+    kernel = layer.step.eqn.invars[1].aval.shape
+    alone = params["feature_group_count"] == 1 and {kernel[axis] for axis in numbers.rhs_spec[2:]} == {1}
+    steps = {*params["window_strides"], *params["lhs_dilation"]}  # 1, and no padding: one position from one position
+    alone &= steps == {1} and not any(sum(params["padding"], ()))
+    return tuple(numbers.lhs_spec[1:2] if alone else numbers.lhs_spec[1:])
 
 
 def _plain_convolution(layer: Layer) -> bool:
@@ -118,8 +123,12 @@ def _spread(layer: Layer, array: jax.Array, side: int) -> jax.Array:
     """Brings an array of an operand's shape, but for axes of length 1 that are summed over, beside the result's."""
     numbers = layer.step.eqn.params["dimension_numbers"]
     if layer.step.name == "conv_general_dilated":
+        if side == 0:
+            return array.transpose(numbers.lhs_spec).transpose(
+                sorted(range(array.ndim), key=numbers.out_spec.__getitem__)
+            )
         shape = [1] * array.ndim
-        shape[numbers.out_spec[side]] = array.size  # channels of the kernel's, images of the input's
+        shape[numbers.out_spec[1]] = array.size
         return array.reshape(shape)
     contracted, batch = (pair[side] for pair in numbers)
     rest = [axis for axis in range(array.ndim) if axis not in (*contracted, *batch)]

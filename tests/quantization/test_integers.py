@@ -153,15 +153,23 @@ def test_codes_of_powers_of_two():
 
 
 def network(params, x):
-    """A convolution that pads, heads, a product whose parameter comes first, and a strided convolution by groups."""
+    """Convolutions that pad, of one position, strided by groups; heads, and a product whose parameter comes first."""
     x = jax.lax.conv_general_dilated(x, params["conv"], (1, 1), "SAME", **CONV) + 0.1
+    x = jax.lax.conv_general_dilated(jnp.tanh(x), params["point"], (1, 1), "VALID", **CONV)
     x = jnp.tanh(jnp.einsum("bhwc,cnd->bhwnd", x, params["heads"]))
     x = jnp.einsum("nde,bhwnd->bhwe", params["out"], x) + params["bias"]
     return jax.lax.conv_general_dilated(x, params["depth"], (2, 2), "SAME", feature_group_count=4, **CONV)
 
 
-SHAPES = {"conv": (3, 3, 2, 3), "heads": (3, 2, 4), "out": (2, 4, 4), "depth": (3, 3, 1, 4), "bias": (4,)}
-AXES = {"conv": (0, 1, 2), "heads": (0,), "out": (0, 1), "depth": (0, 1, 2)}
+SHAPES = {
+    "conv": (3, 3, 2, 3),
+    "point": (1, 1, 3, 3),
+    "heads": (3, 2, 4),
+    "out": (2, 4, 4),
+    "depth": (3, 3, 1, 4),
+    "bias": (4,),
+}
+AXES = {"conv": (0, 1, 2), "point": (0, 1, 2), "heads": (0,), "out": (0, 1), "depth": (0, 1, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +200,7 @@ def test_products_of_integers_are_those_of_what_they_stand_for(span, case):
     plain = np.asarray(network(params, x))
     assert 1e-4 < np.abs(fake - plain).max() / np.abs(plain).max() < (0.05 if len(span) == 0 else 0.3)
     text = compute.lower(with_ranges(integers, span, True), x).as_text()
-    assert sum("i8>" in line and ("dot_general" in line or "convolution" in line) for line in text.splitlines()) == 4
+    assert sum("i8>" in line and ("dot_general" in line or "convolution" in line) for line in text.splitlines()) == 5
     few = np.asarray(compute(with_ranges(integers, span, False, 3), x)) if len(span) == 0 else fake
     assert np.abs(few - plain).max() >= np.abs(fake - plain).max()
 
