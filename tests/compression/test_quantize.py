@@ -16,6 +16,7 @@ from converters import to_onnx, to_torch
 from converters.onnx import check
 from helpers.models import random_sam, tiny_config
 from slimsam_jax import checkpoint, data
+from slimsam_jax.compression.analysis import Bench
 from slimsam_jax.compression.integers import Quantize
 from slimsam_jax.compression.plan import check as check_recipe
 from slimsam_jax.compression.plan import names
@@ -134,6 +135,8 @@ def test_what_is_refused(sam, quantized, photos, tmp_path):
     with pytest.raises(InputError, match="integers cannot be compressed: take the model that it was made of"):
         slimsam_jax.compress(folder, photos[0].parent, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="integers cannot be cut"):
+        Bench(loaded, RECIPES["default"], [], 4, 0)
     with pytest.raises(InputError, match="no images to calibrate with"):
         quantize(sam, [])
     with pytest.raises(InputError, match="not quantised"):
