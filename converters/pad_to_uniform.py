@@ -17,7 +17,7 @@ import numpy as np
 
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import GLOBAL, Config
-from slimsam_jax.models.sam import Params, Sam, abstract_params
+from slimsam_jax.models.sam import Params, Sam, abstract_params, dequantized
 
 
 def uniform_config(config: Config) -> Config:
@@ -43,6 +43,7 @@ def pad_to_uniform(sam: Sam) -> Sam:
       InputError: as `uniform_config`.
     """
     config = uniform_config(sam.config)
+    sam = dequantized(sam)
     encoder = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sam.params["image_encoder"])
     for i, (old, new) in enumerate(zip(sam.config.blocks, config.blocks, strict=True)):
         block, factor = encoder[f"blocks_{i}"], (new.head_dim / old.head_dim) ** 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 # What needs JAX or onnx is imported where it is used: --help should not wait for it.
 
-Dtype = Literal["float32", "float16", "int8"]
+Dtype = Literal["float32", "float16", "int8", "integers"]
 Layout = Literal["sam", "transformers_js", "efficient_sam"]
 SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # transformers.js's
 STEMS = {
@@ -36,16 +37,19 @@ LARGEST_ERROR = 1e-3  # of float32; rounding gives 1e-5 at most, a wrong graph 1
 LARGEST_FILE = 2**31 - 2**24  # bytes of arrays: protobuf's limit less the nodes; larger ones get a second file
 
 
-def models(sam: Sam, layout: Layout, dtype: Any, return_single_mask: bool = False) -> list[onnx.ModelProto]:
-    """Builds encoder and decoder, `dtype` np.float32 or np.float16."""
+def models(
+    sam: Sam, layout: Layout, dtype: Any, return_single_mask: bool = False, integers: bool = False
+) -> list[onnx.ModelProto]:
+    """Builds encoder and decoder, `dtype` np.float32 or np.float16; of a quantised model perhaps with its integers."""
     import flax.traverse_util
 
     from converters.onnx import efficient_sam_layout, layouts
-    from slimsam_jax.models.sam import folded
+    from slimsam_jax.models.sam import dequantized, folded
+    from slimsam_jax.quantization import is_quantized
 
-    sam = folded(sam)
+    sam = sam if integers else folded(dequantized(sam))
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
-    params = {path: np.asarray(array) for path, array in flat.items()}
+    params = {path: array if is_quantized(array) else np.asarray(array) for path, array in flat.items()}
     if layout == "sam":
         decoder = layouts.sam_decoder(sam.config, params, dtype, return_single_mask)
         return [layouts.sam_encoder(sam.config, params, dtype), decoder]
@@ -70,6 +74,33 @@ def check_model(sam: Sam, where: str, layout: Layout = "sam") -> None:
     if layout == "transformers_js" and len(set(sam.config.image_size)) > 1:
         height, width = sam.config.image_size
         raise InputError(f"transformers.js pads images to squares, and {where} takes {height} x {width}; use sam")
+
+
+def check_integers(sam: Sam, where: str, dtypes: Sequence[Dtype]) -> None:
+    """Raises InputError for `integers` of a model that has none, or whose integers a graph cannot have."""
+    from slimsam_jax.models.encoders import family_of
+    from slimsam_jax.quantization import any_quantized
+    from slimsam_jax.quantization.running import quantizes_inputs
+
+    if "integers" not in dtypes:
+        return
+    if not any_quantized(sam.params):
+        raise InputError(f"{where} is not quantised: `slimsam quantize` makes integers of it, or take --dtype int8")
+    if quantizes_inputs(sam.params):
+        raise InputError(f"{where} quantises inputs of layers, too, and --dtype integers writes weights alone")
+    if hasattr(family_of(sam.config.encoder), "for_inference"):
+        raise InputError(f"{where} has batch norms, which a graph has folded into weights that are no integers then")
+
+
+def suffix_of(sam: Sam) -> str:
+    """transformers.js's name of a quantised model's files, by the bits of most of its weights."""
+    import jax
+
+    from slimsam_jax.quantization import is_quantized
+
+    nodes = [leaf for leaf in jax.tree.leaves(sam.params, is_leaf=is_quantized) if is_quantized(leaf)]
+    few = sum(leaf.codes.size for leaf in nodes if leaf.bits <= 4)
+    return "_q4" if 2 * few > sum(leaf.codes.size for leaf in nodes) else "_quantized"
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
@@ -108,12 +139,15 @@ def quantize(source: Path, target: Path) -> None:
 
 def write(sam: Sam, folder: Path, layout: Layout, dtype: Dtype, return_single_mask: bool = False) -> list[Path]:
     """Writes encoder and decoder in one dtype; int8 is made of the float32 files, which must be there."""
-    paths = [folder / f"{stem}{SUFFIXES[dtype]}.onnx" for stem in STEMS[layout]]
+    suffix = suffix_of(sam) if dtype == "integers" else SUFFIXES[dtype]
+    paths = [folder / f"{stem}{suffix}.onnx" for stem in STEMS[layout]]
     if dtype == "int8":
         for stem, path in zip(STEMS[layout], paths, strict=True):
             quantize(folder / f"{stem}.onnx", path)
     else:
-        for model, path in zip(models(sam, layout, np.dtype(dtype), return_single_mask), paths, strict=True):
+        integers = dtype == "integers"
+        kind = np.dtype(np.float32 if integers else dtype)
+        for model, path in zip(models(sam, layout, kind, return_single_mask, integers), paths, strict=True):
             save(model, path)
     return paths
 
@@ -219,7 +253,8 @@ def main(
       layout: sam for Meta's tools, transformers_js for the browser, where masks deviate (see above),
         efficient_sam for tools made for EfficientSAM.
       dtype: one or several. float16 keeps residual stream, LayerNorm, softmax and positions in float32;
-        int8 quantizes the weights of linear layers, and their inputs as they come.
+        int8 quantizes the weights of linear layers, and their inputs as they come; integers are those of a quantised
+        model (slimsam quantize), which stand in the file as they are.
       return_single_mask: of the layout sam: the decoder chooses one of its masks, as Meta's option does.
       image: the image to check with; one of ours if not given.
     """
@@ -228,6 +263,8 @@ def main(
         raise InputError("--return-single-mask belongs to --layout sam; who calls the others chooses")
     if len(set(dtype)) != len(dtype) or not dtype:
         raise InputError(f"--dtype {' '.join(dtype)}: give at least one, and each once")
+    if {"int8", "integers"} <= set(dtype):
+        raise InputError("--dtype int8 and integers have files of one name: give one of them")
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"writing ONNX needs {' and '.join(missing)}: pip install onnx onnxruntime")
@@ -237,6 +274,7 @@ def main(
     photo = data.read_image(image or data.embedded_images() / "dog.jpg")
     sam = load(source)
     check_model(sam, str(source), layout)
+    check_integers(sam, str(source), dtype)
     export(sam, folder, layout, dtype, photo, return_single_mask)
     print(f"wrote {folder}")
 

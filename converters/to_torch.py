@@ -38,6 +38,8 @@ UNDER_MODEL = ("efficient_sam", "hiera")  # families whose published files hold 
 def to_state_dict(sam: Sam | FastSam) -> dict[str, np.ndarray]:
     """Converts our parameters to a `segment_anything` state dict (fused qkv), or to that of its family, exact.
 
+    Of integers what they stand for, to the bit.
+
     Some have arrays that are never run, too: those that the model came with (`Sam.kept`), or zeros.
 
     Raises:
@@ -51,9 +53,11 @@ def to_state_dict(sam: Sam | FastSam) -> dict[str, np.ndarray]:
     from slimsam_jax import checkpoint
     from slimsam_jax.models.encoders import name_of
     from slimsam_jax.models.fast_sam import FastSam
+    from slimsam_jax.models.sam import dequantized
 
     if isinstance(sam, FastSam):
         return fast_sam.to_state_dict(sam.config, sam.params)
+    sam = dequantized(sam)
     if (family := name_of(sam.config.encoder)) in FAMILIES:
         return FAMILIES[family].to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, sam.kept))
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")

@@ -5,11 +5,11 @@ python -m experiments.tables
 
 from __future__ import annotations
 
-from experiments import estimators, hierarchical, pruning, reference_results, slimming
+from experiments import estimators, hierarchical, pruning, quantization, reference_results, slimming
 from experiments.sa1b import hours
 from slimsam_jax import cli
 
-PARTS = (slimming, pruning, hours, hierarchical, estimators, reference_results)
+PARTS = (slimming, pruning, hours, hierarchical, estimators, reference_results, quantization)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Slim Segment Anything models in JAX (SlimSAM, Chen et al., NeurIPS 2024).
 
-`compress` makes a SAM slim, `load` and `save` read and write one, `predict`, `SamPredictor` and
-`SamAutomaticMaskGenerator` use it (the classes as `segment_anything`'s do), and `evaluate` says how good it is.
+`compress` makes a SAM slim, `quantize` makes integers of its weights, `load` and `save` read and write one, `predict`,
+`SamPredictor` and `SamAutomaticMaskGenerator` use it (the classes as `segment_anything`'s do), and `evaluate` says how
+good it is.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slimsam_jax.api import compress, evaluate, load, predict, save
+    from slimsam_jax.compression.quantize import quantize
     from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
     from slimsam_jax.inference.fast_sam_predictor import FastSamMaskGenerator, FastSamPredictor
     from slimsam_jax.inference.predictor import SamPredictor
 
 __version__ = "0.3.0"
 __all__ = ["FastSamMaskGenerator", "FastSamPredictor", "SamAutomaticMaskGenerator", "SamPredictor"]
-__all__ += ["compress", "evaluate", "load", "predict", "save"]
+__all__ += ["compress", "evaluate", "load", "predict", "quantize", "save"]
 
 # Imported when asked for: they need JAX, and `--help` shall not wait for it.
 _PLACES = {
     **dict.fromkeys(("compress", "evaluate", "load", "predict", "save"), "slimsam_jax.api"),
     **dict.fromkeys(("FastSamMaskGenerator", "FastSamPredictor"), "slimsam_jax.inference.fast_sam_predictor"),
+    "quantize": "slimsam_jax.compression.quantize",
     "SamPredictor": "slimsam_jax.inference.predictor",
     "SamAutomaticMaskGenerator": "slimsam_jax.inference.automatic_mask_generator",
 }

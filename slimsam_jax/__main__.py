@@ -16,6 +16,7 @@ PROGRAMS = {  # subcommand: module, what it does
     "everything": ("slimsam_jax.everything", "find all masks of many images"),
     "inspect": ("slimsam_jax.inspect", "show a model's blocks, and what pruning would do to them"),
     "calibrate": ("slimsam_jax.calibrate", "choose a model's thresholds of everything mode"),
+    "quantize": ("slimsam_jax.quantize", "put integers in the place of a model's weights"),
     "demo": ("slimsam_jax.demo", "click on images in the browser, models side by side"),
     "data": ("slimsam_jax.data", "check or convert a data set"),
     "from-torch": ("converters.from_torch", "convert a PyTorch or Hugging Face checkpoint into a model folder"),

@@ -1,6 +1,7 @@
 """Saves and loads models: a folder with `model.safetensors` and `config.json`. Nothing is ever half-written.
 
-Of a published model that brings along arrays which are never run, `kept.safetensors` has those.
+Of a published model that brings along arrays which are never run, `kept.safetensors` has those. A quantised model has
+integers in the place of kernels, and scales beside them (`quantization.saving`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from slimsam_jax.models.config import Config, Thresholds
 from slimsam_jax.models.encoders import FAMILIES, family_of, name_of
 from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.sam import Architecture, Params, Sam, abstract_params
+from slimsam_jax.quantization import saving
 
 FORMAT, FIRST = "slimsam_jax/2", "slimsam_jax/1"  # the first had no family: SAM's ViT
 KEPT, MOST_KEPT = "kept.safetensors", 1 << 28  # file, and bytes: MobileSAM's classifier has 1.3 MB
@@ -43,7 +46,7 @@ def save(sam: Sam | FastSam, folder: Path | str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     with writing(folder / "model.safetensors"), replacing(folder / "model.safetensors") as temporary:
-        save_file({path: np.asarray(array) for path, array in flat.items()}, temporary)
+        save_file(saving.to_arrays(flat), temporary)
     if kept := getattr(sam, "kept", {}):  # a FastSAM has all its arrays in use
         with writing(folder / KEPT), replacing(folder / KEPT) as temporary:
             save_file(kept, temporary)
@@ -58,11 +61,13 @@ def describe(sam: Sam | FastSam) -> dict[str, Any]:
     thresholds = {} if whole or not sam.thresholds else {"thresholds": sam.thresholds.to_json()}
     family = FAST_SAM if whole else name_of(sam.config.encoder)
     described = {"format": FORMAT, "family": family, "architecture": sam.config.to_json()}
-    return {**described, **thresholds, "provenance": sam.provenance}
+    integers = saving.describe(flax.traverse_util.flatten_dict(sam.params, sep="/"))
+    quantized = {"quantization": integers} if integers else {}
+    return {**described, **quantized, **thresholds, "provenance": sam.provenance}
 
 
 def load(folder: Path | str) -> Sam | FastSam:
-    """Reads a model folder back, float32, strictly: every array of the architecture and no other.
+    """Reads a model folder back, strictly: every array of the architecture and no other, float32 or integers.
 
     Raises:
       InputError: not such a folder, arrays missing, surplus or of the wrong shape, or thresholds that are none.
@@ -82,10 +87,17 @@ def load(folder: Path | str) -> Sam | FastSam:
         thresholds = None if thresholds is None else Thresholds.from_json(thresholds)
         tree = fast_sam.abstract_params(config) if whole else abstract_params(config)
         shapes = flax.traverse_util.flatten_dict(tree, sep="/")
-    check_names(set(flat), set(shapes), str(folder))
-    check_shapes({k: (v.shape, shapes[k].shape) for k, v in flat.items()}, str(folder))
+        integers = saving.Described(description.get("quantization", []))
+        if whole and integers.paths:
+            raise InputError(f"{folder} is a FastSAM in integers, which nothing here computes with")
+    check_names(set(flat), set(shapes) | integers.extra, str(folder))
+    check_names(integers.paths & set(shapes), integers.paths, str(folder))
+    plain = {path: flat[path] for path in shapes if path not in integers.paths}
+    check_shapes({k: (v.shape, shapes[k].shape) for k, v in plain.items()}, str(folder))
+    with reading(folder):
+        quantized = integers.restore(flat, {path: shape.shape for path, shape in shapes.items()})
     kept = _kept(folder / KEPT)
-    params = to_device(flat, str(folder))
+    params = to_device(plain, str(folder), quantized)
     return FastSam(config, params, provenance) if whole else Sam(config, params, provenance, thresholds, kept)
 
 
@@ -126,13 +138,16 @@ def _provenance(provenance: Any) -> dict[str, Any]:
     return provenance
 
 
-def to_device(flat: dict[str, np.ndarray], where: str) -> Params:
+def to_device(flat: dict[str, np.ndarray], where: str, others: Mapping[str, Any] | None = None) -> Params:
     """Puts {path: array} onto the default device as a tree of float32, so that no later call copies them there.
+
+    Args:
+      others: {path: what else goes into the tree}, as it is.
 
     Raises:
       InputError: an array is not of real floating-point numbers, or has values that are not finite in float32.
     """
-    tree = {}
+    tree = dict(others or {})
     for path, array in flat.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise InputError(f"{where}: {path} holds {array.dtype}, and weights are real numbers with a fraction")

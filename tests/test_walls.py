@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     ("slimsam_jax", "errors"),  # the package itself: its version, and what it gives when asked
     ("limits", "files", "progress", "sharding"),
-    ("cli", "safetensors_file"),
+    ("cli", "safetensors_file", "tracing"),
     ("imaging",),
-    ("pruning", "distillation"),
+    ("pruning", "distillation", "quantization"),
     ("models",),
     ("profiling", "checkpoint", "data"),
     ("inference",),
@@ -26,12 +26,21 @@ LEVELS = (
     ("compression",),
     ("converters",),
     ("api",),
-    ("calibrate", "compress", "demo", "evaluate", "everything", "inspect", "predict", "programs"),
+    ("calibrate", "compress", "demo", "evaluate", "everything", "inspect", "predict", "programs", "quantize"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Rooms that could be lifted out for other models: of ours they know no more than this.
-ALONE = {"pruning": {"errors", "sharding", "files", "safetensors_file"}, "distillation": {"errors", "sharding"}}
-FOREIGN = {"flax": {"imaging", "pruning", "distillation"}, "jax": {"imaging"}, "torch": set(LEVEL) - {"converters"}}
+ALONE = {
+    "pruning": {"errors", "sharding", "files", "safetensors_file", "tracing"},
+    "distillation": {"errors", "sharding"},
+    "quantization": {"errors", "limits", "tracing"},
+    "tracing": set(),
+}
+FOREIGN = {
+    "flax": {"imaging", "pruning", "distillation", "quantization", "tracing"},
+    "jax": {"imaging"},
+    "torch": set(LEVEL) - {"converters"},
+}
 MOST_FILES, MOST_LINES, MOST_OF_A_FUNCTION, MOST_FIELDS = 16, 300, 60, 12
 # Words that the field does not use: an image, what is given or reported, a gain; a first line names the result itself.
 GONE, GONE_FROM_FIRST_LINES = re.compile(r"\b(pictures?|told|worth)\b", re.I), re.compile(r"\bfound\b", re.I)

@@ -10,7 +10,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from converters.onnx import integers
 from slimsam_jax.models.sam import Architecture
+from slimsam_jax.quantization import is_quantized
 
 OPSET = 17  # the first with LayerNormalization
 IR_VERSION = 8  # what came with it; onnxruntime 1.12 and newer read both
@@ -32,12 +34,13 @@ class Graph:
     back; in a float32 model they add nothing.
 
     Args:
-      params: {"image_encoder/blocks_0/norm1/scale": array, ...}.
+      params: {"image_encoder/blocks_0/norm1/scale": array, ...}; a kernel's integers become `integers` of the graph.
       dtype: np.float32 or np.float16, of the products and of their stored weights.
     """
 
     def __init__(self, params: Mapping[str, np.ndarray], dtype: Any = np.float32):
-        self.params = params
+        self.integers = {path: leaf for path, leaf in params.items() if is_quantized(leaf)}
+        self.params = {**params, **{path: np.asarray(leaf.dequantize()) for path, leaf in self.integers.items()}}
         self.dtype = np.dtype(dtype)
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
@@ -100,7 +103,10 @@ class Graph:
         """Applies a Dense or DenseGeneral over the last axis of `x`, heads and their channels joined. In `dtype`."""
         bias = self.params.get(f"{path}/bias")
         width = self.params[f"{path}/kernel"].shape[-1] if bias is None else bias.size
-        y = self.op("MatMul", x, self.param(f"{path}/kernel", self.dtype, (-1, width)), name=path)
+        if (node := self.integers.get(f"{path}/kernel")) is not None and self.dtype == np.float32:
+            y = integers.linear(self, x, path, node)
+        else:
+            y = self.op("MatMul", x, self.param(f"{path}/kernel", self.dtype, (-1, width)), name=path)
         return y if bias is None else self.add(y, self.param(f"{path}/bias", self.dtype, (width,)))
 
     def layer_norm(self, x: str, path: str, epsilon: float = 1e-6) -> str:
@@ -129,7 +135,12 @@ class Graph:
         return self._convolve("ConvTranspose", x, path, kernel, stride)
 
     def _convolve(self, kind: str, x: str, path: str, kernel: np.ndarray, stride: int, **attributes: Any) -> str:
-        operands = [self.transpose(x, 0, 3, 1, 2), self.constant(kernel, f"{path}/kernel")]
+        node = self.integers.get(f"{path}/kernel")
+        if node is not None and integers.fits(node) and self.dtype == np.float32:
+            weights = integers.kernel(self, path, node, (3, 2, 0, 1))
+        else:
+            weights = self.constant(kernel, f"{path}/kernel")
+        operands = [self.transpose(x, 0, 3, 1, 2), weights]
         if f"{path}/bias" in self.params:
             operands.append(self.param(f"{path}/bias", self.dtype))
         sizes = {"kernel_shape": kernel.shape[2:], "strides": [stride, stride]}
@@ -155,7 +166,7 @@ class Graph:
             [helper.make_tensor_value_info(key, FLOAT, shape) for key, (_, shape) in outputs.items()],
             list(self.constants.values()),
         )
-        opset = [helper.make_opsetid("", OPSET)]
+        opset = [helper.make_opsetid("", OPSET), *integers.opsets(self.nodes)]
         model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="slimsam_jax")
         helper.set_model_props(model, {"config": json.dumps(config.to_json())})
         return model

@@ -18,6 +18,7 @@ from slimsam_jax import data
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.calibration_images import calibration_stream, on_devices
+from slimsam_jax.compression.quantize import check_not_quantized
 from slimsam_jax.compression.steps import Prune, Recipe
 from slimsam_jax.compression.widths import target_of
 from slimsam_jax.data import Sample
@@ -89,6 +90,7 @@ class Bench:
     """
 
     def __init__(self, sam: Sam, recipe: Recipe, images: Sequence[Sample], count: int, seed: int):
+        check_not_quantized(sam, "cut")
         self.sam, self.seed = sam, seed
         self.prunes = [step for step in recipe if isinstance(step, Prune)]
         self.steps = {step.part: step for step in self.prunes}

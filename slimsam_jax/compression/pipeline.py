@@ -20,8 +20,9 @@ from slimsam_jax.compression.distill import distill
 from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.prepare import prepare
 from slimsam_jax.compression.prune import prune
+from slimsam_jax.compression.quantize import quantize
 from slimsam_jax.compression.run import Run
-from slimsam_jax.compression.steps import Distill, Initialize, Prune, Recipe
+from slimsam_jax.compression.steps import Distill, Initialize, Prune, Quantize, Recipe
 from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import write_json
@@ -188,4 +189,9 @@ def initialize(run: Run, place: Planned, student: Sam, previous: Sam) -> Sam:
     return dataclasses.replace(student, config=config, params=params, kept={})
 
 
-DO: dict[type, Do] = {Prune: prune_step, Distill: distill, Initialize: initialize}
+def quantize_step(run: Run, place: Planned, student: Sam, previous: Sam) -> Sam:
+    """The step `Quantize`, calibrated on images of the run; every process does all of it."""
+    return quantize(student, run.images, place.step, run.options.seed)
+
+
+DO: dict[type, Do] = {Prune: prune_step, Distill: distill, Initialize: initialize, Quantize: quantize_step}

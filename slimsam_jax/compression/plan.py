@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from slimsam_jax import limits
-from slimsam_jax.compression.steps import Distill, Prune, Recipe, Step
+from slimsam_jax.compression.steps import Distill, Prune, Quantize, Recipe, Step
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import quoted
 
@@ -17,7 +17,9 @@ from slimsam_jax.limits import quoted
 def as_recipe(steps: Any) -> Recipe:
     """Raises InputError for what is no list of steps."""
     if not isinstance(steps, list | tuple) or not all(isinstance(step, Step) for step in steps):
-        raise InputError(f"recipe {quoted(steps)} is neither a recipe's name nor a list of Prune, Distill, Initialize")
+        raise InputError(
+            f"recipe {quoted(steps)} is neither a recipe's name nor a list of Prune, Distill, Initialize, Quantize"
+        )
     return tuple(steps)
 
 
@@ -35,8 +37,10 @@ def check(recipe: Recipe) -> None:
                     "or distil between them (recipe taylor)"
                 )
             cuts = []
-    if not any(isinstance(step, Prune) or getattr(step, "encoder", None) for step in recipe):
-        raise InputError("a recipe needs a step that prunes, or that initializes another encoder")
+    if any(isinstance(step, Quantize) for step in recipe[:-1]):
+        raise InputError("nothing comes after Quantize: integers are neither cut nor trained")
+    if not any(isinstance(step, Prune | Quantize) or getattr(step, "encoder", None) for step in recipe):
+        raise InputError("a recipe needs a step that prunes, quantises, or initializes another encoder")
 
 
 def names(recipe: Recipe) -> list[str]:

@@ -15,6 +15,7 @@ from slimsam_jax import __version__, checkpoint, data, sharding
 from slimsam_jax.compression import found_groups, widths
 from slimsam_jax.compression.budget import Budget, Target
 from slimsam_jax.compression.plan import Planned, check, describe, optimizer_steps, planned
+from slimsam_jax.compression.quantize import check_not_quantized
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.set_option import change
@@ -42,6 +43,7 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run
     recipe = recipe if own else change(RECIPES[options.recipe], options.set)
     target = Target(options.channel_ratio(), Budget.parse(options.budget) if options.budget is not None else None)
     check(recipe)
+    check_not_quantized(teacher, "compressed")
     prunes = [step for step in recipe if isinstance(step, Prune)]
     check_combinations(options, recipe, target)
     if options.uniform and not teacher.config.uniform:

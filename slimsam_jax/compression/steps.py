@@ -1,4 +1,4 @@
-"""The steps that a compression run is a list of, as data: prune, distil, initialize. A recipe is a tuple of them.
+"""The steps that a compression run is a list of, as data: prune, distil, initialize, quantise (`integers`).
 
 Each step turns one SAM into another; `pipeline` runs them. What no step can tell by itself is checked in `plan.check`.
 """
@@ -10,6 +10,7 @@ import typing
 from typing import Any, Literal
 
 from slimsam_jax import limits
+from slimsam_jax.compression.integers import Quantize
 from slimsam_jax.compression.record import Record
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range
@@ -283,5 +284,5 @@ class Initialize(Record):
     encoder: Any = None
 
 
-Step = Prune | Distill | Initialize
+Step = Prune | Distill | Initialize | Quantize
 Recipe = tuple[Step, ...]

@@ -26,7 +26,9 @@ def fingerprint(sam: Sam, dtype: Dtype) -> str:
     import numpy as np
 
     import converters
+    from slimsam_jax.models.sam import dequantized
 
+    sam = dequantized(sam)
     digest = hashlib.sha256(json.dumps([sam.config.to_json(), dtype]).encode())
     for path, array in sorted(flax.traverse_util.flatten_dict(sam.params, sep="/").items()):
         digest.update(path.encode())

@@ -24,6 +24,7 @@ from slimsam_jax.models.efficient_sam_transformer import TwoWayTransformer
 from slimsam_jax.models.encoders.architecture import check_image_size, check_width, check_widths
 from slimsam_jax.models.encoders.layers import Params, gelu
 from slimsam_jax.models.mask_decoder import Doubling
+from slimsam_jax.quantization.codes import dequantize
 
 INVALID, POINT, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 1, 2, 3  # any other label is a position and nothing more
 MOST_POINTS = 6  # of a prompt; each is a token, whether given or not
@@ -271,7 +272,7 @@ def decode(config: HeadConfig, params: Params, embedding, points, labels, masks=
 
 @functools.partial(jax.jit, static_argnames="config")
 def run(config: HeadConfig, params: Params, embedding: jax.Array, points: jax.Array, labels: jax.Array):
-    """Decodes p prompts of six points each.
+    """Decodes p prompts of six points each; integers among the parameters count as what they stand for.
 
     Args:
       params: {"prompt_encoder", "mask_decoder"}, at least.
@@ -281,6 +282,7 @@ def run(config: HeadConfig, params: Params, embedding: jax.Array, points: jax.Ar
     Returns:
       masks, iou and tokens of `MaskDecoder`.
     """
+    params = dequantize(params)
     encode = nn.apply(lambda module: (module(points, labels), module.dense_positions()), PromptEncoder(config))
     with jax.default_matmul_precision("highest"):  # positions are phases of many turns: they bear no rounding
         sparse, positions = encode({"params": params["prompt_encoder"]})

@@ -15,6 +15,9 @@ from slimsam_jax.models.composed import SamConfig
 from slimsam_jax.models.config import Config, Thresholds
 from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.heads import kind_of
+from slimsam_jax.quantization.codes import any_quantized, dequantize
+from slimsam_jax.quantization.running import quantizes_inputs
+from slimsam_jax.quantization.running import run as run_quantized
 
 Params = dict[str, Any]
 Architecture = Config | SamConfig  # of a ViT, or of any family's encoder
@@ -128,6 +131,11 @@ def _dtype(encoder: Params) -> Any:
     return jax.tree.leaves(encoder)[0].dtype
 
 
+def dequantized(sam: Sam) -> Sam:
+    """The same with float32 parameters: those that its integers stand for, if it has some."""
+    return dataclasses.replace(sam, params=jax.jit(dequantize)(sam.params)) if any_quantized(sam.params) else sam
+
+
 def folded(sam: Sam) -> Sam:
     """The same without what inference need not do: of TinyViT batch norms, of other families itself."""
     fold = getattr(family_of(sam.config.encoder), "for_inference", None)
@@ -145,17 +153,19 @@ def encode(
     """uint8 images -> embeddings. One compilation per batch size.
 
     Args:
-      params: the whole SAM's, or at least {"image_encoder": ...}.
+      params: the whole SAM's, or at least {"image_encoder": ...}; integers are computed with as they say.
       images, sizes: as `preprocess` takes them.
 
     Returns:
       [b, h, w, C] float32, or a dict of such maps (`embedding_shapes`).
     """
     pixels = preprocess(config, images, sizes)
-    sam = folded(Sam(config, params))
+    # Codes are of the weights as they are, so batch norms are not folded into those whose inputs are codes, too.
+    sam = Sam(config, params) if quantizes_inputs(params) else folded(Sam(config, dequantize(params)))
+    apply = lambda encoder, pixels: image_encoder(sam.config, dtype).apply({"params": encoder}, pixels)[0]
     # Where float32 is asked for, accelerators shall not multiply in fewer bits, as they do by default.
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
-        return image_encoder(sam.config, dtype).apply({"params": sam.params["image_encoder"]}, pixels)[0]
+        return run_quantized(apply, sam.params["image_encoder"], pixels)
 
 
 def decode(

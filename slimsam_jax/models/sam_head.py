@@ -15,6 +15,7 @@ from slimsam_jax.imaging.prompts import ABSENT
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.mask_decoder import MaskDecoder
 from slimsam_jax.models.prompt_encoder import PromptEncoder
+from slimsam_jax.quantization.codes import dequantize
 
 HeadConfig = Config  # without a ViT
 
@@ -44,6 +45,7 @@ def init(config: Config, keys: Sequence[jax.Array]) -> dict[str, Any]:
 @functools.partial(jax.jit, static_argnames="config")
 def decode(config: Config, params: dict[str, Any], embedding, points, labels, masks=None, masked=None):
     """See `sam.decode`."""
+    params = dequantize(params)
     prompt_encoder = nn.apply(lambda m: (m(points, labels, masks, masked), m.dense_positions()), PromptEncoder(config))
     with jax.default_matmul_precision("highest"):  # positions are phases of many turns: they bear no rounding
         (sparse, dense), positions = prompt_encoder({"params": params["prompt_encoder"]})

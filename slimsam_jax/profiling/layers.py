@@ -18,7 +18,7 @@ from jax.extend.core import Jaxpr, Literal
 
 from slimsam_jax.profiling.macs import Macs, inner_jaxprs, product
 from slimsam_jax.pruning.groups import by_path
-from slimsam_jax.pruning.program import scan_operands
+from slimsam_jax.tracing.program import scan_operands
 
 PRODUCTS = "(products)"
 Shape = tuple[int, ...]

@@ -14,10 +14,10 @@ from slimsam_jax.pruning.graph import READERS
 from slimsam_jax.pruning.grouping import Grouping
 from slimsam_jax.pruning.groups import Scores, Tree, by_path
 from slimsam_jax.pruning.importance import REDUCTIONS, Reduction, check_choice
-from slimsam_jax.pruning.program import Program, Step, scan_operands
 from slimsam_jax.pruning.rerun import Run, Traced
 from slimsam_jax.pruning.structure import length, names, pieces_of, unfold
 from slimsam_jax.pruning.unfolding import check_shapes
+from slimsam_jax.tracing.program import Program, Step, scan_operands
 
 Seen = dict[str, list[jax.Array]]  # group -> for each place where it is read, [size] mean |activation|
 

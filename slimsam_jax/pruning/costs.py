@@ -10,9 +10,9 @@ import numpy as np
 
 from slimsam_jax.errors import InputError
 from slimsam_jax.pruning.grouping import Grouping
-from slimsam_jax.pruning.program import Program, Step, scan_operands
 from slimsam_jax.pruning.rerun import Traced
 from slimsam_jax.pruning.structure import Structure, length
+from slimsam_jax.tracing.program import Program, Step, scan_operands
 
 Cost = Callable[[Mapping[str, Any]], Any]  # {group: width} of all groups -> cost; a width may be an array of widths
 Term = tuple[Structure, ...]  # axes whose lengths multiply

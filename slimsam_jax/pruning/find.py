@@ -16,11 +16,11 @@ from slimsam_jax.pruning.graph import Graph
 from slimsam_jax.pruning.grouping import FoundGroup, Grouping, places
 from slimsam_jax.pruning.groups import Tree, path_of
 from slimsam_jax.pruning.patterns import fits
-from slimsam_jax.pruning.program import Program, trace
 from slimsam_jax.pruning.rerun import Traced
 from slimsam_jax.pruning.rules.call import Nodes, fresh
 from slimsam_jax.pruning.silence import Silence
 from slimsam_jax.pruning.structure import names
+from slimsam_jax.tracing.program import Program, trace
 
 
 def find_groups(function: Callable, params: Tree, *inputs: Any, keep: Sequence[str] = ()) -> Grouping:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from slimsam_jax.pruning.axes import PRODUCT, Axes, Mismatch
-from slimsam_jax.pruning.program import Program, Step, Values, scan_operands
 from slimsam_jax.pruning.rules import RULES, Call, Nodes, unknown
 from slimsam_jax.pruning.rules.call import fresh, unify_all
 from slimsam_jax.pruning.rules.pointwise import ELEMENTWISE
 from slimsam_jax.pruning.structure import Product, Structure, Sum
+from slimsam_jax.tracing.program import Program, Step, Values, scan_operands
 
 # What a kernel may pass through and still be that kernel where a matrix product reads it.
 PASSING = frozenset(

@@ -13,12 +13,12 @@ import numpy as np
 from slimsam_jax.errors import InputError
 from slimsam_jax.pruning.groups import Keep, Tree, by_path, path_of
 from slimsam_jax.pruning.made import Made
-from slimsam_jax.pruning.program import Program, Step, Values, bind, scan_operands
 from slimsam_jax.pruning.rewriting import REWRITES, Cut
 from slimsam_jax.pruning.shrink import shrink
 from slimsam_jax.pruning.structure import Structure, Widths, fold, pieces_of, shape_of, unfold
 from slimsam_jax.pruning.unfolding import check_paths, check_shapes, groups_of_pieces, has_shapes
 from slimsam_jax.pruning.widths import check_keep, own_of, solve_widths, widths_of
+from slimsam_jax.tracing.program import Program, Step, Values, bind, scan_operands
 
 if TYPE_CHECKING:
     from slimsam_jax.pruning.grouping import Grouping

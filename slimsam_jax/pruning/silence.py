@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax.pruning.program import Program, Step, Values, scan_operands
 from slimsam_jax.pruning.structure import Structure, names
+from slimsam_jax.tracing.program import Program, Step, Values, scan_operands
 
 Row = tuple[Structure, ...]
 Silent = frozenset[str]  # names of groups

@@ -16,6 +16,7 @@ from slimsam_jax.models.config import Config
 from slimsam_jax.models.efficient_sam_head import HeadConfig
 from slimsam_jax.models.encoders import efficient_sam_vit, hiera, rep_vit, tiny_vit
 from slimsam_jax.models.encoders.architecture import Block
+from slimsam_jax.quantization.codes import is_quantized
 
 
 class Macs(NamedTuple):
@@ -35,7 +36,7 @@ def parameters(params: Any) -> int:
     Batch norm's statistics and the frequencies of positional encodings are buffers there, so they do not count.
     """
     buffers = ("bn/mean", "bn/var", "gaussian_matrix")
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
     named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves)
     return sum(math.prod(leaf.shape) for name, leaf in named if not name.endswith(buffers))
 

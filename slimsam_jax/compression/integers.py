@@ -1,0 +1,72 @@
+"""The step of a recipe that makes integers, as data; `quantize` carries it out."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Literal
+
+from slimsam_jax import limits
+from slimsam_jax.compression.record import Record
+from slimsam_jax.errors import InputError
+from slimsam_jax.limits import Range
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize(Record):
+    """Puts integers in the place of weights, the last step of a recipe. What each choice costs: docs/quantization.md.
+
+    Attributes:
+      weights: bits of the weights of all layers: 8, 6, 4 or 3.
+      activations: bits of the inputs of the image encoder's layers, 3 to 8, but for the first, which reads the image;
+        0 leaves them as they are.
+      group: inputs of a channel that share a scale, a power of two from 16; 0 for all of them.
+      method: of rounding weights. "gptq": the others make up for the error of each; "search": each by itself, with the
+        best scale; "absmax": with the scale of the largest.
+      ranges: of inputs. "minmax": what the calibration images reach, one range a layer; "percentile": what all but a
+        few of their values reach; "token": symmetric, of each token as it comes.
+      percentile: for that.
+      float_inputs: so many layers keep their inputs as they are: those that cost most by themselves.
+      arithmetic: with `activations`: "integer" multiplies int8 by int8 into int32; "float" what they stand for.
+      head: also the prompt encoder and the mask decoder, their weights alone.
+      float_weights: so many layers of the prompt encoder and the decoder keep their weights: those whose integers cost
+        most by themselves.
+      bias_correction: move biases by the mean error of what their layers put out.
+      images: to calibrate with.
+    """
+
+    weights: int = 8
+    activations: int = 0
+    group: int = 0
+    method: Literal["gptq", "search", "absmax"] = "gptq"
+    ranges: Literal["minmax", "percentile", "token"] = "minmax"
+    percentile: float = 99.99
+    float_inputs: int = 0
+    arithmetic: Literal["float", "integer"] = "float"
+    head: bool = True
+    float_weights: int = 0
+    bias_correction: bool = False
+    images: int = 32
+
+    RANGES: typing.ClassVar = {
+        "activations": Range(0, 8, True),
+        "group": Range(0, 2**16, True),
+        "percentile": Range(50.1, 100),
+        "float_inputs": Range(0, 10**4, True),
+        "float_weights": Range(0, 10**4, True),
+        "images": Range(1, limits.COUNT, True),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from slimsam_jax.quantization.codes import levels  # heavy, and options are read before it is needed
+        from slimsam_jax.quantization.weights import check_group
+
+        levels(self.weights)
+        check_group(self.group)
+        if self.activations in (1, 2):
+            raise InputError(f"activations of {self.activations} bits: there are 3 to 8, and 0 for none")
+        if self.arithmetic == "integer" and (not self.activations or self.group):
+            raise InputError("arithmetic integer needs activations=8, say, and whole channels: group=0")
+        if not self.activations and (self.float_inputs or self.ranges != "minmax"):
+            raise InputError("ranges and float_inputs are of activations: set quantize.activations=8, say")

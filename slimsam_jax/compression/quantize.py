@@ -1,0 +1,229 @@
+"""Quantises a SAM: integers in the place of the weights of its layers, of all three parts, and of layers' inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slimsam_jax import data
+from slimsam_jax.compression.integers import Quantize
+from slimsam_jax.data import Sample
+from slimsam_jax.data.batches import Batches
+from slimsam_jax.errors import InputError
+from slimsam_jax.imaging.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT
+from slimsam_jax.inference.predictor import check_model
+from slimsam_jax.models.heads import kind_of
+from slimsam_jax.models.sam import Architecture, Params, Sam, encode, image_encoder, preprocess
+from slimsam_jax.progress import track
+from slimsam_jax.quantization import Statistics, any_quantized, capture, is_quantized, ranges, weights
+from slimsam_jax.quantization.sensitivity import sensitivity
+
+PROMPTS = 8  # of each image of the calibration set
+AT_ONCE = 4  # images
+
+
+def quantize(
+    sam: Sam, images: str | Path | Sequence[Any], step: Quantize | None = None, seed: int = 0, **choices: Any
+) -> Sam:
+    """Makes a model of integers. What it computes with them, all that takes a model computes.
+
+    Example:
+      ```python
+      import slimsam_jax
+
+      small = slimsam_jax.quantize(slimsam_jax.load("slim77"), "photos", weights=4)
+      slimsam_jax.save(small, "slim77_int4")
+      ```
+
+    Args:
+      sam: the model, whose weights are numbers with a fraction.
+      images: unlabelled ones to calibrate with: locations, as `compress` takes them, or samples.
+      step: what becomes integers, and how.
+      seed: of the order of images, and of prompts.
+      choices: fields of `Quantize` in the place of `step`.
+
+    Raises:
+      InputError: no image can be read, a choice is none, or the model is one of integers already.
+    """
+    check_not_quantized(check_model(sam), "quantised again")
+    step = step or Quantize(**choices)
+    places = [images] if isinstance(images, str | os.PathLike) else list(images)
+    if not places:
+        raise InputError("there are no images to calibrate with: give a folder of some")
+    samples = places if isinstance(places[0], Sample) else data.find(places)
+    data.check_one_is_readable(samples)
+    batches = Batches(samples, sam.config.image_size, AT_ONCE, seed, frame=sam.config.frame)
+    try:
+        return _quantized(
+            sam, step, list(itertools.islice(batches, -(-min(step.images, len(samples)) // AT_ONCE))), seed
+        )
+    finally:
+        batches.close()
+
+
+def check_not_quantized(sam: Sam, what: str) -> None:
+    """Raises InputError for a model of integers, which can only be used."""
+    if any_quantized(sam.params):
+        raise InputError(f"this model is quantised, and integers cannot be {what}: take the model that it was made of")
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What the layers of a SAM see of a calibration set.
+
+    Attributes:
+      encoder, head: statistics by the path of the kernel; no head's if it is left out.
+      images: inputs of the image encoder, a batch each; `prompts`: inputs of the head, an image each.
+    """
+
+    encoder: dict[str, Statistics]
+    head: dict[str, Statistics]
+    images: list[tuple[Any, ...]]
+    prompts: list[tuple[Any, ...]]
+
+
+def _quantized(sam: Sam, step: Quantize, batches: list[dict[str, np.ndarray]], seed: int) -> Sam:
+    percentiles = (step.percentile,) if step.ranges == "percentile" else ()
+    params = with_integers(sam, step, see(sam, batches, seed, percentiles, step.head))
+    note = {"quantized": dataclasses.asdict(step) | {"calibration_images": len(batches) * AT_ONCE, "seed": seed}}
+    return dataclasses.replace(sam, params=params, provenance={**sam.provenance, **note}, kept={})
+
+
+def see(
+    sam: Sam, batches: Sequence[dict[str, np.ndarray]], seed: int, percentiles: Sequence[float] = (), head: bool = True
+) -> Seen:
+    """Captures statistics of all layers.
+
+    Args:
+      batches: images, as `data.Batches` gives them.
+      seed: of prompts.
+      percentiles: of ranges, see `capture`.
+      head: also of prompt encoder and decoder.
+    """
+    shown = lambda items, name: track(items, f"quantize: {name}", len(batches), per_item=AT_ONCE, compiles=True)
+    images = [(batch["image"], batch["size"]) for batch in batches]
+    encoder = capture(_embed_of(sam), sam.params["image_encoder"], shown(images, "image encoder"), percentiles)
+    prompts = list(prompted(sam, shown(batches, "decoder"), seed)) if head else []
+    return Seen(
+        _kernels(encoder), _kernels(capture(_decode_of(sam), sam.params, prompts) if head else {}), images, prompts
+    )
+
+
+def _kernels(seen: dict[str, Statistics]) -> dict[str, Statistics]:
+    """Layers alone: not what else is multiplied by, such as a positional encoding's frequencies of many turns."""
+    return {path: each for path, each in seen.items() if path.endswith("kernel")}
+
+
+def with_integers(sam: Sam, step: Quantize, seen: Seen) -> Params:
+    """The parameters of a SAM, quantised by what was seen."""
+    encoder, how = sam.params["image_encoder"], (step.weights, step.group, step.method, step.bias_correction)
+    new = weights.quantize(encoder, seen.encoder, *how)
+    if step.activations:
+        new = with_ranges(new, seen.encoder, step)
+        if step.float_inputs:
+            new = without_worst(new, sensitivity(_embed_of(sam), encoder, new, seen.images[:1]), step.float_inputs)
+    params = {**sam.params, "image_encoder": new}
+    if step.head:
+        head = weights.quantize(sam.params, seen.head, *how)
+        if step.float_weights:
+            some = seen.prompts[:: -(-len(seen.prompts) // AT_ONCE)]
+            errors = sensitivity(lambda *inputs: _decode_of(sam)(*inputs)[0], sam.params, head, some)
+            head = restored(head, sam.params, list(errors)[: step.float_weights])
+        params = {**head, "image_encoder": new}
+    return jax.device_put(params)
+
+
+def restored(integers: Params, params: Params, paths: Sequence[str]) -> Params:
+    """With the kernels of some paths, and the biases beside them, as they were."""
+    beside = {path.removesuffix("kernel") + name for path in paths for name in ("kernel", "bias")}
+
+    def one(keys: tuple, leaf: Any, before: Any) -> Any:
+        return before if jax.tree_util.keystr(keys, simple=True, separator="/") in beside else leaf
+
+    return jax.tree_util.tree_map_with_path(one, integers, params, is_leaf=is_quantized)
+
+
+def _embed_of(sam: Sam) -> Callable[..., jax.Array]:
+    return lambda encoder, images, sizes: embed(sam.config, encoder, images, sizes)
+
+
+def _decode_of(sam: Sam) -> Callable[..., Any]:
+    return lambda params, *inputs: _decode(sam.config, params, *inputs)
+
+
+def embed(config: Architecture, encoder: Params, images: jax.Array, sizes: jax.Array) -> jax.Array:
+    """[b, h, w, C] embeddings, float32, batch norms as they are; what `encode` computes, as a function of weights."""
+    pixels = preprocess(config, images, sizes)
+    with jax.default_matmul_precision("highest"):
+        return image_encoder(config, attention="plain").apply({"params": encoder}, pixels)[0]
+
+
+def _decode(config: Architecture, head: Params, embedding: Any, points: Any, labels: Any, *masks: Any) -> Any:
+    return kind_of(config.head).decode(config.head, head, embedding, points, labels, *masks)
+
+
+def with_ranges(encoder: Params, seen: dict[str, Statistics], step: Quantize) -> Params:
+    """Layers whose inputs are quantised, too: all but the first, which reads the image."""
+    first = next(iter(seen))
+
+    def one(keys: tuple, leaf: Any) -> Any:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if not is_quantized(leaf) or path == first:
+            return leaf
+        span = np.zeros(0, np.float32)
+        if step.ranges != "token":
+            span = ranges.static(
+                seen[path].range, step.activations, step.percentile if step.ranges == "percentile" else None
+            )
+        return dataclasses.replace(leaf, range=span, input_bits=step.activations, integer=step.arithmetic == "integer")
+
+    return jax.tree_util.tree_map_with_path(one, encoder, is_leaf=is_quantized)
+
+
+def without_worst(encoder: Params, errors: dict[str, tuple[float, float]], count: int) -> Params:
+    """Leaves the inputs of the layers as they are whose quantisation costs most by itself."""
+    by_input = sorted(errors, key=lambda path: errors[path][0] - errors[path][1])[:count]
+
+    def one(keys: tuple, leaf: Any) -> Any:
+        worst = jax.tree_util.keystr(keys, simple=True, separator="/") in by_input
+        return dataclasses.replace(leaf, range=None) if worst and is_quantized(leaf) else leaf
+
+    return jax.tree_util.tree_map_with_path(one, encoder, is_leaf=is_quantized)
+
+
+def prompted(sam: Sam, batches: Iterator[dict[str, np.ndarray]], seed: int) -> Iterator[tuple[Any, ...]]:
+    """What the head of a SAM is calibrated with: embeddings, random prompts, and masks where it takes some.
+
+    Clicks on and off the object, boxes, and points that fill up; so many that each of the decoder's projections is
+    computed by itself. (With few tokens it multiplies two of them, `models.transformer`.)
+    """
+    random, head = np.random.default_rng(seed), sam.config.head if hasattr(sam.config, "head") else sam.config
+    takes = lambda labels, masked=False: kind_of(head).refusal(np.array(labels), masked) is None
+    kinds = [label for label in (0, 1, NOT_A_POINT) if takes([[label]])]
+    heads = getattr(head, "decoder_heads", 8)
+    count = max(4, math.ceil(head.out_chans / 2 / heads) - 1 - head.multimask_outputs)
+    decode = jax.jit(lambda *inputs: _decode(sam.config, sam.params, *inputs)[0])
+    for batch in batches:
+        embeddings = encode(sam.config, sam.params, batch["image"], batch["size"])
+        for embedding, size in zip(embeddings, batch["size"], strict=True):
+            points = (random.random((PROMPTS, count, 2)) * size[::-1]).astype(np.float32)
+            labels = random.choice(kinds, (PROMPTS, count)).astype(np.int32)
+            labels[:, 0] = 1
+            if takes([[BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]]):
+                boxes = slice(0, PROMPTS // 2)
+                labels[boxes, :2] = BOX_TOP_LEFT, BOX_BOTTOM_RIGHT
+                points[boxes, :2] = np.sort(points[boxes, :2], axis=1)
+            inputs = (embedding, points, labels)
+            if takes(labels, True):
+                masks = decode(*inputs)[:, 0, :, :, None]
+                inputs = (*inputs, masks, jnp.arange(PROMPTS) % 2 == 0)
+            yield inputs

@@ -1,0 +1,77 @@
+"""Quantises inputs of layers: scales and zeros of ranges, or scales of each token as it comes; codes of powers of 2.
+
+All functions return what the integers stand for, so that any function can be judged before integers are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slimsam_jax.errors import InputError
+from slimsam_jax.limits import Range as Limits
+from slimsam_jax.limits import check
+from slimsam_jax.quantization.capture import Range
+
+BITS = Limits(3, 8, True)
+TINY = 1e-12  # a scale of inputs that are all zero
+
+
+def static(span: Range, bits: int = 8, percentile: float | None = None) -> np.ndarray:
+    """The scale and the zero of a range, [2] float32: value = scale (code - zero), codes 0 to 2^bits - 1.
+
+    The range always includes 0, which padding needs exactly, and the zero is a whole number.
+
+    Args:
+      percentile: one of `span.percentiles` in the place of the extremes, which may be outliers.
+
+    Raises:
+      InputError: bits out of range, a percentile that was not captured, or a range that is none.
+    """
+    check("bits of activations", bits, BITS)
+    if percentile is not None and percentile not in span.percentiles:
+        raise InputError(f"the percentile {percentile} was not captured, but {list(span.percentiles) or 'none'}")
+    low, high = span.percentiles[percentile] if percentile is not None else (span.low, span.high)
+    if not np.isfinite([low, high]).all() or low > high:
+        raise InputError(f"a range from {low} to {high} is none: calibrate again")
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max(high - low, TINY) / (2**bits - 1)
+    return np.array([scale, np.round(-low / scale)], np.float32)
+
+
+def encode(x: jax.Array, span: Any, bits: int = 8) -> jax.Array:
+    """Codes of values by the scale and zero of `static`, whole numbers from 0 to 2^bits - 1."""
+    return jnp.clip(jnp.round(x / span[0]) + span[1], 0, 2**bits - 1)
+
+
+def fake(x: jax.Array, span: Any, bits: int = 8) -> jax.Array:
+    """What the codes of values stand for; see `encode`."""
+    return (encode(x, span, bits) - span[1]) * span[0]
+
+
+def token_scales(x: jax.Array, axes: Sequence[int], bits: int = 8) -> jax.Array:
+    """A symmetric scale for each token, whose values lie along `axes`; these become 1."""
+    return jnp.maximum(jnp.abs(x).max(tuple(axes), keepdims=True), TINY) / (2 ** (bits - 1) - 1)
+
+
+def fake_tokens(x: jax.Array, axes: Sequence[int], bits: int = 8) -> jax.Array:
+    """What codes with a scale per token stand for: dynamic quantisation, without calibration."""
+    scale = token_scales(x, axes, bits)
+    return jnp.round(x / scale) * scale
+
+
+def fake_log2(x: jax.Array, bits: int = 8, steps: int = 1, largest: float = 1.0) -> jax.Array:
+    """Values from 0 to `largest` by codes of powers of two, as softmax's output has them (PTQ4SAM, Lv et al., 2024).
+
+    Args:
+      steps: codes for each halving.
+      largest: what code 0 stands for. The last code is 0.
+    """
+    last = 2**bits - 1
+    codes = jnp.round(-steps * jnp.log2(jnp.maximum(x / largest, 1e-30)))
+    codes = jnp.clip(codes, 0, last)
+    return jnp.where(codes == last, 0.0, largest * 2.0 ** (-codes / steps))

@@ -1,0 +1,115 @@
+"""Integers as arrays of a file and their description as JSON, both ways.
+
+In the place of `path` the file has its codes (int8, or packed bits, uint8), beside it `path_scale`, and `path_range` if
+the layer's input is quantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from slimsam_jax.errors import InputError, printable
+from slimsam_jax.quantization.codes import Quantized, is_quantized, levels, pack, packed_size, unpack
+
+SCALE, RANGE = "_scale", "_range"
+
+
+def to_arrays(flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """{path: array or integers} -> what a file holds."""
+    arrays: dict[str, np.ndarray] = {}
+    for path, leaf in flat.items():
+        if not is_quantized(leaf):
+            arrays[path] = np.asarray(leaf)
+            continue
+        arrays[path] = pack(np.asarray(leaf.codes), leaf.bits)
+        arrays[path + SCALE] = np.asarray(leaf.scale)
+        if leaf.range is not None:
+            arrays[path + RANGE] = np.asarray(leaf.range)
+    return arrays
+
+
+def describe(flat: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """JSON of the integers of a flat tree: a dict for all that are alike, with their paths; [] if there are none."""
+    kinds: dict[tuple, dict[str, Any]] = {}
+    for path, leaf in flat.items():
+        if is_quantized(leaf):
+            fields = {
+                "bits": leaf.bits,
+                "axes": list(leaf.axes),
+                "inputs": 0 if leaf.range is None else leaf.input_bits,
+            }
+            fields |= {"integer": leaf.integer}
+            kinds.setdefault(tuple(map(str, fields.values())), {**fields, "arrays": []})["arrays"].append(path)
+    return list(kinds.values())
+
+
+class Described:
+    """The integers of a file, by their description.
+
+    Raises:
+      InputError, or whatever foreign JSON leads to: it is none.
+    """
+
+    def __init__(self, kinds: Any):
+        self._fields: dict[str, dict[str, Any]] = {}
+        for kind in kinds:
+            levels(kind["bits"])
+            fields = {name: kind[name] for name in ("bits", "axes", "inputs", "integer")}
+            if fields["inputs"] not in (0, *range(3, 9)) or type(fields["integer"]) is not bool:
+                raise InputError("its quantization speaks of inputs that there are not")
+            self._fields |= dict.fromkeys(kind["arrays"], fields)
+
+    @property
+    def paths(self) -> set[str]:
+        return set(self._fields)
+
+    @property
+    def extra(self) -> set[str]:
+        """Names of arrays beside those of the parameters."""
+        ranges = {path + RANGE for path, fields in self._fields.items() if fields["inputs"]}
+        return {path + SCALE for path in self._fields} | ranges
+
+    def restore(self, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The integers of a file that has all arrays of `paths` and `extra`.
+
+        Args:
+          shapes: of all parameters.
+
+        Raises:
+          InputError: an array of the wrong type or size, or a scale that is no positive number.
+        """
+        return {path: self._one(path, arrays, tuple(shapes[path])) for path in self._fields}
+
+    def _one(self, path: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> Quantized:
+        fields, codes, scale = self._fields[path], arrays[path], np.array(arrays[path + SCALE])
+        bits, axes = fields["bits"], tuple(fields["axes"])
+        fits = codes.dtype == (np.int8 if bits == 8 else np.uint8)
+        fits &= codes.shape == (shape if bits == 8 else (packed_size(int(np.prod(shape)), bits),))
+        if not fits or not _scales_fit(scale, shape, axes):
+            raise InputError(f"{printable(path, 100)} does not hold integers of {bits} bits for an array of {shape}")
+        span = np.array(arrays[path + RANGE]) if fields["inputs"] else None
+        if span is not None and not _is_range(span, fields["inputs"]):
+            raise InputError(f"{printable(path, 100)} has a range that is none")
+        return Quantized(unpack(codes, bits, shape), scale, span, bits, axes, fields["inputs"] or 8, fields["integer"])
+
+
+def _scales_fit(scale: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...]) -> bool:
+    """Whether scales are of an array's shape, see `Quantized`, and positive."""
+    if any(type(axis) is not int for axis in axes) or list(axes) != sorted({*axes} & {*range(len(shape))}):
+        return False
+    if scale.ndim != len(shape) or scale.dtype != np.float32 or not (np.isfinite(scale) & (scale > 0)).all():
+        return False
+    own = [size for axis, size in enumerate(scale.shape) if axis not in axes[:1]]
+    expected = [1 if axis in axes else shape[axis] for axis in range(len(shape)) if axis not in axes[:1]]
+    summed = int(np.prod([shape[axis] for axis in axes]))
+    groups = scale.shape[axes[0]] if axes else 1
+    return own == expected and 0 < groups <= max(summed, 1) and summed % groups == 0
+
+
+def _is_range(span: np.ndarray, bits: int) -> bool:
+    if span.dtype != np.float32 or span.shape not in ((0,), (2,)) or not np.isfinite(span).all():
+        return False
+    return span.size == 0 or (span[0] > 0 and span[1] == np.round(span[1]) and 0 <= span[1] < 2**bits)

@@ -1,0 +1,1 @@
+"""Any JAX function as a flat list of equations, which pruning and quantization run again in their own way."""

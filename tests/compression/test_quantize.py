@@ -1,0 +1,172 @@
+"""A SAM of integers: made with images, kept in a folder, used and exported like any other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import onnx
+import pytest
+from flax.traverse_util import flatten_dict
+
+import slimsam_jax
+from converters import to_onnx, to_torch
+from converters.onnx import check
+from helpers.models import random_sam, tiny_config
+from slimsam_jax import checkpoint, data
+from slimsam_jax.compression.analysis import Bench
+from slimsam_jax.compression.integers import Quantize
+from slimsam_jax.compression.plan import check as check_recipe
+from slimsam_jax.compression.plan import names
+from slimsam_jax.compression.quantize import quantize
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.set_option import change
+from slimsam_jax.compression.steps import Distill
+from slimsam_jax.errors import InputError
+from slimsam_jax.models.sam import dequantized, encode
+from slimsam_jax.profiling.reference_macs import parameters
+from slimsam_jax.quantization import is_quantized
+from slimsam_jax.quantize.__main__ import main
+
+SMALL = tiny_config(image_size=(64, 64), decoder_depth=1, multimask_outputs=1)
+SMALL = dataclasses.replace(SMALL, blocks=SMALL.blocks[:1])
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return sorted(data.embedded_images().glob("*.jpg"))[:4]
+
+
+@pytest.fixture(scope="module")
+def sam():
+    return random_sam(SMALL, 1)
+
+
+@pytest.fixture(scope="module")
+def quantized(sam, photos, tmp_path_factory):
+    """By the program: with four bits, its encoder's layers with inputs of eight; as it is read from its folder."""
+    folder = tmp_path_factory.mktemp("quantized")
+    checkpoint.save(sam, folder / "float")
+    (folder / "photos").mkdir()
+    for photo in photos:
+        (folder / "photos" / photo.name).symlink_to(photo)
+    settings = ("float_inputs=1", "quantize.float_weights=2")
+    main(folder / "float", folder / "out", (str(folder / "photos"),), 4, 8, settings)
+    return folder / "out", checkpoint.load(folder / "out")
+
+
+@pytest.fixture(scope="module")
+def weights_alone(quantized):
+    """The same whose inputs stay as they are."""
+    _, sam = quantized
+    plain = lambda leaf: dataclasses.replace(leaf, range=None) if is_quantized(leaf) else leaf
+    return dataclasses.replace(sam, params=jax.tree.map(plain, sam.params, is_leaf=is_quantized))
+
+
+def nodes_of(sam):
+    leaves = jax.tree_util.tree_leaves_with_path(sam.params, is_leaf=is_quantized)
+    return {jax.tree_util.keystr(k, simple=True, separator="/"): leaf for k, leaf in leaves if is_quantized(leaf)}
+
+
+def test_a_folder_has_the_integers(sam, quantized):
+    folder, loaded = quantized
+    nodes = nodes_of(loaded)
+    kernels = [path for path in flatten_dict(sam.params, sep="/") if path.endswith("kernel")]
+    assert len(set(kernels) - set(nodes)) == 2 and set(nodes) <= set(kernels)  # all but two of the head's
+    inside = [path for path, leaf in nodes.items() if leaf.range is not None]
+    assert all(path.startswith("image_encoder") for path in inside)
+    assert len(inside) == sum(path.startswith("image_encoder") for path in nodes) - 2  # the first, and one that costs
+    described = json.loads((folder / "config.json").read_text())
+    assert {kind["bits"] for kind in described["quantization"]} == {4}
+    assert described["provenance"]["quantized"]["activations"] == 8
+    assert parameters(loaded.params) == parameters(sam.params)
+    size = (folder / "model.safetensors").stat().st_size
+    assert size < 0.5 * sum(4 * leaf.size for leaf in jax.tree.leaves(sam.params))  # of so small a model much is scales
+
+
+def test_it_computes_like_what_it_was_made_of(sam, quantized, weights_alone):
+    """And with integers alone to the bit what they stand for."""
+    _, loaded = quantized
+    image = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8), np.array([[64, 50]])
+    embed = lambda sam: np.asarray(encode(sam.config, sam.params, *image))
+    plain, inputs, weights = embed(sam), embed(loaded), embed(weights_alone)
+    error = lambda embedding: np.square(embedding - plain).mean() / plain.var()
+    assert 0 < error(weights) < 0.05 and error(weights) < error(inputs) < 0.1
+    np.testing.assert_allclose(weights, embed(dequantized(weights_alone)), atol=1e-6)
+
+
+def test_it_predicts(quantized, photos):
+    masks, scores, _ = slimsam_jax.predict(quantized[1], photos[0], points=[[50, 40]], multimask_output=True)
+    assert masks.shape[0] == 1 and np.isfinite(scores).all()
+
+
+def test_pytorch_gets_what_the_integers_stand_for(weights_alone):
+    state = to_torch.to_state_dict(weights_alone)
+    expected = dequantized(weights_alone).params["image_encoder"]["blocks_0"]["mlp_lin1"]["kernel"]
+    np.testing.assert_array_equal(state["image_encoder.blocks.0.mlp.lin1.weight"].T, expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_onnx_has_the_integers_and_computes_the_same(bits, weights_alone):
+    wide = lambda leaf: dataclasses.replace(leaf, codes=leaf.codes.astype(np.int8), bits=bits)
+    change_bits = lambda leaf: wide(leaf) if is_quantized(leaf) else leaf
+    own = dataclasses.replace(
+        weights_alone, params=jax.tree.map(change_bits, weights_alone.params, is_leaf=is_quantized)
+    )
+    encoder, _ = to_onnx.models(own, "sam", np.float32, integers=True)
+    onnx.checker.check_model(encoder, full_check=True)
+    image = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    (found,) = check.session(encoder.SerializeToString()).run(None, {"images": image.transpose(0, 3, 1, 2)})
+    expected = encode(own.config, own.params, image, np.array([[64, 64]]))
+    np.testing.assert_allclose(found.transpose(0, 2, 3, 1), expected, atol=1e-4)
+    kinds = [node.op_type for node in encoder.graph.node]
+    count = sum(path.startswith("image_encoder") for path in nodes_of(own))
+    assert kinds.count("MatMulNBits") == (count - 2 if bits == 4 else 0)  # convolutions have none
+    assert kinds.count("DequantizeLinear") == (2 if bits == 4 else count)
+    assert to_onnx.suffix_of(own) == ("_q4" if bits == 4 else "_quantized")
+
+
+def test_what_is_refused(sam, quantized, photos, tmp_path):
+    folder, loaded = quantized
+    with pytest.raises(InputError, match="integers cannot be quantised again"):
+        quantize(loaded, photos[0].parent)
+    with pytest.raises(InputError, match="integers cannot be compressed: take the model that it was made of"):
+        slimsam_jax.compress(folder, photos[0].parent, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="integers cannot be cut"):
+        Bench(loaded, RECIPES["default"], [], 4, 0)
+    with pytest.raises(InputError, match="no images to calibrate with"):
+        quantize(sam, [])
+    with pytest.raises(InputError, match="not quantised"):
+        to_onnx.check_integers(sam, "m", ["integers"])
+    with pytest.raises(InputError, match="weights alone"):
+        to_onnx.check_integers(loaded, "m", ["integers"])
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"weights": 1},
+        {"weights": 17},
+        {"activations": 1},
+        {"activations": 17},
+        {"group": 3},
+        {"ranges": "token"},
+        {"arithmetic": "integer"},
+        {"images": 0},
+    ],
+)
+def test_choices_that_there_are_not(choices):
+    with pytest.raises(InputError):
+        Quantize(**choices)
+
+
+def test_it_is_the_last_step_of_a_recipe():
+    recipe = (*RECIPES["default"], Quantize())
+    assert names(recipe)[-1] == "quantize"
+    assert change(recipe, ["quantize.weights=4"])[-1].weights == 4
+    check_recipe((Quantize(),))
+    with pytest.raises(InputError, match="nothing comes after Quantize"):
+        check_recipe((*recipe, Distill()))
