@@ -84,7 +84,7 @@ class Compressed(NamedTuple):
     """A slim model, and how good it is.
 
     Attributes:
-      sam: the model, as it lies in the output folder.
+      sam: the model, as it lies in the output folder; a FastSam of a FastSAM.
       report: what `report.json` holds besides the provenance: sizes, times, agreement with the teacher, mIoU.
     """
 
@@ -130,7 +130,7 @@ def compress(
       ```
 
     Args:
-      teacher: the SAM to compress, a path as `load` takes it; None for the small SAM in the package.
+      teacher: the SAM or FastSAM to compress, a path as `load` takes it; None for the small SAM in the package.
       images: folders of images, .tar shards, COCO .json files, or "tfds:DIR"; none for the photographs in the package.
       val: what to measure on, of the same kinds; none for an eighth of the images, held out.
       ratio: share of the channels to remove; 0.5 if there is no `budget` either. 0.77 leaves 18 % of the parameters of
@@ -173,7 +173,7 @@ def compress_with(options: Options, recipe: Recipe | None = None) -> Compressed:
     else:
         announce(options, recipe)
     from slimsam_jax import checkpoint
-    from slimsam_jax.compression.pipeline import run
+    from slimsam_jax.compression.dispatch import run
     from slimsam_jax.data import embedded_teacher
 
     report = run(options, load(options.teacher or embedded_teacher()), recipe)

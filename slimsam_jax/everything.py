@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from slimsam_jax import cli, limits
 from slimsam_jax.cli.checks import check_files
@@ -60,6 +60,8 @@ class Options:
     """Ask few points first, then those around the best masks: about half of the time with the package's small SAM."""
     covered_thresh: float | None = None
     """With --hierarchical, TinySAM's way instead: the logit over which a mask covers other points; theirs is 8.5."""
+    postprocessing: Literal["fast_sam", "ultralytics"] = "fast_sam"
+    """Of a FastSAM: boxes and masks as the original makes them, or as ultralytics 8.4 does."""
 
 
 def everything(options: Options) -> None:
@@ -96,7 +98,8 @@ def generator_of(model: Sam | FastSam, options: Options) -> SamAutomaticMaskGene
     """The generator of a model's kind.
 
     Raises:
-      InputError: an option of SAM's grid of points, and the model is a FastSAM, which asks none.
+      InputError: an option of SAM's grid of points, and the model is a FastSAM, which asks none; or of a FastSAM, and
+        it is a SAM.
     """
     from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
     from slimsam_jax.inference.fast_sam_predictor import FastSamMaskGenerator
@@ -104,12 +107,15 @@ def generator_of(model: Sam | FastSam, options: Options) -> SamAutomaticMaskGene
 
     fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in FILES}
     if not isinstance(model, FastSam):
+        if fields.pop("postprocessing") != "fast_sam":
+            raise InputError(f"--postprocessing is of a FastSAM, and {options.model} is a SAM")
         fields["box_nms_thresh"] = 0.7 if options.box_nms_thresh is None else options.box_nms_thresh
         return SamAutomaticMaskGenerator(model, output_mode="coco_rle", **fields)
     from slimsam_jax.inference.fast_sam import Options as How
 
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     known = {"conf": fields.pop("pred_iou_thresh"), "iou": fields.pop("box_nms_thresh")}
+    known["postprocessing"] = fields.pop("postprocessing")
     if others := [name for name, value in fields.items() if value != defaults[name]]:
         raise InputError(
             f"--{others[0].replace('_', '-')} is of SAM's grid of points, and {options.model} is a FastSAM"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.encoders.layers import recalibrate
 from slimsam_jax.models.sam import Sam, image_encoder, preprocess
 from slimsam_jax.profiling import reference_macs
-from slimsam_jax.training.loop import ADVICE, Loop, Schedule
+from slimsam_jax.training.loop import ADVICE, Loop, Schedule, Trainer
 
 # Multiply-accumulates of the teacher in a distillation, below which compiling a second program, without the terms
 # that have faded, takes longer than it saves: 1500 images of the small SAM, four of ViT-B at 1024 px.
@@ -63,6 +64,11 @@ def starting_error(run: Run, student: Sam) -> float:
         found, wanted = (encode_image(sam, image).embedding for sam in (student, run.teacher))
         return relative_error(found, wanted)
 
+    return mean_of_some(run, of)
+
+
+def mean_of_some(run: Run, of: Callable[[Sample], float]) -> float:
+    """The mean of a number over some of the images to learn from; raises RunError if none can be read."""
     found, skipped = map_readable(of, run.images[:: -(-len(run.images) // JUDGED)])
     if not found:
         raise RunError(f"not one of {len(skipped)} images can be read, such as {next(iter(skipped.values()))}")
@@ -88,10 +94,24 @@ class Distillation(Loop):
     """One distillation, in one run folder."""
 
     def __init__(self, run: Run, planned: Planned, student: Sam, previous: Sam):
-        options, step = run.options, planned.step
-        student = recalibrated(run, planned, student)
-        self.whole, self.planned, self.distill, self.student = run, planned, step, student
-        self.steps = planned.steps
+        self.whole, self.planned, self.distill, self.steps = run, planned, planned.step, planned.steps
+        self.student = self.begun(student)
+        self.rates = learning_rates(self.peak(), self.steps, planned.step.optimizer.schedule)
+        trainer, judged = self.trained(previous), planned.step.validation
+        fields = (self.steps, run.batch, run.options.save_every, judged.validations)
+        schedule = Schedule(planned.name, f"the step {planned.name}", *fields, judged.keep_checkpoint, planned.before)
+        super().__init__(run.folder, trainer, schedule)
+
+    def begun(self, student: Sam) -> Sam:
+        """The student before its first step."""
+        return recalibrated(self.whole, self.planned, student)
+
+    def starting_error(self) -> float:
+        return starting_error(self.whole, self.student)
+
+    def trained(self, previous: Sam) -> Trainer:
+        """The compiled step, with what it computes targets by."""
+        run, step, student, options = self.whole, self.distill, self.student, self.whole.options
         work = self.steps * run.batch * reference_macs.encoder_macs(run.teacher.config).total
         self.names = family_of(student.config.encoder).FEATURES
         every = [terms(step, index, self.steps, self.names) for index in range(self.steps)]
@@ -99,11 +119,7 @@ class Distillation(Loop):
         self.faded = dict.fromkeys(names, 0.0) if work < WORTH_A_PROGRAM else {}
         self.targets = targets.remembered(run, step, self.steps, previous, names)
         how = (run.dtype, options.accumulate, options.fsdp, options.attention, self.targets is not None)
-        self.rates = learning_rates(self.peak(), self.steps, step.optimizer.schedule)
-        trainer = make_trainer(student, previous, run.teacher, step, *how)
-        judged = step.validation
-        fields = (self.steps, run.batch, options.save_every, judged.validations, judged.keep_checkpoint, planned.before)
-        super().__init__(run.folder, trainer, Schedule(planned.name, f"the step {planned.name}", *fields))
+        return make_trainer(student, previous, run.teacher, step, *how)
 
     def peak(self) -> float:
         """The peak learning rate, if "auto" as logged where the step began in a run that is resumed."""
@@ -113,7 +129,7 @@ class Distillation(Loop):
         for entry in folder.read_log():
             if entry.get("stage") == self.planned.name and name in entry:
                 return entry[name]
-        found = optimizer.auto_lr * starting_error(self.whole, self.student) ** 0.5
+        found = optimizer.auto_lr * self.starting_error() ** 0.5
         found = sharding.agree(min(found, FASTEST))
         folder.log(stage=self.planned.name, step=0, **{name: found})
         return found
@@ -147,7 +163,7 @@ class Distillation(Loop):
         judge = self.whole.scores.get(self.distill.validation.validate_by)
         score = sharding.agree(judge(sam) if judge else 0.0)
         if not np.isfinite(score):
-            raise RunError(f"the student after step {step} gives no finite embeddings; {ADVICE}")
+            raise RunError(f"the student after step {step} gives no finite outputs; {ADVICE}")
         return {"score": score}
 
     def learning_rate(self, step: int) -> float:

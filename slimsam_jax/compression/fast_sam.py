@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,11 +71,13 @@ def prune(
     config, params = model.config, jax.device_get(model.params)
     grouping, gradients = groups_of(config), None
     if criterion not in WITHOUT_GRADIENT:
-        frames = [frame_of(image, config.image_size) for image in images]
-        if not frames:
+        frames = (frame_of(image, config.image_size) for image in images)  # one at a time: 13 MB each at 1024 px
+        if (first := next(frames, None)) is None:
             raise InputError(f"criterion {criterion!r} needs images; {', '.join(WITHOUT_GRADIENT)} need none")
         embed = functools.partial(raw, config)
-        gradients = jax.device_get(disturbed_gradients(embed, params, frames, jax.random.key(seed)))
+        gradients = jax.device_get(
+            disturbed_gradients(embed, params, itertools.chain([first], frames), jax.random.key(seed))
+        )
     scores = pruning.score(params, grouping, gradients, criterion, seed=seed)
     keep = pruning.select(scores, ratio, allocation, round_to, min_keep)
     slim = pruning.shrink(params, grouping, keep)
@@ -85,6 +88,23 @@ def prune(
 
 def frame_of(image: AnyImage, side: int) -> np.ndarray:
     """An image as the network takes it in training: square, [1, side, side, 3] float32 in 0..1."""
-    rgb: Image.Image = as_image(image)
-    frame = letterbox(np.asarray(rgb), fit((rgb.height, rgb.width), side, rectangle=False, stride=STRIDE))
-    return frame[None].astype(np.float32) / 255
+    return Square(side).place(as_image(image))[0][None].astype(np.float32) / 255
+
+
+class Square(NamedTuple):
+    """How images come into a square frame, as `Batches` asks it; see `imaging.frames.Frame`.
+
+    Attributes:
+      side: of the frame in pixels.
+    """
+
+    side: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.side, self.side
+
+    def place(self, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+        """[side, side, 3] uint8 with grey bars, and the [2] int32 size of the image in it."""
+        place = fit((image.height, image.width), self.side, rectangle=False, stride=STRIDE)
+        return letterbox(np.asarray(image), place), np.array(place.size, np.int32)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from slimsam_jax import limits
 from slimsam_jax.cli.checks import check_seed, check_share
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.set_option import change
+from slimsam_jax.compression.set_option import settled
 from slimsam_jax.compression.steps import Recipe
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range, quoted
@@ -34,7 +34,7 @@ class CutOptions:
     """What is compressed, how far, and by which recipe."""
 
     teacher: Path | None = None
-    """The SAM to compress: a .pth in segment_anything layout (fused qkv, or q, k and v apart), a Hugging
+    """The SAM or FastSAM to compress: a .pth in segment_anything layout (fused qkv, or q, k and v apart), a Hugging
     Face SamModel folder, or a model folder of ours. Default: the small SAM in the package."""
     ratio: float | None = None
     """Share of the channels to remove, between 0 and 1. Default: 0.5, which leaves 34 % of the parameters of the small
@@ -89,7 +89,7 @@ class Options(DeviceOptions, RunOptions, ImageOptions, CutOptions):
         limits.check_options(self, COUNTED)
         check_share(self.max_broken)
         check_seed(self.seed)
-        change(RECIPES[self.recipe], self.set)
+        settled(RECIPES[self.recipe], self.set)
         check_run_folder(self.out, self.resume)
 
     def _check_words(self) -> None:

@@ -59,8 +59,12 @@ def run(options: Options, teacher: Sam, recipe: Recipe | None = None) -> dict[st
     return numbers
 
 
-def carry_out(run: Run) -> tuple[Sam, dict[str, float]]:
-    """Takes the steps one after the other; returns the last one's model, and {step: its seconds}."""
+def carry_out(run: Run, do: Mapping[type, Do] | None = None) -> tuple[Sam, dict[str, float]]:
+    """Takes the steps one after the other; returns the last one's model, and {step: its seconds}.
+
+    Args:
+      do: how each kind of step is done, if the model is none that `DO` is for.
+    """
     if run.cache:
         run.cache.fill(run.images)
         sharding.barrier("teacher's embeddings")
@@ -68,19 +72,19 @@ def carry_out(run: Run) -> tuple[Sam, dict[str, float]]:
     seconds = {}
     for each in run.plan:
         start, before = time.perf_counter(), student
-        student = take(run, each, student, previous)
+        student = take(run, each, student, previous, DO if do is None else do)
         previous = before if isinstance(each.step, Prune) else previous
         seconds[each.name] = time.perf_counter() - start
     return student, seconds
 
 
-def take(run: Run, place: Planned, student: Sam, previous: Sam) -> Sam:
+def take(run: Run, place: Planned, student: Sam, previous: Sam, do: Mapping[type, Do]) -> Sam:
     """One step: its result, which is saved, or what an interrupted run has saved of it."""
     done = run.folder.load_model(place.name, "model")
     sharding.barrier(f"{place.name} looked for")  # before anybody writes it
     if done:
         return done
-    run.folder.save_model(place.name, "model", DO[type(place.step)](run, place, student, previous))
+    run.folder.save_model(place.name, "model", do[type(place.step)](run, place, student, previous))
     return run.folder.load_model(place.name, "model")  # in every process the same, to the bit
 
 
@@ -110,7 +114,8 @@ def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
 def say_what_to_do(out: Path, val: Sequence[Sample]) -> None:
     """Where the model is, and a command that runs as it stands if one of the images is a file."""
     say("wrote", f"{out}/: model.safetensors, config.json, report.json, log.jsonl")
-    say("look at", f"{out}/report.png")
+    if (out / "report.png").exists():
+        say("look at", f"{out}/report.png")
     photo = next((sample for sample in val if Path(sample.name).is_file()), None)
     size = photo.image().size if photo else None
     image, point = (photo.name, f"{size[0] // 2},{size[1] // 2}") if photo else ("PHOTO", "X,Y")
@@ -140,7 +145,8 @@ def save_other(run: Run, student: Sam) -> None:
     other = run.folder.load_model(last.name, name)
     same = lambda a, b: bool((np.asarray(a) == np.asarray(b)).all())
     if other and not all(jax.tree.leaves(jax.tree.map(same, other.params, student.params))):
-        other = dataclasses.replace(other, provenance=run.provenance, thresholds=student.thresholds)
+        thresholds = {"thresholds": student.thresholds} if isinstance(student, Sam) else {}
+        other = dataclasses.replace(other, provenance=run.provenance, **thresholds)
         checkpoint.save(other, run.options.out / name)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,14 @@ from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Augment, Distill, Initialize, Prune, Recipe
 from slimsam_jax.compression.teacher_cache import TeacherCache
-from slimsam_jax.compression.validation import IMAGES, validator
+from slimsam_jax.compression.validation import IMAGES, Score, validator
 from slimsam_jax.data import Sample
 from slimsam_jax.data.prompted import annotated
 from slimsam_jax.data.reading import map_readable, read_annotated
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.composed import with_encoder
 from slimsam_jax.models.encoders import name_of
+from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.sam import Architecture, Sam
 from slimsam_jax.progress import say
 from slimsam_jax.training.run_folder import RunFolder
@@ -49,6 +50,17 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run
     if options.uniform and not teacher.config.uniform:
         raise InputError("--uniform needs a teacher whose blocks are alike, and this one's are not")
     config = check_encoders(recipe, teacher.config)
+    images, val = find_images(options, batch)
+    if any(step.needs_labels for step in prunes):
+        annotated(images)
+    if not options.resume:  # a latency may be measured otherwise the second time
+        checked = widths.check if name_of(config.encoder) == "vit" else found_groups.check
+        checked(config, target, prunes, options.uniform)
+    return run_of(options, recipe, target, teacher, (images, val), batch, own, validator)
+
+
+def find_images(options: Options, batch: int) -> tuple[list[Sample], list[Sample]]:
+    """What to learn from, and what to measure on; raises InputError if they cannot be used."""
     images, val = split_images(options)
     images = some_of(images, options.limit, options.seed)
     check_batch(options, batch, len(images))
@@ -57,11 +69,27 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run
     _, broken = map_readable(lambda sample: read_annotated(sample) and None, val[:IMAGES])  # as validation will
     if complaint := too_many_of_val(options, images, val, broken):
         raise InputError(complaint)
-    if any(step.needs_labels for step in prunes):
-        annotated(images)
-    if not options.resume:  # a latency may be measured otherwise the second time
-        checked = widths.check if name_of(config.encoder) == "vit" else found_groups.check
-        checked(config, target, prunes, options.uniform)
+    return images, val
+
+
+def run_of(
+    options: Options,
+    recipe: Recipe,
+    target: Target,
+    teacher: Sam | FastSam,
+    samples: tuple[list[Sample], list[Sample]],
+    batch: int,
+    own: bool,
+    judge: Callable[[Any, list[Sample], str], Score],
+) -> Run:
+    """A run of steps that have been checked; its folder is there then.
+
+    Args:
+      samples: to learn from, and to measure on.
+      own: the recipe is none that the options name.
+      judge: (teacher, samples, `Validation.validate_by`) -> a function that scores students.
+    """
+    images, val = samples
     counts = optimizer_steps(recipe, len(images), batch, options.steps)
     dtype, plan = compute_dtype(options), planned(recipe, counts)
     if sharding.is_main():
@@ -69,7 +97,7 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run
     origin = provenance(options, recipe, teacher, images, counts, batch, own)
     cache = TeacherCache(options.cache, teacher, origin["teacher"]["sha256"]) if options.cache else None
     measures = {each.step.validation.validate_by for each in plan if each.steps} if sharding.is_main() else set()
-    scores = {measure: validator(teacher, val, measure) for measure in measures}
+    scores = {measure: judge(teacher, val, measure) for measure in measures}
     folder = RunFolder(options.out, origin, options.resume)
     return Run(options, plan, target, teacher, images, val, batch, dtype, cache, scores, folder, origin)
 
@@ -105,6 +133,8 @@ def check_combinations(options: Options, recipe: Recipe, target: Target) -> None
     """Raises InputError for choices that do not go together."""
     prunes = [step for step in recipe if isinstance(step, Prune)]
     parts = [step.part for step in prunes]
+    if "all" in parts:
+        raise InputError("a cut of all parts is of a FastSAM; a SAM is cut by its embedding, or by its bottleneck")
     for step in prunes:
         if target.budget and step.normalizer == "gaussian" and step.criterion != "projection":
             raise InputError("--budget needs scores that are not negative; add --set prune.normalizer=none")
@@ -122,7 +152,13 @@ def check_combinations(options: Options, recipe: Recipe, target: Target) -> None
 
 
 def provenance(
-    options: Options, recipe: Recipe, teacher: Sam, images: list[Sample], counts: list[int], batch: int, own: bool
+    options: Options,
+    recipe: Recipe,
+    teacher: Sam | FastSam,
+    images: list[Sample],
+    counts: list[int],
+    batch: int,
+    own: bool,
 ) -> dict[str, Any]:
     """Where a slim model comes from, for its config.json; a resumed run must agree in all of it.
 

@@ -23,6 +23,13 @@ def change(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     Raises:
       InputError: there is no such field, the value is not one of its type, or does not go with the others.
     """
+    changed = settled(recipe, settings)
+    check(changed)
+    return changed
+
+
+def settled(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """As `change`, but for steps that do not go together: which those are depends on the model."""
     given: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -38,9 +45,7 @@ def change(recipe: Recipe, settings: Sequence[str]) -> Recipe:
             given[name] = _parse(FIELDS[name], text)
         except (ValueError, KeyError):
             raise InputError(f"{shown}: {printable(text, 60)!r} is no {_called(FIELDS[name])}") from None
-    changed = tuple(_changed(step, given) for step in recipe)
-    check(changed)
-    return changed
+    return tuple(_changed(step, given) for step in recipe)
 
 
 def explain(option: str) -> str | None:

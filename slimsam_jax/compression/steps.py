@@ -45,10 +45,11 @@ class Quirks(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Prune(Record):
-    """Cuts one half of the image encoder's channels. What each choice costs is measured in experiments/.
+    """Cuts a part of the channels. What each choice costs is measured in experiments/.
 
     Attributes:
-      part: "embedding", the residual stream; or "bottleneck", the channels within heads and MLPs.
+      part: of an image encoder "embedding", the residual stream; or "bottleneck", the channels within heads and MLPs.
+        Of a FastSAM "all", every group of channels that its network has.
       ratio: share of the channels to remove; None for that of the run (or what its budget asks for).
       criterion: "projection" chooses a basis first and cuts in that; it reads `importance_loss`, `allocation`,
         `round_to` and `min_keep`. The others score whole channels (`pruning.importance`): "taylor" is the paper's
@@ -73,7 +74,7 @@ class Prune(Record):
       quirks: of the reference.
     """
 
-    part: Literal["embedding", "bottleneck"]
+    part: Literal["embedding", "bottleneck", "all"]
     ratio: float | None = None
     criterion: Literal["projection", "taylor", "fisher", "magnitude", "l1", "l2", "fpgm", "random"] = "projection"
     importance_loss: Literal["disturbance", "masks", "none"] = "disturbance"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from PIL import Image
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.imaging.letterbox import Letterbox, fit, letterbox
 from slimsam_jax.imaging.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, Prompts
+from slimsam_jax.inference import fast_sam_ultralytics as ultralytics
 from slimsam_jax.inference.fast_sam_boxes import Detections, suppress, to_border, to_image
 from slimsam_jax.inference.fast_sam_masks import Masks, in_frame, in_image
 from slimsam_jax.inference.fast_sam_prompts import (
@@ -32,6 +33,8 @@ from slimsam_jax.models.fast_sam import FastSam, detect
 from slimsam_jax.models.fast_sam_config import STRIDE
 
 CANDIDATES = 3  # whole masks that a prompt may mean, as SAM's three
+Postprocessing = Literal["fast_sam", "ultralytics"]
+FAULTS = ("several_full_boxes", "border_of_every_image", "empty_list", "drop_empty")  # of the original, if False
 LIMITS = {"conf": Range(0, 1), "iou": Range(0, 1), "max_det": Range(1, 30_000, True)}
 
 
@@ -40,6 +43,9 @@ class Options:
     """How masks are detected, and which faults of the original are mended.
 
     Attributes:
+      postprocessing: what becomes of detections. "fast_sam", the default, as the original's own code, which published
+        results are of; "ultralytics" as that package's FastSAM of version 8.4 (`fast_sam_ultralytics`): boxes are moved
+        onto the image's border last, and prompts select whole masks. It has none of the faults below.
       conf: what a detection's score must exceed. 0.4, 0.9 and whole resolution are the original's scripts'; its
         `predict` by itself takes 0.25, 0.7 and `retina_masks=False`.
       iou: of boxes, above which the worse one is a duplicate.
@@ -54,9 +60,10 @@ class Options:
       drop_empty: masks without a pixel are left out. (The original keeps them.)
 
     Raises:
-      InputError: a number out of its range, or a switch that is none.
+      InputError: a number out of its range, a switch that is none, or a fault that ultralytics' does not have.
     """
 
+    postprocessing: Postprocessing = "fast_sam"
     conf: float = 0.4
     iou: float = 0.9
     max_det: int = 300
@@ -68,15 +75,21 @@ class Options:
     drop_empty: bool = True
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
+        words = get_args(Postprocessing)
+        if not isinstance(self.postprocessing, str) or self.postprocessing not in words:
+            raise InputError(f"postprocessing {quoted(self.postprocessing)} is none of {', '.join(words)}")
+        for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
             if field.name in LIMITS:
                 check(field.name, value, LIMITS[field.name])
             elif not isinstance(value, bool | np.bool_):
                 raise InputError(f"{field.name} {quoted(value)} is neither True nor False")
+        wrong = [name for name in FAULTS if not getattr(self, name)]
+        if self.postprocessing == "ultralytics" and wrong:
+            raise InputError(f"{wrong[0]}=False is a fault of the original's that ultralytics' FastSAM does not have")
 
 
-ORIGINAL = Options(several_full_boxes=False, border_of_every_image=False, empty_list=False, drop_empty=False)
+ORIGINAL = Options(**dict.fromkeys(FAULTS, False))
 
 
 class Found(NamedTuple):
@@ -138,7 +151,7 @@ def _find(model: FastSam, image: Image.Image, place: Letterbox, options: Options
     frame = letterbox(np.asarray(image), place)
     decoded, prototypes = (array[0] for array in jax.device_get(detect(model.config, model.params, frame[None])))
     detections = suppress(decoded, options.conf, options.iou, options.max_det)
-    if border:
+    if border and options.postprocessing == "fast_sam":
         detections = detections._replace(boxes=to_border(detections.boxes, place.frame, options.several_full_boxes))
     return assemble(detections, prototypes, decoded[detections.cells, :2], place, size, options)
 
@@ -158,17 +171,37 @@ def assemble(
       centres: [n, 2] of the boxes in pixels of the frame.
       size: (height, width) of the image.
     """
-    boxes, coefficients = to_image(detections.boxes, place, size), detections.coefficients
-    if options.retina_masks:
-        masks = in_image(coefficients, prototypes, boxes, size)
-    else:
-        masks = in_frame(coefficients, prototypes, detections.boxes, place)
+    boxes, masks = _OF[options.postprocessing](detections, prototypes, place, size, options.retina_masks)
     points = to_image(np.tile(centres, 2), place, size)[:, :2]
     found = Found(boxes, detections.scores, masks, points, size)
     if not options.drop_empty:
         return found
     kept = np.flatnonzero(masks.areas)
     return Found(boxes[kept], detections.scores[kept], masks.take(kept), points[kept], size)
+
+
+def _original(
+    detections: Detections, prototypes: np.ndarray, place: Letterbox, size: tuple[int, int], retina: bool
+) -> tuple[np.ndarray, Masks]:
+    """Boxes in the image, and masks within them; see `Options.postprocessing`."""
+    boxes = to_image(detections.boxes, place, size)
+    if retina:
+        return boxes, in_image(detections.coefficients, prototypes, boxes, size)
+    return boxes, in_frame(detections.coefficients, prototypes, detections.boxes, place)
+
+
+def _ultralytics(
+    detections: Detections, prototypes: np.ndarray, place: Letterbox, size: tuple[int, int], retina: bool
+) -> tuple[np.ndarray, Masks]:
+    boxes = ultralytics.to_image(detections.boxes, place, size)
+    if retina:
+        masks = ultralytics.in_image(detections.coefficients, prototypes, boxes, place, size)
+    else:
+        masks = ultralytics.in_frame(detections.coefficients, prototypes, detections.boxes, place)
+    return to_border(boxes, size), masks
+
+
+_OF = {"fast_sam": _original, "ultralytics": _ultralytics}
 
 
 def choose(

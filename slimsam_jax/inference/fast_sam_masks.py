@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse
 
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.letterbox import Letterbox
@@ -120,17 +121,25 @@ def in_image(coefficients: np.ndarray, prototypes: np.ndarray, boxes: np.ndarray
     Raises:
       InputError: the masks would take more than `MOST_BYTES`; no memory has been asked for then.
     """
-    windows = [window_of(box, shape) for box in boxes]
-    check_memory(windows)
-    inner = prototypes[without_bars(prototypes.shape[:2], shape)]
-    rows, columns = (bilinear_matrix(inner.shape[i], shape[i]) for i in (0, 1))
+    windows, inner = windows_of(boxes, shape), prototypes[without_bars(prototypes.shape[:2], shape)]
+    return enlarged(coefficients, inner, windows, *map(bilinear_matrix, inner.shape[:2], shape))
+
+
+def enlarged(
+    coefficients: np.ndarray,
+    prototypes: np.ndarray,
+    windows: list[tuple[slice, slice]],
+    rows: scipy.sparse.csr_array,
+    columns: scipy.sparse.csr_array,
+) -> Masks:
+    """Masks within windows, from `windows_of`, of logits resized by a matrix per axis, [H, h] and [W, w]."""
 
     def part(weights: np.ndarray, window: tuple[slice, slice]) -> Part:
-        logits = np.ascontiguousarray((inner @ weights).T)  # of low resolution, [w, h]
+        logits = np.ascontiguousarray((prototypes @ weights).T)  # of low resolution, [w, h]
         along = np.ascontiguousarray((columns[window[1]] @ logits).T)
         return pack(rows[window[0]] @ along > 0, window)
 
-    return Masks(shape, map(part, coefficients, windows))
+    return Masks((rows.shape[0], columns.shape[0]), map(part, coefficients, windows))
 
 
 def in_frame(coefficients: np.ndarray, prototypes: np.ndarray, boxes: np.ndarray, place: Letterbox) -> Masks:
@@ -162,6 +171,13 @@ def without_bars(low: tuple[int, int], shape: tuple[int, int]) -> tuple[slice, s
     bars = [(low[i] - shape[i] * gain) / 2 for i in (0, 1)]
     rows, columns = (slice(int(bar), int(side - bar)) for bar, side in zip(bars, low, strict=True))
     return rows, columns
+
+
+def windows_of(boxes: np.ndarray, shape: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """`window_of` each of [n, 4] boxes; raises InputError if masks in them would not fit, before any is made."""
+    windows = [window_of(box, shape) for box in boxes]
+    check_memory(windows)
+    return windows
 
 
 def check_memory(windows: list[tuple[slice, slice]]) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.geometry import bounding_window
 from slimsam_jax.inference.automatic_mask_generator import ENCODE
-from slimsam_jax.inference.fast_sam import Found, Options, choose, draw, find_one
+from slimsam_jax.inference.fast_sam import Found, Options, choose, draw, find_one, score
+from slimsam_jax.inference.fast_sam_masks import MOST_BYTES
 from slimsam_jax.inference.fast_sam_prompts import Choice
-from slimsam_jax.inference.mixed_prompts import Prompt, _points, kind_of
+from slimsam_jax.inference.fast_sam_ultralytics import select
+from slimsam_jax.inference.mixed_prompts import Prompt, checked, kind_of
 from slimsam_jax.inference.predictor import AnyImage, SamPredictor, as_rgb, check_model
 from slimsam_jax.limits import quoted
 from slimsam_jax.models.fast_sam import FastSam
@@ -27,7 +29,8 @@ class FastPrediction(NamedTuple):
     """The masks of one prompt.
 
     Attributes:
-      masks: [C, h0, w0] bool. C is 1; with `multimask_output` 1 to 3, the whole masks that suit the prompt, best first.
+      masks: [C, h0, w0] bool. C is 1; with `multimask_output` 1 to 3, the whole masks that suit the prompt, best first;
+        of ultralytics' postprocessing all of them.
       scores: [C], the network's confidence; 0 of an empty mask, as there is where nothing lies at the prompt.
       choices: [C], the detections that each mask is made of.
     """
@@ -75,7 +78,8 @@ class FastSamPredictor:
         """Chooses masks by one prompt on the image; arguments as in `Prompt`.
 
         A single mask is as the original makes it: at points the masks with label 1 joined, less those with
-        label 0, from large to small; of a box the mask that overlaps it most.
+        label 0, from large to small; of a box the mask that overlaps it most. As ultralytics makes it, it is the surest
+        of all that the prompt selects (`fast_sam_ultralytics.select`).
 
         Args:
           mask_input: None: masks are chosen, not made.
@@ -83,7 +87,7 @@ class FastSamPredictor:
           return_logits: False: there are none.
 
         Raises:
-          InputError: no image is set, or the prompt is none that FastSAM can take.
+          InputError: no image is set, the prompt is none that FastSAM can take, or its masks would fill the memory.
         """
         found = self._found()
         if mask_input is not None:
@@ -93,14 +97,33 @@ class FastSamPredictor:
                 raise InputError(f"{name} {quoted(flag)} is neither True nor False")
         if return_logits:
             raise InputError("FastSAM joins masks, which have no logits: leave out return_logits")
-        points, labels, box = _points(Prompt(point_coords, point_labels, box), found.original_size)
+        points, labels, box = checked(Prompt(point_coords, point_labels, box), found.original_size)
         real = np.zeros(0, bool) if points is None else labels[0] >= 0
         points, labels = (None, ()) if points is None else (points[0][real], labels[0][real])
+        if self.options.postprocessing == "ultralytics":
+            return self._selected(points, labels, box, bool(multimask_output))
         choices, scores = choose(found, points, labels, None if box is None else box[0].tolist())
         several = max(1, sum(bool(choice.indices) for choice in choices[1:]))
         part = slice(1, 1 + several) if multimask_output else slice(0, 1)
         masks = np.stack([draw(found.masks, choice) for choice in choices[part]])
         return FastPrediction(masks, scores[part], choices[part])
+
+    def _selected(
+        self, points: np.ndarray | None, labels: np.ndarray, box: np.ndarray | None, several: bool
+    ) -> FastPrediction:
+        """All masks that a prompt means, or the best of them; an empty one if there is none."""
+        found, (height, width) = self._found(), self._found().original_size
+        if found.masks.shape != found.original_size:  # how it resizes them before it selects is not described
+            raise InputError("prompts of ultralytics' FastSAM select masks of the image's size: leave retina_masks on")
+        chosen = select(found.masks, points, labels, [] if box is None else box.tolist())[: None if several else 1]
+        if (size := len(chosen) * height * width) > MOST_BYTES:
+            raise InputError(
+                f"{len(chosen)} masks at this prompt take {size >> 20} MB, and at most {MOST_BYTES >> 20} are taken: "
+                "set multimask_output=False, or ask for everything('coco_rle')"
+            )
+        choices = [Choice((index,), (True,)) for index in chosen] or [Choice()]
+        masks = np.stack([draw(found.masks, choice) for choice in choices])
+        return FastPrediction(masks, np.array([score(found, choice) for choice in choices], np.float32), choices)
 
     def everything(self, output_mode: str = "binary_mask") -> list[dict[str, Any]]:
         """All masks of the image that is set; see `FastSamMaskGenerator.generate`."""

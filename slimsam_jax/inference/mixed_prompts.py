@@ -66,7 +66,7 @@ def check(sam: Sam, prompt: Prompt, original_size: tuple[int, int]) -> None:
     """Raises InputError unless a prompt suits this model and an image of (height, width)."""
     if not isinstance(prompt, Prompt):
         raise InputError(f"a prompt is a Prompt(point_coords, point_labels, box, mask_input), not {kind_of(prompt)}")
-    _, labels = prompt_points(*_points(prompt, original_size))
+    _, labels = prompt_points(*checked(prompt, original_size))
     check_labels(sam, labels, prompt.mask_input is not None)
     _mask(sam, prompt)
 
@@ -77,12 +77,12 @@ def _tokens(sam: Sam, encoded: Encoded, prompt: Prompt) -> tuple[np.ndarray, np.
     Raises:
       InputError: it asks for nothing, or not in numbers of the right shapes.
     """
-    xy, kinds = prompt_points(*_points(prompt, encoded.original_size))
+    xy, kinds = prompt_points(*checked(prompt, encoded.original_size))
     check_labels(sam, kinds, prompt.mask_input is not None)
     return sam.config.frame.points(xy[0], encoded.size, encoded.original_size), kinds[0]
 
 
-def _points(prompt: Prompt, original_size: tuple[int, int]) -> tuple[np.ndarray | None, ...]:
+def checked(prompt: Prompt, original_size: tuple[int, int]) -> tuple[np.ndarray | None, ...]:
     """Checks points [1, n, 2], labels [1, n] and box [1, 4] of a prompt, each or None, and returns them."""
     points, labels, box, mask = prompt
     if points is None and labels is not None:

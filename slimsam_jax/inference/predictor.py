@@ -199,8 +199,9 @@ def check_model(sam: Sam) -> Sam:
     """
     if isinstance(sam, FastSam):
         raise InputError(
-            "this is a FastSAM, which has neither SAM's prompt encoder nor its decoder: predict, everything, evaluate "
-            "and inspect take it, FastSamPredictor, FastSamMaskGenerator and slimsam_jax.pruning; see docs/fast_sam.md"
+            "this is a FastSAM, which has neither SAM's prompt encoder nor its decoder: predict, everything, evaluate, "
+            "inspect and compress take it, FastSamPredictor, FastSamMaskGenerator and slimsam_jax.pruning; see "
+            "docs/fast_sam.md"
         )
     if not isinstance(sam, Sam):
         raise InputError(f"a model must be given, as slimsam_jax.load(path) gives it, not {kind_of(sam)}")

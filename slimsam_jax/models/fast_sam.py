@@ -78,10 +78,12 @@ class Network(nn.Module):
     Attributes:
       config: the architecture.
       dtype: of the computation; parameters stay float32.
+      of_batch: batch norms normalise by the batch's statistics and sow them, see `encoders.layers.BatchNorm`.
     """
 
     config: Config
     dtype: Any = jnp.float32
+    of_batch: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[Outputs, dict[int, jax.Array]]:
@@ -95,7 +97,7 @@ class Network(nn.Module):
           layers: {number: [b, h, w, c]} of those that join or have parameters; under `jit` they cost nothing.
         """
         c = self.config
-        conv = functools.partial(Conv, batch_norm=c.batch_norm, dtype=self.dtype)
+        conv = functools.partial(Conv, batch_norm=c.batch_norm, of_batch=self.of_batch, dtype=self.dtype)
         x, given = images, {}
         for number in range(LEVELS[-1] + 1):
             x = self._layer(number, x, given, conv)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from slimsam_jax.models.encoders.architecture import check_width, check_widths
+from slimsam_jax.models.encoders.architecture import AsJson, check_width, check_widths
 
 LARGEST_SIDE = 8192  # pixels of the model frame: of 64 million pixels the activations take 20 GB
 MOST_BLOCKS = 64  # bottlenecks of a layer
@@ -48,7 +48,7 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(AsJson):
     """A FastSAM: YOLOv8-seg of one class. Pruning changes widths and nothing else.
 
     Attributes:
@@ -88,22 +88,6 @@ class Config:
         if type(self.batch_norm) is not bool:
             raise ValueError(f"batch_norm {self.batch_norm!r:.40} is neither true nor false")
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Config:
-        """Inverse of `to_json` (JSON turns tuples into lists).
-
-        Raises:
-          ValueError: an unknown or missing field, or one out of range.
-        """
-        try:
-            stages = tuple(Stage(**as_tuples(stage)) for stage in fields["stages"][: len(STAGES) + 1])
-            return cls(**{**as_tuples(fields), "stages": stages})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
-
 
 def check_side(side: Any) -> None:
     """Raises ValueError unless `side` can be that of the model frame, in pixels."""
@@ -119,13 +103,6 @@ def check_tuples(name: str, rows: Any, count: int, length: int) -> None:
     for row in rows:
         for width in row:
             check_width(name, width)
-
-
-def as_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists, and lists in them, as tuples; of more than any architecture has the rest is left out."""
-    pairs = lambda value: tuple(value[:8]) if isinstance(value, list) else value
-    cut = lambda value: tuple(map(pairs, value[: MOST_BLOCKS + 1])) if isinstance(value, list) else value
-    return {name: value if name == "stages" else cut(value) for name, value in fields.items()}
 
 
 def scaled(depth: float, width: float, most: int, image_size: int = 1024) -> Config:

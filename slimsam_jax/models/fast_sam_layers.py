@@ -25,12 +25,13 @@ class Conv(nn.Module):
     size: int = 1
     stride: int = 1
     batch_norm: bool = True
+    of_batch: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, h, w, i] -> [b, h / stride, w / stride, features]."""
-        fields = {"batch_norm": self.batch_norm, "dtype": self.dtype, "epsilon": EPSILON}
+        fields = {"batch_norm": self.batch_norm, "of_batch": self.of_batch, "dtype": self.dtype, "epsilon": EPSILON}
         convolution = ConvNorm(self.features, self.size, self.stride, **fields)
         nn.share_scope(self, convolution)
         return nn.silu(convolution(x))

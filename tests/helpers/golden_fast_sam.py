@@ -18,7 +18,7 @@ from helpers.golden_families import HERE, read, write
 SUBSET, COUNTS = HERE / "fast_sam_subset.npz", HERE / "fast_sam_counts.json"
 KEPT = (
     r"sd/model\.[0-4]\..*|config/.*|image_bgr_uint8|letterboxed_.*|layer/[0-4]|raw/.*|decoded|nms|nms_anchor"
-    r"|nms_iou05_maxdet10|nms_case/.*|result/.*|full_box/.*|prompt/.*"
+    r"|nms_iou05_maxdet10|nms_case/.*|result/.*|full_box/.*|prompt/.*|u84/.*"
 )
 THINNED = {"decoded": np.s_[..., ::7], **{f"layer/{k}": np.s_[..., ::4, ::4] for k in range(5)}}
 

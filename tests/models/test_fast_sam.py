@@ -155,7 +155,7 @@ STAGE = {"first": 4, "second": 4, "blocks": [[4, 4]], "out": 8}
         ({"convs": [8] * 6}, "convs of a FastSAM must be 1 x 7 widths"),
         ({"pool": [8, 0]}, "pool 0 is no whole number"),
         ({"boxes": [[8, 8]] * 2}, "boxes of a FastSAM must be 3 x 2 widths"),
-        ({"prototypes": 8}, "prototypes of a FastSAM must be 1 x 4 widths"),
+        ({"prototypes": 8}, "prototypes is a list, not 8"),
         ({"stages": [STAGE] * 7}, "a FastSAM has 8 stages"),
         ({"stages": [{**STAGE, "blocks": [[4, 4]] * (MOST_BLOCKS + 1)}] * 8}, "a stage has 1 to 64 blocks"),
         ({"stages": [{**STAGE, "blocks": []}] * 8}, "a stage has 1 to 64 blocks"),

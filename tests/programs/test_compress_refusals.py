@@ -170,7 +170,7 @@ def test_numbers_that_are_not_finite_stop_the_run(material, tmp_path, monkeypatc
     monkeypatch.setitem(RECIPES, "default", judged)
     arguments = (*arguments[:5], "1", "--out")
     code, _, error = run_program(monkeypatch, capsys, "compress", *arguments, tmp_path / "out1")
-    assert code == 1 and "error: the student after step 1 gives no finite embeddings" in error
+    assert code == 1 and "error: the student after step 1 gives no finite outputs" in error
     assert not list((tmp_path / "out1").rglob("best"))
     sam = random_sam(SQUARE)
     sam.params["image_encoder"]["pos_embed"][0, 0, 0] = np.nan

@@ -3,10 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Self
 
-from slimsam_jax.models.config import WIDEST
+from slimsam_jax.models.config import DEEPEST, WIDEST
+
+
+class AsJson:
+    """Gives a frozen record to JSON and takes it back; its fields are values, tuples, and tuples of such records."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """Inverse of `to_json` (JSON turns tuples into lists).
+
+        Raises:
+          ValueError: an unknown or missing field, or one out of range.
+        """
+        try:
+            return _record(cls, fields)
+        except TypeError as error:
+            raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
+
+
+def _record(kind: type, fields: Any) -> Any:
+    """A record of JSON's values; raises TypeError for what is none."""
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"a {kind.__name__} is an object, not {fields!r:.40}")
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _value(name, hints.get(name), value) for name, value in fields.items()})
+
+
+def _value(name: str, hint: Any, value: Any) -> Any:
+    """A field by its type; of longer lists than any architecture has the rest is left out, so that they are refused."""
+    if dataclasses.is_dataclass(hint):
+        return _record(hint, value)
+    if typing.get_origin(hint) is not tuple:
+        return value
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name} is a list, not {value!r:.40}")
+    return tuple(_value(name, typing.get_args(hint)[0], each) for each in value[: DEEPEST + 1])
 
 
 def check_widths(record: Any, names: Collection[str]) -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from slimsam_jax.imaging.bicubic import bicubic_matrix
 from slimsam_jax.models.config import DEEPEST
 from slimsam_jax.models.encoders import vit
-from slimsam_jax.models.encoders.architecture import Block, block_of, check_image_size, check_widths, pair
+from slimsam_jax.models.encoders.architecture import AsJson, Block, block_of, check_image_size, check_widths, pair
 from slimsam_jax.models.encoders.attention import attend
 from slimsam_jax.models.encoders.layers import gelu, keep_logit_scale, neck
 from slimsam_jax.models.encoders.vit import kept_elements, last_arrays
@@ -43,7 +43,7 @@ Features = dict[str, dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(AsJson):
     """The image encoder. Pruning changes `embed_dim` and the widths in `blocks`, nothing else.
 
     Attributes:
@@ -75,22 +75,6 @@ class Config:
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of tokens, which is also the size of the embedding."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Config:
-        """Inverse of `to_json` (JSON turns tuples into lists).
-
-        Raises:
-          ValueError: an unknown or missing field, or one out of range.
-        """
-        try:
-            blocks = tuple(Block(**block) for block in fields["blocks"][: DEEPEST + 1])
-            return cls(**{**fields, "image_size": tuple(fields["image_size"]), "blocks": blocks})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
 
 
 def uniform(embed_dim: int, depth: int, heads: int, mlp_ratio: float = 4.0, image_size: Any = 1024) -> Config:

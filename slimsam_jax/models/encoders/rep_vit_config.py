@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimsam_jax.models.config import DEEPEST, WIDEST
-from slimsam_jax.models.encoders.architecture import check_image_size, check_width, check_widths, pair
+from slimsam_jax.models.encoders.architecture import AsJson, check_image_size, check_width, check_widths, pair
 
 STAGES = 4  # at strides of 4, 8, 16 and 32 pixels; the embedding joins the last two
 EMBEDDING_STRIDE, COARSEST_STRIDE = 16, 32
@@ -51,7 +51,7 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(AsJson):
     """The image encoder. Pruning changes widths and nothing else.
 
     Attributes:
@@ -99,26 +99,6 @@ class Config:
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the embedding."""
         return self.grids[2]
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Config:
-        """Inverse of `to_json` (JSON turns tuples into lists).
-
-        Raises:
-          ValueError: an unknown or missing field, or one out of range.
-        """
-        try:
-            stages = tuple(_stage(stage) for stage in fields["stages"][: STAGES + 1])
-            return cls(**{**fields, "image_size": tuple(fields["image_size"]), "stages": stages})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
-
-
-def _stage(fields: Mapping[str, Any]) -> Stage:
-    return Stage(**{**fields, "blocks": tuple(Block(**block) for block in fields["blocks"][: DEEPEST + 1])})
 
 
 def squeezed_dim(dim: int) -> int:

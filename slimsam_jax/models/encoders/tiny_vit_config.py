@@ -9,7 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimsam_jax.models.config import DEEPEST
-from slimsam_jax.models.encoders.architecture import Block, block_of, check_image_size, check_width, check_widths, pair
+from slimsam_jax.models.encoders.architecture import (
+    AsJson,
+    Block,
+    block_of,
+    check_image_size,
+    check_width,
+    check_widths,
+    pair,
+)
 
 MOST_STAGES = 8
 PATCH = 4  # pixels of the image to a pixel of the first stage
@@ -40,7 +48,7 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(AsJson):
     """The image encoder. Pruning changes widths and nothing else.
 
     Attributes:
@@ -94,28 +102,6 @@ class Config:
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the embedding."""
         return self.grids[-1]
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Config:
-        """Inverse of `to_json` (JSON turns tuples into lists).
-
-        Raises:
-          ValueError: an unknown or missing field, or one out of range.
-        """
-        try:
-            stages = tuple(_stage(stage) for stage in fields["stages"][: MOST_STAGES + 1])
-            conv_blocks = tuple(fields["conv_blocks"][: DEEPEST + 1])
-            tuples = {"image_size": tuple(fields["image_size"]), "conv_blocks": conv_blocks, "stages": stages}
-            return cls(**{**fields, **tuples})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
-
-
-def _stage(fields: Mapping[str, Any]) -> Stage:
-    return Stage(**{**fields, "blocks": tuple(Block(**block) for block in fields["blocks"][: DEEPEST + 1])})
 
 
 def original_stride(dim: int) -> int:
