@@ -1,4 +1,4 @@
-"""Bases are changed before the cut: exact at full width, and at less better than the given basis, on correlated data."""
+"""Bases are changed before the cut: exact at full width, and better than the given basis on correlated data."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def layout_of(grouping: Grouping) -> Layout:
     """Of the traced function."""
     traced = grouping.traced
     values = by_path(jax.tree.unflatten(traced.arguments, traced.program.inputs)[0])
-    return Layout(traced.program, {value: path for path, value in values.items()}, traced.values)
+    return Layout(traced, {value: path for path, value in values.items()})
 
 
 def _freedom(tracker: Tracker, layout: Layout) -> Freedom:

@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 
 from slimsam_jax.pruning.counts import MOVING
-from slimsam_jax.pruning.program import Program, Step, Values
+from slimsam_jax.pruning.program import Step
+from slimsam_jax.pruning.rerun import Traced
+from slimsam_jax.pruning.structure import names
 
 SAME_AXES = ("convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_precision", "sharding_constraint")
 WHOLE = MOVING - {"slice", "split", "unstack", "gather", "dynamic_slice", "pad", "tile"}  # all numbers, each once
@@ -32,14 +34,18 @@ class Layout:
       origins: {value: the parameter that it is}.
       readers: {value: [(step, position)]}.
       uses: {path: how many steps take the parameter, moved or not}.
+      met: {step: the groups that its operands and results have}.
     """
 
-    def __init__(self, program: Program, paths: Mapping[int, str], values: Values):
-        self.paths = paths
+    def __init__(self, traced: Traced, paths: Mapping[int, str]):
+        self.paths, program, values = paths, traced.program, traced.values
+        self.met: dict[Step, frozenset[str]] = {}
         self.origins = {value: Origin(path, tuple(range(len(values.shape(value))))) for value, path in paths.items()}
         self.readers: dict[int, list[tuple[Step, int]]] = {}
         self.uses: Counter[str] = Counter()
         for step in program.steps:
+            rows = (*traced.operands[step], *traced.results[step])
+            self.met[step] = frozenset(name for row in rows for axis in row for name in names(axis))
             for k, value in enumerate(step.inputs):
                 self.readers.setdefault(value, []).append((step, k))
             origin = self.origins.get(step.inputs[0]) if step.inputs else None

@@ -23,10 +23,11 @@ def reader_of(group: FoundGroup, grouping: Grouping, layout: Layout) -> Reading 
     traced, has = grouping.traced, lambda row: any(group.name in names(axis) for axis in row)
     reading: list[Step] = []
     for step in traced.program.steps:
-        rows = traced.operands[step]
-        if step.inner and any(map(has, rows)):
+        if group.name not in layout.met[step]:
+            continue
+        if step.inner:
             return f"it goes through a {step.name}"
-        if step.name in READERS and any(has((rows[1][i],)) for i in _summed(step)):
+        if step.name in READERS and any(has((traced.operands[step][1][i],)) for i in _summed(step)):
             reading.append(step)
     if len(reading) != 1:
         return f"{len(reading)} linear maps read it, not one"

@@ -29,10 +29,9 @@ def walk(tracker: Tracker, paths: Mapping[int, str]) -> None:
         if path in tracker.rows:
             alone = [axis for axis in tracker.rows[path] if axis != 1] == [tracker.group]
             states[value] = State("lin", path=path, alone=alone)
-    program, traced = tracker.traced.program, tracker.traced
+    program = tracker.traced.program
     for step in program.steps:
-        rows = (*traced.operands[step], *traced.results[step])
-        if any(value in states for value in step.inputs) or any(map(tracker.has, rows)):
+        if tracker.group in tracker.layout.met[step] or any(value in states for value in step.inputs):
             _take(tracker, step, states)
     if any(states.get(value, INVARIANT) != INVARIANT for value in program.outputs):
         raise Broken("a sum over it is an output of the function")
@@ -41,7 +40,7 @@ def walk(tracker: Tracker, paths: Mapping[int, str]) -> None:
 def _take(t: Tracker, step: Step, states: dict[int, State]) -> None:
     operands = zip(step.inputs, t.traced.operands[step], strict=True)
     found = [_state(t, step, states, *operand) for operand in operands]
-    if not any(found) and not any(map(t.has, (*t.traced.operands[step], *t.traced.results[step]))):
+    if not any(found) and t.group not in t.layout.met[step]:
         return
     if step.inner:
         raise Broken(f"it goes through {t.where(step)}")
