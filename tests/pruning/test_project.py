@@ -158,6 +158,16 @@ def test_sams_stream_is_rotated_as_by_hand(sam):
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-4), given.params, by_hand)
 
 
+def test_sam_at_full_width(sam):
+    """In float32, in which the class computes: stream, neck, and the heads of both blocks."""
+    config, encoder, pixels, grouping, _ = sam
+    widths = free_widths(grouping)
+    slim, keep, _ = pruning.project(encoder, grouping, [(pixels,)], 0, widths)
+    assert len(widths) == 6
+    after = jax.jit(functools.partial(grouping.run, keep=keep, recount=True))(slim, pixels)
+    assert largest_difference(run_class(config, encoder, pixels), after) < 1e-5
+
+
 def test_sams_heads_and_mlps_lose_no_more_than_by_hand(sam):
     """Within a few percent: padding of windows counts here, and the means of values stay in v's bias there."""
     config, encoder, pixels, grouping, moments = sam
