@@ -58,6 +58,30 @@ def residual(norm, padded=False, biases=True):
     return function, randomized(params), (correlated((3, 16, 12)),)
 
 
+def both_sides():
+    """An array that reads a norm and makes the stream, whose bias is the stream's."""
+
+    def function(params, x):
+        x = x @ params["in"]
+        return (x + (layer_norm(x, params) @ params["loop"] + params["bias"])) @ params["out"]
+
+    shapes = {"in": (12, 24), "scale": (24,), "shift": (24,), "loop": (24, 24), "bias": (24,), "out": (24, 5)}
+    params = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    return function, randomized(params), (correlated((3, 16, 12)),)
+
+
+def rows_and_columns():
+    """What is added along tokens is no bias of the kernel's, though it is as long; nor is what two kernels share."""
+
+    def function(params, x):
+        y = layer_norm(x @ params["in"], params)
+        return (y @ params["a"] + params["b"][:, None], y @ params["c"] + params["d"], x @ params["e"] + params["d"])
+
+    shapes = {"in": (12, 24), "scale": (24,), "shift": (24,), "a": (24, 16), "b": (16,), "c": (24, 7), "d": (7,)}
+    params = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in (shapes | {"e": (12, 7)}).items()}
+    return function, randomized(params), (correlated((16, 12)),)
+
+
 def free_widths(grouping, share=1.0):
     """{group: channels that stay} of all groups whose basis is free."""
     free = pruning.freedom(grouping)
@@ -70,6 +94,8 @@ FULL = {
     "LayerNorm, no bias behind it": lambda: residual(layer_norm, biases=False),
     "RMSNorm": lambda: residual(rms_norm),
     "length one": lambda: residual(lengths),
+    "an array on both sides": both_sides,
+    "biases that are none": rows_and_columns,
     "Flax ViT, q, k and v in one array": lambda: MODELS["vit_thirds"](),
     "Flax ViT, grouped queries": lambda: MODELS["vit_gqa"](),
 }

@@ -58,9 +58,11 @@ def _read(t: Tracker, step: Step, states: States, contracted: tuple) -> State | 
 def _read_by_kernel(t: Tracker, step: Step, states: States, k: int, contracted: Sequence[int]) -> None:
     state, origin = states[1 - k], t.layout.origins[step.inputs[k]]
     row = t.rows[origin.path]
-    axes = tuple(origin.axes[i] for i in contracted) if origin.axes else ()
+    axes = tuple(origin.axes[i] for i in contracted) if origin.axes else (None,)
+    axes = () if None in axes else axes
     turned = [i for i, axis in enumerate(row) if t.has((axis,)) and (i in axes or not axes)]
-    if len(turned) != 1:
+    both = sum(t.has((axis,)) for axis in row) > 1
+    if len(turned) != 1 or (both and row[turned[0]] != t.group):
         raise Broken(f"{origin.path} is moved before {t.where(step)}, so that its two sides cannot be known")
     t.give_role(step, states[k], "reads", *turned, state.norm, state.weight)
     t.give_role(step, state, "writes")

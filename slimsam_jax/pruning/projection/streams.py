@@ -11,7 +11,7 @@ from slimsam_jax.pruning import bases
 from slimsam_jax.pruning.grouping import FoundGroup
 from slimsam_jax.pruning.projection.moments import Moments, Question
 from slimsam_jax.pruning.projection.states import Reading, Tracker
-from slimsam_jax.pruning.projection.turning import columns, scaled, turned
+from slimsam_jax.pruning.projection.turning import Change, along, columns, scaled, turned
 from slimsam_jax.pruning.projection.work import Work
 
 
@@ -53,19 +53,24 @@ def rotate(work: Work, group: FoundGroup, known: Tracker, moment: np.ndarray, wi
     matrix = np.stack([choose(own, width) for own in moment])
     readings = list({reading.kernel: reading for reading in known.readings if reading.kernel}.values())
     grown = (group.size / width) ** 0.5
-    added = {r.kernel: _fold(work, group, r, readings, grown) for r in readings}
+    turn = turned(matrix if len(matrix) > 1 else matrix[0], group.copies)
+    added = {r.kernel: _fold(work, group, r, readings, grown, turn) for r in readings}
     for path in known.rows:
         if known.roles.get(path, ("writes",))[0] not in ("scales", "shifts"):
-            own = matrix if len(matrix) > 1 else matrix[0]
-            work.change(path, group.name, turned(own, group.copies))
+            work.change(path, group.name, turn)
     work.kept(group.name, np.arange(width))
     _rewrite_norms(work, group, readings, added, grown)
     carried = np.einsum("cri,cij,crj->", matrix, moment, matrix) / np.einsum("cii->", moment)
     return f"rotated: {width} of {group.size} directions carry {100 * carried:.2f} % of its second moment"
 
 
-def _fold(work: Work, group: FoundGroup, reading: Reading, readings: list[Reading], grown: float) -> list[np.ndarray]:
-    """Moves a norm's scale into a reader; returns what the norm's bias made in it, a [rest] per piece."""
+def _fold(
+    work: Work, group: FoundGroup, reading: Reading, readings: list[Reading], grown: float, turn: Change
+) -> list[np.ndarray]:
+    """Moves a norm's scale into a reader; returns what the norm's bias made in it, a [rest] per piece.
+
+    If the reader makes the stream, too, that is turned.
+    """
     norm, made = reading.norm, []
     if norm is None:
         work.arrays[reading.kernel] = work.arrays[reading.kernel] * grown**-reading.weight
@@ -79,15 +84,18 @@ def _fold(work: Work, group: FoundGroup, reading: Reading, readings: list[Readin
                 f"group {group.name!r}: {norm.scale} is zero where {norm.shift} is not, and not all that reads them "
                 "has a bias to take it over; leave this group out"
             )
-        made = [shift @ column for column in _columns(work, group, reading)]
+        row, kernel = work.grouping.axes[reading.kernel], work.arrays[reading.kernel]
+        makes = [i for i in range(len(row)) if i not in reading.turned]
+        kernel = along(kernel, row, group.name, work.widths, turn, makes)
+        made = [shift @ column for column in _columns(work, group, reading, kernel)]
     work.change(reading.kernel, group.name, scaled(scale), reading.turned)
     return made
 
 
-def _columns(work: Work, group: FoundGroup, reading: Reading) -> list[np.ndarray]:
-    """A kernel as [group, rest] pieces."""
+def _columns(work: Work, group: FoundGroup, reading: Reading, kernel: np.ndarray) -> list[np.ndarray]:
+    """A reader's kernel as [group, rest] pieces."""
     row = work.grouping.axes[reading.kernel]
-    pieces = columns(work.arrays[reading.kernel], row, group.name, work.widths, only=reading.turned)
+    pieces = columns(kernel, row, group.name, work.widths, only=reading.turned)
     return [piece[0] for piece in pieces]
 
 
@@ -112,7 +120,7 @@ def _rewrite_norms(
     for (scale, shift), own in norms.items():
         _fill(work, group, scale, np.full(work.widths[group.name], grown ** -own[0].norm.weight - own[0].norm.offset))
         if shift:
-            parts = {reading.kernel: _columns(work, group, reading) for reading in own}
+            parts = {reading.kernel: _columns(work, group, reading, work.arrays[reading.kernel]) for reading in own}
             stays = np.zeros(work.widths[group.name])
             if any(reading.norm.padded or not _takes_rest(work, reading) for reading in own):
                 wanted = np.concatenate([part for reading in own for part in made[reading.kernel]])

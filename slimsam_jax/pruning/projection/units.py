@@ -55,8 +55,10 @@ def _reading(group: FoundGroup, grouping: Grouping, layout: Layout, step: Step) 
             return f"{origin.path} reads it in a window, or in groups of channels"
         summed = (numbers.rhs_spec[1],)
     axes = tuple(origin.axes[i] for i in summed) if origin.axes else ()
-    if len(axes) != 1 or grouping.axes[origin.path][axes[0]] != group.name:
+    if len(axes) != 1 or axes[0] is None or grouping.axes[origin.path][axes[0]] != group.name:
         return f"{origin.path} sums over more than it, or is moved before"
+    if sum(group.name in names(axis) for axis in grouping.axes[origin.path]) > 1:
+        return f"{origin.path} reads it and makes it"
     return Reading(step, 1 - k, origin.path, axes, axes)
 
 

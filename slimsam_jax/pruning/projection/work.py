@@ -15,7 +15,6 @@ from slimsam_jax.pruning.projection.layout import Layout
 from slimsam_jax.pruning.projection.moments import Moments, Question, capture
 from slimsam_jax.pruning.projection.states import Reading
 from slimsam_jax.pruning.projection.turning import Change, along
-from slimsam_jax.pruning.structure import names
 
 
 class Work:
@@ -58,16 +57,12 @@ class Work:
 
     def bias_of(self, reading: Reading) -> str | None:
         """The bias behind a kernel, if it has a number for each that the kernel makes."""
-        path = self.layout.bias_of(reading.step)
-        if path is None or not reading.axes or any(self._has(axis, reading) for axis in self.grouping.axes[path]):
+        path = self.layout.bias_of(reading.step, 1 - reading.position)
+        if path is None or not reading.axes:
             return None
         kernel = self.arrays[reading.kernel].shape
         made = math.prod(size for i, size in enumerate(kernel) if i not in reading.axes)
         return path if self.arrays[path].size == made else None
-
-    def _has(self, axis: Any, reading: Reading) -> bool:
-        read = [self.grouping.axes[reading.kernel][i] for i in reading.turned]
-        return bool(set(names(axis)) & {name for own in read for name in names(own)})
 
     def add_to_bias(self, reading: Reading, change: np.ndarray) -> None:
         """Adds [everything that the kernel makes]."""
