@@ -38,14 +38,13 @@ def lengths(x, p):
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def residual(norm, padded=False, biases=True):
+def residual(norm, behind=lambda y: y, biases=True):
     """(function, parameters, inputs): a stream of 24 that two MLPs write and their norms read, and a head without."""
 
     def function(params, x):
         x = x @ params["in"]
         for block in params["blocks"]:
-            y = norm(x, block)
-            y = jnp.pad(y, ((0, 0), (0, 2), (0, 0))) if padded else y
+            y = behind(norm(x, block))
             y = jax.nn.gelu(y @ block["up"] + block.get("up_bias", 0))[:, : x.shape[1]]
             x = x + y @ block["down"] + block["down_bias"]
         return x @ params["out"]
@@ -90,7 +89,9 @@ def free_widths(grouping, share=1.0):
 
 FULL = {
     "LayerNorm": lambda: residual(layer_norm),
-    "LayerNorm, padded behind it": lambda: residual(layer_norm, padded=True),
+    "LayerNorm, padded behind it": lambda: residual(layer_norm, lambda y: jnp.pad(y, ((0, 0), (0, 2), (0, 0)))),
+    "LayerNorm, weighted behind it": lambda: residual(layer_norm, lambda y: y * np.linspace(0, 1, 16)[:, None]),
+    "a scale and a shift alone": lambda: residual(lambda x, p: x * p["scale"] + p["shift"]),
     "LayerNorm, no bias behind it": lambda: residual(layer_norm, biases=False),
     "RMSNorm": lambda: residual(rms_norm),
     "length one": lambda: residual(lengths),

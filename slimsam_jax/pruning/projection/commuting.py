@@ -32,8 +32,6 @@ def move(t: Tracker, step: Step, states: States) -> State | None:
     t.signs.tie(step.inputs[0], step.outputs[0], 1)
     for output in step.outputs[1:]:
         t.signs.tie(step.inputs[0], output, 1)
-    if step.name == "pad" and first and first.norm:
-        return dataclasses.replace(first, norm=dataclasses.replace(first.norm, padded=True))
     return first
 
 
@@ -144,6 +142,7 @@ def _scale(t: Tracker, step: Step, left: State, right: State) -> State:
     t.give_role(step, scale, "scales", norm)
     t.give_role(step, state, "writes")
     k = 0 if left is state else 1
+    t.scaled.append((step, k))
     t.signs.tie(step.inputs[k], step.outputs[0], 1)
     return State("lin", norm=norm)
 

@@ -41,6 +41,8 @@ def _read(t: Tracker, step: Step, states: States, contracted: tuple) -> State | 
     """A sum over the group: one side turns against the other."""
     t.signs.tie(*step.inputs, -1)
     kernels = [k for k in (1, 0) if step.inputs[k] in t.layout.origins]
+    if step.name != "dot_general" and kernels != [1]:
+        raise Broken(f"the kernel of {t.where(step)} is no parameter, or its image is one")
     if len(kernels) != 1:
         if any(state.norm or state.weight for state in states):
             scales = [state.norm.scale for state in states if state.norm]

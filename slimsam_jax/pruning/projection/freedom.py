@@ -66,10 +66,11 @@ def _freedom(tracker: Tracker, layout: Layout) -> Freedom:
         walk(tracker, layout.paths)
     except Broken as reason:
         return Freedom("none", str(reason))
-    scaled = any(role[0] == "scales" for role in tracker.roles.values())
+    if not tracker.readings and not tracker.squared:
+        return Freedom("none", "nothing reads it")
     if tracker.keeps_mean:
         return Freedom("orthogonal", "means over it are taken: the all-ones direction stays", tracker)
-    if tracker.squared or scaled:
+    if tracker.squared or tracker.scaled:
         return Freedom("orthogonal", "norms over it or arrays that scale it: lengths stay", tracker)
     if tracker.rigid or not tracker.signs.consistent:
         return Freedom("orthogonal", "an array reads it and makes it: lengths stay", tracker)

@@ -56,6 +56,7 @@ class Layout:
                 self.origins |= dict.fromkeys(step.outputs, Origin(origin.path, _moved(step, origin.axes)))
             else:
                 self.uses.update(self.origins[value].path for value in step.inputs if value in self.origins)
+        self.uses.update(self.origins[value].path for value in program.outputs if value in self.origins)
 
     def bias_of(self, step: Step, position: int) -> str | None:
         """The parameter that is added to what a step makes before anything else happens to it, and to nothing else.

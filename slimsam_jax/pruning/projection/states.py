@@ -29,7 +29,7 @@ class Norm:
       scale, shift: paths of the arrays; `shift` is added after it, or None.
       offset: added to the scale, as in 1 + scale.
       weight: of the product if its scale did not make up for it, see `State`.
-      padded: zeros were added behind it.
+      padded: zeros were added behind it, or it was weighted, so that `shift` is not the same everywhere.
     """
 
     scale: str
@@ -121,6 +121,7 @@ class Tracker:
       rigid: a parameter has the group on two axes, so that only rotations are free.
       readings: the contractions over the group.
       squared: the steps that square their first operand for a norm.
+      scaled: (step, position) of what is multiplied by an array along the group.
       roles: {path: what the parameter is, ("writes",), ("scales", norm), ("shifts", norm) or ("reads", ...)}.
     """
 
@@ -132,6 +133,7 @@ class Tracker:
         self.keeps_mean, self.rigid = False, False
         self.readings: list[Reading] = []
         self.squared: list[Step] = []
+        self.scaled: list[tuple[Step, int]] = []
         self.roles: dict[str, tuple[Any, ...]] = {}
         self.signs = Signs()
 

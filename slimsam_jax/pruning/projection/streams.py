@@ -23,6 +23,8 @@ def questions_of(group: FoundGroup, known: Tracker) -> list[Question]:
     normal = ("centred" if known.keeps_mean else "length") if known.squared else ""
     asked = {step.inputs[0]: Question(step, 0, group.name, normal=normal) for step in known.squared}
     copies = None if known.squared else group.copies
+    for step, k in () if known.squared else known.scaled:
+        asked.setdefault(step.inputs[k], Question(step, k, group.name, copies))
     for reading in known.readings:
         sides = [reading.position] if reading.kernel else [0, 1]
         for k in sides if reading.norm is None and not reading.weight else ():

@@ -57,8 +57,8 @@ def _reading(group: FoundGroup, grouping: Grouping, layout: Layout, step: Step) 
     axes = tuple(origin.axes[i] for i in summed) if origin.axes else ()
     if len(axes) != 1 or axes[0] is None or grouping.axes[origin.path][axes[0]] != group.name:
         return f"{origin.path} sums over more than it, or is moved before"
-    if sum(group.name in names(axis) for axis in grouping.axes[origin.path]) > 1:
-        return f"{origin.path} reads it and makes it"
+    if layout.uses[origin.path] > 1 or sum(group.name in names(axis) for axis in grouping.axes[origin.path]) > 1:
+        return f"{origin.path} does more than read it"
     return Reading(step, 1 - k, origin.path, axes, axes)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimsam_jax.pruning.counts import MOVING
 from slimsam_jax.pruning.program import Step
 from slimsam_jax.pruning.projection.commuting import RULES
-from slimsam_jax.pruning.projection.states import INVARIANT, ZERO, Broken, State, Tracker
+from slimsam_jax.pruning.projection.states import INVARIANT, ZERO, Broken, State, States, Tracker
 from slimsam_jax.pruning.rules.pointwise import ELEMENTWISE
 from slimsam_jax.pruning.structure import names
 
@@ -47,12 +48,20 @@ def _take(t: Tracker, step: Step, states: dict[int, State]) -> None:
     if step.name not in RULES:
         known = "acts on each channel by itself" if step.name in ACTING else "has no rule for a change of basis"
         raise Broken(f"{t.where(step)} {known}")
-    result = RULES[step.name](t, step, found)
+    result = _weighed(step, found, RULES[step.name](t, step, found))
     for value, row in zip(step.outputs, t.traced.results[step], strict=True):
         if t.has(row) and result is None:
             raise Broken(f"{t.where(step)} makes numbers of its own along it")
         if result and (t.has(row) or result.kind == "scalar"):
             states[value] = result
+
+
+def _weighed(step: Step, found: States, result: State | None) -> State | None:
+    """What was added behind a scale is no longer the same everywhere once zeros or weights have come between."""
+    shifted = any(state is not None and state.norm is not None and state.norm.shift for state in found)
+    if not shifted or result is None or result.norm is None or step.name in MOVING - {"pad"}:
+        return result
+    return dataclasses.replace(result, norm=dataclasses.replace(result.norm, padded=True))
 
 
 def _state(t: Tracker, step: Step, states: Mapping[int, State], value: int, row: Sequence[Any]) -> State | None:

@@ -58,7 +58,7 @@ class Work:
     def bias_of(self, reading: Reading) -> str | None:
         """The bias behind a kernel, if it has a number for each that the kernel makes."""
         path = self.layout.bias_of(reading.step, 1 - reading.position)
-        if path is None or not reading.axes:
+        if path is None or not reading.axes or self.layout.uses[reading.kernel] > 1:
             return None
         kernel = self.arrays[reading.kernel].shape
         made = math.prod(size for i, size in enumerate(kernel) if i not in reading.axes)
