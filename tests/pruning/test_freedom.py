@@ -90,7 +90,10 @@ FORBIDDEN = {
         lambda p, x: layer_norm(x @ p["a"], p) @ (x @ p["a"]).T,
         "what scale scales is read by something else than a parameter",
     ),
-    "the variance itself": (lambda p, x: (x @ p["a"]) @ p["b"] + (x @ p["a"]).mean(-1, keepdims=True), "mul|add|sum"),
+    "the variance itself": (
+        lambda p, x: (x @ p["a"]) @ p["b"] + (x @ p["a"]).mean(-1, keepdims=True),
+        "takes a sum over it",
+    ),
     "a sort of tokens": (lambda p, x: jnp.sort(x @ p["a"], 0) @ p["b"], "primitive sort .*no rule"),
     "a loop": (
         lambda p, x: jax.lax.scan(lambda s, row: (s + row @ p["a"], None), jnp.zeros(8), x)[0] @ p["b"],

@@ -69,15 +69,15 @@ def both_sides():
     return function, randomized(params), (correlated((3, 16, 12)),)
 
 
-def rows_and_columns():
-    """What is added along tokens is no bias of the kernel's, though it is as long; nor is what two kernels share."""
+def no_bias(kind):
+    """Behind a norm, what is added along tokens, as many as the kernel makes channels; and what two kernels share."""
 
     def function(params, x):
-        y = layer_norm(x @ params["in"], params)
-        return (y @ params["a"] + params["b"][:, None], y @ params["c"] + params["d"], x @ params["e"] + params["d"])
+        y = layer_norm(x @ params["in"], params) @ params["a"]
+        return y + params["b"][:, None] if kind == "tokens" else (y + params["b"], x @ params["c"] + params["b"])
 
-    shapes = {"in": (12, 24), "scale": (24,), "shift": (24,), "a": (24, 16), "b": (16,), "c": (24, 7), "d": (7,)}
-    params = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in (shapes | {"e": (12, 7)}).items()}
+    shapes = {"in": (12, 24), "scale": (24,), "shift": (24,), "a": (24, 16), "b": (16,), "c": (12, 16)}
+    params = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
     return function, randomized(params), (correlated((16, 12)),)
 
 
@@ -96,7 +96,8 @@ FULL = {
     "RMSNorm": lambda: residual(rms_norm),
     "length one": lambda: residual(lengths),
     "an array on both sides": both_sides,
-    "biases that are none": rows_and_columns,
+    "numbers along tokens": lambda: no_bias("tokens"),
+    "a bias that two kernels share": lambda: no_bias("shared"),
     "Flax ViT, q, k and v in one array": lambda: MODELS["vit_thirds"](),
     "Flax ViT, grouped queries": lambda: MODELS["vit_gqa"](),
 }

@@ -108,7 +108,7 @@ def _add_scalars(t: Tracker, step: Step, terms: list[tuple[int, State | None]]) 
     kinds, weights = {state.kind for state in states}, {state.weight for state in states}
     strangers = [v for v, state in terms if state is None and t.traced.values.number(v) is None]
     if "square" in kinds or len(weights) > 1 or strangers:
-        raise _itself(t, step)
+        raise Broken(f"{t.where(step)} takes a sum over it together with something else")
     return State("ones" if "ones" in kinds else "scalar", *weights)
 
 
