@@ -17,20 +17,26 @@ from slimsam_jax.pruning.find import find_groups
 from slimsam_jax.pruning.grouping import FoundGroup, Grouping, Place
 from slimsam_jax.pruning.groups import by_path
 from slimsam_jax.pruning.iterating import iterate, within
+from slimsam_jax.pruning.projection.freedom import Freedom, freedom
+from slimsam_jax.pruning.projection.project import Projected, project
 from slimsam_jax.pruning.rename import rename
 from slimsam_jax.pruning.saving import Saved, load, save
 
 __all__ = [
     "FoundGroup",
+    "Freedom",
     "Grouping",
     "Place",
+    "Projected",
     "Saved",
     "activations",
     "by_path",
     "find_groups",
+    "freedom",
     "iterate",
     "load",
     "mask",
+    "project",
     "rename",
     "save",
     "score",

@@ -35,6 +35,21 @@ def residual_basis(moment: np.ndarray, width: int) -> np.ndarray:
     return _reflection(width) @ directions[:, :width].T
 
 
+def rotated_basis(moment: np.ndarray, width: int) -> np.ndarray:
+    """Returns the best `width`-dimensional coordinates of vectors that any rotation leaves the same, [width, D].
+
+    Args:
+      moment: [D, D] sum of x xᵀ.
+      width: d <= D.
+
+    Returns:
+      Q: [d, D] with orthonormal rows, the leading directions first; Qᵀ Q x ~ x.
+    """
+    _, vectors = np.linalg.eigh(moment)
+    directions = vectors[:, ::-1][:, :width]
+    return (directions * _signs(directions)).T
+
+
 def residual_spectrum(moment: np.ndarray) -> np.ndarray:
     """Returns shares of the stream's variance, [D], falling; a basis of width d carries d - 1 of them, and the mean."""
     values = np.maximum(np.linalg.eigvalsh(_centred(moment))[::-1], 0)

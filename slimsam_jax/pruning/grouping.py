@@ -75,24 +75,27 @@ class Grouping:
         """{group: its size}."""
         return {group.name: group.size for group in self.groups}
 
-    def run(self, params: Tree, *inputs: Any, keep: Keep | None = None) -> Any:
+    def run(self, params: Tree, *inputs: Any, keep: Keep | None = None, recount: bool = False) -> Any:
         """The traced function on cut parameters: the same equations with other shapes, so no model class is asked.
 
-        Numbers that the trace holds stay as they are: the 1/D of a mean, the 1/sqrt(d) of an attention. Custom
-        derivatives and rematerialisation are gone. It may be jitted, differentiated, exported and traced again.
+        Numbers that the trace holds stay as they are, so that cut and masked agree: the 1/D of a mean (see `recount`),
+        the 1/sqrt(d) of an attention. Custom derivatives and rematerialisation are gone. It may be jitted,
+        differentiated, exported and traced again.
 
         Args:
           params: as `pruning.shrink` returns them; the full ones will do.
           inputs: of the shapes that were traced.
           keep: what `shrink` kept. Needed for trees that this very object has not shrunk, where their shapes do not
             tell the widths (an axis of heads · channels tells their product) or a constant of the function is cut.
+          recount: a mean over cut channels divides by how many are left, as in a class that is rebuilt at the new
+            widths, and as `project` needs it.
 
         Raises:
           InputError: the shapes are not those of cut parameters or of the inputs; or `keep` is needed.
         """
         if self.traced is None:
             raise InputError("this grouping was read from JSON, without the function: trace it again with find_groups")
-        return self.traced.run(self, params, inputs, keep)
+        return self.traced.run(self, params, inputs, keep, recount)
 
     def to_json(self) -> str:
         """Everything but the function. `from_json` reads it."""

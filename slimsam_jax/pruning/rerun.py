@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax.errors import InputError
+from slimsam_jax.pruning.counts import counts
 from slimsam_jax.pruning.groups import Keep, Tree, by_path, path_of
 from slimsam_jax.pruning.made import Made
 from slimsam_jax.pruning.rewriting import REWRITES, Cut
@@ -46,14 +47,14 @@ class Traced:
     result: Any
     made: Made = dataclasses.field(default_factory=Made)
 
-    def run(self, grouping: Grouping, params: Tree, inputs: tuple, keep: Keep | None) -> Any:
+    def run(self, grouping: Grouping, params: Tree, inputs: tuple, keep: Keep | None, recount: bool) -> Any:
         """See `Grouping.run`."""
         leaves = self.leaves(params, inputs)
         arrays = by_path(params)
         keep, widths = self._widths(grouping, arrays, keep)
         check_shapes(arrays, grouping, widths)
         try:
-            outputs = Run(self, grouping, widths, keep)(self.program, leaves)
+            outputs = Run(self, grouping, widths, keep, recount)(self.program, leaves)
         except TypeError:  # of lax, whose operands must be of one type
             self._check_types((params, *inputs))
             raise
@@ -90,15 +91,20 @@ class Traced:
 
 
 class Run:
-    """One run: the widths, and the constants that it has computed."""
+    """One run: the widths, and the constants that it has computed.
+
+    Args:
+      recount: means over cut channels divide by how many are left.
+    """
 
     CONTROL: ClassVar = {"scan": "scan", "cond": "cond", "while": "while_"}
 
-    def __init__(self, traced: Traced, grouping: Grouping, widths: Widths, keep: Keep | None):
+    def __init__(self, traced: Traced, grouping: Grouping, widths: Widths, keep: Keep | None, recount: bool = False):
         self._traced, self._grouping, self._widths, self._keep = traced, grouping, widths, keep
         self._full = grouping.widths
         self._whole: dict[int, Any] = {}  # constants at full size; those to be cut are never traced
         self._concrete: dict[int, Any] = {}
+        self._counts = counts(traced.values, traced.program, traced.operands, self._full) if recount else {}
 
     def __call__(self, program: Program, arguments: Sequence[Any]) -> list[Any]:
         """The outputs of a program."""
@@ -114,6 +120,9 @@ class Run:
         values = self._traced.values
         if value not in values.constants:
             return arrays[value]
+        if value in self._counts:
+            ratio = self._counts[value].ratio(self._full, self._widths)
+            return np.asarray(values.number(value) * ratio, values.avals[value].dtype)
         if shape_of(row, self._widths) == values.shape(value):
             return values.evaluate(value, self._whole)
         with jax.ensure_compile_time_eval():

@@ -12,9 +12,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
-import numpy as np
-
 from slimsam_jax.pruning.structure import Structure, names
 from slimsam_jax.tracing.program import Program, Step, Values, scan_operands
 
@@ -61,19 +58,8 @@ class Silence:
 
     def _of(self, value: int, row: Row) -> Silent:
         if value in self._values.constants:
-            return _names(row) if self._number(value) == 0 else NOTHING
+            return _names(row) if self._values.number(value) == 0 else NOTHING
         return self._silent[value]
-
-    def _number(self, value: int) -> float | None:
-        """The number that a constant is all over, if that is plain to see."""
-        source = self._values.constants.get(value)
-        while isinstance(source, Step):
-            if source.name not in ("broadcast_in_dim", "convert_element_type", "reshape"):
-                return None
-            source = self._values.constants[source.inputs[0]]
-        kinds = (jnp.floating, jnp.integer)
-        plain = source is not None and source.size == 1 and any(jnp.issubdtype(source.dtype, kind) for kind in kinds)
-        return float(np.asarray(source).item()) if plain else None
 
     def _rule(self, step: Step, operands: list[Silent]) -> list[Silent]:
         if step.name in ("dot_general", "conv_general_dilated"):
@@ -106,7 +92,7 @@ class Silence:
         result = NOTHING.union(*map(_names, rows))
         first = 1 if step.name == "select_n" else 0  # which of the operands is taken does not matter
         for value, row, silent in list(zip(step.inputs, rows, operands, strict=True))[first:]:
-            number = self._number(value)
+            number = self._values.number(value)
             if step.name in JOINING:
                 result -= _names(row) - silent
             elif number is None or not harmless(number):

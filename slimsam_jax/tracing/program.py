@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -87,6 +88,17 @@ class Values:
                 known |= dict(zip(source.outputs, results, strict=True))
                 pending.pop()
         return known[value]
+
+    def number(self, value: int) -> float | None:
+        """The number that a constant is all over, if that is plain to see."""
+        source = self.constants.get(value)
+        while isinstance(source, Step):
+            if source.name not in ("broadcast_in_dim", "convert_element_type", "reshape"):
+                return None
+            source = self.constants[source.inputs[0]]
+        kinds = (np.floating, np.integer)
+        plain = source is not None and source.size == 1 and any(jnp.issubdtype(source.dtype, kind) for kind in kinds)
+        return float(np.asarray(source).item()) if plain else None
 
     def program(self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[int]) -> Program:
         """The flat program of a jaxpr, called with these values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import flax.linen as nn
@@ -12,11 +13,13 @@ import pytest
 
 from converters.tables.strict import abstract
 from helpers import golden_families
-from helpers.graph_models import IMAGES, MODELS
+from helpers.graph_models import IMAGES, MODELS, halves
+from slimsam_jax import pruning
 from slimsam_jax.models.encoders import tiny_vit
 from slimsam_jax.profiling import layers, macs, reference_macs
 from slimsam_jax.profiling.layers import Layer
 from slimsam_jax.profiling.macs import Macs
+from slimsam_jax.pruning import costs
 
 
 def struct(*shape):
@@ -63,6 +66,20 @@ def test_the_rows_are_the_whole(name):
     assert all(row.output for row in rows)
     kernels = [row for row in rows if row.name.endswith("kernel")]
     assert all(row.macs.linear > 0 for row in kernels)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_groups_cost_is_what_layers_cost(name):
+    """`pruning.costs` counts structures, this room shapes: the same for the whole function and for half of it."""
+    function, params, inputs = MODELS[name]()
+    grouping = pruning.find_groups(function, params, *inputs)
+    for keep in ({}, halves(grouping.groups)):
+        slim = pruning.shrink(params, grouping, keep) if keep else params
+        at = grouping.widths | {name: len(kept) for name, kept in keep.items()}
+        counted = layers.total(layers.arrays(functools.partial(grouping.run, keep=keep), slim, *inputs))
+        assert costs.macs(grouping)(at) == sum(counted.macs)
+        unread = sum(leaf.size for path, leaf in pruning.by_path(params).items() if path in grouping.unused)
+        assert costs.parameters(grouping)(at) == counted.parameters - unread
 
 
 def test_stages_of_tiny_vit_are_those_of_the_original(monkeypatch):

@@ -28,7 +28,7 @@ def code_of(title: str) -> str:
 
 def test_these_are_all_the_examples_of_the_page():
     assert re.findall(r"(?m)^## (.*)$", PAGE) == list(EXAMPLES)
-    assert PAGE.count("```python") == len(re.findall(r"(?m)^```\w+", PAGE)) == 5
+    assert PAGE.count("```python") == len(re.findall(r"(?m)^```\w+", PAGE)) == 6
 
 
 @pytest.mark.parametrize("title", EXAMPLES)
@@ -41,6 +41,8 @@ def test_an_example_runs(title, tmp_path, monkeypatch):
     assert [group.size for group in grouping.groups if group.name in keep] == sizes
     if title == "An Equinox ViT":
         assert names["difference"] < 1e-5 and len(names["own"]) == 4
+        projected, by_magnitude = names["lost"]
+        assert projected < 0.6 * by_magnitude and sorted(names["widths"].values()) == [3, 3, 3, 3, 12, 24, 24]
     assert names["losses"][-1] < names["losses"][0]
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     full = names["variables"] if "variables" in names else names["params"]

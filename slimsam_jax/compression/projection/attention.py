@@ -42,6 +42,33 @@ def attention_bases(
 
 
 def _bases(attn: Params, moments: Moments, i: int, weighting: Weighting) -> AttentionBases:
+    found = bases_of_block(attn, moments, i, weighting, [np.float64(attn[f"rel_pos_{axis}"]) for axis in "hw"])
+    gains = found.value_gains + found.logit_gains
+    if weighting == "none":
+        gains = gains * moments["tokens"] / moments["blocks"][i]
+    return AttentionBases(found.query, found.key, found.outputs, found.means, gains)
+
+
+class HeadBases(NamedTuple):
+    """Bases of one block: of its logits, and of each head's output with its mean.
+
+    Attributes:
+      logit_gains, value_gains: of each channel, falling: weighted, shares of the embedding's variance; unweighted,
+        squared errors of a token in the residual stream (of the logits such as are a like share of the output's).
+    """
+
+    query: np.ndarray  # [d, d]
+    key: np.ndarray  # [d, d]
+    outputs: list[Compression]  # of [e, e], one a head
+    means: np.ndarray  # [n, e]
+    logit_gains: np.ndarray  # [d]
+    value_gains: np.ndarray  # [e]
+
+
+def bases_of_block(
+    attn: Params, moments: Moments, i: int, weighting: Weighting, tables: Sequence[np.ndarray] = ()
+) -> HeadBases:
+    """Bases of block i of SAM's ViT or EfficientSAM's; `tables`, [distances, d], are what q reads besides k."""
     m, kernels = _wide(moments["attention"][i]), np.float64(attn["proj"]["kernel"])
     queries, means = m["q"] / m["tokens"], m["output_sum"] / m["tokens"]
     covariances = m["output"] / m["tokens"] - np.einsum("ni,nj->nij", means, means)
@@ -54,14 +81,11 @@ def _bases(attn: Params, moments: Moments, i: int, weighting: Weighting) -> Atte
     if weighting == "disturbed":
         hurt = len(kernels) * _wide(moments["sensitivity"]["queries"][i]) / moments["embedding"]
         logits = output_basis(queries, hurt)
-        return AttentionBases(logits.encode, logits.decode.T, outputs, means, written + logits.singular_values**2)
-    head_dim = attn["rel_pos_h"].shape[1]
-    tables = [np.float64(attn[f"rel_pos_{axis}"]) for axis in "hw"]
-    keys = m["k"] / m["keys"] / head_dim + sum(table.T @ table / len(table) for table in tables)
+        return HeadBases(logits.encode, logits.decode.T, outputs, means, logits.singular_values**2, written)
+    keys = m["k"] / m["keys"] / len(queries) + sum(table.T @ table / len(table) for table in tables)
     logits = bilinear_basis(queries, keys)
     read = logits.singular_values**2 / (logits.singular_values**2).sum() * written.sum()
-    gains = (written + read) * moments["tokens"] / moments["blocks"][i]
-    return AttentionBases(logits.left, logits.right, outputs, means, gains)
+    return HeadBases(logits.left, logits.right, outputs, means, read, written)
 
 
 def project_attention(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.calibration_images import Batch, Calibration
 from slimsam_jax.compression.gradients import check_finite
 from slimsam_jax.compression.projection import mlp, statistics
+from slimsam_jax.compression.projection.attention import HeadBases, bases_of_block
 from slimsam_jax.compression.projection.embedding import project_embedding
 from slimsam_jax.compression.projection.statistics import Moments, like
 from slimsam_jax.compression.steps import Prune
@@ -29,7 +29,6 @@ from slimsam_jax.models.encoders.efficient_sam_vit import Config, config_of
 from slimsam_jax.models.sam import Architecture, Params, Sam
 from slimsam_jax.pruning import allocation
 from slimsam_jax.pruning.allocation import Costs, Gains
-from slimsam_jax.pruning.bases import Compression, bilinear_basis, output_basis
 
 FIELDS = {"qk": "key_dim", "v": "value_dim", "mlp": "mlp_dim"}  # of a `Block`, by the kind of a group
 
@@ -76,41 +75,15 @@ def _statistic(config: Architecture, parts: tuple[statistics.Part, ...]) -> stat
     return statistics.moments_of(config, parts)
 
 
-class HeadBases(NamedTuple):
-    """Bases of one block: of its logits, and of each head's output with its mean; and the gain of each channel."""
-
-    query: np.ndarray  # [d, d]
-    key: np.ndarray  # [d, d]
-    outputs: list[Compression]  # of [e, e], one a head
-    means: np.ndarray  # [n, e]
-    logit_gains: np.ndarray  # [d], falling
-    value_gains: np.ndarray  # [e], falling
-
-
 def head_bases(encoder: Params, found: Moments, weighting: statistics.Weighting = "none") -> list[HeadBases]:
     """Bases of every block at full width, with gains as `attention.attention_bases` has them, q and k's apart."""
-    blocks = range(len(found["attention"]))
-    return [_bases(encoder[f"blocks_{i}"]["attn"], found, i, weighting) for i in blocks]
-
-
-def _bases(attn: Params, found: Moments, i: int, weighting: statistics.Weighting) -> HeadBases:
-    wide = functools.partial(jax.tree.map, np.float64)
-    m, kernels = wide(found["attention"][i]), np.float64(attn["proj"]["kernel"])
-    queries, means = m["q"] / m["tokens"], m["output_sum"] / m["tokens"]
-    covariances = m["output"] / m["tokens"] - np.einsum("ni,nj->nij", means, means)
-    metric = np.eye(kernels.shape[2])
-    if weighting == "disturbed":
-        metric = wide(found["sensitivity"]["middle"][i]) / found["embedding"]
-    readers = np.einsum("niD,DE,njE->nij", kernels, metric, kernels, optimize=True)
-    outputs = [output_basis(c, r) for c, r in zip(covariances, readers, strict=True)]
-    written = sum(output.singular_values**2 for output in outputs)
-    if weighting == "disturbed":
-        logits = output_basis(queries, len(kernels) * wide(found["sensitivity"]["queries"][i]) / found["embedding"])
-        return HeadBases(logits.encode, logits.decode.T, outputs, means, logits.singular_values**2, written)
-    logits = bilinear_basis(queries, m["k"] / m["keys"] / len(queries))
-    read = logits.singular_values**2 / (logits.singular_values**2).sum() * written.sum()
-    share = found["tokens"] / found["blocks"][i]
-    return HeadBases(logits.left, logits.right, outputs, means, read * share, written * share)
+    bases = []
+    for i, variance in enumerate(found["blocks"]):
+        basis = bases_of_block(encoder[f"blocks_{i}"]["attn"], found, i, weighting)
+        share = found["tokens"] / variance if weighting == "none" else 1
+        gains = {"logit_gains": basis.logit_gains * share, "value_gains": basis.value_gains * share}
+        bases.append(basis._replace(**gains))
+    return bases
 
 
 def gains_of(bases: Sequence[HeadBases], units: Sequence[mlp.HiddenUnits]) -> Gains:

@@ -1,0 +1,1 @@
+"""Chooses a basis before the cut, for the groups of any function whose basis is free."""
