@@ -76,6 +76,8 @@ def recalibrated(run: Run, planned: Planned, student: Sam) -> Sam:
     """
     if planned.step.batch_norm == "frozen" or planned.before:
         return student
+    if not getattr(student.config.encoder, "batch_norm", False):  # "recalibrated" was refused (`prepare`)
+        return student
     options, size = run.options, student.config.image_size
     count = max(1, min(options.importance_images, len(run.images)) // run.batch)
     batches = itertools.islice(Batches(run.images, size, run.batch, options.seed), count)

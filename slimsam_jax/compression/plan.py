@@ -51,7 +51,7 @@ def names(recipe: Recipe) -> list[str]:
 
 
 def optimizer_steps(recipe: Recipe, images: int, batch: int, each: int | None = None) -> list[int]:
-    """How many optimizer steps each step takes, 0 of those that are no distillation.
+    """How many optimizer steps each step takes, 0 of those that train nothing.
 
     Args:
       each: in each of the paper's two distillations, if given; other recipes share out as many by their epochs.
@@ -59,7 +59,7 @@ def optimizer_steps(recipe: Recipe, images: int, batch: int, each: int | None = 
     Raises:
       InputError: too few for every distillation to have one, or more than anybody has.
     """
-    epochs = [step.optimizer.epochs if isinstance(step, Distill) else 0 for step in recipe]
+    epochs = [step.optimizer.epochs if hasattr(step, "optimizer") else 0 for step in recipe]
     if each is None:
         counts = [max(1, n * images // batch) if n else 0 for n in epochs]
     else:

@@ -19,12 +19,14 @@ from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Augment, Distill, Initialize, Prune, Recipe
+from slimsam_jax.compression.student import resolved
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.validation import IMAGES, validator
 from slimsam_jax.data import Sample
 from slimsam_jax.data.prompted import annotated
 from slimsam_jax.data.reading import map_readable, read_annotated
 from slimsam_jax.errors import InputError
+from slimsam_jax.inference.predictor import check_model
 from slimsam_jax.models.composed import with_encoder
 from slimsam_jax.models.encoders import name_of
 from slimsam_jax.models.sam import Architecture, Sam
@@ -36,10 +38,12 @@ if TYPE_CHECKING:
     from slimsam_jax.compression.options import Options
 
 
-def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run:
+def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None, student: Sam | None = None) -> Run:
     """Everything that can be refused is refused here, before anything is written."""
     batch, own = batch_size(options), recipe is not None
     recipe = recipe if own else change(RECIPES[options.recipe], options.set)
+    named = str(options.student) if options.student else None
+    recipe = resolved(recipe, check_model(student) if student else named, teacher.config)
     target = Target(options.channel_ratio(), Budget.parse(options.budget) if options.budget is not None else None)
     check(recipe)
     prunes = [step for step in recipe if isinstance(step, Prune)]
@@ -65,11 +69,13 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run
     if sharding.is_main():
         announce(dtype, plan, batch, len(images), len(val))
     origin = provenance(options, recipe, teacher, images, counts, batch, own)
+    if student:
+        origin["student"] = {"file": options.student.name, "sha256": checkpoint.sha256(options.student)}
     cache = TeacherCache(options.cache, teacher, origin["teacher"]["sha256"]) if options.cache else None
     measures = {each.step.validation.validate_by for each in plan if each.steps} if sharding.is_main() else set()
     scores = {measure: validator(teacher, val, measure) for measure in measures}
     folder = RunFolder(options.out, origin, options.resume)
-    return Run(options, plan, target, teacher, images, val, batch, dtype, cache, scores, folder, origin)
+    return Run(options, plan, target, teacher, images, val, batch, dtype, cache, scores, folder, origin, student)
 
 
 def announce(dtype: Any, plan: Sequence[Planned], batch: int, images: int, val: int) -> None:
@@ -103,6 +109,8 @@ def check_combinations(options: Options, recipe: Recipe, target: Target) -> None
     """Raises InputError for choices that do not go together."""
     prunes = [step for step in recipe if isinstance(step, Prune)]
     parts = [step.part for step in prunes]
+    if not prunes and (options.ratio is not None or target.budget):
+        raise InputError("this recipe cuts nothing: leave --ratio and --budget out; --student says how small it gets")
     for step in prunes:
         if target.budget and step.normalizer == "gaussian" and step.criterion != "projection":
             raise InputError("--budget needs scores that are not negative; add --set prune.normalizer=none")
@@ -114,8 +122,7 @@ def check_combinations(options: Options, recipe: Recipe, target: Target) -> None
         raise InputError("a --budget is met in one cut of each part; several cuts in a row share out a --ratio")
     if target.budget and target.budget.kind == "latency" and jax.process_count() > 1:
         raise InputError("--budget latency is measured by one process; give params= or macs=, or no --distributed")
-    augmented = [step.augment for step in recipe if isinstance(step, Distill) and step.augment != Augment()]
-    if options.cache and augmented:
+    if options.cache and any(getattr(step, "augment", Augment()) != Augment() for step in recipe):
         raise InputError("--cache holds the teacher's embeddings of whole images; it goes with neither flip nor crop")
 
 

@@ -10,15 +10,15 @@ from typing import Any, Literal
 
 from slimsam_jax.compression.old_names import what_became_of
 from slimsam_jax.compression.plan import check
-from slimsam_jax.compression.steps import Distill, Prune, Quirks, Recipe
+from slimsam_jax.compression.steps import Distill, Initialize, Prune, Quirks, Recipe
 from slimsam_jax.errors import InputError, printable
 
-KINDS = {"prune": Prune, "distill": Distill}
-HELD_BY_STEPS = ("part", "align", "train", "order")  # of which each step of a recipe has its own
+KINDS = {"prune": Prune, "distill": Distill, "initialize": Initialize}
+HELD_BY_STEPS = ("part", "align", "train", "order", "encoder")  # of which each step of a recipe has its own
 
 
 def change(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """The recipe with fields set by "kind.field=value", kind one of prune, distill and quirks.
+    """The recipe with fields set by "kind.field=value", kind one of `KINDS` and quirks.
 
     Raises:
       InputError: there is no such field, the value is not one of its type, or does not go with the others.

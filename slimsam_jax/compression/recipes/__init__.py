@@ -1,6 +1,11 @@
 """Recipes by name. Each is a file with one list of steps; a paper is one more file, and one more line here."""
 
-from slimsam_jax.compression.recipes import default, slimsam, taylor
+from slimsam_jax.compression.recipes import default, mobile_sam, slimsam, taylor
 from slimsam_jax.compression.steps import Recipe
 
-RECIPES: dict[str, Recipe] = {"default": default.RECIPE, "taylor": taylor.RECIPE, "slimsam": slimsam.RECIPE}
+RECIPES: dict[str, Recipe] = {
+    "default": default.RECIPE,
+    "taylor": taylor.RECIPE,
+    "slimsam": slimsam.RECIPE,
+    "mobile_sam": mobile_sam.RECIPE,
+}
