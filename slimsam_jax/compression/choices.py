@@ -22,6 +22,7 @@ class Losses(Record):
       masks: weight of the mask probabilities that the frozen decoder gives for random points (as EdgeSAM and TinySAM
         distil); 0 leaves the decoder out, as the paper does.
       points: on each image, for `masks`.
+      padding: whether cells of the embedding beside the image count; EdgeSAM leaves them out.
       relative: divide each term by the variance of its target, so that weights do not depend on the scale of
         activations; the reference takes plain MSE.
     """
@@ -30,6 +31,7 @@ class Losses(Record):
     direction: float = 0.0
     masks: float = 0.0
     points: int = 2
+    padding: bool = True
     relative: bool = True
 
     RANGES: typing.ClassVar = {

@@ -16,11 +16,12 @@ from slimsam_jax import checkpoint, sharding
 from slimsam_jax.compression import report, widths
 from slimsam_jax.compression.calibration_images import calibration_stream, on_devices
 from slimsam_jax.compression.distill import distill
+from slimsam_jax.compression.mask_distill import distill_masks
 from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.prepare import prepare
 from slimsam_jax.compression.prune import prune
 from slimsam_jax.compression.run import Run
-from slimsam_jax.compression.steps import Distill, Initialize, Prune, Recipe
+from slimsam_jax.compression.steps import Distill, DistillMasks, Initialize, Prune, Recipe
 from slimsam_jax.compression.student import initialize
 from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError, RunError
@@ -179,4 +180,9 @@ def name_skipped(run: Run, place: Planned, skipped: Mapping[str, str]) -> None:
         print(f"skipped: {reason}", flush=True)
 
 
-DO: dict[type, Do] = {Prune: prune_step, Distill: distill, Initialize: initialize}
+DO: dict[type, Do] = {
+    Prune: prune_step,
+    Distill: distill,
+    DistillMasks: distill_masks,
+    Initialize: initialize,
+}

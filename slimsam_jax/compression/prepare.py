@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slimsam_jax import __version__, checkpoint, data, sharding
 from slimsam_jax.compression import found_groups, widths
@@ -18,7 +19,7 @@ from slimsam_jax.compression.plan import Planned, check, describe, optimizer_ste
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.set_option import change
-from slimsam_jax.compression.steps import Augment, Distill, Initialize, Prune, Recipe
+from slimsam_jax.compression.steps import Augment, Distill, DistillMasks, Initialize, Prune, Recipe
 from slimsam_jax.compression.student import resolved
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.validation import IMAGES, validator
@@ -26,9 +27,11 @@ from slimsam_jax.data import Sample
 from slimsam_jax.data.prompted import annotated
 from slimsam_jax.data.reading import map_readable, read_annotated
 from slimsam_jax.errors import InputError
+from slimsam_jax.imaging.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT
 from slimsam_jax.inference.predictor import check_model
 from slimsam_jax.models.composed import with_encoder
 from slimsam_jax.models.encoders import name_of
+from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.sam import Architecture, Sam
 from slimsam_jax.progress import say
 from slimsam_jax.training.run_folder import RunFolder
@@ -98,11 +101,22 @@ def check_encoders(recipe: Recipe, config: Architecture) -> Architecture:
                 config = with_encoder(config, step.encoder)
             except ValueError as error:
                 raise InputError(f"the encoder to initialize does not fit the teacher: {error}") from None
+        if isinstance(step, DistillMasks):
+            check_prompts(step, config.head)
         recalibrates = isinstance(step, Distill) and step.batch_norm == "recalibrated"
         if recalibrates and not getattr(config.encoder, "batch_norm", False):
             family = name_of(config.encoder)
             raise InputError(f"this {family} has no batch norms to recalibrate: leave distill.batch_norm out")
     return config
+
+
+def check_prompts(step: DistillMasks, head: Any) -> None:
+    """Raises InputError for prompts in the loop that the teacher's head cannot take."""
+    prompting = step.prompting
+    clicks = np.zeros((1, prompting.rounds - 1), np.int32) + (prompting.click == "missed")
+    for first in ((1, NOT_A_POINT), (BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)):
+        if reason := kind_of(head).refusal(np.concatenate([[first], clicks], axis=1), False):
+            raise InputError(f"{reason} (masks.click=missed gives foreground clicks alone, masks.rounds fewer of them)")
 
 
 def check_combinations(options: Options, recipe: Recipe, target: Target) -> None:

@@ -10,6 +10,7 @@ import typing
 from typing import Any, Literal
 
 from slimsam_jax.compression.choices import Augment, Losses, Optimizer, Validation
+from slimsam_jax.compression.mask_steps import DistillMasks
 from slimsam_jax.compression.record import Record
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range
@@ -183,5 +184,5 @@ class Initialize(Record):
     start: Literal["random", "teacher"] = "random"
 
 
-Step = Prune | Distill | Initialize
+Step = Prune | Distill | DistillMasks | Initialize
 Recipe = tuple[Step, ...]

@@ -1,4 +1,4 @@
-"""Heads: what makes masks of an embedding and prompts, a kind a module. Each has five names:
+"""Heads: what makes masks of an embedding and prompts, a kind a module. Each has six names:
 
 - `HeadConfig`: the architecture, frozen, with `image_size`, `grid`, `out_chans`, `patch_size`, `multimask_outputs`,
   `pixel_mean`, `pixel_std`, `to_json`; `frame`, how images come into the model frame and masks out of it
@@ -6,6 +6,7 @@
 - `from_json(fields)`: its inverse;
 - `init(config, keys)`: random {"prompt_encoder", "mask_decoder"};
 - `decode(config, params, embedding, points, labels, masks, masked)`: as `sam.decode`;
+- `decode_tokens(config, params, embedding, points, labels)`: as `sam.decode_tokens`;
 - `refusal(labels, masked)`: why prompts cannot be taken, in a line, or None.
 
 Prompts come to all of them alike: points, box corners and what fills up, with the labels of `imaging.prompts`.

@@ -1,0 +1,104 @@
+"""Recipes with prompts in the loop run to the end, on annotated images and on others, and go on where they stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from helpers.images import samples
+from helpers.models import SQUARE, UNEVEN, random_sam
+from helpers.runs import compress_options
+from slimsam_jax import checkpoint
+from slimsam_jax.api import compress_with
+from slimsam_jax.compression import everything_masks
+from slimsam_jax.compression.everything_masks import with_masks
+from slimsam_jax.compression.mask_distill import MaskDistillation
+from slimsam_jax.errors import RunError
+from slimsam_jax.files import write_json
+
+ROW = {"segmentation": {"size": [20, 30], "counts": [0, 100, 500]}, "bbox": [0, 0, 5, 20], "point_coords": [[1, 1]]}
+ONCE = ("distill.validations=1", "masks.validations=1", "distill.epochs=1", "masks.epochs=1", "masks.prompts=2")
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    checkpoint.save(random_sam(UNEVEN, 1), folder)
+    return folder
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def moved(slim, teacher, part: str) -> bool:
+    return not all(jax.tree.leaves(jax.tree.map(np.array_equal, slim.params[part], teacher.params[part])))
+
+
+def test_edge_sam_is_resumed_within_its_prompts(material, student, tmp_path, monkeypatch, without_figure):
+    """On images without annotations: by the masks that the teacher finds in them, searched for once."""
+    choices = {"recipe": "edge_sam", "student": student, "set": ONCE, "save_every": 1, "steps": 2}
+    searched, search = [], everything_masks._search
+
+    def useful(generator, sample, file):
+        """The search itself, once; what a teacher of random weights gives is of no useful size."""
+        if not searched:
+            search(generator, sample, file)
+            assert all({"segmentation", "bbox"} <= {*row} for row in everything_masks._rows(file))
+        searched.append(sample)
+        write_json(file, {"annotations": [ROW]})
+
+    monkeypatch.setattr(everything_masks, "_search", useful)
+    whole = compress_with(compress_options(material, tmp_path / "whole", **choices)).sam
+    teacher = checkpoint.load(material / "teacher")
+    assert moved(whole, teacher, "mask_decoder") and not moved(whole, teacher, "prompt_encoder")
+    losses = [entry for entry in log_of(tmp_path / "whole") if "loss" in entry]
+    assert [entry["stage"] for entry in losses] == ["distill"] * 3 + ["distill-masks"] * 3
+    assert {"bce", "dice", "overlap"} <= {*losses[-1]} and "bce" not in losses[0]
+
+    def step(self, state, number, batch, whole=MaskDistillation.step):
+        if number == 2:
+            raise RunError("pulled the plug")
+        return whole(self, state, number, batch)
+
+    options = compress_options(material, tmp_path / "slim", **choices)
+    with monkeypatch.context() as patched:
+        patched.setattr(MaskDistillation, "step", step)
+        with pytest.raises(RunError, match="plug"):
+            compress_with(options)
+    resumed = compress_with(dataclasses.replace(options, resume=True)).sam
+    chex.assert_trees_all_equal(resumed.params, whole.params)
+    assert log_of(tmp_path / "slim") == log_of(tmp_path / "whole")
+    assert len(searched) == 2 * len({sample.name for sample in searched})  # not once more where it was resumed
+
+
+def test_tiny_sam_learns_from_annotations(material, student, tmp_path, without_figure):
+    choices = {
+        "recipe": "tiny_sam",
+        "student": student,
+        "set": (*ONCE, "masks.rounds=1", "masks.vary=false"),
+        "steps": 1,
+    }
+    options = compress_options(material, tmp_path / "slim", images=(material / "val",), batch=1, **choices)
+    slim = compress_with(options).sam
+    (entry,) = [entry for entry in log_of(tmp_path / "slim") if entry["stage"] == "distill-masks" and "loss" in entry]
+    assert {"embedding", "tokens", "outputs", "focal", "dice", "iou", "overlap"} <= {*entry}
+    assert moved(slim, checkpoint.load(material / "teacher"), "mask_decoder")
+
+
+def test_images_without_any_mask_are_left_out(material, tmp_path, capsys):
+    """The teacher's masks are read as annotations; an image that cannot be read stays, to be named when it is met."""
+    images = samples(sorted((material / "images").iterdir())[:2])
+    for image, rows in zip(images, ([], [ROW]), strict=True):
+        write_json(everything_masks._file(tmp_path, image), {"annotations": rows})
+    (tmp_path / "broken.png").write_bytes(b"none")
+    kept = with_masks([*images, *samples([tmp_path / "broken.png"])], random_sam(SQUARE), tmp_path)
+    assert [sample.name for sample in kept] == [images[1].name, str(tmp_path / "broken.png")]
+    assert kept[0].annotations((20, 30))[0].mask.sum() == 100 and "1 images are left out" in capsys.readouterr().out
+    with pytest.raises(RunError, match="finds nothing in any"):
+        with_masks(images[:1], random_sam(SQUARE), tmp_path)
