@@ -40,11 +40,8 @@ class MaskDistillation(StepTraining):
         options, step = run.options, planned.step
         masks = (run.cache.folder if run.cache else run.folder.work) / "masks"
         self.images = with_masks(run.images, run.teacher, masks)
-        self.targets = None
-        if step.reads_teacher:
-            self.targets = targets.remembered(run, step, planned.steps, run.teacher, ["embedding"])
-        known = self.targets is not None or (run.cache is not None and step.reads_teacher)
-        how = (run.dtype, options.accumulate, options.fsdp, options.attention, known)
+        self.known = targets.embeddings(run, step, planned.steps) if step.reads_teacher else None
+        how = (run.dtype, options.accumulate, options.fsdp, options.attention, self.known is not None)
         trainer = make_trainer(student, run.teacher, step, *how)
         super().__init__(run, planned, student, trainer, step.optimizer.lr)
 
@@ -56,10 +53,7 @@ class MaskDistillation(StepTraining):
 
     def extra(self, sample: Sample, size: np.ndarray, random: np.random.Generator) -> dict[str, Any]:
         """The teacher's embedding, where it is known: [h, w, C]."""
-        if self.targets:
-            return {"embedding": self.targets(sample)["embedding"][0]}
-        reads = self.whole.cache and self.planned.step.reads_teacher
-        return {"embedding": self.whole.cache.read(sample)} if reads else {}
+        return self.known(sample) if self.known else {}
 
     def weights(self, step: int) -> dict[str, float]:
         return self.planned.step.losses.weights()

@@ -19,9 +19,10 @@ from slimsam_jax.compression.distill import distill
 from slimsam_jax.compression.mask_distill import distill_masks
 from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.prepare import prepare
+from slimsam_jax.compression.pretrain import pretrain
 from slimsam_jax.compression.prune import prune
 from slimsam_jax.compression.run import Run
-from slimsam_jax.compression.steps import Distill, DistillMasks, Initialize, Prune, Recipe
+from slimsam_jax.compression.steps import Distill, DistillMasks, Initialize, Pretrain, Prune, Recipe
 from slimsam_jax.compression.student import initialize
 from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError, RunError
@@ -184,5 +185,6 @@ DO: dict[type, Do] = {
     Prune: prune_step,
     Distill: distill,
     DistillMasks: distill_masks,
+    Pretrain: pretrain,
     Initialize: initialize,
 }

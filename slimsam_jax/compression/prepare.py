@@ -19,7 +19,7 @@ from slimsam_jax.compression.plan import Planned, check, describe, optimizer_ste
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.set_option import change
-from slimsam_jax.compression.steps import Augment, Distill, DistillMasks, Initialize, Prune, Recipe
+from slimsam_jax.compression.steps import Augment, Distill, DistillMasks, Initialize, Pretrain, Prune, Recipe
 from slimsam_jax.compression.student import resolved
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.validation import IMAGES, validator
@@ -30,7 +30,7 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT
 from slimsam_jax.inference.predictor import check_model
 from slimsam_jax.models.composed import with_encoder
-from slimsam_jax.models.encoders import name_of
+from slimsam_jax.models.encoders import FAMILIES, family_of, name_of
 from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.sam import Architecture, Sam
 from slimsam_jax.progress import say
@@ -103,6 +103,9 @@ def check_encoders(recipe: Recipe, config: Architecture) -> Architecture:
                 raise InputError(f"the encoder to initialize does not fit the teacher: {error}") from None
         if isinstance(step, DistillMasks):
             check_prompts(step, config.head)
+        if isinstance(step, Pretrain) and not getattr(family_of(config.encoder), "LEAVES_OUT", False):
+            families = ", ".join(name for name, family in FAMILIES.items() if getattr(family, "LEAVES_OUT", False))
+            raise InputError(f"a {name_of(config.encoder)} cannot leave patches out; pre-training is for {families}")
         recalibrates = isinstance(step, Distill) and step.batch_norm == "recalibrated"
         if recalibrates and not getattr(config.encoder, "batch_norm", False):
             family = name_of(config.encoder)

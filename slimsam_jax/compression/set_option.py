@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from slimsam_jax.compression.old_names import what_became_of
 from slimsam_jax.compression.plan import check
-from slimsam_jax.compression.steps import Distill, DistillMasks, Initialize, Prune, Quirks, Recipe
+from slimsam_jax.compression.steps import Distill, DistillMasks, Initialize, Pretrain, Prune, Quirks, Recipe
 from slimsam_jax.errors import InputError, printable
 
-KINDS = {"prune": Prune, "distill": Distill, "masks": DistillMasks, "initialize": Initialize}
+KINDS = {"prune": Prune, "distill": Distill, "masks": DistillMasks, "pretrain": Pretrain, "initialize": Initialize}
 HELD_BY_STEPS = ("part", "align", "train", "order", "encoder")  # of which each step of a recipe has its own
 
 

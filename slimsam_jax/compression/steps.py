@@ -184,5 +184,45 @@ class Initialize(Record):
     start: Literal["random", "teacher"] = "random"
 
 
-Step = Prune | Distill | DistillMasks | Initialize
+@dataclasses.dataclass(frozen=True)
+class Pretrain(Record):
+    """Pre-trains the image encoder: it sees some patches, and the teacher's embedding of all is predicted from them.
+
+    EfficientSAM's SAMI. For encoders that can leave patches out: EfficientSAM's plain ViT.
+
+    Attributes:
+      masked: share of the patches that are not seen.
+      depth, width, heads: of the decoder that predicts, which is left behind.
+      optimizer: how long and how fast it learns; `lr` is a number here.
+      augment: what is done to images at random.
+      validation: how often the prediction's own error is measured, whatever `validate_by` says.
+      order: of the images.
+    """
+
+    masked: float = 0.75
+    depth: int = 8
+    width: int = 512
+    heads: int = 16
+    optimizer: Optimizer = Optimizer(epochs=40, lr=1e-3, weight_decay=0.05)
+    augment: Augment = Augment()
+    validation: Validation = Validation()
+    order: int = 0
+
+    RANGES: typing.ClassVar = {
+        "masked": Range(0, 0.99),
+        "depth": Range(1, 64, True),
+        "width": Range(8, 2**14, True),
+        "heads": Range(1, 256, True),
+        "order": Range(0, 10**5, True),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % self.heads:
+            raise InputError(f"pretrain.width {self.width} must be a multiple of pretrain.heads {self.heads}")
+        if self.optimizer.lr == "auto":
+            raise InputError("lr auto follows the embedding's error, which nothing has yet: add pretrain.lr=1e-3, say")
+
+
+Step = Prune | Distill | DistillMasks | Pretrain | Initialize
 Recipe = tuple[Step, ...]

@@ -17,7 +17,8 @@ from slimsam_jax import checkpoint
 from slimsam_jax.api import compress_with
 from slimsam_jax.compression import everything_masks
 from slimsam_jax.compression.everything_masks import with_masks
-from slimsam_jax.compression.mask_distill import MaskDistillation
+from slimsam_jax.compression.mask_distill import MaskDistillation, make_trainer
+from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.errors import RunError
 from slimsam_jax.files import write_json
 
@@ -58,7 +59,7 @@ def test_edge_sam_is_resumed_within_its_prompts(material, student, tmp_path, mon
     teacher = checkpoint.load(material / "teacher")
     assert moved(whole, teacher, "mask_decoder") and not moved(whole, teacher, "prompt_encoder")
     losses = [entry for entry in log_of(tmp_path / "whole") if "loss" in entry]
-    assert [entry["stage"] for entry in losses] == ["distill"] * 3 + ["distill-masks"] * 3
+    assert [entry["stage"] for entry in losses] == ["distill"] * 2 + ["distill-masks"] * 2
     assert {"bce", "dice", "overlap"} <= {*losses[-1]} and "bce" not in losses[0]
 
     def step(self, state, number, batch, whole=MaskDistillation.step):
@@ -77,18 +78,34 @@ def test_edge_sam_is_resumed_within_its_prompts(material, student, tmp_path, mon
     assert len(searched) == 2 * len({sample.name for sample in searched})  # not once more where it was resumed
 
 
-def test_tiny_sam_learns_from_annotations(material, student, tmp_path, without_figure):
-    choices = {
-        "recipe": "tiny_sam",
-        "student": student,
-        "set": (*ONCE, "masks.rounds=1", "masks.vary=false"),
-        "steps": 1,
-    }
-    options = compress_options(material, tmp_path / "slim", images=(material / "val",), batch=1, **choices)
-    slim = compress_with(options).sam
-    (entry,) = [entry for entry in log_of(tmp_path / "slim") if entry["stage"] == "distill-masks" and "loss" in entry]
-    assert {"embedding", "tokens", "outputs", "focal", "dice", "iou", "overlap"} <= {*entry}
-    assert moved(slim, checkpoint.load(material / "teacher"), "mask_decoder")
+@pytest.mark.parametrize(
+    ("recipe", "known", "terms"),
+    [
+        ("edge_sam", False, {"bce", "dice"}),
+        ("tiny_sam", True, {"embedding", "tokens", "outputs", "focal", "dice", "iou"}),
+        ("efficient_sam", False, {"focal", "dice", "iou"}),
+    ],
+)
+def test_a_step_of_each_recipe_has_its_terms(recipe, known, terms):
+    """Traced, not compiled. The teacher's encoder is there only where its embedding is read and does not come along."""
+    step, sam = RECIPES[recipe][-1], random_sam(UNEVEN)
+    trainer = make_trainer(sam, random_sam(SQUARE), step, known=known)
+    assert (
+        set(trainer.frozen.get("teacher", {}))
+        == {
+            "edge_sam": {"image_encoder", "prompt_encoder", "mask_decoder"},
+            "tiny_sam": {"prompt_encoder", "mask_decoder"},
+            "efficient_sam": set(),
+        }[recipe]
+    )
+    zeros = lambda *shape, dtype=np.float32: np.zeros((2, *shape), dtype)
+    batch = {"image": zeros(64, 64, 3, dtype=np.uint8), "size": zeros(2, dtype=np.int32) + 64}
+    batch |= {"points": zeros(3, 2, 2), "labels": zeros(3, 2, dtype=np.int32), "masks": zeros(3, 16, 16)}
+    batch |= {"seed": zeros(dtype=np.uint32), **({"embedding": zeros(4, 4, 32)} if known else {})}
+    how = trainer.state, trainer.frozen, batch, step.losses.weights(), 1e-3
+    state, found = jax.eval_shape(trainer.step, *how)
+    assert set(found) == {"loss", "overlap", *terms}
+    assert set(state.params) == {"image_encoder", "mask_decoder"}
 
 
 def test_images_without_any_mask_are_left_out(material, tmp_path, capsys):
