@@ -102,13 +102,13 @@ class DistillMasks(Record):
         if not self.train or not {*self.train} <= {"image_encoder", "mask_decoder"}:
             raise InputError(f"train {self.train} must name image_encoder, mask_decoder or both")
         if not self.losses.weights():
-            raise InputError("a loss without terms: set masks.bce=5, say")
+            raise InputError("a loss without terms: DistillMasks(MaskLosses(bce=5.0)), say")
         if self.optimizer.lr == "auto":
-            raise InputError("lr auto follows the embedding's error, and breaks decoders: add masks.lr=1e-4, say")
+            raise InputError("lr auto follows the embedding's error, and breaks decoders: add distill.lr=1e-4, say")
         judged = self.validation
         if "mask_decoder" in self.train and judged.validate_by == "error" and judged.keep_checkpoint == "best":
             raise InputError(
-                "the embedding's error cannot tell decoders apart: add masks.validate_by=miou or keep_checkpoint=last"
+                "the embedding's error cannot tell decoders apart: add distill.validate_by=miou or keep_checkpoint=last"
             )
 
     @property

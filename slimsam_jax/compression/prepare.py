@@ -119,7 +119,9 @@ def check_prompts(step: DistillMasks, head: Any) -> None:
     clicks = np.zeros((1, prompting.rounds - 1), np.int32) + (prompting.click == "missed")
     for first in ((1, NOT_A_POINT), (BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)):
         if reason := kind_of(head).refusal(np.concatenate([[first], clicks], axis=1), False):
-            raise InputError(f"{reason} (masks.click=missed gives foreground clicks alone, masks.rounds fewer of them)")
+            raise InputError(
+                f"{reason} (in a list of steps Prompting(click='missed') gives foreground clicks alone, rounds= fewer)"
+            )
 
 
 def check_combinations(options: Options, recipe: Recipe, target: Target) -> None:

@@ -219,9 +219,9 @@ class Pretrain(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.width % self.heads:
-            raise InputError(f"pretrain.width {self.width} must be a multiple of pretrain.heads {self.heads}")
+            raise InputError(f"width {self.width} of the decoder must be a multiple of its {self.heads} heads")
         if self.optimizer.lr == "auto":
-            raise InputError("lr auto follows the embedding's error, which nothing has yet: add pretrain.lr=1e-3, say")
+            raise InputError("lr auto follows the embedding's error, which nothing has yet: add distill.lr=1e-3, say")
 
 
 Step = Prune | Distill | DistillMasks | Pretrain | Initialize

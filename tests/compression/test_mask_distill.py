@@ -18,19 +18,14 @@ from slimsam_jax.api import compress_with
 from slimsam_jax.compression import everything_masks
 from slimsam_jax.compression.everything_masks import with_masks
 from slimsam_jax.compression.mask_distill import MaskDistillation, make_trainer
+from slimsam_jax.compression.mask_steps import Prompting
 from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.set_option import change
+from slimsam_jax.compression.steps import Initialize
 from slimsam_jax.errors import RunError
 from slimsam_jax.files import write_json
 
 ROW = {"segmentation": {"size": [20, 30], "counts": [0, 100, 500]}, "bbox": [0, 0, 5, 20], "point_coords": [[1, 1]]}
-ONCE = ("distill.validations=1", "masks.validations=1", "distill.epochs=1", "masks.epochs=1", "masks.prompts=2")
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("student")
-    checkpoint.save(random_sam(UNEVEN, 1), folder)
-    return folder
 
 
 def log_of(out):
@@ -41,9 +36,11 @@ def moved(slim, teacher, part: str) -> bool:
     return not all(jax.tree.leaves(jax.tree.map(np.array_equal, slim.params[part], teacher.params[part])))
 
 
-def test_edge_sam_is_resumed_within_its_prompts(material, student, tmp_path, monkeypatch, without_figure):
+def test_edge_sam_is_resumed_within_its_prompts(material, tmp_path, monkeypatch, without_figure):
     """On images without annotations: by the masks that the teacher finds in them, searched for once."""
-    choices = {"recipe": "edge_sam", "student": student, "set": ONCE, "save_every": 1, "steps": 2}
+    choices = {"set": (), "save_every": 1, "steps": 1}
+    step = dataclasses.replace(RECIPES["edge_sam"][-1], prompting=Prompting(prompts=2))
+    recipe = change((Initialize(UNEVEN), step), ["distill.validations=1"])
     searched, search = [], everything_masks._search
 
     def useful(generator, sample, file):
@@ -55,12 +52,12 @@ def test_edge_sam_is_resumed_within_its_prompts(material, student, tmp_path, mon
         write_json(file, {"annotations": [ROW]})
 
     monkeypatch.setattr(everything_masks, "_search", useful)
-    whole = compress_with(compress_options(material, tmp_path / "whole", **choices)).sam
+    whole = compress_with(compress_options(material, tmp_path / "whole", **choices), recipe).sam
     teacher = checkpoint.load(material / "teacher")
     assert moved(whole, teacher, "mask_decoder") and not moved(whole, teacher, "prompt_encoder")
     losses = [entry for entry in log_of(tmp_path / "whole") if "loss" in entry]
-    assert [entry["stage"] for entry in losses] == ["distill"] * 2 + ["distill-masks"] * 2
-    assert {"bce", "dice", "overlap"} <= {*losses[-1]} and "bce" not in losses[0]
+    assert [entry["stage"] for entry in losses] == ["distill-masks"] * 2
+    assert {"bce", "dice", "overlap"} <= {*losses[-1]}
 
     def step(self, state, number, batch, whole=MaskDistillation.step):
         if number == 2:
@@ -71,8 +68,8 @@ def test_edge_sam_is_resumed_within_its_prompts(material, student, tmp_path, mon
     with monkeypatch.context() as patched:
         patched.setattr(MaskDistillation, "step", step)
         with pytest.raises(RunError, match="plug"):
-            compress_with(options)
-    resumed = compress_with(dataclasses.replace(options, resume=True)).sam
+            compress_with(options, recipe)
+    resumed = compress_with(dataclasses.replace(options, resume=True), recipe).sam
     chex.assert_trees_all_equal(resumed.params, whole.params)
     assert log_of(tmp_path / "slim") == log_of(tmp_path / "whole")
     assert len(searched) == 2 * len({sample.name for sample in searched})  # not once more where it was resumed

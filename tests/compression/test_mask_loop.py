@@ -147,13 +147,13 @@ def test_a_number_of_rounds_that_varies_compiles_once_and_counts_them_alone(monk
 
 
 def test_choices_that_cannot_be_are_refused():
-    with pytest.raises(InputError, match=r"add masks\.validate_by=miou"):
+    with pytest.raises(InputError, match=r"add distill\.validate_by=miou"):
         DistillMasks(validation=dataclasses.replace(DistillMasks().validation, validate_by="error"))
     with pytest.raises(InputError, match="a loss without terms"):
         DistillMasks(MaskLosses(bce=0.0, dice=0.0))
     head = efficient_sam_head.HeadConfig((64, 64))
-    with pytest.raises(InputError, match=r"no background points .*masks.click=missed"):
+    with pytest.raises(InputError, match=r"no background points .*click='missed'"):
         check_prompts(DistillMasks(), head)
     check_prompts(DistillMasks(prompting=Prompting(rounds=5, click="missed")), head)
-    with pytest.raises(InputError, match=r"takes 6 points at most, .*masks.rounds"):
+    with pytest.raises(InputError, match=r"takes 6 points at most, .*rounds= fewer"):
         check_prompts(DistillMasks(prompting=Prompting(rounds=6, click="missed")), head)

@@ -74,5 +74,5 @@ def test_an_encoder_that_cannot_leave_patches_out_is_refused():
     with pytest.raises(InputError, match="a vit cannot leave patches out; pre-training is for efficient_sam"):
         check_encoders((Pretrain(),), SQUARE)
     check_encoders((Initialize(STUDENT), Pretrain()), SQUARE)
-    with pytest.raises(InputError, match=r"pretrain.width 10 must be a multiple of pretrain.heads 4"):
+    with pytest.raises(InputError, match="width 10 of the decoder must be a multiple of its 4 heads"):
         Pretrain(width=10, heads=4)

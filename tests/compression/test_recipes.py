@@ -123,6 +123,14 @@ def test_too_few_steps_are_refused():
         optimizer_steps(lists.progressive(0.5, rounds=3), 1000, 4, 2)
 
 
+def test_what_trainings_have_in_common_is_set_in_all_of_them():
+    first, embedding, masks = change(RECIPES["edge_sam"], ["distill.validations=3", "initialize.start=teacher"])
+    assert [step.validation.validations for step in (embedding, masks)] == [3, 3] and first.start == "teacher"
+    assert not embedding.losses.padding and masks.losses == RECIPES["edge_sam"][-1].losses
+    with pytest.raises(InputError, match="start 'here' is none of random, teacher"):
+        change(RECIPES["edge_sam"], ["initialize.start=here"])
+
+
 def test_choices_are_set_by_name_in_every_step_that_has_them():
     given = ["prune.round_to=8", "prune.criterion=fisher", "quirks.zeroed_rel_pos=True", "distill.lr=2e-3"]
     first, one, second, two = change(RECIPES["taylor"], given)

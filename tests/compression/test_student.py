@@ -63,7 +63,11 @@ def test_mobile_sam_into_a_model_of_another_shape(material, tmp_path, without_fi
     """The encoder begins as that model's and learns; prompt encoder and decoder are the teacher's to the bit."""
     student = random_sam(UNEVEN, 1)
     checkpoint.save(student, tmp_path / "student")
-    choices = {"recipe": "mobile_sam", "student": tmp_path / "student", "set": ("distill.validations=1",)}
+    choices = {
+        "recipe": "mobile_sam",
+        "student": tmp_path / "student",
+        "set": ("distill.validations=1",),
+    }
     slim = compress_with(compress_options(material, tmp_path / "slim", **choices, steps=1)).sam
     teacher = checkpoint.load(material / "teacher")
     assert slim.config.encoder == UNEVEN and "sha256" in slim.provenance["student"]

@@ -7,7 +7,7 @@ paper: SAM-H into a TinyViT of 5 M parameters on 1 % of SA-1B, Adam, 8 epochs, 6
 with ViTDet's boxes (41.4 without hard prompts and masks; 40.7 without distillation).
 
 The three terms' weights were never published. Ours are 1 each: every term is relative to the spread of its target, so
-that 1 means as bad as a constant; `--set masks.embedding=`, `masks.tokens=` and `masks.outputs=` set others.
+that 1 means as bad as a constant. A list of steps with another `MaskLosses` sets others.
 
     python -m slimsam_jax.compress --recipe tiny_sam --teacher sam_vit_h_4b8939.pth --images sa1b --limit 110000 \
         --batch 16 --cache embeddings
