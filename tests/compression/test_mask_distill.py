@@ -9,13 +9,14 @@ import chex
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from helpers.images import samples
 from helpers.models import SQUARE, UNEVEN, random_sam
 from helpers.runs import compress_options
 from slimsam_jax import checkpoint
 from slimsam_jax.api import compress_with
-from slimsam_jax.compression import everything_masks
+from slimsam_jax.compression import everything_masks, report
 from slimsam_jax.compression.everything_masks import with_masks
 from slimsam_jax.compression.mask_distill import MaskDistillation, make_trainer
 from slimsam_jax.compression.mask_steps import Prompting
@@ -103,6 +104,15 @@ def test_a_step_of_each_recipe_has_its_terms(recipe, known, terms):
     state, found = jax.eval_shape(trainer.step, *how)
     assert set(found) == {"loss", "overlap", *terms}
     assert set(state.params) == {"image_encoder", "mask_decoder"}
+
+
+def test_a_training_by_masks_alone_is_drawn_by_its_loss():
+    log = [{"stage": "distill", "step": 1, "loss": 3.0, "embedding": 2.0}]
+    log += [{"stage": "distill-masks", "step": step, "loss": 1.0 / step} for step in (1, 2)]
+    axes = Figure().subplots()
+    report._plot_losses(axes, log)
+    assert [list(line.get_ydata()) for line in axes.lines] == [[2.0], [1.0, 0.5]]
+    assert [line.get_label() for line in axes.lines] == ["distill", "distill-masks, its loss"]
 
 
 def test_images_without_any_mask_are_left_out(material, tmp_path, capsys):
