@@ -68,6 +68,11 @@ def decoder(ratio: float) -> Recipe:
     return (*cuts, first, dataclasses.replace(last, losses=masks, validation=judged, optimizer=slow(last), train=both))
 
 
+def prompted(ratio: float) -> Recipe:
+    """The paper's slimming, and then EdgeSAM's prompts in the loop."""
+    return (*recipes.RECIPES["slimsam"], recipes.RECIPES["edge_sam"][-1])
+
+
 RECIPES: dict[str, Callable[[float], Recipe]] = {
     **{name: shipped(name) for name in recipes.RECIPES},
     "alternating": alternating,
@@ -76,6 +81,7 @@ RECIPES: dict[str, Callable[[float], Recipe]] = {
     "scratch": scratch,
     "polish": polish,
     "decoder": decoder,
+    "prompted": prompted,
 }
 
 

@@ -100,6 +100,7 @@ def compress(
     ratio: float | None = None,
     budget: str | None = None,
     recipe: str | Sequence[Step] = "default",
+    student: Path | str | None = None,
     set: Sequence[str] = (),
     uniform: bool = False,
     steps: int | None = None,
@@ -136,8 +137,8 @@ def compress(
       ratio: share of the channels to remove; 0.5 if there is no `budget` either. 0.77 leaves 18 % of the parameters of
         the small SAM's encoder, and about 7 % of SAM-B's.
       budget: instead of that what the slim model may cost: "params=9.1M", "macs=47G" or "latency=120ms".
-      recipe: "default", "taylor" or "slimsam", or a list of steps (`compression.steps`: `Prune`, `Distill`,
-        `Initialize`).
+      recipe: its name, or a list of steps (`compression.steps`).
+      student: what a recipe that begins with another encoder distils into: a preset's name, or a model's path.
       set: single choices that differ from the recipe's: "prune.round_to=8".
       out: the folder to write; it must not exist, or be empty, unless `resume` is given.
 
@@ -150,13 +151,10 @@ def compress(
     """
     fields = dict(locals())
     fields |= {name: tuple(map(str, _several(fields[name]))) for name in ("images", "val")}
-    fields |= {name: None if fields[name] is None else _path(fields[name], name) for name in ("teacher", "cache")}
+    fields |= {n: _path(fields[n], n) for n in ("teacher", "student", "cache") if fields[n] is not None}
     fields |= {"out": _path(out, "out"), "set": tuple(_several(set))}
-    if isinstance(recipe, str):
-        return compress_with(Options(**fields))
-    return compress_with(
-        Options(**{**fields, "recipe": "default", "set": ()}), change(as_recipe(recipe), fields["set"])
-    )
+    own = None if isinstance(recipe, str) else change(as_recipe(recipe), fields["set"])
+    return compress_with(Options(**(fields if own is None else {**fields, "recipe": "default", "set": ()})), own)
 
 
 def compress_with(options: Options, recipe: Recipe | None = None) -> Compressed:
@@ -174,9 +172,11 @@ def compress_with(options: Options, recipe: Recipe | None = None) -> Compressed:
         announce(options, recipe)
     from slimsam_jax import checkpoint
     from slimsam_jax.compression.dispatch import run
+    from slimsam_jax.compression.student import is_path
     from slimsam_jax.data import embedded_teacher
 
-    report = run(options, load(options.teacher or embedded_teacher()), recipe)
+    student = load(options.student) if is_path(options.student) else None
+    report = run(options, load(options.teacher or embedded_teacher()), recipe, student)
     return Compressed(checkpoint.load(options.out), report)
 
 

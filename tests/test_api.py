@@ -141,7 +141,7 @@ def test_compress_knows_every_option_of_the_command():
     ("call", "message"),
     [
         (lambda: slimsam_jax.compress(ratio=2), "--ratio 2 is not the share"),
-        (lambda: slimsam_jax.compress(recipe="best"), "--recipe 'best' is none of default, taylor, slimsam"),
+        (lambda: slimsam_jax.compress(recipe="best"), "--recipe 'best' is none of default, taylor, slimsam, "),
         (lambda: slimsam_jax.compress(dtype="float8"), "--dtype 'float8' is none of"),
         (lambda: slimsam_jax.compress(recipe=[Prune]), "nor a list of Prune"),
         (lambda: slimsam_jax.compress(recipe=[]), "a recipe needs a step that prunes"),

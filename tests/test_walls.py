@@ -230,7 +230,8 @@ def is_option(node: ast.stmt) -> bool:
 
 def test_a_record_of_options_is_looked_through_at_a_glance():
     texts, fields = sources(), {}
-    for name in ("slimsam_jax.compression.steps", "slimsam_jax.compression.options", "slimsam_jax.training.options"):
+    rooms = ("compression.steps", "compression.mask_steps", "compression.choices", "compression.options")
+    for name in (*(f"slimsam_jax.{room}" for room in rooms), "slimsam_jax.training.options"):
         records = [node for node in ast.parse(texts[name]).body if isinstance(node, ast.ClassDef)]
         fields |= {each.name: sum(map(is_option, each.body)) for each in records}
     assert fields["Prune"] and fields["ImageOptions"] and max(fields.values()) <= MOST_FIELDS, fields

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from slimsam_jax.models.sam import Sam
 
 
-def run(options: Options, teacher: Sam | FastSam, recipe: Recipe | None = None) -> dict[str, Any]:
+def run(
+    options: Options, teacher: Sam | FastSam, recipe: Recipe | None = None, student: Sam | FastSam | None = None
+) -> dict[str, Any]:
     """See `api.compress_with`, which checks the options first."""
-    kind = fast_sam_run if isinstance(teacher, FastSam) else pipeline
-    return kind.run(options, teacher, recipe)
+    if isinstance(teacher, FastSam):  # whose run refuses a student
+        return fast_sam_run.run(options, teacher, recipe)
+    return pipeline.run(options, teacher, recipe, student)

@@ -1,13 +1,13 @@
-"""Distils: a `training.loop.Loop` whose terms, scores and learning rates are those of a step `Distill`."""
+"""Distils: a training whose terms are those of a step `Distill`."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from slimsam_jax import sharding
@@ -15,14 +15,13 @@ from slimsam_jax.compression import targets
 from slimsam_jax.compression.alignment import terms
 from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.run import Run
+from slimsam_jax.compression.step_training import StepTraining
 from slimsam_jax.compression.trainer import make_trainer
 from slimsam_jax.data import Sample
 from slimsam_jax.data.augment import flip_and_crop
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.data.prompted import random_clicks
 from slimsam_jax.data.reading import map_readable
-from slimsam_jax.distillation.schedules import learning_rates, plateau_scale
-from slimsam_jax.distillation.step import TrainState
 from slimsam_jax.errors import RunError
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.inference.decode import encode_image
@@ -30,7 +29,7 @@ from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.encoders.layers import recalibrate
 from slimsam_jax.models.sam import Sam, image_encoder, preprocess
 from slimsam_jax.profiling import reference_macs
-from slimsam_jax.training.loop import ADVICE, Loop, Schedule, Trainer
+from slimsam_jax.training.loop import Trainer
 
 # Multiply-accumulates of the teacher in a distillation, below which compiling a second program, without the terms
 # that have faded, takes longer than it saves: 1500 images of the small SAM, four of ViT-B at 1024 px.
@@ -82,6 +81,8 @@ def recalibrated(run: Run, planned: Planned, student: Sam) -> Sam:
     """
     if planned.step.batch_norm == "frozen" or planned.before:
         return student
+    if not getattr(student.config.encoder, "batch_norm", False):  # "recalibrated" was refused (`prepare`)
+        return student
     options, size = run.options, student.config.image_size
     count = max(1, min(options.importance_images, len(run.images)) // run.batch)
     batches = itertools.islice(Batches(run.images, size, run.batch, options.seed), count)
@@ -90,28 +91,44 @@ def recalibrated(run: Run, planned: Planned, student: Sam) -> Sam:
     return dataclasses.replace(student, params={**student.params, "image_encoder": encoder})
 
 
-class Distillation(Loop):
+def peak_rate(run: Run, planned: Planned, error: Callable[[], float]) -> float:
+    """The peak learning rate, if "auto" as logged where the step began in a run that is resumed.
+
+    Args:
+      error: measures the relative error that the step starts with.
+    """
+    folder, name, optimizer = run.folder, "learning_rate", planned.step.optimizer
+    if optimizer.lr != "auto":
+        return optimizer.lr
+    for entry in folder.read_log():
+        if entry.get("stage") == planned.name and name in entry:
+            return entry[name]
+    found = optimizer.auto_lr * error() ** 0.5
+    found = sharding.agree(min(found, FASTEST))
+    folder.log(stage=planned.name, step=0, **{name: found})
+    return found
+
+
+class Distillation(StepTraining):
     """One distillation, in one run folder."""
 
     def __init__(self, run: Run, planned: Planned, student: Sam, previous: Sam):
-        self.whole, self.planned, self.distill, self.steps = run, planned, planned.step, planned.steps
-        self.student = self.begun(student)
-        self.rates = learning_rates(self.peak(), self.steps, planned.step.optimizer.schedule)
-        trainer, judged = self.trained(previous), planned.step.validation
-        fields = (self.steps, run.batch, run.options.save_every, judged.validations)
-        schedule = Schedule(planned.name, f"the step {planned.name}", *fields, judged.keep_checkpoint, planned.before)
-        super().__init__(run.folder, trainer, schedule)
+        self.steps, self.distill = planned.steps, planned.step
+        student = self.begun(run, planned, student)
+        peak = peak_rate(run, planned, functools.partial(self.starting_error, run, student))
+        super().__init__(run, planned, student, self.trained(run, student, previous), peak)
 
-    def begun(self, student: Sam) -> Sam:
+    def begun(self, run: Run, planned: Planned, student: Sam) -> Sam:
         """The student before its first step."""
-        return recalibrated(self.whole, self.planned, student)
+        return recalibrated(run, planned, student)
 
-    def starting_error(self) -> float:
-        return starting_error(self.whole, self.student)
+    def starting_error(self, run: Run, student: Sam) -> float:
+        """The relative error that the learning rate is chosen by, if it is "auto"."""
+        return starting_error(run, student)
 
-    def trained(self, previous: Sam) -> Trainer:
+    def trained(self, run: Run, student: Sam, previous: Sam) -> Trainer:
         """The compiled step, with what it computes targets by."""
-        run, step, student, options = self.whole, self.distill, self.student, self.whole.options
+        step, options = self.distill, run.options
         work = self.steps * run.batch * reference_macs.encoder_macs(run.teacher.config).total
         self.names = family_of(student.config.encoder).FEATURES
         every = [terms(step, index, self.steps, self.names) for index in range(self.steps)]
@@ -121,29 +138,12 @@ class Distillation(Loop):
         how = (run.dtype, options.accumulate, options.fsdp, options.attention, self.targets is not None)
         return make_trainer(student, previous, run.teacher, step, *how)
 
-    def peak(self) -> float:
-        """The peak learning rate, if "auto" as logged where the step began in a run that is resumed."""
-        folder, name, optimizer = self.whole.folder, "learning_rate", self.distill.optimizer
-        if optimizer.lr != "auto":
-            return optimizer.lr
-        for entry in folder.read_log():
-            if entry.get("stage") == self.planned.name and name in entry:
-                return entry[name]
-        found = optimizer.auto_lr * self.starting_error() ** 0.5
-        found = sharding.agree(min(found, FASTEST))
-        folder.log(stage=self.planned.name, step=0, **{name: found})
-        return found
-
-    def label(self) -> str:
-        return self.planned.name
-
     def stream(self, start: int) -> Batches:
-        run, seed, augment = self.whole, self.whole.options.seed + 1 + self.distill.order, self.distill.augment
-        part = jax.process_index(), jax.process_count()
+        run, augment = self.whole, self.distill.augment
         config, limit = run.teacher.config, run.options.broken_share()
         framing = flip_and_crop(augment.flip, augment.crop)
-        how = (framing, self.extra, limit)
-        return Batches(run.images, config.image_size, run.batch, seed, start, part, *how, frame=config.frame)
+        how = (run.batch, self.seed(), start, self.part(), framing, self.extra, limit)
+        return Batches(run.images, config.image_size, *how, frame=config.frame)
 
     def extra(self, sample: Sample, size: np.ndarray, random: np.random.Generator) -> dict[str, Any]:
         """What a step needs of an image besides its pixels."""
@@ -158,23 +158,3 @@ class Distillation(Loop):
     def weights(self, step: int) -> dict[str, float]:
         """A short distillation computes all of its terms to the end, some at weight 0."""
         return self.faded | terms(self.distill, step - 1, self.steps, self.names)
-
-    def score(self, sam: Sam, step: int) -> dict[str, float]:
-        judge = self.whole.scores.get(self.distill.validation.validate_by)
-        score = sharding.agree(judge(sam) if judge else 0.0)
-        if not np.isfinite(score):
-            raise RunError(f"the student after step {step} gives no finite outputs; {ADVICE}")
-        return {"score": score}
-
-    def learning_rate(self, step: int) -> float:
-        """By the schedule, and by the validations until now if that is "plateau"."""
-        rate = float(self.rates[step - 1])
-        if self.distill.optimizer.schedule != "plateau":
-            return rate
-        return rate * plateau_scale(list(self.scores.values()), self.distill.optimizer.patience)
-
-    def sam(self, state: TrainState) -> Sam:
-        """The student as it stands, off the mesh."""
-        # Copied on the host, which compiles nothing: the next step is given the state's memory.
-        learnt = jax.device_put(jax.tree.map(np.array, sharding.gather(state.average or state.params)))
-        return dataclasses.replace(self.student, params={**self.student.params, **learnt})

@@ -95,23 +95,22 @@ def recalibrated(run: Run, planned: Planned, student: FastSam) -> FastSam:
 class FastSamDistillation(Distillation):
     """One distillation of a FastSAM, in one run folder."""
 
-    def begun(self, student: FastSam) -> FastSam:
-        return recalibrated(self.whole, self.planned, student)
+    def begun(self, run: Run, planned: Planned, student: FastSam) -> FastSam:
+        return recalibrated(run, planned, student)
 
-    def starting_error(self) -> float:
+    def starting_error(self, run: Run, student: FastSam) -> float:
         """The mean over terms, of some of the images to learn from."""
-        teacher = self.whole.teacher
-        of = lambda sample: float(np.mean(list(errors(self.student, sample, wanted_of(teacher, sample)).values())))
-        return mean_of_some(self.whole, of)
+        of = lambda sample: float(np.mean(list(errors(student, sample, wanted_of(run.teacher, sample)).values())))
+        return mean_of_some(run, of)
 
-    def trained(self, previous: FastSam) -> Trainer:
-        run, step, options = self.whole, self.distill, self.whole.options
+    def trained(self, run: Run, student: FastSam, previous: FastSam) -> Trainer:
+        step, options = self.distill, run.options
         mesh, how = sharding.make_mesh(options.fsdp), step.optimizer
         optimizer = make_optimizer(how.clip, how.weight_decay, learning)
-        of = lambda config: functools.partial(features, config, run.dtype)
-        student, teacher = of(self.student.config), of(run.teacher.config)
+        of = lambda model: functools.partial(features, model.config, run.dtype)
+        slim, teacher = of(student), of(run.teacher)
         train_step = make_step(
-            lambda params, frozen, batch: student(params, batch["image"]),
+            lambda params, frozen, batch: slim(params, batch["image"]),
             lambda frozen, batch: teacher(frozen, batch["image"]),
             optimizer,
             step.losses.relative,
@@ -121,14 +120,14 @@ class FastSamDistillation(Distillation):
             mesh,
         )
         frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, run.dtype), run.teacher.params)
-        state = init_state(self.student.params, optimizer, how.ema)
+        state = init_state(student.params, optimizer, how.ema)
         return Trainer(train_step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 
     def stream(self, start: int) -> Batches:
-        run, seed, augment = self.whole, self.whole.options.seed + 1 + self.distill.order, self.distill.augment
+        run, augment = self.whole, self.distill.augment
         frame, framing = Square(run.teacher.config.image_size), flip_and_crop(augment.flip, augment.crop)
         limit = run.options.broken_share()
-        return Batches(run.images, frame.size, run.batch, seed, start, (0, 1), framing, None, limit, frame=frame)
+        return Batches(run.images, frame.size, run.batch, self.seed(), start, (0, 1), framing, None, limit, frame=frame)
 
     def weights(self, step: int) -> Weights:
         """All alike: the loss is the mean of the terms."""

@@ -33,7 +33,14 @@ from slimsam_jax.training.setup import batch_size, too_many_of_val
 if TYPE_CHECKING:
     from slimsam_jax.compression.options import Options
 
-REFUSED = ("budget", "uniform", "cache", "attention", "distributed")  # options that say something of SAM's encoders
+REFUSED = (
+    "budget",
+    "student",
+    "uniform",
+    "cache",
+    "attention",
+    "distributed",
+)  # options that say something of SAM's encoders
 _names = lambda *records: {field.name for record in records for field in dataclasses.fields(record)}
 READ = {  # the choices that mean something; all others stay as the recipe has them
     Prune: {"ratio", "criterion", "allocation", "round_to", "min_keep"},
@@ -75,8 +82,8 @@ def check_options(options: Options, own: bool) -> None:
     for field in dataclasses.fields(options):
         if field.name in REFUSED and getattr(options, field.name) != field.default:
             raise InputError(f"--{field.name} is for SAMs, and the teacher is a FastSAM: leave it out")
-    if options.recipe == "slimsam" and not own:
-        raise InputError("recipe slimsam has the bugs of SAM's ViT, and the teacher is a FastSAM: leave --recipe out")
+    if options.recipe not in ("default", "taylor") and not own:
+        raise InputError(f"recipe {options.recipe} is of SAM's encoders, and the teacher is a FastSAM: leave it out")
 
 
 def check_steps(recipe: Recipe, teacher: FastSam) -> None:

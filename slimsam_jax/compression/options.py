@@ -11,7 +11,7 @@ from slimsam_jax import limits
 from slimsam_jax.cli.checks import check_seed, check_share
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.set_option import settled
-from slimsam_jax.compression.steps import Recipe
+from slimsam_jax.compression.steps import Prune, Recipe
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range, quoted
 from slimsam_jax.progress import say
@@ -43,10 +43,15 @@ class CutOptions:
     budget: str | None = None
     """Instead of --ratio, what the slim SAM may cost: params=9.1M (the whole SAM's), macs=47G (the image encoder's,
     attention included) or latency=120ms (of the image encoder, one image, measured on this machine)."""
-    recipe: Literal["default", "taylor", "slimsam"] = "default"
+    recipe: Literal["default", "taylor", "slimsam", "mobile_sam", "edge_sam", "tiny_sam", "efficient_sam"] = "default"
     """"default" chooses a basis before it cuts, and distils once; "taylor" cuts whole channels by Disturbed Taylor
     importance and distils after each cut, without the reference's known bugs; "slimsam" does what the original code
-    does."""
+    does. The others cut nothing: they distil into another encoder (--student), as MobileSAM, EdgeSAM, TinySAM and
+    EfficientSAM do (docs/distillers.md)."""
+    student: Path | None = None
+    """What recipes that begin with another encoder distil into: a preset (vit_t, rep_vit_m1, efficient_sam_ti,
+    efficient_sam_s, vit_b, vit_p50, vit_p77; of 0.8 M parameters tiny_vit_small, rep_vit_small, efficient_sam_small,
+    vit_small), with random weights, or a model as --teacher takes it, to begin with its own. Default: the recipe's."""
     set: tuple[str, ...] = ()
     """Single choices that differ from the recipe's, as NAME=VALUE: prune.round_to=8, prune.criterion=fisher,
     distill.epochs=20, ... (docs/recipes.md lists all of them)."""
@@ -104,7 +109,7 @@ class Options(DeviceOptions, RunOptions, ImageOptions, CutOptions):
         fields = dataclasses.asdict(self)
         for name in ("out", "resume", "save_every", "fsdp", "distributed", "attention", "max_broken", "strict"):
             del fields[name]
-        fields["teacher"] = str(self.teacher) if self.teacher else None
+        fields |= {name: str(path) if (path := fields[name]) else None for name in ("teacher", "student")}
         fields["cache"] = self.cache is not None
         fields["ratio"] = self.channel_ratio()
         return fields | {name: [str(path) for path in fields[name]] for name in ("images", "val", "set")}
@@ -115,6 +120,8 @@ def announce(options: Options, recipe: Recipe | None = None) -> None:
     images = ", ".join(map(str, options.images)) or "the photographs in the package"
     val = ", ".join(map(str, options.val)) or "an eighth of them, held out"
     how_much = f"budget {options.budget}" if options.budget else f"{100 * options.channel_ratio():g} % of the channels"
+    cuts = any(isinstance(step, Prune) for step in (RECIPES[options.recipe] if recipe is None else recipe))
+    how_much = how_much if cuts else "nothing"
     named = f"{options.recipe}{''.join(f' {choice}' for choice in options.set)}"
     say("teacher", str(options.teacher or "the small SAM in the package"))
     say("images", f"{images}; to measure on: {val}")

@@ -10,27 +10,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax import checkpoint, sharding
 from slimsam_jax.compression import report, widths
 from slimsam_jax.compression.calibration_images import calibration_stream, on_devices
 from slimsam_jax.compression.distill import distill
+from slimsam_jax.compression.mask_distill import distill_masks
 from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.prepare import prepare
+from slimsam_jax.compression.pretrain import pretrain
 from slimsam_jax.compression.prune import prune
 from slimsam_jax.compression.quantize import quantize
 from slimsam_jax.compression.run import Run
-from slimsam_jax.compression.steps import Distill, Initialize, Prune, Quantize, Recipe
+from slimsam_jax.compression.steps import Distill, DistillMasks, Initialize, Pretrain, Prune, Quantize, Recipe
+from slimsam_jax.compression.student import initialize
 from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import write_json
 from slimsam_jax.inference.calibration import calibrate
 from slimsam_jax.inference.predictor import check_model
-from slimsam_jax.models.composed import with_encoder
 from slimsam_jax.models.encoders import family_of
-from slimsam_jax.models.sam import Sam, image_encoder
+from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling.memory import peak_memory
 from slimsam_jax.progress import say, track
 from slimsam_jax.training import preemption
@@ -43,13 +44,14 @@ if TYPE_CHECKING:
 Do = Callable[[Run, Planned, Sam, Sam], Sam]
 
 
-def run(options: Options, teacher: Sam, recipe: Recipe | None = None) -> dict[str, Any]:
+def run(options: Options, teacher: Sam, recipe: Recipe | None = None, student: Sam | None = None) -> dict[str, Any]:
     """See `api.compress_with`, which checks the options first.
 
     Args:
       recipe: the steps, if not those that the options name.
+      student: to begin with, if --student is a model's path.
     """
-    run = prepare(options, check_model(teacher), recipe)
+    run = prepare(options, check_model(teacher), recipe, student)
     with run.folder, preemption.at_once("stopped; finished steps are kept: continue with --resume"):
         student, seconds = carry_out(run)
         numbers = finish(run, student, seconds) if sharding.is_main() else {}
@@ -139,7 +141,7 @@ def save_other(run: Run, student: Sam) -> None:
     It gets the thresholds of `student`, from which it is a few steps away.
     """
     last = run.plan[-1]
-    if not isinstance(last.step, Distill):
+    if not last.steps:
         return
     name = "last" if last.step.validation.keep_checkpoint == "best" else "best"
     other = run.folder.load_model(last.name, name)
@@ -186,18 +188,16 @@ def name_skipped(run: Run, place: Planned, skipped: Mapping[str, str]) -> None:
         print(f"skipped: {reason}", flush=True)
 
 
-def initialize(run: Run, place: Planned, student: Sam, previous: Sam) -> Sam:
-    """The step `Initialize`: an image encoder with random weights, of the same widths or of the step's own."""
-    config = student.config if place.step.encoder is None else with_encoder(student.config, place.step.encoder)
-    images = jnp.zeros((1, *config.image_size, 3))
-    encoder = jax.jit(image_encoder(config).init)(jax.random.key(run.options.seed), images)
-    params = {**student.params, "image_encoder": encoder["params"]}
-    return dataclasses.replace(student, config=config, params=params, kept={})
-
-
 def quantize_step(run: Run, place: Planned, student: Sam, previous: Sam) -> Sam:
     """The step `Quantize`, calibrated on images of the run; every process does all of it."""
     return quantize(student, run.images, place.step, run.options.seed)
 
 
-DO: dict[type, Do] = {Prune: prune_step, Distill: distill, Initialize: initialize, Quantize: quantize_step}
+DO: dict[type, Do] = {
+    Prune: prune_step,
+    Distill: distill,
+    DistillMasks: distill_masks,
+    Pretrain: pretrain,
+    Initialize: initialize,
+    Quantize: quantize_step,
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +18,7 @@ from slimsam_jax.limits import quoted
 def as_recipe(steps: Any) -> Recipe:
     """Raises InputError for what is no list of steps."""
     if not isinstance(steps, list | tuple) or not all(isinstance(step, Step) for step in steps):
-        raise InputError(
-            f"recipe {quoted(steps)} is neither a recipe's name nor a list of Prune, Distill, Initialize, Quantize"
-        )
+        raise InputError(f"recipe {quoted(steps)} is neither a recipe's name nor a list of Prune, Distill and others")
     return tuple(steps)
 
 
@@ -48,14 +47,19 @@ def names(recipe: Recipe) -> list[str]:
     met: collections.Counter[str] = collections.Counter()
     found = []
     for step in recipe:
-        name = type(step).__name__.lower() + (f"-{step.part}" if isinstance(step, Prune) else "")
+        name = kind_of(step) + (f"-{step.part}" if isinstance(step, Prune) else "")
         met[name] += 1
         found.append(name if met[name] == 1 else f"{name}-{met[name]}")
     return found
 
 
+def kind_of(step: Step) -> str:
+    """What a kind of step is called: "prune", "distill-masks"."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(step).__name__).lower()
+
+
 def optimizer_steps(recipe: Recipe, images: int, batch: int, each: int | None = None) -> list[int]:
-    """How many optimizer steps each step takes, 0 of those that are no distillation.
+    """How many optimizer steps each step takes, 0 of those that train nothing.
 
     Args:
       each: in each of the paper's two distillations, if given; other recipes share out as many by their epochs.
@@ -63,7 +67,7 @@ def optimizer_steps(recipe: Recipe, images: int, batch: int, each: int | None = 
     Raises:
       InputError: too few for every distillation to have one, or more than anybody has.
     """
-    epochs = [step.optimizer.epochs if isinstance(step, Distill) else 0 for step in recipe]
+    epochs = [step.optimizer.epochs if hasattr(step, "optimizer") else 0 for step in recipe]
     if each is None:
         counts = [max(1, n * images // batch) if n else 0 for n in epochs]
     else:
@@ -81,7 +85,7 @@ def optimizer_steps(recipe: Recipe, images: int, batch: int, each: int | None = 
 
 def describe(recipe: Recipe) -> list[dict[str, Any]]:
     """The recipe as JSON: a dict per step, with its kind under "step"."""
-    return [{"step": type(step).__name__.lower(), **dataclasses.asdict(step)} for step in recipe]
+    return [{"step": kind_of(step), **dataclasses.asdict(step)} for step in recipe]
 
 
 class Planned(NamedTuple):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slimsam_jax import __version__, checkpoint, data, sharding
 from slimsam_jax.compression import found_groups, widths
@@ -19,16 +20,21 @@ from slimsam_jax.compression.quantize import check_not_quantized
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.set_option import change
-from slimsam_jax.compression.steps import Augment, Distill, Initialize, Prune, Recipe
+from slimsam_jax.compression.steps import Augment, Distill, DistillMasks, Initialize, Pretrain, Prune, Recipe
+from slimsam_jax.compression.student import resolved
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.validation import IMAGES, Score, validator
 from slimsam_jax.data import Sample
 from slimsam_jax.data.prompted import annotated
 from slimsam_jax.data.reading import map_readable, read_annotated
 from slimsam_jax.errors import InputError
+from slimsam_jax.imaging.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT
+from slimsam_jax.inference.predictor import check_model
 from slimsam_jax.models.composed import with_encoder
-from slimsam_jax.models.encoders import name_of
+from slimsam_jax.models.encoders import FAMILIES, family_of, name_of
 from slimsam_jax.models.fast_sam import FastSam
+from slimsam_jax.models.heads import kind_of
+from slimsam_jax.models.heads import name_of as name_of_head
 from slimsam_jax.models.sam import Architecture, Sam
 from slimsam_jax.progress import say
 from slimsam_jax.training.run_folder import RunFolder
@@ -38,10 +44,12 @@ if TYPE_CHECKING:
     from slimsam_jax.compression.options import Options
 
 
-def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run:
+def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None, student: Sam | None = None) -> Run:
     """Everything that can be refused is refused here, before anything is written."""
     batch, own = batch_size(options), recipe is not None
     recipe = recipe if own else change(RECIPES[options.recipe], options.set)
+    named = str(options.student) if options.student else None
+    recipe = resolved(recipe, check_model(student) if student else named, teacher.config)
     target = Target(options.channel_ratio(), Budget.parse(options.budget) if options.budget is not None else None)
     check(recipe)
     check_not_quantized(teacher, "compressed")
@@ -56,7 +64,7 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None) -> Run
     if not options.resume:  # a latency may be measured otherwise the second time
         checked = widths.check if name_of(config.encoder) == "vit" else found_groups.check
         checked(config, target, prunes, options.uniform)
-    return run_of(options, recipe, target, teacher, (images, val), batch, own, validator)
+    return run_of(options, recipe, target, teacher, (images, val), batch, own, validator, student)
 
 
 def find_images(options: Options, batch: int) -> tuple[list[Sample], list[Sample]]:
@@ -81,6 +89,7 @@ def run_of(
     batch: int,
     own: bool,
     judge: Callable[[Any, list[Sample], str], Score],
+    student: Sam | None = None,
 ) -> Run:
     """A run of steps that have been checked; its folder is there then.
 
@@ -88,6 +97,7 @@ def run_of(
       samples: to learn from, and to measure on.
       own: the recipe is none that the options name.
       judge: (teacher, samples, `Validation.validate_by`) -> a function that scores students.
+      student: to begin with, if --student is a model's path.
     """
     images, val = samples
     counts = optimizer_steps(recipe, len(images), batch, options.steps)
@@ -95,11 +105,13 @@ def run_of(
     if sharding.is_main():
         announce(dtype, plan, batch, len(images), len(val))
     origin = provenance(options, recipe, teacher, images, counts, batch, own)
+    if student:
+        origin["student"] = {"file": options.student.name, "sha256": checkpoint.sha256(options.student)}
     cache = TeacherCache(options.cache, teacher, origin["teacher"]["sha256"]) if options.cache else None
     measures = {each.step.validation.validate_by for each in plan if each.steps} if sharding.is_main() else set()
     scores = {measure: judge(teacher, val, measure) for measure in measures}
     folder = RunFolder(options.out, origin, options.resume)
-    return Run(options, plan, target, teacher, images, val, batch, dtype, cache, scores, folder, origin)
+    return Run(options, plan, target, teacher, images, val, batch, dtype, cache, scores, folder, origin, student)
 
 
 def announce(dtype: Any, plan: Sequence[Planned], batch: int, images: int, val: int) -> None:
@@ -122,6 +134,11 @@ def check_encoders(recipe: Recipe, config: Architecture) -> Architecture:
                 config = with_encoder(config, step.encoder)
             except ValueError as error:
                 raise InputError(f"the encoder to initialize does not fit the teacher: {error}") from None
+        if isinstance(step, DistillMasks):
+            check_prompts(step, config.head)
+        if isinstance(step, Pretrain) and not getattr(family_of(config.encoder), "LEAVES_OUT", False):
+            families = ", ".join(name for name, family in FAMILIES.items() if getattr(family, "LEAVES_OUT", False))
+            raise InputError(f"a {name_of(config.encoder)} cannot leave patches out; pre-training is for {families}")
         recalibrates = isinstance(step, Distill) and step.batch_norm == "recalibrated"
         if recalibrates and not getattr(config.encoder, "batch_norm", False):
             family = name_of(config.encoder)
@@ -129,10 +146,25 @@ def check_encoders(recipe: Recipe, config: Architecture) -> Architecture:
     return config
 
 
+def check_prompts(step: DistillMasks, head: Any) -> None:
+    """Raises InputError for prompts in the loop that the teacher's head cannot take."""
+    if not hasattr(kind_of(head), "decode_tokens"):
+        raise InputError(f"prompts in the loop are not for {name_of_head(head)}, whose embedding has several maps")
+    prompting = step.prompting
+    clicks = np.zeros((1, prompting.rounds - 1), np.int32) + (prompting.click == "missed")
+    for first in ((1, NOT_A_POINT), (BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)):
+        if reason := kind_of(head).refusal(np.concatenate([[first], clicks], axis=1), False):
+            raise InputError(
+                f"{reason} (in a list of steps Prompting(click='missed') gives foreground clicks alone, rounds= fewer)"
+            )
+
+
 def check_combinations(options: Options, recipe: Recipe, target: Target) -> None:
     """Raises InputError for choices that do not go together."""
     prunes = [step for step in recipe if isinstance(step, Prune)]
     parts = [step.part for step in prunes]
+    if not prunes and (options.ratio is not None or target.budget):
+        raise InputError("this recipe cuts nothing: leave --ratio and --budget out; --student says how small it gets")
     if "all" in parts:
         raise InputError("a cut of all parts is of a FastSAM; a SAM is cut by its embedding, or by its bottleneck")
     for step in prunes:
@@ -146,8 +178,7 @@ def check_combinations(options: Options, recipe: Recipe, target: Target) -> None
         raise InputError("a --budget is met in one cut of each part; several cuts in a row share out a --ratio")
     if target.budget and target.budget.kind == "latency" and jax.process_count() > 1:
         raise InputError("--budget latency is measured by one process; give params= or macs=, or no --distributed")
-    augmented = [step.augment for step in recipe if isinstance(step, Distill) and step.augment != Augment()]
-    if options.cache and augmented:
+    if options.cache and any(getattr(step, "augment", Augment()) != Augment() for step in recipe):
         raise InputError("--cache holds the teacher's embeddings of whole images; it goes with neither flip nor crop")
 
 

@@ -154,7 +154,9 @@ def headline(numbers: dict[str, Any]) -> str:
 def _plot_losses(axes: Any, log: Sequence[dict[str, Any]]) -> None:
     for stage in dict.fromkeys(entry["stage"] for entry in log if "loss" in entry):
         entries = [entry for entry in log if entry.get("stage") == stage and "loss" in entry]
-        axes.semilogy([e["step"] for e in entries], [e["embedding"] for e in entries], label=stage)
+        term = "embedding" if "embedding" in entries[0] else "loss"  # of masks alone there is no other
+        label = stage if term == "embedding" else f"{stage}, its loss"
+        axes.semilogy([e["step"] for e in entries], [e[term] for e in entries], label=label)
     axes.set(title="error of the embedding", xlabel="step")
     if axes.lines:
         axes.legend(frameon=False, loc="upper right")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.plan import Planned
-from slimsam_jax.compression.steps import Distill
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.validation import Score
 from slimsam_jax.data import Sample
@@ -25,6 +24,7 @@ class Run:
     Attributes:
       scores: how good a student is, by `Validation.validate_by`; only in the process that validates.
       provenance: for the slim model's config.json.
+      start: the model whose encoder the student begins with, if --student is a model's path.
     """
 
     options: Options
@@ -39,8 +39,9 @@ class Run:
     scores: dict[str, Score]
     folder: RunFolder
     provenance: dict[str, Any]
+    start: Sam | None = None
 
     def is_named_later(self, step: Planned) -> bool:
-        """Whether a distillation follows at once: it meets every image, and names those that cannot be read."""
+        """Whether a training follows at once: it meets every image, and names those that cannot be read."""
         following = self.plan[self.plan.index(step) + 1 :][:1]
-        return any(isinstance(each.step, Distill) and each.steps for each in following)
+        return any(each.steps for each in following)

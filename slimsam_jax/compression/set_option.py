@@ -10,15 +10,16 @@ from typing import Any, Literal
 
 from slimsam_jax.compression.old_names import what_became_of
 from slimsam_jax.compression.plan import check
-from slimsam_jax.compression.steps import Distill, Prune, Quantize, Quirks, Recipe
+from slimsam_jax.compression.steps import Distill, DistillMasks, Initialize, Pretrain, Prune, Quantize, Quirks, Recipe
 from slimsam_jax.errors import InputError, printable
 
-KINDS = {"prune": Prune, "distill": Distill, "quantize": Quantize}
-HELD_BY_STEPS = ("part", "align", "train", "order")  # of which each step of a recipe has its own
+KINDS = {"prune": Prune, "distill": Distill, "initialize": Initialize, "quantize": Quantize}
+ALSO = {"distill": (DistillMasks, Pretrain)}  # what they have in common: Adam, augmentation, validation
+HELD_BY_STEPS = ("part", "align", "train", "order", "encoder", "padding")  # of which each step of a recipe has its own
 
 
 def change(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """The recipe with fields set by "kind.field=value", kind one of prune, distill, quantize and quirks.
+    """The recipe with fields set by "kind.field=value", kind one of `KINDS` and quirks.
 
     Raises:
       InputError: there is no such field, the value is not one of its type, or does not go with the others.
@@ -116,7 +117,7 @@ def _called(hint: Any) -> str:
 
 def _changed(record: Any, given: dict[str, Any]) -> Any:
     """A step with the fields that are given for its kind; of records in it, too."""
-    kind = next((kind for kind, cls in KINDS.items() if isinstance(record, cls)), None)
+    kind = next((kind for kind, cls in KINDS.items() if isinstance(record, (cls, *ALSO.get(kind, ())))), None)
     own = {name.partition(".")[2]: value for name, value in given.items() if name.partition(".")[0] == kind}
     quirks = {name.partition(".")[2]: value for name, value in given.items() if name.startswith("quirks.")}
     return _replaced(record, own, quirks) if own or quirks else record

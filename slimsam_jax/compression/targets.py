@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -68,6 +68,16 @@ class Targets:
             found = jax.eval_shape(self.program, self.frozen, {**batch, "embedding": embedding})
         kept = jax.tree.leaves({name: found[name] for name in found if name in self.names})
         return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+
+
+def embeddings(run: Run, step: Any, steps: int) -> Callable[[Sample], dict[str, np.ndarray]] | None:
+    """A function that gives the teacher's {"embedding": [h, w, C]} of an image, where it is cached or kept in memory.
+
+    None where a step had better compute it.
+    """
+    if kept := remembered(run, step, steps, run.teacher, ["embedding"]):
+        return lambda sample: {"embedding": kept(sample)["embedding"][0]}
+    return (lambda sample: {"embedding": run.cache.read(sample)}) if run.cache else None
 
 
 def remembered(run: Run, step: Distill, steps: int, previous: Sam, names: Sequence[str]) -> Targets | None:

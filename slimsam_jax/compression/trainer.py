@@ -19,6 +19,7 @@ from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.encoders.layers import learning
 from slimsam_jax.models.sam import Architecture, Embedding, Params, Sam, decode, in_training, run_encoder
 from slimsam_jax.training.loop import Trainer
+from slimsam_jax.training.prompt_loop import valid_share
 
 Batch = dict[str, Any]
 Encode = Callable[[Architecture, Any, Batch], tuple[Embedding, Any]]
@@ -75,7 +76,7 @@ def _student_features(
     embedding, features = encode(config, params["image_encoder"], batch)
     head = {**frozen.get("head", {}), **params}
     found = {"embedding": embedding, **_views(config, step, embedding, head, batch)}
-    return found | _aligned(step, config, features, embedding)
+    return _counting(step, config, found | _aligned(step, config, features, embedding), batch)
 
 
 def _target_features(
@@ -86,7 +87,31 @@ def _target_features(
         found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch["targets"])
     else:
         found = frozen_features(encode, previous, teacher, step, frozen, batch)
-    return found | _views(teacher, step, found["embedding"], frozen.get("head"), batch)
+    found = found | _views(teacher, step, found["embedding"], frozen.get("head"), batch)
+    return _counting(step, teacher, found, batch)
+
+
+def _counting(step: Distill, config: Architecture, found: losses.Features, batch: Batch) -> losses.Features:
+    """Leaves out of the embedding's term what `Losses.padding` leaves out."""
+    if step.losses.padding:
+        return found
+    return {**found, "embedding": within_image(found["embedding"], batch["size"], config.patch_size)}
+
+
+def within_image(embedding: jax.Array, sizes: jax.Array, stride: int) -> jax.Array:
+    """Scales embeddings [b, h, w, C] so that their squared error is EdgeSAM's, without padding.
+
+    Its sum over the valid cells of each image is divided by each image's number of them, and the mean taken over all
+    pairs: so all cells of a batch count alike.
+
+    Args:
+      sizes: [b, 2] of the images in the model frame.
+      stride: pixels to a cell.
+    """
+    valid = valid_share(sizes, embedding.shape[1:3], stride) > 0.5
+    counts = jnp.maximum(valid.sum((1, 2)), 1)
+    scale = jnp.sqrt(valid[0].size * (1 / counts).mean())
+    return embedding * (valid * scale)[..., None]
 
 
 def frozen_features(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from slimsam_jax.data import Annotation, Sample
 from slimsam_jax.data.augment import Framing, draw_framing
-from slimsam_jax.data.batches import Batches
+from slimsam_jax.data.batches import Batches, Extra
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.geometry import bounding_window, interior_point
@@ -17,6 +18,7 @@ from slimsam_jax.imaging.prompts import noisy, prompt_points
 from slimsam_jax.imaging.transforms import to_model_frame
 from slimsam_jax.models.config import Config
 
+First = Literal["either", "point", "box"]
 LARGEST = 0.9  # share of the image: masks above it are left out, as in the paper's appendix A
 
 
@@ -30,6 +32,8 @@ class MaskBatches(Batches):
     Args:
       prompts: p.
       flip, crop: see `data.augment.flip_and_crop`.
+      first: the kind of the prompts, see `first_prompt`.
+      extra: see `Batches`; of whole images, so for no crop.
       start, part, max_broken, workers: see `Batches`.
     """
 
@@ -46,9 +50,11 @@ class MaskBatches(Batches):
         part: tuple[int, int] = (0, 1),
         max_broken: float = 1.0,
         workers: int = 0,
+        first: First = "either",
+        extra: Extra | None = None,
     ):
-        self.config, self.prompts, self.flip, self.crop = config, prompts, flip, crop
-        how = {"max_broken": max_broken, "workers": workers, "frame": config.frame}
+        self.config, self.prompts, self.flip, self.crop, self.first = config, prompts, flip, crop, first
+        how = {"max_broken": max_broken, "workers": workers, "frame": config.frame, "extra": extra}
         super().__init__(samples, config.image_size, batch, seed, start, part, **how)
 
     def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:
@@ -59,11 +65,12 @@ class MaskBatches(Batches):
             pixels, size = self.frame.place(framed.of_image(image))
             if chosen := self._choose(annotations, framed, tuple(size), random):
                 masks, cells = zip(*(chosen[i % len(chosen)] for i in range(self.prompts)), strict=True)
-                points, labels = zip(*(first_prompt(mask, random) for mask in masks), strict=True)
+                points, labels = zip(*(first_prompt(mask, random, self.first) for mask in masks), strict=True)
                 points = to_model_frame(np.concatenate(points), size, masks[0].shape)
                 seed = random.integers(2**32, dtype=np.uint32)
                 prompts = {"points": points, "labels": np.concatenate(labels), "masks": np.stack(cells)}
-                return {"image": pixels, "size": size, **prompts, "seed": seed}
+                more = self.extra(sample, size, random) if self.extra else {}
+                return {"image": pixels, "size": size, **prompts, "seed": seed, **more}
         raise InputError(f"{sample.name} has no annotation to learn from")
 
     def _choose(
@@ -81,15 +88,20 @@ class MaskBatches(Batches):
         return chosen
 
 
-def first_prompt(mask: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def first_prompt(
+    mask: np.ndarray, random: np.random.Generator, first: First = "either"
+) -> tuple[np.ndarray, np.ndarray]:
     """Simulates a first prompt: a hand-drawn box or, as often, a click, anywhere or in the middle.
 
     (The paper's clicks are all anywhere; those that our evaluation and SA-1B's annotations know are in the middle.)
 
+    Args:
+      first: "either", or always a "point" or a "box".
+
     Returns:
       points [1, 2, 2] in pixels of the mask [h, w] and labels [1, 2], as `prompt_points` gives them.
     """
-    if random.random() < 0.5:
+    if (random.random() < 0.5 and first == "either") or first == "box":
         rows, columns = bounding_window(mask)
         box = np.array([columns.start, rows.start, columns.stop, rows.stop], float)
         return prompt_points(boxes=noisy(box, mask.shape, random)[None])

@@ -40,6 +40,16 @@ def map_mse(student: Tree, target: Tree, relative: bool = False) -> jax.Array:
     return sum(mse(student[name], target[name], relative) for name in target) / len(target)
 
 
+def absolute_error(student: jax.Array, target: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
+    """Computes the mean absolute error, relative to the target's mean distance from its mean (1 = as bad as that).
+
+    Args:
+      weight: of each element, of a shape that broadcasts; 1 for all.
+    """
+    scale = jnp.abs(target - target.mean()).mean()
+    return (weight * jnp.abs(student.astype(jnp.float32) - target)).mean() / jnp.maximum(scale, 1e-12)
+
+
 def distillation_loss(student: Features, target: Features, weights: Weights, relative: bool = False):
     """Sums `map_mse` over the keys of `weights`, weighted. Returns the sum and {key: unweighted term}.
 

@@ -29,9 +29,13 @@ def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
     return -(target * jax.nn.log_sigmoid(logits) + (1 - target) * jax.nn.log_sigmoid(-logits))
 
 
-def dice(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Computes the dice loss of each mask, [...]: 0 if equal, 1 if nothing is shared (Milletari et al. 2016)."""
-    share = jnp.exp(jax.nn.log_sigmoid(logits))
+def dice(logits: jax.Array, target: jax.Array, valid: jax.Array | float = 1.0) -> jax.Array:
+    """Computes the dice loss of each mask, [...]: 0 if equal, 1 if nothing is shared (Milletari et al. 2016).
+
+    Args:
+      valid: how much each pixel counts, 0..1.
+    """
+    share, target = valid * jnp.exp(jax.nn.log_sigmoid(logits)), valid * target
     overlap, total = (share * target).sum((-2, -1)), (share + target).sum((-2, -1))
     return 1 - (2 * overlap + 1) / (total + 1)
 
@@ -75,3 +79,43 @@ def prompt_loss(
         if "iou" in weights:
             means["iou"] += jnp.square(predicted - actual)[:, group].mean() / len(groups)
     return sum(weights[name] * term for name, term in means.items()), means, actual
+
+
+def valid_loss(
+    logits: jax.Array, predicted: jax.Array, target: jax.Array, valid: jax.Array, learns: jax.Array, weights: Weights
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    """Computes the loss of p prompts' outputs by a target of each, where an image is: EdgeSAM's (its section 3.2).
+
+    Its mean is over prompts, and of each over the outputs that learn. EdgeSAM's cross entropy takes the logarithm of
+    probabilities, which float32 rounds to 0 and 1 beyond logits of 17, and then 100; ours goes on with the logits.
+
+    Args:
+      logits, target: [p, outputs, y, x].
+      predicted: [p, outputs], the IoUs that the model predicts.
+      valid: [p, y, x], the share of each cell that is image, 0..1.
+      learns: [p, outputs], 1 where an output learns, at least one of each prompt.
+      weights: of the terms, as of `prompt_loss`.
+
+    Returns:
+      As `prompt_loss`.
+    """
+    valid = valid[:, None]
+    mean = lambda pixels: (valid * pixels).sum((-2, -1)) / valid.sum((-2, -1))
+    terms = {name: mean(PIXELS[name](logits, target)) for name in PIXELS if name in weights}
+    if "dice" in weights:
+        terms["dice"] = dice(logits, target, valid)
+    actual = overlap(jnp.where(valid > 0, logits, -1.0), jnp.where(valid > 0, target, 0.0))
+    if "iou" in weights:
+        terms["iou"] = jnp.square(predicted - actual)
+    share = learns / learns.sum(1, keepdims=True)
+    means = {name: (share * term).sum(1).mean() for name, term in terms.items()}
+    return sum(weights[name] * term for name, term in means.items()), means, actual
+
+
+def hardness(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Weighs masks by how much better the teacher's are: TinySAM's hard mask weight, [...] in 0.5 at par, to 1.
+
+    Args:
+      student, teacher: IoUs of their masks with the truth, [...].
+    """
+    return jax.nn.sigmoid(teacher / (student + 1e-3) - 1)

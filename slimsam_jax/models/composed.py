@@ -40,6 +40,9 @@ class SamConfig:
             own, wanted = getattr(self.encoder, name), getattr(self.head, name)
             if own != wanted:
                 raise ValueError(f"the encoder has {name} {own} ({unit}), and the mask decoder {wanted}")
+        given, taken = (getattr(part, "MAPS", 1) for part in (self.encoder, self.head))
+        if given != taken:
+            raise ValueError(f"the encoder's embedding is of {given} scales, and the mask decoder takes {taken}")
 
     def __getattr__(self, name: str) -> Any:
         """The head's own fields: image_size, grid, out_chans, patch_size, pixel_mean, multimask_outputs, ..."""

@@ -238,7 +238,12 @@ def preset(name: str, image_size: int | tuple[int, int] | None = None) -> Config
     Args:
       image_size: pixels, one side or (height, width); None for the preset's own.
     """
-    embed_dim, mlp_dim, depth, heads, global_blocks, own_size, window = PRESETS[name]
+    return preset_of(PRESETS[name], image_size)
+
+
+def preset_of(preset: Preset, image_size: int | tuple[int, int] | None = None) -> Config:
+    """The architecture of a `Preset`; `image_size` as `preset` takes it."""
+    embed_dim, mlp_dim, depth, heads, global_blocks, own_size, window = preset
     size = image_size or own_size
     blocks = tuple(
         Block(heads, embed_dim // heads, mlp_dim, GLOBAL if i in global_blocks else window) for i in range(depth)

@@ -270,6 +270,12 @@ def decode(config: HeadConfig, params: Params, embedding, points, labels, masks=
     return run(config, params, embedding, *fill_points(points, labels))[:2]
 
 
+def decode_tokens(config: HeadConfig, params: Params, embedding, points, labels):
+    """See `sam.decode_tokens`."""
+    masks, iou, tokens = run(config, params, embedding, *fill_points(points, labels))
+    return masks, iou, tokens["out"][:, : 2 + config.multimask_outputs]
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def run(config: HeadConfig, params: Params, embedding: jax.Array, points: jax.Array, labels: jax.Array):
     """Decodes p prompts of six points each; integers among the parameters count as what they stand for.

@@ -1,4 +1,4 @@
-"""Heads: what makes masks of an embedding and prompts, a kind a module. Each has five names:
+"""Heads: what makes masks of an embedding and prompts, a kind a module. Each has six names:
 
 - `HeadConfig`: the architecture, frozen, with `image_size`, `grid`, `out_chans`, `patch_size`, `multimask_outputs`,
   `pixel_mean`, `pixel_std`, `to_json`; `frame`, how images come into the model frame and masks out of it
@@ -7,6 +7,7 @@
 - `init(config, keys)`: random {"prompt_encoder", "mask_decoder"};
 - `decode(config, params, embedding, points, labels, masks, masked)`: as `sam.decode`; SAM 2's embedding is a dict of
   three maps;
+- `decode_tokens(config, params, embedding, points, labels)`: as `sam.decode_tokens`;
 - `refusal(labels, masked)`: why prompts cannot be taken, in a line, or None.
 
 One may bring along `LARGEST_LOW_RES`, within which logits are given back for a next prompt.

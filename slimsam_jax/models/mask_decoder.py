@@ -65,6 +65,7 @@ class MaskDecoder(nn.Module):
         image = (embedding + dense).reshape(-1, h * w, width)  # once, until the first tokens attend to it
         transformer = TwoWayTransformer(c.decoder_depth, c.decoder_heads, c.decoder_mlp_dim, name="transformer")
         tokens, image = transformer(image, image_pe.reshape(1, h * w, width), tokens, present)
+        self.sow("intermediates", "tokens", tokens[:, : 1 + outputs])  # for `sam_head.decode_tokens`
 
         hyper = [
             MLP((width, width, width // 8), name=f"output_hypernetworks_mlps_{i}")(tokens[:, 1 + i])

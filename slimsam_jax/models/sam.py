@@ -201,6 +201,17 @@ def in_training(config: Architecture) -> Architecture:
     return dataclasses.replace(config, head=dataclasses.replace(config.head, dynamic_multimask=False))
 
 
+def decode_tokens(config: Architecture, params: Params, embedding: jax.Array, points: jax.Array, labels: jax.Array):
+    """Decodes p prompts as `decode`, with the transformer's output tokens, of the IoU and of each mask.
+
+    Returns:
+      masks, iou and tokens [p, 2 + multimask_outputs, C].
+    """
+    parts = {name: params[name] for name in ("prompt_encoder", "mask_decoder")}
+    masks, iou, tokens = kind_of(config.head).decode_tokens(config.head, parts, embedding, points, labels)
+    return (*((masks, iou) if config.single_mask else _best_first(masks, iou)), tokens)
+
+
 @jax.jit
 def _best_first(masks: jax.Array, iou: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[p, m, h, w], [p, m] with the best of 1.. by predicted IoU at 0, the others as they are."""

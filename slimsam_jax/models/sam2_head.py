@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,7 @@ from slimsam_jax.models.encoders.layers import Params, gelu
 from slimsam_jax.models.mask_decoder import MLP, Doubling
 from slimsam_jax.models.prompt_encoder import PromptEncoder
 from slimsam_jax.models.transformer import TwoWayTransformer
+from slimsam_jax.quantization.codes import dequantize
 
 LARGEST_LOW_RES = 32.0  # logits of the low resolution are given back within it, and enlarged before
 Maps = dict[str, jax.Array]
@@ -64,6 +65,8 @@ class HeadConfig:
     dynamic_multimask: bool = True
     pixel_mean: tuple[float, float, float] = Config.pixel_mean
     pixel_std: tuple[float, float, float] = Config.pixel_std
+
+    MAPS: ClassVar = 3
 
     def __post_init__(self):
         check_widths(self, [field.name for field in dataclasses.fields(self) if field.type == "int"])
@@ -211,6 +214,7 @@ def run(config: HeadConfig, params: Params, maps: Maps, points, labels, masks=No
       masks, iou, object_score and tokens of `MaskDecoder`; the single mask as it is, stable or not.
     """
     points, labels = padded(points, labels)
+    params = dequantize(params)
     encode = nn.apply(lambda m: (m(points, labels, masks, masked), m.dense_positions()), PromptEncoder(config))
     with jax.default_matmul_precision("highest"):  # positions are phases of many turns: they bear no rounding
         (sparse, dense), positions = encode({"params": params["prompt_encoder"]})

@@ -45,9 +45,21 @@ def init(config: Config, keys: Sequence[jax.Array]) -> dict[str, Any]:
 @functools.partial(jax.jit, static_argnames="config")
 def decode(config: Config, params: dict[str, Any], embedding, points, labels, masks=None, masked=None):
     """See `sam.decode`."""
+    return _decode(config, params, embedding, points, labels, masks, masked)[0]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def decode_tokens(config: Config, params: dict[str, Any], embedding, points, labels):
+    """See `sam.decode_tokens`."""
+    outputs, seen = _decode(config, params, embedding, points, labels)
+    return (*outputs, seen["intermediates"]["tokens"][0])
+
+
+def _decode(config: Config, params: dict[str, Any], embedding, points, labels, masks=None, masked=None):
+    """The outputs of `MaskDecoder`, and what it sows."""
     params = dequantize(params)
     prompt_encoder = nn.apply(lambda m: (m(points, labels, masks, masked), m.dense_positions()), PromptEncoder(config))
     with jax.default_matmul_precision("highest"):  # positions are phases of many turns: they bear no rounding
         (sparse, dense), positions = prompt_encoder({"params": params["prompt_encoder"]})
         inputs = (embedding, positions, sparse, dense, labels != ABSENT)
-        return MaskDecoder(config).apply({"params": params["mask_decoder"]}, *inputs)
+        return MaskDecoder(config).apply({"params": params["mask_decoder"]}, *inputs, mutable=["intermediates"])

@@ -20,6 +20,7 @@ from slimsam_jax.models.sam import Embedding, Params, decode, in_training
 
 Outputs = Literal["sam", "both"]
 OUTSIDE = -40.0  # a logit without any doubt, and so without loss and gradient
+FEWEST = 10  # cells of disagreement below which EdgeSAM adds no click
 
 
 class Prompts(NamedTuple):
@@ -94,13 +95,36 @@ def correction(key: jax.Array, logits: jax.Array, target: jax.Array, inside: jax
       [2] (x, y), whole cells, and its label: 1 where the mask misses something, 0 where it has too much, ABSENT where
       nothing is wrong.
     """
-    truth = target > 0.5
-    wrong = ((logits > 0) != truth) & inside
+    return drawn(key, disagreement(logits > 0, target > 0.5, inside.astype(jnp.float32)))
+
+
+def disagreement(student: jax.Array, target: jax.Array, valid: jax.Array, missed: bool = False) -> jax.Array:
+    """Labels cells by the click that would correct them.
+
+    Args:
+      student, target: masks, bool [..., 4h, 4w].
+      valid: share of each cell that is image (`valid_share`). A cell that is so in part can have too much, and cannot
+        miss anything, as EdgeSAM has it.
+      missed: only what the student misses, as TinySAM has it.
+
+    Returns:
+      int32 of that shape: 1 where the student misses something, 0 where it has too much, ABSENT elsewhere.
+    """
+    lacking, surplus = target & ~student & (valid == 1), student & ~target & (valid > 0)
+    return jnp.where(lacking, 1, jnp.where(surplus & (not missed), 0, ABSENT)).astype(jnp.int32)
+
+
+def drawn(key: jax.Array, labels: jax.Array, fewest: int = 1) -> tuple[jax.Array, jax.Array]:
+    """Draws a click from the cells of `disagreement` [4h, 4w], all equally likely; see `correction`.
+
+    Args:
+      fewest: cells without which there is no click.
+    """
+    wrong = labels != ABSENT
     # The largest of equally distributed numbers is at any place with the same probability.
     place = jnp.where(wrong, jax.random.uniform(key, wrong.shape), -1.0).argmax()
     y, x = jnp.unravel_index(place, wrong.shape)
-    label = jnp.where(wrong.any(), truth[y, x].astype(jnp.int32), ABSENT)
-    return jnp.stack([x, y]).astype(jnp.float32), label
+    return jnp.stack([x, y]).astype(jnp.float32), jnp.where(wrong.sum() >= fewest, labels[y, x], ABSENT)
 
 
 def learning(config: Config, turn: int, outputs: Outputs) -> Groups:
@@ -127,6 +151,21 @@ def inside_image(config: Config, sizes: jax.Array) -> jax.Array:
     cells = jnp.maximum(1, jnp.round(4 * sizes / config.patch_size))
     rows, columns = (jnp.arange(4 * side) for side in config.grid)
     return (rows[:, None] < cells[:, 0, None, None]) & (columns < cells[:, 1, None, None])
+
+
+def valid_share(sizes: jax.Array, grid: tuple[int, int], stride: float) -> jax.Array:
+    """Shrinks the part of a frame that is image to cells of `stride` pixels, by bilinear samples at their centres.
+
+    Args:
+      sizes: [b, 2] of the images in the model frame.
+
+    Returns:
+      [b, h, w] float32: 1 inside, 0 outside, 0.5 (0.25 in a corner) where the image ends within a sample.
+    """
+    # A centre lies between two pixels, of which it takes half each.
+    ends = [stride * jnp.arange(side) + stride / 2 - 1 for side in grid]
+    rows, columns = (jnp.clip(sizes[:, i, None] - ends[i], 0, 2) / 2 for i in range(2))
+    return rows[:, :, None] * columns[:, None]
 
 
 def _flat(rows: jax.Array) -> jax.Array:

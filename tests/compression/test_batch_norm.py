@@ -12,7 +12,7 @@ import pytest
 from helpers.family_models import SLIM_TINY_VIT, random_params
 from helpers.images import samples, save_image
 from helpers.models import SQUARE, random_sam
-from slimsam_jax.compression import distill, pipeline
+from slimsam_jax.compression import distill, student
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.plan import check, planned
 from slimsam_jax.compression.prepare import check_encoders
@@ -38,9 +38,9 @@ def test_another_encoder_is_drawn_for_the_same_head(monkeypatch):
     teacher = random_sam(SQUARE)
     drawn = []
     module = SimpleNamespace(init=lambda key, images: {"params": {"images": images}})
-    monkeypatch.setattr(pipeline, "image_encoder", lambda config: drawn.append(config) or module)
-    run = SimpleNamespace(options=SimpleNamespace(seed=0))
-    found = pipeline.initialize(run, SimpleNamespace(step=Initialize(tiny_encoder())), teacher, teacher)
+    monkeypatch.setattr(student, "image_encoder", lambda config: drawn.append(config) or module)
+    run = SimpleNamespace(options=SimpleNamespace(seed=0), start=None)
+    found = student.initialize(run, SimpleNamespace(step=Initialize(tiny_encoder())), teacher, teacher)
     assert [found.config] == drawn == [SamConfig(tiny_encoder(), SQUARE.head)]
     assert found.params["image_encoder"]["images"].shape == (1, 64, 64, 3)
     for part in ("prompt_encoder", "mask_decoder"):

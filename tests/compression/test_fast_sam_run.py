@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -150,7 +151,9 @@ def test_without_steps_it_is_cut_and_recalibrated(teacher, material, tmp_path, l
         ({"uniform": True}, "--uniform is for SAMs"),
         ({"attention": "rows"}, "--attention is for SAMs"),
         ({"cache": "cache"}, "--cache is for SAMs"),
-        ({"recipe": "slimsam"}, "recipe slimsam has the bugs of SAM's ViT"),
+        ({"recipe": "slimsam"}, "recipe slimsam is of SAM's encoders"),
+        ({"recipe": "mobile_sam"}, "recipe mobile_sam is of SAM's encoders"),
+        ({"student": Path("vit_t")}, "--student is for SAMs"),
         ({"set": ("prune.criterion=projection",)}, "no projection: prune.criterion=taylor, fisher or magnitude"),
         ({"set": ("prune.allocation=macs",)}, "compete globally or locally: set prune.allocation=global"),
         ({"set": ("prune.head_channels=whole",)}, "prune.head_channels is of SAM's encoders"),
@@ -187,8 +190,8 @@ def test_the_whole_network_learns_but_for_statistics():
     """Traced, not compiled: every weight of the student gets a gradient's shape, and each term has its target."""
     run = SimpleNamespace(options=Options(), teacher=random_fast_sam(), dtype=np.float32)
     distillation = FastSamDistillation.__new__(FastSamDistillation)
-    distillation.whole, distillation.distill, distillation.student = run, RECIPE[1], random_fast_sam(1)
-    trainer, frames = distillation.trained(run.teacher), jax.ShapeDtypeStruct((2, 64, 64, 3), np.uint8)
+    distillation.distill, student = RECIPE[1], random_fast_sam(1)
+    trainer, frames = distillation.trained(run, student, run.teacher), jax.ShapeDtypeStruct((2, 64, 64, 3), np.uint8)
     how = (distillation.weights(1), 0.1)
     state, terms = jax.eval_shape(trainer.step, trainer.state, trainer.frozen, {"image": frames}, *how)
     assert set(terms) == {"loss", *Outputs._fields}

@@ -19,6 +19,8 @@ from helpers import golden_edge_sam as subset
 from helpers import golden_families as families
 from helpers.family_models import run, run_all
 from helpers.shared import shared
+from slimsam_jax.compression.trainer import within_image
+from slimsam_jax.distillation.losses import mse
 from slimsam_jax.imaging.prompts import ABSENT, IGNORED, prompt_points
 from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks, to_model_frame
 from slimsam_jax.inference.stability import outputs_of, stability_scores
@@ -193,13 +195,13 @@ def test_gradients(whole, model):
     The original divides each image's sum by each image's number of them, and takes the mean over all pairs.
     """
     encoder = rep_vit.ImageEncoder(model.encoder)
-    inputs = [whole[f"pixel_loss/{name}"].transpose(0, 2, 3, 1) for name in ("images", "teacher_embedding", "valid")]
+    inputs = [whole[f"pixel_loss/{name}"].transpose(0, 2, 3, 1) for name in ("images", "teacher_embedding")]
+    counting = lambda embedding: within_image(embedding, whole["pixel_loss/sizes_before_pad"], 16)
 
     @jax.jit
-    def gradient(params, images, teacher, valid):
+    def gradient(params, images, teacher):
         def loss(params):
-            squares = jnp.square(encoder.apply({"params": params}, images)[0] - teacher).mean(-1, keepdims=True)
-            return ((squares * valid).sum((1, 2, 3)) / valid.sum((1, 2, 3))[:, None]).mean()
+            return mse(counting(encoder.apply({"params": params}, images)[0]), counting(teacher))
 
         return jax.value_and_grad(loss)(params)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,6 +115,13 @@ def test_architectures_are_json():
     assert sam2_head.from_json(fields) == head and heads.name_of(head) == "sam2"
     with pytest.raises(ValueError, match="not an architecture"):
         sam2_head.from_json({**fields, "depth": 3})
+
+
+def test_an_encoder_of_one_map_does_not_fit():
+    head = sam2_head.HeadConfig((64, 96), out_chans=16, mask_in_chans=4, decoder_heads=2)
+    encoder = SimpleNamespace(image_size=head.image_size, grid=head.grid, out_chans=head.out_chans)
+    with pytest.raises(ValueError, match="the encoder's embedding is of 1 scales, and the mask decoder takes 3"):
+        SamConfig(encoder, head)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@
 - `STAGES`: which groups of channels are cut with either, a predicate on the paths of their members.
 
 A family may bring along what else it knows: `keep_logit_scale`, `abstract_params`, `kept_elements`,
-`last_arrays`, `RANKED_BY_STABILITY`, `ROTATES`, `for_inference`, `keeps_unread`, `embedding_shapes` (of several maps).
+`last_arrays`, `RANKED_BY_STABILITY`, `ROTATES`, `LEAVES_OUT`, `for_inference`, `keeps_unread`, `embedding_shapes` (of
+several maps).
 What is for SAM's ViT alone (budgets, uniform cuts) asks for "vit" by name and refuses others.
 """
 

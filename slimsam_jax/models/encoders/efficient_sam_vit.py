@@ -27,6 +27,7 @@ from slimsam_jax.models.encoders.vit import kept_elements, last_arrays
 
 __all__ = [
     "FEATURES",
+    "LEAVES_OUT",
     "ROTATES",
     "STAGES",
     "Config",
@@ -167,11 +168,13 @@ class ImageEncoder(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> tuple[jax.Array, Features]:
+    def __call__(self, images: jax.Array, kept: jax.Array | None = None) -> tuple[jax.Array, Features]:
         """Encodes normalised images.
 
         Args:
           images: [b, H, W, 3], squashed (`imaging.frames.Squashed`) and normalised by `sam.preprocess`.
+          kept: [b, k] indices of the patches to see, row by row; the others go into nothing. Then tokens [b, k, D] come
+            in the embedding's place, and features have a grid of [1, k].
 
         Returns:
           embedding: [b, h, w, out_chans] float32, (h, w) = config.grid.
@@ -185,11 +188,13 @@ class ImageEncoder(nn.Module):
         # Row 0 is a class token's, which the original drops.
         table = self.param("pos_embed", nn.initializers.zeros, (1 + c.pretrain_grid**2, c.embed_dim))
         x = embed(images) + resized(table[1:], c.pretrain_grid, c.grid).astype(self.dtype)
+        if kept is not None:
+            x = jnp.take_along_axis(x.reshape(len(x), 1, -1, c.embed_dim), kept[:, None, :, None], axis=2)
         features = {"patch": {"out": x}}
         make_block = nn.remat(EncoderBlock) if self.remat else EncoderBlock
         for i, block in enumerate(c.blocks):
             x, features[f"blocks_{i}"] = make_block(block, self.dtype, name=f"blocks_{i}")(x)
-        return neck(x, c.out_chans, self.dtype), features
+        return (neck(x, c.out_chans, self.dtype) if kept is None else x[:, 0]), features
 
 
 def resized(table: jax.Array, side: int, grid: tuple[int, int]) -> jax.Array:
@@ -220,6 +225,7 @@ FEATURES = {"embedding": ("qkv", "mlp"), "bottleneck": ("stream",)}
 # Whether a group, by its members' paths, is cut in a stage. In neither are the neck's width, nor the rows and columns
 # of the learnt positions, which a graph finds to be groups of their own.
 STAGES = {"embedding": _embedding, "bottleneck": _bottleneck}
+LEAVES_OUT = True  # an encoder may see some of the patches alone, as `compression.pretrain` wants it
 ROTATES = True  # its streams may be, as nothing but linear maps and LayerNorms reads them: `compression.projection`
 
 

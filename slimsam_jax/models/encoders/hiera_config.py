@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from slimsam_jax.models.config import DEEPEST
 from slimsam_jax.models.encoders.architecture import Block, block_of, check_image_size, check_widths, pair
@@ -60,6 +60,8 @@ class Config:
     global_blocks: tuple[int, ...]
     pos_grid: tuple[int, int] = (7, 7)
     out_chans: int = 256
+
+    MAPS: ClassVar = 3
 
     def __post_init__(self):
         check_widths(self, ("out_chans",))
