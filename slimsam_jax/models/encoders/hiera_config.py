@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from slimsam_jax.models.config import DEEPEST
-from slimsam_jax.models.encoders.architecture import Block, block_of, check_image_size, check_widths, pair
+from slimsam_jax.models.encoders.architecture import AsJson, Block, block_of, check_image_size, check_widths, pair
 
 PATCH, KERNEL = 4, 7  # pixels of the image to a token of the first stage, and side of the patches, which overlap
 STAGES = 4  # strides 4, 8, 16 and 32; masks are made of the first three
@@ -41,7 +41,7 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(AsJson):
     """The image encoder. Pruning changes widths and nothing else.
 
     Attributes:
@@ -103,27 +103,6 @@ class Config:
     def high_res_dims(self) -> tuple[int, int]:
         """Channels of the maps of strides 4 and 8."""
         return self.out_chans // 8, self.out_chans // 4
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Config:
-        """Inverse of `to_json` (JSON turns tuples into lists).
-
-        Raises:
-          ValueError: an unknown or missing field, or one out of range.
-        """
-        try:
-            stages = tuple(_stage(stage) for stage in fields["stages"][: STAGES + 1])
-            tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-            return cls(**{**tuples, "stages": stages})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
-
-
-def _stage(fields: Mapping[str, Any]) -> Stage:
-    return Stage(**{**fields, "blocks": tuple(Block(**block) for block in fields["blocks"][: DEEPEST + 1])})
 
 
 @dataclasses.dataclass(frozen=True)
