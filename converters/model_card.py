@@ -104,10 +104,10 @@ def text(sam: Sam, original: Sam, name: str, folder: Path) -> str:
 
 def summary(sam: Sam, original: Sam) -> str:
     """Describes size and frame, and what padding has to do with them."""
-    from slimsam_jax.profiling import reference_macs
+    from slimsam_jax.profiling import sam_costs
 
-    macs = lambda model: f"{reference_macs.encoder_macs(model.config).total / 1e9:.2f} G"
-    size = lambda model: f"{reference_macs.sam_parameters(model.config) / 1e6:.2f} M"
+    macs = lambda model: f"{sam_costs.encoder_macs(model.config).total / 1e9:.2f} G"
+    size = lambda model: f"{sam_costs.sam_parameters(model.config) / 1e6:.2f} M"
     side = sam.config.image_size[0]
     words = f"A Segment Anything model for images of {side} x {side} pixels: {size(sam)} parameters, "
     words += f"{macs(sam)}\nmultiply-accumulates in the image encoder."

@@ -211,7 +211,7 @@ def export(
 
 def score_of(config: Architecture) -> str:
     """What a model ranks its masks by, in words."""
-    from slimsam_jax.inference.stability import ranks_by_stability
+    from slimsam_jax.inference.ranking import ranks_by_stability
 
     return "stability" if ranks_by_stability(config) else "predicted IoU"
 

@@ -195,11 +195,11 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
 
 def describe_padding(before: Config, after: Config) -> str:
     """Says what padding costs, in a line."""
-    from slimsam_jax.profiling import reference_macs
+    from slimsam_jax.profiling import sam_costs
 
     block = after.blocks[0]
-    parameters = [reference_macs.sam_parameters(config) / 1e6 for config in (before, after)]
-    macs = [reference_macs.encoder_macs(config).total / 1e9 for config in (before, after)]
+    parameters = [sam_costs.sam_parameters(config) / 1e6 for config in (before, after)]
+    macs = [sam_costs.encoder_macs(config).total / 1e9 for config in (before, after)]
     return (
         f"padded with zeros: embedding {before.embed_dim} -> {after.embed_dim}, all blocks {block.heads} heads of "
         f"{block.head_dim} and {block.mlp_dim} MLP channels; parameters {parameters[0]:.2f} -> {parameters[1]:.2f} M, "

@@ -36,7 +36,7 @@ from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.evaluation.scores import relative_error, single_mask_iou
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 
 FILE = results.FOLDER / "pruning.jsonl"
 IMAGES, BATCH = 100, 4  # that importance and statistics are taken from
@@ -150,11 +150,11 @@ class Bench:
             encoded = encode_image(slim, image)
             errors.append(relative_error(encoded.embedding, embedding))
             ious.append(single_mask_iou(slim, encoded, masks))
-        macs = reference_macs.encoder_macs(slim.config)
+        macs = sam_costs.encoder_macs(slim.config)
         return {
             "error": float(np.mean(errors)),
             "point_miou": float(np.mean(ious)),
-            "encoder_parameters": reference_macs.encoder_parameters(slim.config),
+            "encoder_parameters": sam_costs.encoder_parameters(slim.config),
             "macs_linear": macs.linear,
             "macs_total": macs.total,
         }

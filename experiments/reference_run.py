@@ -22,7 +22,7 @@ from slimsam_jax.files import replacing
 from slimsam_jax.models import config as configs
 from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.sam import Sam, init
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 from slimsam_jax.training.masks import PROTOCOLS, MaskTraining, Settings
 from slimsam_jax.training.run_folder import RunFolder
 from slimsam_jax.training.setup import batch_size, check_batch, compute_dtype, split_images
@@ -118,7 +118,7 @@ def architecture(preset: str, sizes: dict[str, int]) -> Config:
         config = dataclasses.replace(base, image_size=size, embed_dim=has["embed_dim"], blocks=blocks)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if (count := reference_macs.encoder_parameters(config)) > MOST_PARAMETERS:
+    if (count := sam_costs.encoder_parameters(config)) > MOST_PARAMETERS:
         raise InputError(f"an image encoder of these sizes has {count / 1e9:.1f} G parameters, too many to train")
     return config
 

@@ -34,7 +34,7 @@ from slimsam_jax.evaluation.clicks import click_scores
 from slimsam_jax.evaluation.scores import agreement, relative_error, single_mask_iou
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 from slimsam_jax.profiling.latency import encoder_runner, interleaved
 
 FILE = results.FOLDER / "slimming.jsonl"
@@ -148,12 +148,12 @@ class Bench:
             self._of_image(slim, annotated, encoded, clicks=more and i < CLICKED)
             for i, (annotated, encoded) in enumerate(zip(self.val, self.encoded, strict=True))
         ]
-        macs = reference_macs.encoder_macs(slim.config)
+        macs = sam_costs.encoder_macs(slim.config)
         runs = [encoder_runner(sam.config, sam.params) for sam in (self.teacher, slim)]
         teacher, own = interleaved(runs)
         return {
             **{name: float(np.mean([image[name] for image in scores if name in image])) for name in scores[0]},
-            "encoder_parameters": reference_macs.encoder_parameters(slim.config),
+            "encoder_parameters": sam_costs.encoder_parameters(slim.config),
             "macs_linear": macs.linear,
             "macs_total": macs.total,
             "speedup": teacher / own,

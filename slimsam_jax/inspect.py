@@ -59,7 +59,7 @@ def main(
     from slimsam_jax.compression.recipes import RECIPES
     from slimsam_jax.compression.set_option import change
     from slimsam_jax.data import find
-    from slimsam_jax.profiling import reference_macs
+    from slimsam_jax.profiling import sam_costs
     from slimsam_jax.profiling.layers import table
 
     choices = change(RECIPES[recipe], set)
@@ -67,7 +67,7 @@ def main(
     sam = load(model)
     analysis.print_parts(sam)
     if layers:
-        print(table(reference_macs.encoder_layers(sam.config)))
+        print(table(sam_costs.encoder_layers(sam.config)))
     if not images:
         return
     if describe(sam)["family"] != "vit":

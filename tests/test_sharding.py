@@ -21,7 +21,7 @@ from converters import from_torch
 from helpers import sharded_worker
 from helpers.images import save_image
 from slimsam_jax import sharding
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 
 
 def start(program: list[str], devices: int = 1) -> subprocess.Popen:
@@ -123,7 +123,7 @@ compress_with(compress_options(Path(sys.argv[1]), Path(sys.argv[2]), distributed
     one, two = (from_torch.load(folder) for folder in (finished, out))
     # Noise is drawn for each batch, and batches are as wide as there are devices, so widths may differ by a channel.
     assert one.config.embed_dim == two.config.embed_dim
-    costs = [reference_macs.encoder_macs(sam.config).total for sam in (one, two)]
+    costs = [sam_costs.encoder_macs(sam.config).total for sam in (one, two)]
     np.testing.assert_allclose(costs[1], costs[0], rtol=0.02)
     errors = [json.loads((folder / "report.json").read_text())["embedding_error"] for folder in (finished, out)]
     np.testing.assert_allclose(errors[1], errors[0], rtol=0.3)

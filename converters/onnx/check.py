@@ -15,7 +15,7 @@ from slimsam_jax.imaging import overlap
 from slimsam_jax.imaging.frames import Squashed
 from slimsam_jax.imaging.prompts import BOX_TOP_LEFT, prompt_points
 from slimsam_jax.imaging.transforms import resized_shape, to_model_frame
-from slimsam_jax.inference.stability import ranking, ranks_by_stability, stability_scores
+from slimsam_jax.inference.ranking import ranking, ranks_by_stability, stability_scores
 from slimsam_jax.models import sam as jax_sam
 from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.sam import Architecture, Sam
@@ -30,7 +30,7 @@ class Prompt(NamedTuple):
       points, labels: [1, n, 2] (x, y) in pixels of the image, [1, n] int32.
       mask: [1, 4h, 4w, 1] logits, or None.
       low: [1, m, 4h, 4w] logits, m = 1 + multimask_outputs.
-      iou: [1, m]: what masks are ranked by, see `inference.stability`.
+      iou: [1, m]: what masks are ranked by, see `inference.ranking`.
     """
 
     points: np.ndarray

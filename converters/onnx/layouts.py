@@ -16,7 +16,7 @@ from converters.onnx.decoder import dense_embedding, dense_positions, mask_decod
 from converters.onnx.frames import way_of
 from converters.onnx.graph import FLOAT, INT64, UINT8, Graph
 from slimsam_jax.imaging.prompts import NOT_A_POINT
-from slimsam_jax.inference.stability import ranks_by_stability
+from slimsam_jax.inference.ranking import ranks_by_stability
 from slimsam_jax.models import heads
 from slimsam_jax.models.encoders import name_of
 from slimsam_jax.models.sam import Architecture as Config
@@ -146,7 +146,7 @@ HEADS = {"sam": sam_masks, "efficient_sam": efficient_sam_masks}
 def scores(g: Graph, config: Config, masks: str, iou: str) -> str:
     """What masks are ranked by [p, m]: predicted IoU, or the stability of logits [p, m, 4h, 4w].
 
-    Stability in the place of the estimates that EdgeSAM's decoder has not learned, as `inference.stability` has it:
+    Stability in the place of the estimates that EdgeSAM's decoder has not learned, as `inference.ranking` has it:
     whoever takes the mask of the highest value then takes the one that EdgeSAM takes.
     """
     if not ranks_by_stability(config):

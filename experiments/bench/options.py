@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from slimsam_jax.compression.steps import Distill
 from slimsam_jax.models import config as configs
-from slimsam_jax.models.attention import Form
 from slimsam_jax.models.config import Config
+from slimsam_jax.models.relative_attention import Form
 
 TEACHERS = {"vit_p50": "vit_b", "vit_p77": "vit_b", "small_p50": "small"}  # of the presets that are slim
 STAGES = ("embedding-stage", "bottleneck-stage")
@@ -49,7 +49,7 @@ class Options:
       turns: of each side.
       batch: images per step of distillation, ours; the reference takes one after the other, and updates after four.
         Of data, on both sides.
-      attention: how ours computes it (`models/attention.py`).
+      attention: how ours computes it (`models/relative_attention.py`).
       cached: the teacher's embeddings come from disk (`--cache`), ours; the reference cannot.
       compile: forward by `torch.compile` in bfloat16, instead of the reference's eager float32.
       photos: of everything: a folder of images, of which the first `images` are taken; ours if not given.

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 from experiments.bench.options import Options, Step, distillation_of
-from slimsam_jax.compression.alignment import ALIGN, SAM
+from slimsam_jax.compression.loss_terms import ALIGN, SAM
 from slimsam_jax.models.config import GLOBAL, Config
 from tests.helpers.peers import stock_sam
 

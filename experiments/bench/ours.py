@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.bench.options import Options, Step, distillation_of
 from slimsam_jax import sharding
-from slimsam_jax.compression.alignment import terms
+from slimsam_jax.compression.loss_terms import terms
 from slimsam_jax.compression.trainer import make_trainer
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.sam import Sam, init, run_encoder

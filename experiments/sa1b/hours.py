@@ -28,7 +28,7 @@ from slimsam_jax.compression.budget import even_cut
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.steps import Distill, Prune
 from slimsam_jax.models.config import Config, preset
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 
 IMAGES = 10_000
 TEACHERS = ("vit_b", "vit_l", "vit_h")
@@ -47,8 +47,8 @@ def work_of(teacher: Config, ratio: float) -> dict[str, Work]:
     """By what the stage cuts."""
     slim = even_cut(teacher, ratio)
     narrow = dataclasses.replace(teacher, embed_dim=slim.embed_dim)
-    macs = lambda config: reference_macs.encoder_macs(config).total
-    size = reference_macs.encoder_parameters
+    macs = lambda config: sam_costs.encoder_macs(config).total
+    size = sam_costs.encoder_parameters
     # The student has its gradient and Adam's two moments beside it, float32.
     return {
         "embedding": Work(macs(teacher) + 4 * macs(narrow), 4 * (size(teacher) + 4 * size(narrow))),
@@ -85,7 +85,7 @@ def passes_of(recipe: str) -> dict[str, int]:
 
 def cost_of(teacher: str, ratio: float, seconds: float, factor: float = 1.5, recipe: str = "default") -> Cost:
     """See `main`."""
-    per_mac, passes = seconds / reference_macs.encoder_macs(preset("vit_b")).total, passes_of(recipe)
+    per_mac, passes = seconds / sam_costs.encoder_macs(preset("vit_b")).total, passes_of(recipe)
     work = work_of(preset(teacher), ratio)
     per_image = {cuts: factor * per_mac * work[cuts].macs for cuts in passes}
     hours = IMAGES * sum(passes[cuts] * per_image[cuts] for cuts in passes) / 3600

@@ -30,7 +30,7 @@ from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.profiling import fast_sam_costs, reference_macs
+from slimsam_jax.profiling import fast_sam_costs, sam_costs
 
 
 def print_parts(sam: Sam | FastSam) -> None:
@@ -40,14 +40,14 @@ def print_parts(sam: Sam | FastSam) -> None:
     whole = isinstance(sam, FastSam)
     table = Table("part", "params [M]")
     for name, part in (sam.params if whole else sam.params["image_encoder"]).items():
-        table.add_row(name, f"{reference_macs.parameters({name: part}) / 1e6:.3f}")
+        table.add_row(name, f"{sam_costs.parameters({name: part}) / 1e6:.3f}")
     Console().print(table)
     if whole:
         macs, size = fast_sam_costs.macs_of(sam.config), fast_sam_costs.parameters_of(sam.config)
         side = sam.config.image_size
         print(f"{size / 1e6:.3f} M parameters, {macs / 1e9:.3f} G MACs of {side} x {side} pixels")
         return
-    macs, size = reference_macs.encoder_macs(sam.config), reference_macs.sam_parameters(sam.config)
+    macs, size = sam_costs.encoder_macs(sam.config), sam_costs.sam_parameters(sam.config)
     print(f"encoder {macs.total / 1e9:.3f} G MACs (attention {macs.attention / 1e9:.3f}), whole SAM {size / 1e6:.3f} M")
 
 
@@ -57,7 +57,7 @@ def print_blocks(config: Config) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     number = lambda value, unit: f"{value / unit:.3f}"
-    costs = lambda config: np.array([reference_macs.encoder_parameters(config), *reference_macs.encoder_macs(config)])
+    costs = lambda config: np.array([sam_costs.encoder_parameters(config), *sam_costs.encoder_macs(config)])
     cells = lambda cost: map(number, cost, (1e6, 1e9, 1e9))
     for i, block in enumerate(config.blocks):
         # The whole encoder without the block: what is missing is the block's.
@@ -69,7 +69,7 @@ def print_blocks(config: Config) -> None:
     Console().print(table)
     height, width = config.image_size
     print(
-        f"embedding {config.embed_dim} wide, whole SAM {reference_macs.sam_parameters(config) / 1e6:.3f} M parameters, "
+        f"embedding {config.embed_dim} wide, whole SAM {sam_costs.sam_parameters(config) / 1e6:.3f} M parameters, "
         f"{height} x {width} pixels"
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from slimsam_jax.errors import InputError, printable
 from slimsam_jax.models.config import Config
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 from slimsam_jax.profiling.latency import block_seconds, encoder_seconds
 from slimsam_jax.pruning import allocation
 
@@ -59,8 +59,8 @@ class Budget:
     def cost(self, config: Config) -> float:
         """Returns the cost of a model in the budget's units; latency is measured."""
         if self.kind == "params":
-            return reference_macs.sam_parameters(config)
-        return reference_macs.encoder_macs(config).total if self.kind == "macs" else encoder_seconds([config])[0]
+            return sam_costs.sam_parameters(config)
+        return sam_costs.encoder_macs(config).total if self.kind == "macs" else encoder_seconds([config])[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from slimsam_jax import sharding
 from slimsam_jax.compression import targets
-from slimsam_jax.compression.alignment import terms
+from slimsam_jax.compression.loss_terms import terms
 from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.step_training import StepTraining
@@ -28,7 +28,7 @@ from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.encoders.layers import recalibrate
 from slimsam_jax.models.sam import Sam, image_encoder, preprocess
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 from slimsam_jax.training.loop import Trainer
 
 # Multiply-accumulates of the teacher in a distillation, below which compiling a second program, without the terms
@@ -52,7 +52,7 @@ def distill(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:
         the last good one is kept.
       Stopped: SIGTERM came; the state is saved.
     """
-    return Distillation(run, planned, student, previous).run() if planned.steps else student
+    return Distillation(run, planned, student, previous).run() if planned.optimizer_steps else student
 
 
 def starting_error(run: Run, student: Sam) -> float:
@@ -113,7 +113,7 @@ class Distillation(StepTraining):
     """One distillation, in one run folder."""
 
     def __init__(self, run: Run, planned: Planned, student: Sam, previous: Sam):
-        self.steps, self.distill = planned.steps, planned.step
+        self.steps, self.distill = planned.optimizer_steps, planned.step
         student = self.begun(run, planned, student)
         peak = peak_rate(run, planned, functools.partial(self.starting_error, run, student))
         super().__init__(run, planned, student, self.trained(run, student, previous), peak)
@@ -129,7 +129,7 @@ class Distillation(StepTraining):
     def trained(self, run: Run, student: Sam, previous: Sam) -> Trainer:
         """The compiled step, with what it computes targets by."""
         step, options = self.distill, run.options
-        work = self.steps * run.batch * reference_macs.encoder_macs(run.teacher.config).total
+        work = self.steps * run.batch * sam_costs.encoder_macs(run.teacher.config).total
         self.names = family_of(student.config.encoder).FEATURES
         every = [terms(step, index, self.steps, self.names) for index in range(self.steps)]
         names = sorted(set(itertools.chain.from_iterable(every)))

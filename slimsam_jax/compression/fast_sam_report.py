@@ -61,14 +61,14 @@ def measure(run: Run, slim: FastSam) -> dict[str, Any]:
 
 def stages_of(run: Run) -> dict[str, FastSam]:
     """The model as the last cut left it, and with the statistics that the distillation after it began with."""
-    cuts = [place for place in run.plan if isinstance(place.step, Prune)]
+    cuts = [planned for planned in run.plan if isinstance(planned.step, Prune)]
     if not cuts:
         return {}
     stages = {"cut": run.folder.load_model(cuts[-1].name, "model")}
     following = run.plan[run.plan.index(cuts[-1]) + 1 :][:1]
-    for place in following:
-        if isinstance(place.step, Distill) and place.step.batch_norm == "recalibrated" and not place.before:
-            stages["recalibrated"] = recalibrated(run, place, stages["cut"])
+    for planned in following:
+        if isinstance(planned.step, Distill) and planned.step.batch_norm == "recalibrated" and not planned.before:
+            stages["recalibrated"] = recalibrated(run, planned, stages["cut"])
     return stages
 
 

@@ -14,7 +14,7 @@ from slimsam_jax import checkpoint
 from slimsam_jax.compression import fast_sam, fast_sam_report
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.fast_sam_distill import distill, validator_of
-from slimsam_jax.compression.pipeline import Do, carry_out, name_skipped, save_other, say_what_to_do
+from slimsam_jax.compression.pipeline import StepFunction, carry_out, name_skipped, save_other, say_what_to_do
 from slimsam_jax.compression.plan import Planned, check
 from slimsam_jax.compression.prepare import find_images, run_of
 from slimsam_jax.compression.recipes.fast_sam import RECIPE
@@ -52,7 +52,7 @@ def run(options: Options, teacher: FastSam, recipe: Recipe | None = None) -> dic
     """As `pipeline.run`."""
     run = prepare(options, teacher, recipe)
     with run.folder, preemption.at_once("stopped; finished steps are kept: continue with --resume"):
-        student, seconds = carry_out(run, DO)
+        student, seconds = carry_out(run, STEP_FUNCTIONS)
         numbers = finish(run, student, seconds)
     if complaint := too_many_of_val(options, run.images, run.val, numbers["skipped"]):
         raise RunError(f"{options.out} is finished, and measured on the rest; but {complaint}")
@@ -111,9 +111,9 @@ def _flat(step: Any) -> Iterator[tuple[str, Any]]:
         yield from _flat(value) if dataclasses.is_dataclass(value) else [(field.name, value)]
 
 
-def prune_step(run: Run, place: Planned, student: FastSam, previous: FastSam) -> FastSam:
+def prune_step(run: Run, planned: Planned, student: FastSam, previous: FastSam) -> FastSam:
     """The step `Prune`, on images of the run if its criterion reads any."""
-    options, step, frame = run.options, place.step, fast_sam.Square(student.config.image_size)
+    options, step, frame = run.options, planned.step, fast_sam.Square(student.config.image_size)
     count = min(options.importance_images, len(run.images)) if step.reads_gradients else 0
     limit = options.broken_share()
     batches = Batches(run.images, frame.size, 1, options.seed, max_broken=limit, frame=frame)
@@ -122,15 +122,15 @@ def prune_step(run: Run, place: Planned, student: FastSam, previous: FastSam) ->
         student,
         step.ratio or run.target.ratio,
         step.criterion,
-        track(images, f"{place.name}: gradients", count, compiles=True) if count else (),
+        track(images, f"{planned.name}: gradients", count, compiles=True) if count else (),
         step.allocation,
         step.round_to,
         step.min_keep * (1 - (step.ratio or run.target.ratio)),
         options.seed,
     )
     batches.close()
-    if not run.is_named_later(place):
-        name_skipped(run, place, batches.skipped)
+    if not run.is_named_later(planned):
+        name_skipped(run, planned, batches.skipped)
     return slim
 
 
@@ -148,4 +148,4 @@ def finish(run: Run, student: FastSam, seconds: Mapping[str, float]) -> dict[str
     return numbers
 
 
-DO: dict[type, Do] = {Prune: prune_step, Distill: distill}
+STEP_FUNCTIONS: dict[type, StepFunction] = {Prune: prune_step, Distill: distill}

@@ -20,8 +20,8 @@ from slimsam_jax.compression.step_training import StepTraining
 from slimsam_jax.data import Sample
 from slimsam_jax.data.prompted import MaskBatches
 from slimsam_jax.distillation.step import init_state, make_optimizer, make_update
-from slimsam_jax.models.attention import Form
 from slimsam_jax.models.encoders.layers import learning
+from slimsam_jax.models.relative_attention import Form
 from slimsam_jax.models.sam import Architecture, Sam, run_encoder
 from slimsam_jax.training.loop import Trainer
 
@@ -30,7 +30,7 @@ HEAD = ("prompt_encoder", "mask_decoder")
 
 def distill_masks(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:
     """Trains the student, from the step's last checkpoint if there is one; see `distill.distill`."""
-    return MaskDistillation(run, planned, student).run() if planned.steps else student
+    return MaskDistillation(run, planned, student).run() if planned.optimizer_steps else student
 
 
 class MaskDistillation(StepTraining):
@@ -40,7 +40,7 @@ class MaskDistillation(StepTraining):
         options, step = run.options, planned.step
         masks = (run.cache.folder if run.cache else run.folder.work) / "masks"
         self.images = with_masks(run.images, run.teacher, masks)
-        self.known = targets.embeddings(run, step, planned.steps) if step.reads_teacher else None
+        self.known = targets.embeddings(run, step, planned.optimizer_steps) if step.reads_teacher else None
         how = (run.dtype, options.accumulate, options.fsdp, options.attention, self.known is not None)
         trainer = make_trainer(student, run.teacher, step, *how)
         super().__init__(run, planned, student, trainer, step.optimizer.lr)

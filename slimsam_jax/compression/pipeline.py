@@ -41,31 +41,31 @@ if TYPE_CHECKING:
     from slimsam_jax.compression.options import Options
 
 # The run, the step, the student, the model before the last cut -> the student after the step.
-Do = Callable[[Run, Planned, Sam, Sam], Sam]
+StepFunction = Callable[[Run, Planned, Sam, Sam], Sam]
 
 
 def run(options: Options, teacher: Sam, recipe: Recipe | None = None, student: Sam | None = None) -> dict[str, Any]:
-    """See `api.compress_with`, which checks the options first.
+    """Runs a recipe from the teacher to the report, and returns the report; `api.compress_with` checks the options.
 
     Args:
       recipe: the steps, if not those that the options name.
       student: to begin with, if --student is a model's path.
     """
-    run = prepare(options, check_model(teacher), recipe, student)
-    with run.folder, preemption.at_once("stopped; finished steps are kept: continue with --resume"):
-        student, seconds = carry_out(run)
-        numbers = finish(run, student, seconds) if sharding.is_main() else {}
+    whole = prepare(options, check_model(teacher), recipe, student)
+    with whole.folder, preemption.at_once("stopped; finished steps are kept: continue with --resume"):
+        student, seconds = carry_out(whole)
+        numbers = finish(whole, student, seconds) if sharding.is_main() else {}
     sharding.barrier("finished")
-    if complaint := too_many_of_val(options, run.images, run.val, numbers.get("skipped", {})):
+    if complaint := too_many_of_val(options, whole.images, whole.val, numbers.get("skipped", {})):
         raise RunError(f"{options.out} is finished, and measured on the rest; but {complaint}")
     return numbers
 
 
-def carry_out(run: Run, do: Mapping[type, Do] | None = None) -> tuple[Sam, dict[str, float]]:
+def carry_out(run: Run, functions: Mapping[type, StepFunction] | None = None) -> tuple[Sam, dict[str, float]]:
     """Takes the steps one after the other; returns the last one's model, and {step: its seconds}.
 
     Args:
-      do: how each kind of step is done, if the model is none that `DO` is for.
+      functions: of each kind of step, if the model is none that `STEP_FUNCTIONS` are for.
     """
     if run.cache:
         run.cache.fill(run.images)
@@ -74,20 +74,20 @@ def carry_out(run: Run, do: Mapping[type, Do] | None = None) -> tuple[Sam, dict[
     seconds = {}
     for each in run.plan:
         start, before = time.perf_counter(), student
-        student = take(run, each, student, previous, DO if do is None else do)
+        student = run_or_load(run, each, student, previous, functions or STEP_FUNCTIONS)
         previous = before if isinstance(each.step, Prune) else previous
         seconds[each.name] = time.perf_counter() - start
     return student, seconds
 
 
-def take(run: Run, place: Planned, student: Sam, previous: Sam, do: Mapping[type, Do]) -> Sam:
-    """One step: its result, which is saved, or what an interrupted run has saved of it."""
-    done = run.folder.load_model(place.name, "model")
-    sharding.barrier(f"{place.name} looked for")  # before anybody writes it
+def run_or_load(run: Run, planned: Planned, student: Sam, previous: Sam, functions: Mapping[type, StepFunction]) -> Sam:
+    """Runs one step and saves its result, or loads what an interrupted run has saved of it (--resume)."""
+    done = run.folder.load_model(planned.name, "model")
+    sharding.barrier(f"{planned.name} looked for")  # before anybody writes it
     if done:
         return done
-    run.folder.save_model(place.name, "model", do[type(place.step)](run, place, student, previous))
-    return run.folder.load_model(place.name, "model")  # in every process the same, to the bit
+    run.folder.save_model(planned.name, "model", functions[type(planned.step)](run, planned, student, previous))
+    return run.folder.load_model(planned.name, "model")  # in every process the same, to the bit
 
 
 def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
@@ -126,7 +126,10 @@ def say_what_to_do(out: Path, val: Sequence[Sample]) -> None:
 
 
 def calibrated(run: Run, student: Sam) -> Sam:
-    """With thresholds that as many masks pass as of the teacher; with the teacher's if there is nothing to go by."""
+    """The student with its own thresholds, which let as many masks pass as the teacher's do of the teacher's masks.
+
+    With the teacher's, if there is nothing to measure by.
+    """
     try:
         thresholds = calibrate(student, run.images, like=run.teacher)
     except InputError as error:  # a model that gives no masks, say, which is no reason to lose it
@@ -141,7 +144,7 @@ def save_other(run: Run, student: Sam) -> None:
     It gets the thresholds of `student`, from which it is a few steps away.
     """
     last = run.plan[-1]
-    if not last.steps:
+    if not last.optimizer_steps:
         return
     name = "last" if last.step.validation.keep_checkpoint == "best" else "best"
     other = run.folder.load_model(last.name, name)
@@ -152,9 +155,9 @@ def save_other(run: Run, student: Sam) -> None:
         checkpoint.save(other, run.options.out / name)
 
 
-def prune_step(run: Run, place: Planned, student: Sam, previous: Sam) -> Sam:
+def prune_step(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:
     """The step `Prune`, on images of the run."""
-    options, step, config = run.options, place.step, run.teacher.config
+    options, step, config = run.options, planned.step, run.teacher.config
     devices = jax.device_count()  # an image on each: more would take as many times the memory
     count = max(1, min(options.importance_images, len(run.images)) // devices)
     streams = []
@@ -162,14 +165,14 @@ def prune_step(run: Run, place: Planned, student: Sam, previous: Sam) -> Sam:
     def calibration(name: str) -> Iterable[Any]:
         batches = calibration_stream(step, run.images, config, devices, options.seed, options.broken_share())
         streams.append(batches)
-        return track(on_devices(batches, count), f"{place.name}: {name}", count, per_item=devices, compiles=True)
+        return track(on_devices(batches, count), f"{planned.name}: {name}", count, per_item=devices, compiles=True)
 
     slim = prune(student, step, widths.target_of(step, run.target), calibration, options.seed, options.uniform)
     slim = without_misfits(slim, student)
     for batches in streams:
         batches.agree_on_skipped()
-    if not run.is_named_later(place):
-        name_skipped(run, place, {name: reason for batches in streams for name, reason in batches.skipped.items()})
+    if not run.is_named_later(planned):
+        name_skipped(run, planned, {name: reason for batches in streams for name, reason in batches.skipped.items()})
     return slim
 
 
@@ -182,18 +185,19 @@ def without_misfits(slim: Sam, before: Sam) -> Sam:
     return dataclasses.replace(slim, kept={})
 
 
-def name_skipped(run: Run, place: Planned, skipped: Mapping[str, str]) -> None:
+def name_skipped(run: Run, planned: Planned, skipped: Mapping[str, str]) -> None:
+    """Names images that could not be read, {name: reason}, on the screen and in the log."""
     for name, reason in sorted(skipped.items()):
-        run.folder.log(stage=place.name, skipped=name, reason=reason)
+        run.folder.log(stage=planned.name, skipped=name, reason=reason)
         print(f"skipped: {reason}", flush=True)
 
 
-def quantize_step(run: Run, place: Planned, student: Sam, previous: Sam) -> Sam:
+def quantize_step(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:
     """The step `Quantize`, calibrated on images of the run; every process does all of it."""
-    return quantize(student, run.images, place.step, run.options.seed)
+    return quantize(student, run.images, planned.step, run.options.seed)
 
 
-DO: dict[type, Do] = {
+STEP_FUNCTIONS: dict[type, StepFunction] = {
     Prune: prune_step,
     Distill: distill,
     DistillMasks: distill_masks,

@@ -94,13 +94,13 @@ class Planned(NamedTuple):
     Attributes:
       name: of its folder and its lines in the log.
       step: what to do.
-      steps: optimizer steps, 0 of what is no distillation.
-      before: optimizer steps of the distillations before it.
+      optimizer_steps: that it takes, 0 of what trains nothing.
+      before: optimizer steps of those before it.
     """
 
     name: str
     step: Step
-    steps: int
+    optimizer_steps: int
     before: int
 
 

@@ -108,7 +108,9 @@ def run_of(
     if student:
         origin["student"] = {"file": options.student.name, "sha256": checkpoint.sha256(options.student)}
     cache = TeacherCache(options.cache, teacher, origin["teacher"]["sha256"]) if options.cache else None
-    measures = {each.step.validation.validate_by for each in plan if each.steps} if sharding.is_main() else set()
+    measures = (
+        {each.step.validation.validate_by for each in plan if each.optimizer_steps} if sharding.is_main() else set()
+    )
     scores = {measure: judge(teacher, val, measure) for measure in measures}
     folder = RunFolder(options.out, origin, options.resume)
     return Run(options, plan, target, teacher, images, val, batch, dtype, cache, scores, folder, origin, student)
@@ -117,7 +119,10 @@ def run_of(
 def announce(dtype: Any, plan: Sequence[Planned], batch: int, images: int, val: int) -> None:
     """What `options.announce` could not know yet."""
     say("device", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jnp.dtype(dtype).name}")
-    done = ", ".join(each.name + (f" ({each.steps} steps of {batch} images)" if each.steps else "") for each in plan)
+    done = ", ".join(
+        each.name + (f" ({each.optimizer_steps} steps of {batch} images)" if each.optimizer_steps else "")
+        for each in plan
+    )
     say("steps", f"{done}; {images} images to learn from, {val} to measure on")
 
 

@@ -37,7 +37,7 @@ JUDGED = 16  # images of those to measure on
 
 def pretrain(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:
     """Trains the student's encoder, from the step's last checkpoint if there is one; see `distill.distill`."""
-    return Pretraining(run, planned, student).run() if planned.steps else student
+    return Pretraining(run, planned, student).run() if planned.optimizer_steps else student
 
 
 class Pretraining(StepTraining):
@@ -45,7 +45,7 @@ class Pretraining(StepTraining):
 
     def __init__(self, run: Run, planned: Planned, student: Sam):
         options, step = run.options, planned.step
-        self.known = targets.embeddings(run, step, planned.steps)
+        self.known = targets.embeddings(run, step, planned.optimizer_steps)
         how = (run.dtype, options.accumulate, options.fsdp, self.known is not None, options.seed)
         self.forward = jax.jit(functools.partial(predicted, step, student.config, jnp.float32, 1))
         super().__init__(run, planned, student, make_trainer(student, run.teacher, step, *how), step.optimizer.lr)

@@ -1,4 +1,4 @@
-"""The pruning half of a stage: a SAM in, a narrower SAM out."""
+"""The step `Prune` of a SAM: a SAM in, a narrower SAM out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from slimsam_jax.compression.steps import Prune
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.encoders import family_of, name_of
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 from slimsam_jax.pruning import allocation
 from slimsam_jax.pruning.bases import residual_spectrum
 from slimsam_jax.pruning.groups import Keep
@@ -104,7 +104,7 @@ def project(
     of_kind = lambda kind: [chosen[f"blocks_{i}/{kind}"] for i in range(len(bases))]
 
     cut = functools.partial(attention.project_attention, sam.config, encoder, bases, of_kind("attn"))
-    masked = reference_macs.encoder_macs(sam.config).total < MASKED_BELOW
+    masked = sam_costs.encoder_macs(sam.config).total < MASKED_BELOW
     parts = _parts(step) if masked else _parts(step)[1:]  # masked: as before, so that the program is the same
     found = _moments(_with_encoder(sam, cut(masked=masked)), calibration("statistics of MLPs"), seed, *parts)
     sam = _with_encoder(sam, cut())

@@ -18,7 +18,7 @@ from slimsam_jax.evaluation.compare import compare_models
 from slimsam_jax.files import replacing
 from slimsam_jax.models.encoders import name_of
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 from slimsam_jax.profiling.latency import encoder_runner, interleaved
 from slimsam_jax.progress import track
 
@@ -45,10 +45,10 @@ def measure(teacher: Sam, slim: Sam, samples: Sequence[Sample], dtype: Any = jnp
 
 def size_of(sam: Sam) -> dict[str, int]:
     """Counts parameters and multiply-accumulates of a model; the decoder's are for one point."""
-    encoder, decoder = reference_macs.encoder_macs(sam.config), reference_macs.decoder_macs(sam.config)
+    encoder, decoder = sam_costs.encoder_macs(sam.config), sam_costs.decoder_macs(sam.config)
     return {
-        "parameters": reference_macs.parameters(sam.params),
-        "encoder_parameters": reference_macs.parameters(sam.params["image_encoder"]),
+        "parameters": sam_costs.parameters(sam.params),
+        "encoder_parameters": sam_costs.parameters(sam.params["image_encoder"]),
         "encoder_macs_linear": encoder.linear,
         "encoder_macs_total": encoder.total,
         "macs_linear": encoder.linear + decoder.linear,
@@ -175,6 +175,6 @@ def _plot_widths(axes: Any, teacher: Sam, slim: Sam, field: str, title: str) -> 
 def _plot_parameters(axes: Any, name: str, sam: Sam) -> None:
     """Of the parts of an image encoder of any family."""
     parts = sam.params["image_encoder"]
-    axes.bar(np.arange(len(parts)), [reference_macs.parameters({part: parts[part]}) / 1e3 for part in parts])
+    axes.bar(np.arange(len(parts)), [sam_costs.parameters({part: parts[part]}) / 1e3 for part in parts])
     axes.set(title=f"{name}: encoder parameters, thousands")
     axes.set_xticks(np.arange(len(parts)), list(parts), rotation=90, fontsize=6)

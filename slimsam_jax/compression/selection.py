@@ -1,4 +1,4 @@
-"""Scores -> the channels of a SAM that stay, for all groups of a stage."""
+"""Scores -> the channels of a SAM that stay, for all groups that a step `Prune` cuts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def choose(
     uniform: bool = False,
     seed: int = 0,
 ) -> Keep:
-    """Parameters and gradients of an image encoder -> the channels that stay, for all groups of a stage.
+    """Parameters and gradients of an image encoder -> the channels that stay, for all groups of the step.
 
     Returns:
       {group of `grouping_of`: ascending indices}.

@@ -28,9 +28,16 @@ class StepTraining(Loop):
 
     def __init__(self, run: Run, planned: Planned, student: Sam, trainer: Trainer, peak: float):
         step, self.whole, self.planned, self.student = planned.step, run, planned, student
-        self.rates = learning_rates(peak, planned.steps, step.optimizer.schedule)
+        self.rates = learning_rates(peak, planned.optimizer_steps, step.optimizer.schedule)
         judged, save_every = step.validation, run.options.save_every
-        fields = (planned.steps, run.batch, save_every, judged.validations, judged.keep_checkpoint, planned.before)
+        fields = (
+            planned.optimizer_steps,
+            run.batch,
+            save_every,
+            judged.validations,
+            judged.keep_checkpoint,
+            planned.before,
+        )
         super().__init__(run.folder, trainer, Schedule(planned.name, f"the step {planned.name}", *fields))
 
     def label(self) -> str:

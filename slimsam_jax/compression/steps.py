@@ -126,7 +126,7 @@ class Distill(Record):
 
     Attributes:
       align: the intermediate features that are compared in the first half, with those of the model before the last
-        cut (`compression.alignment`): "bottleneck", what cutting the embedding leaves whole; "stream", what cutting
+        cut (`compression.loss_terms`): "bottleneck", what cutting the embedding leaves whole; "stream", what cutting
         the bottlenecks leaves whole; "stream+embedding", and that model's embedding, as the paper's second step; or
         "none", where that model is a wreck.
       train: the parts of the SAM that learn; the paper never trains the decoder.

@@ -53,14 +53,14 @@ def _resolved(step: Initialize, chosen: Any, config: Architecture) -> Initialize
         raise InputError(f"the student {quoted(encoder)} cannot be made: {error}") from None
 
 
-def initialize(run: Run, place: Planned, student: Sam, previous: Sam) -> Sam:
+def initialize(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:
     """The step `Initialize`: an image encoder of the same widths or of the step's own, with its first weights."""
-    config = student.config if place.step.encoder is None else with_encoder(student.config, place.step.encoder)
+    config = student.config if planned.step.encoder is None else with_encoder(student.config, planned.step.encoder)
     images = jnp.zeros((1, *config.image_size, 3))
     encoder = jax.jit(image_encoder(config).init)(jax.random.key(run.options.seed), images)["params"]
-    if place.step.encoder is not None and run.start:
+    if planned.step.encoder is not None and run.start:
         encoder = where_they_agree(encoder, run.start.params["image_encoder"])
-    elif place.step.start == "teacher":
+    elif planned.step.start == "teacher":
         encoder = where_they_agree(encoder, run.teacher.params["image_encoder"])
     return dataclasses.replace(student, config=config, params={**student.params, "image_encoder": encoder}, kept={})
 

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from slimsam_jax import sharding
-from slimsam_jax.compression.alignment import aligns
+from slimsam_jax.compression.loss_terms import aligns
 from slimsam_jax.compression.steps import Distill
 from slimsam_jax.distillation import losses
 from slimsam_jax.distillation.step import init_state, make_optimizer, make_step
-from slimsam_jax.models.attention import Form
 from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.encoders.layers import learning
+from slimsam_jax.models.relative_attention import Form
 from slimsam_jax.models.sam import Architecture, Embedding, Params, Sam, decode, in_training, run_encoder
 from slimsam_jax.training.loop import Trainer
 from slimsam_jax.training.prompt_loop import valid_share
@@ -44,7 +44,7 @@ def make_trainer(
         mask decoder stay float32.
       parts: that each batch is taken in, see `distillation.step.make_step`.
       fsdp: devices that parameters are split over, see `sharding`.
-      attention: how it is computed, see `models.attention`.
+      attention: how it is computed, see `models.relative_attention`.
       known: whether batches bring their targets, see `targets`.
     """
     mesh = sharding.make_mesh(fsdp)

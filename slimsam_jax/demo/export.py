@@ -40,9 +40,9 @@ def fingerprint(sam: Sam, dtype: Dtype) -> str:
 
 def check_size(sam: Sam, dtype: Dtype) -> None:
     """Raises InputError if the encoder is too large for a browser, before it is exported for minutes."""
-    from slimsam_jax.profiling import reference_macs
+    from slimsam_jax.profiling import sam_costs
 
-    if reference_macs.encoder_parameters(sam.config) * BYTES[dtype] > LARGEST_FILE:
+    if sam_costs.encoder_parameters(sam.config) * BYTES[dtype] > LARGEST_FILE:
         smaller = " or ".join(other for other in BYTES if BYTES[other] < BYTES[dtype])
         advice = f"try --dtype {smaller}" if smaller else "take a smaller model"
         raise InputError(f"the encoder is too large for a browser in {dtype}; {advice}")
@@ -65,14 +65,14 @@ def exported(sam: Sam, dtype: Dtype, cache: Path) -> tuple[Path, Path]:
 def describe(name: str, sam: Sam, files: tuple[Path, Path]) -> dict[str, Any]:
     """Describes a model for the page."""
     from converters import to_onnx
-    from slimsam_jax.profiling import reference_macs
+    from slimsam_jax.profiling import sam_costs
 
     return {
         "name": name,
         "image_size": sam.config.image_size,
         "score": to_onnx.score_of(sam.config),
-        "parameters": reference_macs.sam_parameters(sam.config),
-        "encoder_macs": reference_macs.encoder_macs(sam.config).total,
+        "parameters": sam_costs.sam_parameters(sam.config),
+        "encoder_macs": sam_costs.encoder_macs(sam.config).total,
         "bytes": sum(path.stat().st_size for path in files),
         **limits(sam),
     }

@@ -1,7 +1,8 @@
 """Computes losses between features of a student and of its targets. Knows neither Flax nor SAM.
 
 Features are dicts of trees of arrays. A term of the loss compares what student and target hold under one key; having
-two separate dicts, a term cannot compare the student with itself.
+two separate dicts, a term cannot compare the student with itself. Which terms there are, and their weights, is said in
+`compression.loss_terms`.
 """
 
 from __future__ import annotations

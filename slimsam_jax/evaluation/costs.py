@@ -11,7 +11,7 @@ import numpy as np
 from slimsam_jax.evaluation import tables
 from slimsam_jax.models.fast_sam import FastSam, detect
 from slimsam_jax.models.sam import Sam, encode
-from slimsam_jax.profiling import fast_sam_costs, reference_macs
+from slimsam_jax.profiling import fast_sam_costs, sam_costs
 from slimsam_jax.profiling.latency import encoder_runner, interleaved
 
 Costs = list[dict[str, float]]  # of each model
@@ -63,10 +63,10 @@ def _of_fast_sam(sam: FastSam) -> dict[str, float]:
 
 
 def _of(sam: Sam) -> dict[str, float]:
-    macs = reference_macs.encoder_macs(sam.config)
+    macs = sam_costs.encoder_macs(sam.config)
     return {
-        "parameters": reference_macs.parameters(sam.params),
-        "encoder_parameters": reference_macs.parameters(sam.params["image_encoder"]),
+        "parameters": sam_costs.parameters(sam.params),
+        "encoder_parameters": sam_costs.parameters(sam.params["image_encoder"]),
         "encoder_macs_linear": macs.linear,
         "encoder_macs_attention": macs.attention,
         "encoder_memory": _memory(sam),

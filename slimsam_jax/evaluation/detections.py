@@ -20,7 +20,7 @@ from slimsam_jax.evaluation.resampled_ap import RESAMPLES, categories, intervals
 from slimsam_jax.imaging import rle
 from slimsam_jax.imaging.prompts import Prompts, prompt_points
 from slimsam_jax.inference.decode import Encoded, decode_prompts, original_masks
-from slimsam_jax.inference.stability import ranking
+from slimsam_jax.inference.ranking import ranking
 from slimsam_jax.models.sam import Sam
 
 MEASURES = ("ap", "ap_50", "ap_75", "ap_small", "ap_medium", "ap_large")  # the first of COCOeval.stats, in its order

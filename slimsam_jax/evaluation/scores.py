@@ -14,7 +14,7 @@ from slimsam_jax.evaluation.protocols import PROMPTS
 from slimsam_jax.imaging import overlap
 from slimsam_jax.imaging.prompts import Prompts, clicks_at, point_grid
 from slimsam_jax.inference.decode import Encoded, decode_prompts, original_masks
-from slimsam_jax.inference.stability import ranking
+from slimsam_jax.inference.ranking import ranking
 from slimsam_jax.models.sam import Embedding, Sam
 
 

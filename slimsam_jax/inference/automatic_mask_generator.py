@@ -22,7 +22,7 @@ from slimsam_jax.inference.decode import Encoded, decode_prompts
 from slimsam_jax.inference.hierarchical import Decoded
 from slimsam_jax.inference.mixed_prompts import real_array
 from slimsam_jax.inference.predictor import AnyImage, as_image, check_list, check_model, encode_images
-from slimsam_jax.inference.stability import by_stability, stability_scores
+from slimsam_jax.inference.ranking import by_stability, stability_scores
 from slimsam_jax.limits import SEARCH, quoted
 from slimsam_jax.limits import check as check_number
 from slimsam_jax.models.config import Thresholds

@@ -44,7 +44,7 @@ def decode_mixed(
       [1 + multimask_outputs, 4h, 4w] logits and as many predicted IoU, of each prompt.
 
     Raises:
-      InputError: a prompt is none.
+      InputError: a prompt is invalid.
     """
     if not prompts:
         return []

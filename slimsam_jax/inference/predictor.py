@@ -14,7 +14,7 @@ from slimsam_jax.data.sample import eight_bits
 from slimsam_jax.errors import InputError, reading
 from slimsam_jax.inference.decode import Encoded, padded
 from slimsam_jax.inference.mixed_prompts import Prompt, check, decode_mixed, kind_of, real_array
-from slimsam_jax.inference.stability import outputs_of, stability_scores
+from slimsam_jax.inference.ranking import outputs_of, stability_scores
 from slimsam_jax.limits import IMAGE_SIDE, quoted
 from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.heads import kind_of as head_kind
@@ -79,10 +79,10 @@ class SamPredictor:
           multimask_output: three masks of different extent, which suits an ambiguous prompt such as one point.
           return_logits: masks as logits instead of bool.
           num_multimask_outputs: in place of multimask_output, as EdgeSAM asks: 1, 3, or 4 for all of them.
-          use_stability_score: give masks' stability as their scores (`inference.stability`), not predicted IoU.
+          use_stability_score: give masks' stability as their scores (`inference.ranking`), not predicted IoU.
 
         Raises:
-          InputError: no image is set, or the prompt is none.
+          InputError: no image is set, or the prompt is invalid.
         """
         prompt = Prompt(point_coords, point_labels, box, mask_input)
         how = (multimask_output, return_logits, num_multimask_outputs, use_stability_score)
@@ -105,7 +105,7 @@ class SamPredictor:
           multimask_output, return_logits, num_multimask_outputs, use_stability_score: as `predict` takes them.
 
         Raises:
-          InputError: not as many lists of prompts as images, or one of them is none.
+          InputError: not as many lists of prompts as images, or an invalid one.
         """
         check_list(images, "images", axes=4)
         images = [as_image(image) for image in images]
@@ -239,7 +239,7 @@ def predict(
     """Decodes the prompts of all images together; see `SamPredictor.predict`.
 
     Raises:
-      InputError: not as many lists of prompts as images, or one of them is none.
+      InputError: not as many lists of prompts as images, or an invalid one.
     """
     flags = {"multimask_output": multimask_output, "return_logits": return_logits}
     for name, flag in (flags | {"use_stability_score": use_stability_score}).items():

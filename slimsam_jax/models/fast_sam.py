@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax.models.attention import at_least_float32
 from slimsam_jax.models.encoders import layers
 from slimsam_jax.models.fast_sam_config import (
     BINS,
@@ -35,6 +34,7 @@ from slimsam_jax.models.fast_sam_config import (
     scaled,
 )
 from slimsam_jax.models.fast_sam_layers import EPSILON, Branch, C2f, Conv, Pool, Prototypes, twice
+from slimsam_jax.models.relative_attention import at_least_float32
 
 __all__ = ["PRESETS", "Config", "FastSam", "Network", "Outputs", "Stage", "config_of", "decode", "detect", "scaled"]
 

@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slimsam_jax.models.attention import at_least_float32
 from slimsam_jax.models.encoders.layers import ConvNorm
 from slimsam_jax.models.fast_sam_config import Stage
+from slimsam_jax.models.relative_attention import at_least_float32
 
 EPSILON = 1e-3  # of the batch norms; no array tells it
 

@@ -100,7 +100,7 @@ def run_encoder(
       encoder: the image encoder's parameters.
       dtype: of the computation; the parameters' if None.
       devices: that the compiler splits the batch over.
-      attention: how it is computed where there is a choice, see `models.attention`.
+      attention: how it is computed where there is a choice, see `models.relative_attention`.
     """
     pixels = preprocess(config, batch["image"], batch["size"])
     model = encoder_for(config, -(-len(pixels) // devices), dtype or _dtype(encoder), attention)

@@ -17,9 +17,11 @@ MOVING = frozenset(MOVED.split())
 
 
 class Count(NamedTuple):
-    """Attributes:
-    axes: structures of the axes that were summed over; the constant is the product of their lengths.
-    inverse: it is one over that.
+    """A number in a program that counts channels.
+
+    Attributes:
+      axes: structures of the axes that were summed over; the constant is the product of their lengths.
+      inverse: it is one over that.
     """
 
     axes: Row

@@ -96,7 +96,7 @@ def _shape(leaf: Any) -> Any:
 def _kept(arrays: Mapping[str, Any], patterns: Sequence[str]) -> Iterator[tuple[str, int]]:
     """(path, axis) of what is to be kept."""
     every = {f"{path}:{axis}": (path, axis) for path, array in arrays.items() for axis in range(len(array.shape))}
-    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+    for pattern in patterns:
         found = [place for name, place in every.items() if fits(name, pattern)]
         if not found:
             nearest = ", ".join(difflib.get_close_matches(pattern, arrays, n=3, cutoff=0))
@@ -152,7 +152,9 @@ def _crossed(axes: Axes, named: Mapping[int, str], traced: Traced, params: list[
 
 
 def _names(axes: Axes, params: Mapping[str, Nodes]) -> dict[int, str]:
-    """{leaf: name} of all groups: the first axis that is the group, else the first that has it, and its place there."""
+    """{leaf: name} of all groups: the first axis that is the group, "a/kernel:1"; else the first that has it, with the
+    number of the part, "a/kernel:1.0".
+    """
     whole, part = {}, {}
     for path, nodes in params.items():
         for i, node in enumerate(nodes):

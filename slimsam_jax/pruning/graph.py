@@ -20,13 +20,15 @@ ARITHMETIC = frozenset(ELEMENTWISE.split())
 
 
 class Graph:
-    """Attributes:
-    axes: the nodes of all values.
-    nodes: of each value that is no constant; a constant has nodes of its own wherever it is used.
-    operands, results: nodes of a step's, by step; `outputs` of a program's.
-    rows: the nodes of everything that was met, for `copies`.
-    order: paths of the parameters that are read, in the order of their first use.
-    kernels: paths of the parameters that a matrix product or a convolution reads.
+    """A traced function with a node for each axis of each value, tied by the rules.
+
+    Attributes:
+      axes: the nodes of all values.
+      nodes: of each value that is no constant; a constant has nodes of its own wherever it is used.
+      operands, results: nodes of a step's, by step; `outputs` of a program's.
+      rows: the nodes of everything that was met, for `copies`.
+      order: paths of the parameters that are read, in the order of their first use.
+      kernels: paths of the parameters that a matrix product or a convolution reads.
     """
 
     def __init__(self, values: Values, inputs: Mapping[int, Nodes], paths: Mapping[int, str], axes: Axes):

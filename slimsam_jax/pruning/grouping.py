@@ -54,13 +54,15 @@ class FoundGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Grouping:
-    """Attributes:
-    groups: in the order of use.
-    axes: {path: the structure of each of its axes} of every array that the function reads.
-    frozen: {"path:axis": why} of the axes longer than one that cannot be cut.
-    unused: paths of the arrays that the function never reads.
-    kernels: paths of those that a matrix product or a convolution reads; they vote on the importance of a channel.
-    traced: the function, a `rerun.Traced`; None if the grouping was read from JSON.
+    """The groups of a function, and the function itself with the widths that are left (`run`).
+
+    Attributes:
+      groups: in the order of use.
+      axes: {path: the structure of each of its axes} of every array that the function reads.
+      frozen: {"path:axis": why} of the axes longer than one that cannot be cut.
+      unused: paths of the arrays that the function never reads.
+      kernels: paths of those that a matrix product or a convolution reads; they vote on the importance of a channel.
+      traced: the function, a `rerun.Traced`; None if the grouping was read from JSON.
     """
 
     groups: tuple[FoundGroup, ...]

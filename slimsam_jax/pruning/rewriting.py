@@ -15,11 +15,13 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Attributes:
-    eqn: the equation at full size.
-    operands: what the axes of its operands are made of.
-    shapes, results: of the operands and the results after the cut.
-    full, widths: of the groups before and after it.
+    """One equation before and after the cut, for the rewrite of its parameters.
+
+    Attributes:
+      eqn: the equation at full size.
+      operands: what the axes of its operands are made of.
+      shapes, results: of the operands and the results after the cut.
+      full, widths: of the groups before and after it.
     """
 
     eqn: core.JaxprEqn

@@ -25,10 +25,12 @@ MOST_JSON = 8 << 20  # bytes; ViT-H's grouping has 0.2 MB, its lists to keep 0.5
 
 
 class Saved(NamedTuple):
-    """Attributes:
-    params: the cut parameters, numpy: a tree like the one that was given, else {path: array}.
-    grouping: without the function, so it is not to be run; equal to what `find_groups` finds in the function again.
-    keep: {group: ascending indices into the channels of the full model}.
+    """What `load` reads: a slim model and how it came about.
+
+    Attributes:
+      params: the cut parameters, numpy: a tree like the one that was given, else {path: array}.
+      grouping: without the function, so it is not to be run; equal to what `find_groups` finds in the function again.
+      keep: {group: ascending indices into the channels of the full model}.
     """
 
     params: Tree

@@ -64,9 +64,11 @@ def group_lasso(
 
 
 class Growing(NamedTuple):
-    """Attributes:
-    step: updates so far.
-    strengths: of each channel, [size] per group.
+    """The state of the growing penalty.
+
+    Attributes:
+      step: updates so far.
+      strengths: of each channel, [size] per group.
     """
 
     step: jax.Array

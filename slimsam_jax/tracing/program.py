@@ -43,10 +43,12 @@ class Step:
 
 @dataclasses.dataclass(eq=False)
 class Program:
-    """Attributes:
-    inputs, outputs: numbers of values; an output may be a constant.
-    steps: in order.
-    read: the values that a step or the caller reads.
+    """A traced function, flat.
+
+    Attributes:
+      inputs, outputs: numbers of values; an output may be a constant.
+      steps: in order.
+      read: the values that a step or the caller reads.
     """
 
     inputs: tuple[int, ...]

@@ -20,7 +20,7 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.models.encoders import counts
 from slimsam_jax.models.encoders.architecture import Block
 from slimsam_jax.models.sam import Sam, run_encoder
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 
 WEIGHTINGS = ("none", "disturbed")
 PARTS = ("stream", "attention", "mlp", "sensitivity")  # all, so that there is one program
@@ -130,7 +130,7 @@ def test_costs_are_what_a_channel_adds(sam):
             blocks = list(SLIM_VIT.blocks)
             blocks[i] = dataclasses.replace(blocks[i], **{field: 1})
             slim = sam.config.with_encoder(dataclasses.replace(SLIM_VIT, blocks=tuple(blocks)))
-            count = {"params": reference_macs.encoder_parameters, "macs": lambda c: counts.macs(c.encoder).total}[kind]
+            count = {"params": sam_costs.encoder_parameters, "macs": lambda c: counts.macs(c.encoder).total}[kind]
             assert table[-1] - table[1] == count(sam.config) - count(slim)
 
 

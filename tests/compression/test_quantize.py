@@ -26,7 +26,7 @@ from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Distill
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.sam import dequantized, encode
-from slimsam_jax.profiling.reference_macs import parameters
+from slimsam_jax.profiling.sam_costs import parameters
 from slimsam_jax.quantization import is_quantized
 from slimsam_jax.quantize.__main__ import main
 

@@ -14,9 +14,9 @@ import pytest
 from experiments import recipes as lists
 from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax.compression import widths
-from slimsam_jax.compression.alignment import aligns
-from slimsam_jax.compression.alignment import terms as terms_of
 from slimsam_jax.compression.budget import Target
+from slimsam_jax.compression.loss_terms import aligns
+from slimsam_jax.compression.loss_terms import terms as terms_of
 from slimsam_jax.compression.pipeline import initialize
 from slimsam_jax.compression.plan import check, names, optimizer_steps
 from slimsam_jax.compression.recipes import RECIPES

@@ -13,7 +13,7 @@ import pytest
 from helpers.images import samples
 from helpers.models import SQUARE, random_sam
 from slimsam_jax.compression import targets, trainer
-from slimsam_jax.compression.alignment import terms
+from slimsam_jax.compression.loss_terms import terms
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.steps import Augment, Distill
 from slimsam_jax.imaging.transforms import resize_and_pad

@@ -16,7 +16,7 @@ from helpers.models import SQUARE, random_images, random_sam
 from helpers.runs import compress_options
 from slimsam_jax.api import compress_with
 from slimsam_jax.compression import teacher_cache
-from slimsam_jax.compression.alignment import terms as terms_of
+from slimsam_jax.compression.loss_terms import terms as terms_of
 from slimsam_jax.compression.steps import Distill
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.trainer import make_trainer

@@ -19,7 +19,7 @@ from slimsam_jax.compression.widths import with_widths
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import preset
 from slimsam_jax.models.sam import abstract_params
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 from slimsam_jax.pruning import allocation
 from slimsam_jax.pruning.selection import keep_widths
 
@@ -107,8 +107,8 @@ def test_what_is_no_budget_is_refused(text):
 def test_closed_form_parameters_count_every_array():
     for config in (tiny_config(), preset("vit_p77"), tiny_config(heads=3, head_dim=5, embed_dim=17)):
         shapes = abstract_params(config)
-        assert reference_macs.encoder_parameters(config) == reference_macs.parameters(shapes["image_encoder"])
-        assert reference_macs.sam_parameters(config) == reference_macs.parameters(shapes)
+        assert sam_costs.encoder_parameters(config) == sam_costs.parameters(shapes["image_encoder"])
+        assert sam_costs.sam_parameters(config) == sam_costs.parameters(shapes)
 
 
 def gains_of(config, seed=0):
@@ -152,7 +152,7 @@ def test_a_budget_out_of_reach_is_refused(text):
 
 def test_latency_budget_is_measured(monkeypatch):
     """With a clock that charges by the MAC, the result meets the budget as measured, not as the parts promised."""
-    seconds = lambda config: 1e-3 + reference_macs.encoder_macs(config).total * 1e-11
+    seconds = lambda config: 1e-3 + sam_costs.encoder_macs(config).total * 1e-11
     monkeypatch.setattr(budget, "encoder_seconds", lambda configs: [seconds(config) for config in configs])
 
     def blocks(config, some):  # parts are measured 20 % too slow

@@ -27,7 +27,7 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation.compare import compare_models
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
 from slimsam_jax.inference.predictor import SamPredictor
-from slimsam_jax.inference.stability import stability_scores
+from slimsam_jax.inference.ranking import stability_scores
 from slimsam_jax.models.composed import SamConfig, head_of
 from slimsam_jax.models.encoders import rep_vit
 from slimsam_jax.models.sam import Sam, abstract_params

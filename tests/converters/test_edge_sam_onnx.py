@@ -15,7 +15,7 @@ from helpers.images import random_image
 from helpers.shared import shared
 from slimsam_jax import checkpoint
 from slimsam_jax.demo import export
-from slimsam_jax.inference.stability import stability_scores
+from slimsam_jax.inference.ranking import stability_scores
 from slimsam_jax.models.composed import SamConfig
 from slimsam_jax.models.sam import Sam, folded
 

@@ -24,7 +24,7 @@ from slimsam_jax.models.encoders import counts
 from slimsam_jax.models.encoders.architecture import Block
 from slimsam_jax.models.encoders.efficient_sam_vit import PRESETS
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 
 # What the original's class holds, but for the sizes that it has fixed.
 WHOLE = dataclasses.replace(SLIM_VIT, image_size=(32, 32), embed_dim=12, blocks=(Block(3, 4, 4, 24),) * 2)
@@ -142,7 +142,7 @@ def test_what_pytorch_cannot_load_is_one_line(pt, tmp_path):
 def test_what_the_original_can_hold(name):
     encoder = PRESETS[name]
     config = SamConfig(encoder, HeadConfig((1024, 1024)))
-    assert reference_macs.encoder_macs(config) == counts.macs(encoder)
+    assert sam_costs.encoder_macs(config) == counts.macs(encoder)
     assert table.obstacle(config) == ""
     wide, *rest = encoder.blocks
     for blocks in ((dataclasses.replace(wide, mlp_dim=9), *rest), rest, (dataclasses.replace(wide, key_dim=9),) * 12):

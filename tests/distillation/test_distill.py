@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from slimsam_jax.compression.alignment import ALIGN, SAM, terms
+from slimsam_jax.compression.loss_terms import ALIGN, SAM, terms
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.steps import Distill
 from slimsam_jax.distillation.losses import distillation_loss, mse

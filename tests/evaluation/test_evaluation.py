@@ -33,7 +33,7 @@ from slimsam_jax.imaging.prompts import Prompts
 from slimsam_jax.inference.decode import decode_prompts, encode_image
 from slimsam_jax.models import sam as models
 from slimsam_jax.models import sam_head
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 
 MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=30))
 
@@ -302,11 +302,11 @@ def test_command_writes_table_json_and_figure(material, tmp_path, monkeypatch, c
     lines = out[1].read_text().splitlines()
     assert lines[2].startswith("| box mIoU | ")
     costs = result["models"]["other"]["costs"]
-    size = reference_macs.parameters(other.params)
+    size = sam_costs.parameters(other.params)
     assert costs["parameters"] == size and costs["encoder_latency_ms"] > 0
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(encoder))
     assert weights < costs["encoder_memory"] < 100 * weights
-    assert costs["encoder_macs_linear"] == reference_macs.encoder_macs(other.config).linear
+    assert costs["encoder_macs_linear"] == sam_costs.encoder_macs(other.config).linear
     row = f"| parameters, whole model | {size / 1e6:.2f} M | {size / 1e6:.2f} M |"
     assert row in lines and "parameters, whole model" in text
     with Image.open(out[2]) as drawn:

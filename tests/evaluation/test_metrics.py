@@ -18,7 +18,7 @@ from slimsam_jax.imaging.prompts import point_grid
 from slimsam_jax.inference.decode import encode_image, padded, predict_masks
 from slimsam_jax.models.config import preset
 from slimsam_jax.models.sam import abstract_params
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 
 # Encoder MACs, encoder parameters, whole parameters, encoder + decoder MACs (one point): the original counter's.
 COUNTS = {
@@ -34,12 +34,12 @@ COUNTS = {
 def test_counts_equal_the_reference(name):
     config = preset(name)
     params = abstract_params(config)
-    encoder = reference_macs.encoder_macs(config)
+    encoder = sam_costs.encoder_macs(config)
     found = (
         encoder.linear,
-        reference_macs.parameters(params["image_encoder"]),
-        reference_macs.parameters(params),
-        encoder.linear + reference_macs.decoder_macs(config).linear,
+        sam_costs.parameters(params["image_encoder"]),
+        sam_costs.parameters(params),
+        encoder.linear + sam_costs.decoder_macs(config).linear,
     )
     assert found == COUNTS[name]
 
@@ -49,7 +49,7 @@ def test_attention_counts_equal_the_closed_form():
     for name in COUNTS:
         analytic = counts[f"uniform/{name}"]["analytic"]
         expected = analytic["uncounted_qk_av_macs"] + analytic["uncounted_rel_pos_macs"]
-        assert reference_macs.encoder_macs(preset(name)).attention == expected
+        assert sam_costs.encoder_macs(preset(name)).attention == expected
 
 
 def test_iou_by_hand():

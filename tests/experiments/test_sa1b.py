@@ -13,7 +13,7 @@ from slimsam_jax.compression.budget import even_cut
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.models.config import preset
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 
 
 @pytest.mark.parametrize("script", dry_run.ALL)
@@ -37,10 +37,10 @@ def test_work_is_that_of_the_models_that_run():
     teacher = preset("vit_b")
     slim = even_cut(teacher, 0.5)
     first, second = hours.work_of(teacher, 0.5).values()
-    full, half = (reference_macs.encoder_macs(config).total for config in (teacher, slim))
+    full, half = (sam_costs.encoder_macs(config).total for config in (teacher, slim))
     assert full + 4 * half < first.macs < 5 * full  # stage 1's student lies between both
     assert second.macs - (first.macs - full) / 4 == full + 4 * half
-    assert second.state < first.state and first.state > 4 * reference_macs.encoder_parameters(teacher)
+    assert second.state < first.state and first.state > 4 * sam_costs.encoder_parameters(teacher)
 
 
 @pytest.mark.parametrize("recipe", ["default", "slimsam"])

@@ -14,7 +14,7 @@ import numpy as np
 from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax import sharding
 from slimsam_jax.compression import trainer
-from slimsam_jax.compression.alignment import terms as terms_of
+from slimsam_jax.compression.loss_terms import terms as terms_of
 from slimsam_jax.compression.steps import Distill, Losses, Optimizer
 from slimsam_jax.data.prompted import random_clicks
 from slimsam_jax.training import checkpoints, loop

@@ -16,7 +16,7 @@ import torch
 from helpers.models import random_sam, tiny_config
 from helpers.peers import segment_anything
 from slimsam_jax.errors import InputError
-from slimsam_jax.models import attention
+from slimsam_jax.models import relative_attention as attention
 from slimsam_jax.models.config import GLOBAL, Block
 from slimsam_jax.models.encoders.vit import ImageEncoder
 
@@ -109,7 +109,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from slimsam_jax.models import attention
+from slimsam_jax.models import relative_attention as attention
 attention.LOGITS_AT_ONCE["cpu"] = 2000
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 place = lambda shape, *axes: jax.device_put(np.ones(shape, np.float32), NamedSharding(mesh, PartitionSpec(*axes)))

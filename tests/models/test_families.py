@@ -25,7 +25,7 @@ from slimsam_jax.models.composed import SamConfig, head_of
 from slimsam_jax.models.encoders import FAMILIES, name_of, tiny_vit
 from slimsam_jax.models.encoders.tiny_vit_config import uniform
 from slimsam_jax.models.sam import Sam, abstract_params, init, run_encoder
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 from slimsam_jax.pruning import mask, shrink
 
 HEAD = {name: getattr(SQUARE, name) for name in ("out_chans", "mask_in_chans", "decoder_heads", "decoder_mlp_dim")}
@@ -125,9 +125,9 @@ def test_counts_are_those_of_the_jaxpr():
     config = toy_sam().config
     cells, c = 16, config.encoder
     layers = 3 * 16 * 16 * c.dim + sum(2 * 9 * c.dim * width for width in c.hidden) + c.dim * c.out_chans
-    assert reference_macs.encoder_macs(config) == (cells * layers, 0)
+    assert sam_costs.encoder_macs(config) == (cells * layers, 0)
     size = sum(leaf.size for leaf in jax.tree.leaves(toy_sam().params["image_encoder"]))
-    assert reference_macs.encoder_parameters(config) == size
+    assert sam_costs.encoder_parameters(config) == size
 
 
 def test_tiny_vit_is_a_family():

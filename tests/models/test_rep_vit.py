@@ -23,7 +23,7 @@ from slimsam_jax.compression.trainer import within_image
 from slimsam_jax.distillation.losses import mse
 from slimsam_jax.imaging.prompts import ABSENT, IGNORED, prompt_points
 from slimsam_jax.imaging.transforms import resize_and_pad, resize_masks, to_model_frame
-from slimsam_jax.inference.stability import outputs_of, stability_scores
+from slimsam_jax.inference.ranking import outputs_of, stability_scores
 from slimsam_jax.models import sam
 from slimsam_jax.models.composed import SamConfig
 from slimsam_jax.models.config import Config

@@ -18,7 +18,7 @@ from slimsam_jax.models.composed import SamConfig, head_of
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.encoders import counts, name_of, rep_vit
 from slimsam_jax.models.sam import abstract_params
-from slimsam_jax.profiling import macs, reference_macs
+from slimsam_jax.profiling import macs, sam_costs
 from slimsam_jax.pruning import find_groups, mask, shrink
 
 COUNTED = json.loads(COUNTS.read_text())
@@ -54,8 +54,8 @@ def test_counts_equal_the_originals():
     assert counts.parameters(head["prompt_encoder"]) == COUNTED["prompt_encoder_params"]
     assert counts.parameters(head["mask_decoder"]) == COUNTED["mask_decoder_params"]
     sam = SamConfig(M1, head_of(M1.image_size))
-    assert reference_macs.sam_parameters(sam) == COUNTED["total_params"]
-    assert reference_macs.encoder_macs(sam) == (COUNTED["encoder_macs"], 0)
+    assert sam_costs.sam_parameters(sam) == COUNTED["total_params"]
+    assert sam_costs.encoder_macs(sam) == (COUNTED["encoder_macs"], 0)
     dims = [stage.dim for stage in M1.stages]
     assert {str(dim): rep_vit.squeezed_dim(dim) for dim in dims} == COUNTED["se_reduced_channels"]
 

@@ -29,7 +29,7 @@ from helpers.reference import (
 )
 from helpers.shared import shared
 from slimsam_jax.compression import prune, reference, vit_groups
-from slimsam_jax.compression.alignment import ALIGN, SAM
+from slimsam_jax.compression.loss_terms import ALIGN, SAM
 from slimsam_jax.pruning import importance
 
 KINDS = {"attn": ("gs1", HEADS, 8), "mlp": ("gs2", 1, 384)}  # the original's name of a run, copies, channels of a copy

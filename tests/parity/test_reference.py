@@ -37,8 +37,8 @@ from helpers.reference import (
 from helpers.shared import shared
 from slimsam_jax.compression import prune, reference
 from slimsam_jax.compression import trainer as distillations
-from slimsam_jax.compression.alignment import ALIGN, SAM
-from slimsam_jax.compression.alignment import terms as terms_of
+from slimsam_jax.compression.loss_terms import ALIGN, SAM
+from slimsam_jax.compression.loss_terms import terms as terms_of
 from slimsam_jax.compression.steps import Quirks
 from slimsam_jax.distillation.losses import distillation_loss
 from slimsam_jax.models.encoders.vit import bottleneck_features, stream_features

@@ -21,7 +21,7 @@ from slimsam_jax.compression.budget import Budget, even_cut
 from slimsam_jax.compression.plan import describe
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.set_option import change
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 
 
 def test_what_a_run_leaves(finished, material):
@@ -36,7 +36,7 @@ def test_what_a_run_leaves(finished, material):
     slim = from_torch.load(finished)
     assert slim.config.embed_dim == 12  # half of 24
     even = even_cut(SQUARE, 0.5)  # the default shares out its multiply-accumulates anew
-    assert 0.97 < reference_macs.encoder_macs(slim.config).total / reference_macs.encoder_macs(even).total <= 1
+    assert 0.97 < sam_costs.encoder_macs(slim.config).total / sam_costs.encoder_macs(even).total <= 1
     assert slim.provenance["options"]["ratio"] == 0.5
     assert slim.thresholds == from_torch.load(material / "teacher").thresholds  # which let everything pass
     assert slim.provenance["versions"]["jax"]

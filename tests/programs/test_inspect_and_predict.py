@@ -9,7 +9,7 @@ from PIL import Image
 
 from helpers.models import SQUARE
 from helpers.programs import run_program
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 
 
 def test_inspect_command(material, tmp_path, monkeypatch, capsys):
@@ -34,7 +34,7 @@ def test_inspect_command(material, tmp_path, monkeypatch, capsys):
 def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
     _, out, _ = run_program(monkeypatch, capsys, "inspect", material / "teacher", "--layers")
     assert re.search(r"(?m)^neck_2 +\|.*\| +1 x .* x \d+ \|", out)
-    assert "2 x 12" in out and f"{reference_macs.encoder_parameters(SQUARE) / 1e6:.3f}" in out
+    assert "2 x 12" in out and f"{sam_costs.encoder_parameters(SQUARE) / 1e6:.3f}" in out
 
 
 def test_predict_command(material, tmp_path, monkeypatch, capsys):

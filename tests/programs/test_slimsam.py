@@ -19,7 +19,7 @@ from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.steps import Distill
 from slimsam_jax.data import embedded_teacher
 from slimsam_jax.models.config import preset
-from slimsam_jax.profiling import reference_macs
+from slimsam_jax.profiling import sam_costs
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_HEAVY = """
@@ -71,7 +71,7 @@ def test_help_says_what_the_default_recipe_does(here, capsys):
     leaves = r"Default: 0.5, which leaves (\d+) % .* about (\d+) % of .*; 0.77 leaves (\d+) % and about (\d+) %"
     said = re.search(leaves, text)
     small, big = checkpoint.load(embedded_teacher()).config, preset("vit_b")
-    count = reference_macs.encoder_parameters
+    count = sam_costs.encoder_parameters
     left = [100 * count(even_cut(c, r)) / count(c) for r in (0.5, 0.77) for c in (small, big)]
     np.testing.assert_allclose([float(number) for number in said.groups()], left, atol=3)  # uneven cuts leave less
 

@@ -166,7 +166,7 @@ def test_sigterm_while_pruning_says_how_to_go_on(material, tmp_path, monkeypatch
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("nobody listens")
 
-    monkeypatch.setitem(pipeline.DO, Prune, killed)
+    monkeypatch.setitem(pipeline.STEP_FUNCTIONS, Prune, killed)
     for resume in (False, True):  # the second finds the folder as the first one left it, and nobody at work in it
         with pytest.raises(Stopped, match="finished steps are kept: continue with --resume"):
             compress_with(compress_options(material, tmp_path / "slim", resume=resume))

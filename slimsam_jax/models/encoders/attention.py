@@ -1,4 +1,4 @@
-"""Attention without relative positions, in memory that does not grow with the square of the image.
+"""Attention with a bias that is given ready-made, or none, in memory that does not grow with the square of the image.
 
 Shapes: b images or windows, t queries, s keys, n heads, d channels per head of q and k, e of v.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from slimsam_jax.models.attention import at_least_float32, evenly, logits_at_once
+from slimsam_jax.models.relative_attention import at_least_float32, evenly, logits_at_once
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:

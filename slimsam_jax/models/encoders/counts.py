@@ -116,7 +116,7 @@ CLOSED_FORMS = {
 def decoder_macs(head: Config | HeadConfig | sam2_head.HeadConfig, prompt_tokens: int) -> int:
     """Of a mask decoder for one prompt, the papers' column: to SAM's a point is 2 tokens, to EfficientSAM's 6.
 
-    `profiling.reference_macs.decoder_macs` counts as SlimSAM's counter does: with biases, and transposed convolutions
+    `profiling.sam_costs.decoder_macs` counts as SlimSAM's counter does: with biases, and transposed convolutions
     fourfold.
     """
     width, image, scored = head.out_chans, math.prod(head.grid), getattr(head, "object_tokens", 0)

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from slimsam_jax.imaging.bicubic import bicubic_matrix
-from slimsam_jax.models.attention import at_least_float32
 from slimsam_jax.models.encoders.attention import attend
 from slimsam_jax.models.encoders.hiera_config import (
     KERNEL,
@@ -33,6 +32,7 @@ from slimsam_jax.models.encoders.hiera_config import (
 from slimsam_jax.models.encoders.hiera_config import STAGES as COUNT
 from slimsam_jax.models.encoders.layers import gelu, keep_logit_scale
 from slimsam_jax.models.encoders.vit import window_partition, window_unpartition
+from slimsam_jax.models.relative_attention import at_least_float32
 
 __all__ = [
     "FEATURES",

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax.models.attention import at_least_float32
+from slimsam_jax.models.relative_attention import at_least_float32
 
 Params = dict[str, Any]
 BATCH_NORM_EPSILON = 1e-5

@@ -214,7 +214,7 @@ def _bottleneck(paths: Collection[str]) -> bool:
     return not _embedding(paths) and not any(path.endswith("neck_1/bias") for path in paths)
 
 
-# EdgeSAM's training leaves out the estimate of masks' IoU: see `inference.stability`.
+# EdgeSAM's training leaves out the estimate of masks' IoU: see `inference.ranking`.
 RANKED_BY_STABILITY = True
 
 # Whether a group, by its members' paths, is cut in a stage: all four streams in one, and the neck's width in neither.

@@ -14,9 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slimsam_jax.models.attention import Form, at_least_float32, attend
 from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.encoders.layers import keep_logit_scale
+from slimsam_jax.models.relative_attention import Form, at_least_float32, attend
 
 __all__ = [
     "FEATURES",

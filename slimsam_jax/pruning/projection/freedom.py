@@ -18,11 +18,13 @@ from slimsam_jax.pruning.projection.walk import walk
 
 @dataclasses.dataclass(frozen=True)
 class Freedom:
-    """Attributes:
-    kind: "linear", any invertible change of basis leaves the function the same (v and what projects it, q and k);
-      "orthogonal", any rotation does, as of a residual stream between linear maps and norms; or "none".
-    why: for "none" what forbids it, and where; for "orthogonal" what a rotation must keep.
-    known: the group's parameters and readers, for `project`; None if the kind is "none".
+    """How far a group's basis may be changed, and why no further.
+
+    Attributes:
+      kind: "linear", any invertible change of basis leaves the function the same (v and what projects it, q and k);
+        "orthogonal", any rotation does, as of a residual stream between linear maps and norms; or "none".
+      why: for "none" what forbids it, and where; for "orthogonal" what a rotation must keep.
+      known: the group's parameters and readers, for `project`; None if the kind is "none".
     """
 
     kind: Literal["linear", "orthogonal", "none"]

@@ -19,10 +19,12 @@ Axes = tuple[int | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Attributes:
-    path: of the parameter that a value is, whole and at most moved.
-    axes: for each axis of the value which axis of the parameter it is, None for one of length one or a repetition; or
-      None where that is not plain (a reshape that splits or merges).
+    """Where an axis of a value comes from.
+
+    Attributes:
+      path: of the parameter that a value is, whole and at most moved.
+      axes: for each axis of the value which axis of the parameter it is, None for one of length one or a repetition; or
+        None where that is not plain (a reshape that splits or merges).
     """
 
     path: str

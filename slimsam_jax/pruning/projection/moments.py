@@ -42,10 +42,12 @@ class Question(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Attributes:
-    second: [copies or 1, size, size] mean of x xᵀ.
-    mean: of the axes that were asked for.
-    count: vectors of each copy.
+    """Means over data of the vectors along one group.
+
+    Attributes:
+      second: [copies or 1, size, size] mean of x xᵀ.
+      mean: of the axes that were asked for.
+      count: vectors of each copy.
     """
 
     second: np.ndarray

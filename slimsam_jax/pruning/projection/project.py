@@ -23,11 +23,13 @@ WHOLE = "left whole: all of its channels stay"
 
 
 class Projected(NamedTuple):
-    """Attributes:
-    params: the cut tree, numpy, for `grouping.run(params, *inputs, keep=keep, recount=True)`, or for the function's
-      own class at the new widths.
-    keep: {group: indices} of the widths: of directions where a basis was changed, of channels where units were chosen.
-    how: {group: what was done, or why it was left whole} of all groups, in words.
+    """What `project` returns.
+
+    Attributes:
+      params: the cut tree, numpy, for `grouping.run(params, *inputs, keep=keep, recount=True)`, or for the function's
+        own class at the new widths.
+      keep: {group: indices} of the widths: of directions where a basis was changed, of channels of units chosen.
+      how: {group: what was done, or why it was left whole} of all groups, in words.
     """
 
     params: Tree
@@ -36,11 +38,13 @@ class Projected(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Attributes:
-    group: that is to be projected.
-    freedom: of its basis.
-    reading: the linear map to refit, for a group whose basis is not free.
-    width: channels that stay.
+    """What is to be done with each group.
+
+    Attributes:
+      group: that is to be projected.
+      freedom: of its basis.
+      reading: the linear map to refit, for a group whose basis is not free.
+      width: channels that stay.
     """
 
     group: FoundGroup

@@ -41,13 +41,15 @@ class Norm:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Attributes:
-    kind: see above.
-    weight: with d of D directions left, it is (D / d)^(weight / 2) times what it was: of a mean 1, of a variance 2.
-    norm: by what it was multiplied, while it waits for linear maps to read it.
-    path: of the parameter that it is, moved and perhaps times a number per token.
-    alone: the parameter has no other axis than the group.
-    offset: a number that was added to such a parameter.
+    """What is known of a value while the walk passes it.
+
+    Attributes:
+      kind: see above.
+      weight: with d of D directions left, it is (D / d)^(weight / 2) times what it was: of a mean 1, of a variance 2.
+      norm: by what it was multiplied, while it waits for linear maps to read it.
+      path: of the parameter that it is, moved and perhaps times a number per token.
+      alone: the parameter has no other axis than the group.
+      offset: a number that was added to such a parameter.
     """
 
     kind: Kind

@@ -18,10 +18,12 @@ from slimsam_jax.pruning.projection.turning import Change, along
 
 
 class Work:
-    """Attributes:
-    grouping, layout: of the function.
-    arrays: {path: float64}, cut so far.
-    widths, keep: what is left of each group.
+    """What the steps of a projection share.
+
+    Attributes:
+      grouping, layout: of the function.
+      arrays: {path: float64}, cut so far.
+      widths, keep: what is left of each group.
     """
 
     def __init__(self, params: Tree, grouping: Grouping, layout: Layout, batches: Sequence[Sequence[Any]]):

@@ -13,10 +13,12 @@ Nodes = list[int]  # one per axis of an array
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Attributes:
-    name, params: of the primitive.
-    inputs: the nodes of each operand's axes.
-    shapes, results: shapes of the operands and of the results, at full size.
+    """One primitive as its rule sees it: nodes and shapes, no values.
+
+    Attributes:
+      name, params: of the primitive.
+      inputs: the nodes of each operand's axes.
+      shapes, results: shapes of the operands and of the results, at full size.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of a SAM, as the papers count them."""
+"""Parameters and multiply-accumulates of a SAM, as the papers count them. Of any function: `macs` and `layers`."""
 
 from __future__ import annotations
 

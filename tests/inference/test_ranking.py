@@ -10,7 +10,7 @@ from helpers.golden_edge_sam import SUBSET
 from helpers.golden_families import read
 from helpers.models import SQUARE
 from slimsam_jax.errors import InputError
-from slimsam_jax.inference.stability import by_stability, outputs_of, ranking, stability_scores
+from slimsam_jax.inference.ranking import by_stability, outputs_of, ranking, stability_scores
 from slimsam_jax.models.composed import SamConfig, head_of
 from slimsam_jax.models.sam import Sam
 

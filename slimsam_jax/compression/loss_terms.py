@@ -1,4 +1,4 @@
-"""The weight of each term of a distillation's loss, over the course of it (paper, section 3.2)."""
+"""Which terms a distillation's loss has at each optimizer step, and their weights (paper, section 3.2)."""
 
 from __future__ import annotations
 

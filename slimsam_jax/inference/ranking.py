@@ -1,7 +1,8 @@
 """Which of a decoder's masks are given, and what they are ranked by: the model's own estimate, or their stability.
 
 EdgeSAM's decoder has learned masks and no estimate of their IoU, so its masks are ranked by how little they change with
-the threshold, at the decoder's resolution. Of other models stability is measured at the image's size and filters only.
+the threshold, at the decoder's resolution. Of other models stability is no rank: everything
+mode measures it at the image's size (`candidates.enlarge`), and filters by it (`automatic_mask_generator`).
 """
 
 from __future__ import annotations
