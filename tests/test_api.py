@@ -34,6 +34,7 @@ FUNCTIONS = [
     "compress",
     "evaluate",
     "predict",
+    "quantize",
 ]  # in the order in which the examples build on each other
 CLASSES = ["SamPredictor", "SamAutomaticMaskGenerator", "FastSamPredictor", "FastSamMaskGenerator"]
 ROOT = Path(__file__).parents[1]
@@ -74,7 +75,7 @@ def said(there):
 def test_the_examples_run_one_after_the_other(there, said):
     assert all(len(example(name).splitlines()) <= 5 for name in FUNCTIONS)
     assert said[0] == "24 (64, 64)" and said[-1].startswith("(1, 400, 700) [")
-    assert {"sam_b", "slim77", "scores.json"} <= {path.name for path in there.iterdir()}
+    assert {"sam_b", "slim77", "scores.json", "slim77_int4"} <= {path.name for path in there.iterdir()}
     slim = checkpoint.load(there / "slim77")
     assert slim.config.embed_dim == 6 and slim.provenance["options"]["ratio"] == 0.77
 
@@ -192,8 +193,8 @@ def test_names_stay_functions_whatever_is_imported():
 def test_the_package_lists_what_it_gives_and_is_typed():
     assert {*FUNCTIONS, *CLASSES} == {*slimsam_jax.__all__} <= {*dir(slimsam_jax)}
     for name in FUNCTIONS:
-        hints = inspect.get_annotations(getattr(api, name))
-        assert {*inspect.signature(getattr(api, name)).parameters} | {"return"} == {*hints}
+        hints = inspect.get_annotations(getattr(slimsam_jax, name))
+        assert {*inspect.signature(getattr(slimsam_jax, name)).parameters} | {"return"} == {*hints}
     text = Path(slimsam_jax.__file__).read_text()
     for_checkers = text[text.index("if TYPE_CHECKING") : text.index("__version__")]
     assert all(re.search(rf"\b{name}\b", for_checkers) for name in slimsam_jax.__all__)

@@ -53,7 +53,7 @@ def _encoder(config: Config, params: Params, images: jax.Array):
     return ImageEncoder(config).apply({"params": params}, images)
 
 
-SQUARE = tiny_config(image_size=(64, 64), decoder_depth=1)
+SQUARE = tiny_config(image_size=(64, 64))
 
 # As pruning leaves it: heads, channels and MLPs differ, and the embedding fits none of them.
 UNEVEN = dataclasses.replace(SQUARE, embed_dim=13, blocks=(Block(2, 5, 17, 3), Block(3, 8, 40, GLOBAL)))
