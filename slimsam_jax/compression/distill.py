@@ -85,9 +85,13 @@ def recalibrated(run: Run, planned: Planned, student: Sam) -> Sam:
         return student
     options, size = run.options, student.config.image_size
     count = max(1, min(options.importance_images, len(run.images)) // run.batch)
-    batches = itertools.islice(Batches(run.images, size, run.batch, options.seed), count)
-    pixels = (preprocess(student.config, batch["image"], batch["size"]) for batch in batches)
-    encoder = recalibrate(image_encoder(student.config), student.params["image_encoder"], pixels)
+    batches = Batches(run.images, size, run.batch, options.seed, frame=student.config.frame)
+    taken = itertools.islice(batches, count)
+    pixels = (preprocess(student.config, batch["image"], batch["size"]) for batch in taken)
+    try:
+        encoder = recalibrate(image_encoder(student.config), student.params["image_encoder"], pixels)
+    finally:
+        batches.close()
     return dataclasses.replace(student, params={**student.params, "image_encoder": encoder})
 
 

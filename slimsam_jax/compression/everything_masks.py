@@ -36,7 +36,8 @@ def with_masks(samples: Sequence[Sample], teacher: Sam, folder: Path) -> list[Sa
     Raises:
       RunError: there is none.
     """
-    bare = [sample for sample in samples if sample.load_annotations is None]
+    is_bare = {sample.name: _is_bare(sample) for sample in samples}
+    bare = [sample for sample in samples if is_bare[sample.name]]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     share = bare[jax.process_index() :: jax.process_count()]
@@ -45,13 +46,30 @@ def with_masks(samples: Sequence[Sample], teacher: Sam, folder: Path) -> list[Sa
     for sample in track(missing, "teacher's masks") if missing else ():
         _search(generator, sample, _file(folder, sample))
     sharding.barrier("teacher's masks")
-    found = [sample if sample.load_annotations else _annotated(folder, sample) for sample in samples]
+    found = [_annotated(folder, sample) if is_bare[sample.name] else sample for sample in samples]
     kept = [sample for sample in found if sample]
     if len(kept) < len(samples):
         print(f"{len(samples) - len(kept)} images are left out: the teacher finds nothing in them", flush=True)
     if not kept:
         raise RunError("the teacher finds nothing in any of the images; annotate some, or lower its thresholds")
     return kept
+
+
+def name_of(teacher: Sam) -> str:
+    """A folder's name, by what decides which masks a teacher finds, besides its weights."""
+    thresholds = dataclasses.asdict(teacher.thresholds) if teacher.thresholds else None
+    return f"masks-{hashlib.sha256(json.dumps([thresholds, SIDE]).encode()).hexdigest()[:8]}"
+
+
+def _is_bare(sample: Sample) -> bool:
+    """Whether an image has no annotations; of a TFDS nothing but reading tells. Damaged ones are named later."""
+    if sample.load_annotations is None:
+        return True
+    try:
+        with reading(sample.name):
+            return not sample.load_annotations()
+    except InputError:
+        return False
 
 
 def _file(folder: Path, sample: Sample) -> Path | None:

@@ -87,9 +87,12 @@ def recalibrated(run: Run, planned: Planned, student: FastSam) -> FastSam:
         return student
     options, frame = run.options, Square(student.config.image_size)
     count = max(1, min(options.importance_images, len(run.images)) // run.batch)
-    batches = itertools.islice(Batches(run.images, frame.size, run.batch, options.seed, frame=frame), count)
-    pixels = (batch["image"].astype(np.float32) / 255 for batch in batches)
-    return dataclasses.replace(student, params=recalibrate(Network(student.config), student.params, pixels))
+    batches = Batches(run.images, frame.size, run.batch, options.seed, frame=frame)
+    pixels = (batch["image"].astype(np.float32) / 255 for batch in itertools.islice(batches, count))
+    try:
+        return dataclasses.replace(student, params=recalibrate(Network(student.config), student.params, pixels))
+    finally:
+        batches.close()
 
 
 class FastSamDistillation(Distillation):

@@ -6,7 +6,6 @@ import dataclasses
 import typing
 from typing import Literal
 
-from slimsam_jax import limits
 from slimsam_jax.compression.record import Record
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range
@@ -54,7 +53,7 @@ class Quantize(Record):
         "percentile": Range(50.1, 100),
         "float_inputs": Range(0, 10**4, True),
         "float_weights": Range(0, 10**4, True),
-        "images": Range(1, limits.COUNT, True),
+        "images": Range(1, 256, True),  # all are held at a time: 9 MB each at 1024 px
     }
 
     def __post_init__(self) -> None:

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax import sharding
-from slimsam_jax.compression import targets
-from slimsam_jax.compression.everything_masks import with_masks
+from slimsam_jax.compression import everything_masks, targets
 from slimsam_jax.compression.mask_loop import Side, prompted_loss
 from slimsam_jax.compression.mask_steps import DistillMasks
 from slimsam_jax.compression.plan import Planned
@@ -38,8 +37,8 @@ class MaskDistillation(StepTraining):
 
     def __init__(self, run: Run, planned: Planned, student: Sam):
         options, step = run.options, planned.step
-        masks = (run.cache.folder if run.cache else run.folder.work) / "masks"
-        self.images = with_masks(run.images, run.teacher, masks)
+        masks = (run.cache.folder if run.cache else run.folder.work) / everything_masks.name_of(run.teacher)
+        self.images = everything_masks.with_masks(run.images, run.teacher, masks)
         self.known = targets.embeddings(run, step, planned.optimizer_steps) if step.reads_teacher else None
         how = (run.dtype, options.accumulate, options.fsdp, options.attention, self.known is not None)
         trainer = make_trainer(student, run.teacher, step, *how)

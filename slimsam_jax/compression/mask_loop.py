@@ -74,7 +74,7 @@ def prompted_loss(
         nothing = lambda prompts, index: (prompts, dict.fromkeys(names, jnp.zeros(())))
         return jax.lax.cond(index < rounds, turn, nothing, prompts, index)
 
-    names = {*weights} - {"embedding"} | {"overlap"}
+    names = sorted({*weights} - {"embedding"} | {"overlap"})  # of the same order in every process
     body = turn_if_due if prompting.vary else turn
     body = jax.checkpoint(body) if prompting.rounds > KEPT else body
     _, terms = jax.lax.scan(body, (points, labels), jnp.arange(prompting.rounds))

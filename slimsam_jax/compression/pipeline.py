@@ -21,7 +21,7 @@ from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.prepare import prepare
 from slimsam_jax.compression.pretrain import pretrain
 from slimsam_jax.compression.prune import prune
-from slimsam_jax.compression.quantize import quantize
+from slimsam_jax.compression.quantize import quantized
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.steps import Distill, DistillMasks, Initialize, Pretrain, Prune, Quantize, Recipe
 from slimsam_jax.compression.student import initialize
@@ -115,7 +115,8 @@ def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
 
 def say_what_to_do(out: Path, val: Sequence[Sample]) -> None:
     """Where the model is, and a command that runs as it stands if one of the images is a file."""
-    say("wrote", f"{out}/: model.safetensors, config.json, report.json, log.jsonl")
+    files = ("model.safetensors", "config.json", "report.json", "log.jsonl")
+    say("wrote", f"{out}/: {', '.join(name for name in files if (out / name).exists())}")
     if (out / "report.png").exists():
         say("look at", f"{out}/report.png")
     photo = next((sample for sample in val if Path(sample.name).is_file()), None)
@@ -194,7 +195,9 @@ def name_skipped(run: Run, planned: Planned, skipped: Mapping[str, str]) -> None
 
 def quantize_step(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:
     """The step `Quantize`, calibrated on images of the run; every process does all of it."""
-    return quantize(student, run.images, planned.step, run.options.seed)
+    new, skipped = quantized(student, run.images, planned.step, run.options.seed, run.options.broken_share())
+    name_skipped(run, planned, skipped)
+    return new
 
 
 STEP_FUNCTIONS: dict[type, StepFunction] = {

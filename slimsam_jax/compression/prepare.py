@@ -53,6 +53,8 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None, studen
     target = Target(options.channel_ratio(), Budget.parse(options.budget) if options.budget is not None else None)
     check(recipe)
     check_not_quantized(teacher, "compressed")
+    if student:
+        check_not_quantized(student, "trained")
     prunes = [step for step in recipe if isinstance(step, Prune)]
     check_combinations(options, recipe, target)
     if options.uniform and not teacher.config.uniform:
@@ -108,9 +110,8 @@ def run_of(
     if student:
         origin["student"] = {"file": options.student.name, "sha256": checkpoint.sha256(options.student)}
     cache = TeacherCache(options.cache, teacher, origin["teacher"]["sha256"]) if options.cache else None
-    measures = (
-        {each.step.validation.validate_by for each in plan if each.optimizer_steps} if sharding.is_main() else set()
-    )
+    judged = [each.step for each in plan if each.optimizer_steps and not isinstance(each.step, Pretrain)]
+    measures = {step.validation.validate_by for step in judged} if sharding.is_main() else set()
     scores = {measure: judge(teacher, val, measure) for measure in measures}
     folder = RunFolder(options.out, origin, options.resume)
     return Run(options, plan, target, teacher, images, val, batch, dtype, cache, scores, folder, origin, student)
@@ -132,23 +133,38 @@ def check_encoders(recipe: Recipe, config: Architecture) -> Architecture:
     Returns:
       The architecture of the student, but for its widths.
     """
+    another = False  # encoder than that whose features a distillation could compare
     for step in recipe:
         if isinstance(step, Initialize) and step.encoder is not None:
             try:
                 name_of(step.encoder)
-                config = with_encoder(config, step.encoder)
+                config, another = with_encoder(config, step.encoder), True
             except ValueError as error:
                 raise InputError(f"the encoder to initialize does not fit the teacher: {error}") from None
+        another = another and not isinstance(step, Prune)
+        if isinstance(step, Distill):
+            check_distill(step, config, another)
         if isinstance(step, DistillMasks):
             check_prompts(step, config.head)
         if isinstance(step, Pretrain) and not getattr(family_of(config.encoder), "LEAVES_OUT", False):
             families = ", ".join(name for name, family in FAMILIES.items() if getattr(family, "LEAVES_OUT", False))
             raise InputError(f"a {name_of(config.encoder)} cannot leave patches out; pre-training is for {families}")
-        recalibrates = isinstance(step, Distill) and step.batch_norm == "recalibrated"
-        if recalibrates and not getattr(config.encoder, "batch_norm", False):
-            family = name_of(config.encoder)
-            raise InputError(f"this {family} has no batch norms to recalibrate: leave distill.batch_norm out")
     return config
+
+
+def check_distill(step: Distill, config: Architecture, another: bool) -> None:
+    """Raises InputError for a distillation that the encoder is not made for.
+
+    Args:
+      another: it is another one than the model's before the last cut.
+    """
+    family = name_of(config.encoder)
+    if another and step.align != "none":
+        raise InputError("another encoder has no features like the teacher's: Distill(align='none')")
+    if step.batch_norm == "recalibrated" and not getattr(config.encoder, "batch_norm", False):
+        raise InputError(f"this {family} has no batch norms to recalibrate: leave distill.batch_norm out")
+    if not step.losses.padding and getattr(config.head, "MAPS", 1) > 1:
+        raise InputError(f"padding=False is for embeddings of one map, and a {family} gives several")
 
 
 def check_prompts(step: DistillMasks, head: Any) -> None:

@@ -5,6 +5,7 @@ SAMI, EfficientSAM's pre-training (Xiong et al. 2023, section 3). The decoder th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from slimsam_jax import sharding
 from slimsam_jax.compression import targets
+from slimsam_jax.compression.distill import JUDGED
 from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.step_training import StepTraining, learned
@@ -32,7 +34,6 @@ from slimsam_jax.models.sam import Architecture, Params, Sam, encoder_for, prepr
 from slimsam_jax.training.loop import Trainer
 
 Batch = dict[str, Any]
-JUDGED = 16  # images of those to measure on
 
 
 def pretrain(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:
@@ -65,8 +66,8 @@ class Pretraining(StepTraining):
 
     def sam(self, state: TrainState) -> Sam:
         self.params = learned(state)  # with the decoder, for `score`
-        sam = self.student
-        return Sam(sam.config, {**sam.params, "image_encoder": self.params["image_encoder"]}, sam.provenance)
+        params = {**self.student.params, "image_encoder": self.params["image_encoder"]}
+        return dataclasses.replace(self.student, params=params)
 
     def score(self, sam: Sam, step: int) -> dict[str, float]:
         """Minus the error of the prediction relative to its variance, for the same patches each time."""

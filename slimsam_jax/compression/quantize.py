@@ -22,7 +22,7 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT
 from slimsam_jax.inference.predictor import check_model
 from slimsam_jax.models.heads import kind_of
-from slimsam_jax.models.sam import Architecture, Params, Sam, encode, image_encoder, preprocess
+from slimsam_jax.models.sam import Architecture, Embedding, Params, Sam, embedding_of, encode, image_encoder, preprocess
 from slimsam_jax.progress import track
 from slimsam_jax.quantization import Statistics, any_quantized, capture, is_quantized, ranges, weights
 from slimsam_jax.quantization.sensitivity import sensitivity
@@ -32,7 +32,7 @@ AT_ONCE = 4  # images
 
 
 def quantize(
-    sam: Sam, images: str | Path | Sequence[Any], step: Quantize | None = None, seed: int = 0, **choices: Any
+    sam: Sam, images: str | Path | Sequence[Any], /, step: Quantize | None = None, seed: int = 0, **choices: Any
 ) -> Sam:
     """Makes a model of integers. What it computes with them, all that takes a model computes.
 
@@ -52,22 +52,40 @@ def quantize(
       choices: fields of `Quantize` in the place of `step`.
 
     Raises:
-      InputError: no image can be read, a choice is none, or the model is one of integers already.
+      InputError: no image can be read, a choice is invalid, or the model is one of integers already.
     """
     check_not_quantized(check_model(sam), "quantised again")
-    step = step or Quantize(**choices)
+    if step and choices:
+        raise InputError(f"a step says all of its choices: give a step, or {', '.join(choices)}")
     places = [images] if isinstance(images, str | os.PathLike) else list(images)
     if not places:
         raise InputError("there are no images to calibrate with: give a folder of some")
     samples = places if isinstance(places[0], Sample) else data.find(places)
+    new, skipped = quantized(sam, samples, step or Quantize(**choices), seed)
+    for reason in skipped.values():
+        print(f"skipped: {reason}", flush=True)
+    return new
+
+
+def quantized(
+    sam: Sam, samples: Sequence[Sample], step: Quantize, seed: int = 0, max_broken: float = 1.0
+) -> tuple[Sam, dict[str, str]]:
+    """As `quantize`, with why some images could not be read, {name: reason}.
+
+    Raises:
+      RunError: more than this share of them.
+    """
     data.check_one_is_readable(samples)
-    batches = Batches(samples, sam.config.image_size, AT_ONCE, seed, frame=sam.config.frame)
+    count, size = min(step.images, len(samples)), sam.config.image_size
+    batches = Batches(samples, size, AT_ONCE, seed, max_broken=max_broken, frame=sam.config.frame)
     try:
-        return _quantized(
-            sam, step, list(itertools.islice(batches, -(-min(step.images, len(samples)) // AT_ONCE))), seed
-        )
+        taken = list(itertools.islice(batches, -(-count // AT_ONCE)))
     finally:
         batches.close()
+    percentiles = (step.percentile,) if step.ranges == "percentile" else ()
+    params = with_integers(sam, step, see(sam, taken, seed, percentiles, step.head))
+    note = {"quantized": dataclasses.asdict(step) | {"calibration_images": count, "seed": seed}}
+    return dataclasses.replace(sam, params=params, provenance={**sam.provenance, **note}), batches.skipped
 
 
 def check_not_quantized(sam: Sam, what: str) -> None:
@@ -89,13 +107,6 @@ class Seen:
     head: dict[str, Statistics]
     images: list[tuple[Any, ...]]
     prompts: list[tuple[Any, ...]]
-
-
-def _quantized(sam: Sam, step: Quantize, batches: list[dict[str, np.ndarray]], seed: int) -> Sam:
-    percentiles = (step.percentile,) if step.ranges == "percentile" else ()
-    params = with_integers(sam, step, see(sam, batches, seed, percentiles, step.head))
-    note = {"quantized": dataclasses.asdict(step) | {"calibration_images": len(batches) * AT_ONCE, "seed": seed}}
-    return dataclasses.replace(sam, params=params, provenance={**sam.provenance, **note}, kept={})
 
 
 def see(
@@ -152,7 +163,7 @@ def restored(integers: Params, params: Params, paths: Sequence[str]) -> Params:
     return jax.tree_util.tree_map_with_path(one, integers, params, is_leaf=is_quantized)
 
 
-def _embed_of(sam: Sam) -> Callable[..., jax.Array]:
+def _embed_of(sam: Sam) -> Callable[..., Embedding]:
     return lambda encoder, images, sizes: embed(sam.config, encoder, images, sizes)
 
 
@@ -160,7 +171,7 @@ def _decode_of(sam: Sam) -> Callable[..., Any]:
     return lambda params, *inputs: _decode(sam.config, params, *inputs)
 
 
-def embed(config: Architecture, encoder: Params, images: jax.Array, sizes: jax.Array) -> jax.Array:
+def embed(config: Architecture, encoder: Params, images: jax.Array, sizes: jax.Array) -> Embedding:
     """[b, h, w, C] embeddings, float32, batch norms as they are; what `encode` computes, as a function of weights."""
     pixels = preprocess(config, images, sizes)
     with jax.default_matmul_precision("highest"):
@@ -206,7 +217,7 @@ def prompted(sam: Sam, batches: Iterator[dict[str, np.ndarray]], seed: int) -> I
     Clicks on and off the object, boxes, and points that fill up; so many that each of the decoder's projections is
     computed by itself. (With few tokens it multiplies two of them, `models.transformer`.)
     """
-    random, head = np.random.default_rng(seed), sam.config.head if hasattr(sam.config, "head") else sam.config
+    random, head = np.random.default_rng(seed), sam.config.head
     takes = lambda labels, masked=False: kind_of(head).refusal(np.array(labels), masked) is None
     kinds = [label for label in (0, 1, NOT_A_POINT) if takes([[label]])]
     heads = getattr(head, "decoder_heads", 8)
@@ -214,7 +225,8 @@ def prompted(sam: Sam, batches: Iterator[dict[str, np.ndarray]], seed: int) -> I
     decode = jax.jit(lambda *inputs: _decode(sam.config, sam.params, *inputs)[0])
     for batch in batches:
         embeddings = encode(sam.config, sam.params, batch["image"], batch["size"])
-        for embedding, size in zip(embeddings, batch["size"], strict=True):
+        for index, size in enumerate(batch["size"]):
+            embedding = embedding_of(embeddings, index)
             points = (random.random((PROMPTS, count, 2)) * size[::-1]).astype(np.float32)
             labels = random.choice(kinds, (PROMPTS, count)).astype(np.int32)
             labels[:, 0] = 1

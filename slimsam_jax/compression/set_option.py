@@ -46,6 +46,10 @@ def settled(recipe: Recipe, settings: Sequence[str]) -> Recipe:
             given[name] = _parse(FIELDS[name], text)
         except (ValueError, KeyError):
             raise InputError(f"{shown}: {printable(text, 60)!r} is no {_called(FIELDS[name])}") from None
+    for kind in dict.fromkeys(name.partition(".")[0] for name in given):
+        held_by = (Prune, Distill) if kind == "quirks" else (KINDS[kind], *ALSO.get(kind, ()))
+        if not any(isinstance(step, held_by) for step in recipe):
+            raise InputError(f"--set {kind}...: the recipe has no such step, and leaves it unread")
     return tuple(_changed(step, given) for step in recipe)
 
 

@@ -46,7 +46,7 @@ class Attention(nn.Module):
         projections.append(Weights((*split[1:], width), 2, name="out_proj")())
         if queries < keys and queries * self.heads < inner and len(k) > 1 and present is None:
             return few_queries(q, k, v, *projections)
-        if keys < queries and keys * self.heads < inner:
+        if keys < queries and keys * self.heads < inner and len(k) >= len(q):
             return few_keys(q, k, v, present, *projections)
         (wq, bq), (wk, bk), (wv, bv), (wo, bo) = projections
         project = lambda x, kernel, bias: jnp.einsum("psc,cnd->psnd", x, kernel) + bias

@@ -22,7 +22,7 @@ def sensitivity(
     """Quantises one parameter at a time, with the input of its layers if that has a range, all others plain.
 
     Args:
-      function: of (params, *inputs), giving an array.
+      function: of (params, *inputs), giving an array, or a tree of arrays, which count alike.
       params: the plain tree.
       integers: the same, quantised: see `weights.quantize`.
       batches: of inputs; at least one, all of the same shapes.
@@ -45,7 +45,7 @@ def sensitivity(
     found = find_layers(function, params, *batches[0])
 
     @jax.jit
-    def run(weights_on: jax.Array, inputs_on: jax.Array, inputs: tuple) -> jax.Array:
+    def run(weights_on: jax.Array, inputs_on: jax.Array, inputs: tuple) -> Any:
         def product(layer: Layer, operands: list[Any]) -> Any:
             operands = list(operands)
             node = nodes.get(layer.path)
@@ -61,11 +61,12 @@ def sensitivity(
         return found.run(jax.tree.leaves((params, *inputs)), product)
 
     none, one = np.zeros(len(nodes), bool), np.eye(len(nodes), dtype=bool)
-    plain = [np.asarray(run(none, none, tuple(inputs))) for inputs in batches]
+    results = lambda *on: [np.asarray(leaf) for each in batches for leaf in jax.tree.leaves(run(*on, tuple(each)))]
+    plain = results(none, none)
 
     def error(weights: np.ndarray, inputs: np.ndarray) -> float:
-        results = [np.asarray(run(weights, inputs, tuple(each))) for each in batches]
-        return float(np.mean([np.square(a - b).mean() / b.var() for a, b in zip(results, plain, strict=True)]))
+        pairs = zip(results(weights, inputs), plain, strict=True)
+        return float(np.mean([np.square(a - b).mean() / b.var() for a, b in pairs]))
 
     rows = {path: (error(one[i], none), error(one[i], one[i])) for path, i in numbers.items()}
     return dict(sorted(rows.items(), key=lambda row: -row[1][1]))

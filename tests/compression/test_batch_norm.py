@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from helpers.family_models import SLIM_TINY_VIT, random_params
+from helpers.family_models import SLIM_TINY_VIT, random_params, sam2
 from helpers.images import samples, save_image
 from helpers.models import SQUARE, random_sam
 from slimsam_jax.compression import distill, student
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.plan import check, planned
 from slimsam_jax.compression.prepare import check_encoders
-from slimsam_jax.compression.steps import Distill, Initialize, Prune
+from slimsam_jax.compression.steps import Distill, Initialize, Losses, Prune
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.composed import SamConfig, head_of
 from slimsam_jax.models.encoders.tiny_vit_config import uniform
@@ -52,8 +52,12 @@ def test_steps_are_of_the_encoder_that_is_there_then():
     check(recipe)
     assert check_encoders(recipe, SQUARE).encoder == tiny_encoder()
     assert check_encoders((Prune("embedding"),), SQUARE) is SQUARE
+    check_encoders((Initialize(tiny_encoder()), Prune("embedding"), Distill()), SQUARE)  # with those before the cut
+    with pytest.raises(InputError, match="a hiera gives several"):
+        check_encoders((Distill("none", Losses(padding=False)),), sam2().config)
     for steps, message in (
         ((RECALIBRATED,), "this vit has no batch norms to recalibrate"),
+        ((Initialize(tiny_encoder()), Distill()), "another encoder has no features like the teacher's"),
         ((Initialize(SLIM_TINY_VIT),), "does not fit the teacher: the encoder has image_size"),
         ((Initialize("vit_t"),), "does not fit the teacher: .* is no family of encoders"),
         ((Initialize(dataclasses.replace(tiny_encoder(), batch_norm=False)), RECALIBRATED), "this tiny_vit has no"),

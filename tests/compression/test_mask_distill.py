@@ -124,5 +124,7 @@ def test_images_without_any_mask_are_left_out(material, tmp_path, capsys):
     kept = with_masks([*images, *samples([tmp_path / "broken.png"])], random_sam(SQUARE), tmp_path)
     assert [sample.name for sample in kept] == [images[1].name, str(tmp_path / "broken.png")]
     assert kept[0].annotations((20, 30))[0].mask.sum() == 100 and "1 images are left out" in capsys.readouterr().out
+    empty = dataclasses.replace(images[1], load_annotations=list)  # as every image of a TFDS: reading alone tells
+    assert with_masks([empty], random_sam(SQUARE), tmp_path)[0].annotations((20, 30))
     with pytest.raises(RunError, match="finds nothing in any"):
         with_masks(images[:1], random_sam(SQUARE), tmp_path)

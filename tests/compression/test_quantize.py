@@ -14,8 +14,11 @@ from flax.traverse_util import flatten_dict
 import slimsam_jax
 from converters import to_onnx, to_torch
 from converters.onnx import check
+from helpers.family_models import sam2
+from helpers.images import samples
 from helpers.models import random_sam, tiny_config
 from slimsam_jax import checkpoint, data
+from slimsam_jax.compression import quantize as quantize_module
 from slimsam_jax.compression.analysis import Bench
 from slimsam_jax.compression.integers import Quantize
 from slimsam_jax.compression.plan import check as check_recipe
@@ -24,7 +27,8 @@ from slimsam_jax.compression.quantize import quantize
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Distill
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.models.encoders import hiera
 from slimsam_jax.models.sam import dequantized, encode
 from slimsam_jax.profiling.sam_costs import parameters
 from slimsam_jax.quantization import is_quantized
@@ -139,6 +143,12 @@ def test_what_is_refused(sam, quantized, photos, tmp_path):
         Bench(loaded, RECIPES["default"], [], 4, 0)
     with pytest.raises(InputError, match="no images to calibrate with"):
         quantize(sam, [])
+    with pytest.raises(InputError, match="a step says all of its choices: give a step, or images"):
+        quantize(sam, photos[0].parent, step=Quantize(), images=3)
+    options = {"recipe": "mobile_sam", "student": folder, "out": tmp_path / "out"}
+    with pytest.raises(InputError, match="integers cannot be trained: take the model that it was made of"):
+        slimsam_jax.compress(folder.parent / "float", photos[0].parent, **options)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="not quantised"):
         to_onnx.check_integers(sam, "m", ["integers"])
     with pytest.raises(InputError, match="weights alone"):
@@ -161,6 +171,26 @@ def test_what_is_refused(sam, quantized, photos, tmp_path):
 def test_choices_that_there_are_not(choices):
     with pytest.raises(InputError):
         Quantize(**choices)
+
+
+def test_broken_images_are_named_or_too_many(sam, photos, tmp_path, monkeypatch, capsys):
+    """Where they are read; what is made of the others is another test's."""
+    monkeypatch.setattr(quantize_module, "see", lambda *_: None)
+    monkeypatch.setattr(quantize_module, "with_integers", lambda sam, *_: sam.params)
+    (tmp_path / "broken.png").write_bytes(b"none")
+    images = samples([*photos, tmp_path / "broken.png"])
+    quantize(sam, images)
+    assert "skipped: " in capsys.readouterr().out
+    with pytest.raises(RunError):
+        quantize_module.quantized(sam, images, Quantize(), max_broken=0.0)
+
+
+def test_an_embedding_of_several_maps(photos):
+    """SAM 2's, whose decoder is given all three; errors of layers count the maps alike."""
+    encoder = hiera.uniform(8, 1, (1, 1, 1, 1), (2,), (8, 4, 6, 3), (3, 3), image_size=64)
+    model = sam2(dataclasses.replace(encoder, out_chans=16))
+    small = quantize(model, samples(photos), images=4, float_weights=1)
+    assert sum(map(is_quantized, jax.tree.leaves(small.params, is_leaf=is_quantized))) > 20
 
 
 def test_it_is_the_last_step_of_a_recipe():

@@ -159,6 +159,8 @@ def test_choices_are_set_by_name_in_every_step_that_has_them():
         ("prune.head_channels=whole", "scores of whole channels"),
         ("prune.criterion=taylor", "nothing to align with: set distill.align=none"),
         ("distill.train=mask_decoder", "no such choice"),
+        ("quantize.weights=4", "--set quantize...: the recipe has no such step"),
+        ("initialize.start=teacher", "--set initialize...: the recipe has no such step"),
         ("multiple=8", "multiple=8: it is called prune.round_to=8 since 0.3"),
         ("prune.multiple=8", "prune.multiple=8: it is called prune.round_to=8 since 0.3"),
         ("distill.passes=2", "it is distill.epochs since 0.3"),
