@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -160,8 +160,17 @@ def _composed(family: ModuleType, state: dict[str, np.ndarray], where: str, give
         config = SamConfig(converted.encoder, dataclasses.replace(converted.head, **statistics), **single)
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
-    kept = {name: np.array(array) for name, array in converted.kept.items()}
-    return Sam(config, converted.params, thresholds=getattr(family, "THRESHOLDS", None), kept=kept)
+    thresholds = getattr(family, "THRESHOLDS", None)
+    return Sam(config, converted.params, thresholds=thresholds, kept=_copied(converted.kept, where))
+
+
+def _copied(kept: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+    """Copies what nothing here reads, for the way back; raises InputError for more than a folder of ours may keep."""
+    from slimsam_jax.checkpoint import MOST_KEPT
+
+    if (size := sum(array.nbytes for array in kept.values())) > MOST_KEPT:
+        raise InputError(f"{where} has {size} bytes of arrays that nothing reads, and at most {MOST_KEPT} are kept")
+    return {name: np.array(array) for name, array in kept.items()}
 
 
 def load_sam(source: Path | str) -> Sam:

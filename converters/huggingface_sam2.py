@@ -133,8 +133,9 @@ def _given(description: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise InputError(f"{where}: {name} is {part[name]!r:.40}, and SAM 2 has {value}")
     size = trunk.get("image_size", 1024)
     depths = trunk.get("blocks_per_stage", [1, 2, 7, 2])
-    if any(type(depth) is not int or not 1 <= depth <= DEEPEST for depth in depths):
-        raise InputError(f"{where}: blocks_per_stage {depths!r:.60} are no numbers of blocks, 1 to {DEEPEST}")
+    four = isinstance(depths, list) and len(depths) == 4
+    if not four or any(type(depth) is not int or not 1 <= depth <= DEEPEST for depth in depths):
+        raise InputError(f"{where}: blocks_per_stage {depths!r:.60} are no numbers of blocks, four from 1 to {DEEPEST}")
     heads = trunk.get("num_attention_heads_per_stage", [1, 2, 4, 8])
     return {
         "image_size": tuple(size) if isinstance(size, list) else size,

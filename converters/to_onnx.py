@@ -33,7 +33,7 @@ STEMS = {
     "efficient_sam": ("encoder", "decoder"),
 }
 LAYOUTS = {"sam": ("sam", "transformers_js"), "efficient_sam": ("sam", "efficient_sam")}  # by the kind of head
-LARGEST_ERROR = 1e-3  # of float32; rounding gives 1e-5 at most, a wrong graph 1e-1
+LARGEST_ERROR = 1e-3  # of float32 and integers; rounding gives 1e-5 at most, a wrong graph 1e-1
 LARGEST_FILE = 2**31 - 2**24  # bytes of arrays: protobuf's limit less the nodes; larger ones get a second file
 
 
@@ -185,7 +185,8 @@ def export(
     """Writes the folder and prints errors and sizes.
 
     Raises:
-      RunError: float32 differs from JAX by more than `LARGEST_ERROR`, or a value is not finite; nothing is written.
+      RunError: float32 or integers differ from JAX by more than `LARGEST_ERROR`, or a value is not finite; nothing is
+        written.
     """
     from converters.onnx import check
     from slimsam_jax.files import new_folder
@@ -196,7 +197,7 @@ def export(
         for dtype in ("float32", *(d for d in dtypes if d != "float32")):  # float32 proves the graph
             paths = write(sam, temporary, layout, dtype, return_single_mask)
             differences = measure(expected, layout, paths, return_single_mask)
-            if dtype == "float32" and max(differences[:3]) > LARGEST_ERROR:
+            if dtype in ("float32", "integers") and max(differences[:3]) > LARGEST_ERROR:
                 raise RunError(f"the ONNX model differs from JAX: {said(differences)}; nothing is written")
             lines += [f"{dtype}: {said(differences)}", *(f"  {describe_file(path, temporary)}" for path in paths)]
         if "float32" not in dtypes:

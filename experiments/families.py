@@ -3,8 +3,8 @@
     python -m experiments.families FOLDER
     slimsam evaluate --model FOLDER/sam_vit_b FOLDER/slimsam_77 FOLDER/mobile_sam ...
 
-The first writes a model folder for each and prints the second, whole. Random weights change no cost; whoever has a
-checkpoint gives its path in the place of a folder.
+The first writes a model folder for each and prints the second with all their paths. Random weights change no cost;
+whoever has a checkpoint gives its path in the place of a folder.
 """
 
 from __future__ import annotations

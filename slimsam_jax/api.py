@@ -47,7 +47,7 @@ def load(
 
     Args:
       path: a `.pth` in `segment_anything` layout (fused qkv, or q, k, v apart as SlimSAM trains it, or a whole pickled
-        module) or in that of another family (docs/export.md), a Hugging Face `SamModel` folder, or a folder of ours.
+        module) or another family's (docs/export.md), a Hugging Face `SamModel` or `Sam2Model` folder, or one of ours.
       image_size: pixels of the model frame, one side or (height, width), if no array tells it. Default: 1024.
       heads: of the encoder's attention, one number or one a block, if no array tells them (EfficientSAM).
       single_mask: whether the decoder's first mask is for use, which no array tells: TinySAM returns the other three

@@ -18,7 +18,8 @@ def main(model: Positional[Path], images: tuple[str, ...] = (), like: Path | Non
     Args:
       model: a model folder; its weights stay as they are.
       images: what to look at, as for `compress`. Default: the photographs in the package.
-      like: let as many masks pass as this model does: a model folder, a .pth, or a Hugging Face SamModel folder.
+      like: let as many masks pass as this model does: a model folder, a .pth, or a Hugging Face SamModel or
+        Sam2Model folder.
       count: images to look at, spread evenly over all.
     """
     if count < 1:

@@ -35,7 +35,7 @@ def main(
     is measured.
 
     Args:
-      model: model folders, .pth files, or Hugging Face SamModel folders.
+      model: model folders, .pth files, or Hugging Face SamModel or Sam2Model folders.
       data: images with annotations: folders in SA-1B's layout, .tar shards, a COCO .json, tfds:DIR.
       protocol: what a prompt is: the annotation's own point (SlimSAM's protocol), an interior point of its mask,
         its box, its box with noise, or clicks that correct the mask before them; or everything: average recall of the

@@ -32,7 +32,7 @@ class Options:
     """
 
     model: Path
-    """A model folder, a .pth, or a Hugging Face SamModel folder."""
+    """A model folder, a .pth, or a Hugging Face SamModel or Sam2Model folder."""
     images: tuple[str, ...]
     """Folders of images, .tar shards, COCO .json files, tfds:DIR."""
     out: Path

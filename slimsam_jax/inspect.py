@@ -32,7 +32,7 @@ def main(
     every channel, what --ratio would keep, and the error against the ratio.
 
     Args:
-      model: a model folder, a .pth, or a Hugging Face SamModel folder.
+      model: a model folder, a .pth, or a Hugging Face SamModel or Sam2Model folder.
       images: folders of images; an eighth of them measures the error, the others give the importance.
       ratio: what is drawn as kept.
       ratios: shares of the channels to try; 0.5 leaves 34 % of the parameters of the small SAM's encoder, 0.77 18 %.

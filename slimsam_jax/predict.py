@@ -37,7 +37,7 @@ def main(
     as displayed (after its EXIF rotation), x to the right and y down.
 
     Args:
-      model: a model folder, a .pth, or a Hugging Face SamModel folder.
+      model: a model folder, a .pth, or a Hugging Face SamModel or Sam2Model folder.
       image: the image.
       out: the PNG or JPEG to write.
       point: points X,Y on the object.

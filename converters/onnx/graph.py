@@ -104,7 +104,7 @@ class Graph:
         bias = self.params.get(f"{path}/bias")
         width = self.params[f"{path}/kernel"].shape[-1] if bias is None else bias.size
         if (node := self.integers.get(f"{path}/kernel")) is not None and self.dtype == np.float32:
-            y = integers.linear(self, x, path, node)
+            y = integers.linear(self, x, path, node, width)
         else:
             y = self.op("MatMul", x, self.param(f"{path}/kernel", self.dtype, (-1, width)), name=path)
         return y if bias is None else self.add(y, self.param(f"{path}/bias", self.dtype, (width,)))

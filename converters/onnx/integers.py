@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from onnx import helper
 
+from slimsam_jax.errors import InputError
 from slimsam_jax.quantization import Quantized
 from slimsam_jax.quantization.weights import to_matrix
 
@@ -18,13 +19,21 @@ BLOCK = 32  # inputs that share a scale in MatMulNBits, where the model has one 
 DOMAIN = "com.microsoft"
 
 
-def linear(g: Any, x: str, path: str, node: Quantized) -> str:
-    """Multiplies [..., inputs] by a kernel, without its bias, in a `Graph` (which imports this)."""
+def linear(g: Any, x: str, path: str, node: Quantized, width: int) -> str:
+    """Multiplies [..., inputs] by a kernel to [..., width], without its bias, in a `Graph` (which imports this).
+
+    Raises:
+      InputError: the kernel, of a foreign folder, is summed over other axes, or its groups are none of MatMulNBits.
+    """
     codes, scale = matrices(node)
+    block = len(codes) // len(scale)
+    odd = len(scale) > 1 and (block < 16 or block & (block - 1))
+    if codes.shape[1] != width or node.axes != tuple(range(len(node.axes))) or odd:
+        raise InputError(f"{path}: its integers are grouped as no graph can have them; take --dtype float32")
     if node.bits > 4 and len(scale) == 1:
         weights = g.op("DequantizeLinear", g.constant(codes, f"{path}/kernel"), scale[0], zeros(scale[0]), axis=1)
         return g.op("MatMul", x, weights, name=path)
-    bits, block = (4 if node.bits <= 4 else 8), len(codes) // len(scale) if len(scale) > 1 else BLOCK
+    bits, block = (4 if node.bits <= 4 else 8), block if len(scale) > 1 else BLOCK
     scale = scale if len(scale) > 1 else np.repeat(scale, -(-len(codes) // block), axis=0)
     operands = [x, g.constant(blocks(codes, block, bits), f"{path}/kernel"), g.constant(scale.T.copy().reshape(-1))]
     sizes = {"K": len(codes), "N": codes.shape[1], "bits": bits, "block_size": block, "accuracy_level": 0}

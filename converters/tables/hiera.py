@@ -174,7 +174,7 @@ def from_state_dict(
         tree = shapes(used, table, where)
         encoder = config_of(tree["image_encoder"], image_size, windows, global_blocks)
         head = _head(tree, encoder, decoder_heads, iou_sigmoid, dynamic_multimask)
-    except ValueError as error:
+    except (ValueError, TypeError, IndexError) as error:  # an array without axes has no first one
         raise error if isinstance(error, InputError) else InputError(f"{where}: {error}") from None
     expected = {"image_encoder": abstract_params(encoder), **abstract_head(head)}
     return Converted(encoder, head, to_params(used, table, expected, where), kept)
@@ -201,7 +201,8 @@ def _outline(
     layers = sum(f"{DECODER}.transformer.layers.{i}.norm1.weight" in state for i in range(MOST_LAYERS))
     masks = sum(f"{DECODER}.output_hypernetworks_mlps.{i}.layers.0.weight" in state for i in range(MOST_LAYERS + 1))
     if depths not in PUBLISHED and (windows is None or global_blocks is None):
-        raise ValueError(f"its stages of {depths} blocks are no published model's: give windows= and global_blocks=")
+        advice = "converters.from_torch.from_state_dict takes windows=, global_blocks= and heads="
+        raise ValueError(f"its stages of {depths} blocks are no published model's: {advice}")
     known = PUBLISHED.get(depths, Published({}, (), ()))
     if heads is None:
         name = f"{TRUNK}.patch_embed.proj.bias"

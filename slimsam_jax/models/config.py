@@ -12,6 +12,7 @@ from slimsam_jax.imaging.frames import Fitted
 GLOBAL = 0  # the `window` of a block whose tokens all attend to each other
 # Bounds far beyond any SAM (SAM-H: 5120 wide, 32 blocks), so that nothing is built that a file merely asks for.
 WIDEST, DEEPEST, MOST_LAYERS = 1 << 16, 128, 32
+MOST_PIXELS = 1 << 26  # of the model frame: 8192 x 8192, whose activations take tens of GB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Config:
             raise ValueError(f"{len(self.blocks)} blocks, and at most {DEEPEST} are taken")
         if len(self.image_size) != 2 or any(type(s) is not int or not 0 < s <= WIDEST for s in self.image_size):
             raise ValueError(f"image_size {self.image_size!r:.40} must be (height, width) in pixels, at most {WIDEST}")
+        check_pixels(self.image_size)
         if any(side % self.patch_size for side in self.image_size):
             raise ValueError(f"image_size {self.image_size} must be multiples of the patch size {self.patch_size}")
         if self.out_chans % 8 or self.out_chans % (2 * self.decoder_heads):
@@ -155,6 +157,12 @@ class Config:
             return cls(**{**tuples, "blocks": found})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
+
+
+def check_pixels(image_size: tuple[int, int]) -> None:
+    """Raises ValueError for a model frame of more than `MOST_PIXELS`."""
+    if math.prod(image_size) > MOST_PIXELS:
+        raise ValueError(f"image_size {tuple(image_size)} has more than {MOST_PIXELS} pixels, the most that are taken")
 
 
 def check_pixel_statistics(mean: Any, std: Any) -> None:

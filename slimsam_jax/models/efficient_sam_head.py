@@ -21,7 +21,7 @@ import numpy as np
 from slimsam_jax.imaging.frames import Squashed
 from slimsam_jax.models.config import MOST_LAYERS, Config, check_pixel_statistics
 from slimsam_jax.models.efficient_sam_transformer import TwoWayTransformer
-from slimsam_jax.models.encoders.architecture import check_image_size, check_width, check_widths
+from slimsam_jax.models.encoders.architecture import AsJson, check_image_size, check_width, check_widths
 from slimsam_jax.models.encoders.layers import Params, gelu
 from slimsam_jax.models.mask_decoder import Doubling
 from slimsam_jax.quantization.codes import dequantize
@@ -31,7 +31,7 @@ MOST_POINTS = 6  # of a prompt; each is a token, whether given or not
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(AsJson):
     """Prompt encoder and mask decoder.
 
     Attributes:
@@ -89,21 +89,6 @@ class HeadConfig:
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the embedding."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> HeadConfig:
-        """Inverse of `to_json`.
-
-        Raises:
-          ValueError: an unknown field, or one out of range.
-        """
-        try:
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
-        except TypeError as error:
-            raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
 
 
 class PromptEncoder(nn.Module):

@@ -7,10 +7,13 @@
 - `init(config, keys)`: random {"prompt_encoder", "mask_decoder"};
 - `decode(config, params, embedding, points, labels, masks, masked)`: as `sam.decode`; SAM 2's embedding is a dict of
   three maps;
-- `decode_tokens(config, params, embedding, points, labels)`: as `sam.decode_tokens`;
 - `refusal(labels, masked)`: why prompts cannot be taken, in a line, or None.
 
-One may bring along `LARGEST_LOW_RES`, within which logits are given back for a next prompt.
+One may bring along
+
+- `decode_tokens(config, params, embedding, points, labels)`: as `sam.decode_tokens`, for prompts in the loop;
+- `LARGEST_LOW_RES`, within which logits are given back for a next prompt.
+
 Prompts come to all of them alike: points, box corners and what fills up, with the labels of `imaging.prompts`.
 """
 

@@ -21,7 +21,7 @@ import numpy as np
 from slimsam_jax.imaging.frames import Stretched
 from slimsam_jax.imaging.prompts import ABSENT, BOX_TOP_LEFT, NOT_A_POINT
 from slimsam_jax.models.config import MOST_LAYERS, Config, check_pixel_statistics
-from slimsam_jax.models.encoders.architecture import check_image_size, check_widths
+from slimsam_jax.models.encoders.architecture import AsJson, check_image_size, check_widths
 from slimsam_jax.models.encoders.layers import Params, gelu
 from slimsam_jax.models.mask_decoder import MLP, Doubling
 from slimsam_jax.models.prompt_encoder import PromptEncoder
@@ -33,7 +33,7 @@ Maps = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(AsJson):
     """Prompt encoder and mask decoder.
 
     Attributes:
@@ -102,9 +102,6 @@ class HeadConfig:
         """(rows, columns) of the embedding."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 def from_json(fields: Mapping[str, Any]) -> HeadConfig:
     """Inverse of `HeadConfig.to_json`.
@@ -112,12 +109,7 @@ def from_json(fields: Mapping[str, Any]) -> HeadConfig:
     Raises:
       ValueError: an unknown field, or one out of range.
     """
-    try:
-        return HeadConfig(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-        )
-    except TypeError as error:
-        raise ValueError(f"not an architecture of slimsam_jax: {error}") from None
+    return HeadConfig.from_json(fields)
 
 
 class MaskDecoder(nn.Module):

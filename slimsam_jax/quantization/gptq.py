@@ -21,22 +21,6 @@ def error_of(delta: np.ndarray, moment: np.ndarray) -> np.ndarray:
     return np.einsum("io,io->o", delta, moment @ delta)
 
 
-def gptq(weights: np.ndarray, moment: np.ndarray, scale: np.ndarray, levels: tuple[int, int]) -> np.ndarray:
-    """Codes of a layer.
-
-    Args:
-      weights: [inputs, outputs].
-      moment: [inputs, inputs], the mean of x x^T.
-      scale: [inputs, outputs], of every weight.
-      levels: the least and the greatest code.
-
-    Returns:
-      [inputs, outputs] float64, whole numbers.
-    """
-    order, upper = _prepared(moment)
-    return _rounded(weights, scale, levels, order, upper)
-
-
 def _prepared(moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The order of the inputs, and the upper Cholesky factor of the inverse curvature in that order."""
     diagonal = np.diag(moment)
@@ -72,8 +56,10 @@ def search(
     """Codes and scales: of each output channel those with the least error among several scales.
 
     Args:
-      weights, moment, levels: as `gptq` takes them.
+      weights: [inputs, outputs].
+      moment: [inputs, inputs], the mean of x x^T.
       largest: [groups, outputs], the scales that cut no weight off.
+      levels: the least and the greatest code.
       factors: that are tried on them.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Quantises inputs of layers: scales and zeros of ranges, or scales of each token as it comes; codes of powers of 2.
+"""Quantises inputs of layers: scales and zeros of ranges, or scales of each token as it comes.
 
 All functions return what the integers stand for, so that any function can be judged before integers are written.
 """
@@ -62,16 +62,3 @@ def fake_tokens(x: jax.Array, axes: Sequence[int], bits: int = 8) -> jax.Array:
     """What codes with a scale per token stand for: dynamic quantisation, without calibration."""
     scale = token_scales(x, axes, bits)
     return jnp.round(x / scale) * scale
-
-
-def fake_log2(x: jax.Array, bits: int = 8, steps: int = 1, largest: float = 1.0) -> jax.Array:
-    """Values from 0 to `largest` by codes of powers of two, as softmax's output has them (PTQ4SAM, Lv et al., 2024).
-
-    Args:
-      steps: codes for each halving.
-      largest: what code 0 stands for. The last code is 0.
-    """
-    last = 2**bits - 1
-    codes = jnp.round(-steps * jnp.log2(jnp.maximum(x / largest, 1e-30)))
-    codes = jnp.clip(codes, 0, last)
-    return jnp.where(codes == last, 0.0, largest * 2.0 ** (-codes / steps))

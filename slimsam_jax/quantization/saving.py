@@ -6,6 +6,7 @@ the layer's input is quantised.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from slimsam_jax.errors import InputError, printable
 from slimsam_jax.quantization.codes import Quantized, is_quantized, levels, pack, packed_size, unpack
 
 SCALE, RANGE = "_scale", "_range"
+LARGEST = float(np.finfo(np.float32).max)  # codes times their scale stay below it
 
 
 def to_arrays(flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -58,9 +60,13 @@ class Described:
         for kind in kinds:
             levels(kind["bits"])
             fields = {name: kind[name] for name in ("bits", "axes", "inputs", "integer")}
-            if fields["inputs"] not in (0, *range(3, 9)) or type(fields["integer"]) is not bool:
+            whole = type(fields["inputs"]) is int and fields["inputs"] in (0, *range(3, 9))
+            if not whole or type(fields["integer"]) is not bool:
                 raise InputError("its quantization speaks of inputs that there are not")
-            self._fields |= dict.fromkeys(kind["arrays"], fields)
+            paths = kind["arrays"]
+            if not isinstance(paths, list) or any(type(path) is not str for path in paths):
+                raise InputError("its quantization must list the names of its arrays")
+            self._fields |= dict.fromkeys(paths, fields)
 
     @property
     def paths(self) -> set[str]:
@@ -84,32 +90,37 @@ class Described:
         return {path: self._one(path, arrays, tuple(shapes[path])) for path in self._fields}
 
     def _one(self, path: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> Quantized:
-        fields, codes, scale = self._fields[path], arrays[path], np.array(arrays[path + SCALE])
+        fields, codes, scale = self._fields[path], arrays[path], arrays[path + SCALE]
         bits, axes = fields["bits"], tuple(fields["axes"])
         fits = codes.dtype == (np.int8 if bits == 8 else np.uint8)
-        fits &= codes.shape == (shape if bits == 8 else (packed_size(int(np.prod(shape)), bits),))
+        fits &= codes.shape == (shape if bits == 8 else (packed_size(math.prod(shape), bits),))
         if not fits or not _scales_fit(scale, shape, axes):
             raise InputError(f"{printable(path, 100)} does not hold integers of {bits} bits for an array of {shape}")
-        span = np.array(arrays[path + RANGE]) if fields["inputs"] else None
+        span = arrays[path + RANGE] if fields["inputs"] else None
         if span is not None and not _is_range(span, fields["inputs"]):
             raise InputError(f"{printable(path, 100)} has a range that is none")
+        scale, span = np.array(scale), None if span is None else np.array(span)  # of the right size: views no more
         return Quantized(unpack(codes, bits, shape), scale, span, bits, axes, fields["inputs"] or 8, fields["integer"])
 
 
 def _scales_fit(scale: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...]) -> bool:
-    """Whether scales are of an array's shape, see `Quantized`, and positive."""
+    """Whether scales are of an array's shape, see `Quantized`, and then whether they are positive and not too large."""
     if any(type(axis) is not int for axis in axes) or list(axes) != sorted({*axes} & {*range(len(shape))}):
         return False
-    if scale.ndim != len(shape) or scale.dtype != np.float32 or not (np.isfinite(scale) & (scale > 0)).all():
+    if scale.ndim != len(shape) or scale.dtype != np.float32:
         return False
     own = [size for axis, size in enumerate(scale.shape) if axis not in axes[:1]]
     expected = [1 if axis in axes else shape[axis] for axis in range(len(shape)) if axis not in axes[:1]]
-    summed = int(np.prod([shape[axis] for axis in axes]))
+    summed = math.prod(shape[axis] for axis in axes)
     groups = scale.shape[axes[0]] if axes else 1
-    return own == expected and 0 < groups <= max(summed, 1) and summed % groups == 0
+    if own != expected or not 0 < groups <= max(summed, 1) or summed % groups:
+        return False
+    return bool(((scale > 0) & (scale < LARGEST / 128)).all())
 
 
 def _is_range(span: np.ndarray, bits: int) -> bool:
     if span.dtype != np.float32 or span.shape not in ((0,), (2,)) or not np.isfinite(span).all():
         return False
-    return span.size == 0 or (span[0] > 0 and span[1] == np.round(span[1]) and 0 <= span[1] < 2**bits)
+    if span.size == 0:
+        return True
+    return 0 < span[0] < LARGEST / 2**bits and span[1] == np.round(span[1]) and 0 <= span[1] < 2**bits

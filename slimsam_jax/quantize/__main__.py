@@ -29,7 +29,7 @@ def main(
     inspect take; to-torch writes what its integers stand for, to-onnx --dtype integers the integers themselves.
 
     Args:
-      model: a model folder, a .pth, or a Hugging Face SamModel folder.
+      model: a model folder, a .pth, or a Hugging Face SamModel or Sam2Model folder.
       out: the folder to write; must not exist or be empty.
       images: unlabelled ones to calibrate with, as for compress. Default: the photographs in the package.
       weights: bits: 8, 6, 4 or 3.

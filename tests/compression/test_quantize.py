@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict
 
 import slimsam_jax
 from converters import to_onnx, to_torch
-from converters.onnx import check
+from converters.onnx import check, integers
+from converters.onnx.graph import Graph
 from helpers.family_models import sam2
 from helpers.images import samples
 from helpers.models import random_sam, tiny_config
@@ -31,7 +32,7 @@ from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.models.encoders import hiera
 from slimsam_jax.models.sam import dequantized, encode
 from slimsam_jax.profiling.sam_costs import parameters
-from slimsam_jax.quantization import is_quantized
+from slimsam_jax.quantization import Quantized, is_quantized
 from slimsam_jax.quantize.__main__ import main
 
 SMALL = tiny_config(image_size=(64, 64), decoder_depth=1, multimask_outputs=1)
@@ -130,6 +131,34 @@ def test_onnx_has_the_integers_and_computes_the_same(bits, weights_alone):
     assert kinds.count("MatMulNBits") == (count - 2 if bits == 4 else 0)  # convolutions have none
     assert kinds.count("DequantizeLinear") == (2 if bits == 4 else count)
     assert to_onnx.suffix_of(own) == ("_q4" if bits == 4 else "_quantized")
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "scale"),
+    [((64, 32), (1,), (64, 1)), ((64, 64), (1,), (64, 1)), ((64, 32), (0,), (16, 32)), ((96, 32), (0,), (4, 32))],
+    ids=["other axes", "square", "groups of 4", "groups of 24"],
+)
+def test_integers_that_no_graph_can_have_are_refused(shape, axes, scale):
+    node = Quantized(np.ones(shape, np.int8), np.ones(scale, np.float32), bits=4, axes=axes)
+    right = Quantized(node.codes, np.ones((shape[0] // 32, shape[1]), np.float32), bits=4)
+    assert integers.linear(Graph({}), "x", "w", right, shape[1]) == "w"
+    with pytest.raises(
+        InputError, match=r"^w: its integers are grouped as no graph can have them; take --dtype float32"
+    ):
+        integers.linear(Graph({}), "x", "w", node, shape[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "integers"])
+def test_onnx_that_differs_is_not_kept(dtype, sam, tmp_path, monkeypatch):
+    errors = {"float32": 0.0, dtype: 2 * to_onnx.LARGEST_ERROR}
+    monkeypatch.setattr(check, "reference", lambda sam, image: None)
+    monkeypatch.setattr(to_onnx, "write", lambda sam, folder, layout, dtype, single: [folder / dtype])
+    monkeypatch.setattr(
+        to_onnx, "measure", lambda expected, layout, paths, single: check.Errors(errors[paths[0].name], 0, 0, 1)
+    )
+    with pytest.raises(RunError, match="differs from JAX"):
+        to_onnx.export(sam, tmp_path / "out", "sam", ("float32", "integers"), None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_refused(sam, quantized, photos, tmp_path):

@@ -104,11 +104,16 @@ def test_a_folder_and_the_way_back_hold_all_of_it(small, pt, tmp_path, capsys):
         ({"heads": None}, "number of heads must be given"),
         ({"heads": (1, 2, 4)}, "no numbers of heads of 5 blocks"),
         ({"heads": (1, 3, 4, 4, 8)}, "are no 3 heads"),
-        ({"windows": None}, r"stages of \(1, 1, 2, 1\) blocks are no published model's"),
+        (
+            {"windows": None},
+            r"\(1, 1, 2, 1\) blocks are no published model's: .*from_state_dict takes windows=, global_blocks=",
+        ),
         ({"windows": (4, 4, 6, 3)}, "are not those of its 4 stages"),
         ({"windows": (8, 4, 6)}, "are not those of its 4 stages"),
         ({"windows": (8, 5, 6, 3)}, "must be even"),
         ({"global_blocks": (5,)}, "no places among 5 blocks"),
+        ({"global_blocks": (3,) * 6}, "no places among 5 blocks"),
+        ({"image_size": (1 << 13, 1 << 14)}, "has more than 67108864 pixels"),
         ({"image_size": 48}, "must be multiples"),
     ],
 )
@@ -128,6 +133,8 @@ def test_what_no_array_tells_must_fit_the_arrays(small, change, message):
         ("image_encoder.trunk.blocks.1.mlp.layers.1.weight", np.zeros((16, 65), np.float32), "mlp_lin2/kernel"),
         ("sam_mask_decoder.conv_s1.weight", np.zeros((4, 16, 3, 3), np.float32), "does not fit its place"),
         ("memory", np.zeros(1, np.float32), "[+] memory"),
+        ("image_encoder.trunk.blocks.2.attn.proj.weight", np.ones((), np.float32), "out of range"),
+        ("maskmem_tpos_enc", np.broadcast_to(np.float32(0), (1 << 26) + 1), "268435588 bytes .* at most 268435456"),
     ],
 )
 def test_arrays_that_are_none_of_it_are_refused(small, name, array, message):
@@ -167,6 +174,8 @@ def test_what_the_originals_can_hold():
         ({"backbone_config": {"blocks_per_stage": [1, 1 << 40, 1, 1]}}, "no numbers of blocks"),
         ({"backbone_config": {"patch_stride": [2, 2]}}, r"patch_stride is \[2, 2\], and SAM 2 has"),
         ({"backbone_config": {"num_attention_heads_per_stage": [1]}}, "cannot be read"),
+        ({"backbone_config": {"blocks_per_stage": [1, 1]}}, "no numbers of blocks"),
+        ({"backbone_config": {"blocks_per_stage": 4}}, "no numbers of blocks"),
         ({"backbone_config": 3}, "cannot be read"),
         ({}, "has neither model.safetensors"),
     ],

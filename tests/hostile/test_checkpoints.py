@@ -288,7 +288,14 @@ def test_any_value_in_an_architecture(data):
     except ValueError:
         return
     assert json.loads(json.dumps(config.to_json())) == json.loads(json.dumps(found))
-    assert config.decoder_depth <= 32 and config.multimask_outputs <= 32 and max(config.image_size) <= 1 << 16
+    assert config.decoder_depth <= 32 and config.multimask_outputs <= 32 and math.prod(config.image_size) <= 1 << 26
+
+
+def test_a_model_frame_has_no_more_pixels_than_can_be_computed():
+    largest = SQUARE.to_json() | {"image_size": [1 << 13, 1 << 13]}
+    assert Config.from_json(largest).image_size == (8192, 8192)
+    with pytest.raises(ValueError, match="more than 67108864 pixels"):
+        Config.from_json(largest | {"image_size": [1 << 13, 1 << 14]})
 
 
 def test_a_long_list_of_losses_beside_the_weights_is_read(tmp_path):

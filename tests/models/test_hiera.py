@@ -201,6 +201,7 @@ FIRST, *OTHERS = SLIM_HIERA.stages
     "change",
     [
         {"image_size": (48, 96)}, {"image_size": (1 << 20, 96)}, {"image_size": (64,)}, {"out_chans": 12},
+        {"image_size": (1 << 13, 1 << 14)}, {"global_blocks": (3,) * 6},
         {"out_chans": 0}, {"stages": SLIM_HIERA.stages[:3]}, {"global_blocks": (5,)}, {"global_blocks": (True,)},
         {"pos_grid": (0, 3)}, {"pos_grid": (3, 3, 3)}, {"pos_grid": (3, 1 << 20)},
         {"stages": (dataclasses.replace(FIRST, window=7), *OTHERS)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from slimsam_jax.errors import InputError
 from slimsam_jax.quantization import Quantized, Range, Statistics, dequantize, quantize, ranges, saving
 from slimsam_jax.quantization.codes import BITS, pack, packed_size, unpack
-from slimsam_jax.quantization.gptq import error_of, fitted, gptq
+from slimsam_jax.quantization.gptq import error_of, fitted, search
 from slimsam_jax.quantization.running import run
 from slimsam_jax.quantization.sensitivity import sensitivity
 from slimsam_jax.quantization.weights import check_group, quantize_array
@@ -54,7 +55,7 @@ def test_gptq_leaves_the_least_error(bits, group, weights):
 
 def test_without_correlations_gptq_rounds_to_the_nearest(weights):
     scale = np.full(weights.shape, 0.1)
-    codes = gptq(weights, np.diag(np.arange(1.0, 33)), scale, (-100, 100))
+    codes, _ = search(weights, np.diag(np.arange(1.0, 33)), scale[:1], (-100, 100), (1.0,))
     np.testing.assert_array_equal(codes, np.round(weights / 0.1))
     # The best scale of codes that are exact is theirs.
     np.testing.assert_allclose(fitted(codes * 0.07, codes, scale[:1], np.eye(32)), 0.07 * np.ones((1, 5)))
@@ -98,13 +99,36 @@ def test_what_a_file_holds_is_what_is_read():
         ("a/kernel", arrays["a/kernel"][1:]),
         ("a/kernel_scale", arrays["a/kernel_scale"] * np.nan),
         ("a/kernel_scale", arrays["a/kernel_scale"][:, :, :1]),
+        ("a/kernel_scale", arrays["a/kernel_scale"] * 0 + np.float32(3e38)),  # times a code it is infinite
         ("a/kernel_range", np.array([-1, 3], np.float32)),
+        ("a/kernel_range", np.array([3e38, 3], np.float32)),
         ("a/kernel_range", np.array([np.nan, 3], np.float32)),
     ):
         with pytest.raises(InputError, match="a/kernel"):
             described.restore({**arrays, name: wrong}, {"a/kernel": (2, 16, 2)})
-    with pytest.raises(InputError, match="17 bits"):
-        saving.Described([{**kinds[0], "bits": 17}])
+    for field, value, message in (
+        ("bits", 17, "17 bits"),
+        ("inputs", 8.0, "inputs that there are not"),
+        ("arrays", [5], "names of its arrays"),
+        ("arrays", "a/kernel", "names of its arrays"),
+    ):
+        with pytest.raises(InputError, match=message):
+            saving.Described([{**kinds[0], field: value}])
+
+
+@pytest.mark.parametrize("name", ["w_scale", "w_range"])
+def test_arrays_of_the_wrong_size_are_refused_unread(name):
+    """Of a foreign file they are views of any size: nothing is allocated before the size is right."""
+    described = saving.Described([{"bits": 8, "axes": [0], "inputs": 8, "integer": False, "arrays": ["w"]}])
+    right = {"w": np.ones((4, 2), np.int8), "w_scale": np.ones((1, 2), np.float32), "w_range": np.ones(2, np.float32)}
+    assert described.restore(right, {"w": (4, 2)})["w"].shape == (4, 2)
+    huge = np.broadcast_to(np.float32(1), (1 << 13, 1 << 13)[: right[name].ndim])
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"^w "):
+        described.restore({**right, name: huge}, {"w": (4, 2)})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000
 
 
 @pytest.mark.parametrize("bits", [1, 17, 8.0, True])
@@ -144,12 +168,6 @@ def test_a_range_includes_zero_exactly():
     for span, percentile, bits in ((Range(0, np.nan), None, 8), (Range(0, 1), 99.9, 8), (Range(0, 1), None, 1)):
         with pytest.raises(InputError):
             ranges.static(span, bits, percentile)
-
-
-def test_codes_of_powers_of_two():
-    x = jnp.array([1.0, 0.5, 0.3, 0.01, 1e-9])
-    np.testing.assert_allclose(ranges.fake_log2(x, 4), [1, 0.5, 0.25, 2.0**-7, 0], rtol=1e-6)
-    np.testing.assert_allclose(ranges.fake_log2(x, 4, 2)[2], 2.0**-1.5, rtol=1e-6)
 
 
 def network(params, x):

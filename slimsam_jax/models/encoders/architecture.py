@@ -7,7 +7,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Self
 
-from slimsam_jax.models.config import DEEPEST, WIDEST
+from slimsam_jax.models.config import DEEPEST, WIDEST, check_pixels
 
 
 class AsJson:
@@ -61,10 +61,11 @@ def check_width(name: str, width: Any) -> None:
 
 
 def check_image_size(image_size: Any, stride: int) -> None:
-    """Raises ValueError unless it is (height, width) in pixels, multiples of the embedding's stride."""
+    """Raises ValueError unless it is (height, width) in pixels, not too many, multiples of the embedding's stride."""
     whole = isinstance(image_size, tuple) and all(type(side) is int and 0 < side <= WIDEST for side in image_size)
     if not whole or len(image_size) != 2:
         raise ValueError(f"image_size {image_size!r:.40} must be (height, width) in pixels, at most {WIDEST}")
+    check_pixels(image_size)
     if any(side % stride for side in image_size):
         raise ValueError(f"image_size {image_size} must be multiples of the embedding's stride {stride}")
 

@@ -72,7 +72,8 @@ class Config(AsJson):
         check_image_size(self.image_size, math.lcm(32, PATCH * self.stages[0].window))
         if len(self.pos_grid) != 2 or any(type(side) is not int or not 1 <= side <= 1024 for side in self.pos_grid):
             raise ValueError(f"pos_grid {self.pos_grid!r:.40} must be rows and columns, 1 to 1024")
-        if any(type(i) is not int or not 0 <= i < self.depth for i in self.global_blocks):
+        many = len(self.global_blocks) > self.depth
+        if many or any(type(i) is not int or not 0 <= i < self.depth for i in self.global_blocks):
             raise ValueError(f"global_blocks {self.global_blocks!r:.60} are no places among {self.depth} blocks")
         for stage, first in zip(self.stages, self.firsts[1:], strict=False):
             if stage.window % 2 and first not in self.global_blocks:
