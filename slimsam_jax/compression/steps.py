@@ -194,7 +194,9 @@ class Pretrain(Record):
 
     Attributes:
       masked: share of the patches that are not seen.
-      depth, width, heads: of the decoder that predicts, which is left behind.
+      depth: blocks of the decoder that predicts, which is left behind.
+      width: its channels.
+      heads: of its attention.
       optimizer: how long and how fast it learns; `lr` is a number here.
       augment: what is done to images at random.
       validation: how often the prediction's own error is measured, whatever `validate_by` says.
