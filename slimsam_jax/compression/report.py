@@ -119,10 +119,12 @@ def draw(
     for row, (name, sam) in enumerate((("teacher", teacher), ("slim", slim))):
         bottom = PLOTS + (1 - row) * (tall + GAP)
         _row(figure, name, [example.drawn(sam) for example in shown], bottom / height, tall / height)
-    edges = {"left": 0.045, "right": 0.99, "bottom": 0.55 / height, "top": (PLOTS - 0.5) / height}
+    by_blocks = name_of(teacher.config.encoder) == name_of(slim.config.encoder) == "vit"
+    below = 0.55 if by_blocks else 1.0  # names of parts stand upright
+    edges = {"left": 0.06, "right": 0.99, "bottom": below / height, "top": (PLOTS - 0.5) / height}
     left, middle, right = (figure.add_subplot(cell) for cell in figure.add_gridspec(1, 3, **edges, wspace=0.16))
     _plot_losses(left, log)
-    if name_of(teacher.config.encoder) == name_of(slim.config.encoder) == "vit":
+    if by_blocks:
         _plot_widths(middle, teacher, slim, "head_dim", "channels per head")
         _plot_widths(right, teacher, slim, "mlp_dim", "MLP channels")
     else:
