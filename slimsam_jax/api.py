@@ -175,7 +175,7 @@ def compress_with(options: Options, recipe: Recipe | None = None) -> Compressed:
     from slimsam_jax.compression.student import is_path
     from slimsam_jax.data import embedded_teacher
 
-    student = load(options.student) if is_path(options.student) else None
+    student = load(options.student) if is_path(options.student) else None  # a preset is made later
     report = run(options, load(options.teacher or embedded_teacher()), recipe, student)
     return Compressed(checkpoint.load(options.out), report)
 

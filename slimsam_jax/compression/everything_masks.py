@@ -36,17 +36,16 @@ def with_masks(samples: Sequence[Sample], teacher: Sam, folder: Path) -> list[Sa
     Raises:
       RunError: there is none.
     """
-    is_bare = {sample.name: _is_bare(sample) for sample in samples}
-    bare = [sample for sample in samples if is_bare[sample.name]]
+    files = {sample: _file(folder, sample) for sample in samples if _is_bare(sample)}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    share = bare[jax.process_index() :: jax.process_count()]
-    missing = [sample for sample in share if (file := _file(folder, sample)) and _rows(file) is None]
+    share = list(files)[jax.process_index() :: jax.process_count()]
+    missing = [sample for sample in share if files[sample] and _rows(files[sample]) is None]
     generator = SamAutomaticMaskGenerator(teacher, points_per_side=SIDE, output_mode="coco_rle")
     for sample in track(missing, "teacher's masks") if missing else ():
-        _search(generator, sample, _file(folder, sample))
+        _search(generator, sample, files[sample])
     sharding.barrier("teacher's masks")
-    found = [_annotated(folder, sample) if is_bare[sample.name] else sample for sample in samples]
+    found = [_annotated(sample, files[sample]) if sample in files else sample for sample in samples]
     kept = [sample for sample in found if sample]
     if len(kept) < len(samples):
         print(f"{len(samples) - len(kept)} images are left out: the teacher finds nothing in them", flush=True)
@@ -98,9 +97,8 @@ def _search(generator: SamAutomaticMaskGenerator, sample: Sample, file: Path) ->
         write_json(file, {"annotations": generator.generate(image)})
 
 
-def _annotated(folder: Path, sample: Sample) -> Sample | None:
+def _annotated(sample: Sample, file: Path | None) -> Sample | None:
     """With the teacher's masks; None if there are none. An image that cannot be read stays, to be named later."""
-    file = _file(folder, sample)
     rows = _rows(file) if file else None
     if rows is None:
         return sample

@@ -49,6 +49,7 @@ class Pretraining(StepTraining):
         self.known = targets.embeddings(run, step, planned.optimizer_steps)
         how = (run.dtype, options.accumulate, options.fsdp, self.known is not None, options.seed)
         self.forward = jax.jit(functools.partial(predicted, step, student.config, jnp.float32, 1))
+        self.wanted = functools.cache(lambda sample: np.asarray(encode_image(run.teacher, sample.image()).embedding))
         super().__init__(run, planned, student, make_trainer(student, run.teacher, step, *how), step.optimizer.lr)
 
     def stream(self, start: int) -> Batches:
@@ -74,11 +75,10 @@ class Pretraining(StepTraining):
         teacher = self.whole.teacher
 
         def error(sample: Sample) -> float:
-            image = sample.image()
-            frame, size = teacher.config.frame.place(image)
+            frame, size = teacher.config.frame.place(sample.image())
             batch = {"image": frame[None], "size": size[None], "seed": np.zeros(1, np.uint32)}
-            wanted = encode_image(teacher, image).embedding
-            return float(mse(self.forward(self.params, batch)["embedding"], _rows(wanted[None]), relative=True))
+            wanted = _rows(self.wanted(sample)[None])  # the same at each validation
+            return float(mse(self.forward(self.params, batch)["embedding"], wanted, relative=True))
 
         errors = list(map_readable(error, self.whole.val[:JUDGED])[0].values()) if sharding.is_main() else [0.0]
         score = sharding.agree(-float(np.mean(errors)) if errors else float("nan"))

@@ -222,7 +222,6 @@ def prompted(sam: Sam, batches: Iterator[dict[str, np.ndarray]], seed: int) -> I
     kinds = [label for label in (0, 1, NOT_A_POINT) if takes([[label]])]
     heads = getattr(head, "decoder_heads", 8)
     count = max(4, math.ceil(head.out_chans / 2 / heads) - 1 - head.multimask_outputs)
-    decode = jax.jit(lambda *inputs: _decode(sam.config, sam.params, *inputs)[0])
     for batch in batches:
         embeddings = encode(sam.config, sam.params, batch["image"], batch["size"])
         for index, size in enumerate(batch["size"]):
@@ -236,6 +235,6 @@ def prompted(sam: Sam, batches: Iterator[dict[str, np.ndarray]], seed: int) -> I
                 points[boxes, :2] = np.sort(points[boxes, :2], axis=1)
             inputs = (embedding, points, labels)
             if takes(labels, True):
-                masks = decode(*inputs)[:, 0, :, :, None]
+                masks = _decode(sam.config, sam.params, *inputs)[0][:, 0, :, :, None]
                 inputs = (*inputs, masks, jnp.arange(PROMPTS) % 2 == 0)
             yield inputs

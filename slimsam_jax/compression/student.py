@@ -21,8 +21,12 @@ from slimsam_jax.models.sam import Architecture, Params, Sam, image_encoder
 
 
 def is_path(student: Path | None) -> bool:
-    """Whether it names a model, and no preset."""
-    return student is not None and str(student) not in presets.NAMES
+    """Whether it names a model, and no preset; raises InputError if it names neither."""
+    if student is None or str(student) in presets.NAMES:
+        return False
+    if not student.exists():
+        raise InputError(f"--student {quoted(student)} is no model's path, and no preset: {', '.join(presets.NAMES)}")
+    return True
 
 
 def resolved(recipe: Recipe, student: str | Sam | None, config: Architecture) -> Recipe:

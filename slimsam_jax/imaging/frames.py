@@ -7,6 +7,7 @@ A model's `config.frame` is one of these classes. Points are (x, y), sizes (heig
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse
@@ -77,14 +78,22 @@ class Fitted(Frame):
         return transforms.enlarging(source, self.image_size[axis], size, original)
 
 
-class Squashed(Frame):
-    """EfficientSAM's: the whole frame, the aspect lost; bilinear without antialiasing, and bicubic back."""
+class Whole(Frame):
+    """The whole frame, the aspect lost; `resizing` gives the matrix of an axis, (from, to) pixels."""
+
+    resizing: Callable[[int, int], scipy.sparse.csr_array]
 
     def place(self, image: np.ndarray | Image.Image) -> tuple[np.ndarray, np.ndarray]:
         channels = np.moveaxis(np.asarray(image, np.float32), -1, 0)
-        rows, columns = (transforms.bilinear_matrix(channels.shape[i + 1], self.image_size[i]) for i in (0, 1))
+        rows, columns = (self.resizing(channels.shape[i + 1], self.image_size[i]) for i in (0, 1))
         squashed = np.moveaxis(transforms.resized(channels, rows, columns), 0, -1)
         return np.ascontiguousarray(squashed), np.array(self.image_size, np.int32)
+
+
+class Squashed(Whole):
+    """EfficientSAM's: bilinear without antialiasing, and bicubic back."""
+
+    resizing = staticmethod(transforms.bilinear_matrix)
 
     def points(self, xy: np.ndarray, size: Size, original_size: Size) -> np.ndarray:
         """What is negative becomes -1, as in the original."""
@@ -96,14 +105,10 @@ class Squashed(Frame):
         return bicubic_matrix(source, original)
 
 
-class Stretched(Frame):
-    """SAM 2's: the whole frame, the aspect lost; bilinear, antialiased where that shrinks, and bilinear back."""
+class Stretched(Whole):
+    """SAM 2's: bilinear, antialiased where that shrinks, and bilinear back."""
 
-    def place(self, image: np.ndarray | Image.Image) -> tuple[np.ndarray, np.ndarray]:
-        channels = np.moveaxis(np.asarray(image, np.float32), -1, 0)
-        rows, columns = (transforms.antialiased_matrix(channels.shape[i + 1], self.image_size[i]) for i in (0, 1))
-        stretched = np.moveaxis(transforms.resized(channels, rows, columns), 0, -1)
-        return np.ascontiguousarray(stretched), np.array(self.image_size, np.int32)
+    resizing = staticmethod(transforms.antialiased_matrix)
 
     def points(self, xy: np.ndarray, size: Size, original_size: Size) -> np.ndarray:
         xy = np.asarray(xy, np.float64) / np.array(original_size[::-1], np.float64)
