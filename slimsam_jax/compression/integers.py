@@ -23,7 +23,8 @@ class Quantize(Record):
       method: of rounding weights. "gptq": the others make up for the error of each; "search": each by itself, with the
         best scale; "absmax": with the scale of the largest.
       ranges: of inputs. "minmax": what the calibration images reach, one range a layer; "percentile": what all but a
-        few of their values reach; "token": symmetric, of each token as it comes.
+        few of their values reach; "symmetric": as "minmax", as far below 0 as above, which TensorRT asks for; "token":
+        symmetric, of each token as it comes.
       percentile: for that.
       float_inputs: so many layers keep their inputs as they are: those that cost most by themselves.
       arithmetic: with `activations`: "integer" multiplies int8 by int8 into int32; "float" what they stand for.
@@ -38,7 +39,7 @@ class Quantize(Record):
     activations: int = 0
     group: int = 0
     method: Literal["gptq", "search", "absmax"] = "gptq"
-    ranges: Literal["minmax", "percentile", "token"] = "minmax"
+    ranges: Literal["minmax", "percentile", "symmetric", "token"] = "minmax"
     percentile: float = 99.99
     float_inputs: int = 0
     arithmetic: Literal["float", "integer"] = "float"

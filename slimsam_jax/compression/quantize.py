@@ -192,9 +192,8 @@ def with_ranges(encoder: Params, seen: dict[str, Statistics], step: Quantize) ->
             return leaf
         span = np.zeros(0, np.float32)
         if step.ranges != "token":
-            span = ranges.static(
-                seen[path].range, step.activations, step.percentile if step.ranges == "percentile" else None
-            )
+            percentile = step.percentile if step.ranges == "percentile" else None
+            span = ranges.static(seen[path].range, step.activations, percentile, step.ranges == "symmetric")
         return dataclasses.replace(leaf, range=span, input_bits=step.activations, integer=step.arithmetic == "integer")
 
     return jax.tree_util.tree_map_with_path(one, encoder, is_leaf=is_quantized)

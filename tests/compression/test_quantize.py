@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 import slimsam_jax
 from converters import to_onnx, to_torch
-from converters.onnx import check, integers
+from converters.onnx import check, integers, kernels
 from converters.onnx.graph import Graph
 from helpers.family_models import sam2
 from helpers.images import samples
@@ -130,7 +130,7 @@ def test_onnx_has_the_integers_and_computes_the_same(bits, weights_alone):
     count = sum(path.startswith("image_encoder") for path in nodes_of(own))
     assert kinds.count("MatMulNBits") == (count - 2 if bits == 4 else 0)  # convolutions have none
     assert kinds.count("DequantizeLinear") == (2 if bits == 4 else count)
-    assert to_onnx.suffix_of(own) == ("_q4" if bits == 4 else "_quantized")
+    assert integers.suffix_of(own) == ("_q4" if bits == 4 else "_quantized")
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,9 @@ def test_onnx_that_differs_is_not_kept(dtype, sam, tmp_path, monkeypatch):
     errors = {"float32": 0.0, dtype: 2 * to_onnx.LARGEST_ERROR}
     monkeypatch.setattr(check, "reference", lambda sam, image: None)
     monkeypatch.setattr(to_onnx, "write", lambda sam, folder, layout, dtype, single: [folder / dtype])
+    monkeypatch.setattr(kernels, "Opened", lambda path, **_: path)
     monkeypatch.setattr(
-        to_onnx, "measure", lambda expected, layout, paths, single: check.Errors(errors[paths[0].name], 0, 0, 1)
+        to_onnx, "measure", lambda expected, layout, paths, single, **_: check.Errors(errors[paths[0].name], 0, 0, 1)
     )
     with pytest.raises(RunError, match="differs from JAX"):
         to_onnx.export(sam, tmp_path / "out", "sam", ("float32", "integers"), None)
@@ -179,9 +180,7 @@ def test_what_is_refused(sam, quantized, photos, tmp_path):
         slimsam_jax.compress(folder.parent / "float", photos[0].parent, **options)
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="not quantised"):
-        to_onnx.check_integers(sam, "m", ["integers"])
-    with pytest.raises(InputError, match="weights alone"):
-        to_onnx.check_integers(loaded, "m", ["integers"])
+        integers.check_integers(sam, "m", ["integers"])
 
 
 @pytest.mark.parametrize(
