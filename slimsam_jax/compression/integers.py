@@ -31,6 +31,8 @@ class Quantize(Record):
       head: also the prompt encoder and the mask decoder, their weights alone.
       float_weights: so many layers of the prompt encoder and the decoder keep their weights: those whose integers cost
         most by themselves.
+      fine_weights: so many layers of the image encoder, and as many of the others, have weights of 8 bits, whatever
+        `weights` says: those that cost most by themselves, after those of `float_weights`.
       bias_correction: move biases by the mean error of what their layers put out.
       images: to calibrate with.
     """
@@ -45,6 +47,7 @@ class Quantize(Record):
     arithmetic: Literal["float", "integer"] = "float"
     head: bool = True
     float_weights: int = 0
+    fine_weights: int = 0
     bias_correction: bool = False
     images: int = 32
 
@@ -54,6 +57,7 @@ class Quantize(Record):
         "percentile": Range(50.1, 100),
         "float_inputs": Range(0, 10**4, True),
         "float_weights": Range(0, 10**4, True),
+        "fine_weights": Range(0, 10**4, True),
         "images": Range(1, 256, True),  # all are held at a time: 9 MB each at 1024 px
     }
 

@@ -136,25 +136,41 @@ def _kernels(seen: dict[str, Statistics]) -> dict[str, Statistics]:
 
 def with_integers(sam: Sam, step: Quantize, seen: Seen) -> Params:
     """The parameters of a SAM, quantised by what was seen."""
-    encoder, how = sam.params["image_encoder"], (step.weights, step.group, step.method, step.bias_correction)
-    new = weights.quantize(encoder, seen.encoder, *how)
+    encoder, how = sam.params["image_encoder"], (step.group, step.method, step.bias_correction)
+    new = weights.quantize(encoder, seen.encoder, step.weights, *how)
+    errors = lambda integers: sensitivity(_embed_of(sam), encoder, integers, seen.images[:1])
+    if step.fine_weights:
+        worst = list(errors(new))[: step.fine_weights]
+        new = restored(new, finer(encoder, seen.encoder, worst, how), worst)
     if step.activations:
         new = with_ranges(new, seen.encoder, step)
         if step.float_inputs:
-            new = without_worst(new, sensitivity(_embed_of(sam), encoder, new, seen.images[:1]), step.float_inputs)
-    params = {**sam.params, "image_encoder": new}
-    if step.head:
-        head = weights.quantize(sam.params, seen.head, *how)
-        if step.float_weights:
-            some = seen.prompts[:: -(-len(seen.prompts) // AT_ONCE)]
-            errors = sensitivity(lambda *inputs: _decode_of(sam)(*inputs)[0], sam.params, head, some)
-            head = restored(head, sam.params, list(errors)[: step.float_weights])
-        params = {**head, "image_encoder": new}
+            new = without_worst(new, errors(new), step.float_inputs)
+    params = (
+        {**_head(sam, step, seen, how), "image_encoder": new} if step.head else {**sam.params, "image_encoder": new}
+    )
     return jax.device_put(params)
 
 
+def _head(sam: Sam, step: Quantize, seen: Seen, how: tuple[Any, ...]) -> Params:
+    """The parameters of a SAM with integers in prompt encoder and decoder."""
+    head = weights.quantize(sam.params, seen.head, step.weights, *how)
+    if step.float_weights or step.fine_weights:
+        some = seen.prompts[:: -(-len(seen.prompts) // AT_ONCE)]
+        errors = list(sensitivity(lambda *inputs: _decode_of(sam)(*inputs)[0], sam.params, head, some))
+        worst = errors[step.float_weights :][: step.fine_weights]
+        head = restored(head, sam.params, errors[: step.float_weights])
+        head = restored(head, finer(sam.params, seen.head, worst, how), worst)
+    return head
+
+
+def finer(params: Params, seen: dict[str, Statistics], paths: Sequence[str], how: tuple[Any, ...]) -> Params:
+    """Parameters with integers of 8 bits at some paths."""
+    return weights.quantize(params, {path: seen[path] for path in paths}, 8, *how)
+
+
 def restored(integers: Params, params: Params, paths: Sequence[str]) -> Params:
-    """With the kernels of some paths, and the biases beside them, as they were."""
+    """With the kernels of some paths, and the biases beside them, as they are in other parameters."""
     beside = {path.removesuffix("kernel") + name for path in paths for name in ("kernel", "bias")}
 
     def one(keys: tuple, leaf: Any, before: Any) -> Any:

@@ -32,7 +32,7 @@ from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.models.encoders import hiera
 from slimsam_jax.models.sam import dequantized, encode
 from slimsam_jax.profiling.sam_costs import parameters
-from slimsam_jax.quantization import Quantized, is_quantized
+from slimsam_jax.quantization import Quantized, Range, Statistics, is_quantized
 from slimsam_jax.quantize.__main__ import main
 
 SMALL = tiny_config(image_size=(64, 64), decoder_depth=1, multimask_outputs=1)
@@ -228,3 +228,34 @@ def test_it_is_the_last_step_of_a_recipe():
     check_recipe((Quantize(),))
     with pytest.raises(InputError, match="nothing comes after Quantize"):
         check_recipe((*recipe, Distill()))
+
+
+def test_the_worst_layers_have_8_bits(sam, monkeypatch):
+    """Of either part, but for those that stay as they are."""
+    names = ("mlp_lin1/kernel", "mlp_lin2/kernel")
+    flat = flatten_dict(sam.params, sep="/")
+
+    def seen(root, part=""):
+        shapes = {f"{root}/{name}": flat[f"{part}{root}/{name}"].shape for name in names}
+        return {
+            path: Statistics((0,), np.zeros(n, int), np.eye(m)[None], np.zeros((1, m)), 9, Range(-1, 1))
+            for path, (m, n) in shapes.items()
+        }
+
+    worst_first = lambda function, params, integers, batches: dict.fromkeys(
+        sorted(nodes_of(dataclasses.replace(sam, params=integers)), reverse=True), (1.0, 1.0)
+    )
+    monkeypatch.setattr(quantize_module, "sensitivity", worst_first)
+    head = "mask_decoder/transformer/layers_0"
+    both = quantize_module.Seen(seen("blocks_0", "image_encoder/"), seen(head), [], [()])
+    step = Quantize(weights=4, fine_weights=1, float_weights=1)
+    params = quantize_module.with_integers(sam, step, both)
+    bits = {path: leaf.bits for path, leaf in nodes_of(dataclasses.replace(sam, params=params)).items()}
+    assert bits == {
+        "image_encoder/blocks_0/mlp_lin1/kernel": 4,
+        "image_encoder/blocks_0/mlp_lin2/kernel": 8,
+        f"{head}/mlp_lin1/kernel": 8,
+    }
+    np.testing.assert_array_equal(
+        flatten_dict(params, sep="/")[f"{head}/mlp_lin2/kernel"], flat[f"{head}/mlp_lin2/kernel"]
+    )
