@@ -47,6 +47,16 @@ ROWS = {
     "W8A8, ranges, 10 layers float": {"activations": 8, "float_weights": 10},
     "W8A8, ranges, 10 layers float, 6 inputs float": {"activations": 8, "float_inputs": 6, "float_weights": 10},
     "W8A8, tokens, 10 layers float": {"activations": 8, "ranges": "token", "float_weights": 10},
+    **{
+        f"W{bits}A{bits}, encoder alone, {name}": {"weights": bits, "activations": bits, "head": False, **how}
+        for bits in (8, 6)
+        for name, how in {
+            "largest weight and ranges": {"method": "absmax"},
+            "TinySAM's scheme": {"method": "tinysam"},
+            "ranges": {},
+            "tokens": {"ranges": "token"},
+        }.items()
+    },
     "W4A8, tokens, 10 layers float": {"weights": 4, "activations": 8, "ranges": "token", "float_weights": 10},
 }
 

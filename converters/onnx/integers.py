@@ -162,8 +162,14 @@ def check_integers(sam: Sam, where: str, dtypes: Sequence[str]) -> None:
         raise InputError(f"{where}: beside float16 there are weights of 4 bits alone; take --dtype integers")
     if {"int8", "integers"} <= set(dtypes) and suffix_of(sam) == "_quantized":
         raise InputError("--dtype int8 and integers have files of one name: give one of them")
+    if any(leaf.range is not None and leaf.range.shape[0] == 3 for leaf in _nodes(sam)):
+        raise InputError(f"{where} has inputs of two ranges (method tinysam), which no graph of integers has")
     if hasattr(family_of(sam.config.encoder), "for_inference"):
         raise InputError(f"{where} has batch norms, which a graph has folded into weights that are no integers then")
+
+
+def _nodes(sam: Sam) -> list[Quantized]:
+    return [leaf for leaf in jax.tree.leaves(sam.params, is_leaf=is_quantized) if is_quantized(leaf)]
 
 
 def suffix_of(sam: Sam) -> str:
@@ -171,7 +177,7 @@ def suffix_of(sam: Sam) -> str:
 
     "_q4" or "_quantized"; of inputs with ranges "_uint8", or, if they are symmetric, "_int8".
     """
-    nodes = [leaf for leaf in jax.tree.leaves(sam.params, is_leaf=is_quantized) if is_quantized(leaf)]
+    nodes = _nodes(sam)
     few = sum(leaf.codes.size for leaf in nodes if leaf.bits <= 4)
     if 2 * few > sum(leaf.codes.size for leaf in nodes):
         return "_q4"

@@ -21,7 +21,8 @@ class Quantize(Record):
         0 leaves them as they are.
       group: inputs of a channel that share a scale, a power of two from 16; 0 for all of them.
       method: of rounding weights. "gptq": the others make up for the error of each; "search": each by itself, with the
-        best scale; "absmax": with the scale of the largest.
+        best scale; "absmax": with the scale of the largest; "tinysam": the scales of weights and inputs in turn, by
+        the curvature of the masks' loss, one a layer, two where GELU was before: TinySAM's scheme, to be compared with.
       ranges: of inputs. "minmax": what the calibration images reach, one range a layer; "percentile": what all but a
         few of their values reach; "symmetric": as "minmax", as far below 0 as above, which TensorRT asks for; "token":
         symmetric, of each token as it comes.
@@ -40,7 +41,7 @@ class Quantize(Record):
     weights: int = 8
     activations: int = 0
     group: int = 0
-    method: Literal["gptq", "search", "absmax"] = "gptq"
+    method: Literal["gptq", "search", "absmax", "tinysam"] = "gptq"
     ranges: Literal["minmax", "percentile", "symmetric", "token"] = "minmax"
     percentile: float = 99.99
     float_inputs: int = 0
@@ -70,7 +71,17 @@ class Quantize(Record):
         check_group(self.group)
         if self.activations in (1, 2):
             raise InputError(f"activations of {self.activations} bits: there are 3 to 8, and 0 for none")
+        if self.method == "tinysam":
+            self._check_tinysam()
         if self.arithmetic == "integer" and (not self.activations or self.group):
             raise InputError("arithmetic integer needs activations=8, say, and whole channels: group=0")
         if not self.activations and (self.float_inputs or self.ranges != "minmax"):
             raise InputError("ranges and float_inputs are of activations: set quantize.activations=8, say")
+
+    def _check_tinysam(self) -> None:
+        """It is a scheme of its own, of the image encoder."""
+        others = (self.group, self.ranges != "minmax", self.float_inputs, self.fine_weights, self.bias_correction)
+        if not self.activations or self.head or self.arithmetic == "integer" or any(others):
+            raise InputError(
+                "method tinysam is of the image encoder and its inputs: head=false, activations=8, no more"
+            )

@@ -24,7 +24,15 @@ from slimsam_jax.inference.predictor import check_model
 from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.sam import Architecture, Embedding, Params, Sam, embedding_of, encode, image_encoder, preprocess
 from slimsam_jax.progress import track
-from slimsam_jax.quantization import Statistics, any_quantized, capture, is_quantized, ranges, weights
+from slimsam_jax.quantization import (
+    Statistics,
+    any_quantized,
+    capture,
+    is_quantized,
+    ranges,
+    tinysam_function,
+    weights,
+)
 from slimsam_jax.quantization.sensitivity import sensitivity
 
 PROMPTS = 8  # of each image of the calibration set
@@ -83,7 +91,8 @@ def quantized(
     finally:
         batches.close()
     percentiles = (step.percentile,) if step.ranges == "percentile" else ()
-    params = with_integers(sam, step, see(sam, taken, seed, percentiles, step.head))
+    prompts = step.head or step.method == "tinysam"
+    params = with_integers(sam, step, see(sam, taken, seed, percentiles, prompts))
     note = {"quantized": dataclasses.asdict(step) | {"calibration_images": count, "seed": seed}}
     return dataclasses.replace(sam, params=params, provenance={**sam.provenance, **note}), batches.skipped
 
@@ -136,6 +145,8 @@ def _kernels(seen: dict[str, Statistics]) -> dict[str, Statistics]:
 
 def with_integers(sam: Sam, step: Quantize, seen: Seen) -> Params:
     """The parameters of a SAM, quantised by what was seen."""
+    if step.method == "tinysam":
+        return {**sam.params, "image_encoder": jax.device_put(tinysam_encoder(sam, step, seen))}
     encoder, how = sam.params["image_encoder"], (step.group, step.method, step.bias_correction)
     new = weights.quantize(encoder, seen.encoder, step.weights, *how)
     errors = lambda integers: sensitivity(_embed_of(sam), encoder, integers, seen.images[:1])
@@ -150,6 +161,34 @@ def with_integers(sam: Sam, step: Quantize, seen: Seen) -> Params:
         {**_head(sam, step, seen, how), "image_encoder": new} if step.head else {**sam.params, "image_encoder": new}
     )
     return jax.device_put(params)
+
+
+def tinysam_encoder(sam: Sam, step: Quantize, seen: Seen, search: tinysam_function.Search | None = None) -> Params:
+    """An image encoder by TinySAM's scheme, on the first batch of images and their prompts."""
+    (images, sizes), prompts = seen.images[0], seen.prompts[: len(seen.images[0][0])]
+
+    def masks(encoder: Params, images: jax.Array) -> list[Any]:
+        embeddings = embed(sam.config, encoder, images, sizes)
+        of = lambda index, prompt: _decode(sam.config, sam.params, embedding_of(embeddings, index), *prompt[1:3])
+        return [of(index, prompt)[:2] for index, prompt in enumerate(prompts)]
+
+    how = (curvature, (step.weights, step.activations), search)
+    return tinysam_function.quantize(masks, sam.params["image_encoder"], (images,), *how)
+
+
+def curvature(results: list[Any], key: jax.Array) -> jax.Array:
+    """What has squared gradients whose mean is the second derivative of KL(masks) + KL(IoU), at no error.
+
+    Of a logit of probability p that is p (1 - p): so random signs times its root. IoU counts by its square.
+    """
+    keys = jax.random.split(key, 2 * len(results)).reshape(-1, 2)
+    signs = lambda key, x: jax.random.rademacher(key, x.shape, x.dtype) / x.size**0.5
+    spread = lambda logits: jax.lax.stop_gradient(jnp.sqrt(jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)))
+    each = [
+        (signs(a, masks) * spread(masks) * masks).sum() + (signs(b, iou) * iou).sum()
+        for (masks, iou), (a, b) in zip(results, keys, strict=True)
+    ]
+    return sum(each)
 
 
 def _head(sam: Sam, step: Quantize, seen: Seen, how: tuple[Any, ...]) -> Params:
