@@ -33,6 +33,7 @@ from slimsam_jax.models.encoders import hiera
 from slimsam_jax.models.sam import dequantized, encode
 from slimsam_jax.profiling.sam_costs import parameters
 from slimsam_jax.quantization import Quantized, Range, Statistics, is_quantized
+from slimsam_jax.quantization.tinysam_function import Search
 from slimsam_jax.quantize.__main__ import main
 
 SMALL = tiny_config(image_size=(64, 64), decoder_depth=1, multimask_outputs=1)
@@ -259,3 +260,19 @@ def test_the_worst_layers_have_8_bits(sam, monkeypatch):
     np.testing.assert_array_equal(
         flatten_dict(params, sep="/")[f"{head}/mlp_lin2/kernel"], flat[f"{head}/mlp_lin2/kernel"]
     )
+
+
+def test_tinysams_scheme_runs_on_an_encoder(sam):
+    """Guided by masks; and it is of the encoder and its inputs alone."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (1, 64, 64, 3), np.uint8), np.array([[64, 50]])
+    prompts = [(None, np.float32([[[20, 30]]]), np.array([[1]]))]
+    seen = quantize_module.Seen({}, {}, [images], prompts)
+    step = Quantize(weights=6, activations=6, method="tinysam", head=False)
+    encoder = quantize_module.tinysam_encoder(sam, step, seen, Search(1, (1.0, 1.0, 1)))
+    nodes = nodes_of(dataclasses.replace(sam, params=encoder))
+    spans = [() if leaf.range is None else leaf.range.shape for leaf in nodes.values()]
+    assert len(nodes) == 9 and spans.count(()) == 1 and spans.count((3,)) == 1  # the first, and the one behind GELU
+    for wrong in ({"head": True}, {"activations": 0}, {"ranges": "token"}):
+        with pytest.raises(InputError, match="method tinysam is of the image encoder"):
+            Quantize(**{"weights": 6, "activations": 6, "method": "tinysam", "head": False, **wrong})
