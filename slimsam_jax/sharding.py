@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -38,6 +40,39 @@ def join_processes(how: str) -> None:
 Tree = Any
 EVERYWHERE = ("data", "fsdp")
 SPLIT_FROM = 2**12  # elements: below that a collective costs more than the memory saved
+_target: tuple[jax.Device, ...] | None = None
+
+
+@contextlib.contextmanager
+def targeting(targets: Sequence[jax.Device]) -> Iterator[None]:
+    """Makes programs for these devices, which need not be here (`slimsam_jax.plan`), instead of for all of JAX's."""
+    global _target
+    before, kind = _target, (platform(), device_count())
+    _target = tuple(targets)
+    # What was traced is kept by shapes, and knows nothing of the devices that it was traced for.
+    forget = jax.clear_caches if kind != (platform(), device_count()) else lambda: None
+    forget()
+    try:
+        yield
+    finally:
+        _target = before
+        forget()
+
+
+def devices() -> Sequence[jax.Device]:
+    """Returns the devices that programs are made for: all of JAX's, of all processes, but within `targeting`."""
+    return jax.devices() if _target is None else _target
+
+
+def device_count() -> int:
+    return jax.device_count() if _target is None else len(_target)
+
+
+def platform() -> str:
+    """Returns what kind the devices are that programs are made for: "cpu", "gpu" or "tpu"."""
+    if _target is None:
+        return jax.default_backend()
+    return {"cuda": "gpu", "rocm": "gpu"}.get(_target[0].platform, _target[0].platform)
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -46,7 +81,8 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
     Raises:
       ValueError: fsdp does not divide the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = _target or jax.devices()
     count = len(devices)
     if count % fsdp:
         raise ValueError(f"{count} devices cannot be split in groups of {fsdp}")
@@ -78,7 +114,27 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     return _put(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
 
 
+def is_abstract(tree: Tree) -> bool:
+    """Tells whether any leaf is a shape (`jax.ShapeDtypeStruct`), as all are of what is planned and never computed."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def computed(function: Callable[..., Tree], *args: Tree) -> Tree:
+    """Calls a jitted function; of shapes it gives shapes."""
+    return jax.eval_shape(function, *args) if is_abstract(args) else function(*args)
+
+
+def cast(tree: Tree, dtype: Any) -> Tree:
+    """Returns the tree in another dtype, of shapes as shapes."""
+    if is_abstract(tree):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
+
+
 def _put(tree: Tree, places: Tree) -> Tree:
+    if is_abstract(tree):
+        placed = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        return jax.tree.map(placed, tree, places)
     if jax.process_count() > 1:  # an array of one process's devices cannot be moved to all
         tree = jax.device_get(tree)
     return jax.tree.map(jax.device_put, tree, places)
@@ -90,8 +146,13 @@ def constrain(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
-    """Puts this process's rows of a host batch onto its devices; the global batch has all processes' rows."""
+    """Puts this process's rows of a host batch onto its devices; the global batch has all processes' rows.
+
+    Of shapes it is the global batch's that are given.
+    """
     sharding = NamedSharding(mesh, PartitionSpec(EVERYWHERE))
+    if is_abstract(batch):
+        return _put(batch, jax.tree.map(lambda _: sharding, batch))
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 

@@ -76,7 +76,7 @@ def make_trainer(
     mesh = sharding.make_mesh(fsdp)
     how = step.optimizer
     optimizer = make_optimizer(how.clip, how.weight_decay, learning)
-    encode = functools.partial(run_encoder, dtype=dtype, devices=mesh.size, attention=attention)
+    encode = functools.partial(run_encoder, dtype=dtype, mesh=mesh, attention=attention)
     gradients = functools.partial(_gradients, encode, step, student.config, teacher.config)
     update = make_update(gradients, optimizer, parts, how.reduction, how.ema, mesh)
     trained = {part: student.params[part] for part in step.train}
@@ -84,8 +84,7 @@ def make_trainer(
     if step.reads_teacher:
         frozen["teacher"] = {part: teacher.params[part] for part in HEAD}
         if not known:
-            encoder = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), teacher.params["image_encoder"])
-            frozen["teacher"]["image_encoder"] = encoder
+            frozen["teacher"]["image_encoder"] = sharding.cast(teacher.params["image_encoder"], dtype)
     state = init_state(trained, optimizer, how.ema)
     return Trainer(update, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 

@@ -159,7 +159,7 @@ def save_other(run: Run, student: Sam) -> None:
 def prune_step(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:
     """The step `Prune`, on images of the run."""
     options, step, config = run.options, planned.step, run.teacher.config
-    devices = jax.device_count()  # an image on each: more would take as many times the memory
+    devices = sharding.device_count()  # an image on each: more would take as many times the memory
     count = batches_of(min(options.importance_images, len(run.images)), devices)
     streams = []
 

@@ -119,7 +119,7 @@ def run_of(
 
 def announce(dtype: Any, plan: Sequence[Planned], batch: int, images: int, val: int) -> None:
     """What `options.announce` could not know yet."""
-    say("device", f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jnp.dtype(dtype).name}")
+    say("device", f"{sharding.device_count()} x {sharding.devices()[0].device_kind}, {jnp.dtype(dtype).name}")
     done = ", ".join(
         each.name + (f" ({each.optimizer_steps} steps of {batch} images)" if each.optimizer_steps else "")
         for each in plan

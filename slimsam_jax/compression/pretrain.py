@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from slimsam_jax import sharding
 from slimsam_jax.compression import targets
@@ -48,7 +49,7 @@ class Pretraining(StepTraining):
         options, step = run.options, planned.step
         self.known = targets.embeddings(run, step, planned.optimizer_steps)
         how = (run.dtype, options.accumulate, options.fsdp, self.known is not None, options.seed)
-        self.forward = jax.jit(functools.partial(predicted, step, student.config, jnp.float32, 1))
+        self.forward = jax.jit(functools.partial(predicted, step, student.config, jnp.float32, None))
         self.wanted = functools.cache(lambda sample: np.asarray(encode_image(run.teacher, sample.image()).embedding))
         super().__init__(run, planned, student, make_trainer(student, run.teacher, step, *how), step.optimizer.lr)
 
@@ -105,10 +106,10 @@ def make_trainer(
     """
     mesh, how, config = sharding.make_mesh(fsdp), step.optimizer, student.config
     optimizer = make_optimizer(how.clip, how.weight_decay, learning)
-    forward = functools.partial(predicted, step, config, dtype, mesh.size)
+    forward = functools.partial(predicted, step, config, dtype, mesh)
     train_step = make_step(
         lambda params, frozen, batch: forward(params, batch),
-        functools.partial(_target, teacher.config, dtype, mesh.size),
+        functools.partial(_target, teacher.config, dtype, mesh),
         optimizer,
         True,
         parts,
@@ -119,10 +120,11 @@ def make_trainer(
     decoder = decoder_of(step, config)
     patches = config.grid[0] * config.grid[1]
     tokens = jnp.zeros((1, seen_of(step, patches), config.encoder.embed_dim))
-    first = jax.jit(decoder.init)(jax.random.key(seed), tokens, jnp.arange(patches)[None])["params"]
+    begin = jax.jit(lambda: decoder.init(jax.random.key(seed), tokens, jnp.arange(patches)[None])["params"])
+    first = jax.eval_shape(begin) if sharding.is_abstract(student.params) else begin()
     state = init_state({"image_encoder": student.params["image_encoder"], "decoder": first}, optimizer, how.ema)
     encoder = teacher.params["image_encoder"]
-    frozen = {} if known else {"teacher": jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), encoder)}
+    frozen = {} if known else {"teacher": sharding.cast(encoder, dtype)}
     return Trainer(train_step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 
 
@@ -136,7 +138,9 @@ def seen_of(step: Pretrain, patches: int) -> int:
     return max(1, round((1 - step.masked) * patches))
 
 
-def predicted(step: Pretrain, config: Architecture, dtype: Any, devices: int, params: Params, batch: Batch) -> Features:
+def predicted(
+    step: Pretrain, config: Architecture, dtype: Any, mesh: Mesh | None, params: Params, batch: Batch
+) -> Features:
     """What decoder and encoder make of a batch: {"embedding": [b, h * w, C]}.
 
     Args:
@@ -147,16 +151,16 @@ def predicted(step: Pretrain, config: Architecture, dtype: Any, devices: int, pa
     shuffled = lambda seed: jax.random.permutation(jax.random.key(seed), patches)
     order = jax.vmap(shuffled)(batch["seed"])
     pixels = preprocess(config, batch["image"], batch["size"])
-    encoder = encoder_for(config, -(-len(pixels) // devices), dtype)
+    encoder = encoder_for(config, len(pixels), dtype, mesh=mesh)
     kept = order[:, : seen_of(step, patches)]
     tokens, _ = encoder.apply({"params": params["image_encoder"]}, pixels, kept)
     return {"embedding": decoder_of(step, config).apply({"params": params["decoder"]}, tokens, order)}
 
 
-def _target(config: Architecture, dtype: Any, devices: int, frozen: Any, batch: Batch) -> Features:
+def _target(config: Architecture, dtype: Any, mesh: Mesh, frozen: Any, batch: Batch) -> Features:
     embedding = batch.get("embedding")
     if embedding is None:
-        embedding = run_encoder(config, frozen["teacher"], batch, dtype, devices)[0]
+        embedding = run_encoder(config, frozen["teacher"], batch, dtype, mesh)[0]
     return {"embedding": _rows(embedding)}
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slimsam_jax import sharding
 from slimsam_jax.compression import trainer
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.steps import Distill
@@ -88,7 +89,7 @@ def remembered(run: Run, step: Distill, steps: int, previous: Sam, names: Sequen
     count, config = len(run.images), run.teacher.config
     again = steps * run.batch > count and not step.augment.flip and step.augment.crop == 1
     least = 4 * count * sum(leaf.size for leaf in jax.tree.leaves(embedding_shapes(config)))
-    if not again or least > ROOM or jax.device_count() > 1:
+    if not again or least > ROOM or sharding.device_count() > 1:
         return None
     targets = Targets(run, step, previous, names)
     return targets if count * targets.bytes_per_image() <= ROOM else None

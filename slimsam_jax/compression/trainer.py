@@ -36,7 +36,7 @@ def make_trainer(
     attention: Form = "auto",
     known: bool = False,
 ) -> Trainer:
-    """Places the models of a distillation on the devices and builds its step.
+    """Places the models of a distillation on the devices and builds its step; of models of shapes places shapes.
 
     Args:
       previous: the model that was pruned; before any cut the teacher itself.
@@ -49,7 +49,7 @@ def make_trainer(
     """
     mesh = sharding.make_mesh(fsdp)
     optimizer = make_optimizer(step.optimizer.clip, step.optimizer.weight_decay, learning)
-    encode = functools.partial(run_encoder, dtype=dtype, devices=mesh.size, attention=attention)
+    encode = functools.partial(run_encoder, dtype=dtype, mesh=mesh, attention=attention)
     train_step = make_step(
         functools.partial(_student_features, encode, student.config, step),
         functools.partial(_target_features, encode, previous.config, teacher.config, step),
@@ -63,7 +63,7 @@ def make_trainer(
     frozen = {} if known else {"teacher": teacher.params["image_encoder"]}
     if previous is not teacher and aligns(step) and not known:
         frozen["previous"] = previous.params["image_encoder"]
-    frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), frozen)
+    frozen = sharding.cast(frozen, dtype)
     if step.losses.masks:
         frozen["head"] = {name: teacher.params[name] for name in ("prompt_encoder", "mask_decoder")}
     state = init_state({part: student.params[part] for part in step.train}, optimizer, step.optimizer.ema)

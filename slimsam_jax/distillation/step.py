@@ -126,7 +126,7 @@ def init_state(params: Tree, optimizer: optax.GradientTransformation, ema: float
         average = copy() if ema else None
         return TrainState(copy(), optimizer.init(params), average, jnp.zeros((), jnp.int32))
 
-    return jax.jit(init)(params)  # one program, not one for each shape
+    return sharding.computed(jax.jit(init), params)  # one program, not one for each shape
 
 
 def make_optimizer(

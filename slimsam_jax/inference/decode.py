@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from slimsam_jax import sharding
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.prompts import Prompts, prompt_points
 from slimsam_jax.inference import fast_sam
@@ -78,7 +78,7 @@ def check_labels(sam: Sam | FastSam, labels: np.ndarray, masked: bool = False) -
 
 def padded(count: int) -> Iterator[tuple[np.ndarray, int]]:
     """Splits `count` prompts over buckets: (indices, padded by repetition to a bucket's size; how many are real)."""
-    buckets = BUCKETS if jax.default_backend() == "cpu" else ACCELERATOR_BUCKETS
+    buckets = BUCKETS if sharding.platform() == "cpu" else ACCELERATOR_BUCKETS
     start = 0
     while start < count:
         size = next(size for size in reversed(buckets) if count - start >= 0.75 * size)

@@ -9,20 +9,25 @@ At 64 x 64 tokens the logits of one ViT-B block are 0.8 GB in float32, and their
 - "plain": all logits at once, kept for the backward pass.
 - "rows": a few rows of a few heads at a time, computed again in the backward pass.
 - "folded": the positions as further channels, q' = [q / sqrt(d), q Rh, q Rw], k' = [k, one-hot row, one-hot column].
-  Then q' k' are the logits, and a kernel that knows no bias will do: cuDNN's flash attention on a GPU.
+  Then q' k' are the logits, and a kernel that knows no bias will do: flash attention, of cuDNN on a GPU and of JAX's
+  Pallas kernel on a TPU (`flash_attention`).
 
 Shapes: b images or windows, h x w tokens, n heads, d channels per head.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from slimsam_jax import sharding
 from slimsam_jax.errors import InputError
+from slimsam_jax.models import flash_attention
 
 Form = Literal["auto", "plain", "rows", "folded"]
 
@@ -33,7 +38,8 @@ LOGITS_AT_ONCE_ELSEWHERE = 2**26
 
 
 def logits_at_once() -> int:
-    return LOGITS_AT_ONCE.get(jax.default_backend(), LOGITS_AT_ONCE_ELSEWHERE)
+    """Returns how many logits one device computes at once."""
+    return LOGITS_AT_ONCE.get(sharding.platform(), LOGITS_AT_ONCE_ELSEWHERE)
 
 
 def at_least_float32(x: jax.Array) -> Any:
@@ -41,14 +47,18 @@ def at_least_float32(x: jax.Array) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def attend(q, k, v, rel_pos_h: jax.Array, rel_pos_w: jax.Array, form: Form = "auto") -> jax.Array:
+def attend(
+    q, k, v, rel_pos_h: jax.Array, rel_pos_w: jax.Array, form: Form = "auto", mesh: Mesh | None = None
+) -> jax.Array:
     """Each token's mean of v, weighted by softmax(q k / sqrt(d) + q Rh + q Rw).
 
     Args:
       q, k, v: [b, h, w, n, d], of one dtype.
       rel_pos_h, rel_pos_w: [2h-1, d], [2w-1, d]; row h-1 is distance zero.
-      form: how. "auto" bounds memory: "plain" where few logits are needed, else "rows". On a CPU that is also what
-        measured best (experiments/README.md); on a GPU nothing has been measured, and "folded" has never run.
+      form: how. "auto" is "folded" where there is a kernel of flash attention for it; elsewhere it bounds memory:
+        "plain" where few logits are needed, else "rows". On a CPU that is also what measured best
+        (experiments/README.md); of accelerators the compilers' numbers are in docs/planning.md.
+      mesh: of the devices that the b images are split over; None for one device.
 
     Returns:
       [b, h, w, n, d].
@@ -57,37 +67,36 @@ def attend(q, k, v, rel_pos_h: jax.Array, rel_pos_w: jax.Array, form: Form = "au
       InputError: there is no such form, or this device cannot run it.
     """
     h, w = q.shape[1:3]
-    compute = {"plain": plain, "rows": by_rows, "folded": folded}[choose(form, q)]
+    forms = {"plain": plain, "rows": by_rows, "folded": functools.partial(folded, mesh=mesh)}
+    compute = forms[choose(form, q, mesh)]
     return compute(q, k, v, by_distance(rel_pos_h, h), by_distance(rel_pos_w, w))
 
 
-def choose(form: Form, q: jax.Array) -> str:
-    """The form that "auto" stands for; any other is itself, if this device can run it."""
+def choose(form: Form, q: jax.Array, mesh: Mesh | None = None) -> str:
+    """The form that "auto" stands for; any other is itself, if the devices can run it."""
     if form not in get_args(Form):
         raise InputError(f"attention {form!r} is none of {', '.join(get_args(Form))}")
-    obstacle = no_flash(q) if form == "folded" and jax.default_backend() == "gpu" else ""
-    if obstacle:
-        raise InputError(f"attention folded cannot run on this GPU: {obstacle}; use rows or auto")
+    obstacle = no_flash(q, mesh)
+    if form == "folded" and obstacle:
+        raise InputError(f"attention folded cannot run on this {sharding.platform().upper()}: {obstacle}; use auto")
+    if form != "auto":
+        return form
+    if sharding.platform() != "cpu" and not obstacle:
+        return "folded"
     b, h, w, n, _ = q.shape
-    one_chunk = b * n * (h * w) ** 2 <= logits_at_once()
-    return ("plain" if one_chunk else "rows") if form == "auto" else form
+    return "plain" if b * n * (h * w) ** 2 <= logits_at_once() * _shares(b) else "rows"
 
 
-def no_flash(q: jax.Array) -> str:
-    """Why cuDNN's flash attention cannot take `q` folded; "" if it can.
+def _shares(images: int) -> int:
+    """Into how many shares the compiler splits so many images, over devices."""
+    devices = sharding.device_count()
+    return 1 if images % devices else devices
 
-    Its limits are those of jax/_src/cudnn/fused_attention_stablehlo.py, `check_is_flash_attention` (jax 0.10).
-    """
-    _, h, w, _, d = q.shape
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # "9.0" is Hopper; ROCm has "gfx..."
-    generation = int(capability.partition(".")[0]) if capability[:1].isdigit() else 0
-    widest = 256 if generation >= 9 else 128 if generation >= 8 else 0
-    if not widest:
-        return f"cuDNN's flash attention needs compute capability 8.0, not {capability or 'unknown'!r}"
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"cuDNN's flash attention takes bfloat16 and float16, not {q.dtype}"
-    width = folded_width(h, w, d)
-    return f"{width} channels per head (with positions), at most {widest}" if width > widest else ""
+
+def no_flash(q: jax.Array, mesh: Mesh | None = None) -> str:
+    """Why flash attention cannot take `q` folded, window or image; "" if it can."""
+    b, h, w, _, d = q.shape
+    return flash_attention.obstacle(h * w, folded_width(h, w, d), q.dtype, b, mesh)
 
 
 def by_distance(rel_pos: jax.Array, side: int) -> jax.Array:
@@ -116,12 +125,12 @@ def plain(q, k, v, table_h, table_w) -> jax.Array:
 
 
 def by_rows(q, k, v, table_h, table_w) -> jax.Array:
-    """At most `logits_at_once` at once: some rows of one head, or all rows of some heads. Arguments as `plain`."""
+    """At most `logits_at_once` a device: some rows of one head, or all rows of some heads. Arguments as `plain`."""
     b, h, w, n, d = q.shape
     # A loop over an axis that is split between devices would send all of it to all of them, so with several devices
     # images and windows stay together.
-    steps, each = (n * b, 1) if jax.device_count() == 1 else (n, b)
-    queries = logits_at_once() // (each * h * w)
+    steps, each = (n * b, 1) if sharding.device_count() == 1 else (n, b)
+    queries = logits_at_once() * _shares(each) // (each * h * w)
     rows, heads = evenly(h, queries // w), evenly(steps, queries // (h * w))
     attend_rows = jax.vmap(attend_row, in_axes=(0, None, None, 0, 0))
 
@@ -147,20 +156,18 @@ def folded_width(h: int, w: int, d: int) -> int:
     return math.ceil((d + h + w) / 8) * 8
 
 
-def folded(q, k, v, table_h, table_w) -> jax.Array:
-    """By jax.nn.dot_product_attention without a bias. Arguments as `plain`; zero padding changes nothing."""
+def folded(q, k, v, table_h, table_w, mesh: Mesh | None = None) -> jax.Array:
+    """By attention without a bias. Arguments as `plain`; zero padding changes nothing."""
     b, h, w, n, d = q.shape
     bias_h = jnp.einsum("brwnd,ryd->brwny", q, table_h)
     bias_w = jnp.einsum("brwnd,wxd->brwnx", q, table_w)
     row, column = jnp.repeat(jnp.eye(h, dtype=k.dtype), w, axis=0), jnp.tile(jnp.eye(w, dtype=k.dtype), (h, 1))
     places = jnp.concatenate([row, column], -1).reshape(1, h, w, 1, h + w)
-    inputs = (
+    wide = (
         jnp.concatenate([q * d**-0.5, bias_h, bias_w], -1),
         jnp.concatenate([k, jnp.broadcast_to(places, (b, h, w, n, h + w))], -1),
-        v,
     )
-    width = folded_width(h, w, d)
-    pad = lambda x: jnp.pad(x.reshape(b, h * w, n, -1), ((0, 0),) * 3 + ((0, width - x.shape[-1]),))
-    implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
-    out = jax.nn.dot_product_attention(*map(pad, inputs), scale=1.0, implementation=implementation)
-    return out[..., :d].reshape(q.shape)
+    flat = lambda x: x.reshape(b, h * w, n, -1)
+    spare = folded_width(h, w, d) - (d + h + w)
+    wide = (jnp.pad(flat(x), ((0, 0),) * 3 + ((0, spare),)) for x in wide)
+    return flash_attention.attend(*wide, flat(v), mesh).reshape(q.shape)

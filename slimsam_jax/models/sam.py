@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from slimsam_jax.models.composed import SamConfig
 from slimsam_jax.models.config import Config, Thresholds
@@ -91,7 +92,7 @@ def run_encoder(
     encoder: Params,
     batch: dict[str, jax.Array],
     dtype: Any = None,
-    devices: int = 1,
+    mesh: Mesh | None = None,
     attention: str = "auto",
 ):
     """(embedding, features) of a batch {"image": uint8, "size"}; an embedding may be a dict of maps.
@@ -99,18 +100,21 @@ def run_encoder(
     Args:
       encoder: the image encoder's parameters.
       dtype: of the computation; the parameters' if None.
-      devices: that the compiler splits the batch over.
+      mesh: of the devices that the batch is split over; None for one device.
       attention: how it is computed where there is a choice, see `models.relative_attention`.
     """
     pixels = preprocess(config, batch["image"], batch["size"])
-    model = encoder_for(config, -(-len(pixels) // devices), dtype or _dtype(encoder), attention)
+    model = encoder_for(config, len(pixels), dtype or _dtype(encoder), attention, mesh)
     return model.apply({"params": encoder}, pixels)
 
 
-def encoder_for(config: Architecture, images: int, dtype: Any, attention: str = "auto") -> nn.Module:
-    """For batches of so many images on a device."""
+def encoder_for(
+    config: Architecture, images: int, dtype: Any, attention: str = "auto", mesh: Mesh | None = None
+) -> nn.Module:
+    """For batches of so many images, over all devices of a mesh."""
     kept = getattr(family_of(config.encoder), "kept_elements", lambda encoder: 0)
-    return image_encoder(config, dtype, remat=images * kept(config.encoder) > REMAT_ABOVE, attention=attention)
+    remat = -(-images // (mesh.size if mesh else 1)) * kept(config.encoder) > REMAT_ABOVE
+    return image_encoder(config, dtype, remat=remat, attention=attention, mesh=mesh)
 
 
 def embedding_shapes(config: Architecture) -> Any:

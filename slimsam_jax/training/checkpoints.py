@@ -132,7 +132,7 @@ def _checksums(tree: Any) -> list[int]:
 
 def _on_host() -> bool:
     """Tells whether arrays lie in this process's memory: numpy then reads them in place, and nothing is compiled."""
-    return jax.default_backend() == "cpu" and jax.process_count() == 1
+    return sharding.platform() == "cpu" and jax.process_count() == 1
 
 
 @jax.jit

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from slimsam_jax import sharding
 from slimsam_jax.data import Sample
@@ -141,18 +142,18 @@ def make_trainer(sam: Sam, settings: Settings) -> Trainer:
     mesh = sharding.make_mesh(settings.fsdp)
     trained, frozen = split(sam.params, settings.freeze)
     optimizer = make_optimizer(settings.clip, settings.weight_decay, kernels)
-    gradients = functools.partial(_gradients, sam.config, settings, mesh.size)
+    gradients = functools.partial(_gradients, sam.config, settings, mesh)
     step = make_update(gradients, optimizer, settings.accumulate, ema=settings.ema, mesh=mesh)
     state = init_state(trained, optimizer, settings.ema)
     return Trainer(step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 
 
-def _gradients(config: Config, settings: Settings, devices: int, trained, frozen, batch, weights):
+def _gradients(config: Config, settings: Settings, mesh: Mesh, trained, frozen, batch, weights):
     """Computes ({"loss": ..., term: ...}, gradients); see `distillation.step.make_update`."""
 
     def loss(trained: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = join(trained, frozen)
-        embedding, _ = run_encoder(config, params["image_encoder"], batch, settings.dtype, devices)
+        embedding, _ = run_encoder(config, params["image_encoder"], batch, settings.dtype, mesh)
         outputs = OBJECTIVES[settings.objective].outputs
         value, terms = interactive_loss(config, params, embedding, batch, weights, settings.corrections, outputs)
         return value, {"loss": value, **terms}

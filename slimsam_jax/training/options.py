@@ -61,7 +61,7 @@ class DeviceOptions:
     split over all devices."""
     attention: Literal["auto", "plain", "rows", "folded"] = "auto"
     """How the encoders compute it while distilling: "plain" keeps all logits, "rows" some at a time, "folded" runs
-    flash attention on GPUs that can; "auto" is what needs no more memory than it must."""
+    flash attention on GPUs and TPUs that can; "auto" does so where it can, and else bounds memory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation while distilling; parameters stay float32. "auto" is bfloat16 on GPU and TPU."""
     distributed: str | None = None

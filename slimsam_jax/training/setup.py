@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax import data
+from slimsam_jax import data, sharding
 from slimsam_jax.data import Sample
 from slimsam_jax.data.sample import too_many
 from slimsam_jax.errors import InputError
@@ -31,7 +30,7 @@ class Options(Protocol):
 
 def batch_size(options: Options) -> int:
     """Chooses how many images a step has, over all processes."""
-    devices, parts = jax.device_count(), options.accumulate
+    devices, parts = sharding.device_count(), options.accumulate
     if devices % options.fsdp:
         raise InputError(f"--fsdp {options.fsdp} does not divide the {devices} devices")
     batch = options.batch or devices * parts * -(-4 // (devices * parts))
@@ -44,7 +43,7 @@ def batch_size(options: Options) -> int:
 def check_batch(options: Options, batch: int, images: int) -> None:
     """Raises InputError if somebody asked for a step of more images than there are."""
     asked = "--batch" if options.batch else "--accumulate"
-    if (options.batch or options.accumulate > 1) and batch > max(images, jax.device_count()):
+    if (options.batch or options.accumulate > 1) and batch > max(images, sharding.device_count()):
         raise InputError(f"{asked} {getattr(options, asked[2:])} is more than the {images} images to learn from")
 
 
@@ -77,5 +76,5 @@ def too_many_of_val(
 
 def compute_dtype(options: Options) -> Any:
     if options.dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.float32 if sharding.platform() == "cpu" else jnp.bfloat16
     return jnp.dtype(options.dtype)

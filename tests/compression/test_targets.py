@@ -69,5 +69,5 @@ def test_they_are_kept_where_that_saves_work(material, monkeypatch):
     monkeypatch.setattr(targets, "ROOM", room - 1)
     assert not kept(run)
     monkeypatch.setattr(targets, "ROOM", room)
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    monkeypatch.setattr(targets.sharding, "device_count", lambda: 2)
     assert not kept(run)

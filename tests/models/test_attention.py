@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ import torch
 from helpers.models import random_sam, tiny_config
 from helpers.peers import segment_anything
 from slimsam_jax.errors import InputError
+from slimsam_jax.models import flash_attention
 from slimsam_jax.models import relative_attention as attention
 from slimsam_jax.models.config import GLOBAL, Block
 from slimsam_jax.models.encoders.vit import ImageEncoder
@@ -64,6 +66,36 @@ def test_forms_have_the_same_gradients(shape, monkeypatch):
     for limit in limits.values():
         monkeypatch.setitem(attention.LOGITS_AT_ONCE, "cpu", limit)
         chex.assert_trees_all_close(value_and_gradient(inputs, "rows"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_for_tpus_has_the_same_values_and_gradients(monkeypatch):
+    """JAX's Pallas kernel, interpreted; a width of v that is not that of q, and more than one tile."""
+    inputs = random_inputs(1, 16, 16, 2, 7)
+    expected = value_and_gradient(inputs, "plain")
+    monkeypatch.setattr(flash_attention, "TILE", 128)
+    interpreted = functools.partial(flash_attention.splash, interpret=True)
+    monkeypatch.setattr(flash_attention, "attend", interpreted)
+    for ours, theirs in zip(*map(jax.tree.leaves, (value_and_gradient(inputs, "folded"), expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    half = [jnp.asarray(x, jnp.bfloat16) for x in inputs]
+    error = np.abs(attention.attend(*half, "folded").astype(np.float32) - original(*inputs)).mean()
+    assert 0 < error < 0.03 * np.abs(original(*inputs)).mean()
+
+
+def test_what_the_kernel_for_tpus_takes(monkeypatch):
+    device = type("Device", (), {"platform": "tpu"})
+    mesh = type("Mesh", (), {"size": 4})
+    inputs = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    choice = lambda *q, mesh=None: attention.choose("auto", inputs(*q), mesh)
+    monkeypatch.setattr(attention.sharding, "_target", (device,))
+    assert choice((1, 64, 64, 12, 64)) == "folded"
+    assert choice((1, 64, 64, 12, 64), jnp.float32) == "rows"  # the kernel would multiply in fewer bits
+    assert choice((25, 14, 14, 12, 64)) == "plain"  # 196 tokens are no whole tiles
+    monkeypatch.setattr(attention.sharding, "_target", (device,) * 4)
+    assert choice((4, 64, 64, 12, 64), mesh=mesh) == "folded"
+    assert choice((4, 64, 64, 12, 64)) == choice((2, 64, 64, 12, 64), mesh=mesh) == "rows"
+    with pytest.raises(InputError, match="folded cannot run on this TPU: 2 images are not split evenly over the 4"):
+        attention.choose("folded", inputs((2, 64, 64, 12, 64)), mesh)
 
 
 def test_large_logits_do_not_overflow():
@@ -148,11 +180,11 @@ def test_auto_keeps_all_logits_only_where_they_are_few(monkeypatch):
 )
 def test_flash_attention_is_used_where_it_can_run(monkeypatch, capability, dtype, width, obstacle):
     """What cuDNN takes, as jax documents it; the kernel itself needs a GPU."""
-    device = type("Device", (), {"compute_capability": capability})
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    device = type("Device", (), {"platform": "gpu", "compute_capability": capability})
+    monkeypatch.setattr(attention.sharding, "_target", (device,))
     q = jax.ShapeDtypeStruct((1, 64, 64, 12, width), dtype)
-    assert attention.choose("auto", q) == attention.choose("rows", q) == "rows"
+    assert attention.choose("rows", q) == "rows"
+    assert attention.choose("auto", q) == ("rows" if obstacle else "folded")
     if obstacle:
         with pytest.raises(InputError, match=obstacle):
             attention.choose("folded", q)

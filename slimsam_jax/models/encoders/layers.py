@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slimsam_jax import sharding
 from slimsam_jax.models.relative_attention import at_least_float32
 
 Params = dict[str, Any]
@@ -106,7 +107,7 @@ def depthwise(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     On a CPU as a sum of shifted images, which XLA makes one loop of: a quarter of the CPU seconds of its convolution
     (256 x 256 pixels, 256 channels, kernels of 3 x 3).
     """
-    if jax.default_backend() != "cpu":
+    if sharding.platform() != "cpu":
         return convolve(x, kernel, stride, x.shape[-1])
     (h, w), (rows, columns) = x.shape[1:3], kernel.shape[:2]
     # The barrier keeps XLA from computing x again for each of the shifts, and what x is computed from again for each.

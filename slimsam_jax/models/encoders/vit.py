@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from slimsam_jax.models.config import GLOBAL, Block, Config
 from slimsam_jax.models.encoders.layers import keep_logit_scale
@@ -41,6 +42,7 @@ class Attention(nn.Module):
     span: tuple[int, int]
     dtype: Any = jnp.float32
     form: Form = "auto"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -53,7 +55,7 @@ class Attention(nn.Module):
             self.param(f"rel_pos_{axis}", nn.initializers.zeros, (2 * side - 1, head_dim)).astype(self.dtype)
             for axis, side in zip("hw", self.span, strict=True)
         )
-        heads = attend(q, k, v, *tables, self.form)
+        heads = attend(q, k, v, *tables, self.form, self.mesh)
         out = nn.DenseGeneral(x.shape[-1], axis=(-2, -1), dtype=self.dtype, name="proj")(heads)
         return out, {"q": q, "k": k, "v": v, "heads": heads}
 
@@ -82,12 +84,13 @@ class EncoderBlock(nn.Module):
     span: tuple[int, int]
     dtype: Any = jnp.float32
     attention: Form = "auto"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x: [b, h, w, D]. Returns the same shape and the block's features (see `ImageEncoder`)."""
         norm = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
-        attention = Attention(self.block, self.span, self.dtype, self.attention, name="attn")
+        attention = Attention(self.block, self.span, self.dtype, self.attention, self.mesh, name="attn")
         y = norm("norm1")(x)
         if self.block.window == GLOBAL:
             y, features = attention(y)
@@ -109,13 +112,15 @@ class ImageEncoder(nn.Module):
       config: the architecture.
       dtype: of the computation; parameters stay float32.
       remat: recompute each block in the backward pass instead of storing it.
-      attention: how it is computed (`attention.attend`).
+      attention: how it is computed (`relative_attention.attend`).
+      mesh: of the devices that images are split over; None for one device.
     """
 
     config: Config
     dtype: Any = jnp.float32
     remat: bool = False
     attention: Form = "auto"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Features]:
@@ -146,7 +151,8 @@ class ImageEncoder(nn.Module):
         make_block = nn.remat(EncoderBlock) if self.remat else EncoderBlock
         for i, block in enumerate(c.blocks):
             name = f"blocks_{i}"
-            x, features[name] = make_block(block, c.attention_span(block), self.dtype, self.attention, name=name)(x)
+            how = (self.dtype, self.attention, self.mesh)
+            x, features[name] = make_block(block, c.attention_span(block), *how, name=name)(x)
         for i, size in ((0, 1), (2, 3)):
             x = conv(c.out_chans, size, f"neck_{i}", padding="SAME", use_bias=False)(x)
             x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"neck_{i + 1}")(x)
