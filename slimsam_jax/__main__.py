@@ -17,6 +17,7 @@ PROGRAMS = {  # subcommand: module, what it does
     "inspect": ("slimsam_jax.inspect", "show a model's blocks, and what pruning would do to them"),
     "calibrate": ("slimsam_jax.calibrate", "choose a model's thresholds of everything mode"),
     "quantize": ("slimsam_jax.quantize", "put integers in the place of a model's weights"),
+    "plan": ("slimsam_jax.plan", "what a compression needs on hardware that is not here"),
     "demo": ("slimsam_jax.demo", "click on images in the browser, models side by side"),
     "data": ("slimsam_jax.data", "check or convert a data set"),
     "from-torch": ("converters.from_torch", "convert a PyTorch or Hugging Face checkpoint into a model folder"),

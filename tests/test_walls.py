@@ -24,7 +24,7 @@ LEVELS = (
     ("evaluation",),
     ("training",),
     ("compression",),
-    ("converters",),
+    ("converters", "plan"),
     ("api",),
     ("calibrate", "compress", "demo", "evaluate", "everything", "inspect", "predict", "programs", "quantize"),
 )

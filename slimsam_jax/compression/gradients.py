@@ -14,7 +14,7 @@ from slimsam_jax.compression.steps import Prune
 from slimsam_jax.distillation import mask_losses
 from slimsam_jax.errors import RunError
 from slimsam_jax.models.sam import Sam, decode, embedding_of, in_training, run_encoder
-from slimsam_jax.pruning.gradients import disturbed, image_keys, loss_gradients, reduce_gradients
+from slimsam_jax.pruning.gradients import Gradients, disturbed, image_keys, of_loss, reduce_gradients
 
 
 def mask_loss(sam: Sam, encoder: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -45,16 +45,20 @@ def gradients(sam: Sam, step: Prune, calibration: Calibration, seed: int) -> Any
         return sam.params["image_encoder"]
     mesh, batches = sharding.make_mesh(), calibration("importance")
     encoder = sharding.replicate(sam.params["image_encoder"], mesh)
+    own, key = of_an_image(sam, step, seed), jax.random.key(seed)
+    return check_finite(reduce_gradients(own, encoder, batches, key, step.grad_reduction, mesh))
+
+
+def of_an_image(sam: Sam, step: Prune, seed: int) -> Gradients:
+    """The function that a step's gradients of single images are computed by."""
     if step.needs_labels:
-        loss = functools.partial(mask_loss, sam)
-        return check_finite(loss_gradients(loss, encoder, batches, step.grad_reduction, mesh))
-    key = jax.random.key(seed)
-    of_image = disturbed(
-        lambda params, batch: run_encoder(sam.config, params, batch)[0], noise_samples=step.noise_samples
-    )
+        return of_loss(functools.partial(mask_loss, sam))
+    embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
+    of_key = disturbed(embed, noise_samples=step.noise_samples)
 
     def of_seed(params: Any, item: Any, by_place: jax.Array) -> Any:
         # By the image's own seed: its place among all depends on how many processes and devices there are.
-        return of_image(params, item, image_keys(key, item["seed"])[0] if "seed" in item else by_place)
+        key = image_keys(jax.random.key(seed), item["seed"])[0] if "seed" in item else by_place
+        return of_key(params, item, key)
 
-    return check_finite(reduce_gradients(of_seed, encoder, batches, key, step.grad_reduction, mesh))
+    return of_seed

@@ -105,7 +105,7 @@ def project(
 
     cut = functools.partial(attention.project_attention, sam.config, encoder, bases, of_kind("attn"))
     masked = sam_costs.encoder_macs(sam.config).total < MASKED_BELOW
-    parts = _parts(step) if masked else _parts(step)[1:]  # masked: as before, so that the program is the same
+    parts = parts_of(step) if masked else parts_of(step)[1:]  # masked: as before, so that the program is the same
     found = _moments(_with_encoder(sam, cut(masked=masked)), calibration("statistics of MLPs"), seed, *parts)
     sam = _with_encoder(sam, cut())
     encoder = sam.params["image_encoder"]
@@ -115,11 +115,11 @@ def project(
 
 def _moments(sam: Sam, batches: Iterable[Batch], seed: int, *parts: statistics.Part) -> statistics.Moments:
     encoder = sharding.replicate(sam.params["image_encoder"], sharding.make_mesh())
-    return check_finite(statistics.accumulate(_statistic(sam.config, parts), encoder, batches, seed))
+    return check_finite(statistics.accumulate(statistic_of(sam.config, parts), encoder, batches, seed))
 
 
 @functools.lru_cache(maxsize=2)
-def _statistic(config: Config, parts: tuple[statistics.Part, ...]) -> statistics.Statistic:
+def statistic_of(config: Config, parts: tuple[statistics.Part, ...]) -> statistics.Statistic:
     """The same function for the same question, so that its program is compiled once."""
     return statistics.moments_of(config, parts)
 
@@ -129,7 +129,7 @@ def weighting(step: Prune) -> statistics.Weighting:
     return "none" if step.importance_loss == "none" else "disturbed"
 
 
-def _parts(step: Prune) -> tuple[statistics.Part, ...]:
+def parts_of(step: Prune) -> tuple[statistics.Part, ...]:
     """Of the bottlenecks' moments; attention first."""
     return ("attention", "mlp", *(("sensitivity",) if step.importance_loss != "none" else ()))
 
@@ -137,7 +137,7 @@ def _parts(step: Prune) -> tuple[statistics.Part, ...]:
 def _bases(sam: Sam, step: Prune, batches: Iterable[Batch], seed: int):
     """Returns the bases of the attentions, and the gain of each of their channels and of the hidden units, uncut."""
     encoder = sam.params["image_encoder"]
-    found = _moments(sam, batches, seed, *_parts(step))
+    found = _moments(sam, batches, seed, *parts_of(step))
     bases = attention.attention_bases(sam.config, encoder, found, weighting(step))
     units = mlp.hidden_units(encoder, found, weighting(step))
     gains = {f"blocks_{i}/attn": basis.gains for i, basis in enumerate(bases)}

@@ -87,11 +87,16 @@ def loss_gradients(
     mesh: Mesh | None = None,
 ) -> Tree:
     """Computes gradients of any loss of (params, batch), such as that of labelled masks, reduced over images."""
+    return reduce_gradients(of_loss(loss), params, batches, jax.random.key(0), reduce, mesh)
+
+
+def of_loss(loss: Callable[[Tree, Any], jax.Array]) -> Gradients:
+    """Makes the function of one image's gradients of a loss of (params, batch)."""
 
     def gradients(params: Tree, item: Any, key: jax.Array) -> Tree:
         return jax.tree.map(lambda g: g[None], jax.grad(loss)(params, item))
 
-    return reduce_gradients(gradients, params, batches, jax.random.key(0), reduce, mesh)
+    return gradients
 
 
 def hessian_diagonal(

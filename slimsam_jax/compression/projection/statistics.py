@@ -43,7 +43,7 @@ def accumulate(statistic: Statistic, encoder: Params, batches: Iterable[Batch], 
     Raises:
       ValueError: there was no batch.
     """
-    found, add = _programs(statistic)
+    found, add = programs(statistic)
     total, key, seen = None, jax.random.key(seed), 0
     for batch in batches:
         if total is None:
@@ -57,7 +57,7 @@ def accumulate(statistic: Statistic, encoder: Params, batches: Iterable[Batch], 
 
 
 @functools.lru_cache(maxsize=4)
-def _programs(statistic: Statistic) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def programs(statistic: Statistic) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What a statistic finds, and that added to a total, which is donated; compiled once for the same statistic."""
 
     @jax.jit  # traced once, though asked for its shapes and then for sums

@@ -1,0 +1,233 @@
+"""Lists the compiled programs that a compression consists of: its own functions, on shapes in place of arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from slimsam_jax import sharding
+from slimsam_jax.compression import mask_distill, pretrain, prune, trainer, widths
+from slimsam_jax.compression.budget import Target, even_cut
+from slimsam_jax.compression.gradients import of_an_image
+from slimsam_jax.compression.loss_terms import terms
+from slimsam_jax.compression.plan import Planned
+from slimsam_jax.compression.projection import statistics
+from slimsam_jax.compression.steps import Distill, DistillMasks, Initialize, Pretrain, Prune, Quantize
+from slimsam_jax.errors import InputError
+from slimsam_jax.models.composed import with_encoder
+from slimsam_jax.models.encoders import family_of, name_of
+from slimsam_jax.models.relative_attention import Form
+from slimsam_jax.models.sam import Architecture, Sam, abstract_params, encode
+from slimsam_jax.profiling import sam_costs
+from slimsam_jax.pruning.gradients import accumulator
+
+Shape = jax.ShapeDtypeStruct
+
+
+class How(NamedTuple):
+    """What the programs of a run depend on, besides its steps.
+
+    Attributes:
+      batch: images of an optimizer step, over all devices.
+      dtype, parts, fsdp, attention: see `compression.trainer.make_trainer`.
+      calibration: images that importance is estimated from.
+      cached: the teacher's embeddings come with the batches.
+      uniform: all blocks are cut alike.
+    """
+
+    batch: int
+    dtype: Any
+    parts: int
+    fsdp: int
+    attention: Form
+    calibration: int
+    cached: bool = False
+    uniform: bool = False
+
+
+class Program(NamedTuple):
+    """A program, and how often a run calls it.
+
+    Attributes:
+      name: "distill", or "prune-bottleneck: statistics of heads".
+      kind: "prune", "distill", "evaluate" or "encode".
+      function: jitted.
+      args: shapes, placed on the devices, and what is static.
+      images: in a call.
+      calls: in the whole run.
+      resident: bytes on a device that the run keeps besides the arguments: the models it has loaded.
+    """
+
+    name: str
+    kind: str
+    function: Any
+    args: tuple[Any, ...]
+    images: int
+    calls: int
+    resident: int = 0
+
+
+def programs(plan: Sequence[Planned], config: Architecture, target: Target, how: How) -> Iterator[Program]:
+    """Yields the programs of a run in its order, of a teacher of this architecture.
+
+    Cuts leave every block the same share, as nothing is known of the channels; a real cut's blocks differ.
+    """
+    teacher = student = previous = abstract(config)
+    for planned in plan:
+        step = planned.step
+        if isinstance(step, Prune):
+            slim = abstract(cut(student.config, step, widths.target_of(step, target), how.uniform))
+            yield from _pruning(planned, student, slim, teacher, how)
+            previous, student = student, slim
+        elif isinstance(step, Initialize):
+            if step.encoder is not None:
+                student = abstract(with_encoder(student.config, step.encoder))
+        elif not isinstance(step, Quantize) and planned.optimizer_steps:
+            yield from _training(planned, student, previous, teacher, how)
+    models = {"teacher": teacher} | ({"slim model": student} if student is not teacher else {})
+    for name, sam in models.items():
+        yield _encoding(f"evaluate: the {name}", "evaluate", sam, jnp.float32)
+    for name, sam in models.items():
+        yield _encoding(f"encode: the {name}", "encode", sam, how.dtype)
+
+
+def abstract(config: Architecture) -> Sam:
+    """A SAM whose parameters are shapes."""
+    return Sam(config, abstract_params(config))
+
+
+def cut(config: Architecture, step: Prune, target: Target, uniform: bool = False) -> Architecture:
+    """The architecture after a step, if every block lost the same share.
+
+    Raises:
+      InputError: it is no ViT of SAM's, whose widths after a cut can be said beforehand.
+    """
+    if name_of(config.encoder) != "vit":
+        raise InputError(f"a cut of a {name_of(config.encoder)} is not planned: its widths come out of its channels")
+    if step.part == "embedding":
+        return dataclasses.replace(config, embed_dim=widths.embedding_width(config, target, step))
+    even = even_cut(config, target.channel_ratio(config))
+    chosen = {f"blocks_{i}/attn": block.head_dim for i, block in enumerate(even.blocks)}
+    chosen |= {f"blocks_{i}/mlp": block.mlp_dim for i, block in enumerate(even.blocks)}
+    if uniform:
+        heads = config.embed_dim // config.blocks[0].heads
+        chosen |= {name: heads for name in chosen if name.endswith("attn")}
+    return widths.with_widths(config, chosen)
+
+
+def size(tree: Any) -> int:
+    """Bytes of all leaves."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def held(*sams: Sam) -> int:
+    """Bytes of the models that a run has loaded, in float32, each once: on its first device, besides what is placed."""
+    return sum(size(sam.params) for sam in {id(sam): sam for sam in sams}.values())
+
+
+def _images(count: int, config: Architecture) -> dict[str, Shape]:
+    frame = Shape((count, *config.image_size, 3), jnp.uint8)
+    return {"image": frame, "size": Shape((count, 2), jnp.int32)}
+
+
+# -------------------------------------------------------------------------------------------------- prune
+
+
+def _pruning(planned: Planned, student: Sam, slim: Sam, teacher: Sam, how: How) -> Iterator[Program]:
+    step, devices = planned.step, sharding.device_count()
+    calls, mesh = max(1, how.calibration // devices), sharding.make_mesh()
+    batch = sharding.shard_batch(_images(devices, student.config), mesh)
+    key, kept = jax.eval_shape(lambda: jax.random.key(0)), held(student, teacher)
+    named = lambda what: f"{planned.name}: {what}"
+    make = lambda what, function, *args: Program(named(what), "prune", function, args, devices, calls, kept)
+    if step.criterion != "projection":
+        if step.reads_gradients:
+            yield make("importance", *_importance(student, step, batch, key, mesh))
+        return
+    if step.part == "embedding":
+        yield make("statistics of the stream", *_statistics(student, ("stream",), batch, key, mesh))
+        return
+    yield make("statistics of heads", *_statistics(student, prune.parts_of(step), batch, key, mesh))
+    if sam_costs.encoder_macs(student.config).total >= prune.MASKED_BELOW:  # else by the same program
+        blocks = zip(student.config.blocks, slim.config.blocks, strict=True)
+        heads = tuple(dataclasses.replace(block, head_dim=narrow.head_dim) for block, narrow in blocks)
+        narrow = abstract(dataclasses.replace(student.config, blocks=heads))
+        yield make("statistics of MLPs", *_statistics(narrow, prune.parts_of(step)[1:], batch, key, mesh))
+
+
+def _importance(sam: Sam, step: Prune, batch: Any, key: Any, mesh: Any) -> tuple[Any, ...]:
+    if step.needs_labels:
+        raise InputError("importance by the loss of masks is not planned; the other steps are, with --only distill")
+    encoder = sharding.replicate(sam.params["image_encoder"], mesh)
+    return accumulator(of_an_image(sam, step), step.grad_reduction, mesh), encoder, encoder, batch, key
+
+
+def _statistics(sam: Sam, parts: tuple[str, ...], batch: Any, key: Any, mesh: Any) -> tuple[Any, ...]:
+    found, add = statistics.programs(prune.statistic_of(sam.config, parts))
+    encoder = sharding.replicate(sam.params["image_encoder"], mesh)
+    total = sharding.replicate(jax.eval_shape(found, encoder, batch, key), mesh)
+    return add, total, encoder, batch, key
+
+
+# -------------------------------------------------------------------------------------------------- train
+
+
+def _training(planned: Planned, student: Sam, previous: Sam, teacher: Sam, how: How) -> Iterator[Program]:
+    make = {Distill: _distill, DistillMasks: _distill_masks, Pretrain: _pretrain}[type(planned.step)]
+    made, batch, weights = make(planned, student, previous, teacher, how)
+    batch = sharding.shard_batch(batch, made.mesh)
+    weights = {name: Shape((), jnp.float32) for name in weights}
+    args = (made.state, made.frozen, batch, weights, Shape((), jnp.float32))
+    kept = held(student, previous, teacher)
+    yield Program(planned.name, "distill", made.step, args, how.batch, planned.optimizer_steps, kept)
+
+
+def _how(how: How) -> tuple[Any, ...]:
+    return how.dtype, how.parts, how.fsdp, how.attention
+
+
+def _embeddings(how: How, config: Architecture) -> dict[str, Any]:
+    """Those of the teacher, if they come with the batch."""
+    return {"embedding": Shape((how.batch, *config.grid, config.out_chans), jnp.float32)} if how.cached else {}
+
+
+def _distill(planned: Planned, student: Sam, previous: Sam, teacher: Sam, how: How) -> tuple[Any, Any, Any]:
+    step, config = planned.step, teacher.config
+    made = trainer.make_trainer(student, previous, teacher, step, *_how(how))
+    batch = _images(how.batch, config) | _embeddings(how, config)
+    if step.losses.masks:
+        batch["points"] = Shape((how.batch, step.losses.points, 2, 2), jnp.float32)
+        batch["labels"] = Shape((how.batch, step.losses.points, 2), jnp.int32)
+    # The terms of the first step, of which later ones are some.
+    return made, batch, terms(step, 0, planned.optimizer_steps, family_of(student.config.encoder).FEATURES)
+
+
+def _distill_masks(planned: Planned, student: Sam, previous: Sam, teacher: Sam, how: How) -> tuple[Any, Any, Any]:
+    step, config = planned.step, teacher.config
+    made = mask_distill.make_trainer(student, teacher, step, *_how(how), how.cached)
+    each = (how.batch, step.prompting.prompts)
+    prompts = {"points": Shape((*each, 2, 2), jnp.float32), "labels": Shape((*each, 2), jnp.int32)}
+    masks = Shape((*each, *(4 * side for side in config.grid)), jnp.float32)
+    more = {"masks": masks, "seed": Shape((how.batch,), jnp.uint32)}
+    return made, _images(how.batch, config) | prompts | more | _embeddings(how, config), step.losses.weights()
+
+
+def _pretrain(planned: Planned, student: Sam, previous: Sam, teacher: Sam, how: How) -> tuple[Any, Any, Any]:
+    made = pretrain.make_trainer(student, teacher, planned.step, how.dtype, how.parts, how.fsdp, how.cached)
+    batch = _images(how.batch, teacher.config) | {"seed": Shape((how.batch,), jnp.uint32)}
+    return made, batch | _embeddings(how, teacher.config), ["embedding"]
+
+
+# -------------------------------------------------------------------------------------------------- encode
+
+
+def _encoding(name: str, kind: str, sam: Sam, dtype: Any) -> Program:
+    """The encoder alone, an image on one device, as validation and the predictor call it (in float32)."""
+    mesh = sharding.make_mesh(devices=sharding.devices()[:1])
+    encoder, batch = sharding.replicate((sam.params["image_encoder"], _images(1, sam.config)), mesh)
+    args = (sam.config, {"image_encoder": encoder}, batch["image"], batch["size"], dtype)
+    return Program(name, kind, encode, args, 1, 0)

@@ -1,0 +1,163 @@
+"""Plans: compiles the programs of a recipe for each hardware and teacher, prints what they need and writes it down."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from slimsam_jax import __version__, checkpoint, sharding
+from slimsam_jax.compression.budget import Budget, Target
+from slimsam_jax.compression.plan import Planned, check, optimizer_steps, planned
+from slimsam_jax.compression.prepare import check_encoders
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.set_option import change
+from slimsam_jax.compression.student import resolved
+from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.files import replacing, write_json
+from slimsam_jax.models import config as plain
+from slimsam_jax.models.sam import Architecture, Sam
+from slimsam_jax.plan import report
+from slimsam_jax.plan.hardware import Hardware, compiled_elsewhere, named
+from slimsam_jax.plan.measure import Needs, largest, measure
+from slimsam_jax.plan.options import Options
+from slimsam_jax.plan.programs import How, Program, programs
+from slimsam_jax.progress import say
+from slimsam_jax.training.setup import batch_size, compute_dtype
+
+
+def run(options: Options) -> list[dict[str, Any]]:
+    """Plans everything that the options name, and returns what is written to their file."""
+    options.check()
+    configs = {name: architecture(name) for name in options.teacher or ("small",)}
+    places = [named(name) for name in options.on]
+    written: list[dict[str, Any]] = []
+    for hardware in places:
+        with sharding.targeting(hardware.devices), compiled_elsewhere(hardware):
+            for teacher, config in configs.items():
+                for entry in plan_one(options, hardware, teacher, config):
+                    save(options, [*written, entry])  # what is known until now
+                written.append(entry)
+    say("wrote", str(options.out))
+    programs = [program for entry in written for program in entry["programs"]]
+    if failed := sum(bool(program["problem"]) and program["fits"] is None for program in programs):
+        raise RunError(f"{failed} of {len(programs)} programs were not compiled: the compiler failed, as said above")
+    return written
+
+
+def save(options: Options, entries: list[dict[str, Any]]) -> None:
+    """Writes the JSON, and the table if there shall be one."""
+    write_json(options.out, entries)
+    if options.table:
+        with replacing(options.table) as temporary:
+            temporary.write_text(report.table(entries) + "\n")
+
+
+def architecture(name: str) -> Architecture:
+    """Returns that of a preset or of a model folder; raises InputError if it is neither."""
+    if name in plain.PRESETS:
+        return plain.preset(name)
+    if not Path(name).exists():
+        raise InputError(f"--teacher {name!r:.60} is no model folder, and no preset: {', '.join(plain.PRESETS)}")
+    model = checkpoint.load(name)
+    if not isinstance(model, Sam):
+        raise InputError(f"--teacher {name!r:.60}: a FastSAM's compression is not planned")
+    return model.config
+
+
+def plan_one(options: Options, hardware: Hardware, teacher: str, config: Architecture) -> Iterator[dict[str, Any]]:
+    """Yields what is known of a plan after each of its programs: the last is the whole."""
+    steps, target, how = _of(options, config)
+    entry = _beginning(options, hardware, teacher, how)
+    report.print_heading(entry)
+    found: list[Needs] = []
+    for program in chosen(options, steps, config, target, how):
+        found.append(needs := measure(program, hardware))
+        report.print_row(needs, hardware)
+        yield entry | {"programs": [described(each) for each in found]}
+    whole = entry | {"programs": [described(each) for each in found], **hours(found, len(hardware.devices))}
+    if options.largest:
+        whole["largest_batch"] = largest_batch(options, hardware, steps, config, target, how)
+    report.print_whole(whole)
+    yield whole
+
+
+def _of(options: Options, config: Architecture) -> tuple[tuple[Planned, ...], Target, How]:
+    """The steps, how much is cut, and what the programs depend on besides; raises InputError as `compress` does."""
+    if options.per_device:
+        options = dataclasses.replace(options, batch=options.per_device * sharding.device_count())
+    batch, dtype = batch_size(options), compute_dtype(options)
+    named_student = str(options.student) if options.student else None
+    recipe = resolved(change(RECIPES[options.recipe], options.set), named_student, config)
+    check(recipe)
+    check_encoders(recipe, config)
+    target = Target(options.channel_ratio(), Budget.parse(options.budget) if options.budget is not None else None)
+    steps = planned(recipe, optimizer_steps(recipe, options.limit, batch, options.steps))
+    how = (batch, dtype, options.accumulate, options.fsdp, options.attention)
+    calibration = min(options.importance_images, options.limit)
+    return steps, target, How(*how, calibration, options.cache, options.uniform)
+
+
+def chosen(
+    options: Options, steps: tuple[Planned, ...], config: Architecture, target: Target, how: How
+) -> Iterator[Program]:
+    """The programs of the kinds that are asked for."""
+    return (each for each in programs(steps, config, target, how) if not options.only or each.kind in options.only)
+
+
+def largest_batch(
+    options: Options, hardware: Hardware, steps: tuple[Planned, ...], config: Architecture, target: Target, how: How
+) -> int | None:
+    """Returns the largest number of images of a step that every distillation fits with; None of a CPU."""
+    if hardware.chip is None:
+        return None
+    devices = len(hardware.devices) * how.parts
+
+    def fits(each: int) -> bool:
+        distill = dataclasses.replace(options, only=("distill",))
+        tried = chosen(distill, steps, config, target, how._replace(batch=each * devices))
+        answer = all(measure(program, hardware).fits for program in tried)
+        say("tried", f"{each * devices} images a step: {'fits' if answer else 'does not fit'}")
+        return answer
+
+    return devices * largest(fits)
+
+
+def hours(found: list[Needs], devices: int) -> dict[str, float | None]:
+    """Returns the hours of the calls that a run makes, if each program's time is known; without loading and scoring."""
+    counted = [needs for needs in found if needs.calls]
+    if not counted or any(needs.seconds is None for needs in counted):
+        return {"hours": None, "device_hours": None}
+    total = sum(needs.seconds * needs.calls for needs in counted) / 3600
+    return {"hours": total, "device_hours": total * devices}
+
+
+def described(needs: Needs) -> dict[str, Any]:
+    rate = needs.images / needs.seconds if needs.seconds else None
+    return {**dataclasses.asdict(needs), "seconds": needs.seconds, "images_per_second": rate}
+
+
+def _beginning(options: Options, hardware: Hardware, teacher: str, how: How) -> dict[str, Any]:
+    chip = hardware.chip
+    return {
+        "on": hardware.name,
+        "devices": len(hardware.devices),
+        "device": hardware.devices[0].device_kind,
+        "memory": chip.memory if chip else None,
+        "teacher": teacher,
+        "recipe": options.recipe,
+        "set": list(options.set),
+        "ratio": options.channel_ratio(),
+        "budget": options.budget,
+        "batch": how.batch,
+        "accumulate": how.parts,
+        "fsdp": how.fsdp,
+        "attention": how.attention,
+        "dtype": jnp.dtype(how.dtype).name,
+        "images": options.limit,
+        "versions": {"slimsam_jax": __version__, "jax": version("jax")},
+    }

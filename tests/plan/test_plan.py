@@ -1,0 +1,71 @@
+"""The program: what it prints and writes for the one device that is here, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import pytest
+
+from helpers.models import SQUARE
+from slimsam_jax import sharding
+from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.plan import report, run
+from slimsam_jax.plan.options import Options
+
+
+def test_a_plan_for_this_machine(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "architecture", lambda name: SQUARE)
+    out, table = tmp_path / "plan.json", tmp_path / "plan.md"
+    written = run.run(Options(on=("cpu",), only=("encode",), out=out, table=table, per_device=3))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(written))
+    (entry,) = written
+    assert (entry["batch"], entry["devices"], entry["hours"]) == (3, 1, None)
+    whole, slim = entry["programs"]
+    assert whole["name"] == "encode: the teacher" and slim["name"] == "encode: the slim model"
+    assert 0 < slim["arguments"] < whole["arguments"] < whole["peak"]
+    assert 0 < slim["flops"] < whole["flops"] and whole["fits"] is None and whole["collectives"] == {}
+    assert "  encode: the teacher: peak" in capsys.readouterr().out
+    assert table.read_text().count("\n| small | cpu | encode") == 2
+    assert sharding._target is None
+
+
+def test_what_does_not_fit_is_a_row_and_no_end(monkeypatch, tmp_path, capsys):
+    """The TPU's compiler gives up where it finds no room; another fault of a compiler is one in the end."""
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm."
+
+    def traced(message):
+        def lower(*_):
+            raise jax.errors.JaxRuntimeError(message)
+
+        return type("Traced", (), {"lower": lower, "jaxpr": jax.make_jaxpr(lambda: 0)()})()
+
+    monkeypatch.setattr(run, "architecture", lambda name: SQUARE)
+    function = type("Function", (), {"trace": lambda self, *args: traced(said)})()
+    monkeypatch.setattr("slimsam_jax.plan.programs.encode", function)
+    ((entry),) = run.run(Options(on=("cpu",), only=("encode",), out=tmp_path / "plan.json"))
+    assert [(each["fits"], each["peak"]) for each in entry["programs"]] == [(False, 20 << 30)] * 2
+    assert "the compiler gave up: RESOURCE_EXHAUSTED" in capsys.readouterr().out
+    assert "| **no** |" in report.table([entry])
+    said = "INTERNAL: a fault"
+    with pytest.raises(RunError, match="2 of 2 programs were not compiled"):
+        run.run(Options(on=("cpu",), only=("encode",), out=tmp_path / "plan.json"))
+    assert "the compiler gave up: INTERNAL: a fault" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plan.json").read_text())[0]["programs"][0]["fits"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch": 4, "per_device": 1}, "--batch and --per-device both"),
+        ({"budget": "latency=3ms"}, "cannot be planned"),
+        ({"ratio": 1.0}, "0 < ratio < 1"),
+        ({"limit": 0}, "--limit 0 must be at least 1"),
+        ({"on": ("v5e-3",)}, "a slice of 3 v5e chips is not known"),
+        ({"on": ("cpu",), "teacher": ("vit_x",)}, "no model folder, and no preset: vit_b"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(given, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run.run(Options(**given, out=tmp_path / "plan.json"))
+    assert not list(tmp_path.iterdir())

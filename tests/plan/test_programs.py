@@ -1,0 +1,93 @@
+"""The programs of a plan are those of a run: the same functions, on the shapes that a run's arrays have."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers.models import SQUARE, random_sam
+from slimsam_jax import sharding
+from slimsam_jax.compression import trainer
+from slimsam_jax.compression.budget import Target
+from slimsam_jax.compression.plan import planned
+from slimsam_jax.compression.prune import MASKED_BELOW
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.steps import Distill, Prune
+from slimsam_jax.compression.student import resolved
+from slimsam_jax.errors import InputError
+from slimsam_jax.models import config as plain
+from slimsam_jax.models.composed import with_encoder
+from slimsam_jax.models.encoders import presets
+from slimsam_jax.plan.programs import How, abstract, cut, programs
+from slimsam_jax.plan.run import hours
+from slimsam_jax.profiling import sam_costs
+
+HOW = How(4, jnp.float32, 1, 1, "auto", 100)
+
+
+def listed(recipe, config=SQUARE, how=HOW):
+    counts = [10 if hasattr(step, "optimizer") else 0 for step in recipe]
+    return list(programs(planned(recipe, counts), config, Target(0.5), how))
+
+
+def test_the_default_recipe():
+    found = {each.name: each for each in listed(RECIPES["default"])}
+    assert list(found) == [
+        "prune-embedding: statistics of the stream",
+        "prune-bottleneck: statistics of heads",  # and of MLPs: of a small model by the same program
+        "distill",
+        *(f"{kind}: the {model}" for kind in ("evaluate", "encode") for model in ("teacher", "slim model")),
+    ]
+    assert sam_costs.encoder_macs(SQUARE).total < MASKED_BELOW
+    assert found["distill"].calls == 10 and found["distill"].images == 4
+    assert found["prune-embedding: statistics of the stream"].calls == 100
+
+
+def test_a_large_model_has_a_program_of_its_own_for_mlps():
+    names = [each.name for each in listed(RECIPES["default"][:2], plain.preset("vit_b", 512))]
+    assert "prune-bottleneck: statistics of MLPs" in names
+
+
+def test_the_paper_distils_twice_each_time_against_the_model_before_the_cut():
+    found = [each for each in listed(RECIPES["taylor"]) if each.kind == "distill"]
+    frozen = [each.args[1]["previous" if "previous" in each.args[1] else "teacher"] for each in found]
+    assert [tree["pos_embed"].shape[-1] for tree in frozen] == [24, 12]
+    widths = [each.args[0].params["image_encoder"]["blocks_0"]["mlp_lin1"]["kernel"].shape for each in found]
+    assert widths == [(12, 40), (12, 20)]
+
+
+def test_a_trainer_of_shapes_is_the_trainer_of_arrays():
+    config = cut(cut(SQUARE, Prune("embedding"), Target(0.5)), Prune("bottleneck"), Target(0.5))
+    real = trainer.make_trainer(*(random_sam(each) for each in (config, SQUARE, SQUARE)), Distill(), jnp.bfloat16)
+    shapes = trainer.make_trainer(*(abstract(each) for each in (config, SQUARE, SQUARE)), Distill(), jnp.bfloat16)
+    described = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, np.dtype(leaf.dtype), leaf.sharding), tree)
+    for name in ("state", "frozen"):
+        assert described(getattr(shapes, name)) == described(getattr(real, name))
+    assert sharding.is_abstract(shapes.frozen) and not sharding.is_abstract(real.frozen)
+
+
+def test_recipes_with_other_students_are_traced():
+    """Their losses, too: what a batch lacks would not be read."""
+    recipe = resolved(RECIPES["edge_sam"], "rep_vit_small", plain.preset("small"))
+    kinds = [each for each in listed(recipe, plain.preset("small")) if each.kind == "distill"]
+    assert len(kinds) == 2
+    for each in kinds:
+        each.function.trace(*each.args)
+
+
+def test_what_cannot_be_planned_says_so():
+    with pytest.raises(InputError, match="a cut of a rep_vit is not planned"):
+        cut(resolved_config(), Prune("embedding"), Target(0.5))
+
+
+def resolved_config():
+    small = plain.preset("small")
+    return with_encoder(small, presets.encoder("rep_vit_small", small))
+
+
+def test_hours_are_of_all_calls_or_of_none():
+    needs = lambda seconds, calls: type("Needs", (), {"seconds": seconds, "calls": calls})
+    assert hours([needs(2.0, 900), needs(1.0, 1800), needs(None, 0)], 8) == {"hours": 1.0, "device_hours": 8.0}
+    assert hours([needs(None, 1), needs(1.0, 1)], 8)["hours"] is None
