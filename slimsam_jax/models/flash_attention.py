@@ -15,9 +15,10 @@ from slimsam_jax import sharding
 
 # Queries and keys of a tile on a TPU, at most: logits of a tile take 1 MiB in float32. Mosaic's lanes are 128.
 TILE, LANES = 512, 128
+ABSENT = -3e4  # logit of a key that is there to fill a tile: of its softmax nothing is left, in bfloat16 either
 
 
-def obstacle(tokens: int, width: int, dtype: jnp.dtype, images: int, mesh: Mesh | None = None) -> str:
+def obstacle(width: int, dtype: jnp.dtype, images: int, mesh: Mesh | None = None) -> str:
     """Returns why flash attention cannot be used; "" if it can.
 
     Args:
@@ -25,7 +26,7 @@ def obstacle(tokens: int, width: int, dtype: jnp.dtype, images: int, mesh: Mesh 
       images: b, over all devices.
       mesh: of the devices that images are split over; None for one device.
     """
-    limits = {"gpu": lambda: _no_cudnn(width), "tpu": lambda: _no_splash(tokens, images, mesh)}
+    limits = {"gpu": lambda: _no_cudnn(width), "tpu": lambda: _no_splash(images, mesh)}
     platform = sharding.platform()
     if platform not in limits:
         return ""  # computed by XLA
@@ -44,9 +45,7 @@ def _no_cudnn(width: int) -> str:
     return f"{width} channels per head (with positions), at most {widest}" if width > widest else ""
 
 
-def _no_splash(tokens: int, images: int, mesh: Mesh | None) -> str:
-    if tokens % LANES:
-        return f"the TPU's kernel takes a multiple of {LANES} tokens, not {tokens}"
+def _no_splash(images: int, mesh: Mesh | None) -> str:
     if sharding.device_count() > 1 and (mesh is None or images % mesh.size):
         return f"{images} images are not split evenly over the {sharding.device_count()} devices"
     return ""
@@ -79,7 +78,18 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh | None = None, i
         # check_vma: the kernel's outputs do not say over which axes they differ.
         own = jax.shard_map(own, mesh=mesh, in_specs=(images,) * 3, out_specs=images, check_vma=False)
     heads_first = lambda x: x.transpose(0, 2, 1, 3)
-    return heads_first(own(*map(heads_first, (q, k, v))))
+    return heads_first(own(*map(heads_first, _whole_tiles(q, k, v))))[:, : q.shape[1]]
+
+
+def _whole_tiles(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adds tokens up to a multiple of `LANES`, as the 196 of a window, and a channel that no query sees the new by."""
+    tokens = q.shape[1]
+    if not (spare := -tokens % LANES):
+        return q, k, v
+    more = lambda x: jnp.pad(x, ((0, 0), (0, spare), (0, 0), (0, 0)))
+    absent = jnp.where(jnp.arange(tokens + spare) < tokens, 0, ABSENT).astype(k.dtype)
+    column = jnp.broadcast_to(absent[:, None, None], (*more(k).shape[:-1], 1))
+    return jnp.concatenate([more(q), jnp.ones_like(column)], -1), jnp.concatenate([more(k), column], -1), more(v)
 
 
 def _of_images(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Array:

@@ -96,7 +96,7 @@ def _shares(images: int) -> int:
 def no_flash(q: jax.Array, mesh: Mesh | None = None) -> str:
     """Why flash attention cannot take `q` folded, window or image; "" if it can."""
     b, h, w, _, d = q.shape
-    return flash_attention.obstacle(h * w, folded_width(h, w, d), q.dtype, b, mesh)
+    return flash_attention.obstacle(folded_width(h, w, d), q.dtype, b, mesh)
 
 
 def by_distance(rel_pos: jax.Array, side: int) -> jax.Array:

@@ -68,9 +68,10 @@ def test_forms_have_the_same_gradients(shape, monkeypatch):
         chex.assert_trees_all_close(value_and_gradient(inputs, "rows"), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_kernel_for_tpus_has_the_same_values_and_gradients(monkeypatch):
-    """JAX's Pallas kernel, interpreted; a width of v that is not that of q, and more than one tile."""
-    inputs = random_inputs(1, 16, 16, 2, 7)
+@pytest.mark.parametrize("shape", [(1, 16, 16, 1, 7), (2, 6, 5, 2, 7)])
+def test_the_kernel_for_tpus_has_the_same_values_and_gradients(shape, monkeypatch):
+    """JAX's Pallas kernel, interpreted; a width of v that is not that of q; two tiles, and part of one."""
+    inputs = random_inputs(*shape)
     expected = value_and_gradient(inputs, "plain")
     monkeypatch.setattr(flash_attention, "TILE", 128)
     interpreted = functools.partial(flash_attention.splash, interpret=True)
@@ -90,7 +91,7 @@ def test_what_the_kernel_for_tpus_takes(monkeypatch):
     monkeypatch.setattr(attention.sharding, "_target", (device,))
     assert choice((1, 64, 64, 12, 64)) == "folded"
     assert choice((1, 64, 64, 12, 64), jnp.float32) == "rows"  # the kernel would multiply in fewer bits
-    assert choice((25, 14, 14, 12, 64)) == "plain"  # 196 tokens are no whole tiles
+    assert choice((25, 14, 14, 12, 64)) == "folded"  # 196 tokens are filled up to whole tiles
     monkeypatch.setattr(attention.sharding, "_target", (device,) * 4)
     assert choice((4, 64, 64, 12, 64), mesh=mesh) == "folded"
     assert choice((4, 64, 64, 12, 64)) == choice((2, 64, 64, 12, 64), mesh=mesh) == "rows"

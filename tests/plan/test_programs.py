@@ -20,6 +20,7 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.models import config as plain
 from slimsam_jax.models.composed import with_encoder
 from slimsam_jax.models.encoders import presets
+from slimsam_jax.models.sam import encoder_for
 from slimsam_jax.plan.programs import How, abstract, cut, programs
 from slimsam_jax.plan.run import hours
 from slimsam_jax.profiling import sam_costs
@@ -91,3 +92,13 @@ def test_hours_are_of_all_calls_or_of_none():
     needs = lambda seconds, calls: type("Needs", (), {"seconds": seconds, "calls": calls})
     assert hours([needs(2.0, 900), needs(1.0, 1800), needs(None, 0)], 8) == {"hours": 1.0, "device_hours": 8.0}
     assert hours([needs(None, 1), needs(1.0, 1)], 8)["hours"] is None
+
+
+def test_a_narrow_stream_does_not_hide_wide_blocks():
+    """While a bottleneck's importance is estimated: each block of ViT-H is then computed again, as before the cut."""
+    whole = plain.preset("vit_h")
+    narrow = cut(whole, Prune("embedding"), Target(0.77))
+    remat = lambda config: encoder_for(config, 1, jnp.float32).remat
+    assert narrow.embed_dim < 300 and remat(whole) and remat(narrow)
+    assert not remat(cut(narrow, Prune("bottleneck"), Target(0.77)))
+    assert not remat(plain.preset("vit_b")) and encoder_for(plain.preset("vit_b"), 2, jnp.float32).remat
