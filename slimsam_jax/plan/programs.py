@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from slimsam_jax import sharding
 from slimsam_jax.compression import mask_distill, pretrain, prune, trainer, widths
 from slimsam_jax.compression.budget import Target, even_cut
+from slimsam_jax.compression.calibration_images import batches_of
 from slimsam_jax.compression.gradients import of_an_image
 from slimsam_jax.compression.loss_terms import terms
 from slimsam_jax.compression.plan import Planned
@@ -26,6 +27,7 @@ from slimsam_jax.profiling import sam_costs
 from slimsam_jax.pruning.gradients import accumulator
 
 Shape = jax.ShapeDtypeStruct
+SEEN = Shape((), jnp.int32)  # images before a batch
 
 
 class How(NamedTuple):
@@ -134,13 +136,18 @@ def _images(count: int, config: Architecture) -> dict[str, Shape]:
     return {"image": frame, "size": Shape((count, 2), jnp.int32)}
 
 
+def _seeds(count: int) -> dict[str, Shape]:
+    """Of what is drawn for each image."""
+    return {"seed": Shape((count,), jnp.uint32)}
+
+
 # -------------------------------------------------------------------------------------------------- prune
 
 
 def _pruning(planned: Planned, student: Sam, slim: Sam, teacher: Sam, how: How) -> Iterator[Program]:
     step, devices = planned.step, sharding.device_count()
-    calls, mesh = max(1, how.calibration // devices), sharding.make_mesh()
-    batch = sharding.shard_batch(_images(devices, student.config), mesh)
+    calls, mesh = batches_of(how.calibration, devices), sharding.make_mesh()
+    batch = sharding.shard_batch(_images(devices, student.config) | _seeds(devices), mesh)
     key, kept = jax.eval_shape(lambda: jax.random.key(0)), held(student, teacher)
     named = lambda what: f"{planned.name}: {what}"
     make = lambda what, function, *args: Program(named(what), "prune", function, args, devices, calls, kept)
@@ -163,14 +170,15 @@ def _importance(sam: Sam, step: Prune, batch: Any, key: Any, mesh: Any) -> tuple
     if step.needs_labels:
         raise InputError("importance by the loss of masks is not planned; the other steps are, with --only distill")
     encoder = sharding.replicate(sam.params["image_encoder"], mesh)
-    return accumulator(of_an_image(sam, step), step.grad_reduction, mesh), encoder, encoder, batch, key
+    add = accumulator(of_an_image(sam, step, 0), step.grad_reduction, mesh)
+    return add, encoder, encoder, batch, key, SEEN
 
 
 def _statistics(sam: Sam, parts: tuple[str, ...], batch: Any, key: Any, mesh: Any) -> tuple[Any, ...]:
     found, add = statistics.programs(prune.statistic_of(sam.config, parts))
     encoder = sharding.replicate(sam.params["image_encoder"], mesh)
-    total = sharding.replicate(jax.eval_shape(found, encoder, batch, key), mesh)
-    return add, total, encoder, batch, key
+    total = sharding.replicate(jax.eval_shape(found, encoder, batch, key, SEEN), mesh)
+    return add, total, encoder, batch, key, SEEN
 
 
 # -------------------------------------------------------------------------------------------------- train
@@ -212,13 +220,13 @@ def _distill_masks(planned: Planned, student: Sam, previous: Sam, teacher: Sam, 
     each = (how.batch, step.prompting.prompts)
     prompts = {"points": Shape((*each, 2, 2), jnp.float32), "labels": Shape((*each, 2), jnp.int32)}
     masks = Shape((*each, *(4 * side for side in config.grid)), jnp.float32)
-    more = {"masks": masks, "seed": Shape((how.batch,), jnp.uint32)}
+    more = {"masks": masks} | _seeds(how.batch)
     return made, _images(how.batch, config) | prompts | more | _embeddings(how, config), step.losses.weights()
 
 
 def _pretrain(planned: Planned, student: Sam, previous: Sam, teacher: Sam, how: How) -> tuple[Any, Any, Any]:
     made = pretrain.make_trainer(student, teacher, planned.step, how.dtype, how.parts, how.fsdp, how.cached)
-    batch = _images(how.batch, teacher.config) | {"seed": Shape((how.batch,), jnp.uint32)}
+    batch = _images(how.batch, teacher.config) | _seeds(how.batch)
     return made, batch | _embeddings(how, teacher.config), ["embedding"]
 
 

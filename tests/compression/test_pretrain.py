@@ -37,7 +37,7 @@ def test_patches_that_are_not_seen_change_nothing():
         jax.random.key(1), jnp.zeros((1, count, 12)), order[None]
     )
     params = {"image_encoder": random_sam(config).params["image_encoder"], "decoder": decoder["params"]}
-    program = jax.jit(lambda images: predicted(SMALL, config, jnp.float32, 1, params, {**batch, "image": images}))
+    program = jax.jit(lambda images: predicted(SMALL, config, jnp.float32, None, params, {**batch, "image": images}))
     before = program(batch["image"])["embedding"]
     assert before.shape == (1, 16, config.out_chans)
     for patch, seen in ((order[0], True), (order[count - 1], True), (order[count], False), (order[-1], False)):

@@ -43,7 +43,7 @@ def test_the_default_recipe():
     ]
     assert sam_costs.encoder_macs(SQUARE).total < MASKED_BELOW
     assert found["distill"].calls == 10 and found["distill"].images == 4
-    assert found["prune-embedding: statistics of the stream"].calls == 100
+    assert found["prune-embedding: statistics of the stream"].calls == 96  # multiples of 8
 
 
 def test_a_large_model_has_a_program_of_its_own_for_mlps():
