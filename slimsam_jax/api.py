@@ -115,6 +115,7 @@ def compress(
     fsdp: int = 1,
     attention: Literal["auto", "plain", "rows", "folded"] = "auto",
     cache: Path | str | None = None,
+    cache_as: Literal["float16", "int8"] = "float16",
     max_broken: float = 0.1,
     strict: bool = False,
     distributed: str | None = None,

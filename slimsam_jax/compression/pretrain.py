@@ -121,8 +121,8 @@ def make_trainer(
     tokens = jnp.zeros((1, seen_of(step, patches), config.encoder.embed_dim))
     first = jax.jit(decoder.init)(jax.random.key(seed), tokens, jnp.arange(patches)[None])["params"]
     state = init_state({"image_encoder": student.params["image_encoder"], "decoder": first}, optimizer, how.ema)
-    encoder = teacher.params["image_encoder"]
-    frozen = {} if known else {"teacher": jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), encoder)}
+    as_computed = lambda leaf: jnp.asarray(leaf, dtype)
+    frozen = {} if known else {"teacher": jax.tree.map(as_computed, teacher.params["image_encoder"])}
     return Trainer(train_step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 
 
