@@ -62,11 +62,16 @@ def step_macs(step: Distill | DistillMasks | Pretrain, student: Sam, teacher: Sa
     """Of one image; its embedding by the teacher is there. Of prompts in the loop all rounds count."""
     module = {Distill: trainer, DistillMasks: mask_distill, Pretrain: pretrain}[type(step)]
     models = (student, teacher, teacher) if module is trainer else (student, teacher)
-    built = module.make_trainer(*models, step, known=True)
     weights = step.losses.weights() if module is mask_distill else {"embedding": 1.0}
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (built.state, built.frozen))
-    macs = count(built.step, *shapes, batch_of(step, teacher.config), weights, 1e-4)
-    return macs.total
+    steps = []
+
+    def state_and_frozen() -> Any:
+        built = module.make_trainer(*models, step, known=True)
+        steps.append(built.step)
+        return built.state, built.frozen
+
+    shapes = jax.eval_shape(state_and_frozen)  # so that nothing is compiled
+    return count(*steps, *shapes, batch_of(step, teacher.config), weights, 1e-4).total
 
 
 def batch_of(step: Any, config: Any) -> dict[str, Any]:
