@@ -44,8 +44,9 @@ def commit() -> str:
 
 
 def check_committed() -> None:
-    """Raises InputError if results would be of code that no commit holds."""
-    if not (name := commit()) or name.endswith("-dirty"):
+    """Raises InputError if results would be of code that no commit holds; what follows is of that which is there now."""
+    machine.cache_clear()
+    if not (name := machine()["commit"]) or name.endswith("-dirty"):
         raise InputError(
             f"the code is no commit's ({name or 'no git here'}); commit it, so that rows say what made them"
         )
