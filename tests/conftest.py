@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
@@ -14,7 +15,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="slimsam-jax-tests-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Most of the suite is compilation, of programs that run a few times. (Level 0 breaks parity: experiments/LOG.md.)
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# XLA's older emitters compile a training step in two thirds of the time; newer versions have them no longer and would
+# stop at the flag.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=1"
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
+)
 # Workers fill the cores by themselves: more threads of PyTorch and BLAS would wait for each other, and busily.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
