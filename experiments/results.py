@@ -44,7 +44,7 @@ def commit() -> str:
 
 
 def check_committed() -> None:
-    """Raises InputError if results would be of code that no commit holds; what follows is of that which is there now."""
+    """Raises InputError if results would be of code that no commit holds; what is appended then names this commit."""
     machine.cache_clear()
     if not (name := machine()["commit"]) or name.endswith("-dirty"):
         raise InputError(
