@@ -11,6 +11,7 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
+from helpers.family_models import random_params
 from helpers.models import random_images, random_sam, tiny_config
 from slimsam_jax import sharding
 from slimsam_jax.compression import mask_distill, pretrain, trainer
@@ -20,7 +21,7 @@ from slimsam_jax.compression.steps import Distill, Initialize, Pretrain, Recipe
 from slimsam_jax.models.composed import with_encoder
 from slimsam_jax.models.encoders import efficient_sam_vit, rep_vit_config, tiny_vit_config
 from slimsam_jax.models.encoders.architecture import Block
-from slimsam_jax.models.sam import Sam
+from slimsam_jax.models.sam import Sam, abstract_params
 from slimsam_jax.training.loop import Trainer
 
 TEACHER = tiny_config(image_size=(64, 64), decoder_depth=1)
@@ -77,7 +78,8 @@ def main(out: str, fsdp: int, trainings: dict[str, list[int]], steps: int = 2) -
     """Takes some steps of trainings, {recipe: indices in it}, and writes the parameters that came of each."""
     teacher = random_sam(TEACHER)
     for name, indices in trainings.items():
-        student = random_sam(with_encoder(TEACHER, STUDENTS[name]), seed=1)
+        config = with_encoder(TEACHER, STUDENTS[name])
+        student = Sam(config, random_params(abstract_params(config), seed=1))
         for index in indices:
             step = small(name)[index]
             built, weights = make_trainer(step, student, teacher, fsdp)
