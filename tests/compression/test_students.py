@@ -28,6 +28,8 @@ from slimsam_jax.training.loop import Loop
 
 # tiny_sam is mobile_sam and a training more, of which efficient_sam's last has some terms.
 GOING_ON = ("tiny_sam", "efficient_sam")  # edge_sam in test_mask_distill.py, on images without annotations
+# Softmax does not see it: its gradient is rounding alone, of which Adam makes steps as of any other.
+BLIND = ("/k/bias",)
 PROGRAMS = {"mobile_sam": [1], "edge_sam": [1, 2], "tiny_sam": [2], "efficient_sam": [1]}
 
 
@@ -138,6 +140,6 @@ def test_eight_devices_take_the_same_steps(tmp_path):
     for path in one.iterdir():
         with np.load(path) as expected, np.load(eight / path.name) as found:
             assert set(expected) == set(found) and np.isfinite(expected["losses"]).all()
-            for key in expected:
+            for key in set(expected) - {name for name in expected if name.endswith(BLIND)}:
                 close = {"atol": 1e-5, "rtol": 1e-4, "err_msg": f"{path.stem} {key}"}
                 np.testing.assert_allclose(found[key], expected[key], **close)
