@@ -29,7 +29,7 @@ from slimsam_jax.training.loop import Loop
 # tiny_sam is mobile_sam and a training more, of which efficient_sam's last has some terms.
 GOING_ON = ("tiny_sam", "efficient_sam")  # edge_sam in test_mask_distill.py, on images without annotations
 # Softmax does not see it: its gradient is rounding alone, of which Adam makes steps as of any other.
-BLIND = ("/k/bias",)
+BLIND = ("/k/bias", "/k_proj/bias")
 PROGRAMS = {"mobile_sam": [1], "edge_sam": [1, 2], "tiny_sam": [2], "efficient_sam": [1]}
 
 
