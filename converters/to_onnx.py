@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 # What needs JAX or onnx is imported where it is used: --help should not wait for it.
 
-Dtype = Literal["float32", "float16", "int8", "integers"]
+Dtype = Literal["float32", "float16", "int8", "integers", "integers_float16"]
 Layout = Literal["sam", "transformers_js", "efficient_sam"]
 SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # transformers.js's
+INTEGERS = {"integers": "", "integers_float16": "f16"}  # behind what `suffix_of` says
 STEMS = {
     "sam": ("encoder", "decoder"),
     "transformers_js": ("onnx/vision_encoder", "onnx/prompt_encoder_mask_decoder"),
@@ -76,33 +77,6 @@ def check_model(sam: Sam, where: str, layout: Layout = "sam") -> None:
         raise InputError(f"transformers.js pads images to squares, and {where} takes {height} x {width}; use sam")
 
 
-def check_integers(sam: Sam, where: str, dtypes: Sequence[Dtype]) -> None:
-    """Raises InputError for `integers` of a model that has none, or whose integers a graph cannot have."""
-    from slimsam_jax.models.encoders import family_of
-    from slimsam_jax.quantization import any_quantized
-    from slimsam_jax.quantization.running import quantizes_inputs
-
-    if "integers" not in dtypes:
-        return
-    if not any_quantized(sam.params):
-        raise InputError(f"{where} is not quantised: `slimsam quantize` makes integers of it, or take --dtype int8")
-    if quantizes_inputs(sam.params):
-        raise InputError(f"{where} quantises inputs of layers, too, and --dtype integers writes weights alone")
-    if hasattr(family_of(sam.config.encoder), "for_inference"):
-        raise InputError(f"{where} has batch norms, which a graph has folded into weights that are no integers then")
-
-
-def suffix_of(sam: Sam) -> str:
-    """transformers.js's name of a quantised model's files, by the bits of most of its weights."""
-    import jax
-
-    from slimsam_jax.quantization import is_quantized
-
-    nodes = [leaf for leaf in jax.tree.leaves(sam.params, is_leaf=is_quantized) if is_quantized(leaf)]
-    few = sum(leaf.codes.size for leaf in nodes if leaf.bits <= 4)
-    return "_q4" if 2 * few > sum(leaf.codes.size for leaf in nodes) else "_quantized"
-
-
 def save(model: onnx.ModelProto, path: Path) -> None:
     """Writes and checks one model; arrays that exceed protobuf's limit go into `path` + "_data"."""
     import onnx
@@ -139,27 +113,31 @@ def quantize(source: Path, target: Path) -> None:
 
 def write(sam: Sam, folder: Path, layout: Layout, dtype: Dtype, return_single_mask: bool = False) -> list[Path]:
     """Writes encoder and decoder in one dtype; int8 is made of the float32 files, which must be there."""
-    suffix = suffix_of(sam) if dtype == "integers" else SUFFIXES[dtype]
+    from converters.onnx.integers import suffix_of
+
+    suffix = SUFFIXES[dtype] if dtype in SUFFIXES else suffix_of(sam) + INTEGERS[dtype]
     paths = [folder / f"{stem}{suffix}.onnx" for stem in STEMS[layout]]
     if dtype == "int8":
         for stem, path in zip(STEMS[layout], paths, strict=True):
             quantize(folder / f"{stem}.onnx", path)
     else:
-        integers = dtype == "integers"
-        kind = np.dtype(np.float32 if integers else dtype)
+        integers = dtype in INTEGERS
+        kind = np.dtype(np.float16 if "float16" in dtype else np.float32)
         for model, path in zip(models(sam, layout, kind, return_single_mask, integers), paths, strict=True):
             save(model, path)
     return paths
 
 
-def measure(expected: Reference, layout: Layout, paths: list[Path], return_single_mask: bool = False) -> Errors:
-    """Compares encoder and decoder with JAX; see `converters.onnx.check.Errors`."""
+def measure(
+    expected: Reference, layout: Layout, paths: Sequence[Path], return_single_mask: bool = False, **opened: Any
+) -> Errors:
+    """Compares encoder and decoder with JAX; see `converters.onnx.check.Errors`, and its `opened`."""
     from converters.onnx import check
 
     if layout == "sam":
-        return check.compare_sam(expected, *paths, return_single_mask)
+        return check.compare_sam(expected, *paths, return_single_mask, **opened)
     compare = {"transformers_js": check.compare_transformers_js, "efficient_sam": check.compare_efficient_sam}
-    return compare[layout](expected, *paths)
+    return compare[layout](expected, *paths, **opened)
 
 
 def describe(config: Architecture, folder: Path) -> None:
@@ -188,18 +166,28 @@ def export(
       RunError: float32 or integers differ from JAX by more than `LARGEST_ERROR`, or a value is not finite; nothing is
         written.
     """
-    from converters.onnx import check
+    from converters.onnx.check import reference
     from slimsam_jax.files import new_folder
+    from slimsam_jax.models.sam import dequantized
+    from slimsam_jax.quantization.running import quantizes_inputs
 
-    expected, lines = check.reference(sam, image), []
-    said = lambda differences: summary(differences, score_of(sam.config))
+    # Where inputs are quantised, too, float32 has what the weights stand for, and nothing of the inputs' rounding.
+    inputs = quantizes_inputs(sam.params)
+    plain = reference(dequantized(sam) if inputs else sam, image)
+    own = reference(sam, image) if inputs and set(dtypes) & set(INTEGERS) else plain
+    lines: list[str] = []
     with new_folder(folder) as temporary:
+        float32 = None
         for dtype in ("float32", *(d for d in dtypes if d != "float32")):  # float32 proves the graph
             paths = write(sam, temporary, layout, dtype, return_single_mask)
-            differences = measure(expected, layout, paths, return_single_mask)
-            if dtype in ("float32", "integers") and max(differences[:3]) > LARGEST_ERROR:
-                raise RunError(f"the ONNX model differs from JAX: {said(differences)}; nothing is written")
-            lines += [f"{dtype}: {said(differences)}", *(f"  {describe_file(path, temporary)}" for path in paths)]
+            expected = own if dtype in INTEGERS else plain
+            said, opened = compared(sam.config, expected, layout, dtype, paths, return_single_mask)
+            lines += [said, *(f"  {describe_file(path, temporary)}" for path in paths)]
+            if dtype == "int8" or dtype in INTEGERS:
+                from converters.onnx.kernels import describe as kernels
+
+                lines += kernels(float32, opened, [Path(stem).name for stem in STEMS[layout]])
+            float32 = float32 or opened
         if "float32" not in dtypes:
             lines = lines[3:]
             for stem in STEMS[layout]:
@@ -208,6 +196,24 @@ def export(
         if layout == "transformers_js":
             describe(sam.config, temporary)
     print("\n".join(lines))
+
+
+def compared(
+    config: Architecture, expected: Reference, layout: Layout, dtype: Dtype, paths: list[Path], single: bool
+) -> tuple[str, list[Any]]:
+    """A line about a pair of files, and the two as they were opened; see `export`."""
+    from converters.onnx.kernels import Opened
+
+    said = lambda differences: f"{dtype}: {summary(differences, score_of(config))}"
+    exact = dtype in ("float32", "integers")
+    opened = {path: Opened(path, kernels=False, counted=not exact) for path in paths}
+    differences = measure(expected, layout, paths, single, opened=opened.__getitem__)
+    if exact and max(differences[:3]) > LARGEST_ERROR:
+        raise RunError(f"the ONNX model differs from JAX: {said(differences)}; nothing is written")
+    if dtype == "integers":  # that the graph is right is shown in float32, and now what its kernels make of it
+        opened = {path: Opened(path) for path in paths}
+        differences = measure(expected, layout, paths, single, opened=opened.__getitem__)
+    return said(differences), list(opened.values())
 
 
 def score_of(config: Architecture) -> str:
@@ -255,7 +261,8 @@ def main(
         efficient_sam for tools made for EfficientSAM.
       dtype: one or several. float16 keeps residual stream, LayerNorm, softmax and positions in float32;
         int8 quantizes the weights of linear layers, and their inputs as they come; integers are those of a quantised
-        model (slimsam quantize), which stand in the file as they are.
+        model (slimsam quantize), which stand in the file as they are, integers_float16 beside float16. Of integers
+        milliseconds are printed, too.
       return_single_mask: of the layout sam: the decoder chooses one of its masks, as Meta's option does.
       image: the image to check with; one of ours if not given.
     """
@@ -264,18 +271,18 @@ def main(
         raise InputError("--return-single-mask belongs to --layout sam; who calls the others chooses")
     if len(set(dtype)) != len(dtype) or not dtype:
         raise InputError(f"--dtype {' '.join(dtype)}: give at least one, and each once")
-    if {"int8", "integers"} <= set(dtype):
-        raise InputError("--dtype int8 and integers have files of one name: give one of them")
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"writing ONNX needs {' and '.join(missing)}: pip install onnx onnxruntime")
     from converters.from_torch import load_sam as load
+    from converters.onnx.integers import check_integers
     from slimsam_jax import data
 
     photo = data.read_image(image or data.embedded_images() / "dog.jpg")
     sam = load(source)
     check_model(sam, str(source), layout)
-    check_integers(sam, str(source), dtype)
+    if set(dtype) & set(INTEGERS):
+        check_integers(sam, str(source), dtype)
     export(sam, folder, layout, dtype, photo, return_single_mask)
     print(f"wrote {folder}")
 

@@ -75,6 +75,11 @@ def read_with_note(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, A
         raise InputError(f"{path} has {whole} bytes and tensors of {size}: it is damaged, or mostly something else")
     if not state:
         raise InputError(f"{path} holds neither a state dict nor a module")
+    if any(name.endswith(".w_interval") for name in state):
+        raise InputError(
+            f"{path} is a TinySAM whose layers round floats as they run, in blocks and two ranges that no integers "
+            "have, in places that its code alone knows: load tinysam_42.3.pth and quantise that (slimsam quantize)"
+        )
     return state, note
 
 

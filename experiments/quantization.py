@@ -41,10 +41,22 @@ ROWS = {
     "W4, largest weight": {"weights": 4, "method": "absmax"},
     "W4, 10 layers float": {"weights": 4, "float_weights": 10},
     "W4 in groups of 32, 10 layers float": {"weights": 4, "group": 32, "float_weights": 10},
+    "W4, 10 layers of 8 bits in each part": {"weights": 4, "fine_weights": 10},
+    "W4, 16 layers of 8 bits in each part, 10 float": {"weights": 4, "fine_weights": 16, "float_weights": 10},
     "W3, 10 layers float": {"weights": 3, "float_weights": 10},
     "W8A8, ranges, 10 layers float": {"activations": 8, "float_weights": 10},
     "W8A8, ranges, 10 layers float, 6 inputs float": {"activations": 8, "float_inputs": 6, "float_weights": 10},
     "W8A8, tokens, 10 layers float": {"activations": 8, "ranges": "token", "float_weights": 10},
+    **{
+        f"W{bits}A{bits}, encoder alone, {name}": {"weights": bits, "activations": bits, "head": False, **how}
+        for bits in (8, 6)
+        for name, how in {
+            "largest weight and ranges": {"method": "absmax"},
+            "TinySAM's scheme": {"method": "tinysam"},
+            "ranges": {},
+            "tokens": {"ranges": "token"},
+        }.items()
+    },
     "W4A8, tokens, 10 layers float": {"weights": 4, "activations": 8, "ranges": "token", "float_weights": 10},
 }
 

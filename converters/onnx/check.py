@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -20,6 +21,7 @@ from slimsam_jax.models import sam as jax_sam
 from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.sam import Architecture, Sam
 
+Opened = Callable[[Path], Any]  # what has `run`, as a session of onnxruntime
 Outputs = list[tuple[np.ndarray, np.ndarray]]  # (masks, IoU) of each prompt that a layout knows
 
 
@@ -97,11 +99,15 @@ def fitted_points(expected: Reference, prompt: Prompt) -> np.ndarray:
     return to_model_frame(prompt.points, resized_shape(original_size, expected.config.image_size), original_size)
 
 
-def session(model: Path | bytes) -> onnxruntime.InferenceSession:
+def session(model: Path | bytes, kernels: bool = False, optimized: Path | None = None) -> onnxruntime.InferenceSession:
     """Opens a model on the CPUs that this process may use; by itself, onnxruntime binds threads to all that there are.
 
     Its threads sleep while they wait for each other: spinning takes the core from the one that is waited for, where
     others work beside it.
+
+    Args:
+      kernels: of integers, for layers whose inputs are quantised; else they compute in float32 what integers stand for.
+      optimized: a file to write the graph into that is run.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # its warnings are about its own optimisations, and what it logs it also raises
@@ -109,17 +115,28 @@ def session(model: Path | bytes) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Integers of weights become floats when a model is opened. By itself, onnxruntime 1.32 would quantise the inputs of
     # their layers as well: a larger error, and twice the time where there is no VNNI.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.add_session_config_entry("session.disable_quant_qdq", "0" if kernels else "1")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
+        name = f"{optimized.name}_data"  # a graph beyond protobuf's limit is not written otherwise
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", name)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def compare_sam(expected: Reference, encoder: Path, decoder: Path, return_single_mask: bool = False) -> Errors:
-    """Measures models of the layout `sam`: masks at low resolution and at the image's own."""
+def compare_sam(
+    expected: Reference, encoder: Path, decoder: Path, return_single_mask: bool = False, opened: Opened = session
+) -> Errors:
+    """Measures models of the layout `sam`: masks at low resolution and at the image's own.
+
+    Args:
+      opened: what runs a file.
+    """
     config, original_size = expected.config, expected.image.shape[:2]
     fitted = expected.frame[: expected.size[0], : expected.size[1]]
     image = expected.image if isinstance(config.frame, Squashed) else fitted
-    (embedding,) = session(encoder).run(None, {"images": image.transpose(2, 0, 1)[None]})
-    run, actual, target = session(decoder).run, [], []
+    (embedding,) = opened(encoder).run(None, {"images": image.transpose(2, 0, 1)[None]})
+    run, actual, target = opened(decoder).run, [], []
     for prompt in expected.prompts:
         mask = np.zeros((1, *prompt.low.shape[2:], 1)) if prompt.mask is None else prompt.mask
         inputs = {
@@ -149,11 +166,11 @@ def scores(config: Architecture, iou: np.ndarray, low: np.ndarray) -> np.ndarray
     return stability_scores(low) if ranks_by_stability(config) else iou
 
 
-def compare_transformers_js(expected: Reference, encoder: Path, decoder: Path) -> Errors:
+def compare_transformers_js(expected: Reference, encoder: Path, decoder: Path, opened: Opened = session) -> Errors:
     """Measures models of the layout `transformers_js`, which takes no mask prompts."""
     pixels = expected.pixels.transpose(0, 3, 1, 2)
-    embedding, positions = session(encoder).run(None, {"pixel_values": pixels})
-    run, actual, target = session(decoder).run, [], []
+    embedding, positions = opened(encoder).run(None, {"pixel_values": pixels})
+    run, actual, target = opened(decoder).run, [], []
     for prompt in expected.prompts:
         if prompt.mask is not None:
             continue
@@ -170,18 +187,18 @@ def compare_transformers_js(expected: Reference, encoder: Path, decoder: Path) -
     return errors(expected, embedding, actual, target)
 
 
-def compare_efficient_sam(expected: Reference, encoder: Path, decoder: Path) -> Errors:
+def compare_efficient_sam(expected: Reference, encoder: Path, decoder: Path, opened: Opened = session) -> Errors:
     """Measures models of the layout `efficient_sam`, all prompts at once: each has two points, one perhaps void."""
     original_size = expected.image.shape[:2]
     images = (expected.image.transpose(2, 0, 1)[None] / 255).astype(np.float32)
-    (embedding,) = session(encoder).run(None, {"batched_images": images})
+    (embedding,) = opened(encoder).run(None, {"batched_images": images})
     inputs = {
         "image_embeddings": embedding,
         "batched_point_coords": np.stack([prompt.points for prompt in expected.prompts], axis=1).astype(np.float32),
         "batched_point_labels": np.stack([prompt.labels for prompt in expected.prompts], axis=1).astype(np.float32),
         "orig_im_size": np.array(original_size),
     }
-    full, iou, low = session(decoder).run(None, inputs)
+    full, iou, low = opened(decoder).run(None, inputs)
     target = [(prompt.low[:, 1:], prompt.iou[:, 1:]) for prompt in expected.prompts]
     resize = lambda masks: expected.config.frame.resize_masks(masks, expected.size, original_size)
     actual = [(low[i : i + 1], iou[:, i]) for i in range(len(target))]

@@ -44,6 +44,7 @@ class Graph:
         self.dtype = np.dtype(dtype)
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
+        self.shared: dict[tuple, Any] = {}  # values that several layers read, by what they are made of
         self._known: dict[tuple, str] = {}
 
     def op(self, kind: str, *operands: Operand, name: str = "", **attributes: Any) -> str:
@@ -103,7 +104,7 @@ class Graph:
         """Applies a Dense or DenseGeneral over the last axis of `x`, heads and their channels joined. In `dtype`."""
         bias = self.params.get(f"{path}/bias")
         width = self.params[f"{path}/kernel"].shape[-1] if bias is None else bias.size
-        if (node := self.integers.get(f"{path}/kernel")) is not None and self.dtype == np.float32:
+        if (node := self.integers.get(f"{path}/kernel")) is not None:
             y = integers.linear(self, x, path, node, width)
         else:
             y = self.op("MatMul", x, self.param(f"{path}/kernel", self.dtype, (-1, width)), name=path)
@@ -136,7 +137,8 @@ class Graph:
 
     def _convolve(self, kind: str, x: str, path: str, kernel: np.ndarray, stride: int, **attributes: Any) -> str:
         node = self.integers.get(f"{path}/kernel")
-        if node is not None and integers.fits(node) and self.dtype == np.float32:
+        x = x if node is None else integers.coded(self, x, node, axes=(1, 2, 3))
+        if node is not None and integers.fits(node):
             weights = integers.kernel(self, path, node, (3, 2, 0, 1))
         else:
             weights = self.constant(kernel, f"{path}/kernel")

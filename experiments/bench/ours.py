@@ -59,7 +59,7 @@ def disturbed_gradient(config: Config, encode: Callable) -> Callable[[], None]:
 
     def run() -> None:
         nonlocal total
-        total = jax.block_until_ready(accumulate(total, params, batch, key))
+        total = jax.block_until_ready(accumulate(total, params, batch, key, 0))
 
     return run
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from slimsam_jax import data
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.calibration_images import calibration_stream, on_devices
+from slimsam_jax.compression.calibration_images import batches_of, calibration_stream, on_devices
 from slimsam_jax.compression.quantize import check_not_quantized
 from slimsam_jax.compression.steps import Prune, Recipe
 from slimsam_jax.compression.widths import target_of
@@ -99,7 +99,7 @@ class Bench:
         batch = jax.local_device_count()
         data.check_one_is_readable(used)
         stream = calibration_stream(self.prunes[0], used, sam.config, batch, seed)
-        self.batches = list(itertools.islice(stream, max(1, min(count, len(used)) // batch)))
+        self.batches = list(itertools.islice(stream, batches_of(min(count, len(used)), batch)))
         readable, skipped = map_readable(Sample.image, held_out)
         if not readable:
             raise InputError(f"none of the images to measure on can be read: {next(iter(skipped.values()))}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from slimsam_jax import sharding
 from slimsam_jax.compression.steps import Prune
@@ -27,7 +28,18 @@ def calibration_stream(
     if step.needs_labels:
         # Images without annotations are passed over, too, and are not broken: distillation counts those.
         return AnnotatedBatches(samples, config, batch, seed, part)
-    return Batches(samples, config.image_size, batch, seed, part=part, max_broken=max_broken, frame=config.frame)
+    drawn = {"part": part, "extra": _with_seed, "max_broken": max_broken, "frame": config.frame}
+    return Batches(samples, config.image_size, batch, seed, **drawn)
+
+
+def _with_seed(sample: Sample, size: np.ndarray, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """Gives an image the seed of its noise, whatever batch and device it comes to."""
+    return {"seed": random.integers(2**32, dtype=np.uint32)}
+
+
+def batches_of(images: int, batch: int) -> int:
+    """Counts the batches that make up about `images` images: multiples of 8, the same on 1, 2, 4 and 8 devices."""
+    return max(1, (images - images % 8 if images >= 8 else images) // batch)
 
 
 def on_devices(batches: Iterator[Batch], count: int) -> Iterator[Batch]:

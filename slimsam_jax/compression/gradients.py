@@ -14,7 +14,7 @@ from slimsam_jax.compression.steps import Prune
 from slimsam_jax.distillation import mask_losses
 from slimsam_jax.errors import RunError
 from slimsam_jax.models.sam import Sam, decode, embedding_of, in_training, run_encoder
-from slimsam_jax.pruning.gradients import disturbed_gradients, loss_gradients
+from slimsam_jax.pruning.gradients import disturbed, image_keys, loss_gradients, reduce_gradients
 
 
 def mask_loss(sam: Sam, encoder: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -48,6 +48,13 @@ def gradients(sam: Sam, step: Prune, calibration: Calibration, seed: int) -> Any
     if step.needs_labels:
         loss = functools.partial(mask_loss, sam)
         return check_finite(loss_gradients(loss, encoder, batches, step.grad_reduction, mesh))
-    embed = lambda params, batch: run_encoder(sam.config, params, batch)[0]
-    options = {"reduce": step.grad_reduction, "noise_samples": step.noise_samples, "mesh": mesh}
-    return check_finite(disturbed_gradients(embed, encoder, batches, jax.random.key(seed), **options))
+    key = jax.random.key(seed)
+    of_image = disturbed(
+        lambda params, batch: run_encoder(sam.config, params, batch)[0], noise_samples=step.noise_samples
+    )
+
+    def of_seed(params: Any, item: Any, by_place: jax.Array) -> Any:
+        # By the image's own seed: its place among all depends on how many processes and devices there are.
+        return of_image(params, item, image_keys(key, item["seed"])[0] if "seed" in item else by_place)
+
+    return check_finite(reduce_gradients(of_seed, encoder, batches, key, step.grad_reduction, mesh))

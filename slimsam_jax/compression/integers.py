@@ -21,15 +21,19 @@ class Quantize(Record):
         0 leaves them as they are.
       group: inputs of a channel that share a scale, a power of two from 16; 0 for all of them.
       method: of rounding weights. "gptq": the others make up for the error of each; "search": each by itself, with the
-        best scale; "absmax": with the scale of the largest.
+        best scale; "absmax": with the scale of the largest; "tinysam": the scales of weights and inputs in turn, by
+        the curvature of the masks' loss, one a layer, two where GELU was before: TinySAM's scheme, to be compared with.
       ranges: of inputs. "minmax": what the calibration images reach, one range a layer; "percentile": what all but a
-        few of their values reach; "token": symmetric, of each token as it comes.
+        few of their values reach; "symmetric": as "minmax", as far below 0 as above, which TensorRT asks for; "token":
+        symmetric, of each token as it comes.
       percentile: for that.
       float_inputs: so many layers keep their inputs as they are: those that cost most by themselves.
       arithmetic: with `activations`: "integer" multiplies int8 by int8 into int32; "float" what they stand for.
       head: also the prompt encoder and the mask decoder, their weights alone.
       float_weights: so many layers of the prompt encoder and the decoder keep their weights: those whose integers cost
         most by themselves.
+      fine_weights: so many layers of the image encoder, and as many of the others, have weights of 8 bits, whatever
+        `weights` says: those that cost most by themselves, after those of `float_weights`.
       bias_correction: move biases by the mean error of what their layers put out.
       images: to calibrate with.
     """
@@ -37,13 +41,14 @@ class Quantize(Record):
     weights: int = 8
     activations: int = 0
     group: int = 0
-    method: Literal["gptq", "search", "absmax"] = "gptq"
-    ranges: Literal["minmax", "percentile", "token"] = "minmax"
+    method: Literal["gptq", "search", "absmax", "tinysam"] = "gptq"
+    ranges: Literal["minmax", "percentile", "symmetric", "token"] = "minmax"
     percentile: float = 99.99
     float_inputs: int = 0
     arithmetic: Literal["float", "integer"] = "float"
     head: bool = True
     float_weights: int = 0
+    fine_weights: int = 0
     bias_correction: bool = False
     images: int = 32
 
@@ -53,6 +58,7 @@ class Quantize(Record):
         "percentile": Range(50.1, 100),
         "float_inputs": Range(0, 10**4, True),
         "float_weights": Range(0, 10**4, True),
+        "fine_weights": Range(0, 10**4, True),
         "images": Range(1, 256, True),  # all are held at a time: 9 MB each at 1024 px
     }
 
@@ -65,7 +71,17 @@ class Quantize(Record):
         check_group(self.group)
         if self.activations in (1, 2):
             raise InputError(f"activations of {self.activations} bits: there are 3 to 8, and 0 for none")
+        if self.method == "tinysam":
+            self._check_tinysam()
         if self.arithmetic == "integer" and (not self.activations or self.group):
             raise InputError("arithmetic integer needs activations=8, say, and whole channels: group=0")
         if not self.activations and (self.float_inputs or self.ranges != "minmax"):
             raise InputError("ranges and float_inputs are of activations: set quantize.activations=8, say")
+
+    def _check_tinysam(self) -> None:
+        """It is a scheme of its own, of the image encoder."""
+        others = (self.group, self.ranges != "minmax", self.float_inputs, self.fine_weights, self.bias_correction)
+        if not self.activations or self.head or self.arithmetic == "integer" or any(others):
+            raise InputError(
+                "method tinysam is of the image encoder and its inputs: head=false, activations=8, no more"
+            )

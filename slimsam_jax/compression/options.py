@@ -62,7 +62,7 @@ class CutOptions:
     default, takes both halves at once. 0 prunes without distilling. Default: as many as 12 passes over the images take
     (distill.epochs; slimsam: 20, as the paper), in each distillation that a recipe has."""
     importance_images: int = 100
-    """Images that importance or statistics are estimated from, before each pruning."""
+    """Images that importance or statistics are estimated from, before each pruning: of 8 and more as many eights."""
 
     def channel_ratio(self) -> float | None:
         """Returns the share of channels to remove, or None if a budget says how much."""

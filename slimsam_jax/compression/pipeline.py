@@ -14,7 +14,7 @@ import numpy as np
 
 from slimsam_jax import checkpoint, sharding
 from slimsam_jax.compression import report, widths
-from slimsam_jax.compression.calibration_images import calibration_stream, on_devices
+from slimsam_jax.compression.calibration_images import batches_of, calibration_stream, on_devices
 from slimsam_jax.compression.distill import distill
 from slimsam_jax.compression.mask_distill import distill_masks
 from slimsam_jax.compression.plan import Planned
@@ -160,7 +160,7 @@ def prune_step(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:
     """The step `Prune`, on images of the run."""
     options, step, config = run.options, planned.step, run.teacher.config
     devices = jax.device_count()  # an image on each: more would take as many times the memory
-    count = max(1, min(options.importance_images, len(run.images)) // devices)
+    count = batches_of(min(options.importance_images, len(run.images)), devices)
     streams = []
 
     def calibration(name: str) -> Iterable[Any]:

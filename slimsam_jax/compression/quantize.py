@@ -24,7 +24,15 @@ from slimsam_jax.inference.predictor import check_model
 from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.sam import Architecture, Embedding, Params, Sam, embedding_of, encode, image_encoder, preprocess
 from slimsam_jax.progress import track
-from slimsam_jax.quantization import Statistics, any_quantized, capture, is_quantized, ranges, weights
+from slimsam_jax.quantization import (
+    Statistics,
+    any_quantized,
+    capture,
+    is_quantized,
+    ranges,
+    tinysam_function,
+    weights,
+)
 from slimsam_jax.quantization.sensitivity import sensitivity
 
 PROMPTS = 8  # of each image of the calibration set
@@ -83,7 +91,8 @@ def quantized(
     finally:
         batches.close()
     percentiles = (step.percentile,) if step.ranges == "percentile" else ()
-    params = with_integers(sam, step, see(sam, taken, seed, percentiles, step.head))
+    prompts = step.head or step.method == "tinysam"
+    params = with_integers(sam, step, see(sam, taken, seed, percentiles, prompts))
     note = {"quantized": dataclasses.asdict(step) | {"calibration_images": count, "seed": seed}}
     return dataclasses.replace(sam, params=params, provenance={**sam.provenance, **note}), batches.skipped
 
@@ -136,25 +145,71 @@ def _kernels(seen: dict[str, Statistics]) -> dict[str, Statistics]:
 
 def with_integers(sam: Sam, step: Quantize, seen: Seen) -> Params:
     """The parameters of a SAM, quantised by what was seen."""
-    encoder, how = sam.params["image_encoder"], (step.weights, step.group, step.method, step.bias_correction)
-    new = weights.quantize(encoder, seen.encoder, *how)
+    if step.method == "tinysam":
+        return {**sam.params, "image_encoder": jax.device_put(tinysam_encoder(sam, step, seen))}
+    encoder, how = sam.params["image_encoder"], (step.group, step.method, step.bias_correction)
+    new = weights.quantize(encoder, seen.encoder, step.weights, *how)
+    errors = lambda integers: sensitivity(_embed_of(sam), encoder, integers, seen.images[:1])
+    if step.fine_weights:
+        worst = list(errors(new))[: step.fine_weights]
+        new = restored(new, finer(encoder, seen.encoder, worst, how), worst)
     if step.activations:
         new = with_ranges(new, seen.encoder, step)
         if step.float_inputs:
-            new = without_worst(new, sensitivity(_embed_of(sam), encoder, new, seen.images[:1]), step.float_inputs)
-    params = {**sam.params, "image_encoder": new}
-    if step.head:
-        head = weights.quantize(sam.params, seen.head, *how)
-        if step.float_weights:
-            some = seen.prompts[:: -(-len(seen.prompts) // AT_ONCE)]
-            errors = sensitivity(lambda *inputs: _decode_of(sam)(*inputs)[0], sam.params, head, some)
-            head = restored(head, sam.params, list(errors)[: step.float_weights])
-        params = {**head, "image_encoder": new}
+            new = without_worst(new, errors(new), step.float_inputs)
+    params = (
+        {**_head(sam, step, seen, how), "image_encoder": new} if step.head else {**sam.params, "image_encoder": new}
+    )
     return jax.device_put(params)
 
 
+def tinysam_encoder(sam: Sam, step: Quantize, seen: Seen, search: tinysam_function.Search | None = None) -> Params:
+    """An image encoder by TinySAM's scheme, on the first batch of images and their prompts."""
+    (images, sizes), prompts = seen.images[0], seen.prompts[: len(seen.images[0][0])]
+
+    def masks(encoder: Params, images: jax.Array) -> list[Any]:
+        embeddings = embed(sam.config, encoder, images, sizes)
+        of = lambda index, prompt: _decode(sam.config, sam.params, embedding_of(embeddings, index), *prompt[1:3])
+        return [of(index, prompt)[:2] for index, prompt in enumerate(prompts)]
+
+    how = (curvature, (step.weights, step.activations), search)
+    return tinysam_function.quantize(masks, sam.params["image_encoder"], (images,), *how)
+
+
+def curvature(results: list[Any], key: jax.Array) -> jax.Array:
+    """What has squared gradients whose mean is the second derivative of KL(masks) + KL(IoU), at no error.
+
+    Of a logit of probability p that is p (1 - p): so random signs times its root. IoU counts by its square.
+    """
+    keys = jax.random.split(key, 2 * len(results)).reshape(-1, 2)
+    signs = lambda key, x: jax.random.rademacher(key, x.shape, x.dtype) / x.size**0.5
+    spread = lambda logits: jax.lax.stop_gradient(jnp.sqrt(jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)))
+    each = [
+        (signs(a, masks) * spread(masks) * masks).sum() + (signs(b, iou) * iou).sum()
+        for (masks, iou), (a, b) in zip(results, keys, strict=True)
+    ]
+    return sum(each)
+
+
+def _head(sam: Sam, step: Quantize, seen: Seen, how: tuple[Any, ...]) -> Params:
+    """The parameters of a SAM with integers in prompt encoder and decoder."""
+    head = weights.quantize(sam.params, seen.head, step.weights, *how)
+    if step.float_weights or step.fine_weights:
+        some = seen.prompts[:: -(-len(seen.prompts) // AT_ONCE)]
+        errors = list(sensitivity(lambda *inputs: _decode_of(sam)(*inputs)[0], sam.params, head, some))
+        worst = errors[step.float_weights :][: step.fine_weights]
+        head = restored(head, sam.params, errors[: step.float_weights])
+        head = restored(head, finer(sam.params, seen.head, worst, how), worst)
+    return head
+
+
+def finer(params: Params, seen: dict[str, Statistics], paths: Sequence[str], how: tuple[Any, ...]) -> Params:
+    """Parameters with integers of 8 bits at some paths."""
+    return weights.quantize(params, {path: seen[path] for path in paths}, 8, *how)
+
+
 def restored(integers: Params, params: Params, paths: Sequence[str]) -> Params:
-    """With the kernels of some paths, and the biases beside them, as they were."""
+    """With the kernels of some paths, and the biases beside them, as they are in other parameters."""
     beside = {path.removesuffix("kernel") + name for path in paths for name in ("kernel", "bias")}
 
     def one(keys: tuple, leaf: Any, before: Any) -> Any:
@@ -192,9 +247,8 @@ def with_ranges(encoder: Params, seen: dict[str, Statistics], step: Quantize) ->
             return leaf
         span = np.zeros(0, np.float32)
         if step.ranges != "token":
-            span = ranges.static(
-                seen[path].range, step.activations, step.percentile if step.ranges == "percentile" else None
-            )
+            percentile = step.percentile if step.ranges == "percentile" else None
+            span = ranges.static(seen[path].range, step.activations, percentile, step.ranges == "symmetric")
         return dataclasses.replace(leaf, range=span, input_bits=step.activations, integer=step.arithmetic == "integer")
 
     return jax.tree_util.tree_map_with_path(one, encoder, is_leaf=is_quantized)

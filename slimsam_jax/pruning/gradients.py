@@ -146,18 +146,26 @@ def reduce_gradients(
     params, accumulate = jax.tree.map(jnp.asarray, params), accumulator(gradients, reduce, mesh)
     # Placed as the parameters are: placed otherwise, the second call would compile again.
     total = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype, device=p.sharding), params)
-    for index, batch in enumerate(batches):
-        total = accumulate(total, params, batch, jax.random.fold_in(key, index))
+    seen = 0
+    for batch in batches:
+        total = accumulate(total, params, batch, key, seen)
+        seen += len(jax.tree.leaves(batch)[0])
     return jax.tree.map(jnp.sqrt, total) if reduce == "rms" else total
+
+
+def image_keys(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Makes a key for each image, [n], of its number or seed, [n] integers."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, images)
 
 
 def accumulator(
     gradients: Gradients, reduce: Reduce, mesh: Mesh | None = None
-) -> Callable[[Tree, Tree, Any, jax.Array], Tree]:
-    """Compiles the sum over images: (total, params, batch, key) -> total. The total is donated.
+) -> Callable[[Tree, Tree, Any, jax.Array, int], Tree]:
+    """Compiles the sum over images: (total, params, batch, key, images before) -> total. The total is donated.
 
-    A batch takes the memory of a set of gradients for each of its images on a device, so one
-    image per device is best where the model is large.
+    An image's key follows from how many came before it, not from its batch: so images may be split in batches, and
+    these over devices, in any way. A batch takes the memory of a set of gradients for each of its images on a device,
+    so one image per device is best where the model is large.
     """
     power = jnp.square if reduce == "rms" else lambda g: g
 
@@ -178,8 +186,8 @@ def accumulator(
             check_vma=False,
         )
 
-    def accumulate(total: Tree, params: Tree, batch: Any, key: jax.Array) -> Tree:
-        keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
+    def accumulate(total: Tree, params: Tree, batch: Any, key: jax.Array, seen: int) -> Tree:
+        keys = image_keys(key, seen + jnp.arange(jax.tree.leaves(batch)[0].shape[0]))
         return jax.tree.map(jnp.add, total, of_images(params, batch, keys))
 
     return jax.jit(accumulate, donate_argnums=0)

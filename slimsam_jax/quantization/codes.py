@@ -40,7 +40,8 @@ class Quantized:
       scale: float32, of the parameter's shape but for `axes`: there the first has its length divided by the size of a
         group (1 for a scale per output channel), the others 1.
       range: of the layer's input, [2] float32, its scale and its zero (`ranges.static`); [0] if each token has a scale
-        of its own, made as it comes; None where the input is not quantised.
+        of its own, made as it comes; [3] two ranges, the steps above and below zero and a 0 between them
+        (`tinysam.fake_post_gelu`); None where the input is not quantised.
       bits: of a code.
       axes: that the layer sums over.
       input_bits: of the input's codes.

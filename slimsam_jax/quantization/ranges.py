@@ -21,12 +21,13 @@ BITS = Limits(3, 8, True)
 TINY = 1e-12  # a scale of inputs that are all zero
 
 
-def static(span: Range, bits: int = 8, percentile: float | None = None) -> np.ndarray:
+def static(span: Range, bits: int = 8, percentile: float | None = None, symmetric: bool = False) -> np.ndarray:
     """The scale and the zero of a range, [2] float32: value = scale (code - zero), codes 0 to 2^bits - 1.
 
     The range always includes 0, which padding needs exactly, and the zero is a whole number.
 
     Args:
+      symmetric: reach as far below 0 as above: the zero is the middle code, and signed codes need none.
       percentile: one of `span.percentiles` in the place of the extremes, which may be outliers.
 
     Raises:
@@ -38,6 +39,8 @@ def static(span: Range, bits: int = 8, percentile: float | None = None) -> np.nd
     low, high = span.percentiles[percentile] if percentile is not None else (span.low, span.high)
     if not np.isfinite([low, high]).all() or low > high:
         raise InputError(f"a range from {low} to {high} is none: calibrate again")
+    if symmetric:
+        return np.array([max(-low, high, TINY) / (2 ** (bits - 1) - 1), 2 ** (bits - 1)], np.float32)
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max(high - low, TINY) / (2**bits - 1)
     return np.array([scale, np.round(-low / scale)], np.float32)

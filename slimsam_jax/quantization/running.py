@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from slimsam_jax.quantization import ranges
+from slimsam_jax.quantization import ranges, tinysam
 from slimsam_jax.quantization.codes import Quantized, dequantize, expand, is_quantized
 from slimsam_jax.quantization.layers import Layer, find_layers
 from slimsam_jax.tracing.program import bind
@@ -48,7 +48,7 @@ def run(function: Callable, tree: Any, *inputs: Any) -> Any:
 
 def quantized_product(layer: Layer, operands: list[Any], node: Quantized) -> jax.Array:
     """A layer whose input is quantised."""
-    if node.integer and node.groups == 1 and _plain_convolution(layer):
+    if node.integer and node.groups == 1 and node.range.shape[0] != 3 and _plain_convolution(layer):
         return _of_integers(layer, operands[1 - layer.side], node)
     operands = list(operands)
     operands[1 - layer.side] = fake_input(layer, operands[1 - layer.side], node)
@@ -59,6 +59,8 @@ def quantized_product(layer: Layer, operands: list[Any], node: Quantized) -> jax
 def fake_input(layer: Layer, x: jax.Array, node: Quantized) -> jax.Array:
     """What the codes of a layer's input stand for."""
     wide = x.astype(jnp.float32)
+    if node.range.shape[0] == 3:
+        return tinysam.fake_post_gelu(wide, node.range[0], node.input_bits, node.range[2]).astype(x.dtype)
     if node.range.shape[0]:
         return ranges.fake(wide, node.range, node.input_bits).astype(x.dtype)
     return ranges.fake_tokens(wide, token_axes(layer), node.input_bits).astype(x.dtype)

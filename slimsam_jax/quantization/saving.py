@@ -119,8 +119,10 @@ def _scales_fit(scale: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...]
 
 
 def _is_range(span: np.ndarray, bits: int) -> bool:
-    if span.dtype != np.float32 or span.shape not in ((0,), (2,)) or not np.isfinite(span).all():
+    if span.dtype != np.float32 or span.shape not in ((0,), (2,), (3,)) or not np.isfinite(span).all():
         return False
     if span.size == 0:
         return True
+    if span.size == 3:
+        return bool((span[[0, 2]] > 0).all() and (span[[0, 2]] < LARGEST / 2**bits).all() and span[1] == 0)
     return 0 < span[0] < LARGEST / 2**bits and span[1] == np.round(span[1]) and 0 <= span[1] < 2**bits

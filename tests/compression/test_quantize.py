@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 import slimsam_jax
 from converters import to_onnx, to_torch
-from converters.onnx import check, integers
+from converters.onnx import check, integers, kernels
 from converters.onnx.graph import Graph
 from helpers.family_models import sam2
 from helpers.images import samples
@@ -32,7 +32,8 @@ from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.models.encoders import hiera
 from slimsam_jax.models.sam import dequantized, encode
 from slimsam_jax.profiling.sam_costs import parameters
-from slimsam_jax.quantization import Quantized, is_quantized
+from slimsam_jax.quantization import Quantized, Range, Statistics, is_quantized
+from slimsam_jax.quantization.tinysam_function import Search
 from slimsam_jax.quantize.__main__ import main
 
 SMALL = tiny_config(image_size=(64, 64), decoder_depth=1, multimask_outputs=1)
@@ -130,7 +131,7 @@ def test_onnx_has_the_integers_and_computes_the_same(bits, weights_alone):
     count = sum(path.startswith("image_encoder") for path in nodes_of(own))
     assert kinds.count("MatMulNBits") == (count - 2 if bits == 4 else 0)  # convolutions have none
     assert kinds.count("DequantizeLinear") == (2 if bits == 4 else count)
-    assert to_onnx.suffix_of(own) == ("_q4" if bits == 4 else "_quantized")
+    assert integers.suffix_of(own) == ("_q4" if bits == 4 else "_quantized")
 
 
 @pytest.mark.parametrize(
@@ -153,8 +154,9 @@ def test_onnx_that_differs_is_not_kept(dtype, sam, tmp_path, monkeypatch):
     errors = {"float32": 0.0, dtype: 2 * to_onnx.LARGEST_ERROR}
     monkeypatch.setattr(check, "reference", lambda sam, image: None)
     monkeypatch.setattr(to_onnx, "write", lambda sam, folder, layout, dtype, single: [folder / dtype])
+    monkeypatch.setattr(kernels, "Opened", lambda path, **_: path)
     monkeypatch.setattr(
-        to_onnx, "measure", lambda expected, layout, paths, single: check.Errors(errors[paths[0].name], 0, 0, 1)
+        to_onnx, "measure", lambda expected, layout, paths, single, **_: check.Errors(errors[paths[0].name], 0, 0, 1)
     )
     with pytest.raises(RunError, match="differs from JAX"):
         to_onnx.export(sam, tmp_path / "out", "sam", ("float32", "integers"), None)
@@ -179,9 +181,7 @@ def test_what_is_refused(sam, quantized, photos, tmp_path):
         slimsam_jax.compress(folder.parent / "float", photos[0].parent, **options)
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="not quantised"):
-        to_onnx.check_integers(sam, "m", ["integers"])
-    with pytest.raises(InputError, match="weights alone"):
-        to_onnx.check_integers(loaded, "m", ["integers"])
+        integers.check_integers(sam, "m", ["integers"])
 
 
 @pytest.mark.parametrize(
@@ -229,3 +229,50 @@ def test_it_is_the_last_step_of_a_recipe():
     check_recipe((Quantize(),))
     with pytest.raises(InputError, match="nothing comes after Quantize"):
         check_recipe((*recipe, Distill()))
+
+
+def test_the_worst_layers_have_8_bits(sam, monkeypatch):
+    """Of either part, but for those that stay as they are."""
+    names = ("mlp_lin1/kernel", "mlp_lin2/kernel")
+    flat = flatten_dict(sam.params, sep="/")
+
+    def seen(root, part=""):
+        shapes = {f"{root}/{name}": flat[f"{part}{root}/{name}"].shape for name in names}
+        return {
+            path: Statistics((0,), np.zeros(n, int), np.eye(m)[None], np.zeros((1, m)), 9, Range(-1, 1))
+            for path, (m, n) in shapes.items()
+        }
+
+    worst_first = lambda function, params, integers, batches: dict.fromkeys(
+        sorted(nodes_of(dataclasses.replace(sam, params=integers)), reverse=True), (1.0, 1.0)
+    )
+    monkeypatch.setattr(quantize_module, "sensitivity", worst_first)
+    head = "mask_decoder/transformer/layers_0"
+    both = quantize_module.Seen(seen("blocks_0", "image_encoder/"), seen(head), [], [()])
+    step = Quantize(weights=4, fine_weights=1, float_weights=1)
+    params = quantize_module.with_integers(sam, step, both)
+    bits = {path: leaf.bits for path, leaf in nodes_of(dataclasses.replace(sam, params=params)).items()}
+    assert bits == {
+        "image_encoder/blocks_0/mlp_lin1/kernel": 4,
+        "image_encoder/blocks_0/mlp_lin2/kernel": 8,
+        f"{head}/mlp_lin1/kernel": 8,
+    }
+    np.testing.assert_array_equal(
+        flatten_dict(params, sep="/")[f"{head}/mlp_lin2/kernel"], flat[f"{head}/mlp_lin2/kernel"]
+    )
+
+
+def test_tinysams_scheme_runs_on_an_encoder(sam):
+    """Guided by masks; and it is of the encoder and its inputs alone."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (1, 64, 64, 3), np.uint8), np.array([[64, 50]])
+    prompts = [(None, np.float32([[[20, 30]]]), np.array([[1]]))]
+    seen = quantize_module.Seen({}, {}, [images], prompts)
+    step = Quantize(weights=6, activations=6, method="tinysam", head=False)
+    encoder = quantize_module.tinysam_encoder(sam, step, seen, Search(1, (1.0, 1.0, 1)))
+    nodes = nodes_of(dataclasses.replace(sam, params=encoder))
+    spans = [() if leaf.range is None else leaf.range.shape for leaf in nodes.values()]
+    assert len(nodes) == 9 and spans.count(()) == 1 and spans.count((3,)) == 1  # the first, and the one behind GELU
+    for wrong in ({"head": True}, {"activations": 0}, {"ranges": "token"}):
+        with pytest.raises(InputError, match="method tinysam is of the image encoder"):
+            Quantize(**{"weights": 6, "activations": 6, "method": "tinysam", "head": False, **wrong})

@@ -185,3 +185,12 @@ def test_sams_own_decoder_has_a_single_mask(material, sam):
         dataclasses.replace(sam.config, single_mask=1)
     with pytest.raises(ValueError, match="has none"):
         SamConfig(sam.config.encoder, dataclasses.replace(sam.config.head, multimask_outputs=0), single_mask=False)
+
+
+def test_a_quantised_tinysam_is_refused_with_the_reason(tmp_path):
+    """Of its published module the classes' buffers are known, not where they are in it."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    module[0].register_buffer("w_interval", torch.ones(1, 1, 1, 1))
+    torch.save(module, tmp_path / "tinysam_w8a8.pth")
+    with pytest.raises(InputError, match=r"tinysam_w8a8.pth is a TinySAM whose layers round floats.*slimsam quantize"):
+        from_torch.load(tmp_path / "tinysam_w8a8.pth")

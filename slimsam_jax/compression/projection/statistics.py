@@ -13,6 +13,7 @@ import numpy as np
 from slimsam_jax.models.config import GLOBAL
 from slimsam_jax.models.encoders.vit import stream_features, window_partition
 from slimsam_jax.models.sam import Architecture, Params, encoder_for, preprocess, run_encoder
+from slimsam_jax.pruning.gradients import image_keys
 
 Weighting = Literal["none", "disturbed"]
 
@@ -29,7 +30,7 @@ def like(encoder: Params, new: Params) -> Params:
 
 Batch = dict[str, Any]
 Moments = dict[str, Any]
-Statistic = Callable[[Params, Batch, jax.Array], Any]  # encoder, batch, key of noise -> sums over the batch
+Statistic = Callable[[Params, Batch, jax.Array], Any]  # encoder, batch, keys [b] of noise -> sums over the batch
 Part = Literal["stream", "attention", "mlp", "sensitivity"]
 LAYERNORM_EPSILON = 1e-6
 
@@ -43,12 +44,13 @@ def accumulate(statistic: Statistic, encoder: Params, batches: Iterable[Batch], 
       ValueError: there was no batch.
     """
     found, add = _programs(statistic)
-    total, key = None, jax.random.key(seed)
-    for index, batch in enumerate(batches):
+    total, key, seen = None, jax.random.key(seed), 0
+    for batch in batches:
         if total is None:
             zeros = lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), encoder["pos_embed"].sharding)
-            total = jax.tree.map(zeros, jax.eval_shape(found, encoder, batch, key))
-        total = add(total, encoder, batch, jax.random.fold_in(key, index))
+            total = jax.tree.map(zeros, jax.eval_shape(found, encoder, batch, key, seen))
+        total = add(total, encoder, batch, key, seen)
+        seen += len(batch["image"])
     if total is None:
         raise ValueError("statistics need at least one batch")
     return jax.device_get(total)
@@ -59,9 +61,11 @@ def _programs(statistic: Statistic) -> tuple[Callable[..., Any], Callable[..., A
     """What a statistic finds, and that added to a total, which is donated; compiled once for the same statistic."""
 
     @jax.jit  # traced once, though asked for its shapes and then for sums
-    def found(encoder: Params, batch: Batch, key: jax.Array) -> Any:
+    def found(encoder: Params, batch: Batch, key: jax.Array, seen: int) -> Any:
+        # By the image's own seed: its place in a batch depends on how many processes and devices there are.
+        keys = image_keys(key, batch["seed"] if "seed" in batch else seen + jnp.arange(len(batch["image"])))
         with jax.default_matmul_precision("highest"):  # accelerators would round Gram matrices to 10 bits
-            return statistic(encoder, batch, key)
+            return statistic(encoder, batch, keys)
 
     def add(total: Any, *inputs: Any) -> Any:
         return jax.tree.map(jnp.add, total, found(*inputs))
@@ -79,7 +83,7 @@ def moments_of(config: Architecture, parts: Sequence[Part]) -> Statistic:
       sensitivity: see `_sensitivity`; takes a backward pass.
     """
 
-    def statistic(encoder: Params, batch: Batch, key: jax.Array) -> dict[str, Any]:
+    def statistic(encoder: Params, batch: Batch, keys: jax.Array) -> dict[str, Any]:
         embedding, features = run_encoder(config, encoder, batch)
         blocks = [features[f"blocks_{i}"] for i in range(len(config.encoder.blocks))]
         found: dict[str, Any] = {
@@ -95,7 +99,7 @@ def moments_of(config: Architecture, parts: Sequence[Part]) -> Statistic:
         if "mlp" in parts:
             found["mlp"] = [_mlp(block) for block in blocks]
         if "sensitivity" in parts:
-            found["sensitivity"] = _sensitivity(config, encoder, batch, key)
+            found["sensitivity"] = _sensitivity(config, encoder, batch, keys)
         return found
 
     return statistic
@@ -147,7 +151,7 @@ def _mlp(block: dict[str, jax.Array]) -> Moments:
     return {"hidden": _gram(hidden), "hidden_sum": hidden.sum(0), "tokens": jnp.array(float(len(hidden)))}
 
 
-def _sensitivity(config: Architecture, encoder: Params, batch: Batch, key: jax.Array) -> dict[str, Any]:
+def _sensitivity(config: Architecture, encoder: Params, batch: Batch, keys: jax.Array) -> dict[str, Any]:
     """How an error inside shows in the embedding: the disturbed gradient's second moments.
 
     With unit noise ε at the embedding and g = Jᵀε the gradient somewhere inside, E[g gᵀ] = JᵀJ:
@@ -159,13 +163,14 @@ def _sensitivity(config: Architecture, encoder: Params, batch: Batch, key: jax.A
     """
     pixels = preprocess(config, batch["image"], batch["size"])
     model = encoder_for(config, len(pixels), encoder["pos_embed"].dtype)
-    shapes = jax.eval_shape(model.init, key, pixels)["perturbations"]
+    shapes = jax.eval_shape(model.init, keys[0], pixels)["perturbations"]
 
     def embed(perturbations: Any) -> jax.Array:
         return model.apply({"params": encoder, "perturbations": perturbations}, pixels)[0]
 
     embedding, pull_back = jax.vjp(embed, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
-    (grads,) = pull_back(jax.random.normal(key, embedding.shape, embedding.dtype))
+    noise = jax.vmap(lambda key: jax.random.normal(key, embedding.shape[1:], embedding.dtype))(keys)
+    (grads,) = pull_back(noise)
     widths = config.encoder.blocks
     blocks = [grads[f"blocks_{i}"] for i in range(len(widths))]
     return {

@@ -1,0 +1,68 @@
+"""Families other than ViT in integers, weights and inputs: made with images, kept in a folder, computed with."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from helpers.family_models import SLIM_REP_VIT, SLIM_TINY_VIT, SLIM_VIT, edge_sam, efficient_sam, random_params
+from helpers.images import samples
+from slimsam_jax import checkpoint, data
+from slimsam_jax.compression.quantize import embed, quantize
+from slimsam_jax.models.composed import SamConfig, head_of
+from slimsam_jax.models.sam import Sam, abstract_params, encode
+from slimsam_jax.quantization import is_quantized
+from slimsam_jax.quantization.layers import find_layers
+
+
+def mobile_sam():
+    encoder, sizes = SLIM_TINY_VIT, {"out_chans": 16, "mask_in_chans": 4, "decoder_mlp_dim": 8, "iou_head_dim": 8}
+    config = SamConfig(encoder, head_of(encoder.image_size, encoder.stride, **sizes, decoder_heads=2, decoder_depth=1))
+    return Sam(config, random_params(abstract_params(config)))
+
+
+FAMILIES = {
+    "tiny_vit": mobile_sam,
+    "rep_vit": lambda: edge_sam(SLIM_REP_VIT),
+    "efficient_sam": lambda: efficient_sam(SLIM_VIT),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kernel_is_a_layer_but_depthwise_ones(family):
+    sam = FAMILIES[family]()
+    encoder, shape = sam.params["image_encoder"], jax.ShapeDtypeStruct
+    inputs = shape((2, *sam.config.image_size, 3), np.uint8), shape((2, 2), np.int32)
+    layers = {layer.path for layer in find_layers(functools.partial(embed, sam.config), encoder, *inputs).layers}
+    kernels = {path: leaf for path, leaf in flatten_dict(encoder, sep="/").items() if path.endswith("kernel")}
+    assert len(layers & set(kernels)) >= 15
+    assert {leaf.shape[-2] for path, leaf in kernels.items() if path not in layers} <= {1}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("tiny_vit", marks=pytest.mark.slow),
+        pytest.param("rep_vit", marks=pytest.mark.slow),
+        "efficient_sam",
+    ],
+)
+def test_an_encoder_becomes_integers(family, tmp_path):
+    """All of its kernels but for depthwise ones, and the inputs of all but the first; embeddings are near floats'."""
+    sam = FAMILIES[family]()
+    photos = samples(sorted(data.embedded_images().glob("*.jpg"))[:4])
+    checkpoint.save(quantize(sam, photos, activations=8, ranges="token", head=False), tmp_path / "small")
+    small = checkpoint.load(tmp_path / "small")
+    flat = flatten_dict(small.params["image_encoder"], sep="/")
+    kernels = {path: leaf for path, leaf in flat.items() if path.endswith("kernel")}
+    integers = {path: leaf for path, leaf in kernels.items() if is_quantized(leaf)}
+    assert {leaf.shape[-2] for path, leaf in kernels.items() if path not in integers} <= {1}
+    assert sum(leaf.range is None for leaf in integers.values()) == 1
+    height, width = sam.config.image_size
+    image = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8), np.array([[height, width]])
+    plain, rounded = (jax.device_get(encode(each.config, each.params, *image)) for each in (sam, small))
+    assert 0 < np.square(rounded - plain).mean() / plain.var() < 0.05

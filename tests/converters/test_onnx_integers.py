@@ -1,0 +1,134 @@
+"""Integers of weights and inputs in ONNX: what JAX computes with them, in float32 and in kernels of integers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from converters import to_onnx
+from converters.onnx import integers, kernels
+from converters.onnx.graph import FLOAT, Graph
+from helpers.models import random_sam, tiny_config
+from slimsam_jax.errors import InputError
+from slimsam_jax.models.sam import encode
+from slimsam_jax.quantization import Quantized
+from slimsam_jax.quantization.codes import storage
+
+CONFIG = tiny_config(image_size=(64, 64), decoder_depth=1, multimask_outputs=1)
+CONFIG = dataclasses.replace(CONFIG, blocks=CONFIG.blocks[:1])
+IMAGE = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+STATIC, SYMMETRIC, TOKENS = ([0.05, 90], [0.05, 128], [])
+INSIDE = 7  # linear layers of the encoder
+
+
+@pytest.fixture(scope="module")
+def sam():
+    return random_sam(CONFIG, 1)
+
+
+def quantized(sam, span, bits=8, input_bits=8):
+    """With integers of the encoder's layers, by their largest weights; inputs with ranges but for the first layer's."""
+
+    def one(keys, leaf):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if not path.endswith("kernel"):
+            return leaf
+        axes = (0,) if path.split("/")[-2] in "qkv" else tuple(range(leaf.ndim - 1))
+        scale = np.abs(np.asarray(leaf)).max(axes, keepdims=True) / (2 ** (bits - 1) - 1)
+        codes = np.round(np.asarray(leaf) / scale).astype(np.int8).astype(storage(bits))
+        own = None if span is None or "patch" in path else np.array(span, np.float32)
+        return Quantized(codes, scale.astype(np.float32), own, bits, axes, input_bits)
+
+    encoder = jax.tree_util.tree_map_with_path(one, sam.params["image_encoder"])
+    return dataclasses.replace(sam, params={**sam.params, "image_encoder": encoder})
+
+
+@pytest.mark.parametrize(
+    ("span", "bits", "input_bits", "suffix", "kernel"),
+    [
+        (STATIC, 8, 8, "_uint8", "MatMulIntegerToFloat"),
+        (SYMMETRIC, 8, 8, "_int8", "MatMulIntegerToFloat"),
+        (TOKENS, 6, 6, "_quantized", "MatMulInteger"),
+        (STATIC, 4, 8, "_q4", "MatMulNBits"),
+    ],
+    ids=["static", "symmetric", "tokens of 6 bits", "4 by 8 bits"],
+)
+def test_embeddings_are_those_of_jax(span, bits, input_bits, suffix, kernel, sam, tmp_path):
+    own = quantized(sam, span, bits, input_bits)
+    encoder, _ = to_onnx.models(own, "sam", np.float32, integers=True)
+    onnx.checker.check_model(encoder, full_check=True)
+    onnx.save(encoder, tmp_path / "encoder.onnx")
+    expected = np.asarray(encode(own.config, own.params, IMAGE, np.array([[64, 64]])))
+    in_floats, opened = (kernels.Opened(tmp_path / "encoder.onnx", kind) for kind in (False, True))
+    for each in (in_floats, opened):
+        (embedding,) = each.run(None, {"images": IMAGE.transpose(0, 3, 1, 2)})
+        np.testing.assert_allclose(embedding.transpose(0, 2, 3, 1), expected, atol=3e-6 * np.abs(expected).max())
+    # Of signed inputs that q, k and v share, onnxruntime computes the products in float32.
+    assert opened.counts == {kernel: INSIDE - 3 * (span is SYMMETRIC)}
+    assert integers.suffix_of(own) == suffix
+    types = {node.op_type for node in encoder.graph.node}
+    assert ("QuantizeLinear" in types) == (span is not TOKENS)
+
+
+@pytest.mark.parametrize("span", [[0.1, 5], [0.1, 8]], ids=["unsigned", "signed"])
+def test_inputs_of_fewer_bits_are_cut_off(span):
+    """Where their codes end, long before those of 8 bits do."""
+    one, span = np.ones((1, 2), np.float32), np.array(span, np.float32)
+    g = Graph({"w/kernel": Quantized(np.eye(2, dtype=np.int8), one, span, input_bits=4)})
+    model = g.model("m", CONFIG, {"x": (FLOAT, (1, 2))}, {"y": (g.linear("x", "w"), (1, 2))})
+    (found,) = kernels.session(model.SerializeToString()).run(None, {"x": np.float32([[-9, 9]])})
+    np.testing.assert_allclose(found[0], [-0.1 * span[1], 0.1 * (15 - span[1])], rtol=1e-6)
+
+
+def test_four_bits_beside_float16(sam, tmp_path):
+    """Within what float16 itself costs."""
+    own = quantized(sam, None, 4)
+    encoder, _ = to_onnx.models(own, "sam", np.float16, integers=True)
+    onnx.checker.check_model(encoder, full_check=True)
+    expected = np.asarray(encode(own.config, own.params, IMAGE, np.array([[64, 64]])))
+    (found,) = kernels.session(encoder.SerializeToString()).run(None, {"images": IMAGE.transpose(0, 3, 1, 2)})
+    np.testing.assert_allclose(found.transpose(0, 2, 3, 1), expected, atol=3e-3 * np.abs(expected).max())
+    with pytest.raises(InputError, match="weights of 4 bits alone"):
+        integers.check_integers(quantized(sam, None), "m", ["integers_float16"])
+    with pytest.raises(InputError, match="weights of 4 bits alone"):
+        integers.check_integers(quantized(sam, STATIC, 4), "m", ["integers_float16"])
+
+
+def test_files_of_one_name_are_refused(sam):
+    with pytest.raises(InputError, match="files of one name"):
+        integers.check_integers(quantized(sam, None), "m", ["int8", "integers"])
+    integers.check_integers(quantized(sam, STATIC), "m", ["int8", "integers"])
+
+
+def test_the_command_measures_and_says_what_is_slower(sam, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "by_turns", lambda files: [0.1, 0.101 if files[0].first else 0.3])
+    monkeypatch.setattr(kernels.Opened, "first", property(lambda self: "images" in self._asked[1]), raising=False)
+    to_onnx.export(quantized(sam, STATIC), tmp_path / "out", "sam", ("integers",), Image.fromarray(IMAGE[0]))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"encoder_uint8.onnx", "decoder_uint8.onnx"}
+    printed = capsys.readouterr().out
+    assert "masks agree to" in printed and "MB" in printed
+    assert f"encoder {INSIDE} MatMulIntegerToFloat; decoder none" in printed
+    assert "encoder: 101.0 ms, float32 100.0 ms" in printed
+    assert printed.endswith("slower than float32 here: decoder\n")
+
+
+def test_time_is_taken_by_turns():
+    class Fake:
+        def __init__(self, *seconds):
+            self.left = list(seconds)
+
+        def seconds(self):
+            order.append(self)
+            return self.left.pop(0)
+
+    order, a, b = [], Fake(*[9] * 1, *range(7)), Fake(*[0.1] * 8)
+    slow = Fake(20, 20)
+    assert kernels.by_turns([a, b]) == [0, 0.1]  # the first run warms up, and is so long that there is but one turn
+    assert order == [a, b, a, b]
+    assert kernels.by_turns([slow]) == [20]
+    assert kernels.by_turns([Fake(*[0.01, 3, 1, 2, 9, 1, 2, 2])]) == [2]
