@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from slimsam_jax.errors import InputError
 from slimsam_jax.files import replacing
 
 FOLDER = Path(__file__).parent / "results"
@@ -25,15 +26,30 @@ NOTE = "`{command}` writes this file: do not edit it. [{label}]({page}) says wha
 @functools.cache
 def machine() -> dict[str, Any]:
     """Records where and with what a number was made."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=FOLDER.parent)
     return {
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)),
         "processor": platform.machine(),
         "python": platform.python_version(),
         "jax": version("jax"),
-        "commit": git.stdout.strip(),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Returns the commit of the checkout, with "-dirty" if a Python file differs from it or is new."""
+    git = lambda *arguments: subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=FOLDER.parent)
+    changed = git("status", "--porcelain", "--", ":/*.py").stdout.strip()
+    return git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if changed else "")
+
+
+def check_committed() -> None:
+    """Raises InputError if results would be of code that no commit holds; what is appended then names this commit."""
+    machine.cache_clear()
+    if not (name := machine()["commit"]) or name.endswith("-dirty"):
+        raise InputError(
+            f"the code is no commit's ({name or 'no git here'}); commit it, so that rows say what made them"
+        )
 
 
 def append(path: Path, entry: dict[str, Any]) -> None:

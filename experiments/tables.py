@@ -5,16 +5,17 @@ python -m experiments.tables
 
 from __future__ import annotations
 
-from experiments import estimators, hierarchical, pruning, quantization, reference_results, slimming
-from experiments.sa1b import hours
+from experiments import distillers, estimators, hierarchical, pruning, quantization, reference_results, slimming
+from experiments.sa1b import distillers_hours, hours
 from slimsam_jax import cli
 
-PARTS = (slimming, pruning, hours, hierarchical, estimators, reference_results, quantization)
+COUNTED = (hours, distillers_hours)
+MEASURED = (slimming, pruning, hierarchical, estimators, reference_results, quantization, distillers)
 
 
 def main() -> None:
     """Write all tables and figures."""
-    for part in PARTS:
+    for part in (*MEASURED, *COUNTED):
         part.table()
 
 

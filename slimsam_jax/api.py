@@ -115,6 +115,7 @@ def compress(
     fsdp: int = 1,
     attention: Literal["auto", "plain", "rows", "folded"] = "auto",
     cache: Path | str | None = None,
+    cache_as: Literal["float16", "int8"] = "float16",
     max_broken: float = 0.1,
     strict: bool = False,
     distributed: str | None = None,
@@ -134,8 +135,7 @@ def compress(
       teacher: the SAM or FastSAM to compress, a path as `load` takes it; None for the small SAM in the package.
       images: folders of images, .tar shards, COCO .json files, or "tfds:DIR"; none for the photographs in the package.
       val: what to measure on, of the same kinds; none for an eighth of the images, held out.
-      ratio: share of the channels to remove; 0.5 if there is no `budget` either. 0.77 leaves 18 % of the parameters of
-        the small SAM's encoder, and about 7 % of SAM-B's.
+      ratio: share of the channels to remove, 0.5 without a `budget`; 0.77 leaves 18 % of the small SAM's encoder.
       budget: instead of that what the slim model may cost: "params=9.1M", "macs=47G" or "latency=120ms".
       recipe: its name, or a list of steps (`compression.steps`).
       student: what a recipe that begins with another encoder distils into: a preset's name, or a model's path.
@@ -146,8 +146,8 @@ def compress(
 
     Raises:
       InputError: bad options or files; nothing has been written then.
-      RunError, OSError: a fault while running, which `resume` continues after. Or too many images of `val` could not
-        be measured on, once all is done and written.
+      RunError, OSError: a fault while running, which `resume` continues after. Or, when all is written, too many images
+        of `val` could not be measured on.
     """
     fields = dict(locals())
     fields |= {name: tuple(map(str, _several(fields[name]))) for name in ("images", "val")}

@@ -91,6 +91,8 @@ class Options(DeviceOptions, RunOptions, ImageOptions, CutOptions):
         if self.steps is not None and self.steps < 0:
             raise InputError(f"--steps {self.steps} must not be negative")
         self._check_words()
+        if self.cache_as != "float16" and self.cache is None:
+            raise InputError("--cache-as says how --cache holds embeddings: give --cache FOLDER, too")
         limits.check_options(self, COUNTED)
         check_share(self.max_broken)
         check_seed(self.seed)

@@ -109,7 +109,8 @@ def run_of(
     origin = provenance(options, recipe, teacher, images, counts, batch, own)
     if student:
         origin["student"] = {"file": options.student.name, "sha256": checkpoint.sha256(options.student)}
-    cache = TeacherCache(options.cache, teacher, origin["teacher"]["sha256"]) if options.cache else None
+    where = (options.cache, teacher, origin["teacher"]["sha256"], options.cache_as)
+    cache = TeacherCache(*where) if options.cache else None
     judged = [each.step for each in plan if each.optimizer_steps and not isinstance(each.step, Pretrain)]
     measures = {step.validation.validate_by for step in judged} if sharding.is_main() else set()
     scores = {measure: judge(teacher, val, measure) for measure in measures}
@@ -220,8 +221,13 @@ def provenance(
     path = Path(options.teacher or data.embedded_teacher())
     names = "\n".join(image.name for image in images).encode(errors="surrogatepass")  # which may be no UTF-8
     packages = ("jax", "flax", "optax", "numpy")
+    given = getattr(
+        teacher, "thresholds", None
+    )  # which decide the masks of everything mode, and may be changed by hand
+    thresholds = given.to_json() if given else "none"
+    same = {"sha256": checkpoint.sha256(path), "thresholds": thresholds, "provenance": teacher.provenance}
     return {
-        "teacher": {"file": path.name, "sha256": checkpoint.sha256(path), "provenance": teacher.provenance},
+        "teacher": {"file": path.name, **same},
         "images": {"count": len(images), "sha256_of_names": hashlib.sha256(names).hexdigest()},
         "options": {**options.fixing_the_result(), "batch": batch, "recipe": None if own else options.recipe},
         "recipe": describe(recipe),

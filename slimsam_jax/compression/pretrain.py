@@ -123,8 +123,7 @@ def make_trainer(
     begin = jax.jit(lambda: decoder.init(jax.random.key(seed), tokens, jnp.arange(patches)[None])["params"])
     first = jax.eval_shape(begin) if sharding.is_abstract(student.params) else begin()
     state = init_state({"image_encoder": student.params["image_encoder"], "decoder": first}, optimizer, how.ema)
-    encoder = teacher.params["image_encoder"]
-    frozen = {} if known else {"teacher": sharding.cast(encoder, dtype)}
+    frozen = {} if known else {"teacher": sharding.cast(teacher.params["image_encoder"], dtype)}
     return Trainer(train_step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 
 

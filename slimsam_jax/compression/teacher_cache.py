@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from slimsam_jax import sharding
+from slimsam_jax.compression.stored_embeddings import Layout, Precision
 from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError, RunError, reading, writing
 from slimsam_jax.files import replacing
@@ -24,30 +25,30 @@ from slimsam_jax.progress import track
 
 
 class TeacherCache:
-    """A cache of one teacher's embeddings, [h, w, out_chans] float16; several maps lie one after the other in a file.
+    """A cache of one teacher's embeddings, [h, w, out_chans]; several maps lie one after the other in a file.
 
-    Half precision adds a relative squared error of about 1e-7, far below what distillation reaches.
+    Half precision adds a relative squared error of about 1e-7, integers of about 1e-5 (docs/distillers.md), below what
+    distillation reaches.
 
     Args:
       folder: that several teachers may share.
       teacher_hash: sha256 of its weights.
+      precision: of what is stored; each has a folder of its own.
 
     Raises:
       InputError: the folder cannot be made.
     """
 
-    def __init__(self, folder: Path, teacher: Sam, teacher_hash: str):
+    def __init__(self, folder: Path, teacher: Sam, teacher_hash: str, precision: Precision = "float16"):
         height, width = teacher.config.image_size
-        self.teacher = teacher
-        self.folder = folder / f"{teacher_hash[:16]}-{height}x{width}"
+        self.teacher, self.layout = teacher, Layout(embedding_shapes(teacher.config), precision)
+        kind = "" if precision == "float16" else f"-{precision}"
+        self.folder = folder / f"{teacher_hash[:16]}-{height}x{width}{kind}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--cache {folder} cannot be made a folder: {error.strerror}") from None
         self._files: dict[str, Path] = {}  # so that an image is hashed once
-        self.shapes = embedding_shapes(teacher.config)
-        self.elements = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
-        self.shape = self.shapes.shape if hasattr(self.shapes, "shape") else (self.elements,)
 
     def file(self, sample: Sample) -> Path:
         """Returns the file of an image's embedding, there or not.
@@ -61,29 +62,22 @@ class TeacherCache:
         return self._files[sample.name]
 
     def read(self, sample: Sample) -> Embedding:
-        """Reads an image's embedding, an array or a dict of maps.
+        """Reads an image's embedding, an array or a dict of maps, float16 however it is stored.
 
         Raises:
           RunError: there is none, or it is damaged.
         """
         try:
-            return self._maps(self._read(self.file(sample)))
+            return self.layout.unpacked(self._read(self.file(sample)))
         except InputError as error:
             raise RunError(f"{error}; continue with --resume, and it is computed again") from None
 
     def _read(self, file: Path) -> np.ndarray:
         with reading(f"the cached embedding {file}"):
             embedding = np.load(file, allow_pickle=False)
-            if embedding.shape != self.shape or embedding.dtype != np.float16:
+            if embedding.shape != self.layout.shape or embedding.dtype != self.layout.dtype:
                 raise ValueError(f"it is {embedding.dtype}{list(embedding.shape)}")
             return embedding
-
-    def _maps(self, stored: np.ndarray) -> Embedding:
-        """What a file holds as the encoder gives it."""
-        leaves, tree = jax.tree.flatten(self.shapes)
-        parts = np.split(stored.ravel(), np.cumsum([leaf.size for leaf in leaves])[:-1])
-        maps = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-        return jax.tree.unflatten(tree, maps)
 
     def fill(self, samples: Sequence[Sample]) -> None:
         """Computes what is missing or damaged; each process takes its share. Says beforehand how much room it takes.
@@ -97,9 +91,11 @@ class TeacherCache:
         missing = [sample for sample in share if not self._is_there(sample)]
         if not missing:
             return
-        needed = len(missing) * jax.process_count() * 2 * self.elements
-        free = shutil.disk_usage(self.folder).free
-        print(f"the teacher's embeddings: about {needed / 1e9:.2f} GB in {self.folder}", flush=True)
+        count = len(missing) * jax.process_count()
+        needed, free = count * self.layout.bytes, shutil.disk_usage(self.folder).free
+        if sharding.is_main():
+            each = f"{count} images of {self.layout.bytes / 1e6:.3g} MB ({self.layout.precision})"
+            print(f"the teacher's embeddings: about {needed / 1e9:.2f} GB in {self.folder}, {each}", flush=True)
         if free < needed:
             raise RunError(f"{self.folder} has {free / 1e9:.2f} GB free; choose another --cache, or none")
         for sample in track(missing, "teacher's embeddings"):
@@ -122,8 +118,7 @@ class TeacherCache:
             image = sample.image()
         except InputError:
             return
-        maps = jax.tree.leaves(encode_image(self.teacher, image).embedding)
-        embedding = np.concatenate([np.asarray(x.astype(jnp.float16)).ravel() for x in maps]).reshape(self.shape)
+        embedding = self.layout.packed(encode_image(self.teacher, image).embedding)
         file = self.file(sample)
         with writing(file), replacing(file) as temporary, temporary.open("wb") as target:
             np.save(target, embedding)

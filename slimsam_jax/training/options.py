@@ -22,6 +22,9 @@ class ImageOptions:
     cache: Path | None = None
     """A folder for the teacher's embeddings of --images (2 MB each at 1024 px, of SAM 2 8 MB): each is computed once,
     not once an epoch. For this teacher only, but any number of runs."""
+    cache_as: Literal["float16", "int8"] = "float16"
+    """How --cache holds them: int8 takes half the room, with a range for each channel of an image (its error is
+    measured in docs/distillers.md)."""
     max_broken: float = 0.1
     """The share of --images that may be unreadable; more stops the run. The others are named and skipped. Of --val,
     too, but more of those are refused before the run, or do not stop it: the exit code is 1 in the end."""

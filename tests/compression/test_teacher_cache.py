@@ -18,6 +18,7 @@ from slimsam_jax.api import compress_with
 from slimsam_jax.compression import teacher_cache
 from slimsam_jax.compression.loss_terms import terms as terms_of
 from slimsam_jax.compression.steps import Distill
+from slimsam_jax.compression.stored_embeddings import Layout
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.trainer import make_trainer
 from slimsam_jax.errors import RunError
@@ -35,7 +36,8 @@ def test_embeddings_are_computed_once_and_are_the_teachers(material, teacher, tm
     broken = truncated(tmp_path / "images" / "broken.jpg")
     cache = TeacherCache(tmp_path / "cache", teacher, "0123456789abcdef")
     cache.fill([*images[:4], *samples([broken])])
-    assert "about 0.00 GB in" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "about 0.00 GB in" in out and "5 images of 0.00102 MB (float16)" in out
     encoded, encode = [], teacher_cache.encode_image
     monkeypatch.setattr(teacher_cache, "encode_image", lambda *args: encoded.append(1) or encode(*args))
     copies = samples(sorted((tmp_path / "images").glob("*.png")))  # the same images elsewhere are the same images
@@ -46,6 +48,29 @@ def test_embeddings_are_computed_once_and_are_the_teachers(material, teacher, tm
         np.testing.assert_allclose(cache.read(sample), expected, rtol=1e-3, atol=1e-3)
         assert cache.read(sample).dtype == np.float16
     assert len(list(cache.folder.iterdir())) == 6
+
+
+def test_integers_have_a_range_for_each_channel(material, teacher, tmp_path):
+    """Of several maps, too; a constant channel, and one of large values, lose nothing by each other."""
+    random, shapes = np.random.default_rng(0), {"fine": (6, 4, 3), "coarse": (3, 2, 2)}
+    maps = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    maps["fine"] = maps["fine"] * np.float32([1e-3, 100, 0]) + np.float32([0, 1000, 7.5])
+    layout = Layout({name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}, "int8")
+    stored = layout.packed(maps)
+    assert stored.dtype == np.int8 and stored.nbytes == layout.bytes == 72 + 12 + 8 * (3 + 2)
+    found = layout.unpacked(stored)
+    for name, expected in maps.items():
+        step = (expected.max((0, 1)) - expected.min((0, 1))) / 254
+        assert found[name].dtype == np.float16
+        limit = 0.51 * step + 5e-4 * np.abs(expected).max((0, 1))  # half a step, and half precision
+        assert (np.abs(found[name] - expected) <= limit).all()
+    sample = samples([material / "images" / "0.png"])
+    caches = [TeacherCache(tmp_path, teacher, "0" * 64, precision) for precision in ("float16", "int8")]
+    for cache in caches:
+        cache.fill(sample)
+    half, integers = (cache.read(sample[0]) for cache in caches)
+    assert 0 < np.abs(integers - half).max() < 0.01 * np.abs(half).max()
+    assert caches[1].file(sample[0]).stat().st_size == 128 + 4 * 4 * 32 + 8 * 32
 
 
 def test_what_is_damaged_missing_or_of_another_teacher_is_not_used(material, teacher, tmp_path):

@@ -53,6 +53,7 @@ from slimsam_jax.errors import InputError, RunError
         (("--recipe", "taylor", "--set", "prune.head_channels=whole", "--uniform"), "goes neither with --uniform"),
         (("--set", "distill.flip=true", "--cache", "cache"), "goes with neither flip nor crop"),
         (("--cache", "{root}/val/0.png"), "cannot be made a folder"),
+        (("--cache-as", "int8"), "give --cache FOLDER, too"),
         (("--set", "distill.crop=0"), "crop 0.0 must be at least 0.01"),
         (("--set", "distill.ema=1"), "ema 1.0 must be a number from 0 to 1"),
         (("--set", "multiple=8"), "it is called prune.round_to=8 since 0.3"),
