@@ -13,7 +13,7 @@ from experiments.bench import families, families_original, turns
 from helpers.shared import shared
 
 
-@pytest.mark.parametrize(("file", "heads"), [("tiny_vit_sam", None), ("efficient_sam", 3)])
+@pytest.mark.parametrize(("file", "heads"), [("tiny_vit_sam", None), ("efficient_sam", 3), ("edge_sam", None)])
 def test_modules_are_the_originals(file, heads):
     with np.load(shared(f"golden/{file}.npz")) as arrays:
         state = {name[17:]: torch.from_numpy(arrays[name]) for name in arrays if name.startswith("sd/image_encoder.")}
@@ -30,7 +30,7 @@ def test_modules_are_the_originals(file, heads):
 
 def test_published_shapes_are_those_of_our_presets():
     """The counts of both sides' parameters."""
-    for preset, count in (("vit_t", 5_743_892), ("efficient_sam_ti", 6_163_840)):
+    for preset, count in (("vit_t", 5_743_892), ("efficient_sam_ti", 6_163_840), ("edge_sam", 5_517_552)):
         module = families_original.encoder(preset, 64)
         assert sum(parameter.numel() for parameter in module.parameters()) == count
 
