@@ -40,7 +40,7 @@ def make_step(options: Options) -> Step:
 def encoder(preset: str, image_size: int) -> nn.Module:
     """With random weights, in evaluation mode."""
     edge_sam = json.loads((GOLDEN / "edge_sam_counts.json").read_text())
-    shapes = {**json.loads((GOLDEN / "families_counts.json").read_text()), "edge_sam": edge_sam}[preset]["state_dict"]
+    shapes = {**json.loads((GOLDEN / "families_counts.json").read_text()), "rep_vit_m1": edge_sam}[preset]["state_dict"]
     prefix = "image_encoder."
     torch.manual_seed(0)
     state = {n[len(prefix) :]: 0.02 * torch.randn(shape) for n, shape in shapes.items() if n.startswith(prefix)}
