@@ -87,7 +87,7 @@ def load(folder: Path | str) -> Sam | FastSam:
         thresholds = None if thresholds is None else Thresholds.from_json(thresholds)
         tree = fast_sam.abstract_params(config) if whole else abstract_params(config)
         shapes = flax.traverse_util.flatten_dict(tree, sep="/")
-        integers = saving.Described(description.get("quantization", []))
+        integers = saving.Described(description.get("quantization", []), str(folder))
         if whole and integers.paths:
             raise InputError(f"{folder} is a FastSAM in integers, which nothing here computes with")
     check_names(set(flat), set(shapes) | integers.extra, str(folder))
