@@ -67,7 +67,7 @@ def test_steps_are_of_the_encoder_that_is_there_then():
 
 
 def test_statistics_are_estimated_from_the_runs_images(tmp_path, monkeypatch):
-    """As many batches as `importance_images` make, normalised as the model takes them; where nothing is learned, too."""
+    """As many batches as `importance_images` make, normalised as the model takes them; without steps, too."""
     head = head_of(SLIM_TINY_VIT.image_size, 8, **HEAD, decoder_heads=1)
     config = SamConfig(SLIM_TINY_VIT, head)
     sam = Sam(config, random_params(abstract_params(config)))

@@ -104,7 +104,7 @@ def test_what_a_file_holds_is_what_is_read():
         ("a/kernel_range", np.array([3e38, 3], np.float32)),
         ("a/kernel_range", np.array([np.nan, 3], np.float32)),
     ):
-        with pytest.raises(InputError, match="^folder: a/kernel "):
+        with pytest.raises(InputError, match=r"^folder: a/kernel "):
             described.restore({**arrays, name: wrong}, {"a/kernel": (2, 16, 2)})
     for field, value, message in (
         ("bits", 17, "17 bits"),
