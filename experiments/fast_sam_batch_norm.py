@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ import optax
 import tyro
 
 from experiments.fast_sam_shapes import SIDE, Batch, Scene, batch_of, draw
+from slimsam_jax import checkpoint
 from slimsam_jax.compression.fast_sam import prune
 from slimsam_jax.compression.fast_sam_distill import TERMS, outputs_of
 from slimsam_jax.evaluation.scores import relative_error
@@ -47,6 +49,7 @@ class Options:
       steps: of 8 images.
       counts: images that new statistics are estimated from.
       limit: unseen images to measure on.
+      out: folder to keep the uncut models in.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -55,11 +58,14 @@ class Options:
     criteria: tuple[str, ...] = ("magnitude", "taylor")
     counts: tuple[int, ...] = (8, 64)
     limit: int = 48
+    out: Path | None = None
 
 
 def main(options: Options) -> None:
     for seed in options.seeds:
         model = trained(options.steps, seed)
+        if options.out:
+            checkpoint.save(model, options.out / f"seed_{seed}")
         unseen = [draw(np.random.default_rng([seed, 1, i])) for i in range(options.limit)]
         report(f"seed {seed}, uncut", model, model, unseen)
         for criterion in options.criteria:
