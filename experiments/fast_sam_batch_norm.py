@@ -2,7 +2,7 @@
 
     python -m experiments.fast_sam_batch_norm --seeds 0 1 2
 
-A FastSAM of an eighth of the published widths learns to find shapes on textures (`fast_sam_shapes`), batch norms by the
+A FastSAM of an eighth of the published widths learns to find plain shapes (`fast_sam_shapes`), batch norms by the
 statistics of its batches as published ones have learned. Then it is cut by half and nothing is distilled: with the
 statistics that it had, and with those of images it has learned from, as `distill.batch_norm=recalibrated` begins.
 
@@ -37,7 +37,7 @@ from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.encoders.layers import recalibrate, with_statistics
 from slimsam_jax.models.fast_sam import Config, FastSam, Network, Outputs, init, scaled
 
-RATE, PRIOR = 3e-3, -4.0  # the peak learning rate; logit of a cell's score at first, as most cells have nothing
+RATE, PRIOR = 5e-3, -4.0  # the peak learning rate; logit of a cell's score at first, as most cells have nothing
 BATCH = 8
 
 
@@ -119,7 +119,8 @@ def trained(steps: int, seed: int) -> FastSam:
     params = init(config, jax.random.key(seed))
     for level in range(3):
         params[f"scores_{level}"]["out"]["bias"] += PRIOR
-    optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(optax.cosine_decay_schedule(RATE, steps)))
+    rates = optax.warmup_cosine_decay_schedule(0.0, RATE, min(50, steps // 4), steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rates))
     step, state = stepper(config, optimizer), optimizer.init(params)
     for number, batch in zip(range(1, steps + 1), batches(seed), strict=False):
         params, state, terms = step(params, state, batch)

@@ -1,4 +1,4 @@
-"""Shapes on textures, and what the cells of a FastSAM shall learn of them; see `fast_sam_batch_norm`."""
+"""Plain shapes on soft grounds, and what the cells of a FastSAM shall learn of them; see `fast_sam_batch_norm`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from experiments.reference_data.surfaces import Rng, shape, texture
+from experiments.reference_data.surfaces import Rng, gradient, shape
 from slimsam_jax.imaging.geometry import bounding_window
 from slimsam_jax.models.fast_sam_config import BINS, STRIDES
 
@@ -45,17 +45,33 @@ class Batch(NamedTuple):
 
 
 def draw(random: Rng) -> Scene:
-    """One to four shapes, later ones over earlier ones."""
-    image, covers = texture((SIDE, SIDE), random).convert("RGB"), []
+    """One to four shapes of one colour each, later ones over earlier ones."""
+    image, covers = gradient((SIDE, SIDE), random), []
     for _ in range(int(random.integers(1, MOST + 1))):
-        side = round(np.exp(random.uniform(*np.log(SIZES))))
-        x, y = (int(random.integers(0, SIDE - side + 1)) for _ in range(2))
+        outline = compact(round(np.exp(random.uniform(*np.log(SIZES)))), random)
+        x, y = (int(random.integers(0, SIDE - side + 1)) for side in outline.size)
         cover = Image.new("L", (SIDE, SIDE))
-        cover.paste(shape(side, random), (x, y))
-        image.paste(texture((SIDE, SIDE), random).convert("RGB"), (0, 0), cover)
+        cover.paste(outline, (x, y))
+        image.paste(colour(image, random), (0, 0), cover)
         covers.append(np.asarray(cover) >= 128)
     visible = [cover & ~np.any(covers[i + 1 :], axis=0) for i, cover in enumerate(covers)]
     return Scene(np.asarray(image), [mask for mask in visible if mask.sum() >= SMALLEST])
+
+
+def compact(side: int, random: Rng) -> Image.Image:
+    """A shape that fills half of its square: rings and lines take longer to learn."""
+    while True:
+        outline = shape(side, random)
+        if np.mean(np.asarray(outline) >= 128) >= 0.5:
+            return outline
+
+
+def colour(image: Image.Image, random: Rng) -> tuple[int, int, int]:
+    """One that stands out from the mean of an image."""
+    while True:
+        found = random.integers(0, 256, 3)
+        if np.abs(found - np.asarray(image).mean((0, 1))).max() >= 80:
+            return tuple(map(int, found))
 
 
 def batch_of(scenes: Sequence[Scene]) -> Batch:
