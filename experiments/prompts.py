@@ -3,7 +3,7 @@
     python -m experiments.prompts --model SAM FASTSAM --images PHOTOS
 
 Of each model and image: encoding, and then so many points, each to one mask of the image's size; and everything mode.
-CPU seconds of this process, mean over images after one that compiles: the clock says nothing on a busy machine.
+CPU seconds of this process, mean over images once all is compiled: the clock says nothing on a busy machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Options:
     """What to time.
 
     Attributes:
-      images: photographs; those of one size compile once. Those in the package if none.
+      images: photographs; those in the package if none.
       counts: of points, spread evenly over the image.
       points_per_side: of everything mode's grid, of which a FastSAM knows nothing.
     """
@@ -71,8 +71,9 @@ def segment(model: Model, photo: Image.Image, count: int) -> list[np.ndarray]:
 
 
 def seconds(run: Callable[[Image.Image], Any], photos: list[Image.Image]) -> tuple[float, list[Any]]:
-    """CPU seconds of each call, and what they give; a first one compiles."""
-    run(photos[0])
+    """CPU seconds of each call, and what they give; first ones compile, once for each shape of photographs."""
+    for photo in photos:
+        run(photo)
     start = time.process_time()
     results = [run(photo) for photo in photos]
     return (time.process_time() - start) / len(photos), results
