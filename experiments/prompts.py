@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tyro
 from PIL import Image
@@ -75,7 +76,7 @@ def seconds(run: Callable[[Image.Image], Any], photos: list[Image.Image]) -> tup
     for photo in photos:
         run(photo)
     start = time.process_time()
-    results = [run(photo) for photo in photos]
+    results = [jax.block_until_ready(run(photo)) for photo in photos]
     return (time.process_time() - start) / len(photos), results
 
 
