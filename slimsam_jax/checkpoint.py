@@ -23,7 +23,7 @@ from slimsam_jax import safetensors_file
 from slimsam_jax.errors import InputError, printable, reading, writing
 from slimsam_jax.files import open_regular, read_json, replacing, write_json
 from slimsam_jax.models.config import Thresholds
-from slimsam_jax.models.kinds import FAMILIES, Model
+from slimsam_jax.models.kinds import Model, families
 from slimsam_jax.quantization import saving
 
 FORMAT, FIRST = "slimsam_jax/2", "slimsam_jax/1"  # the first had no family: SAM's ViT
@@ -72,7 +72,7 @@ def load(folder: Path | str) -> Model:
     description = read_json(folder / "config.json")
     with reading(folder):
         family = _family(description, str(folder))
-        kind = FAMILIES[family]
+        kind = families()[family]
         config = kind.architecture(family, description["architecture"])
         provenance = _provenance(description.get("provenance", {}))
         flat = safetensors_file.read(folder / "model.safetensors")
@@ -111,8 +111,8 @@ def _family(description: dict[str, Any], where: str) -> str:
         theirs = printable(repr(description.get("format")), 40)
         raise InputError(f"{where} has format {theirs}, and {FORMAT!r} is what we read")
     name = description["family"] if description["format"] == FORMAT else "vit"
-    if name not in FAMILIES:
-        raise InputError(f"{where} is of the family {printable(repr(name), 40)}, and there are {', '.join(FAMILIES)}")
+    if name not in families():
+        raise InputError(f"{where} is of the family {printable(repr(name), 40)}, and there are {', '.join(families())}")
     return name
 
 

@@ -20,8 +20,12 @@ from slimsam_jax.models.encoders import FAMILIES as ENCODERS
 from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.sam import Sam
 
-FAMILIES: dict[str, ModuleType] = {**dict.fromkeys(ENCODERS, sam), fast_sam.FAMILY: fast_sam}  # names on disk
 Model = Sam | FastSam
+
+
+def families() -> dict[str, ModuleType]:
+    """{name on disk: its kind}; whoever adds a family of encoders has added it here."""
+    return {**dict.fromkeys(ENCODERS, sam), fast_sam.FAMILY: fast_sam}
 
 
 def check_model(model: Any) -> Model:
