@@ -2,7 +2,7 @@
 
     python -m experiments.prompts --model SAM FASTSAM --images PHOTOS
 
-Of each model and image: encoding, and then so many points, each to one mask of the image's size; and everything mode.
+Of each model and image: encoding and so many points, each to one mask of the image's size; and everything mode.
 CPU seconds of this process, mean over images once all is compiled: the clock says nothing on a busy machine.
 """
 
@@ -47,14 +47,13 @@ class Options:
 def main(options: Options) -> None:
     photos = [s.image() for s in data.find(options.images or [str(data.embedded_images())])[: options.limit]]
     rows = [row(path, photos, options) for path in options.model]
-    heads = ["CPU s an image", "encode", *(f"{count} points" for count in options.counts), "everything", "its masks"]
+    heads = ["CPU s an image", *(f"{count} points" for count in options.counts), "everything", "its masks"]
     print(tables.markdown_rows(heads, rows))
 
 
 def row(path: Path, photos: list[Image.Image], options: Options) -> list[str]:
     model = slimsam_jax.load(path)
-    times = [seconds(lambda photo: encode_image(model, photo), photos)[0]]
-    times += [seconds(lambda photo, n=count: segment(model, photo, n), photos)[0] for count in options.counts]
+    times = [seconds(lambda photo, n=count: segment(model, photo, n), photos)[0] for count in options.counts]
     how = everything.Options(path, (), path, points_per_side=options.points_per_side)
     if model.family == "fast_sam":
         how = everything.Options(path, (), path)
