@@ -179,9 +179,9 @@ def load_sam(source: Path | str) -> Sam:
     Raises:
       InputError: as `load`, or it is a FastSAM.
     """
-    from slimsam_jax.inference.predictor import check_model
+    from slimsam_jax.models.kinds import check_sam
 
-    return check_model(load(source))
+    return check_sam(load(source))
 
 
 def _fast_sam(path: Path, state: dict[str, np.ndarray], image_size: Any = 1024) -> FastSam:

@@ -51,15 +51,13 @@ def to_state_dict(sam: Sam | FastSam) -> dict[str, np.ndarray]:
     from converters.tables import fast_sam
     from converters.tables.strict import Converted
     from slimsam_jax import checkpoint
-    from slimsam_jax.models.encoders import name_of
-    from slimsam_jax.models.fast_sam import FastSam
     from slimsam_jax.models.sam import dequantized
 
-    if isinstance(sam, FastSam):
+    if sam.family == "fast_sam":
         return fast_sam.to_state_dict(sam.config, sam.params)
     sam = dequantized(sam)
-    if (family := name_of(sam.config.encoder)) in FAMILIES:
-        return FAMILIES[family].to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, sam.kept))
+    if sam.family in FAMILIES:
+        return FAMILIES[sam.family].to_state_dict(Converted(sam.config.encoder, sam.config.head, sam.params, sam.kept))
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     table = rows(sam.config)
     checkpoint.check_names(set(flat), {row.path for row in table}, "the parameter tree")
@@ -100,14 +98,12 @@ def save_sam(sam: Sam, path: Path) -> None:
 def noted(sam: Sam | FastSam) -> dict[str, Any]:
     """What no shape tells, for a note beside the arrays."""
     from converters.families import FAMILIES
-    from slimsam_jax.models.encoders import name_of
-    from slimsam_jax.models.fast_sam import FastSam
 
-    if isinstance(sam, FastSam):
+    if sam.family == "fast_sam":
         return {"image_size": sam.config.image_size}
     note = {name: getattr(sam.config, name) for name in ("decoder_heads", "pixel_mean", "pixel_std")}
-    if (family := name_of(sam.config.encoder)) in FAMILIES:
-        note |= FAMILIES[family].given_by(sam.config)
+    if sam.family in FAMILIES:
+        note |= FAMILIES[sam.family].given_by(sam.config)
     return {**note, "thresholds": sam.thresholds.to_json() if sam.thresholds else None}
 
 

@@ -295,6 +295,6 @@ def _path(value: Any, name: str) -> Path:
 
 def _model(value: Any) -> Sam | FastSam:
     """Raises InputError for what is no model."""
-    from slimsam_jax.inference.fast_sam_predictor import check_any_model
+    from slimsam_jax.models.kinds import check_model
 
-    return check_any_model(value)
+    return check_model(value)

@@ -32,9 +32,9 @@ def main(model: Positional[Path], images: tuple[str, ...] = (), like: Path | Non
     from slimsam_jax import checkpoint, data
     from slimsam_jax.files import write_json
     from slimsam_jax.inference.calibration import calibrate
-    from slimsam_jax.inference.predictor import check_model
+    from slimsam_jax.models.kinds import check_sam
 
-    sam, teacher = check_model(checkpoint.load(model)), load(like) if like else None
+    sam, teacher = check_sam(checkpoint.load(model)), load(like) if like else None
     thresholds = calibrate(sam, data.find(images or [data.embedded_images()]), teacher, count)
     if thresholds is None:
         raise InputError(

@@ -22,21 +22,16 @@ from safetensors.numpy import save_file
 from slimsam_jax import safetensors_file
 from slimsam_jax.errors import InputError, printable, reading, writing
 from slimsam_jax.files import open_regular, read_json, replacing, write_json
-from slimsam_jax.models import fast_sam
-from slimsam_jax.models.composed import SamConfig
-from slimsam_jax.models.config import Config, Thresholds
-from slimsam_jax.models.encoders import FAMILIES, family_of, name_of
-from slimsam_jax.models.fast_sam import FastSam
-from slimsam_jax.models.sam import Architecture, Params, Sam, abstract_params
+from slimsam_jax.models.config import Thresholds
+from slimsam_jax.models.kinds import Model, families
 from slimsam_jax.quantization import saving
 
 FORMAT, FIRST = "slimsam_jax/2", "slimsam_jax/1"  # the first had no family: SAM's ViT
 KEPT, MOST_KEPT = "kept.safetensors", 1 << 28  # file, and bytes: MobileSAM's classifier has 1.3 MB
-FAST_SAM = "fast_sam"  # a family that is no image encoder with SAM's head
 MOST_LEVELS = 100  # of provenance; a teacher's teacher's are four deeper each
 
 
-def save(sam: Sam | FastSam, folder: Path | str) -> None:
+def save(sam: Model, folder: Path | str) -> None:
     """Writes a model folder; existing files of these names are replaced atomically.
 
     Raises:
@@ -47,26 +42,24 @@ def save(sam: Sam | FastSam, folder: Path | str) -> None:
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     with writing(folder / "model.safetensors"), replacing(folder / "model.safetensors") as temporary:
         save_file(saving.to_arrays(flat), temporary)
-    if kept := getattr(sam, "kept", {}):  # a FastSAM has all its arrays in use
+    if sam.kept:
         with writing(folder / KEPT), replacing(folder / KEPT) as temporary:
-            save_file(kept, temporary)
+            save_file(sam.kept, temporary)
     else:
         (folder / KEPT).unlink(missing_ok=True)  # of a model that was here before
     write_json(folder / "config.json", describe(sam))
 
 
-def describe(sam: Sam | FastSam) -> dict[str, Any]:
+def describe(sam: Model) -> dict[str, Any]:
     """Returns the content of `config.json`; thresholds only of a model that has some."""
-    whole = isinstance(sam, FastSam)
-    thresholds = {} if whole or not sam.thresholds else {"thresholds": sam.thresholds.to_json()}
-    family = FAST_SAM if whole else name_of(sam.config.encoder)
-    described = {"format": FORMAT, "family": family, "architecture": sam.config.to_json()}
+    thresholds = {"thresholds": sam.thresholds.to_json()} if sam.thresholds else {}
+    described = {"format": FORMAT, "family": sam.family, "architecture": sam.config.to_json()}
     integers = saving.describe(flax.traverse_util.flatten_dict(sam.params, sep="/"))
     quantized = {"quantization": integers} if integers else {}
     return {**described, **quantized, **thresholds, "provenance": sam.provenance}
 
 
-def load(folder: Path | str) -> Sam | FastSam:
+def load(folder: Path | str) -> Model:
     """Reads a model folder back, strictly: every array of the architecture and no other, float32 or integers.
 
     Raises:
@@ -78,18 +71,19 @@ def load(folder: Path | str) -> Sam | FastSam:
             raise InputError(f"{folder} is not a model folder: it has no {name}")
     description = read_json(folder / "config.json")
     with reading(folder):
-        config = _architecture(description, str(folder))
+        family = _family(description, str(folder))
+        kind = families()[family]
+        config = kind.architecture(family, description["architecture"])
         provenance = _provenance(description.get("provenance", {}))
         flat = safetensors_file.read(folder / "model.safetensors")
-        whole = isinstance(config, fast_sam.Config)
-        check_depth(config, set(flat), str(folder))
+        lasts = kind.last_arrays(config)  # costs next to nothing
+        check_names(lasts & set(flat), lasts, str(folder))
         thresholds = description.get("thresholds")
         thresholds = None if thresholds is None else Thresholds.from_json(thresholds)
-        tree = fast_sam.abstract_params(config) if whole else abstract_params(config)
-        shapes = flax.traverse_util.flatten_dict(tree, sep="/")
-        integers = saving.Described(description.get("quantization", []))
-        if whole and integers.paths:
-            raise InputError(f"{folder} is a FastSAM in integers, which nothing here computes with")
+        shapes = flax.traverse_util.flatten_dict(kind.abstract_params(config), sep="/")
+        integers = saving.Described(description.get("quantization", []), str(folder))
+        if integers.paths and not kind.QUANTIZES:
+            raise InputError(f"{folder} is a {family} in integers, which nothing here computes with")
     check_names(set(flat), set(shapes) | integers.extra, str(folder))
     check_names(integers.paths & set(shapes), integers.paths, str(folder))
     plain = {path: flat[path] for path in shapes if path not in integers.paths}
@@ -98,7 +92,7 @@ def load(folder: Path | str) -> Sam | FastSam:
         quantized = integers.restore(flat, {path: shape.shape for path, shape in shapes.items()})
     kept = _kept(folder / KEPT)
     params = to_device(plain, str(folder), quantized)
-    return FastSam(config, params, provenance) if whole else Sam(config, params, provenance, thresholds, kept)
+    return kind.make(config, params, provenance, thresholds, kept)
 
 
 def _kept(path: Path) -> dict[str, np.ndarray]:
@@ -111,19 +105,15 @@ def _kept(path: Path) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in arrays.items()}
 
 
-def _architecture(description: dict[str, Any], where: str) -> Architecture | fast_sam.Config:
-    """By its family; in the first format SAM's ViT was the only one."""
+def _family(description: dict[str, Any], where: str) -> str:
+    """The name of a family; in the first format SAM's ViT was the only one."""
     if description.get("format") not in (FORMAT, FIRST):
         theirs = printable(repr(description.get("format")), 40)
         raise InputError(f"{where} has format {theirs}, and {FORMAT!r} is what we read")
     name = description["family"] if description["format"] == FORMAT else "vit"
-    if name == FAST_SAM:
-        return fast_sam.Config.from_json(description["architecture"])
-    if name not in FAMILIES:
-        raise InputError(f"{where} is of the family {printable(repr(name), 40)}, and there are {', '.join(FAMILIES)}")
-    if name == "vit":
-        return Config.from_json(description["architecture"])
-    return SamConfig.from_json(FAMILIES[name], description["architecture"])
+    if name not in families():
+        raise InputError(f"{where} is of the family {printable(repr(name), 40)}, and there are {', '.join(families())}")
+    return name
 
 
 def _provenance(provenance: Any) -> dict[str, Any]:
@@ -138,7 +128,7 @@ def _provenance(provenance: Any) -> dict[str, Any]:
     return provenance
 
 
-def to_device(flat: dict[str, np.ndarray], where: str, others: Mapping[str, Any] | None = None) -> Params:
+def to_device(flat: dict[str, np.ndarray], where: str, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Puts {path: array} onto the default device as a tree of float32, so that no later call copies them there.
 
     Args:
@@ -157,20 +147,6 @@ def to_device(flat: dict[str, np.ndarray], where: str, others: Mapping[str, Any]
             raise InputError(f"{where}: {path} holds values that are not finite in float32")
         tree[path] = values
     return jax.device_put(flax.traverse_util.unflatten_dict(tree, sep="/"))  # at once: no program for each shape
-
-
-def check_depth(config: Architecture | fast_sam.Config, names: set[str], where: str) -> None:
-    """Raises InputError unless the last block, decoder layer and mask of `config` are there; costs next to nothing."""
-    if isinstance(config, fast_sam.Config):
-        return check_names(names & set(fast_sam.last_arrays(config)), set(fast_sam.last_arrays(config)), where)
-    own = getattr(family_of(config.encoder), "last_arrays", lambda encoder: [])
-    expected = {f"image_encoder/{path}" for path in own(config.encoder)}
-    lasts = {
-        "mask_decoder/transformer/layers_{}/norm1/scale": config.decoder_depth,
-        "mask_decoder/output_hypernetworks_mlps_{}/layers_0/kernel": 1 + config.multimask_outputs,
-    }
-    expected |= {name.format(count - 1) for name, count in lasts.items() if count}
-    check_names(names & expected, expected, where)
 
 
 def check_names(found: set[str], expected: set[str], where: str) -> None:

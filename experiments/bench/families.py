@@ -2,10 +2,11 @@
 
     python -m experiments.bench.families --preset vit_t
     python -m experiments.bench.families --preset efficient_sam_ti
+    python -m experiments.bench.families --preset rep_vit_m1
 
 The originals are no packages; PyTorch's side is modules of their shape and names (`families_original.py`), which
 the golden vectors of the originals agree with. Weights are random, which changes no time. Ours folds batch norms into
-convolutions, as `SamPredictor` does; PyTorch's keeps them, as MobileSAM does, unless `--fused` (its `fuse()`).
+convolutions, as `SamPredictor` does; PyTorch's keeps them, as MobileSAM and EdgeSAM do, unless `--fused`.
 
 Every turn is a process of its own, as in `bench.py`, and compilation and the first image are not counted.
 """
@@ -35,7 +36,7 @@ class Options:
       side: "jax" and "torch" are the turns themselves.
     """
 
-    preset: Literal["vit_t", "efficient_sam_ti", "efficient_sam_s"] = "vit_t"
+    preset: Literal["vit_t", "efficient_sam_ti", "efficient_sam_s", "rep_vit_m1"] = "vit_t"
     images: int = 5
     turns: int = 5
     image_size: int = 1024
@@ -78,15 +79,20 @@ def our_encoder(options: Options):
     import jax
     import jax.numpy as jnp
 
-    from slimsam_jax.models.encoders import efficient_sam_vit, tiny_vit
-
-    family = tiny_vit if options.preset in tiny_vit.PRESETS else efficient_sam_vit
+    family = family_of(options.preset)
     config = dataclasses.replace(family.PRESETS[options.preset], image_size=(options.image_size,) * 2)
     images = jnp.zeros((1, *config.image_size, 3))
     params = jax.jit(family.ImageEncoder(config).init)(jax.random.key(0), images)["params"]
-    if family is tiny_vit:
-        config, params = tiny_vit.for_inference(config, params)
+    if hasattr(family, "for_inference"):
+        config, params = family.for_inference(config, params)
     return family.ImageEncoder(config), jax.device_put(jax.device_get(params))
+
+
+def family_of(preset: str):
+    """The module of the family that has the preset."""
+    from slimsam_jax.models.encoders import FAMILIES
+
+    return next(family for family in FAMILIES.values() if preset in getattr(family, "PRESETS", ()))
 
 
 def compare(options: Options) -> None:

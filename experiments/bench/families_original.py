@@ -14,12 +14,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from experiments.bench.options import Step
 from experiments.bench.original import peak, wait
+from experiments.bench.rep_vit_original import RepVitEncoder
 from tests.helpers.peers import segment_anything
 
 if TYPE_CHECKING:
     from experiments.bench.families import Options
 
-SHAPES = Path(__file__).parents[2] / "tests" / "golden" / "families_counts.json"  # of the published state dicts
+GOLDEN = Path(__file__).parents[2] / "tests" / "golden"  # shapes of the published state dicts
 HEADS = {"efficient_sam_ti": 3, "efficient_sam_s": 6}
 
 
@@ -38,7 +39,8 @@ def make_step(options: Options) -> Step:
 
 def encoder(preset: str, image_size: int) -> nn.Module:
     """With random weights, in evaluation mode."""
-    shapes = json.loads(SHAPES.read_text())[preset]["state_dict"]
+    edge_sam = json.loads((GOLDEN / "edge_sam_counts.json").read_text())
+    shapes = {**json.loads((GOLDEN / "families_counts.json").read_text()), "rep_vit_m1": edge_sam}[preset]["state_dict"]
     prefix = "image_encoder."
     torch.manual_seed(0)
     state = {n[len(prefix) :]: 0.02 * torch.randn(shape) for n, shape in shapes.items() if n.startswith(prefix)}
@@ -46,17 +48,21 @@ def encoder(preset: str, image_size: int) -> nn.Module:
 
 
 def build(state: dict[str, Tensor], image_size: int, heads: int | None) -> nn.Module:
-    """The encoder of a state dict, with its widths and its own initial weights; a TinyViT if `heads` is None."""
+    """The encoder of a state dict, with its widths and its own initial weights; `heads` are EfficientSAM's."""
     segment_anything()
     from converters.tiny_vit_sam_torch import TinyViT
 
+    if "features.0.0.c.weight" in state:
+        return RepVitEncoder(state)
     return TinyViT(state, image_size, (2, 2, 1)) if heads is None else EfficientSamEncoder(state, image_size, heads)
 
 
 def fused(module: nn.Module) -> nn.Module:
-    """Multiplies batch norms into the convolutions before them."""
+    """Multiplies batch norms into the convolutions before them, and makes one filter of a RepViT's branches."""
     for name, child in module.named_children():
-        if hasattr(child, "c") and hasattr(child, "bn"):
+        if hasattr(child, "fused"):
+            setattr(module, name, child.fused())
+        elif hasattr(child, "c") and hasattr(child, "bn"):
             setattr(module, name, fuse_conv_bn_eval(child.c, child.bn))
         else:
             fused(child)

@@ -28,27 +28,23 @@ from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.files import replacing
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.config import Config
-from slimsam_jax.models.fast_sam import FastSam
+from slimsam_jax.models.kinds import Model
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.profiling import fast_sam_costs, sam_costs
+from slimsam_jax.profiling import sam_costs
+from slimsam_jax.profiling.costs import costs_of
 
 
-def print_parts(sam: Sam | FastSam) -> None:
-    """Of a ViT its blocks; of another family the parts of its tree, with their parameters."""
-    if isinstance(sam.config, Config):
+def print_parts(sam: Model) -> None:
+    """Of a ViT its blocks; of another family the parts of its encoder's tree, with their parameters."""
+    if sam.family == "vit":
         return print_blocks(sam.config)
-    whole = isinstance(sam, FastSam)
     table = Table("part", "params [M]")
-    for name, part in (sam.params if whole else sam.params["image_encoder"]).items():
+    for name, part in sam.encoder.items():
         table.add_row(name, f"{sam_costs.parameters({name: part}) / 1e6:.3f}")
     Console().print(table)
-    if whole:
-        macs, size = fast_sam_costs.macs_of(sam.config), fast_sam_costs.parameters_of(sam.config)
-        side = sam.config.image_size
-        print(f"{size / 1e6:.3f} M parameters, {macs / 1e9:.3f} G MACs of {side} x {side} pixels")
-        return
-    macs, size = sam_costs.encoder_macs(sam.config), sam_costs.sam_parameters(sam.config)
-    print(f"encoder {macs.total / 1e9:.3f} G MACs (attention {macs.attention / 1e9:.3f}), whole SAM {size / 1e6:.3f} M")
+    size, _, macs, _ = costs_of(sam)
+    encoder, attention = macs.total / 1e9, macs.attention / 1e9
+    print(f"encoder {encoder:.3f} G MACs (attention {attention:.3f}), whole model {size / 1e6:.3f} M parameters")
 
 
 def print_blocks(config: Config) -> None:

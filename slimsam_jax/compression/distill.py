@@ -45,14 +45,17 @@ def distill(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:
       previous: the model before the last cut, with whose features the student's are aligned.
 
     Returns:
-      The best student by validation, or the last, as the step says.
+      The best student by validation, or the last, as the step says; without steps the student, its batch norms
+      recalibrated if that is asked for.
 
     Raises:
       RunError: the loss is not finite, or too many images cannot be read. Checkpoints hold finite states only, so
         the last good one is kept.
       Stopped: SIGTERM came; the state is saved.
     """
-    return Distillation(run, planned, student, previous).run() if planned.optimizer_steps else student
+    if not planned.optimizer_steps:
+        return recalibrated(run, planned, student)
+    return Distillation(run, planned, student, previous).run()
 
 
 def starting_error(run: Run, student: Sam) -> float:

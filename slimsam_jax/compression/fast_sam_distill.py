@@ -37,7 +37,7 @@ TERMS = Outputs._fields  # boxes, scores, coefficients and prototypes; of each t
 
 
 def distill(run: Run, planned: Planned, student: FastSam, previous: FastSam) -> FastSam:
-    """As `distill.distill`; without steps the statistics of batch norms are recalibrated all the same."""
+    """As `distill.distill`."""
     if not planned.optimizer_steps:
         return recalibrated(run, planned, student)
     return FastSamDistillation(run, planned, student, previous).run()

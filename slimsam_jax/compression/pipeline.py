@@ -29,8 +29,8 @@ from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import write_json
 from slimsam_jax.inference.calibration import calibrate
-from slimsam_jax.inference.predictor import check_model
 from slimsam_jax.models.encoders import family_of
+from slimsam_jax.models.kinds import check_sam
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling.memory import peak_memory
 from slimsam_jax.progress import say, track
@@ -51,7 +51,7 @@ def run(options: Options, teacher: Sam, recipe: Recipe | None = None, student: S
       recipe: the steps, if not those that the options name.
       student: to begin with, if --student is a model's path.
     """
-    whole = prepare(options, check_model(teacher), recipe, student)
+    whole = prepare(options, check_sam(teacher), recipe, student)
     with whole.folder, preemption.at_once("stopped; finished steps are kept: continue with --resume"):
         student, seconds = carry_out(whole)
         numbers = finish(whole, student, seconds) if sharding.is_main() else {}

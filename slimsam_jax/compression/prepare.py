@@ -29,12 +29,12 @@ from slimsam_jax.data.prompted import annotated
 from slimsam_jax.data.reading import map_readable, read_annotated
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT
-from slimsam_jax.inference.predictor import check_model
 from slimsam_jax.models.composed import with_encoder
 from slimsam_jax.models.encoders import FAMILIES, family_of, name_of
 from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.heads import name_of as name_of_head
+from slimsam_jax.models.kinds import check_sam
 from slimsam_jax.models.sam import Architecture, Sam
 from slimsam_jax.progress import say
 from slimsam_jax.training.run_folder import RunFolder
@@ -49,7 +49,7 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None, studen
     batch, own = batch_size(options), recipe is not None
     recipe = recipe if own else change(RECIPES[options.recipe], options.set)
     named = str(options.student) if options.student else None
-    recipe = resolved(recipe, check_model(student) if student else named, teacher.config)
+    recipe = resolved(recipe, check_sam(student) if student else named, teacher.config)
     target = Target(options.channel_ratio(), Budget.parse(options.budget) if options.budget is not None else None)
     check(recipe)
     check_not_quantized(teacher, "compressed")

@@ -20,8 +20,8 @@ from slimsam_jax.data import Sample
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT
-from slimsam_jax.inference.predictor import check_model
 from slimsam_jax.models.heads import kind_of
+from slimsam_jax.models.kinds import check_sam
 from slimsam_jax.models.sam import Architecture, Embedding, Params, Sam, embedding_of, encode, image_encoder, preprocess
 from slimsam_jax.progress import track
 from slimsam_jax.quantization import (
@@ -62,7 +62,7 @@ def quantize(
     Raises:
       InputError: no image can be read, a choice is invalid, or the model is one of integers already.
     """
-    check_not_quantized(check_model(sam), "quantised again")
+    check_not_quantized(check_sam(sam), "quantised again")
     if step and choices:
         raise InputError(f"a step says all of its choices: give a step, or {', '.join(choices)}")
     places = [images] if isinstance(images, str | os.PathLike) else list(images)

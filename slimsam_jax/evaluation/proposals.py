@@ -6,7 +6,8 @@ ranked by the mean of predicted IoU and stability.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -17,30 +18,36 @@ from slimsam_jax.inference.candidates import unpack
 from slimsam_jax.inference.decode import Encoded
 from slimsam_jax.inference.fast_sam import Found
 from slimsam_jax.models.fast_sam import FastSam
-from slimsam_jax.models.sam import Sam
+from slimsam_jax.models.kinds import Model
 
 COUNTS = (10, 100, 1000)
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
 
 
 def proposal_scores(
-    sam: Sam | FastSam, encoded: Encoded | Found, annotations: Sequence[Annotation], points_per_side: int
+    sam: Model, encoded: Encoded | Found, annotations: Sequence[Annotation], points_per_side: int
 ) -> dict[str, float]:
     """Scores an image: {"ar_10": average recall of its annotations by the first ten masks, ...}.
 
     A FastSAM's masks are those that it finds, whatever `points_per_side`.
     """
     truth = np.stack([a.mask for a in annotations])
-    if isinstance(sam, FastSam):
-        ious = [iou(mask[None], truth) for mask in encoded.masks]
-        return average_recall(np.array(ious).reshape(-1, len(truth)))
+    ious = [iou(mask[None], truth) for mask in proposals(sam, encoded, points_per_side)]
+    return average_recall(np.array(ious).reshape(-1, len(truth)))
+
+
+@functools.singledispatch
+def proposals(sam: Model, encoded: Encoded | Found, points_per_side: int) -> Iterable[np.ndarray]:
+    """At least as many masks [h, w] as `COUNTS` ask for, if there are, the best first."""
     generator = SamAutomaticMaskGenerator(
         sam, points_per_side, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.9
     )
     kept = generator.candidates(encoded)
     kept = kept.take(np.argsort(-(kept.predicted_iou + kept.stability), kind="stable")[: COUNTS[-1]])
-    ious = [iou(unpack(kept, i, encoded.original_size)[None], truth) for i in range(len(kept.bits))]
-    return average_recall(np.array(ious).reshape(-1, len(truth)))
+    return (unpack(kept, i, encoded.original_size) for i in range(len(kept.bits)))
+
+
+proposals.register(FastSam, lambda model, found, points_per_side: found.masks)
 
 
 def average_recall(ious: np.ndarray) -> dict[str, float]:

@@ -21,11 +21,12 @@ from slimsam_jax.inference.candidates import Candidates, concatenate, enlarge, u
 from slimsam_jax.inference.decode import Encoded, decode_prompts
 from slimsam_jax.inference.hierarchical import Decoded
 from slimsam_jax.inference.mixed_prompts import real_array
-from slimsam_jax.inference.predictor import AnyImage, as_image, check_list, check_model, encode_images
+from slimsam_jax.inference.predictor import AnyImage, as_image, check_list, encode_images
 from slimsam_jax.inference.ranking import by_stability, stability_scores
 from slimsam_jax.limits import SEARCH, quoted
 from slimsam_jax.limits import check as check_number
 from slimsam_jax.models.config import Thresholds
+from slimsam_jax.models.kinds import check_sam
 from slimsam_jax.models.sam import Sam
 
 
@@ -73,7 +74,7 @@ class SamAutomaticMaskGenerator:
     use_stability_score: bool | None = None
 
     def __post_init__(self):
-        check_model(self.sam)
+        check_sam(self.sam)
         for name, value in (self.sam.thresholds or Thresholds()).to_json().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the class is frozen

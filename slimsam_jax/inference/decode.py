@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from slimsam_jax.imaging.prompts import Prompts, prompt_points
 from slimsam_jax.inference import fast_sam
 from slimsam_jax.inference.fast_sam import Found
 from slimsam_jax.models.fast_sam import FastSam
-from slimsam_jax.models.heads import kind_of
+from slimsam_jax.models.kinds import Model
 from slimsam_jax.models.sam import Embedding, Sam, decode, embedding_of, encode
 
 # Numbers of prompts that are ever compiled. Beyond 16 the decoder's activations leave a CPU's cache: a quarter slower.
@@ -31,17 +32,20 @@ class Encoded(NamedTuple):
     original_size: tuple[int, int]
 
 
-def encode_image(sam: Sam | FastSam, image: Image.Image) -> Encoded | Found:
+@functools.singledispatch
+def encode_image(sam: Model, image: Image.Image) -> Encoded | Found:
     """Encodes an RGB image of any size; with a FastSAM, finds everything in it."""
-    if isinstance(sam, FastSam):
-        return fast_sam.find_one(sam, image)
     frame, size = sam.config.frame.place(image)
     embeddings = encode(sam.config, sam.params, frame[None], size[None], jnp.float32)
     return Encoded(embedding_of(embeddings, 0), tuple(int(side) for side in size), (image.height, image.width))
 
 
+encode_image.register(FastSam, fast_sam.find_one)
+
+
+@functools.singledispatch
 def decode_prompts(
-    sam: Sam | FastSam, encoded: Encoded | Found, prompts: Prompts, masks: np.ndarray | None = None
+    sam: Model, encoded: Encoded | Found, prompts: Prompts, masks: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decodes p prompts to all outputs, at the decoder's resolution.
 
@@ -55,8 +59,6 @@ def decode_prompts(
     Raises:
       InputError: the model cannot take such prompts.
     """
-    if isinstance(sam, FastSam):
-        return fast_sam.decode_prompts(encoded, prompts)
     check_labels(sam, prompts.labels, masks is not None)
     points = sam.config.frame.points(prompts.points, encoded.size, encoded.original_size)
     parts = []
@@ -68,11 +70,12 @@ def decode_prompts(
     return np.concatenate(low), np.concatenate(scores)
 
 
-def check_labels(sam: Sam | FastSam, labels: np.ndarray, masked: bool = False) -> None:
-    """Raises InputError for prompts of labels [p, n], or with previous masks, that the model's head cannot take."""
-    if isinstance(sam, FastSam):
-        return
-    if reason := kind_of(sam.config.head).refusal(labels, masked):
+decode_prompts.register(FastSam, fast_sam.decode_prompts)
+
+
+def check_labels(sam: Model, labels: np.ndarray, masked: bool = False) -> None:
+    """Raises InputError for prompts of labels [p, n], or with previous masks, that the model cannot take."""
+    if reason := sam.refusal(labels, masked):
         raise InputError(reason)
 
 
@@ -106,11 +109,13 @@ def predict_masks(
     return original_masks(sam, encoded, low[:, mask]), scores[:, mask]
 
 
-def original_masks(sam: Sam | FastSam, encoded: Encoded | Found, low: np.ndarray) -> np.ndarray:
+@functools.singledispatch
+def original_masks(sam: Model, encoded: Encoded | Found, low: np.ndarray) -> np.ndarray:
     """Resizes [..., 4h, 4w] logits to [..., h0, w0] bool masks; of float32 there is never more than one mask."""
-    if isinstance(sam, FastSam):
-        return fast_sam.original_masks(encoded, low)
     masks = np.empty((*low.shape[:-2], *encoded.original_size), bool)
     for index in np.ndindex(low.shape[:-2]):
         masks[index] = sam.config.frame.resize_masks(low[index], encoded.size, encoded.original_size) > 0
     return masks
+
+
+original_masks.register(FastSam, fast_sam.original_masks)

@@ -239,7 +239,7 @@ def score(found: Found, choice: Choice) -> float:
     return max((float(found.scores[i]) for i, value in zip(*choice, strict=True) if value), default=0.0)
 
 
-def decode_prompts(found: Found, prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
+def decode_prompts(model: FastSam, found: Found, prompts: Prompts, masks: None = None) -> tuple[np.ndarray, np.ndarray]:
     """As `decode.decode_prompts` for p prompts: choices [p, 4] instead of logits, and their scores [p, 4]."""
     choices = np.empty((len(prompts.points), 1 + CANDIDATES), object)
     scores = np.zeros(choices.shape, np.float32)
@@ -252,7 +252,7 @@ def decode_prompts(found: Found, prompts: Prompts) -> tuple[np.ndarray, np.ndarr
     return choices, scores
 
 
-def original_masks(found: Found, choices: np.ndarray | Choice) -> np.ndarray:
+def original_masks(model: FastSam, found: Found, choices: np.ndarray | Choice) -> np.ndarray:
     """As `decode.original_masks`: choices [...] -> [..., h, w] bool."""
     if isinstance(choices, Choice):
         return draw(found.masks, choices)

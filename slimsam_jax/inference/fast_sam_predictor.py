@@ -14,9 +14,10 @@ from slimsam_jax.inference.fast_sam_masks import MOST_BYTES
 from slimsam_jax.inference.fast_sam_prompts import Choice
 from slimsam_jax.inference.fast_sam_ultralytics import select
 from slimsam_jax.inference.mixed_prompts import Prompt, checked, kind_of
-from slimsam_jax.inference.predictor import AnyImage, SamPredictor, as_rgb, check_model
+from slimsam_jax.inference.predictor import AnyImage, SamPredictor, as_rgb
 from slimsam_jax.limits import quoted
 from slimsam_jax.models.fast_sam import FastSam
+from slimsam_jax.models.kinds import Model, check_model
 from slimsam_jax.models.sam import Sam
 
 NO_TEXT = (
@@ -194,19 +195,9 @@ def check_mode(output_mode: Any) -> None:
         raise InputError(f"output_mode {quoted(output_mode)} is none of {', '.join(ENCODE)}")
 
 
-def predictor_for(model: Sam | FastSam) -> SamPredictor | FastSamPredictor:
-    """The predictor of a model of either kind.
-
-    Raises:
-      InputError: it is of neither.
-    """
-    return FastSamPredictor(model) if isinstance(model, FastSam) else SamPredictor(model)
+PREDICTORS = {Sam: SamPredictor, FastSam: FastSamPredictor}
 
 
-def check_any_model(model: Any) -> Sam | FastSam:
-    """Checks a model of either kind, and returns it.
-
-    Raises:
-      InputError: it is something else, such as the path of one.
-    """
-    return model if isinstance(model, FastSam) else check_model(model)
+def predictor_for(model: Model) -> SamPredictor | FastSamPredictor:
+    """The predictor of a model of any kind; raises InputError if it is of none."""
+    return PREDICTORS[type(check_model(model))](model)

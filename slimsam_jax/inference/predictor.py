@@ -16,8 +16,8 @@ from slimsam_jax.inference.decode import Encoded, padded
 from slimsam_jax.inference.mixed_prompts import Prompt, check, decode_mixed, kind_of, real_array
 from slimsam_jax.inference.ranking import outputs_of, stability_scores
 from slimsam_jax.limits import IMAGE_SIDE, quoted
-from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.heads import kind_of as head_kind
+from slimsam_jax.models.kinds import check_sam
 from slimsam_jax.models.sam import Sam, embedding_of, encode
 
 AnyImage = str | Path | Image.Image | np.ndarray
@@ -47,7 +47,7 @@ class SamPredictor:
     image_format = "RGB"
 
     def __init__(self, sam: Sam):
-        self.model = check_model(sam)
+        self.model = check_sam(sam)
         self.reset_image()
 
     def set_image(self, image: AnyImage, image_format: str = "RGB") -> None:
@@ -189,23 +189,6 @@ def as_rgb(image: AnyImage, image_format: str) -> Image.Image:
     if image_format == "BGR" and isinstance(image, np.ndarray):
         rgb = Image.fromarray(np.ascontiguousarray(np.asarray(rgb)[..., ::-1]))
     return rgb
-
-
-def check_model(sam: Sam) -> Sam:
-    """Checks a model, and returns it.
-
-    Raises:
-      InputError: it is something else, such as the path of one.
-    """
-    if isinstance(sam, FastSam):
-        raise InputError(
-            "this is a FastSAM, which has neither SAM's prompt encoder nor its decoder: predict, everything, evaluate, "
-            "inspect and compress take it, FastSamPredictor, FastSamMaskGenerator and slimsam_jax.pruning; see "
-            "docs/fast_sam.md"
-        )
-    if not isinstance(sam, Sam):
-        raise InputError(f"a model must be given, as slimsam_jax.load(path) gives it, not {kind_of(sam)}")
-    return sam
 
 
 def check_list(values: Any, name: str, axes: int | None = None) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -39,6 +39,7 @@ from slimsam_jax.models.relative_attention import at_least_float32
 __all__ = ["PRESETS", "Config", "FastSam", "Network", "Outputs", "Stage", "config_of", "decode", "detect", "scaled"]
 
 Params = dict[str, Any]
+FAMILY = "fast_sam"  # no image encoder with a head; its name on disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +50,32 @@ class FastSam:
       config: the architecture.
       params: the tree of a `Network`, float32.
       provenance: where it came from; free-form JSON, carried along on disk.
+
+    Of a SAM's it has neither `thresholds` nor arrays that are `kept` aside.
     """
 
     config: Config
     params: Params
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    family: ClassVar[str] = FAMILY
+    thresholds: ClassVar[None] = None
+    kept: ClassVar[dict[str, Any]] = {}
+
+    @property
+    def encoder(self) -> Params:
+        """All parameters: a FastSAM is nothing else."""
+        return self.params
+
+    def refusal(self, labels: Any, masked: bool) -> None:
+        """As `Sam.refusal`; any prompt can be taken, and previous masks are not read."""
+
+
+QUANTIZES = False  # see `models.kinds`
+
+
+def make(config: Config, params: Params, provenance: dict[str, Any], *_: Any) -> FastSam:
+    """A `FastSam`, without what a SAM has besides."""
+    return FastSam(config, params, provenance)
 
 
 class Outputs(NamedTuple):
@@ -177,10 +199,15 @@ def abstract_params(config: Config) -> Params:
     return jax.eval_shape(lambda images: Network(config).init(jax.random.key(0), images)["params"], images)
 
 
-def last_arrays(config: Config) -> list[str]:
-    """A path in the last block of each stage: whether they are there is seen sooner than what all of them are."""
+def architecture(family: str, fields: dict[str, Any]) -> Config:
+    """As `sam.architecture`; the family is the only one."""
+    return Config.from_json(fields)
+
+
+def last_arrays(config: Config) -> set[str]:
+    """As `sam.last_arrays`: a path in the last block of each stage."""
     depths = zip(STAGES, (len(stage.blocks) for stage in config.stages), strict=True)
-    return [f"layers_{number}/blocks_{count - 1}/cv1/kernel" for number, count in depths]
+    return {f"layers_{number}/blocks_{count - 1}/cv1/kernel" for number, count in depths}
 
 
 def folded(model: FastSam) -> FastSam:

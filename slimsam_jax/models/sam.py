@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from slimsam_jax.models.composed import SamConfig
 from slimsam_jax.models.config import Config, Thresholds
-from slimsam_jax.models.encoders import family_of
+from slimsam_jax.models.encoders import FAMILIES, family_of, name_of
 from slimsam_jax.models.heads import kind_of
 from slimsam_jax.quantization.codes import any_quantized, dequantize
 from slimsam_jax.quantization.running import quantizes_inputs
@@ -48,6 +48,44 @@ class Sam:
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     thresholds: Thresholds | None = None
     kept: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def family(self) -> str:
+        """That of its image encoder."""
+        return name_of(self.config.encoder)
+
+    @property
+    def encoder(self) -> Params:
+        """The parameters of the image encoder."""
+        return self.params["image_encoder"]
+
+    def refusal(self, labels: np.ndarray, masked: bool) -> str | None:
+        """Why prompts of labels [p, n], or with previous masks, cannot be taken, in a line; None if they can."""
+        return kind_of(self.config.head).refusal(labels, masked)
+
+
+make, QUANTIZES = Sam, True  # see `models.kinds`
+
+
+def architecture(family: str, fields: dict[str, Any]) -> Architecture:
+    """Inverse of `to_json` of a config.
+
+    Raises:
+      KeyError: there is no such family of encoders.
+      ValueError: an unknown or missing field, or one out of range.
+    """
+    return Config.from_json(fields) if family == "vit" else SamConfig.from_json(FAMILIES[family], fields)
+
+
+def last_arrays(config: Architecture) -> set[str]:
+    """Paths in the last block, decoder layer and mask: whether they are there is seen sooner than what all are."""
+    own = getattr(family_of(config.encoder), "last_arrays", lambda encoder: [])
+    lasts = {
+        "mask_decoder/transformer/layers_{}/norm1/scale": config.decoder_depth,
+        "mask_decoder/output_hypernetworks_mlps_{}/layers_0/kernel": 1 + config.multimask_outputs,
+    }
+    found = {f"image_encoder/{path}" for path in own(config.encoder)}
+    return found | {name.format(count - 1) for name, count in lasts.items() if count}
 
 
 def image_encoder(config: Architecture, dtype: Any = jnp.float32, remat: bool = False, **options: Any) -> nn.Module:

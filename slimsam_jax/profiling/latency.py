@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,10 +44,10 @@ def encoder_seconds(configs: Sequence[Config]) -> list[float]:
     return interleaved([runner(config) for config in configs], turns=15)
 
 
-def encoder_runner(config: Config, params: Any, dtype: Any = jnp.float32) -> Callable[[], Any]:
+def encoder_runner(config: Config, params: Any, dtype: Any = jnp.float32) -> functools.partial[Any]:
     """Makes a function that encodes one black image."""
     frame, size = np.zeros((1, *config.image_size, 3), np.uint8), np.array([config.image_size], np.int32)
-    return lambda: encode(config, params, frame, size, dtype)
+    return functools.partial(encode, config, params, frame, size, dtype)
 
 
 def block_seconds(config: Config, blocks: Sequence[Block]) -> list[float]:

@@ -18,10 +18,14 @@ from slimsam_jax.errors import InputError
 BITS = (8, 6, 4, 3)  # of a weight
 
 
-def levels(bits: int) -> tuple[int, int]:
-    """The least and the greatest code: symmetric in 8 bits, as integer kernels like it; all there are in fewer."""
+def levels(bits: int, where: str = "") -> tuple[int, int]:
+    """The least and the greatest code: symmetric in 8 bits, as integer kernels like it; all there are in fewer.
+
+    Raises:
+      InputError: of so many bits there are none; `where` begins its message.
+    """
     if type(bits) is not int or bits not in BITS:
-        raise InputError(f"weights of {bits!r:.20} bits: there are {', '.join(map(str, BITS))}")
+        raise InputError(f"{where}weights of {bits!r:.20} bits: there are {', '.join(map(str, BITS))}")
     high = 2 ** (bits - 1) - 1
     return (-high if bits == 8 else -high - 1), high
 

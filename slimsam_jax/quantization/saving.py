@@ -51,21 +51,25 @@ def describe(flat: Mapping[str, Any]) -> list[dict[str, Any]]:
 class Described:
     """The integers of a file, by their description.
 
+    Args:
+      where: what to call it in error messages.
+
     Raises:
       InputError, or whatever foreign JSON leads to: it is none.
     """
 
-    def __init__(self, kinds: Any):
+    def __init__(self, kinds: Any, where: str):
         self._fields: dict[str, dict[str, Any]] = {}
+        self.where = where
         for kind in kinds:
-            levels(kind["bits"])
+            levels(kind["bits"], f"{where}: ")
             fields = {name: kind[name] for name in ("bits", "axes", "inputs", "integer")}
             whole = type(fields["inputs"]) is int and fields["inputs"] in (0, *range(3, 9))
             if not whole or type(fields["integer"]) is not bool:
-                raise InputError("its quantization speaks of inputs that there are not")
+                raise InputError(f"{where}: its quantization speaks of inputs that there are not")
             paths = kind["arrays"]
             if not isinstance(paths, list) or any(type(path) is not str for path in paths):
-                raise InputError("its quantization must list the names of its arrays")
+                raise InputError(f"{where}: its quantization must list the names of its arrays")
             self._fields |= dict.fromkeys(paths, fields)
 
     @property
@@ -91,14 +95,14 @@ class Described:
 
     def _one(self, path: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> Quantized:
         fields, codes, scale = self._fields[path], arrays[path], arrays[path + SCALE]
-        bits, axes = fields["bits"], tuple(fields["axes"])
+        bits, axes, name = fields["bits"], tuple(fields["axes"]), f"{self.where}: {printable(path, 100)}"
         fits = codes.dtype == (np.int8 if bits == 8 else np.uint8)
         fits &= codes.shape == (shape if bits == 8 else (packed_size(math.prod(shape), bits),))
         if not fits or not _scales_fit(scale, shape, axes):
-            raise InputError(f"{printable(path, 100)} does not hold integers of {bits} bits for an array of {shape}")
+            raise InputError(f"{name} does not hold integers of {bits} bits for an array of {shape}")
         span = arrays[path + RANGE] if fields["inputs"] else None
         if span is not None and not _is_range(span, fields["inputs"]):
-            raise InputError(f"{printable(path, 100)} has a range that is none")
+            raise InputError(f"{name} has a range that is none")
         scale, span = np.array(scale), None if span is None else np.array(span)  # of the right size: views no more
         return Quantized(unpack(codes, bits, shape), scale, span, bits, axes, fields["inputs"] or 8, fields["integer"])
 

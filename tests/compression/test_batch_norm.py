@@ -67,7 +67,7 @@ def test_steps_are_of_the_encoder_that_is_there_then():
 
 
 def test_statistics_are_estimated_from_the_runs_images(tmp_path, monkeypatch):
-    """As many batches as `importance_images` make, normalised as the model takes them."""
+    """As many batches as `importance_images` make, normalised as the model takes them; without steps, too."""
     head = head_of(SLIM_TINY_VIT.image_size, 8, **HEAD, decoder_heads=1)
     config = SamConfig(SLIM_TINY_VIT, head)
     sam = Sam(config, random_params(abstract_params(config)))
@@ -78,8 +78,10 @@ def test_statistics_are_estimated_from_the_runs_images(tmp_path, monkeypatch):
     run = SimpleNamespace(options=Options(importance_images=5), images=images, batch=2)
     later, frozen = planned((Distill("none"), RECALIBRATED), [4, 4])[1], planned((Distill("none"),), [4])[0]
     assert distill.recalibrated(run, later, sam) is sam is distill.recalibrated(run, frozen, sam) and not seen
-    found = distill.recalibrated(run, planned((Initialize(), RECALIBRATED), [0, 4])[1], sam)
+    without_steps = planned((Initialize(), RECALIBRATED), [0, 0])[1]  # --steps 0
+    found = distill.distill(run, without_steps, sam, sam)
     assert found.params["image_encoder"] == {"new": sam.params["image_encoder"]}
     assert [batch.shape for batch in seen] == [(2, 32, 48, 3)] * 2
+    assert distill.distill(run, planned((Distill("none"),), [0])[0], sam, sam) is sam
     assert all(2 < np.abs(batch).max() < 3 and np.ptp(batch[..., 0]) > 0 for batch in seen)
     assert jax.tree.leaves(found.params["mask_decoder"])[0] is jax.tree.leaves(sam.params["mask_decoder"])[0]

@@ -88,7 +88,7 @@ def test_what_a_file_holds_is_what_is_read():
     assert {name: array.shape for name, array in arrays.items()} == {
         **{"a/kernel": (32,), "a/kernel_scale": (2, 1, 2), "a/kernel_range": (2,), "a/bias": (3,)},
     }
-    described = saving.Described(kinds)
+    described = saving.Described(kinds, "folder")
     assert (described.paths, described.extra) == ({"a/kernel"}, {"a/kernel_scale", "a/kernel_range"})
     back = described.restore(arrays, {"a/kernel": (2, 16, 2)})["a/kernel"]
     np.testing.assert_array_equal(back.dequantize(), integers.dequantize())
@@ -104,7 +104,7 @@ def test_what_a_file_holds_is_what_is_read():
         ("a/kernel_range", np.array([3e38, 3], np.float32)),
         ("a/kernel_range", np.array([np.nan, 3], np.float32)),
     ):
-        with pytest.raises(InputError, match="a/kernel"):
+        with pytest.raises(InputError, match=r"^folder: a/kernel "):
             described.restore({**arrays, name: wrong}, {"a/kernel": (2, 16, 2)})
     for field, value, message in (
         ("bits", 17, "17 bits"),
@@ -112,19 +112,20 @@ def test_what_a_file_holds_is_what_is_read():
         ("arrays", [5], "names of its arrays"),
         ("arrays", "a/kernel", "names of its arrays"),
     ):
-        with pytest.raises(InputError, match=message):
-            saving.Described([{**kinds[0], field: value}])
+        with pytest.raises(InputError, match=f"^folder: .*{message}"):
+            saving.Described([{**kinds[0], field: value}], "folder")
 
 
 @pytest.mark.parametrize("name", ["w_scale", "w_range"])
 def test_arrays_of_the_wrong_size_are_refused_unread(name):
     """Of a foreign file they are views of any size: nothing is allocated before the size is right."""
-    described = saving.Described([{"bits": 8, "axes": [0], "inputs": 8, "integer": False, "arrays": ["w"]}])
+    kind = {"bits": 8, "axes": [0], "inputs": 8, "integer": False, "arrays": ["w"]}
+    described = saving.Described([kind], "folder")
     right = {"w": np.ones((4, 2), np.int8), "w_scale": np.ones((1, 2), np.float32), "w_range": np.ones(2, np.float32)}
     assert described.restore(right, {"w": (4, 2)})["w"].shape == (4, 2)
     huge = np.broadcast_to(np.float32(1), (1 << 13, 1 << 13)[: right[name].ndim])
     tracemalloc.start()
-    with pytest.raises(InputError, match=r"^w "):
+    with pytest.raises(InputError, match=r"^folder: w "):
         described.restore({**right, name: huge}, {"w": (4, 2)})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -72,7 +72,7 @@ def test_the_search_leaves_less_of_what_matters(case, found):
 def test_two_ranges_go_into_a_file_and_back(found):
     node = found["third"]["kernel"]
     flat = {"w/kernel": node}
-    described, arrays = saving.Described(saving.describe(flat)), saving.to_arrays(flat)
+    described, arrays = saving.Described(saving.describe(flat), "folder"), saving.to_arrays(flat)
     back = described.restore(arrays, {"w/kernel": node.shape})["w/kernel"]
     np.testing.assert_array_equal(back.range, node.range)
     for wrong in ([0.1, 1, 0.1], [0.1, 0, -0.1], [0.0, 0, 0.1]):
