@@ -30,22 +30,22 @@ def moments_of(config: Architecture, parts: Sequence[Part]) -> Statistic:
     """The statistic that gives {part: moments} of the parts asked for.
 
     Parts: as those of `statistics.moments_of`, in which errors and gains are shares: of a stream's variance ("blocks",
-    of a token), and of the variance of the maps, each of which counts alike ("embedding" is their number). But
+    of a token), and of the variance of an image's maps, each of which counts alike ("embedding" is their number). But
       stream: {"blocks": a dict per block, {"norm1", "norm2"}: see `_second`, of tokens centred and scaled as the norm
         will, "ends": of the four streams where the neck reads them, as they are}. If the encoder's tree has "changes",
         [d, D] of each stage, see `_across` instead: of streams x and of what is left of them, changes x.
     """
 
-    def statistic(encoder: Params, batch: Batch, key: jax.Array) -> dict[str, Any]:
+    def statistic(encoder: Params, batch: Batch, keys: jax.Array) -> dict[str, Any]:
         encoder, changes = dict(encoder), encoder.get("changes")
         encoder.pop("changes", None)
         maps, features = run_encoder(config, encoder, batch)
         spots = places(config.encoder)
         blocks = [features[f"blocks_{i}"] for i in range(len(spots))]
         found: dict[str, Any] = {
-            "tokens": jnp.array(1.0),
-            "embedding": jnp.array(float(len(maps))),
-            "blocks": [_variance(block["out"]) / math.prod(block["out"].shape[:3]) for block in blocks],
+            "tokens": jnp.array(float(len(keys))),
+            "embedding": jnp.array(float(len(maps) * len(keys))),
+            "blocks": [_variance(block["out"]) / math.prod(block["out"].shape[1:3]) for block in blocks],
         }
         if "stream" in parts:
             found["stream"] = _streams(config, features, blocks, changes)
@@ -54,7 +54,7 @@ def moments_of(config: Architecture, parts: Sequence[Part]) -> Statistic:
         if "mlp" in parts:
             found["mlp"] = [_mlp(block) for block in blocks]
         if "sensitivity" in parts:
-            found["sensitivity"] = _sensitivity(config, encoder, batch, key)
+            found["sensitivity"] = _sensitivity(config, encoder, batch, keys)
         return found
 
     return statistic
@@ -95,20 +95,23 @@ def _real(place: Place, block: dict[str, jax.Array]) -> tuple[dict[str, jax.Arra
     return block, real[..., None]
 
 
-def _sensitivity(config: Architecture, encoder: Params, batch: Batch, key: jax.Array) -> dict[str, Any]:
-    """As `statistics._sensitivity`, of the maps each by its own deviation."""
+def _sensitivity(config: Architecture, encoder: Params, batch: Batch, keys: jax.Array) -> dict[str, Any]:
+    """As `statistics._sensitivity`, of each image's maps each by its own deviation."""
     pixels = preprocess(config, batch["image"], batch["size"])
     model = encoder_for(config, len(pixels), encoder["pos_embed"].dtype)
-    shapes = jax.eval_shape(model.init, key, pixels)["perturbations"]
+    shapes = jax.eval_shape(model.init, keys[0], pixels)["perturbations"]
 
     def embed(perturbations: Any) -> Any:
         return model.apply({"params": encoder, "perturbations": perturbations}, pixels)[0]
 
     maps, pull_back = jax.vjp(embed, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
-    keys = dict(zip(maps, jax.random.split(key, len(maps)), strict=True))
-    size = lambda x: jnp.sqrt(jnp.square(x - x.mean()).sum())
-    noise = {name: jax.random.normal(keys[name], x.shape, x.dtype) / size(x) for name, x in maps.items()}
-    (grads,) = pull_back(noise)
+
+    def noise(key: jax.Array, of_image: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        own = dict(zip(of_image, jax.random.split(key, len(of_image)), strict=True))
+        size = lambda x: jnp.sqrt(jnp.square(x - x.mean()).sum())
+        return {name: jax.random.normal(own[name], x.shape, x.dtype) / size(x) for name, x in of_image.items()}
+
+    (grads,) = pull_back(jax.vmap(noise)(keys, maps))
     blocks = [grads[f"blocks_{i}"] for i in range(config.encoder.depth)]
     return {
         **{name: [_gram(block[name]) for block in blocks] for name in ("middle", "out")},
