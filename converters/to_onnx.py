@@ -25,15 +25,17 @@ if TYPE_CHECKING:
 # What needs JAX or onnx is imported where it is used: --help should not wait for it.
 
 Dtype = Literal["float32", "float16", "int8", "integers", "integers_float16"]
-Layout = Literal["sam", "transformers_js", "efficient_sam"]
+Layout = Literal["sam", "transformers_js", "efficient_sam", "sam2"]
 SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # transformers.js's
 INTEGERS = {"integers": "", "integers_float16": "f16"}  # behind what `suffix_of` says
-STEMS = {
-    "sam": ("encoder", "decoder"),
-    "transformers_js": ("onnx/vision_encoder", "onnx/prompt_encoder_mask_decoder"),
-    "efficient_sam": ("encoder", "decoder"),
+STEMS = dict.fromkeys(("sam", "efficient_sam", "sam2"), ("encoder", "decoder"))
+STEMS |= {"transformers_js": ("onnx/vision_encoder", "onnx/prompt_encoder_mask_decoder")}
+LAYOUTS = {  # by the kind of head
+    "sam": ("sam", "transformers_js"),
+    "efficient_sam": ("sam", "efficient_sam"),
+    "sam2": ("sam", "sam2"),
 }
-LAYOUTS = {"sam": ("sam", "transformers_js"), "efficient_sam": ("sam", "efficient_sam")}  # by the kind of head
+CHOOSE = ("sam", "sam2")  # whose decoders may give a single mask
 LARGEST_ERROR = 1e-3  # of float32 and integers; rounding gives 1e-5 at most, a wrong graph 1e-1
 LARGEST_FILE = 2**31 - 2**24  # bytes of arrays: protobuf's limit less the nodes; larger ones get a second file
 
@@ -44,16 +46,18 @@ def models(
     """Builds encoder and decoder, `dtype` np.float32 or np.float16; of a quantised model perhaps with its integers."""
     import flax.traverse_util
 
-    from converters.onnx import efficient_sam_layout, layouts
+    from converters.onnx import efficient_sam_layout, layouts, sam2
     from slimsam_jax.models.sam import dequantized, folded
     from slimsam_jax.quantization import is_quantized
 
     sam = sam if integers else folded(dequantized(sam))
     flat = flax.traverse_util.flatten_dict(sam.params, sep="/")
     params = {path: array if is_quantized(array) else np.asarray(array) for path, array in flat.items()}
-    if layout == "sam":
-        decoder = layouts.sam_decoder(sam.config, params, dtype, return_single_mask)
-        return [layouts.sam_encoder(sam.config, params, dtype), decoder]
+    if layout in CHOOSE:
+        encoder, decoder = (
+            (layouts.sam_encoder, layouts.sam_decoder) if layout == "sam" else (sam2.encoder, sam2.decoder)
+        )
+        return [encoder(sam.config, params, dtype), decoder(sam.config, params, dtype, return_single_mask)]
     makers = {
         "transformers_js": (layouts.vision_encoder, layouts.prompt_encoder_mask_decoder),
         "efficient_sam": (efficient_sam_layout.encoder, efficient_sam_layout.decoder),
@@ -134,8 +138,9 @@ def measure(
     """Compares encoder and decoder with JAX; see `converters.onnx.check.Errors`, and its `opened`."""
     from converters.onnx import check
 
-    if layout == "sam":
-        return check.compare_sam(expected, *paths, return_single_mask, **opened)
+    if layout in CHOOSE:
+        compare = check.compare_sam if layout == "sam" else check.compare_sam2
+        return compare(expected, *paths, return_single_mask, **opened)
     compare = {"transformers_js": check.compare_transformers_js, "efficient_sam": check.compare_efficient_sam}
     return compare[layout](expected, *paths, **opened)
 
@@ -252,23 +257,26 @@ def main(
     else (sides rounded down, no smoothing), so that masks deviate unless it is given scaled images.
     EfficientSAM goes to sam and to efficient_sam, the signature of its own export: batched_images
     float32 [b, 3, height, width], 0 to 1, of any size, and many queries for each image. Its graphs
-    fail for what it cannot take, a node's name saying why.
+    fail for what it cannot take, a node's name saying why. SAM 2 goes to sam, with images of any
+    size and two finer maps more between encoder and decoder, and to sam2, the names of the exports
+    made for it: image float32 [b, 3, height, width], stretched and normalised.
 
     Args:
       source: a model folder, a .pth, or a Hugging Face SamModel folder.
       folder: the folder to write; must not exist or be empty.
       layout: sam for Meta's tools, transformers_js for the browser, where masks deviate (see above),
-        efficient_sam for tools made for EfficientSAM.
+        efficient_sam and sam2 for tools made for these.
       dtype: one or several. float16 keeps residual stream, LayerNorm, softmax and positions in float32;
         int8 quantizes the weights of linear layers, and their inputs as they come; integers are those of a quantised
         model (slimsam quantize), which stand in the file as they are, integers_float16 beside float16. Of integers
         milliseconds are printed, too.
-      return_single_mask: of the layout sam: the decoder chooses one of its masks, as Meta's option does.
+      return_single_mask: of the layout sam: the decoder chooses one of its masks, as Meta's option does; of sam2: the
+        single mask, or the best of the others where it is unstable.
       image: the image to check with; one of ours if not given.
     """
     check_empty(folder)
-    if layout != "sam" and return_single_mask:
-        raise InputError("--return-single-mask belongs to --layout sam; who calls the others chooses")
+    if layout not in CHOOSE and return_single_mask:
+        raise InputError("--return-single-mask belongs to --layout sam and sam2; who calls the others chooses")
     if len(set(dtype)) != len(dtype) or not dtype:
         raise InputError(f"--dtype {' '.join(dtype)}: give at least one, and each once")
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]

@@ -31,6 +31,7 @@ LOADERS = {
     "vit": Path(__file__).with_name("slim_sam_torch.py"),
     "tiny_vit": Path(__file__).with_name("tiny_vit_sam_torch.py"),
     "efficient_sam": Path(__file__).with_name("efficient_sam_torch.py"),
+    "hiera": Path(__file__).with_name("sam2_torch.py"),
 }
 UNDER_MODEL = ("efficient_sam", "hiera")  # families whose published files hold the state dict under "model"
 

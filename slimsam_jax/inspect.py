@@ -29,7 +29,8 @@ def main(
 
     Prints a table: widths, parameters and multiply-accumulates of every block. With --images, prunes
     by each of --ratios without distilling, prints the error of the embedding, and draws the gain of
-    every channel, what --ratio would keep, and the error against the ratio.
+    every channel, what --ratio would keep, and the error against the ratio; of encoders that are not SAM's ViT
+    the error alone.
 
     Args:
       model: a model folder, a .pth, or a Hugging Face SamModel or Sam2Model folder.
@@ -54,10 +55,11 @@ def main(
         check_file(out)
     from converters.from_torch import load
     from slimsam_jax.checkpoint import describe
-    from slimsam_jax.compression import analysis, widths
+    from slimsam_jax.compression import analysis, found_groups, widths
     from slimsam_jax.compression.budget import Target
     from slimsam_jax.compression.recipes import RECIPES
     from slimsam_jax.compression.set_option import change
+    from slimsam_jax.compression.steps import Prune
     from slimsam_jax.data import find
     from slimsam_jax.profiling import sam_costs
     from slimsam_jax.profiling.layers import table
@@ -70,16 +72,21 @@ def main(
         print(table(sam_costs.encoder_layers(sam.config)))
     if not images:
         return
-    if describe(sam)["family"] != "vit":
-        raise InputError(f"{model}: what cutting costs is drawn for SAM's ViT alone; leave out --images")
-    bench = analysis.Bench(sam, choices, samples, importance_images, seed)
+    if (family := describe(sam)["family"]) == "fast_sam":
+        raise InputError(f"{model}: what cutting costs is tried of SAMs alone; leave out --images")
+    check, prunes = (widths if family == "vit" else found_groups).check, [s for s in choices if isinstance(s, Prune)]
     for r in tried:
-        widths.check(sam.config, Target(r), bench.prunes, uniform=False)
+        check(sam.config, Target(r), prunes, uniform=False)
+    bench = analysis.Bench(sam, choices, samples, importance_images, seed)
     slims = {}
     for r in tried:
         slims[r] = bench.prune(r)
         print(f"ratio {r:<5g} error of the embedding, before any distillation: {slims[r].error:.3g} of its variance")
-    analysis.draw(bench, slims, ratio, out)
+    if family == "vit":
+        analysis.draw(bench, slims, ratio, out)
+    else:
+        analysis.draw_errors(slims, out)
+        print("the gains of single channels are drawn for SAM's ViT alone")
     print(f"drawn in {out}")
 
 

@@ -13,13 +13,14 @@ from PIL import Image
 
 from slimsam_jax.errors import RunError
 from slimsam_jax.imaging import overlap
-from slimsam_jax.imaging.frames import Squashed
+from slimsam_jax.imaging.frames import Whole
 from slimsam_jax.imaging.prompts import BOX_TOP_LEFT, prompt_points
 from slimsam_jax.imaging.transforms import resized_shape, to_model_frame
 from slimsam_jax.inference.ranking import ranking, ranks_by_stability, stability_scores
 from slimsam_jax.models import sam as jax_sam
 from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.sam import Architecture, Sam
+from slimsam_jax.models.sam2_head import LARGEST_LOW_RES
 
 Opened = Callable[[Path], Any]  # what has `run`, as a session of onnxruntime
 Outputs = list[tuple[np.ndarray, np.ndarray]]  # (masks, IoU) of each prompt that a layout knows
@@ -48,7 +49,7 @@ class Reference(NamedTuple):
     Attributes:
       image: [h0, w0, 3] uint8.
       frame: [H, W, 3], the image in the model frame, and `size`, its (height, width) there.
-      embedding: [h, w, C].
+      maps: {"embedding": [h, w, C]}, and of SAM 2 the finer maps.
       pixels: [1, H, W, 3], the frame normalised.
       prompts: a point, a box, and, unless the model takes no such prompts, the point with a mask.
     """
@@ -57,7 +58,7 @@ class Reference(NamedTuple):
     image: np.ndarray
     frame: np.ndarray
     size: tuple[int, int]
-    embedding: np.ndarray
+    maps: dict[str, np.ndarray]
     pixels: np.ndarray
     prompts: tuple[Prompt, ...]
 
@@ -75,7 +76,7 @@ def reference(sam: Sam, image: Image.Image) -> Reference:
     """Asks JAX, in float32: the image's middle as a point, its middle half as a box, the point with its own mask."""
     config, original_size = sam.config, (image.height, image.width)
     frame, size = config.frame.place(image)
-    embedding = jax_sam.encode(config, sam.params, frame[None], size[None])[0]
+    embedding = jax_sam.embedding_of(jax_sam.encode(config, sam.params, frame[None], size[None]), 0)
     pixels = np.asarray(jax_sam.preprocess(config, frame[None], size[None]))
     size = tuple(map(int, size))
     height, width = original_size
@@ -90,7 +91,20 @@ def reference(sam: Sam, image: Image.Image) -> Reference:
     prompts = [ask(*point), ask(*box)]
     if kind_of(config.head).refusal(point[1], masked=True) is None:
         prompts.append(ask(*point, mask=prompts[0].low[:, :1].transpose(0, 2, 3, 1)))
-    return Reference(config, np.asarray(image), frame, size, np.asarray(embedding), pixels, tuple(prompts))
+    maps = {name: np.asarray(value) for name, value in maps_of(embedding).items()}
+    return Reference(config, np.asarray(image), frame, size, maps, pixels, tuple(prompts))
+
+
+def maps_of(embedding: jax_sam.Embedding) -> dict[str, np.ndarray]:
+    """An embedding, or several maps, by their names."""
+    return embedding if isinstance(embedding, dict) else {"embedding": embedding}
+
+
+MAPS = {"image_embeddings": "embedding", "image_embed": "embedding"}  # what graphs call them
+FINER = {f"high_res_feats_{i}": f"high_res_{i}" for i in (0, 1)}
+MAPS |= FINER
+# What encoders give, by the name of their input: finer maps are SAM 2's alone.
+OUTPUTS = dict.fromkeys(("images", "batched_images"), ("image_embeddings", *FINER)) | {"image": (*FINER, "image_embed")}
 
 
 def fitted_points(expected: Reference, prompt: Prompt) -> np.ndarray:
@@ -124,6 +138,12 @@ def session(model: Path | bytes, kernels: bool = False, optimized: Path | None =
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+def encode(encoder: Path, inputs: dict[str, np.ndarray], opened: Opened = session) -> dict[str, np.ndarray]:
+    """What an encoder's graph gives for its one input, by the names of the decoder's inputs."""
+    (name,) = inputs
+    return dict(zip(OUTPUTS[name], opened(encoder).run(None, inputs), strict=False))
+
+
 def compare_sam(
     expected: Reference, encoder: Path, decoder: Path, return_single_mask: bool = False, opened: Opened = session
 ) -> Errors:
@@ -134,13 +154,13 @@ def compare_sam(
     """
     config, original_size = expected.config, expected.image.shape[:2]
     fitted = expected.frame[: expected.size[0], : expected.size[1]]
-    image = expected.image if isinstance(config.frame, Squashed) else fitted
-    (embedding,) = opened(encoder).run(None, {"images": image.transpose(2, 0, 1)[None]})
+    image = expected.image if isinstance(config.frame, Whole) else fitted
+    maps = encode(encoder, {"images": image.transpose(2, 0, 1)[None]}, opened)
     run, actual, target = opened(decoder).run, [], []
     for prompt in expected.prompts:
         mask = np.zeros((1, *prompt.low.shape[2:], 1)) if prompt.mask is None else prompt.mask
         inputs = {
-            "image_embeddings": embedding,
+            **maps,
             "point_coords": fitted_points(expected, prompt),
             "point_labels": prompt.labels,
             "mask_input": mask.transpose(0, 3, 1, 2),
@@ -153,7 +173,7 @@ def compare_sam(
         actual += [(low, iou), (full, iou)]
         wanted = scores(config, prompt.iou[:, kept], low)
         target += [(prompt.low[:, kept], wanted), (resized, wanted)]
-    return errors(expected, embedding, actual, target)
+    return errors(expected, maps, actual, target)
 
 
 def chosen(prompt: Prompt) -> int:
@@ -184,16 +204,39 @@ def compare_transformers_js(expected: Reference, encoder: Path, decoder: Path, o
         iou, masks = run(None, inputs)
         actual.append((masks[0], iou[0]))
         target.append((prompt.low[:, 1:], scores(expected.config, prompt.iou[:, 1:], masks[0])))
-    return errors(expected, embedding, actual, target)
+    return errors(expected, {"image_embeddings": embedding}, actual, target)
+
+
+def compare_sam2(
+    expected: Reference, encoder: Path, decoder: Path, return_single_mask: bool = False, opened: Opened = session
+) -> Errors:
+    """Measures models of the layout `sam2`, which gives masks at low resolution within limits."""
+    config, original_size = expected.config, expected.image.shape[:2]
+    maps = encode(encoder, {"image": expected.pixels.transpose(0, 3, 1, 2)}, opened)
+    run, actual, target = opened(decoder).run, [], []
+    kept, limit = slice(0, 1) if return_single_mask else slice(1, None), LARGEST_LOW_RES
+    for prompt in expected.prompts:
+        given = slice(None) if BOX_TOP_LEFT in prompt.labels else slice(-1)  # it appends the "not a point" itself
+        mask = np.zeros((1, *prompt.low.shape[2:], 1)) if prompt.mask is None else prompt.mask
+        inputs = {
+            **maps,
+            "point_coords": config.frame.points(prompt.points, expected.size, original_size)[:, given],
+            "point_labels": prompt.labels[:, given],
+            "mask_input": mask.transpose(0, 3, 1, 2),
+            "has_mask_input": [prompt.mask is not None],
+        }
+        actual.append(run(None, {name: np.asarray(value, np.float32) for name, value in inputs.items()}))
+        target.append((prompt.low[:, kept].clip(-limit, limit), prompt.iou[:, kept]))
+    return errors(expected, maps, actual, target)
 
 
 def compare_efficient_sam(expected: Reference, encoder: Path, decoder: Path, opened: Opened = session) -> Errors:
     """Measures models of the layout `efficient_sam`, all prompts at once: each has two points, one perhaps void."""
     original_size = expected.image.shape[:2]
     images = (expected.image.transpose(2, 0, 1)[None] / 255).astype(np.float32)
-    (embedding,) = opened(encoder).run(None, {"batched_images": images})
+    maps = encode(encoder, {"batched_images": images}, opened)
     inputs = {
-        "image_embeddings": embedding,
+        **maps,
         "batched_point_coords": np.stack([prompt.points for prompt in expected.prompts], axis=1).astype(np.float32),
         "batched_point_labels": np.stack([prompt.labels for prompt in expected.prompts], axis=1).astype(np.float32),
         "orig_im_size": np.array(original_size),
@@ -203,14 +246,15 @@ def compare_efficient_sam(expected: Reference, encoder: Path, decoder: Path, ope
     resize = lambda masks: expected.config.frame.resize_masks(masks, expected.size, original_size)
     actual = [(low[i : i + 1], iou[:, i]) for i in range(len(target))]
     actual += [(full[:, i], iou[:, i]) for i in range(len(target))]
-    return errors(expected, embedding, actual, target + [(resize(masks), scores) for masks, scores in target])
+    return errors(expected, maps, actual, target + [(resize(masks), scores) for masks, scores in target])
 
 
-def errors(expected: Reference, embedding: np.ndarray, actual: Outputs, target: Outputs) -> Errors:
+def errors(expected: Reference, maps: dict[str, np.ndarray], actual: Outputs, target: Outputs) -> Errors:
     """Compares all outputs; raises RunError for values that are not finite."""
     pairs = list(zip(actual, target, strict=True))
+    channels_last = {MAPS[name]: array.transpose(0, 2, 3, 1) for name, array in maps.items()}
     return Errors(
-        largest_error(embedding.transpose(0, 2, 3, 1), expected.embedding[None]),
+        max(largest_error(array, expected.maps[name][None]) for name, array in channels_last.items()),
         max(largest_error(f[0], w[0]) for f, w in pairs),
         max(largest_error(f[1], w[1]) for f, w in pairs),
         float(np.mean([overlap.iou(f[0] > 0, w[0] > 0).mean() for f, w in pairs])),

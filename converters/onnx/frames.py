@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from converters.onnx.graph import BILINEAR, CUBIC, INT64, Graph
-from slimsam_jax.imaging.frames import Fitted, Squashed
+from converters.onnx.graph import ANTIALIASED, BILINEAR, CUBIC, INT64, Graph
+from slimsam_jax.imaging.frames import Fitted, Squashed, Stretched
 from slimsam_jax.models.sam import Architecture as Config
 
 
@@ -109,6 +109,22 @@ def polynomial(g: Graph, x: str, highest: float, *rest: float) -> str:
     return value
 
 
+def stretched(g: Graph, config: Config, images: str) -> str:
+    """Stretches images of any size, antialiased where that shrinks them."""
+    return normalised(g, config, resized(g, images, np.array(config.image_size), ANTIALIASED))
+
+
+def stretched_points(g: Graph, config: Config, points: str, original_size: str) -> str:
+    """Scales points on from the frame that the image would fit."""
+    width_first = g.op("Gather", fitted_size(g, config, original_size), np.array([1, 0]))
+    return g.op("Div", g.mul(points, np.array(config.image_size[::-1], np.float32)), width_first)
+
+
+def stretched_masks(g: Graph, config: Config, masks: str, original_size: str) -> str:
+    """Resizes logits to the original size, bilinear."""
+    return resized(g, masks, g.op("Cast", original_size, to=INT64), BILINEAR)
+
+
 def resized(g: Graph, x: str, size: str | np.ndarray, how: dict) -> str:
     """Resizes [b, c, h, w] to `size`, int64 [2]."""
     return g.op("Resize", x, "", "", g.concat(g.sizes(x, 0, 2), size), **how)
@@ -117,4 +133,5 @@ def resized(g: Graph, x: str, size: str | np.ndarray, how: dict) -> str:
 WAYS = {
     Fitted: Way(padded, lambda g, config, points, original_size: points, cropped_masks),
     Squashed: Way(squashed, squashed_points, squashed_masks),
+    Stretched: Way(stretched, stretched_points, stretched_masks),
 }

@@ -15,11 +15,13 @@ from slimsam_jax.models.sam import Architecture
 from slimsam_jax.quantization import is_quantized
 
 OPSET = 17  # the first with LayerNormalization
+OPSET_ANTIALIASED = 18  # the first that resizes so
 IR_VERSION = 8  # what came with it; onnxruntime 1.12 and newer read both
 
 FLOAT, INT64, UINT8 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.UINT8
-# Attributes of Resize, without antialiasing; both as PyTorch interpolates with align_corners=False.
+# Attributes of Resize, all as PyTorch interpolates with align_corners=False.
 BILINEAR = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+ANTIALIASED = {**BILINEAR, "antialias": 1, "exclude_outside": 1}  # where it shrinks; nothing weighs beyond a border
 CUBIC = {"mode": "cubic", "coordinate_transformation_mode": "half_pixel", "cubic_coeff_a": -0.75}
 Shape = tuple[int | str, ...]  # a str is an axis of any length
 Operand = str | np.ndarray | np.generic | float | Iterable[int]
@@ -168,7 +170,9 @@ class Graph:
             [helper.make_tensor_value_info(key, FLOAT, shape) for key, (_, shape) in outputs.items()],
             list(self.constants.values()),
         )
-        opset = [helper.make_opsetid("", OPSET), *integers.opsets(self.nodes)]
+        antialiased = any(attribute.name == "antialias" for node in self.nodes for attribute in node.attribute)
+        own = OPSET_ANTIALIASED if antialiased else OPSET
+        opset = [helper.make_opsetid("", own), *integers.opsets(self.nodes)]
         model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="slimsam_jax")
         helper.set_model_props(model, {"config": json.dumps(config.to_json())})
         return model

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from converters.onnx import efficient_sam, encoder, rep_vit, tiny_vit
+from converters.onnx import efficient_sam, encoder, hiera, rep_vit, sam2, tiny_vit
 from converters.onnx.decoder import dense_embedding, dense_positions, mask_decoder, no_mask, prompt_tokens
 from converters.onnx.frames import way_of
 from converters.onnx.graph import FLOAT, INT64, UINT8, Graph
@@ -27,11 +27,12 @@ ENCODERS = {  # of the families that go to ONNX
     "tiny_vit": tiny_vit.image_encoder,
     "efficient_sam": efficient_sam.image_encoder,
     "rep_vit": rep_vit.image_encoder,
+    "hiera": hiera.image_encoder,
 }
 
 
-def image_encoder(g: Graph, config: Config, pixels: str) -> str:
-    """Encodes [b, 3, H, W] normalised images -> [b, C, h, w], by the encoder's family."""
+def image_encoder(g: Graph, config: Config, pixels: str) -> str | dict[str, str]:
+    """Encodes [b, 3, H, W] normalised images -> [b, C, h, w], by the encoder's family; of SAM 2 its three maps."""
     return ENCODERS[name_of(config.encoder)](g, config, pixels)
 
 
@@ -40,15 +41,23 @@ def sam_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx
 
     Input `images`: uint8 [b, 3, height, width], RGB, scaled to fit the model frame (`ResizeLongestSide.apply_image`)
     and not padded: normalising and padding are part of the graph. Of EfficientSAM the image as it is, of any size:
-    squashing is part of the graph. One that was scaled to fit is scaled twice then, and was smoothed in between.
-    Output `image_embeddings`: float32 [b, C, h, w].
+    squashing is part of the graph. One that was scaled to fit is scaled twice then, and was smoothed in between. So is
+    SAM 2's, stretching in the place of squashing.
+    Output `image_embeddings`: float32 [b, C, h, w]; of SAM 2 high_res_feats_0 and high_res_feats_1 as well.
     """
     g = Graph(params, dtype)
     pixels = way_of(config).place(g, config, g.op("Cast", "images", to=FLOAT))
-    embedding = image_encoder(g, config, pixels)
+    maps = image_encoder(g, config, pixels)
+    maps = {"embedding": maps} if isinstance(maps, str) else maps
     inputs = {"images": (UINT8, ("batch_size", 3, "height", "width"))}
-    outputs = {"image_embeddings": (embedding, ("batch_size", config.out_chans, *config.grid))}
+    outputs = {"image_embeddings": (maps.pop("embedding"), ("batch_size", config.out_chans, *config.grid))}
+    outputs |= {name: (maps[sam2.FINER[name]], shape) for name, shape in finer_maps(config, "batch_size").items()}
     return g.model("sam_encoder", config, inputs, outputs)
+
+
+def finer_maps(config: Config, count: int | str) -> dict[str, tuple[int | str, ...]]:
+    """Shapes of the maps beside the embedding, by their names, of those who have some."""
+    return sam2.map_shapes(config, count) if heads.name_of(config.head) == "sam2" else {}
 
 
 def vision_encoder(config: Config, params: Params, dtype: Any = np.float32) -> onnx.ModelProto:
@@ -78,10 +87,11 @@ def sam_decoder(
     """Builds `segment_anything.utils.onnx.SamOnnxModel`, for p prompts at once where it takes one.
 
     Inputs, float32 all:
-      image_embeddings [1, C, h, w];
+      image_embeddings [1, C, h, w]; of SAM 2 high_res_feats_0 and high_res_feats_1, too;
       point_coords [p, n, 2]: (x, y) in pixels of the image scaled to fit the model frame, as `ResizeLongestSide` gives
-        them; EfficientSAM's graph scales them on; point_labels [p, n]: 0 background, 1 foreground, 2 and 3 the corners
-        of a box, -1 not a point. A prompt without a box ends with a "not a point" at (0, 0), as the original's do;
+        them; EfficientSAM's graph scales them on, and SAM 2's; point_labels [p, n]: 0 background, 1 foreground, 2 and 3
+        the corners of a box, -1 not a point. A prompt without a box ends with a "not a point" at (0, 0), as the
+        original's do; of SAM 2 those with a box get it in the graph, so all prompts of a call have a box, or none has;
       mask_input [1 or p, 1, 4h, 4w]: logits; has_mask_input [1 or p]: 1, or 0 to ignore them, EfficientSAM's only one;
       orig_im_size [2]: (height, width) of the image.
     Outputs, float32:
@@ -101,6 +111,7 @@ def sam_decoder(
     count = 1 if return_single_mask else 1 + config.multimask_outputs
     inputs = {
         "image_embeddings": (FLOAT, (1, config.out_chans, h, w)),
+        **{name: (FLOAT, shape) for name, shape in finer_maps(config, 1).items()},
         "point_coords": (FLOAT, ("num_prompts", "num_points", 2)),
         "point_labels": (FLOAT, ("num_prompts", "num_points")),
         "mask_input": (FLOAT, ("num_mask_inputs", 1, 4 * h, 4 * w)),
@@ -134,13 +145,19 @@ def efficient_sam_masks(g: Graph, config: Config) -> tuple[str, str]:
     return efficient_sam.mask_decoder(g, config, image, dense_positions(g, config), sparse)
 
 
+def sam2_masks(g: Graph, config: Config) -> tuple[str, str]:
+    """The same of SAM 2, of which the single mask gives way where it is unstable."""
+    points = way_of(config).points(g, config, "point_coords", "orig_im_size")
+    return sam2.masks_of(g, config, "image_embeddings", points, "point_labels", sam2.boxed(g, "point_labels"))
+
+
 def image_tokens(g: Graph, config: Config) -> str:
     """The image's embedding as [1, s, C]."""
     h, w = config.grid
     return g.reshape(g.transpose("image_embeddings", 0, 2, 3, 1), 1, h * w, config.out_chans)
 
 
-HEADS = {"sam": sam_masks, "efficient_sam": efficient_sam_masks}
+HEADS = {"sam": sam_masks, "efficient_sam": efficient_sam_masks, "sam2": sam2_masks}
 
 
 def scores(g: Graph, config: Config, masks: str, iou: str) -> str:

@@ -34,8 +34,9 @@ def obstacle(config: Any) -> str:
 
 def how_to_load(config: Any, path: Path) -> str:
     """Lines for those who have a .pth of it."""
+    ours = f"in Python: import sam2_torch; sam2_torch.Predictor(sam2_torch.load({str(path)!r}))"
     if reason := obstacle(config):
-        return f"slimsam_jax.load({str(path)!r}) reads it; sam2's own classes cannot hold it: {reason}"
+        return f"{ours}\nsam2's own classes cannot hold it: {reason}"
     trunk, stages = "++model.image_encoder.trunk", config.encoder.stages
     channels = [stage.dim for stage in reversed(stages)]
     overrides = [
@@ -43,7 +44,7 @@ def how_to_load(config: Any, path: Path) -> str:
         f"{trunk}.num_heads={stages[0].blocks[0].heads}",
         f"++model.image_encoder.neck.backbone_channel_list={channels}",
     ]
-    return (
+    return f"{ours}\n" + (
         "with sam2's code, and the .yaml of the model that it was made from: build_sam2(YAML, "
         f"{str(path)!r}, hydra_overrides_extra={overrides})"
     )

@@ -126,14 +126,29 @@ def draw(bench: Bench, pruned: Mapping[float, Pruned], ratio: float, out: Path) 
     stream.axvline(slim.config.embed_dim, color="black", label=f"kept at {ratio:g}")
     stream.set(title="embedding: gain of each further channel", xlabel="channels")
     stream.legend()
-    errors.semilogy(list(pruned), [cut.error for cut in pruned.values()], "o-")
-    errors.set(title="error of the embedding before distillation", xlabel="share of the channels removed")
-    errors.grid(alpha=0.3)
+    _plot_errors(errors, pruned)
     gains = gains_of(narrow, "bottleneck")
     for axes, kind, field, title in ((heads, "attn", "head_dim", "heads"), (hidden, "mlp", "mlp_dim", "MLPs")):
         rows = [gains[f"blocks_{i}/{kind}"] for i in range(len(slim.config.blocks))]
         _draw_blocks(axes, rows, [getattr(block, field) for block in slim.config.blocks])
         axes.set(title=f"{title}: gain of each further channel (log10)", xlabel="channels", ylabel="block")
+    _save(figure, out)
+
+
+def draw_errors(pruned: Mapping[float, Pruned], out: Path) -> None:
+    """Writes a PNG: the error against the ratio."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    _plot_errors(figure.subplots(), pruned)
+    _save(figure, out)
+
+
+def _plot_errors(axes: Any, pruned: Mapping[float, Pruned]) -> None:
+    axes.semilogy(list(pruned), [cut.error for cut in pruned.values()], "o-")
+    axes.set(title="error of the embedding before distillation", xlabel="share of the channels removed")
+    axes.grid(alpha=0.3)
+
+
+def _save(figure: Figure, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png", dpi=100)

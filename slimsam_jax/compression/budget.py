@@ -12,6 +12,8 @@ import numpy as np
 
 from slimsam_jax.errors import InputError, printable
 from slimsam_jax.models.config import Config
+from slimsam_jax.models.encoders import family_of
+from slimsam_jax.models.sam import Architecture
 from slimsam_jax.profiling import sam_costs
 from slimsam_jax.profiling.latency import block_seconds, encoder_seconds
 from slimsam_jax.pruning import allocation
@@ -56,7 +58,7 @@ class Budget:
             raise InputError(f"--budget {printable(text, 60)} must be more than nothing and less than everything")
         return cls(kind, amount)
 
-    def cost(self, config: Config) -> float:
+    def cost(self, config: Architecture) -> float:
         """Returns the cost of a model in the budget's units; latency is measured."""
         if self.kind == "params":
             return sam_costs.sam_parameters(config)
@@ -70,7 +72,7 @@ class Target:
     ratio: float | None = None
     budget: Budget | None = None
 
-    def channel_ratio(self, config: Config) -> float:
+    def channel_ratio(self, config: Architecture) -> float:
         """Returns the share of all channels to remove.
 
         For a budget: the share that meets it if every width of `config` is cut alike, which is
@@ -86,7 +88,7 @@ RATIOS = (0.0, 0.2, 0.4, 0.55, 0.7, 0.8, 0.88, 0.94, 0.97)
 
 
 @functools.lru_cache  # times are measured once
-def _ratio_of(budget: Budget, config: Config) -> float:
+def _ratio_of(budget: Budget, config: Architecture) -> float:
     """Interpolates the cost of evenly cut models; exact enough, as cutting the bottlenecks corrects it."""
     models = [even_cut(config, ratio) for ratio in RATIOS]
     costs = encoder_seconds(models) if budget.kind == "latency" else [budget.cost(model) for model in models]
@@ -99,9 +101,11 @@ def _ratio_of(budget: Budget, config: Config) -> float:
     return float(np.interp(budget.amount, costs[::-1], RATIOS[::-1]))
 
 
-def even_cut(config: Config, ratio: float) -> Config:
+def even_cut(config: Architecture, ratio: float) -> Architecture:
     """Cuts every width by the same share. Returns the architecture."""
     narrow = lambda width: allocation.rounded_width(width, ratio)
+    if not isinstance(config, Config):
+        return config.with_encoder(family_of(config.encoder).narrowed(config.encoder, narrow))
     blocks = [dataclasses.replace(b, head_dim=narrow(b.head_dim), mlp_dim=narrow(b.mlp_dim)) for b in config.blocks]
     return dataclasses.replace(config, embed_dim=narrow(config.embed_dim), blocks=tuple(blocks))
 

@@ -46,8 +46,23 @@ def check(config: Architecture, target: Target, steps: Sequence[Prune], uniform:
             raise InputError(
                 f"the reference's known bugs are of SAM's ViT, and this is a {family}: take --recipe taylor"
             )
-    if target.budget or uniform:
-        raise InputError(f"--budget and --uniform are for SAM's ViT, and this is a {family}: give --ratio")
+    if uniform:
+        raise InputError(
+            f"--uniform is for SAM's ViT, and this is a {family}: leave it out, or set prune.allocation=local"
+        )
+    if target.budget:
+        _check_budget(config, target, steps, family)
+
+
+def _check_budget(config: Architecture, target: Target, steps: Sequence[Prune], family: str) -> None:
+    """Raises InputError for a budget that cannot be met."""
+    if not hasattr(family_of(config.encoder), "narrowed"):
+        raise InputError(f"--budget is for SAM's ViT and SAM 2's Hiera, and this is a {family}: give --ratio")
+    if any(step.criterion != "projection" for step in steps):
+        raise InputError(f"a {family} meets a --budget by projection alone: take --recipe default, or give --ratio")
+    if target.budget.kind == "latency":
+        raise InputError(f"a {family}'s blocks are not timed one by one: give --budget params= or macs=, or --ratio")
+    target.channel_ratio(config)
 
 
 @functools.lru_cache(maxsize=8)  # a few seconds each

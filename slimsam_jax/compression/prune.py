@@ -15,7 +15,7 @@ from slimsam_jax.compression import found_groups, reference, vit_groups, widths
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.calibration_images import Batch, Calibration
 from slimsam_jax.compression.gradients import check_finite, gradients
-from slimsam_jax.compression.projection import attention, embedding, mlp, plain_vit, statistics
+from slimsam_jax.compression.projection import attention, embedding, hiera, mlp, plain_vit, statistics
 from slimsam_jax.compression.selection import choose, grouping_of
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.models.config import Config
@@ -28,6 +28,7 @@ from slimsam_jax.pruning.groups import Keep
 
 # Multiply-accumulates of an image, below which compiling a program for narrower heads takes longer than it saves.
 MASKED_BELOW = 3e9
+PROJECTIONS = {"efficient_sam": plain_vit, "hiera": hiera}
 
 
 def prune(
@@ -53,7 +54,7 @@ def prune(
     if (family := name_of(sam.config.encoder)) != "vit":
         found_groups.check(sam.config, target, [step], uniform)
     if step.criterion == "projection" and family != "vit":
-        return plain_vit.project(sam, step, target, calibration, seed)
+        return PROJECTIONS[family].project(sam, step, target, calibration, seed)
     if step.criterion == "projection":
         slim = project(sam, step, target, calibration, seed, uniform)
     else:

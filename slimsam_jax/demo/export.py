@@ -81,17 +81,17 @@ def describe(name: str, sam: Sam, files: tuple[Path, Path]) -> dict[str, Any]:
 def limits(sam: Sam) -> dict[str, Any]:
     """What the page has to know of a model's frame and of the prompts that it cannot take.
 
-    `squashed`: the encoder takes images as they are. `no_background`: why there are no background points, or None.
-    `most_points`: of a prompt, a box being two; None for any number.
+    `whole`: the encoder takes images as they are, and fills its frame. `no_background`: why there are no background
+    points, or None. `most_points`: of a prompt, a box being two; None for any number.
     """
     import numpy as np
 
-    from slimsam_jax.imaging.frames import Squashed
+    from slimsam_jax.imaging.frames import Whole
     from slimsam_jax.models.heads import kind_of
 
     head = kind_of(sam.config.head)
     return {
-        "squashed": isinstance(sam.config.frame, Squashed),
+        "whole": isinstance(sam.config.frame, Whole),
         "no_background": head.refusal(np.array([[1, 0]]), masked=False),
         "most_points": getattr(head, "MOST_POINTS", None),
     }

@@ -218,7 +218,7 @@ def test_it_is_compared_inspected_and_written_back(sam, material, tmp_path, caps
     for call, message in (
         (lambda: to_torch.main(tmp_path / "edge", tmp_path / "x.pth"), "cannot hold this encoder: it has a stem|256"),
         (lambda: to_torch.main(tmp_path / "edge", tmp_path / "x", "hf"), "goes to --format sam alone"),
-        (lambda: inspect_program.main(tmp_path / "edge", (material / "images",)), "drawn for SAM's ViT alone"),
+        (lambda: inspect_program.main(tmp_path / "edge", (material / "images",)), "take --recipe taylor"),
     ):
         with pytest.raises(InputError, match=message):
             call()

@@ -140,8 +140,8 @@ def test_arrays_of_the_original(tmp_path):
 def test_the_page_exports_it_and_knows_what_it_cannot_take(sam, tmp_path, capsys):
     checkpoint.save(sam, tmp_path / "efficient")
     ((fields, files),) = export.prepare((tmp_path / "efficient",), "float32", tmp_path / "cache")
-    assert fields["squashed"] and fields["most_points"] == 6 and all(path.is_file() for path in files)
+    assert fields["whole"] and fields["most_points"] == 6 and all(path.is_file() for path in files)
     assert fields["no_background"].startswith("EfficientSAM knows no background points")
     assert "predicted IoU" in capsys.readouterr().out
     other = export.describe("sam", random_sam(SQUARE), files)
-    assert (other["squashed"], other["most_points"], other["no_background"]) == (False, None, None)
+    assert (other["whole"], other["most_points"], other["no_background"]) == (False, None, None)

@@ -1,4 +1,4 @@
-"""The page with an EdgeSAM and an EfficientSAM side by side: their frames, scores, and what one of them cannot take."""
+"""The page with other families side by side: their frames and scores, and what one of them cannot take."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from helpers import demo_page
 from helpers.demo_page import assert_agree, choose, masks, on_screen, said
-from helpers.family_models import edge_sam, efficient_sam
+from helpers.family_models import edge_sam, efficient_sam, sam2
 
 PHOTO = "chelsea_cat.jpg"  # no square
 
@@ -35,3 +35,19 @@ def test_two_families_are_asked_the_same(tmp_path):
             page.drag(screen[2])
             masks(page)
         assert "efficient takes 6 points at most" in page.evaluate("document.getElementById('status').textContent")
+
+
+@pytest.mark.slow
+def test_sam_2_is_asked_by_clicks_and_boxes(tmp_path):
+    """With its three maps, a frame that it fills, and a padding point after a box."""
+    pair = sam2(), edge_sam()
+    with demo_page.opened(tmp_path, {"sam2": pair[0], "edge": pair[1]}) as page:
+        choose(page, PHOTO)
+        screen, points = on_screen(page, (100, 80), (300, 200), (150, 250))
+        page.drag(screen[0])
+        assert_agree(masks(page), pair, PHOTO, point_coords=points[:1], point_labels=[1])
+        page.drag(screen[1], shift=True)
+        assert_agree(masks(page), pair, PHOTO, point_coords=points[:2], point_labels=[1, 0])
+        page.evaluate("document.getElementById('clear').click()")
+        page.drag(screen[0], screen[1])
+        assert_agree(masks(page), pair, PHOTO, box=np.ravel(points[:2]))

@@ -110,7 +110,7 @@ def test_it_is_slimmed_by_alternate_slimming(material, tmp_path, monkeypatch):
         ({"recipe": "default", "set": ()}, "there is no projection: take --recipe taylor"),
         ({"recipe": "slimsam", "set": ()}, "known bugs are of SAM.s ViT"),
         ({"recipe": "taylor", "set": ("prune.allocation=macs",)}, "compete globally, locally or by params"),
-        ({"recipe": "taylor", "set": (), "ratio": None, "budget": "params=9k"}, "are for SAM's ViT"),
+        ({"recipe": "taylor", "set": (), "ratio": None, "budget": "params=9k"}, "is for SAM's ViT"),
     ],
 )
 def test_what_it_cannot_do_is_one_line(material, tmp_path, changes, message):

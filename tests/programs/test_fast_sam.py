@@ -78,7 +78,7 @@ def test_inspect_and_calibrate(folders, material, tmp_path, monkeypatch, capsys)
     assert code == 0 and f"{macs / 1e9:.3f} G MACs (attention 0.000), whole model {size / 1e6:.3f} M parameters" in said
     arguments = (folders / "some", "--images", material / "images", "--out", tmp_path / "x.png")
     code, _, error = run_program(monkeypatch, capsys, "inspect", *arguments)
-    assert code == 2 and "drawn for SAM's ViT alone" in error
+    assert code == 2 and "tried of SAMs alone" in error
     code, _, error = run_program(monkeypatch, capsys, "calibrate", folders / "some")
     assert code == 2 and "this is a FastSAM" in error
 

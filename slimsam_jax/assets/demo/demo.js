@@ -57,9 +57,9 @@ async function start() {
   panels.forEach((panel) => listen(panel));
   const off = models.find((model) => model.no_background);
   if (off) element("background").textContent = `Shift-click is off (${off.name}: ${off.no_background}).`;
-  for (const [index, { name, encoder, decoder, image_size, squashed }] of models.entries()) {
+  for (const [index, { name, encoder, decoder, image_size, whole }] of models.entries()) {
     say("loading", `Loading ${name} (${index + 1} of ${models.length})`);
-    await ask("load", { encoder, decoder, imageSize: image_size, squashed, threads });
+    await ask("load", { encoder, decoder, imageSize: image_size, whole, threads });
   }
   const title = (name) => name.replace(/\.[^.]*$/, "").replaceAll("_", " ");
   element("photos").append(...photos.map((name) => new Option(title(name), name)));

@@ -3,7 +3,7 @@
 import * as ort from "./ort/ort.wasm.min.mjs";
 import { fit, resize } from "./resize.js";
 
-const models = []; // {encoder, decoder, imageSize, squashed, embedding}
+const models = []; // {encoder, decoder, imageSize, whole, maps}
 let image = null; // {pixels, size, shown}: RGBA, its [height, width], and those it is shown and masked at
 
 const BOX = [2, 3]; // labels of its corners
@@ -16,12 +16,12 @@ async function timed(run) {
 }
 
 const tasks = {
-  async load({ encoder, decoder, imageSize, squashed, threads }) {
+  async load({ encoder, decoder, imageSize, whole, threads }) {
     ort.env.wasm.numThreads = threads;
     ort.env.logLevel = "error";
     const create = (url) => ort.InferenceSession.create(url, { executionProviders: ["wasm"] });
     const sessions = { encoder: await create(encoder), decoder: await create(decoder) };
-    models.push({ ...sessions, imageSize, squashed, embedding: null });
+    models.push({ ...sessions, imageSize, whole, maps: null });
   },
 
   async setImage(given) {
@@ -31,10 +31,10 @@ const tasks = {
   /** Runs one model's encoder on the image. */
   async encode({ model }) {
     const it = models[model];
-    const size = it.squashed ? image.size : fit(image.shown, it.imageSize); // squashing is part of the graph
+    const size = it.whole ? image.size : fit(image.shown, it.imageSize); // filling the frame is part of the graph
     const images = new ort.Tensor("uint8", resize(image.pixels, image.size, size), [1, 3, ...size]);
     const [outputs, ms] = await timed(() => it.encoder.run({ images }));
-    it.embedding = outputs.image_embeddings;
+    it.maps = outputs; // of SAM 2 three; their names are those of the decoder's inputs
     return { ms };
   },
 
@@ -53,16 +53,16 @@ const tasks = {
 };
 
 /** The inputs of a decoder with the signature of Meta's SamOnnxModel. */
-function prompt({ embedding, imageSize }, points, box) {
+function prompt({ maps, imageSize }, points, box) {
   const size = fit(image.shown, imageSize);
   const [scaleY, scaleX] = size.map((side, i) => side / image.shown[i]);
   const corners = box ? [box.slice(0, 2), box.slice(2)] : [[0, 0]];
   const coordinates = [...points.map(({ x, y }) => [x, y]), ...corners].flatMap(([x, y]) => [x * scaleX, y * scaleY]);
   const labels = [...points.map(({ label }) => label), ...(box ? BOX : [NOT_A_POINT])];
   const float = (values, shape) => new ort.Tensor("float32", Float32Array.from(values), shape);
-  const [height, width] = embedding.dims.slice(2).map((side) => 4 * side);
+  const [height, width] = maps.image_embeddings.dims.slice(2).map((side) => 4 * side);
   return {
-    image_embeddings: embedding,
+    ...maps,
     point_coords: float(coordinates, [1, labels.length, 2]),
     point_labels: float(labels, [1, labels.length]),
     mask_input: new ort.Tensor("float32", new Float32Array(height * width), [1, 1, height, width]),

@@ -10,7 +10,7 @@
 
 A family may bring along what else it knows: `keep_logit_scale`, `abstract_params`, `kept_elements`,
 `last_arrays`, `RANKED_BY_STABILITY`, `ROTATES`, `LEAVES_OUT`, `for_inference`, `keeps_unread`, `embedding_shapes` (of
-several maps).
+several maps), `narrowed` (for budgets).
 What is for SAM's ViT alone (budgets, uniform cuts) asks for "vit" by name and refuses others.
 """
 

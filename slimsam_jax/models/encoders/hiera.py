@@ -26,6 +26,7 @@ from slimsam_jax.models.encoders.hiera_config import (
     Place,
     Stage,
     config_of,
+    narrowed,
     places,
     uniform,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "FEATURES",
     "KERNEL",
     "PRESETS",
+    "ROTATES",
     "STAGES",
     "Config",
     "ImageEncoder",
@@ -49,6 +51,7 @@ __all__ = [
     "keep_logit_scale",
     "kept_elements",
     "last_arrays",
+    "narrowed",
     "places",
     "uniform",
 ]
@@ -70,7 +73,7 @@ class Attention(nn.Module):
         widths = {"q": block.key_dim, "k": block.key_dim, "v": block.value_dim}
         project = lambda name: nn.DenseGeneral((block.heads, widths[name]), dtype=self.dtype, name=name)
         q, k, v = (project(name)(x) for name in "qkv")
-        queries = pool(q) if self.place.pools else q
+        queries = self.perturb("queries", pool(q) if self.place.pools else q)
         flat = (array.reshape(b, -1, block.heads, array.shape[-1]) for array in (queries, k, v))
         heads = attend(*flat).reshape(*queries.shape[:3], block.heads, -1)
         out = nn.DenseGeneral(self.place.dim, axis=(-2, -1), dtype=self.dtype, name="proj")(heads)
@@ -101,9 +104,9 @@ class EncoderBlock(nn.Module):
         attention = Attention(place, self.dtype, name="attn")
         # Padded after the norm: pad tokens are zero, yet take part with q, k, v equal to the biases.
         y, features = attention(window_partition(y, place.window) if place.window else y)
-        middle = x + (window_unpartition(y, x.shape[1:3]) if place.window else y)
+        middle = self.perturb("middle", x + (window_unpartition(y, x.shape[1:3]) if place.window else y))
         hidden = gelu(dense(place.block.mlp_dim, "mlp_lin1")(norm("norm2")(middle)))
-        out = middle + dense(place.dim, "mlp_lin2")(hidden)
+        out = self.perturb("out", middle + dense(place.dim, "mlp_lin2")(hidden))
         return out, {**features, "mlp": hidden, "middle": middle, "out": out}
 
 
@@ -135,6 +138,9 @@ class ImageEncoder(nn.Module):
               q, k, v [b * windows, rows, columns, n, d or e], before pooling and the 1/sqrt(d) scale;
               heads, what each head gives to proj; middle, out [b, h, w, D]: the residual stream after attention and
               MLP; mlp [b, h, w, M]: the hidden layer, after GELU.
+
+        Flax's collection "perturbations" adds to what SAM's does: "middle", "out" and "attn/queries" of each block, the
+        latter once pooled.
         """
         c = self.config
         half = KERNEL // 2
@@ -205,6 +211,11 @@ def _bottleneck(paths: Collection[str]) -> bool:
 # Whether a group, by its members' paths, is cut in a stage: all four streams in one. In neither are the channels of the
 # maps, nor the rows and columns of the learnt positions, which a graph finds to be groups of their own.
 STAGES = {"embedding": _embedding, "bottleneck": _bottleneck}
+
+
+ROTATES = (
+    True  # the first stream, v and, unless they are pooled, q and k; `compression.projection.hiera` selects others
+)
 
 
 def kept_elements(config: Config) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from slimsam_jax.models.config import DEEPEST
@@ -156,6 +156,17 @@ def uniform(
         block = Block(heads, dim // heads, dim // heads, 4 * dim)
         stages.append(Stage(dim, window, (block,) * depth))
     return Config(pair(image_size), tuple(stages), tuple(global_blocks), tuple(pos_grid))
+
+
+def narrowed(config: Config, narrow: Callable[[int], int]) -> Config:
+    """The architecture with every width of streams and bottlenecks by `narrow`."""
+    widths = ("key_dim", "value_dim", "mlp_dim")
+    of = lambda block: dataclasses.replace(block, **{name: narrow(getattr(block, name)) for name in widths})
+    stages = [
+        dataclasses.replace(stage, dim=narrow(stage.dim), blocks=tuple(map(of, stage.blocks)))
+        for stage in config.stages
+    ]
+    return dataclasses.replace(config, stages=tuple(stages))
 
 
 # sam2/configs/sam2.1/*.yaml

@@ -1,0 +1,119 @@
+"""What Hiera's bases are chosen from: `statistics`, with streams of four resolutions and an embedding of three maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slimsam_jax.compression.projection.statistics import (
+    Batch,
+    Moments,
+    Part,
+    Statistic,
+    _attention,
+    _gram,
+    _mlp,
+    _normal,
+    _variance,
+)
+from slimsam_jax.models.encoders.hiera import pool
+from slimsam_jax.models.encoders.hiera_config import Place, places
+from slimsam_jax.models.encoders.vit import window_partition
+from slimsam_jax.models.sam import Architecture, Params, encoder_for, preprocess, run_encoder
+
+
+def moments_of(config: Architecture, parts: Sequence[Part]) -> Statistic:
+    """The statistic that gives {part: moments} of the parts asked for.
+
+    Parts: as those of `statistics.moments_of`, in which errors and gains are shares: of a stream's variance ("blocks",
+    of a token), and of the variance of an image's maps, each of which counts alike ("embedding" is their number). But
+      stream: {"blocks": a dict per block, {"norm1", "norm2"}: see `_second`, of tokens centred and scaled as the norm
+        will, "ends": of the four streams where the neck reads them, as they are}. If the encoder's tree has "changes",
+        [d, D] of each stage, see `_across` instead: of streams x and of what is left of them, changes x.
+    """
+
+    def statistic(encoder: Params, batch: Batch, keys: jax.Array) -> dict[str, Any]:
+        encoder, changes = dict(encoder), encoder.get("changes")
+        encoder.pop("changes", None)
+        maps, features = run_encoder(config, encoder, batch)
+        spots = places(config.encoder)
+        blocks = [features[f"blocks_{i}"] for i in range(len(spots))]
+        found: dict[str, Any] = {
+            "tokens": jnp.array(float(len(keys))),
+            "embedding": jnp.array(float(len(maps) * len(keys))),
+            "blocks": [_variance(block["out"]) / math.prod(block["out"].shape[1:3]) for block in blocks],
+        }
+        if "stream" in parts:
+            found["stream"] = _streams(config, features, blocks, changes)
+        if "attention" in parts:
+            found["attention"] = [_attention(*_real(place, block)) for place, block in zip(spots, blocks, strict=True)]
+        if "mlp" in parts:
+            found["mlp"] = [_mlp(block) for block in blocks]
+        if "sensitivity" in parts:
+            found["sensitivity"] = _sensitivity(config, encoder, batch, keys)
+        return found
+
+    return statistic
+
+
+def _streams(config: Architecture, features: Any, blocks: Sequence[Any], changes: Any) -> Moments:
+    before, spots = [features["patch"]["out"], *(block["out"] for block in blocks)], places(config.encoder)
+
+    def ask(x: jax.Array, stage: int, normal: Any = lambda x: x) -> Moments:
+        return _second(normal(x)) if changes is None else _across(normal(x @ changes[stage].T), normal(x))
+
+    own = [
+        {"norm1": ask(x, place.stage - place.pools, _normal), "norm2": ask(block["middle"], place.stage, _normal)}
+        for x, place, block in zip(before, spots, blocks, strict=False)
+    ]
+    lasts = [*config.encoder.firsts[1:], len(blocks)]
+    return {"blocks": own, "ends": [ask(before[last], stage) for stage, last in enumerate(lasts)]}
+
+
+def _across(narrow: jax.Array, x: jax.Array) -> Moments:
+    """Moments of what is left with itself, [d, d], and with what there was, [d, D], and the sums of both."""
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    own = _second(narrow)
+    return {**own, "cross": flat(narrow).T @ flat(x), "wide_sum": x.sum((0, 1, 2))}
+
+
+def _second(x: jax.Array) -> Moments:
+    """Second moment [D, D] and sum [D] of vectors, and their number."""
+    return {"second": _gram(x), "sum": x.sum((0, 1, 2)), "tokens": jnp.array(float(math.prod(x.shape[:3])))}
+
+
+def _real(place: Place, block: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
+    """A block's features, its queries as they are attended with, and 1 for a query, 0 for what pads a window."""
+    real = jnp.ones((1, *place.grid, 1))
+    real = window_partition(real, place.window) if place.window else real
+    if place.pools:
+        block, real = {**block, "q": pool(block["q"])}, pool(real)
+    return block, real[..., None]
+
+
+def _sensitivity(config: Architecture, encoder: Params, batch: Batch, keys: jax.Array) -> dict[str, Any]:
+    """As `statistics._sensitivity`, of each image's maps each by its own deviation."""
+    pixels = preprocess(config, batch["image"], batch["size"])
+    model = encoder_for(config, len(pixels), encoder["pos_embed"].dtype)
+    shapes = jax.eval_shape(model.init, keys[0], pixels)["perturbations"]
+
+    def embed(perturbations: Any) -> Any:
+        return model.apply({"params": encoder, "perturbations": perturbations}, pixels)[0]
+
+    maps, pull_back = jax.vjp(embed, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+
+    def noise(key: jax.Array, of_image: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        own = dict(zip(of_image, jax.random.split(key, len(of_image)), strict=True))
+        size = lambda x: jnp.sqrt(jnp.square(x - x.mean()).sum())
+        return {name: jax.random.normal(own[name], x.shape, x.dtype) / size(x) for name, x in of_image.items()}
+
+    (grads,) = pull_back(jax.vmap(noise)(keys, maps))
+    blocks = [grads[f"blocks_{i}"] for i in range(config.encoder.depth)]
+    return {
+        **{name: [_gram(block[name]) for block in blocks] for name in ("middle", "out")},
+        "queries": [_gram(block["attn"]["queries"]) / block["attn"]["queries"].shape[-2] for block in blocks],
+    }
