@@ -23,10 +23,9 @@ class Quantize(Record):
       method: of rounding weights. "gptq": the others make up for the error of each; "search": each by itself, with the
         best scale; "absmax": with the scale of the largest; "tinysam": the scales of weights and inputs in turn, by
         the curvature of the masks' loss, one a layer, two where GELU was before: TinySAM's scheme, to be compared with.
-      ranges: of inputs. "minmax": what the calibration images reach, one range a layer; "percentile": what all but a
-        few of their values reach; "symmetric": as "minmax", as far below 0 as above, which TensorRT asks for; "token":
+      ranges: of inputs. "minmax": what the calibration images reach, one range a layer; "percentile": what 99.99 % of
+        their values lie within, on either side; "symmetric": as "minmax", as far below 0 as above, which TensorRT asks for; "token":
         symmetric, of each token as it comes.
-      percentile: for that.
       float_inputs: so many layers keep their inputs as they are: those that cost most by themselves.
       arithmetic: with `activations`: "integer" multiplies int8 by int8 into int32; "float" what they stand for.
       head: also the prompt encoder and the mask decoder, their weights alone.
@@ -43,7 +42,6 @@ class Quantize(Record):
     group: int = 0
     method: Literal["gptq", "search", "absmax", "tinysam"] = "gptq"
     ranges: Literal["minmax", "percentile", "symmetric", "token"] = "minmax"
-    percentile: float = 99.99
     float_inputs: int = 0
     arithmetic: Literal["float", "integer"] = "float"
     head: bool = True
@@ -55,7 +53,6 @@ class Quantize(Record):
     RANGES: typing.ClassVar = {
         "activations": Range(0, 8, True),
         "group": Range(0, 2**16, True),
-        "percentile": Range(50.1, 100),
         "float_inputs": Range(0, 10**4, True),
         "float_weights": Range(0, 10**4, True),
         "fine_weights": Range(0, 10**4, True),

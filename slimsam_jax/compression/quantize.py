@@ -36,6 +36,7 @@ from slimsam_jax.quantization import (
 from slimsam_jax.quantization.sensitivity import sensitivity
 
 PROMPTS = 8  # of each image of the calibration set
+PERCENTILE = 99.99  # of inputs, with ranges=percentile
 AT_ONCE = 4  # images
 
 
@@ -90,7 +91,7 @@ def quantized(
         taken = list(itertools.islice(batches, -(-count // AT_ONCE)))
     finally:
         batches.close()
-    percentiles = (step.percentile,) if step.ranges == "percentile" else ()
+    percentiles = (PERCENTILE,) if step.ranges == "percentile" else ()
     prompts = step.head or step.method == "tinysam"
     params = with_integers(sam, step, see(sam, taken, seed, percentiles, prompts))
     note = {"quantized": dataclasses.asdict(step) | {"calibration_images": count, "seed": seed}}
@@ -247,7 +248,7 @@ def with_ranges(encoder: Params, seen: dict[str, Statistics], step: Quantize) ->
             return leaf
         span = np.zeros(0, np.float32)
         if step.ranges != "token":
-            percentile = step.percentile if step.ranges == "percentile" else None
+            percentile = PERCENTILE if step.ranges == "percentile" else None
             span = ranges.static(seen[path].range, step.activations, percentile, step.ranges == "symmetric")
         return dataclasses.replace(leaf, range=span, input_bits=step.activations, integer=step.arithmetic == "integer")
 
