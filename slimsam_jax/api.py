@@ -192,6 +192,7 @@ def evaluate(
     resamples: int = 10_000,
     max_broken: float = 0.1,
     strict: bool = False,
+    distributed: str | None = None,
 ) -> Evaluation:
     """Measures SAMs on the same annotated images, and how much they differ from the first.
 
@@ -215,6 +216,7 @@ def evaluate(
       seed: of the noise on boxes and of the intervals.
       resamples: of the bootstrap, for the intervals.
       max_broken, strict: the share of images that may be unreadable; none may be.
+      distributed: as of `compress`: several processes share the images, and all return the same.
 
     Returns:
       The means with their intervals in `summary`, the scores of each image in `measured`.
@@ -229,6 +231,10 @@ def evaluate(
     check_choices(chosen, places, names, boxes)
     check_numbers(clicks, points_per_side, seed, resamples)
     check_share(max_broken)
+    if distributed:
+        from slimsam_jax.sharding import join_processes
+
+        join_processes(distributed)
     from slimsam_jax.evaluation.run import run
     from slimsam_jax.evaluation.scores import Protocols
 
