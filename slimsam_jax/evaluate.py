@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from slimsam_jax import api, cli
 from slimsam_jax.cli.checks import check_files
@@ -30,6 +30,7 @@ def main(
     markdown: Path | None = None,
     figure: Path | None = None,
     distributed: str | None = None,
+    engine: Literal["auto", "jax", "onnxruntime"] = "auto",
 ) -> None:
     """Measure SAMs on the same images, and how much they differ.
 
@@ -61,6 +62,8 @@ def main(
       distributed: for several processes, each with the same arguments, which share the images and of which the first
         prints and writes: "auto" on TPU pods and under SLURM or MPI; or HOST:PORT,PROCESSES,INDEX, where HOST:PORT is
         a free port of process 0.
+      engine: what computes image encoders. onnxruntime exports each once into the user's cache folder; "auto" takes it
+        for models for which that was done on this machine, and measured faster than JAX. Costs are JAX's.
     """
     if not data:
         if protocol or boxes or json or markdown or figure or distributed or not costs:
@@ -71,7 +74,7 @@ def main(
     check_files([path for path in (json, markdown, figure) if path])
     choices = {"boxes": boxes, "clicks": clicks, "points_per_side": points_per_side, "seed": seed}
     shares = {"resamples": resamples, "max_broken": max_broken, "strict": strict}
-    found = api.evaluate(model, data, protocol, **choices, **shares, distributed=distributed)
+    found = api.evaluate(model, data, protocol, **choices, **shares, distributed=distributed, engine=engine)
     from slimsam_jax import sharding
 
     if sharding.is_main():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from slimsam_jax.models.fast_sam import FastSam
     from slimsam_jax.models.sam import Sam
 
-NOT_OF_A_SEARCH = ("model", "images", "out", "sheet", "distributed")
+NOT_OF_A_SEARCH = ("model", "images", "out", "sheet", "distributed", "engine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,9 @@ class Options:
     """With --hierarchical, TinySAM's way instead: the logit over which a mask covers other points; theirs is 8.5."""
     postprocessing: Literal["fast_sam", "ultralytics"] = "fast_sam"
     """Of a FastSAM: boxes and masks as the original makes them, or as ultralytics 8.4 does."""
+    engine: Literal["auto", "jax", "onnxruntime"] = "auto"
+    """What computes the image encoder. onnxruntime exports it once into the user's cache folder; "auto" takes it for a
+    model for which that was done on this machine, and measured faster than JAX."""
     distributed: str | None = None
     """For several processes, each with the same arguments, which share the images and of which the first writes: "auto"
     on TPU pods and under SLURM or MPI; or HOST:PORT,PROCESSES,INDEX, where HOST:PORT is a free port of process 0."""
@@ -76,13 +79,14 @@ def everything(options: Options) -> None:
     check_files([path for path in (options.out, options.sheet) if path])
     limits.check_options(options, {name: r for name, r in limits.SEARCH.items() if hasattr(options, name)})
     from converters.from_torch import load
+    from converters.onnx.engine import engaged
     from slimsam_jax.data import find
     from slimsam_jax.data.together import map_together
     from slimsam_jax.sharding import barrier, is_main, join_processes
 
     if options.distributed:
         join_processes(options.distributed)
-    samples, generator = find(options.images), generator_of(load(options.model), options)
+    samples, generator = find(options.images), generator_of(engaged(load(options.model), options.engine), options)
     results, skipped = map_together(lambda sample: search(generator, sample), samples, "everything")
     if not results:
         raise InputError(

@@ -36,7 +36,7 @@ def prepare() -> None:
 
 def cache_folder() -> Path | None:
     """Returns the folder for this machine's programs, tidied; None if there cannot be one, or not a safe one."""
-    folder = files.cache_folder("programs", _machine())
+    folder = files.cache_folder("programs", machine())
     try:
         if folder:
             tidy(folder, ROOM)
@@ -45,7 +45,7 @@ def cache_folder() -> Path | None:
         return None
 
 
-def _machine() -> str:
+def machine() -> str:
     """Hashes the machine: programs are its code, and home folders are shared by machines of other code."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()

@@ -11,15 +11,13 @@ import numpy as np
 
 from slimsam_jax.data.sample import Sample
 
-MADE_AT_ONCE = 4096  # samples or names, where all of them are passed through
-
 
 class Lazy(Sequence[Sample]):
     """Samples of one place that are made when asked for, such as those of a shard."""
 
-    def names(self) -> bytes:
-        """Returns their names, one a line, in the bytes that `encoded` gives."""
-        return b"\n".join(encoded(sample.name) for sample in self)
+    def names(self, start: int, stop: int) -> bytes:
+        """Returns the names of some, one a line, in the bytes that `encoded` gives."""
+        return b"\n".join(encoded(self[place].name) for place in range(start, stop))
 
     def annotated(self) -> np.ndarray:
         """Returns [n] bool: which have annotations. No sample need be made for that."""
@@ -71,12 +69,20 @@ class Samples(Sequence[Sample]):
 
     def names(self) -> Iterator[bytes]:
         """Yields the encoded names, some at a time, one a line."""
-        if self.index is None:
-            yield from (part.names() if isinstance(part, Lazy) else Lazy.names(part) for part in self.parts)
-            return
-        for start in range(0, self.length, MADE_AT_ONCE):
-            stop = min(start + MADE_AT_ONCE, self.length)
-            yield b"\n".join(encoded(self[place].name) for place in range(start, stop))
+        for part, start, stop in self._runs():
+            yield part.names(start, stop) if isinstance(part, Lazy) else Lazy.names(part, start, stop)
+
+    def _runs(self) -> Iterator[tuple[Sequence[Sample], int, int]]:
+        """Yields (part, start, stop) of samples that lie behind one another, of all in their order."""
+        index = np.arange(self.length) if self.index is None else self.index.astype(np.int64)
+        cuts = np.flatnonzero(np.diff(index) != 1) + 1
+        for first, stop in zip(np.r_[0, cuts].tolist(), np.r_[cuts, len(index)].tolist(), strict=True):
+            number, last = (int(index[first]), int(index[stop - 1]) + 1) if stop > first else (0, 0)
+            while number < last:
+                part = int(np.searchsorted(self.ends, number, side="right"))
+                before, end = (int(self.ends[part - 1]) if part else 0), min(last, int(self.ends[part]))
+                yield self.parts[part], number - before, end - before
+                number = end
 
 
 def take(samples: Sequence[Sample], places: np.ndarray) -> Sequence[Sample]:
@@ -101,7 +107,7 @@ def joined(*parts: Sequence[Sample]) -> Sequence[Sample]:
 def digest_of_names(samples: Sequence[Sample]) -> str:
     """Hashes the samples' names, one a line (sha256)."""
     sha256, before = hashlib.sha256(), b""
-    for names in samples.names() if isinstance(samples, Samples) else [Lazy.names(samples)]:
+    for names in samples.names() if isinstance(samples, Samples) else [Lazy.names(samples, 0, len(samples))]:
         sha256.update(before + names)
         before = b"\n"
     return sha256.hexdigest()

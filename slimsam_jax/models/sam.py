@@ -47,6 +47,7 @@ class Sam:
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     thresholds: Thresholds | None = None
     kept: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    engine: Any = dataclasses.field(default=None, compare=False, repr=False)
 
 
 def image_encoder(config: Architecture, dtype: Any = jnp.float32, remat: bool = False, **options: Any) -> nn.Module:

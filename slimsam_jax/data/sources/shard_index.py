@@ -56,8 +56,12 @@ class Table(NamedTuple):
     fault: str
 
     def name(self, row: int) -> str:
-        start = int(self.rows["end"][row - 1]) + 1 if row else 0
-        return decoded(self.names[start : int(self.rows["end"][row])])
+        return self.names_of(row, row + 1).decode(errors="surrogateescape")
+
+    def names_of(self, start: int, stop: int) -> bytes:
+        """Returns the names of some rows, at least one, one a line."""
+        begin = int(self.rows["end"][start - 1]) + 1 if start else 0
+        return self.names[begin : int(self.rows["end"][stop - 1])]
 
 
 Walk = Callable[[BinaryIO], Table]
@@ -85,10 +89,6 @@ def table(
 def json_beside(name: str) -> str:
     """Returns the name of the .json beside an image."""
     return f"{name.rpartition('.')[0]}.json"
-
-
-def decoded(name: bytes) -> str:
-    return name.decode(errors="surrogateescape")
 
 
 def tables(paths: Sequence[Path], walk: Walk) -> dict[Path, Table | InputError]:
@@ -126,7 +126,7 @@ def _size(path: Path) -> int:
 
 
 def _known_or_walked(folder: Path | None, path: Path, walk: Walk) -> Table | InputError:
-    """What another process may have found meanwhile, else what a walk gives, which is kept."""
+    """What another process has kept meanwhile, else what a walk gives, which is kept."""
     if known := _known(folder, path):
         return known
     try:

@@ -41,15 +41,16 @@ class Shard(Lazy):
         read = functools.partial(_read, self.path, offset, size, MOST_BYTES)
         return Sample(f"{self.path}/{self.table.name(place)}", read, load)
 
-    def names(self) -> bytes:
-        if self.table.images < len(self.table.rows) or self.table.names.count(b"\n") >= self.table.images:
-            return super().names()  # other files among them, or names of several lines
+    def names(self, start: int, stop: int) -> bytes:
+        listed = self.table.names_of(start, stop)
         try:
-            self.table.names.decode()
+            listed.decode()
         except UnicodeDecodeError:
-            return super().names()
+            return super().names(start, stop)
+        if listed.count(b"\n") != stop - start - 1:  # names of several lines
+            return super().names(start, stop)
         before = encoded(f"{self.path}/")
-        return before + self.table.names.replace(b"\n", b"\n" + before)
+        return before + listed.replace(b"\n", b"\n" + before)
 
     def annotated(self) -> np.ndarray:
         return self.table.rows["beside"][: self.table.images] >= 0
