@@ -13,7 +13,7 @@ import jax
 from slimsam_jax import sharding
 from slimsam_jax.data import tfds_writer
 from slimsam_jax.data.sample import Sample
-from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.errors import RunError
 from slimsam_jax.files import new_folder, read_json, write_json
 
 INFO, SPLIT = "dataset_info.json", "train"
@@ -34,8 +34,8 @@ def prepare_together(samples: Sequence[Sample], out: Path) -> dict[str, str]:
         skipped, fault = {}, ""
         try:
             skipped = tfds_writer.write(samples[first:stop], folder / f"part-{index}", first)
-        except InputError as error:  # of no image of this part
-            skipped = {samples[place].name: str(error) for place in range(first, stop)}
+        except tfds_writer.Unusable as error:  # of this part
+            skipped = error.skipped
         except RunError as error:
             fault = str(error)
         parts = sharding.gather_json([skipped, fault])
@@ -44,7 +44,7 @@ def prepare_together(samples: Sequence[Sample], out: Path) -> dict[str, str]:
                 raise RunError(fault)
         skipped = {name: reason for own, _ in parts for name, reason in own.items()}
         if len(skipped) == len(samples):
-            raise InputError(f"no image can be used; the last: {next(reversed(skipped.values()), 'none')}")
+            raise tfds_writer.Unusable(skipped)
         if sharding.is_main():
             join([folder / f"part-{part}" for part in range(count)], folder)
     sharding.barrier("prepared")

@@ -53,6 +53,18 @@ def write(samples: Sequence[Sample], folder: Path, first: int = 0) -> dict[str, 
     return builder.skipped
 
 
+class Unusable(InputError):
+    """Not one image can be used.
+
+    Attributes:
+      skipped: {name: reason}.
+    """
+
+    def __init__(self, skipped: dict[str, str]):
+        super().__init__(f"no image can be used; the last: {next(reversed(skipped.values()), 'none')}")
+        self.skipped = skipped
+
+
 class Sa1b(tfds.core.GeneratorBasedBuilder):
     """Images with masks, in the features of tfds' `segment_anything`."""
 
@@ -94,7 +106,7 @@ class Sa1b(tfds.core.GeneratorBasedBuilder):
             except InputError as error:
                 self.skipped[sample.name] = str(error)
         if len(self.skipped) == len(self.samples):
-            raise InputError(f"no image can be used; the last: {next(reversed(self.skipped.values()), 'none')}")
+            raise Unusable(self.skipped)
 
 
 def record(sample: Sample, index: int) -> dict[str, Any]:
