@@ -6,6 +6,8 @@ import contextlib
 import sys
 from pathlib import Path
 
+import jax
+
 from slimsam_jax import checkpoint, sharding
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.data import __main__ as data_program
@@ -40,6 +42,8 @@ def work(model: Path, images: tuple[str, ...], out: Path, distributed: str | Non
         except RunError as error:  # in all of them, so that none waits
             print(error)
         sharding.barrier("worked")
+    if distributed:
+        jax.distributed.shutdown()  # at once: on a busy machine one may take long to end, and the other does not wait
 
 
 if __name__ == "__main__":
