@@ -16,7 +16,7 @@ from helpers.models import SQUARE, random_sam
 from slimsam_jax import limits
 from slimsam_jax.data.sample import eight_bits
 from slimsam_jax.errors import InputError
-from slimsam_jax.inference import engine, mixed_prompts
+from slimsam_jax.inference import engine, mixed_prompts, predictor
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
 from slimsam_jax.inference.decode import Encoded
 from slimsam_jax.inference.predictor import Prompt, SamPredictor
