@@ -40,7 +40,7 @@ def test_two_processes_give_what_one_gives(material, tmp_path, monkeypatch):
     assert "wrote" not in (two / "not said.txt").read_text()
     scores, masks = ([json.loads((out / name).read_text()) for out in (one, two)] for name in ("s.json", "masks.json"))
     assert scores[0] == scores[1] and len(scores[0]["per_image"]) == 2
-    assert masks[0] == masks[1] and len(masks[0]["images"]) == 8 and len(masks[0]["annotations"]) > 8
+    assert masks[0] == masks[1] and len(masks[0]["images"]) == 8 and len(masks[0]["annotations"]) >= 8
     records = [find([f"tfds:{out / 'prepared'}"]) for out in (one, two)]
     assert len(records[0]) == len(records[1]) == 8
     for mine, other in zip(*records, strict=True):
