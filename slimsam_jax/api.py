@@ -5,19 +5,16 @@ JAX is imported where it is used, so that `--help` and wrong options need not wa
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from slimsam_jax.cli.checks import check_share
+from slimsam_jax.cli.checks import as_path, check_share, is_path, several
 from slimsam_jax.compression.options import Options, announce
 from slimsam_jax.compression.plan import as_recipe
 from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Recipe, Step
-from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation.checks import Protocol, check_choices, check_numbers
-from slimsam_jax.limits import quoted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +31,7 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     heads: int | Sequence[int] | None = None,
     single_mask: bool | None = None,
+    engine: Literal["jax", "onnxruntime", "auto"] = "jax",
 ) -> Sam | FastSam:
     """Loads any SAM we can read, float32, with its origin and sha256 in `provenance`.
 
@@ -52,13 +50,15 @@ def load(
       heads: of the encoder's attention, one number or one a block, if no array tells them (EfficientSAM).
       single_mask: whether the decoder's first mask is for use, which no array tells: TinySAM returns the other three
         alone. Without it the best of them by predicted IoU stands in. Default: not of a TinyViT called tinysam*.
+      engine: what computes the image encoder wherever the model predicts; see docs/predict.md.
 
     Raises:
-      InputError: missing, unreadable, or not a SAM; names what is missing and surplus.
+      InputError: missing, unreadable, or not a SAM; names what is missing and surplus. Or not for the engine.
     """
     from converters import from_torch
+    from converters.onnx.engine import engaged
 
-    return from_torch.load(path, image_size, heads, single_mask)
+    return engaged(from_torch.load(path, image_size, heads, single_mask), engine)
 
 
 def save(sam: Sam | FastSam, folder: Path | str) -> None:
@@ -77,7 +77,7 @@ def save(sam: Sam | FastSam, folder: Path | str) -> None:
     """
     from slimsam_jax import checkpoint
 
-    checkpoint.save(_model(sam), _path(folder, "folder"))
+    checkpoint.save(_model(sam), as_path(folder, "folder"))
 
 
 class Compressed(NamedTuple):
@@ -150,9 +150,9 @@ def compress(
         of `val` could not be measured on.
     """
     fields = dict(locals())
-    fields |= {name: tuple(map(str, _several(fields[name]))) for name in ("images", "val")}
-    fields |= {n: _path(fields[n], n) for n in ("teacher", "student", "cache") if fields[n] is not None}
-    fields |= {"out": _path(out, "out"), "set": tuple(_several(set))}
+    fields |= {name: tuple(map(str, several(fields[name]))) for name in ("images", "val")}
+    fields |= {n: as_path(fields[n], n) for n in ("teacher", "student", "cache") if fields[n] is not None}
+    fields |= {"out": as_path(out, "out"), "set": tuple(several(set))}
     own = None if isinstance(recipe, str) else change(as_recipe(recipe), fields["set"])
     return compress_with(Options(**(fields if own is None else {**fields, "recipe": "default", "set": ()})), own)
 
@@ -172,10 +172,10 @@ def compress_with(options: Options, recipe: Recipe | None = None) -> Compressed:
         announce(options, recipe)
     from slimsam_jax import checkpoint
     from slimsam_jax.compression.dispatch import run
-    from slimsam_jax.compression.student import is_path
+    from slimsam_jax.compression.student import is_path as is_a_model
     from slimsam_jax.data import embedded_teacher
 
-    student = load(options.student) if is_path(options.student) else None  # a preset is made later
+    student = load(options.student) if is_a_model(options.student) else None  # a preset is made later
     report = run(options, load(options.teacher or embedded_teacher()), recipe, student)
     return Compressed(checkpoint.load(options.out), report)
 
@@ -192,6 +192,8 @@ def evaluate(
     resamples: int = 10_000,
     max_broken: float = 0.1,
     strict: bool = False,
+    distributed: str | None = None,
+    engine: Literal["jax", "onnxruntime", "auto"] = "jax",
 ) -> Evaluation:
     """Measures SAMs on the same annotated images, and how much they differ from the first.
 
@@ -215,6 +217,8 @@ def evaluate(
       seed: of the noise on boxes and of the intervals.
       resamples: of the bootstrap, for the intervals.
       max_broken, strict: the share of images that may be unreadable; none may be.
+      distributed: as of `compress`: several processes share the images, and all return the same.
+      engine: as of `load`, of models that are paths.
 
     Returns:
       The means with their intervals in `summary`, the scores of each image in `measured`.
@@ -223,17 +227,22 @@ def evaluate(
       InputError: bad arguments or files, no image to measure on, or clicks for a model that takes no background.
       RunError: too many images are unreadable.
     """
-    chosen = [_path(model, "a model") if _is_path(model) else _model(model) for model in _several(models)]
-    places, boxes = [str(place) for place in _several(data)], None if boxes is None else _path(boxes, "boxes")
-    names = tuple(dict.fromkeys(_several(protocols))) or (() if boxes else ("point", "box"))
+    chosen = [as_path(model, "a model") if is_path(model) else _model(model) for model in several(models)]
+    places, boxes = [str(place) for place in several(data)], None if boxes is None else as_path(boxes, "boxes")
+    names = tuple(dict.fromkeys(several(protocols))) or (() if boxes else ("point", "box"))
     check_choices(chosen, places, names, boxes)
     check_numbers(clicks, points_per_side, seed, resamples)
     check_share(max_broken)
+    if distributed:
+        from slimsam_jax.sharding import join_processes
+
+        join_processes(distributed)
     from slimsam_jax.evaluation.run import run
     from slimsam_jax.evaluation.scores import Protocols
 
     how = Protocols(names, clicks=clicks, points_per_side=points_per_side, seed=seed)
-    return run(chosen, load, places, how, boxes, resamples, 0.0 if strict else max_broken)
+    reading = lambda path: load(path, engine=engine)
+    return run(chosen, reading, places, how, boxes, resamples, 0.0 if strict else max_broken)
 
 
 def predict(
@@ -272,25 +281,9 @@ def predict(
     """
     from slimsam_jax.inference.fast_sam_predictor import predictor_for
 
-    predictor = predictor_for(load(sam) if _is_path(sam) else sam)
+    predictor = predictor_for(load(sam) if is_path(sam) else sam)
     predictor.set_image(image)
     return predictor.predict(points, labels, box, multimask_output=multimask_output)
-
-
-def _several(values: Any) -> list[Any]:
-    """One value, or those of a list."""
-    return list(values) if isinstance(values, Iterable) and not _is_path(values) else [values]
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str | os.PathLike)
-
-
-def _path(value: Any, name: str) -> Path:
-    """Raises InputError for what is no path."""
-    if not _is_path(value) or not str(value):
-        raise InputError(f"{name} is a path, not {quoted(value)}; slimsam_jax.save(sam, folder) writes a model to one")
-    return Path(value)
 
 
 def _model(value: Any) -> Sam | FastSam:

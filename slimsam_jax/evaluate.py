@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from slimsam_jax import api, cli
 from slimsam_jax.cli.checks import check_files
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation.checks import Protocol
+
+if TYPE_CHECKING:
+    from slimsam_jax.evaluation.run import Evaluation
 
 
 def main(
@@ -25,6 +29,8 @@ def main(
     json: Path | None = None,
     markdown: Path | None = None,
     figure: Path | None = None,
+    distributed: str | None = None,
+    engine: Literal["auto", "jax", "onnxruntime"] = "auto",
 ) -> None:
     """Measure SAMs on the same images, and how much they differ.
 
@@ -53,25 +59,38 @@ def main(
       json: write all numbers, per image too, with the hashes of models and data.
       markdown: write the table.
       figure: write a PNG: each image's score of one model against the first's, and masks of the worst images.
+      distributed: for several processes, each with the same arguments, which share the images and of which the first
+        prints and writes: "auto" on TPU pods and under SLURM or MPI; or HOST:PORT,PROCESSES,INDEX, where HOST:PORT is
+        a free port of process 0.
+      engine: what computes image encoders. onnxruntime exports each once into the user's cache folder; "auto" takes it
+        for models for which that was done on this machine, and measured faster than JAX. Costs are JAX's.
     """
     if not data:
-        if protocol or boxes or json or markdown or figure or not costs:
+        if protocol or boxes or json or markdown or figure or distributed or not costs:
             raise InputError("--data needs at least one value; without it only costs are measured and printed")
         return print_costs(model)
     if figure and boxes and not protocol:
         raise InputError("--figure needs a --protocol: AP has no score per image to draw")
-    outputs = [path for path in (json, markdown, figure) if path]
-    check_files(outputs)
+    check_files([path for path in (json, markdown, figure) if path])
     choices = {"boxes": boxes, "clicks": clicks, "points_per_side": points_per_side, "seed": seed}
     shares = {"resamples": resamples, "max_broken": max_broken, "strict": strict}
-    found = api.evaluate(model, data, protocol, **choices, **shares)
-    found = found.measure_costs() if costs else found
+    found = api.evaluate(model, data, protocol, **choices, **shares, distributed=distributed, engine=engine)
+    from slimsam_jax import sharding
+
+    if sharding.is_main():
+        write(found.measure_costs() if costs else found, {"json": json, "markdown": markdown, "figure": figure})
+    sharding.barrier("evaluation written")
+
+
+def write(found: Evaluation, outputs: dict[str, Path | None]) -> None:
+    """Prints the table and writes the outputs, {kind: path}, that are asked for."""
     found.print_table()  # before anything is written, which may fail
-    for path in outputs:
+    saves = {"json": found.save_json, "markdown": found.save_markdown, "figure": found.save_figure}
+    wanted = {kind: path for kind, path in outputs.items() if path}
+    for path in wanted.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-    for path, write in ((json, found.save_json), (markdown, found.save_markdown), (figure, found.save_figure)):
-        if path:
-            write(path)
+    for kind, path in wanted.items():
+        saves[kind](path)
 
 
 def print_costs(models: tuple[Path, ...]) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from slimsam_jax.models.fast_sam import FastSam
     from slimsam_jax.models.sam import Sam
 
-FILES = ("model", "images", "out", "sheet")
+NOT_OF_A_SEARCH = ("model", "images", "out", "sheet", "distributed", "engine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,12 @@ class Options:
     """With --hierarchical, TinySAM's way instead: the logit over which a mask covers other points; theirs is 8.5."""
     postprocessing: Literal["fast_sam", "ultralytics"] = "fast_sam"
     """Of a FastSAM: boxes and masks as the original makes them, or as ultralytics 8.4 does."""
+    engine: Literal["auto", "jax", "onnxruntime"] = "auto"
+    """What computes the image encoder. onnxruntime exports it once into the user's cache folder; "auto" takes it for a
+    model for which that was done on this machine, and measured faster than JAX."""
+    distributed: str | None = None
+    """For several processes, each with the same arguments, which share the images and of which the first writes: "auto"
+    on TPU pods and under SLURM or MPI; or HOST:PORT,PROCESSES,INDEX, where HOST:PORT is a free port of process 0."""
 
 
 def everything(options: Options) -> None:
@@ -73,17 +79,35 @@ def everything(options: Options) -> None:
     check_files([path for path in (options.out, options.sheet) if path])
     limits.check_options(options, {name: r for name, r in limits.SEARCH.items() if hasattr(options, name)})
     from converters.from_torch import load
+    from converters.onnx.engine import engaged
     from slimsam_jax.data import find
-    from slimsam_jax.data.reading import map_readable
-    from slimsam_jax.files import write_json
-    from slimsam_jax.progress import track
+    from slimsam_jax.data.together import map_together
+    from slimsam_jax.sharding import barrier, is_main, join_processes
 
-    samples, generator = find(options.images), generator_of(load(options.model), options)
-    results, skipped = map_readable(lambda sample: search(generator, sample), track(samples, "everything"))
+    if options.distributed:
+        join_processes(options.distributed)
+    samples, generator = find(options.images), generator_of(engaged(load(options.model), options.engine), options)
+    results, skipped = map_together(lambda sample: search(generator, sample), samples, "everything")
+    if not results:
+        raise InputError(
+            f"not one of the {len(samples)} images can be read; the last: {next(reversed(skipped.values()))}"
+        )
+    if is_main():
+        write(options, generator, results, skipped)
+    barrier("everything written")
+
+
+def write(
+    options: Options,
+    generator: SamAutomaticMaskGenerator | FastSamMaskGenerator,
+    results: dict[Sample, dict[str, Any]],
+    skipped: dict[str, str],
+) -> None:
+    """Writes the results and says what is in them, and what is not, {name: reason}."""
+    from slimsam_jax.files import write_json
+
     for reason in skipped.values():
         print(f"skipped: {reason}")
-    if not results:
-        raise InputError(f"not one of the {len(samples)} images can be read")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     content = as_coco(results)
     write_json(options.out, content)
@@ -105,7 +129,7 @@ def generator_of(model: Sam | FastSam, options: Options) -> SamAutomaticMaskGene
     from slimsam_jax.inference.fast_sam_predictor import FastSamMaskGenerator
     from slimsam_jax.models.fast_sam import FastSam
 
-    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in FILES}
+    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in NOT_OF_A_SEARCH}
     if not isinstance(model, FastSam):
         if fields.pop("postprocessing") != "fast_sam":
             raise InputError(f"--postprocessing is of a FastSAM, and {options.model} is a SAM")

@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -124,3 +125,56 @@ def read_json(path: Path | str, limit: int = JSON_LIMIT) -> dict[str, Any]:
 def _kind(mode: int) -> str:
     kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
     return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def cache_folder(*names: str) -> Path | None:
+    """Makes a folder in the user's cache, whose files will be trusted; None if it cannot be, or others can change it.
+
+    Args:
+      names: of it, and of those above it, below `slimsam_jax`.
+    """
+    try:
+        folder = user_cache().joinpath("slimsam_jax", *names)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if _is_ours_alone(folder):
+            return folder
+        print(f"nothing is kept in {str(folder)!r}: others could change it", file=sys.stderr)
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: no home folder; ValueError: a null byte in its name
+        pass
+    return None
+
+
+def user_cache() -> Path:
+    """Returns the cache folder by the XDG Base Directory Specification, which has relative paths ignored."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given if given.is_absolute() else Path.home() / ".cache"
+
+
+def keep_within(folder: Path, room: int) -> None:
+    """Removes the files of a folder that were used longest ago, beyond `room` bytes of all."""
+    found = sorted(_statuses(folder).items(), key=lambda file: -file[1].st_mtime)
+    total = 0
+    for path, status in found:
+        total += status.st_size
+        if total > room:
+            path.unlink(missing_ok=True)
+
+
+def _statuses(folder: Path) -> dict[Path, os.stat_result]:
+    """Returns {path: status} of what is in a folder; other processes write there, too, and files come and go."""
+    statuses = {}
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            statuses[path] = path.lstat()
+    return statuses
+
+
+def _is_ours_alone(folder: Path) -> bool:
+    """Tells whether nobody else can write here, who could have any code run. What is no plain file would block."""
+    if os.name != "posix":
+        return True
+    here = folder.stat()
+    files = _statuses(folder).values()
+    plain = all(stat.S_ISREG(file.st_mode) and file.st_uid == os.getuid() for file in files)
+    return plain and here.st_uid == os.getuid() and not here.st_mode & (stat.S_IRWXG | stat.S_IRWXO)

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
@@ -20,33 +16,9 @@ from jax.sharding import PartitionSpec
 from converters import from_torch
 from helpers import sharded_worker
 from helpers.images import save_image
+from helpers.processes import free_address, start, wait_for
 from slimsam_jax import sharding
 from slimsam_jax.profiling import sam_costs
-
-
-def start(program: list[str], devices: int = 1) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_NUM_CPU_DEVICES": str(devices),
-    }
-    return subprocess.Popen([sys.executable, *program], env=environment, stderr=subprocess.PIPE)
-
-
-def wait_for(*processes: subprocess.Popen) -> None:
-    try:
-        for process in processes:
-            _, error = process.communicate(timeout=480)
-            assert process.returncode == 0, error.decode()[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def train(*runs: dict, devices: int = 1, processes: int = 1) -> None:

@@ -1,11 +1,12 @@
-"""Checks a command's numbers and outputs, before anything slow is imported: each raises InputError."""
+"""Checks a command's numbers, paths and outputs, before anything slow is imported: each raises InputError."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from slimsam_jax.errors import InputError, printable
 from slimsam_jax.limits import quoted
@@ -67,3 +68,19 @@ def _check_writable(folder: Path) -> None:
         raise InputError(
             f"{printable(folder)} cannot be written: {printable(nearest)} is no folder, or takes no file"
         ) from None
+
+
+def several(values: Any) -> list[Any]:
+    """One value, or those of a list."""
+    return list(values) if isinstance(values, Iterable) and not is_path(values) else [values]
+
+
+def is_path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike)
+
+
+def as_path(value: Any, name: str) -> Path:
+    """Raises InputError for what is no path."""
+    if not is_path(value) or not str(value):
+        raise InputError(f"{name} is a path, not {quoted(value)}; slimsam_jax.save(sam, folder) writes a model to one")
+    return Path(value)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import stat
 import sys
 import warnings
 import zlib
 from pathlib import Path
+
+from slimsam_jax import files
 
 ROOM = 2**28  # bytes; a run of `compress` on the small SAM keeps 2.3 MB
 KEPT_FROM = 0.1  # seconds of compilation
@@ -35,26 +36,16 @@ def prepare() -> None:
 
 def cache_folder() -> Path | None:
     """Returns the folder for this machine's programs, tidied; None if there cannot be one, or not a safe one."""
+    folder = files.cache_folder("programs", machine())
     try:
-        folder = user_cache() / "slimsam_jax" / "programs" / _machine()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if not _is_ours_alone(folder):
-            print(f"compiled programs are not kept: others could change {str(folder)!r}", file=sys.stderr)
-            return None
-        tidy(folder, ROOM)
+        if folder:
+            tidy(folder, ROOM)
         return folder
-    except (OSError, RuntimeError, ValueError):  # RuntimeError: no home folder; ValueError: a null byte in its name
+    except OSError:
         return None
 
 
-def user_cache() -> Path:
-    """Returns the cache folder by the XDG Base Directory Specification, which has relative paths ignored."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return given if given.is_absolute() else Path.home() / ".cache"
-
-
-def _machine() -> str:
+def machine() -> str:
     """Hashes the machine: programs are its code, and home folders are shared by machines of other code."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
@@ -62,16 +53,6 @@ def _machine() -> str:
         lines = []
     features = [line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features")]
     return hashlib.sha256("\n".join([platform.machine(), platform.processor(), *features]).encode()).hexdigest()[:16]
-
-
-def _is_ours_alone(folder: Path) -> bool:
-    """Tells whether nobody else can write here, who could have any code run. What is no plain file would block."""
-    if os.name != "posix":
-        return True
-    here = folder.stat()
-    files = [path.lstat() for path in folder.iterdir()]
-    plain = all(stat.S_ISREG(file.st_mode) and file.st_uid == os.getuid() for file in files)
-    return plain and here.st_uid == os.getuid() and not here.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
 
 
 def tidy(folder: Path, room: int) -> None:

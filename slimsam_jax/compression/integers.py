@@ -24,8 +24,8 @@ class Quantize(Record):
         best scale; "absmax": with the scale of the largest; "tinysam": the scales of weights and inputs in turn, by
         the curvature of the masks' loss, one a layer, two where GELU was before: TinySAM's scheme, to be compared with.
       ranges: of inputs. "minmax": what the calibration images reach, one range a layer; "percentile": what 99.99 % of
-        their values lie within, on either side; "symmetric": as "minmax", as far below 0 as above, which TensorRT asks for; "token":
-        symmetric, of each token as it comes.
+        their values lie within, on either side; "symmetric": as "minmax", as far below 0 as above, which TensorRT asks
+        for; "token": symmetric, of each token as it comes.
       float_inputs: so many layers keep their inputs as they are: those that cost most by themselves.
       arithmetic: with `activations`: "integer" multiplies int8 by int8 into int32; "float" what they stand for.
       head: also the prompt encoder and the mask decoder, their weights alone.

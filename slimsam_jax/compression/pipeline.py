@@ -26,6 +26,7 @@ from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.steps import Distill, DistillMasks, Initialize, Pretrain, Prune, Quantize, Recipe
 from slimsam_jax.compression.student import initialize
 from slimsam_jax.data import Sample
+from slimsam_jax.data.samples import joined
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import write_json
 from slimsam_jax.inference.calibration import calibrate
@@ -103,7 +104,7 @@ def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
     numbers["peak_memory_gb"] = peak_memory() / 1e9
     write_json(out / "report.json", {**numbers, "provenance": student.provenance})
     val = [sample for sample in run.val if sample.name not in numbers["skipped"]]
-    shown = val if run.options.val else val + run.images  # a few that were held out seldom make a good figure
+    shown = val if run.options.val else joined(val, run.images)  # a few that were held out seldom make a good figure
     report.draw(run.teacher, student, shown, numbers, run.folder.read_log(), out / "report.png")
     run.folder.finish()
     report.print_table(numbers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +26,7 @@ from slimsam_jax.compression.validation import IMAGES, Score, validator
 from slimsam_jax.data import Sample
 from slimsam_jax.data.prompted import annotated
 from slimsam_jax.data.reading import map_readable, read_annotated
+from slimsam_jax.data.samples import digest_of_names
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT
 from slimsam_jax.models.composed import with_encoder
@@ -69,7 +69,7 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None, studen
     return run_of(options, recipe, target, teacher, (images, val), batch, own, validator, student)
 
 
-def find_images(options: Options, batch: int) -> tuple[list[Sample], list[Sample]]:
+def find_images(options: Options, batch: int) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """What to learn from, and what to measure on; raises InputError if they cannot be used."""
     images, val = split_images(options)
     images = some_of(images, options.limit, options.seed)
@@ -87,10 +87,10 @@ def run_of(
     recipe: Recipe,
     target: Target,
     teacher: Sam | FastSam,
-    samples: tuple[list[Sample], list[Sample]],
+    samples: tuple[Sequence[Sample], Sequence[Sample]],
     batch: int,
     own: bool,
-    judge: Callable[[Any, list[Sample], str], Score],
+    judge: Callable[[Any, Sequence[Sample], str], Score],
     student: Sam | None = None,
 ) -> Run:
     """A run of steps that have been checked; its folder is there then.
@@ -208,7 +208,7 @@ def provenance(
     options: Options,
     recipe: Recipe,
     teacher: Sam | FastSam,
-    images: list[Sample],
+    images: Sequence[Sample],
     counts: list[int],
     batch: int,
     own: bool,
@@ -219,16 +219,13 @@ def provenance(
       own: the recipe is none that the options name.
     """
     path = Path(options.teacher or data.embedded_teacher())
-    names = "\n".join(image.name for image in images).encode(errors="surrogatepass")  # which may be no UTF-8
     packages = ("jax", "flax", "optax", "numpy")
-    given = getattr(
-        teacher, "thresholds", None
-    )  # which decide the masks of everything mode, and may be changed by hand
-    thresholds = given.to_json() if given else "none"
+    # They decide the masks of everything mode, and may be changed by hand.
+    thresholds = teacher.thresholds.to_json() if teacher.thresholds else "none"
     same = {"sha256": checkpoint.sha256(path), "thresholds": thresholds, "provenance": teacher.provenance}
     return {
         "teacher": {"file": path.name, **same},
-        "images": {"count": len(images), "sha256_of_names": hashlib.sha256(names).hexdigest()},
+        "images": {"count": len(images), "sha256_of_names": digest_of_names(images)},
         "options": {**options.fixing_the_result(), "batch": batch, "recipe": None if own else options.recipe},
         "recipe": describe(recipe),
         "optimizer_steps": counts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from slimsam_jax.compression.budget import Target
@@ -31,8 +32,8 @@ class Run:
     plan: tuple[Planned, ...]
     target: Target
     teacher: Sam
-    images: list[Sample]
-    val: list[Sample]
+    images: Sequence[Sample]
+    val: Sequence[Sample]
     batch: int
     dtype: Any
     cache: TeacherCache | None

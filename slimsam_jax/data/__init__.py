@@ -2,26 +2,28 @@
 
     samples = find(["~/sa1b", "sa_000001.tar", "coco/annotations/instances_val2017.json", "tfds:~/prepared"])
 
-A source is a list of `Sample`s. Nothing of an image is read before it is asked for, in any order and from any
-thread, so shuffling, sharding and resuming are index arithmetic (`batches.py`).
+A source is a list of `Sample`s, or one that makes them when they are asked for (`samples.py`). Nothing of an image is
+read before it is asked for, in any order and from any thread, so shuffling, sharding and resuming are index arithmetic
+(`batches.py`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
 from slimsam_jax.data.sample import Annotation, Sample, check_one_is_readable, decode, read_image
+from slimsam_jax.data.samples import Lazy, Samples
 from slimsam_jax.data.sources import coco, folder, shards, tfds
 from slimsam_jax.errors import InputError, printable
 
 __all__ = ["Annotation", "Sample", "check_one_is_readable", "decode", "find", "read_image", "without_image"]
 
 
-def find(locations: Sequence[str | Path]) -> list[Sample]:
-    """Lists all images of the locations, each once, in a fixed order.
+def find(locations: Sequence[str | Path]) -> Sequence[Sample]:
+    """Lists all images of the locations, each once, in a fixed order: a list, or `Samples` if there are shards.
 
     What cannot be opened in them (a damaged shard, a FIFO called x.jpg) is a sample, too, which fails when it is read.
 
@@ -34,33 +36,54 @@ def find(locations: Sequence[str | Path]) -> list[Sample]:
     """
     if not locations:
         raise InputError("no folder of images is given, nor anything else that holds some")
-    samples: list[Sample] = []
+    opened: list[list[Sequence[Sample] | Path]] = []  # of each location, tars as paths, to be opened together
     for location in map(str, locations):
         if not location.strip():
             raise InputError("the name of a folder of images is empty")
-        here = _open(location)
-        if not here:
+        opened.append(_open(location))
+    tars = shards.samples(list(dict.fromkeys(part for parts in opened for part in parts if isinstance(part, Path))))
+    for location, parts in zip(locations, opened, strict=True):
+        if not any(map(len, _without_paths(parts, tars))):
             raise InputError(f"{printable(location)} holds no images ({', '.join(sorted(folder.SUFFIXES))})")
-        samples += here
-    if all(sample.lost for sample in samples):
-        raise InputError(samples[0].lost)
-    return list(dict.fromkeys(samples))
+    return _each_once([part for parts in opened for part in parts], tars)
 
 
-def _open(location: str) -> list[Sample]:
+def _open(location: str) -> list[Sequence[Sample] | Path]:
+    """Lists the samples of a location; of a tar its path, instead."""
     if location.startswith("tfds:"):
-        return tfds.samples(_path(location.removeprefix("tfds:")))
+        return [tfds.samples(_path(location.removeprefix("tfds:")))]
     path = _path(location)
     if os.path.isdir(path):
         listed = coco.in_folder(path)
-        if listed is not None:
-            return listed
-        return folder.samples(path) + [sample for tar in folder.tars(path) for sample in shards.samples(tar)]
+        return [folder.samples(path), *folder.tars(path)] if listed is None else [listed]
     if os.path.isfile(path) and path.suffix.lower() == ".json":
-        return coco.samples(path)
+        return [coco.samples(path)]
     if os.path.isfile(path) and path.suffix.lower() in shards.SUFFIXES:
-        return shards.samples(path)
+        return [path]
     raise InputError(f"{printable(location)} is not a folder of images, a .tar of them, a COCO .json or tfds:DIR")
+
+
+def _without_paths(
+    parts: Sequence[Sequence[Sample] | Path], tars: Mapping[Path, list[Sequence[Sample]]]
+) -> list[Sequence[Sample]]:
+    return [each for part in parts for each in (tars[part] if isinstance(part, Path) else [part])]
+
+
+def _each_once(
+    parts: Sequence[Sequence[Sample] | Path], tars: Mapping[Path, list[Sequence[Sample]]]
+) -> Sequence[Sample]:
+    """All samples, each once: names in a tar begin with its path, so that no other place has them."""
+    first = list({part if isinstance(part, Path) else id(part): part for part in parts}.values())
+    known: set[Sample] = set()
+    each: list[Sequence[Sample]] = []
+    for part in _without_paths(first, tars):
+        if isinstance(part, list):
+            part = list(dict.fromkeys(sample for sample in part if sample not in known))
+            known.update(part)
+        each.append(part)
+    if not any(isinstance(part, Lazy) and len(part) for part in each) and all(sample.lost for sample in known):
+        raise InputError(next(sample.lost for part in each for sample in part))
+    return Samples(each) if tars else [sample for part in each for sample in part]
 
 
 def _path(location: str | Path) -> Path:
@@ -74,9 +97,9 @@ def without_image(locations: Sequence[str | Path]) -> list[str]:
     for path in map(_path, locations):
         if os.path.isdir(path) and coco.in_folder(path) is None:
             names += folder.without_image(path)
-            names += [name for tar in folder.tars(path) for name in shards.without_image(tar)]
+            names += shards.without_image(folder.tars(path))
         elif os.path.isfile(path) and path.suffix.lower() == ".tar":
-            names += shards.without_image(path)
+            names += shards.without_image([path])
     return names
 
 

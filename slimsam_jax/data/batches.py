@@ -57,7 +57,7 @@ class Batches:
         frame: Frame | None = None,
     ):
         self.frame = frame or Fitted(image_size)
-        self.samples, self.image_size, self.max_broken = list(samples), image_size, max_broken
+        self.samples, self.image_size, self.max_broken = samples, image_size, max_broken
         self.skipped: dict[str, str] = {}
         self.batch, self.augment, self.extra = batch, augment, extra
         index, self.parts = part

@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import math
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from slimsam_jax.data.reading import prefetched
 from slimsam_jax.data.sample import Annotation, Sample
 from slimsam_jax.errors import InputError, printable
 from slimsam_jax.imaging.draw import draw_masks, draw_prompts, sheet
@@ -37,8 +37,15 @@ class Findings(NamedTuple):
 
 def check(samples: Sequence[Sample], threads: int = 4) -> list[Findings]:
     """Reads every image and every annotation. Returns the findings of each sample."""
-    with ThreadPoolExecutor(threads) as pool:
-        return list(track(pool.map(examine, samples), "check", len(samples)))
+    return [found() for _, found in prefetched(examine, track(samples, "check"), threads)]
+
+
+def check_together(samples: Sequence[Sample]) -> list[Findings]:
+    """`check` by all processes, each with its share of the samples; returns the same in all of them."""
+    from slimsam_jax.data.together import gathered, share  # which imports JAX
+
+    rows = gathered(check(share(samples)))
+    return [Findings(size and tuple(size), masks, problems) for size, masks, problems in rows]
 
 
 def examine(sample: Sample) -> Findings:

@@ -12,6 +12,7 @@ from slimsam_jax.data import Annotation, Sample
 from slimsam_jax.data.augment import Framing, draw_framing
 from slimsam_jax.data.batches import Batches, Extra
 from slimsam_jax.data.reading import read_annotated
+from slimsam_jax.data.samples import annotated as with_annotations
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.geometry import bounding_window, interior_point
 from slimsam_jax.imaging.prompts import noisy, prompt_points
@@ -116,7 +117,7 @@ def first_prompt(
 PROMPTS = 4  # annotations per image
 
 
-def annotated(samples: Sequence[Sample], user: str = "prune.importance_loss=masks") -> list[Sample]:
+def annotated(samples: Sequence[Sample], user: str = "prune.importance_loss=masks") -> Sequence[Sample]:
     """Returns the samples with annotations.
 
     Args:
@@ -125,7 +126,7 @@ def annotated(samples: Sequence[Sample], user: str = "prune.importance_loss=mask
     Raises:
       InputError: there is none, or not one can be used.
     """
-    labelled = [sample for sample in samples if sample.load_annotations]
+    labelled = with_annotations(samples)
     reason = "there is none"
     for sample in labelled:
         try:

@@ -48,18 +48,20 @@ def map_readable(
     return results, skipped
 
 
-def prefetched(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:
-    """Yields (item, function that gives its result or raises its error) in order, computed by two threads ahead.
+def prefetched(
+    function: Callable[[Any], Any], items: Iterable[Any], threads: int = 2
+) -> Iterator[tuple[Any, Callable[[], Any]]]:
+    """Yields (item, function that gives its result or raises its error) in order, computed by some threads ahead.
 
     The first item is computed alone, as it may compile for the others.
     """
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         waiting: deque[tuple[Any, Future]] = deque()
         for number, item in enumerate(items):
             waiting.append((item, pool.submit(function, item)))
             if number == 0:
                 waiting[0][1].exception()
-            if len(waiting) == 2:
+            if len(waiting) == threads:
                 done, future = waiting.popleft()
                 yield done, future.result
         yield from ((item, future.result) for item, future in waiting)

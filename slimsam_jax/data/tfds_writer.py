@@ -34,14 +34,35 @@ def prepare(samples: Sequence[Sample], out: Path) -> dict[str, str]:
       InputError: not one can be used.
       RunError: the folder cannot be written.
     """
-    tfds.disable_progress_bar()
     with new_folder(out) as folder:
-        builder = Sa1b(samples, data_dir=folder, file_format="array_record")
-        downloads = folder / "downloads"  # made for nothing
-        with writing(out), contextlib.redirect_stdout(None):  # it talks of downloads
-            builder.download_and_prepare(download_dir=downloads)
-        shutil.rmtree(downloads, ignore_errors=True)
+        return write(samples, folder)
+
+
+def write(samples: Sequence[Sample], folder: Path, first: int = 0) -> dict[str, str]:
+    """Writes `folder`/sa1b/1.0.0, see `prepare`.
+
+    Args:
+      first: the number of the first sample, in a data set of which these are a part.
+    """
+    tfds.disable_progress_bar()
+    builder = Sa1b(samples, first, data_dir=folder, file_format="array_record")
+    downloads = folder / "downloads"  # made for nothing
+    with writing(folder), contextlib.redirect_stdout(None):  # it talks of downloads
+        builder.download_and_prepare(download_dir=downloads)
+    shutil.rmtree(downloads, ignore_errors=True)
     return builder.skipped
+
+
+class Unusable(InputError):
+    """Not one image can be used.
+
+    Attributes:
+      skipped: {name: reason}.
+    """
+
+    def __init__(self, skipped: dict[str, str]):
+        super().__init__(f"no image can be used; the last: {next(reversed(skipped.values()), 'none')}")
+        self.skipped = skipped
 
 
 class Sa1b(tfds.core.GeneratorBasedBuilder):
@@ -49,8 +70,8 @@ class Sa1b(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, samples: Sequence[Sample] = (), **kw: Any):
-        self.samples, self.skipped = samples, {}
+    def __init__(self, samples: Sequence[Sample] = (), first: int = 0, **kw: Any):
+        self.samples, self.first, self.skipped = samples, first, {}
         super().__init__(**kw)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -79,13 +100,13 @@ class Sa1b(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index, sample in enumerate(track(self.samples, "prepare")):
+        for index, sample in enumerate(track(self.samples, "prepare"), self.first):
             try:
                 yield index, record(sample, index)
             except InputError as error:
                 self.skipped[sample.name] = str(error)
         if len(self.skipped) == len(self.samples):
-            raise InputError(f"no image can be used; the last: {next(reversed(self.skipped.values()), 'none')}")
+            raise Unusable(self.skipped)
 
 
 def record(sample: Sample, index: int) -> dict[str, Any]:

@@ -9,12 +9,12 @@ import numpy as np
 
 from slimsam_jax.data import Sample
 from slimsam_jax.data.reading import digest, digest_of_all, map_readable, read_annotated, short_names
+from slimsam_jax.data.together import map_together
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation.detections import Boxes, Results, segment
 from slimsam_jax.evaluation.scores import Protocols, Scores, agreement, image_scores, relative_error, single_mask_iou
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.progress import track
 
 
 class Measured(NamedTuple):
@@ -44,6 +44,8 @@ def measure_models(
 ) -> Measured:
     """Measures models by all protocols that an image allows; images that allow none are left out.
 
+    Several processes share the images, and all get the scores of all.
+
     Args:
       boxes: of a detector, to segment as well.
       max_broken: the share of the samples that may be unreadable.
@@ -64,7 +66,7 @@ def measure_models(
         results = [segment(sam, e, sample.image_id, own) for sam, e in zip(sams, encoded, strict=True)]
         return scores, results, digest(image, annotations)
 
-    measured, skipped = map_readable(measure, track(samples, "evaluate"), len(samples), max_broken)
+    measured, skipped = map_together(measure, samples, "evaluate", max_broken)
     usable = {sample: result for sample, result in measured.items() if result}
     if not usable:
         raise InputError(f"no image can be measured on: {next(iter(skipped.values()), 'none is annotated')}")

@@ -19,6 +19,7 @@ from slimsam_jax.evaluation.compare import Measured, measure_models
 from slimsam_jax.evaluation.scores import Protocols
 from slimsam_jax.files import write_json
 from slimsam_jax.inference.decode import check_labels
+from slimsam_jax.inference.engine import name_of
 from slimsam_jax.models.sam import Sam
 
 
@@ -69,6 +70,7 @@ class Evaluation:
         """Writes all numbers, per image too, with the hashes of models and data."""
         models = {
             name: {"path": where and str(where), "sha256": where and sha256(where), "provenance": sam.provenance}
+            | ({} if name_of(sam) == "jax" else {"engine": name_of(sam)})
             for name, where, sam in zip(self.names, self.paths, self.sams, strict=True)
         }
         if self.costs:

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -14,10 +13,11 @@ from slimsam_jax import sharding
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.prompts import Prompts, prompt_points
 from slimsam_jax.inference import fast_sam
+from slimsam_jax.inference.engine import embed
 from slimsam_jax.inference.fast_sam import Found
 from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.kinds import Model
-from slimsam_jax.models.sam import Embedding, Sam, decode, embedding_of, encode
+from slimsam_jax.models.sam import Embedding, Sam, decode, embedding_of
 
 # Numbers of prompts that are ever compiled. Beyond 16 the decoder's activations leave a CPU's cache: a quarter slower.
 BUCKETS = (1, 4, 16)
@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
 def encode_image(sam: Model, image: Image.Image) -> Encoded | Found:
     """Encodes an RGB image of any size; with a FastSAM, finds everything in it."""
     frame, size = sam.config.frame.place(image)
-    embeddings = encode(sam.config, sam.params, frame[None], size[None], jnp.float32)
+    embeddings = embed(sam, frame[None], size[None])
     return Encoded(embedding_of(embeddings, 0), tuple(int(side) for side in size), (image.height, image.width))
 
 

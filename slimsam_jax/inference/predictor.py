@@ -13,12 +13,13 @@ from slimsam_jax.data import read_image
 from slimsam_jax.data.sample import eight_bits
 from slimsam_jax.errors import InputError, reading
 from slimsam_jax.inference.decode import Encoded, padded
+from slimsam_jax.inference.engine import embed
 from slimsam_jax.inference.mixed_prompts import Prompt, check, decode_mixed, kind_of, real_array
 from slimsam_jax.inference.ranking import outputs_of, stability_scores
 from slimsam_jax.limits import IMAGE_SIDE, quoted
 from slimsam_jax.models.heads import kind_of as head_kind
 from slimsam_jax.models.kinds import check_sam
-from slimsam_jax.models.sam import Sam, embedding_of, encode
+from slimsam_jax.models.sam import Sam, embedding_of
 
 AnyImage = str | Path | Image.Image | np.ndarray
 
@@ -143,7 +144,7 @@ def encode_images(sam: Sam, images: Sequence[AnyImage]) -> list[Encoded]:
     encoded: list[Encoded] = []
     for index, count in padded(len(frames)):
         pixels, sizes = (np.stack([frames[i][part] for i in index]) for part in (0, 1))
-        embeddings = encode(sam.config, sam.params, pixels, sizes)
+        embeddings = embed(sam, pixels, sizes, count)
         for i in range(count):
             image = images[index[i]]
             encoded.append(Encoded(embedding_of(embeddings, i), tuple(map(int, sizes[i])), (image.height, image.width)))

@@ -48,6 +48,7 @@ class Sam:
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     thresholds: Thresholds | None = None
     kept: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    engine: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def family(self) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from slimsam_jax import data, sharding
 from slimsam_jax.data import Sample
 from slimsam_jax.data.sample import too_many
+from slimsam_jax.data.samples import take
 from slimsam_jax.errors import InputError
 
 
@@ -47,22 +48,22 @@ def check_batch(options: Options, batch: int, images: int) -> None:
         raise InputError(f"{asked} {getattr(options, asked[2:])} is more than the {images} images to learn from")
 
 
-def split_images(options: Options) -> tuple[list[Sample], list[Sample]]:
+def split_images(options: Options) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """Splits samples into those to learn from, and those to measure on."""
     images = data.find(options.images or [data.embedded_images()])
     if options.val:
         return images, data.find(options.val)
-    val = images[:: max(8, -(-len(images) // 50))]
-    held_out = set(val)
-    return [sample for sample in images if sample not in held_out] or images, val
+    held_out = np.arange(0, len(images), max(8, -(-len(images) // 50)))
+    others = np.delete(np.arange(len(images)), held_out)
+    return take(images, others) if len(others) else images, take(images, held_out)
 
 
-def some_of(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
+def some_of(samples: Sequence[Sample], limit: int | None, seed: int) -> Sequence[Sample]:
     """Draws `limit` samples without replacement, keeping their order."""
     if limit is None or limit >= len(samples):
         return samples
     chosen = np.random.default_rng(seed).choice(len(samples), limit, replace=False)
-    return [samples[i] for i in sorted(chosen)]
+    return take(samples, np.sort(chosen))
 
 
 def too_many_of_val(

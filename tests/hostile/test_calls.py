@@ -16,7 +16,7 @@ from helpers.models import SQUARE, random_sam
 from slimsam_jax import limits
 from slimsam_jax.data.sample import eight_bits
 from slimsam_jax.errors import InputError
-from slimsam_jax.inference import mixed_prompts, predictor
+from slimsam_jax.inference import engine, mixed_prompts, predictor
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
 from slimsam_jax.inference.decode import Encoded
 from slimsam_jax.inference.predictor import Prompt, SamPredictor
@@ -34,7 +34,7 @@ def ours(monkeypatch):
     def computes(*_, **__):
         pytest.fail("it was not refused before it was computed")
 
-    monkeypatch.setattr(predictor, "encode", computes)
+    monkeypatch.setattr(engine, "encode", computes)
     monkeypatch.setattr(mixed_prompts, "decode", computes)
     found = SamPredictor(model())
     found.encoded = Encoded(np.zeros((4, 4, 32), np.float32), (43, 64), (20, 30))

@@ -16,7 +16,7 @@ from helpers.models import SQUARE, random_sam
 from helpers.shared import shared
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.transforms import resized_shape
-from slimsam_jax.inference import predictor as predictors
+from slimsam_jax.inference import engine
 from slimsam_jax.inference.predictor import Prompt, SamPredictor
 from slimsam_jax.models import sam as models
 from slimsam_jax.models import sam_head
@@ -132,7 +132,7 @@ def test_buckets_are_compiled_once(monkeypatch):
         static = ("config", "dtype") if name == "encode" else "config"
         traced = chex.assert_max_traces(function.__wrapped__, n=1)
         monkeypatch.setattr(module, name, jax.jit(traced, static_argnames=static))
-    monkeypatch.setattr(predictors, "encode", models.encode)
+    monkeypatch.setattr(engine, "encode", models.encode)
     ours = SamPredictor(sam)
     for seed, (height, width) in enumerate([(20, 30), (30, 20), (50, 50)]):
         ours.set_image(random_image(seed, height, width))
