@@ -8,6 +8,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,11 +50,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with UMASK:  # between the two calls another thread would read, and then leave behind, a mask of 0
+        mask = os.umask(0)
+        os.umask(mask)
     return mask
 
 
+UMASK = threading.Lock()
 # Lists in lists take thirty times their text once they are parsed. A model's description has 10 kB.
 JSON_LIMIT = 1 << 20
 

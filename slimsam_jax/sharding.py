@@ -196,6 +196,9 @@ def all_agree(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).all())
 
 
+PIECE = 2**24  # bytes of a process that are gathered at a time: all of them pass through the devices
+
+
 def gather_json(value: Any) -> list[Any]:
     """Gathers a value of each process, anything that JSON takes, in every process and in their order."""
     if jax.process_count() == 1:
@@ -203,6 +206,11 @@ def gather_json(value: Any) -> list[Any]:
     from jax.experimental import multihost_utils
 
     text = json.dumps(value).encode()
-    longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
-    rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(longest), np.uint8))
-    return [json.loads(row.tobytes()) for row in rows]
+    lengths = multihost_utils.process_allgather(np.array(divmod(len(text), PIECE), np.int32))  # 64 bits would be cut
+    longest = max(int(pieces) * PIECE + int(rest) for pieces, rest in lengths)
+    texts = [b""] * jax.process_count()
+    for start in range(0, longest, PIECE):
+        piece = text[start : start + PIECE].ljust(min(PIECE, longest - start))
+        rows = multihost_utils.process_allgather(np.frombuffer(piece, np.uint8))
+        texts = [before + row.tobytes() for before, row in zip(texts, rows, strict=True)]
+    return list(map(json.loads, texts))

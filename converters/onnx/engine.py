@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from slimsam_jax import __version__, sharding
+from slimsam_jax.checkpoint import sha256
 from slimsam_jax.cli.compilation import machine
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import cache_folder, keep_within, read_json, replacing, write_json
@@ -48,7 +49,7 @@ def engaged(sam: Any, engine: Name) -> Any:
         return sam
     check(sam)
     path = _folder() / f"{digest(sam)}.onnx"
-    run = _opened(path) if known else None  # without its record it is not whole
+    run = _opened(path) if known and _record(path).get("sha256") == sha256(path) else None
     if not run:
         run, known = _exported(sam, path)
     times = f"{known['onnxruntime']:.3g} s an image; JAX took {known['jax']:.3g} s when it was exported"
@@ -86,10 +87,26 @@ def _measured(sam: Any) -> dict[str, float] | None:
         return None
     try:
         check(sam)
-        known = read_json(folder / f"{digest(sam)}.json")["seconds"][machine()]
+        known = _record(folder / f"{digest(sam)}.onnx")["seconds"][_here()]
         return {name: float(known[name]) for name in ("jax", "onnxruntime")}
     except (InputError, KeyError, TypeError, ValueError):
         return None
+
+
+def _here() -> str:
+    """Names what times depend on: this machine, and who computes."""
+    import onnxruntime
+
+    return f"{machine()} onnxruntime {onnxruntime.__version__} jax {jax.__version__}"
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Reads what is noted of an exported encoder; empty if there is nothing."""
+    try:
+        record = read_json(path.with_suffix(".json"))
+    except InputError:
+        return {}
+    return record if isinstance(record, dict) and isinstance(record.get("seconds"), dict) else {}
 
 
 def _folder() -> Path:
@@ -105,11 +122,11 @@ def digest(sam: Sam) -> str:
     """Hashes what an exported encoder depends on."""
     from flax.traverse_util import flatten_dict
 
-    sha256 = hashlib.sha256(f"{__version__} {sam.config}".encode())
+    hashed = hashlib.sha256(f"{__version__} {sam.config}".encode())
     for name, array in sorted(flatten_dict(sam.params["image_encoder"], sep="/").items()):
         array = np.asarray(array)
-        sha256.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
-    return sha256.hexdigest()[:32]
+        hashed.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return hashed.hexdigest()[:32]
 
 
 def _opened(path: Path) -> Run | None:
@@ -148,7 +165,8 @@ def _exported(sam: Sam, path: Path) -> tuple[Run, dict[str, float]]:
         if not run:
             raise RunError("onnxruntime cannot open the exported encoder; --engine jax does without it")
         known = _compared(sam, run)
-    write_json(path.with_suffix(".json"), {"seconds": {machine(): known}})
+    seconds = {**_record(path).get("seconds", {}), _here(): known}  # of other machines with this home folder, too
+    write_json(path.with_suffix(".json"), {"sha256": sha256(path), "seconds": seconds})
     keep_within(path.parent, ROOM)
     return run, known
 

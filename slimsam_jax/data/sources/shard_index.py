@@ -157,7 +157,7 @@ def _known(folder: Path | None, path: Path) -> Table | None:
         found = unpacked(read_bytes(file, status.st_size + 2**16), status)
         os.utime(file)  # used: the oldest go first
         return found
-    except (InputError, OSError, ValueError):
+    except (InputError, OSError, ValueError, RecursionError):  # of lists in lists
         return None
 
 
@@ -204,5 +204,5 @@ def _check(found: Table) -> None:
     rows, ends = found.rows, found.rows["end"].astype(np.int64)
     if (np.diff(ends, prepend=-1) <= 0).any() or ends[-1:].tolist() != [len(found.names)] * bool(len(ends)):
         raise ValueError("names that are none")
-    if (rows["offset"] < 0).any() or (rows["size"] < 0).any():
+    if (rows["offset"] < 0).any() or (rows["size"] < 0).any() or (rows["beside_size"][rows["beside"] >= 0] < 0).any():
         raise ValueError("a file at a negative offset")
