@@ -102,6 +102,11 @@ def rewritten(content: bytes, line=None, rows=None, names=None) -> bytes:
     return MAGIC + b"%08x\n" % zlib.crc32(rest) + rest
 
 
+def deep() -> bytes:
+    rest = b"[" * 3000 + b"\n"
+    return MAGIC + b"%08x\n" % zlib.crc32(rest) + rest
+
+
 HOSTILE = {
     "nothing": lambda content: b"",
     "cut": lambda content: content[:-1],
@@ -114,6 +119,8 @@ HOSTILE = {
     "a count that is none": lambda content: rewritten(content, {"end": "1"}),
     "a fault that is none": lambda content: rewritten(content, {"fault": ["x"]}),
     "of another time": lambda content: rewritten(content, {"time": 0}),
+    "lists in lists": lambda content: deep(),
+    "a negative size": lambda content: rewritten(content, rows={"beside": 0, "beside_size": -1}),
     "a negative offset": lambda content: rewritten(content, rows={"offset": -1}),
     "a name beyond the end": lambda content: rewritten(content, rows={"end": 2**31}),
     "names backwards": lambda content: rewritten(content, rows={"end": 0}),
