@@ -33,7 +33,8 @@ class Needs:
       compile_seconds: of this machine, by the clock.
       compiler_seconds: of a call, the TPU compiler's estimate; it counts a loop once. None where there are kernels of
         flash attention, of which it knows nothing.
-      roofline_seconds: of a call, at the chip's peak of arithmetic or of memory: no call can be faster.
+      roofline_seconds: of a call, at the chip's peak of arithmetic or of memory. What a cache keeps from one operation
+        to the next is counted as read from memory, so a call whose arrays are small may be faster.
       loops: whether there are any, so that `compiler_seconds` is too little.
       flash: kernels of flash attention.
       problem: why the compiler gave up, for want of memory or by a fault of its own; "" if it did not.

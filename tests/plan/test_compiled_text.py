@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
+import pytest
+
 from slimsam_jax.plan.compiled_text import parse, traffic
 
 TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4]{1,0}}
@@ -62,3 +66,78 @@ def test_operands_are_those_in_the_brackets():
     assert entry == "main"
     new = next(each for each in computations["body"] if each.name == "new")
     assert (new.kind, new.size, new.operands) == ("fusion", 32, ("x", "piece"))
+
+
+SLICED = """HloModule jit_step
+
+%nested (n0: f32[64,4], n1: s32[]) -> f32[1,4] {
+  %n0 = f32[64,4]{1,0} parameter(0)
+  %n1 = s32[] parameter(1)
+  ROOT %slice.1 = f32[1,4]{1,0} dynamic-slice(%n0, %n1, %n1), dynamic_slice_sizes={1,4}
+}
+
+%fused (p0: f32[64,4], p1: s32[], p2: bf16[64,4], p3: f32[64,4], p4: f32[1,4]) -> (f32[64,4], f32[1,4]) {
+  %p4 = f32[1,4]{1,0} parameter(4)
+  %p3 = f32[64,4]{1,0} parameter(3)
+  %p2 = bf16[64,4]{1,0} parameter(2)
+  %p1 = s32[] parameter(1)
+  %p0 = f32[64,4]{1,0} parameter(0)
+  %wide = f32[64,4]{1,0} convert(%p2)
+  %two = f32[2,4]{1,0} slice(%wide), slice={[0:2], [0:4]}
+  %one = f32[1,4]{1,0} fusion(%p3, %p1), kind=kLoop, calls=%nested
+  %sum = f32[1,4]{1,0} add(%one, %p4)
+  %new = f32[64,4]{1,0} dynamic-update-slice(%p0, %sum, %p1, %p1)
+  %named = f32[64,4]{1,0} bitcast(%new)
+  ROOT %both = (f32[64,4]{1,0}, f32[1,4]{1,0}) tuple(%named, %sum)
+}
+
+%whole (q0: bf16[64,4]) -> f32[64,4] {
+  %q0 = bf16[64,4]{1,0} parameter(0)
+  ROOT %converted = f32[64,4]{1,0} convert(%q0)
+}
+
+ENTRY %main (a: f32[64,4], i: s32[], b: bf16[64,4], c: f32[64,4], d: f32[1,4]) -> f32[64,4] {
+  %a = f32[64,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = bf16[64,4]{1,0} parameter(2)
+  %c = f32[64,4]{1,0} parameter(3)
+  %d = f32[1,4]{1,0} parameter(4)
+  USED
+}
+"""
+PAIR = "%pair = (f32[64,4]{1,0}, f32[1,4]{1,0}) fusion(%a, %i, %b, %c, %d), kind=kLoop, calls=%fused"
+
+
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        # The index, two rows of bfloat16, one of c and of d; what is written of a and of the sum.
+        (PAIR, (4 + 2 * 8 + 16 + 16) + (16 + 16)),
+        ("%all = f32[64,4]{1,0} fusion(%b), kind=kLoop, calls=%whole", 512 + 1024),
+        ("%s = f32[64,4]{1,0} scatter(%a, %i, %d), to_apply=%add", 2 * 16),
+        ("%s = ((f32[64,4]{1,0}), f32[1,4]{1,0:T(8,128)(2,1)}, s32[]) slice-start(%a), slice={[0:1], [0:4]}", 2 * 16),
+    ],
+)
+def test_a_piece_of_an_array_counts_as_the_piece(line, moved):
+    assert traffic(SLICED.replace("USED", line)).moved == moved
+
+
+def test_a_loop_over_rows_moves_each_once():
+    """4 MB read and 4 MB written row by row, after 4 MB of zeros that they are written over; not 12 GB."""
+    loop = jax.jit(lambda rows: jax.lax.map(lambda row: jnp.tanh(row) * 2 + 1, rows))
+    text = loop.lower(jax.ShapeDtypeStruct((1000, 1000), jnp.float32)).compile().as_text()
+    assert 8e6 <= traffic(text).moved < 12.1e6
+
+
+@pytest.mark.parametrize(
+    ("line", "sent"),
+    [
+        ("(f32[8]{0}, f32[4]{0}) all-reduce-start(%a, %d), to_apply=%add", {"all-reduce": (1, 48)}),
+        ("f32[8]{0} all-reduce-start(%a), to_apply=%add", {"all-reduce": (1, 32)}),
+        ("((f32[2]{0}, f32[1]{0}), (f32[8]{0}, f32[4]{0})) all-gather-start(%a, %d)", {"all-gather": (1, 48)}),
+        ("(f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%a)", {"collective-permute": (1, 32)}),
+        ("((f32[8]{0}), f32[1]{0}) reduce-scatter-start(%a)", {"reduce-scatter": (1, 4)}),
+    ],
+)
+def test_what_begins_is_sent_with_all_its_results(line, sent):
+    assert traffic(SLICED.replace("USED", f"%begun = {line}")).collectives == sent
