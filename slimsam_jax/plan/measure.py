@@ -13,6 +13,7 @@ from slimsam_jax.plan.hardware import Hardware
 from slimsam_jax.plan.operations import flops
 from slimsam_jax.plan.programs import Program
 
+MOST = 4096  # the largest number that `largest` tries
 FLASH = ("__cudnn$fmha", "tpu_custom_call")
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -149,7 +150,7 @@ def _roofline(program: Program, hardware: Hardware, work: float, met: Traffic) -
     return max(work / (chip.exact if exact else chip.flops), met.moved / chip.bandwidth)
 
 
-def largest(fits: Callable[[int], bool], most: int = 4096) -> int:
+def largest(fits: Callable[[int], bool], most: int = MOST) -> int:
     """Returns the largest number that fits, 0 if not even 1 does; by doubling and bisection.
 
     Args:

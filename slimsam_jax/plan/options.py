@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from slimsam_jax import limits
-from slimsam_jax.cli.checks import check_file
+from slimsam_jax.cli.checks import check_files
 from slimsam_jax.compression.options import CutOptions
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.set_option import settled
@@ -75,8 +75,7 @@ class Options(CutOptions):
             raise InputError(f"--ratio {self.ratio:g} is not the share of channels to remove: 0 < ratio < 1")
         if self.batch is not None and self.per_device is not None:
             raise InputError("--batch and --per-device both say how many images a step has; give one of them")
-        for path in filter(None, (self.out, self.table)):
-            check_file(path)
+        check_files([path for path in (self.out, self.table) if path])
         if self.budget is not None and self.budget.strip().startswith("latency"):
             raise InputError("--budget latency is measured where it runs, so it cannot be planned; give --ratio")
         limits.check_options(self, COUNTED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,28 +73,41 @@ class Program(NamedTuple):
     resident: int = 0
 
 
-def programs(plan: Sequence[Planned], config: Architecture, target: Target, how: How) -> Iterator[Program]:
+def programs(
+    plan: Sequence[Planned], config: Architecture, target: Target, how: How, only: Collection[str] = ()
+) -> Iterator[Program]:
     """Yields the programs of a run in its order, of a teacher of this architecture.
 
     Cuts leave every block the same share, as nothing is known of the channels; a real cut's blocks differ.
+
+    Args:
+      only: kinds of programs; all if there are none.
+
+    Raises:
+      InputError: a program of these kinds cannot be planned.
     """
+    wanted = lambda kind: not only or kind in only
     teacher = student = previous = abstract(config)
     for planned in plan:
         step = planned.step
         if isinstance(step, Prune):
             slim = abstract(cut(student.config, step, widths.target_of(step, target), how.uniform))
-            yield from _pruning(planned, student, slim, teacher, how)
+            yield from _pruning(planned, student, slim, teacher, how) if wanted("prune") else ()
             previous, student = student, slim
         elif isinstance(step, Initialize):
             if step.encoder is not None:
                 student = abstract(with_encoder(student.config, step.encoder))
-        elif not isinstance(step, Quantize) and planned.optimizer_steps:
+        elif trains(planned) and wanted("distill"):
             yield from _training(planned, student, previous, teacher, how)
     models = {"teacher": teacher} | ({"slim model": student} if student is not teacher else {})
-    for name, sam in models.items():
-        yield _encoding(f"evaluate: the {name}", "evaluate", sam, jnp.float32)
-    for name, sam in models.items():
-        yield _encoding(f"encode: the {name}", "encode", sam, how.dtype)
+    for kind, dtype in (("evaluate", jnp.float32), ("encode", how.dtype)):
+        for name, sam in models.items() if wanted(kind) else ():
+            yield _encoding(f"{kind}: the {name}", kind, sam, dtype)
+
+
+def trains(planned: Planned) -> bool:
+    """Whether a step consists of optimizer steps that can be planned."""
+    return not isinstance(planned.step, Prune | Initialize | Quantize) and planned.optimizer_steps > 0
 
 
 def abstract(config: Architecture) -> Sam:

@@ -35,7 +35,8 @@ def memory_of(needs: Needs, hardware: Hardware) -> str:
     models = f" and {mib(needs.resident)} of models" if needs.resident else ""
     if chip is None:
         return f"{peak}{models}"
-    return f"{peak}{models}, {'fits' if needs.fits else 'does NOT fit'} into {mib(chip.memory)}"
+    fits = {True: "fits", False: "does NOT fit", None: "not known whether it fits"}[needs.fits]
+    return f"{peak}{models}, {fits} into {mib(chip.memory)}"
 
 
 def work_of(needs: Needs) -> str:
@@ -58,11 +59,12 @@ def time_of(needs: Needs) -> str:
 def print_whole(entry: dict[str, Any]) -> None:
     if entry["hours"] is not None:
         print(
-            f"  in all at least {entry['hours']:.3g} hours, {entry['device_hours']:.3g} device hours, for"
-            f" {entry['images']} images (statistics and steps; reading, validating and measuring come on top)"
+            f"  at best {entry['hours']:.3g} hours, {entry['device_hours']:.3g} device hours, for {entry['images']}"
+            f" images: {', '.join(entry['hours_of'])} (reading, validating and measuring come on top)"
         )
     if entry.get("largest_batch") is not None:
-        print(f"  the largest batch that fits: {entry['largest_batch']} images a step")
+        least = "at least " if entry["largest_batch_is_at_least"] else ""
+        print(f"  the largest batch that fits: {least}{entry['largest_batch']} images a step")
 
 
 def mib(size: int) -> str:

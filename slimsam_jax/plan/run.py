@@ -23,9 +23,9 @@ from slimsam_jax.models import config as plain
 from slimsam_jax.models.sam import Architecture, Sam
 from slimsam_jax.plan import report
 from slimsam_jax.plan.hardware import Hardware, compiled_elsewhere, named
-from slimsam_jax.plan.measure import Needs, largest, measure
+from slimsam_jax.plan.measure import MOST, Needs, largest, measure
 from slimsam_jax.plan.options import Options
-from slimsam_jax.plan.programs import How, Program, programs
+from slimsam_jax.plan.programs import How, programs, trains
 from slimsam_jax.progress import say
 from slimsam_jax.training.setup import batch_size, compute_dtype
 
@@ -35,6 +35,8 @@ def run(options: Options) -> list[dict[str, Any]]:
     options.check()
     configs = {name: architecture(name) for name in options.teacher or ("small",)}
     places = [named(name) for name in options.on]
+    for path in filter(None, (options.out, options.table)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     written: list[dict[str, Any]] = []
     for hardware in places:
         with sharding.targeting(hardware.devices), compiled_elsewhere(hardware):
@@ -75,13 +77,14 @@ def plan_one(options: Options, hardware: Hardware, teacher: str, config: Archite
     entry = _beginning(options, hardware, teacher, how)
     report.print_heading(entry)
     found: list[Needs] = []
-    for program in chosen(options, steps, config, target, how):
+    for program in programs(steps, config, target, how, options.only):
         found.append(needs := measure(program, hardware))
         report.print_row(needs, hardware)
         yield entry | {"programs": [described(each) for each in found]}
     whole = entry | {"programs": [described(each) for each in found], **hours(found, len(hardware.devices))}
     if options.largest:
-        whole["largest_batch"] = largest_batch(options, hardware, steps, config, target, how)
+        yield whole
+        whole |= largest_batch(hardware, steps, config, target, how)
     report.print_whole(whole)
     yield whole
 
@@ -102,38 +105,47 @@ def _of(options: Options, config: Architecture) -> tuple[tuple[Planned, ...], Ta
     return steps, target, How(*how, calibration, options.cache, options.uniform)
 
 
-def chosen(
-    options: Options, steps: tuple[Planned, ...], config: Architecture, target: Target, how: How
-) -> Iterator[Program]:
-    """The programs of the kinds that are asked for."""
-    return (each for each in programs(steps, config, target, how) if not options.only or each.kind in options.only)
-
-
 def largest_batch(
-    options: Options, hardware: Hardware, steps: tuple[Planned, ...], config: Architecture, target: Target, how: How
-) -> int | None:
-    """Returns the largest number of images of a step that every distillation fits with; None of a CPU."""
-    if hardware.chip is None:
-        return None
+    hardware: Hardware, steps: tuple[Planned, ...], config: Architecture, target: Target, how: How
+) -> dict[str, Any]:
+    """Returns the largest number of images of a step that every distillation fits with, and whether more may.
+
+    None of a CPU, and where nothing is distilled.
+
+    Raises:
+      RunError: the compiler failed, and not for want of memory.
+    """
     devices = len(hardware.devices) * how.parts
+    if hardware.chip is None or not any(map(trains, steps)):
+        return {"largest_batch": None, "largest_batch_is_at_least": None}
 
     def fits(each: int) -> bool:
-        distill = dataclasses.replace(options, only=("distill",))
-        tried = chosen(distill, steps, config, target, how._replace(batch=each * devices))
-        answer = all(measure(program, hardware).fits for program in tried)
+        tried = programs(steps, config, target, how._replace(batch=each * devices), ("distill",))
+        answer = all(fitted(measure(program, hardware)) for program in tried)
         say("tried", f"{each * devices} images a step: {'fits' if answer else 'does not fit'}")
         return answer
 
-    return devices * largest(fits)
+    most = largest(fits)
+    return {"largest_batch": devices * most, "largest_batch_is_at_least": most == MOST}
 
 
-def hours(found: list[Needs], devices: int) -> dict[str, float | None]:
-    """Returns the hours of the calls that a run makes, if each program's time is known; without loading and scoring."""
+def fitted(needs: Needs) -> bool:
+    """Whether a program fits; raises RunError if it was not compiled, which says nothing of its memory."""
+    if needs.fits is None:
+        raise RunError(f"--largest: {needs.name} was not compiled, so what fits is not known: {needs.problem}")
+    return needs.fits
+
+
+def hours(found: list[Needs], devices: int) -> dict[str, Any]:
+    """Returns the hours of the calls that a run makes, if each program's time is known; without loading and scoring.
+
+    "hours_of" names the programs that are summed: with `--only` they are not all of a run's.
+    """
     counted = [needs for needs in found if needs.calls]
     if not counted or any(needs.seconds is None for needs in counted):
-        return {"hours": None, "device_hours": None}
+        return {"hours": None, "device_hours": None, "hours_of": []}
     total = sum(needs.seconds * needs.calls for needs in counted) / 3600
-    return {"hours": total, "device_hours": total * devices}
+    return {"hours": total, "device_hours": total * devices, "hours_of": [needs.name for needs in counted]}
 
 
 def described(needs: Needs) -> dict[str, Any]:

@@ -9,14 +9,22 @@ import pytest
 
 from helpers.models import SQUARE
 from slimsam_jax import sharding
+from slimsam_jax.compression.budget import Target
+from slimsam_jax.compression.plan import planned
+from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.plan import report, run
+from slimsam_jax.plan.hardware import CHIPS, Hardware
+from slimsam_jax.plan.measure import MOST, Needs
 from slimsam_jax.plan.options import Options
+from slimsam_jax.plan.programs import How
+
+H100 = Hardware("h100", CHIPS["h100"], jax.devices()[:1])
 
 
 def test_a_plan_for_this_machine(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "architecture", lambda name: SQUARE)
-    out, table = tmp_path / "plan.json", tmp_path / "plan.md"
+    out, table = tmp_path / "a new" / "plan.json", tmp_path / "another" / "plan.md"
     written = run.run(Options(on=("cpu",), only=("encode",), out=out, table=table, per_device=3))
     assert json.loads(out.read_text()) == json.loads(json.dumps(written))
     (entry,) = written
@@ -52,6 +60,56 @@ def test_what_does_not_fit_is_a_row_and_no_end(monkeypatch, tmp_path, capsys):
         run.run(Options(on=("cpu",), only=("encode",), out=tmp_path / "plan.json"))
     assert "the compiler gave up: INTERNAL: a fault" in capsys.readouterr().out
     assert json.loads((tmp_path / "plan.json").read_text())[0]["programs"][0]["fits"] is None
+
+
+@pytest.mark.parametrize(("fits", "said"), [(True, "fits"), (False, "does NOT fit"), (None, "not known whether it")])
+def test_a_program_fits_or_does_not_or_nobody_knows(fits, said):
+    assert f", {said}" in report.memory_of(Needs("distill", "distill", 4, 10, peak=None, fits=fits), H100)
+
+
+def largest(monkeypatch, fits, counts=(0, 0, 10), hardware=H100):
+    """Of the default recipe, where `fits` is the answer for so many images."""
+    answer = lambda program, _: Needs(
+        "distill", "distill", 4, 10, None, fits(program.images), problem="INTERNAL: a fault"
+    )
+    monkeypatch.setattr(run, "measure", answer)
+    made = lambda steps, config, target, how, only: (
+        [type("Program", (), {"images": how.batch})] * (only == ("distill",))
+    )
+    monkeypatch.setattr(run, "programs", made)
+    how = How(4, jax.numpy.float32, 2, 1, "auto", 100)
+    return run.largest_batch(hardware, planned(RECIPES["default"], counts), SQUARE, Target(0.5), how)
+
+
+def test_the_largest_batch_is_one_that_fits(monkeypatch, capsys):
+    found = largest(monkeypatch, lambda images: images <= 11)
+    assert found == {"largest_batch": 10, "largest_batch_is_at_least": False}  # each step is taken in two parts
+    report.print_whole({"hours": None, **found})
+    found = largest(monkeypatch, lambda images: True)
+    assert found == {"largest_batch": 2 * MOST, "largest_batch_is_at_least": True}
+    report.print_whole({"hours": None, **found})
+    assert [line for line in capsys.readouterr().out.splitlines() if "the largest" in line] == [
+        "  the largest batch that fits: 10 images a step",
+        f"  the largest batch that fits: at least {2 * MOST} images a step",
+    ]
+
+
+def test_no_batch_is_the_largest_where_there_is_no_answer(monkeypatch):
+    nothing = {"largest_batch": None, "largest_batch_is_at_least": None}
+    assert largest(monkeypatch, lambda images: True, counts=(0, 0, 0)) == nothing
+    assert largest(monkeypatch, lambda images: True, hardware=Hardware("cpu", None, jax.devices()[:1])) == nothing
+    with pytest.raises(RunError, match="--largest: distill was not compiled, so what fits is not known: INTERNAL"):
+        largest(monkeypatch, lambda images: None)
+
+
+def test_hours_name_what_they_are_of(capsys):
+    report.print_whole({"hours": 0.5, "device_hours": 4.0, "images": 10000, "hours_of": ["distill"]})
+    assert "at best 0.5 hours, 4 device hours, for 10000 images: distill (" in capsys.readouterr().out
+
+
+def test_two_outputs_are_two_files(tmp_path):
+    with pytest.raises(InputError, match="are one file; each output needs its own"):
+        Options(out=tmp_path / "plan", table=tmp_path / "plan").check()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.plan import planned
 from slimsam_jax.compression.prune import MASKED_BELOW
 from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Distill, Prune
 from slimsam_jax.compression.student import resolved
 from slimsam_jax.errors import InputError
@@ -28,9 +29,9 @@ from slimsam_jax.profiling import sam_costs
 HOW = How(4, jnp.float32, 1, 1, "auto", 100)
 
 
-def listed(recipe, config=SQUARE, how=HOW):
+def listed(recipe, config=SQUARE, how=HOW, only=()):
     counts = [10 if hasattr(step, "optimizer") else 0 for step in recipe]
-    return list(programs(planned(recipe, counts), config, Target(0.5), how))
+    return list(programs(planned(recipe, counts), config, Target(0.5), how, only))
 
 
 def test_the_default_recipe():
@@ -83,15 +84,29 @@ def test_what_cannot_be_planned_says_so():
         cut(resolved_config(), Prune("embedding"), Target(0.5))
 
 
+def test_what_is_left_out_need_not_be_planned():
+    masks = change(RECIPES["taylor"], ("prune.importance_loss=masks",))
+    with pytest.raises(InputError, match="the other steps are, with --only distill"):
+        listed(masks)
+    frozen = lambda found: [each.args[0].params["image_encoder"]["pos_embed"].shape for each in found]
+    alone, whole = listed(masks, only=("distill",)), listed(RECIPES["taylor"])
+    assert frozen(alone) == frozen([each for each in whole if each.kind == "distill"])
+    for kind in ("prune", "evaluate", "encode"):
+        wanted = [each.name for each in whole if each.kind == kind]
+        assert wanted and [each.name for each in listed(RECIPES["taylor"], only=(kind,))] == wanted
+
+
 def resolved_config():
     small = plain.preset("small")
     return with_encoder(small, presets.encoder("rep_vit_small", small))
 
 
 def test_hours_are_of_all_calls_or_of_none():
-    needs = lambda seconds, calls: type("Needs", (), {"seconds": seconds, "calls": calls})
-    assert hours([needs(2.0, 900), needs(1.0, 1800), needs(None, 0)], 8) == {"hours": 1.0, "device_hours": 8.0}
-    assert hours([needs(None, 1), needs(1.0, 1)], 8)["hours"] is None
+    needs = lambda name, seconds, calls: type("Needs", (), {"name": name, "seconds": seconds, "calls": calls})
+    known = [needs("prune", 2.0, 900), needs("distill", 1.0, 1800), needs("encode", None, 0)]
+    assert hours(known, 8) == {"hours": 1.0, "device_hours": 8.0, "hours_of": ["prune", "distill"]}
+    assert hours(known[1:], 8) == {"hours": 0.5, "device_hours": 4.0, "hours_of": ["distill"]}
+    assert hours([needs("prune", None, 1), *known], 8) == {"hours": None, "device_hours": None, "hours_of": []}
 
 
 def test_a_narrow_stream_does_not_hide_wide_blocks():
