@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from slimsam_jax import pruning, sharding
 from slimsam_jax.compression import found_groups, reference, vit_groups, widths
@@ -115,14 +116,15 @@ def project(
 
 
 def _moments(sam: Sam, batches: Iterable[Batch], seed: int, *parts: statistics.Part) -> statistics.Moments:
-    encoder = sharding.replicate(sam.params["image_encoder"], sharding.make_mesh())
-    return check_finite(statistics.accumulate(statistic_of(sam.config, parts), encoder, batches, seed))
+    mesh = sharding.make_mesh()
+    encoder = sharding.replicate(sam.params["image_encoder"], mesh)
+    return check_finite(statistics.accumulate(statistic_of(sam.config, parts, mesh), encoder, batches, seed))
 
 
 @functools.lru_cache(maxsize=2)
-def statistic_of(config: Config, parts: tuple[statistics.Part, ...]) -> statistics.Statistic:
+def statistic_of(config: Config, parts: tuple[statistics.Part, ...], mesh: Mesh) -> statistics.Statistic:
     """The same function for the same question, so that its program is compiled once."""
-    return statistics.moments_of(config, parts)
+    return statistics.moments_of(config, parts, mesh)
 
 
 def weighting(step: Prune) -> statistics.Weighting:

@@ -67,7 +67,8 @@ def attend(
       InputError: there is no such form, or this device cannot run it.
     """
     h, w = q.shape[1:3]
-    forms = {"plain": plain, "rows": by_rows, "folded": functools.partial(folded, mesh=mesh)}
+    split = {"rows": by_rows, "folded": folded}
+    forms = {"plain": plain, **{name: functools.partial(function, mesh=mesh) for name, function in split.items()}}
     compute = forms[choose(form, q, mesh)]
     return compute(q, k, v, by_distance(rel_pos_h, h), by_distance(rel_pos_w, w))
 
@@ -84,13 +85,12 @@ def choose(form: Form, q: jax.Array, mesh: Mesh | None = None) -> str:
     if sharding.platform() != "cpu" and not obstacle:
         return "folded"
     b, h, w, n, _ = q.shape
-    return "plain" if b * n * (h * w) ** 2 <= logits_at_once() * _shares(b) else "rows"
+    return "plain" if b * n * (h * w) ** 2 <= logits_at_once() * _shares(b, mesh) else "rows"
 
 
-def _shares(images: int) -> int:
-    """Into how many shares the compiler splits so many images, over devices."""
-    devices = sharding.device_count()
-    return 1 if images % devices else devices
+def _shares(images: int, mesh: Mesh | None) -> int:
+    """Into how many shares so many images are split, over the devices of a mesh; 1 where the caller names none."""
+    return 1 if mesh is None or images % mesh.size else mesh.size
 
 
 def no_flash(q: jax.Array, mesh: Mesh | None = None) -> str:
@@ -124,13 +124,13 @@ def plain(q, k, v, table_h, table_w) -> jax.Array:
     return jax.vmap(heads, in_axes=(0, None, None, 0, 0))(q, table_h, table_w, k, v)
 
 
-def by_rows(q, k, v, table_h, table_w) -> jax.Array:
+def by_rows(q, k, v, table_h, table_w, mesh: Mesh | None = None) -> jax.Array:
     """At most `logits_at_once` a device: some rows of one head, or all rows of some heads. Arguments as `plain`."""
     b, h, w, n, d = q.shape
     # A loop over an axis that is split between devices would send all of it to all of them, so with several devices
     # images and windows stay together.
     steps, each = (n * b, 1) if sharding.device_count() == 1 else (n, b)
-    queries = logits_at_once() * _shares(each) // (each * h * w)
+    queries = logits_at_once() * _shares(each, mesh) // (each * h * w)
     rows, heads = evenly(h, queries // w), evenly(steps, queries // (h * w))
     attend_rows = jax.vmap(attend_row, in_axes=(0, None, None, 0, 0))
 

@@ -188,7 +188,7 @@ def _importance(sam: Sam, step: Prune, batch: Any, key: Any, mesh: Any) -> tuple
 
 
 def _statistics(sam: Sam, parts: tuple[str, ...], batch: Any, key: Any, mesh: Any) -> tuple[Any, ...]:
-    found, add = statistics.programs(prune.statistic_of(sam.config, parts))
+    found, add = statistics.programs(prune.statistic_of(sam.config, parts, mesh))
     encoder = sharding.replicate(sam.params["image_encoder"], mesh)
     total = sharding.replicate(jax.eval_shape(found, encoder, batch, key, SEEN), mesh)
     return add, total, encoder, batch, key, SEEN

@@ -168,6 +168,21 @@ def test_auto_keeps_all_logits_only_where_they_are_few(monkeypatch):
     assert attention.choose("auto", q) == "rows"
 
 
+def test_only_a_batch_that_is_split_takes_the_logits_of_many_devices(monkeypatch):
+    """Eight images on one of eight devices are not split over them, as the predictor's are not."""
+    device, mesh = type("Device", (), {"platform": "cpu"}), type("Mesh", (), {"size": 8})
+    monkeypatch.setattr(attention.sharding, "_target", (device,) * 8)
+    monkeypatch.setitem(attention.LOGITS_AT_ONCE, "cpu", 8 * 2 * 30**2 // 8)  # those of one image
+    q, table = jax.ShapeDtypeStruct((8, 6, 5, 2, 7), jnp.float32), jax.ShapeDtypeStruct((6, 6, 7), jnp.float32)
+    assert [attention.choose("auto", q, each) for each in (None, mesh)] == ["rows", "plain"]
+    sizes, evenly = [], attention.evenly
+    monkeypatch.setattr(attention, "evenly", lambda total, most: sizes.append(most) or evenly(total, most))
+    for each in (None, mesh):
+        other = jax.ShapeDtypeStruct((5, 5, 7), jnp.float32)
+        jax.eval_shape(functools.partial(attention.by_rows, mesh=each), q, q, q, table, other)
+    assert sizes == [1, 0, 12, 2]  # rows of 8 images, and heads
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "width", "obstacle"),
     [

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from slimsam_jax.models.config import GLOBAL
 from slimsam_jax.models.encoders.vit import stream_features, window_partition
@@ -73,8 +74,10 @@ def programs(statistic: Statistic) -> tuple[Callable[..., Any], Callable[..., An
     return found, jax.jit(add, donate_argnums=0)
 
 
-def moments_of(config: Architecture, parts: Sequence[Part]) -> Statistic:
+def moments_of(config: Architecture, parts: Sequence[Part], mesh: Mesh | None = None) -> Statistic:
     """The statistic that gives {part: moments} of the parts asked for, of SAM's ViT or EfficientSAM's.
+
+    The mesh is of the devices that batches are split over; None for one device.
 
     Parts:
       stream: [D, D] second moment of the residual stream after patch embedding and after the attention and
@@ -84,7 +87,7 @@ def moments_of(config: Architecture, parts: Sequence[Part]) -> Statistic:
     """
 
     def statistic(encoder: Params, batch: Batch, keys: jax.Array) -> dict[str, Any]:
-        embedding, features = run_encoder(config, encoder, batch)
+        embedding, features = run_encoder(config, encoder, batch, mesh=mesh)
         blocks = [features[f"blocks_{i}"] for i in range(len(config.encoder.blocks))]
         found: dict[str, Any] = {
             "tokens": jnp.array(float(embedding[..., 0].size)),
@@ -99,7 +102,7 @@ def moments_of(config: Architecture, parts: Sequence[Part]) -> Statistic:
         if "mlp" in parts:
             found["mlp"] = [_mlp(block) for block in blocks]
         if "sensitivity" in parts:
-            found["sensitivity"] = _sensitivity(config, encoder, batch, keys)
+            found["sensitivity"] = _sensitivity(config, encoder, batch, keys, mesh)
         return found
 
     return statistic
@@ -151,7 +154,9 @@ def _mlp(block: dict[str, jax.Array]) -> Moments:
     return {"hidden": _gram(hidden), "hidden_sum": hidden.sum(0), "tokens": jnp.array(float(len(hidden)))}
 
 
-def _sensitivity(config: Architecture, encoder: Params, batch: Batch, keys: jax.Array) -> dict[str, Any]:
+def _sensitivity(
+    config: Architecture, encoder: Params, batch: Batch, keys: jax.Array, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """How an error inside shows in the embedding: the disturbed gradient's second moments.
 
     With unit noise ε at the embedding and g = Jᵀε the gradient somewhere inside, E[g gᵀ] = JᵀJ:
@@ -162,7 +167,7 @@ def _sensitivity(config: Architecture, encoder: Params, batch: Batch, keys: jax.
       Sums over tokens: "middle", "out": a [D, D] per block, "queries": a [d, d] per block (mean over heads).
     """
     pixels = preprocess(config, batch["image"], batch["size"])
-    model = encoder_for(config, len(pixels), encoder["pos_embed"].dtype)
+    model = encoder_for(config, len(pixels), encoder["pos_embed"].dtype, mesh=mesh)
     shapes = jax.eval_shape(model.init, keys[0], pixels)["perturbations"]
 
     def embed(perturbations: Any) -> jax.Array:
