@@ -8,13 +8,15 @@ This file is complete in itself: copy it to wherever the model is used. It needs
     predictor.set_image(image)  # [h0, w0, 3] uint8, RGB
     masks, iou, low_res = predictor.predict(point_coords, point_labels)
 
-Names of the state dict, arguments and results are those of SAM 2's own code and its image predictor. That code has one
-width, which doubles from stage to stage; here every layer is as wide as its arrays, which a tree of modules holds.
+Names of the state dict and arguments are those of SAM 2's own code and its image predictor. That code has one width,
+which doubles from stage to stage; here every layer is as wide as its arrays, which a tree of modules holds. What else
+differs from its predictor: results are tensors on the model's device, not NumPy arrays; images are [h0, w0, 3] arrays,
+one at a time; coordinates are pixels always (no normalize_coords); there is one prompt a call, and holes and sprinkles
+of masks stay (no max_hole_area, max_sprinkle_area).
 """
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,11 @@ class Sam2(nn.Module):
         k["image_size"] = (k["image_size"],) * 2 if isinstance(k["image_size"], int) else tuple(k["image_size"])
         blocks = list(self.image_encoder.trunk.blocks.children())
         first, windows, everywhere = PUBLISHED.get(len(blocks), (None, None, None))
+        if first is None and not (k.get("heads") and k.get("windows") and "global_blocks" in k):
+            depths = ", ".join(map(str, PUBLISHED))
+            raise ValueError(
+                f"{len(blocks)} blocks, and {depths} are published: give heads=, windows= and global_blocks="
+            )
         stage = [sum(hasattr(block, "proj") for block in blocks[: i + 1]) for i in range(len(blocks))]
         windows, everywhere = k.get("windows") or windows, k.get("global_blocks", everywhere)
         self.heads = k.get("heads") or [first << s for s in stage]
@@ -171,7 +178,9 @@ class Sam2(nn.Module):
 
     def check(self) -> None:
         """Runs all of it on shapes alone. Raises what PyTorch raises for arrays that are missing or do not fit."""
-        model, empty = copy.deepcopy(self).to("meta"), lambda *shape: torch.empty(shape, device="meta")
+        empty = lambda *shape: torch.empty(shape, device="meta")
+        # Not a copy of this one: it would hold all weights twice.
+        model = Sam2({name: empty(*array.shape) for name, array in self.state_dict().items()}, self.known).to("meta")
         maps = model.encode(empty(1, 3, *self.known["image_size"]))
         outputs = model.decode(maps, empty(2, 3, 2), empty(2, 3), empty(2, 1, *maps[0].shape[2:]))
         (sum(x.sum() for x in outputs) + model.sam_prompt_encoder.no_mask_embed.weight.sum()).backward()
@@ -282,9 +291,18 @@ class Predictor:
 
         `point_coords` [n, 2], (x, y), and `box` [4], x0, y0, x1, y1, are in pixels of the image, `point_labels` [n] 1
         or 0, background; `mask_input` [1, 4h, 4w] are logits of low resolution.
+
+        Raises:
+          RuntimeError: there is no image yet.
+          ValueError: points without labels, or a box that is not one.
         """
         if self.maps is None:
             raise RuntimeError("call set_image first")
+        count = lambda values: 0 if values is None else torch.as_tensor(values).numel()
+        if count(point_coords) != 2 * count(point_labels):
+            raise ValueError("point_coords [n, 2] and point_labels [n] go together: give both, of one length")
+        if box is not None and count(box) != 4:
+            raise ValueError(f"a box is [4], x0, y0, x1, y1, not {list(torch.as_tensor(box).shape)}")
         make = lambda values, *shape: torch.as_tensor(values, device=self.maps[0].device).float().reshape(shape)
         xy, labels = make([], 0, 2), make([], 0)
         for values, kinds in ((box, [BOX_TOP_LEFT, BOX_TOP_LEFT + 1]), (point_coords, point_labels)):
