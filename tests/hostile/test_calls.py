@@ -248,5 +248,5 @@ def test_there_are_as_many_as_were_asked_for():
 
 
 def test_a_run_refuses_what_is_no_model():
-    with pytest.raises(InputError, match="a model must be given, as .*not a str"):
+    with pytest.raises(InputError, match=r"a model must be given, as .*not a str"):
         dispatch.run(None, "sam.pth")
