@@ -8,13 +8,13 @@ This file is complete in itself: copy it to wherever the model is used. It needs
     predictor.set_image(image)  # [h0, w0, 3] uint8, RGB
     masks, iou, low_res = predictor.predict(point_coords, point_labels)
 
-Names of the state dict, arguments and results are those of SAM 2's own code and its image predictor. That code has one
+Names of the state dict and arguments are those of SAM 2's own code and its image predictor; otherwise, results are
+tensors, coordinates always pixels, a call has one image or one prompt, and masks keep their holes. That code has one
 width, which doubles from stage to stage; here every layer is as wide as its arrays, which a tree of modules holds.
 """
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,7 @@ def hold(root: nn.Module, name: str, array: Tensor) -> None:
     """Puts an array at its place in a tree of modules."""
     *path, leaf = name.split(".")
     for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root._modules[part]
+        root = root._modules.setdefault(part, nn.Module())
     if leaf == "positional_encoding_gaussian_matrix":
         root.register_buffer(leaf, array)
     else:
@@ -146,12 +144,7 @@ def two_way(m: nn.Module, tokens: Tensor, image: Tensor, image_pe: Tensor, heads
 
 
 class Sam2(nn.Module):
-    """Images to maps, maps and prompts to masks; `load` builds it.
-
-    Args:
-      state: a state dict of the image mode.
-      known: what no shape tells, see `load`.
-    """
+    """Images to maps, maps and prompts to masks; `load` builds it, of a state dict and what no shape tells."""
 
     def __init__(self, state: dict[str, Tensor], known: dict[str, Any]):
         super().__init__()
@@ -161,6 +154,8 @@ class Sam2(nn.Module):
         k["image_size"] = (k["image_size"],) * 2 if isinstance(k["image_size"], int) else tuple(k["image_size"])
         blocks = list(self.image_encoder.trunk.blocks.children())
         first, windows, everywhere = PUBLISHED.get(len(blocks), (None, None, None))
+        if first is None and not (k.get("heads") and k.get("windows") and "global_blocks" in k):
+            raise ValueError(f"nobody publishes {len(blocks)} blocks: give heads=, windows= and global_blocks=")
         stage = [sum(hasattr(block, "proj") for block in blocks[: i + 1]) for i in range(len(blocks))]
         windows, everywhere = k.get("windows") or windows, k.get("global_blocks", everywhere)
         self.heads = k.get("heads") or [first << s for s in stage]
@@ -171,7 +166,8 @@ class Sam2(nn.Module):
 
     def check(self) -> None:
         """Runs all of it on shapes alone. Raises what PyTorch raises for arrays that are missing or do not fit."""
-        model, empty = copy.deepcopy(self).to("meta"), lambda *shape: torch.empty(shape, device="meta")
+        empty = lambda *shape: torch.empty(shape, device="meta")
+        model = Sam2({name: empty(*array.shape) for name, array in self.state_dict().items()}, self.known).to("meta")
         maps = model.encode(empty(1, 3, *self.known["image_size"]))
         outputs = model.decode(maps, empty(2, 3, 2), empty(2, 3), empty(2, 1, *maps[0].shape[2:]))
         (sum(x.sum() for x in outputs) + model.sam_prompt_encoder.no_mask_embed.weight.sum()).backward()
@@ -285,6 +281,10 @@ class Predictor:
         """
         if self.maps is None:
             raise RuntimeError("call set_image first")
+        if len(() if point_coords is None else point_coords) != len(() if point_labels is None else point_labels):
+            raise ValueError("point_coords [n, 2] and point_labels [n] go together: give both, of one length")
+        if box is not None and torch.as_tensor(box).numel() != 4:
+            raise ValueError(f"a box is [4], x0, y0, x1, y1, not {list(torch.as_tensor(box).shape)}")
         make = lambda values, *shape: torch.as_tensor(values, device=self.maps[0].device).float().reshape(shape)
         xy, labels = make([], 0, 2), make([], 0)
         for values, kinds in ((box, [BOX_TOP_LEFT, BOX_TOP_LEFT + 1]), (point_coords, point_labels)):

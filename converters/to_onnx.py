@@ -90,7 +90,7 @@ def save(model: onnx.ModelProto, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path.name):
         onnx.save_model(model, path, **apart)
-    onnx.checker.check_model(path, full_check=True)
+        onnx.checker.check_model(path, full_check=True)
 
 
 def quantize(source: Path, target: Path) -> None:
@@ -182,7 +182,7 @@ def export(
     own = reference(sam, image) if inputs and set(dtypes) & set(INTEGERS) else plain
     lines: list[str] = []
     with new_folder(folder) as temporary:
-        float32 = None
+        float32, timed = None, {"int8", *INTEGERS} & set(dtypes)
         for dtype in ("float32", *(d for d in dtypes if d != "float32")):  # float32 proves the graph
             paths = write(sam, temporary, layout, dtype, return_single_mask)
             expected = own if dtype in INTEGERS else plain
@@ -192,7 +192,8 @@ def export(
                 from converters.onnx.kernels import describe as kernels
 
                 lines += kernels(float32, opened, [Path(stem).name for stem in STEMS[layout]])
-            float32 = float32 or opened
+            float32 = float32 or (opened if timed else None)
+            del opened  # a session holds all weights
         if "float32" not in dtypes:
             lines = lines[3:]
             for stem in STEMS[layout]:

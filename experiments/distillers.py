@@ -246,23 +246,29 @@ def table() -> None:
 
 
 def line_of(label: str, entries: Sequence[dict[str, Any]]) -> str:
-    """The line of a row's entries of one number of images: of the rate that was chosen with the first seed."""
+    """The line of a row's entries of one number of images: of the rate that was chosen with the first seed.
+
+    Means are over the seeds whose loss stayed finite; how many did not stands beside their number.
+    """
     first = min(entry["seed"] for entry in entries)
     tuned = [entry for entry in entries if entry["seed"] == first]
     best = max(tuned, key=lambda entry: entry["chosen_by"])
     runs = [entry for entry in entries if entry["rate"] == best["rate"]]
 
+    whole = [entry for entry in runs if "failed" not in entry]
+
     def share(name: str) -> str:
-        values = 100 * np.array([run[name] for run in runs])
+        values = 100 * np.array([run[name] for run in whole])
         return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
 
     if "failed" in best:
         cells = ["", "", "not finite", "", ""]
     else:
         size = [f"{best['encoder_parameters'] / 1e6:.2f} M", f"{best['encoder_macs'] / 1e9:.2f} G"]
-        cells = [*size, share("agreement"), share("point"), f"{np.mean([run['error'] for run in runs]):.2g}"]
+        cells = [*size, share("agreement"), share("point"), f"{np.mean([run['error'] for run in whole]):.2g}"]
     rate = f"{best['rate']:g} of {len(tuned)}"
-    cells = [label, str(best["images"]), str(best["steps"]), *cells, rate, f"{len(runs)}, {best['photographs'][1]}"]
+    seeds = str(len(runs)) + (f" ({len(runs) - len(whole)} not finite)" if len(whole) < len(runs) else "")
+    cells = [label, str(best["images"]), str(best["steps"]), *cells, rate, f"{seeds}, {best['photographs'][1]}"]
     return f"| {' | '.join(cells)} |"
 
 

@@ -110,7 +110,7 @@ def two_way_block(
 
 def group_norm(g: Graph, x: str, path: str) -> str:
     """Normalises [p, h, w, c] over channels and positions together; float32 to float32."""
-    mean = lambda x: g.op("ReduceMean", x, axes=(1, 2, 3), keepdims=1)
+    mean = lambda x: g.reduce("ReduceMean", x, (1, 2, 3))
     x = g.op("Sub", x, mean(x))
     x = g.op("Div", x, g.op("Sqrt", g.add(mean(g.mul(x, x)), np.float32(TORCH_EPSILON))))
     return g.add(g.mul(x, g.param(f"{path}/scale")), g.param(f"{path}/bias"))

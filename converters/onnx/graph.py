@@ -91,6 +91,10 @@ class Graph:
     def transpose(self, x: str, *axes: int) -> str:
         return self.op("Transpose", x, perm=axes)
 
+    def reduce(self, kind: str, x: str, axes: Iterable[int]) -> str:
+        """Reduces axes of `x` to the length 1, by ReduceMax or ReduceMean. `model` writes it as its opset has it."""
+        return self.op(kind, x, axes=tuple(axes), keepdims=1)
+
     def sizes(self, x: str, start: int, end: int) -> str:
         """Returns the lengths of the axes start..end-1 of `x`, as an int64 vector."""
         return self.op("Shape", x, start=start, end=end)
@@ -163,6 +167,10 @@ class Graph:
         """
         for output, (value, _) in outputs.items():
             self.nodes.append(helper.make_node("Identity", [value], [output], name=output))
+        antialiased = any(attribute.name == "antialias" for node in self.nodes for attribute in node.attribute)
+        own = OPSET_ANTIALIASED if antialiased else OPSET
+        if antialiased:
+            self.nodes = [self._with_axes_as_input(node) for node in self.nodes]
         graph = helper.make_graph(
             self.nodes,
             name,
@@ -170,9 +178,15 @@ class Graph:
             [helper.make_tensor_value_info(key, FLOAT, shape) for key, (_, shape) in outputs.items()],
             list(self.constants.values()),
         )
-        antialiased = any(attribute.name == "antialias" for node in self.nodes for attribute in node.attribute)
-        own = OPSET_ANTIALIASED if antialiased else OPSET
         opset = [helper.make_opsetid("", own), *integers.opsets(self.nodes)]
         model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="slimsam_jax")
         helper.set_model_props(model, {"config": json.dumps(config.to_json())})
         return model
+
+    def _with_axes_as_input(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """The node of a `reduce` as it is from opset 18 on; any other as it is."""
+        given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        if not node.op_type.startswith("Reduce") or "axes" not in given:
+            return node
+        axes = self.constant(given.pop("axes"))
+        return helper.make_node(node.op_type, [*node.input, axes], node.output, name=node.name, **given)

@@ -106,7 +106,7 @@ def _coded(g: Any, x: str, node: Quantized, axes: tuple[int, ...]) -> str:
 
 def token_scales(g: Any, x: str, bits: int, axes: tuple[int, ...]) -> str:
     """As `ranges.token_scales`."""
-    largest = g.op("ReduceMax", g.op("Abs", x), axes=axes, keepdims=1)
+    largest = g.reduce("ReduceMax", g.op("Abs", x), axes)
     return g.op("Div", g.op("Max", largest, np.float32(TINY)), np.float32(2 ** (bits - 1) - 1))
 
 

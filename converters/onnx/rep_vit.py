@@ -42,7 +42,7 @@ def mixer_block(g: Graph, block: Block, x: str, path: str, strided: bool) -> str
 
 def squeeze_excite(g: Graph, x: str, path: str) -> str:
     """Gates each channel by what two layers make of all channels' means: [b, h, w, C] float32, and so is the result."""
-    means = g.half(g.op("ReduceMean", x, axes=(1, 2), keepdims=1))
+    means = g.half(g.reduce("ReduceMean", x, (1, 2)))
     hidden = g.op("Relu", g.linear(means, f"{path}/fc1"))
     return g.mul(x, g.wide(g.op("Sigmoid", g.linear(hidden, f"{path}/fc2"))))
 

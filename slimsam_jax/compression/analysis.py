@@ -43,8 +43,13 @@ def print_parts(sam: Model) -> None:
         table.add_row(name, f"{sam_costs.parameters({name: part}) / 1e6:.3f}")
     Console().print(table)
     size, _, macs, _ = costs_of(sam)
-    encoder, attention = macs.total / 1e9, macs.attention / 1e9
-    print(f"encoder {encoder:.3f} G MACs (attention {attention:.3f}), whole model {size / 1e6:.3f} M parameters")
+    attention = f" (attention {macs.attention / 1e9:.3f})" if macs.attention else ""
+    pixels = sam.config.image_size
+    height, width = (pixels, pixels) if isinstance(pixels, int) else pixels
+    print(
+        f"encoder {macs.total / 1e9:.3f} G MACs{attention}, whole model {size / 1e6:.3f} M parameters, "
+        f"{height} x {width} pixels"
+    )
 
 
 def print_blocks(config: Config) -> None:

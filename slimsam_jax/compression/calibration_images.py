@@ -38,7 +38,10 @@ def _with_seed(sample: Sample, size: np.ndarray, random: np.random.Generator) ->
 
 
 def batches_of(images: int, batch: int) -> int:
-    """Counts the batches that make up about `images` images: multiples of 8, the same on 1, 2, 4 and 8 devices."""
+    """Counts the batches that make up about `images` images.
+
+    Of 8 images and more these are multiples of 8, the same on 1, 2, 4 and 8 devices.
+    """
     return max(1, (images - images % 8 if images >= 8 else images) // batch)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimsam_jax.compression import fast_sam_run, pipeline
 from slimsam_jax.models.fast_sam import FastSam
+from slimsam_jax.models.kinds import check_model
 from slimsam_jax.models.sam import Sam
 
 if TYPE_CHECKING:
@@ -18,4 +19,4 @@ RUNS = {Sam: pipeline.run, FastSam: fast_sam_run.run}
 
 def run(options: Options, teacher: Model, recipe: Recipe | None = None, student: Model | None = None) -> dict[str, Any]:
     """See `api.compress_with`, which checks the options first."""
-    return RUNS[type(teacher)](options, teacher, recipe, student)
+    return RUNS[type(check_model(teacher))](options, teacher, recipe, student)

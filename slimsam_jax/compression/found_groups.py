@@ -33,7 +33,14 @@ def choose(config: Architecture, encoder: Any, grads: Any, step: Prune, target: 
 
 
 def check(config: Architecture, target: Target, steps: Sequence[Prune], uniform: bool) -> None:
-    """Raises InputError for what only ViTs can do, before anything is computed."""
+    """Raises InputError for what only ViTs can do, and for a budget that cannot be met, before anything is computed."""
+    check_steps(config, target, steps, uniform)
+    if target.budget:
+        target.channel_ratio(config)
+
+
+def check_steps(config: Architecture, target: Target, steps: Sequence[Prune], uniform: bool) -> None:
+    """As `check`, but for the budget's amount, which a model that is half cut may be within already."""
     family, rotates = name_of(config.encoder), getattr(family_of(config.encoder), "ROTATES", False)
     for step in steps:
         if (projects := step.criterion == "projection") and not rotates:
@@ -55,14 +62,13 @@ def check(config: Architecture, target: Target, steps: Sequence[Prune], uniform:
 
 
 def _check_budget(config: Architecture, target: Target, steps: Sequence[Prune], family: str) -> None:
-    """Raises InputError for a budget that cannot be met."""
+    """Raises InputError for a budget of a kind that the family or its steps cannot meet."""
     if not hasattr(family_of(config.encoder), "narrowed"):
         raise InputError(f"--budget is for SAM's ViT and SAM 2's Hiera, and this is a {family}: give --ratio")
     if any(step.criterion != "projection" for step in steps):
         raise InputError(f"a {family} meets a --budget by projection alone: take --recipe default, or give --ratio")
     if target.budget.kind == "latency":
         raise InputError(f"a {family}'s blocks are not timed one by one: give --budget params= or macs=, or --ratio")
-    target.channel_ratio(config)
 
 
 @functools.lru_cache(maxsize=8)  # a few seconds each

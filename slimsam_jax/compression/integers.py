@@ -34,7 +34,7 @@ class Quantize(Record):
       fine_weights: so many layers of the image encoder, and as many of the others, have weights of 8 bits, whatever
         `weights` says: those that cost most by themselves, after those of `float_weights`.
       bias_correction: move biases by the mean error of what their layers put out.
-      images: to calibrate with.
+      images: to calibrate with; "tinysam" takes 4 at most.
     """
 
     weights: int = 8
@@ -72,6 +72,8 @@ class Quantize(Record):
             self._check_tinysam()
         if self.arithmetic == "integer" and (not self.activations or self.group):
             raise InputError("arithmetic integer needs activations=8, say, and whole channels: group=0")
+        if self.float_weights and not self.head:
+            raise InputError("float_weights are of prompt encoder and decoder, which head=false leaves as they are")
         if not self.activations and (self.float_inputs or self.ranges != "minmax"):
             raise InputError("ranges and float_inputs are of activations: set quantize.activations=8, say")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,8 +38,7 @@ class MaskDistillation(StepTraining):
 
     def __init__(self, run: Run, planned: Planned, student: Sam):
         options, step = run.options, planned.step
-        masks = (run.cache.folder if run.cache else run.folder.work) / everything_masks.name_of(run.teacher)
-        self.images = everything_masks.with_masks(run.images, run.teacher, masks)
+        self.images = everything_masks.with_masks(run.images, run.teacher, masks_of(run))
         self.known = targets.embeddings(run, step, planned.optimizer_steps) if step.reads_teacher else None
         how = (run.dtype, options.accumulate, options.fsdp, options.attention, self.known is not None)
         trainer = make_trainer(student, run.teacher, step, *how)
@@ -56,6 +56,11 @@ class MaskDistillation(StepTraining):
 
     def weights(self, step: int) -> dict[str, float]:
         return self.planned.step.losses.weights()
+
+
+def masks_of(run: Run) -> Path:
+    """The folder of the teacher's masks: with its embeddings, however those are stored, or in the run's own folder."""
+    return (run.cache.common if run.cache else run.folder.work) / everything_masks.name_of(run.teacher)
 
 
 def make_trainer(

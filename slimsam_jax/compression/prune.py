@@ -53,7 +53,7 @@ def prune(
       RunError: the model's statistics are not finite.
     """
     if (family := name_of(sam.config.encoder)) != "vit":
-        found_groups.check(sam.config, target, [step], uniform)
+        found_groups.check_steps(sam.config, target, [step], uniform)
     if step.criterion == "projection" and family != "vit":
         return PROJECTIONS[family].project(sam, step, target, calibration, seed)
     if step.criterion == "projection":

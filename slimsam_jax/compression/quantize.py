@@ -85,15 +85,16 @@ def quantized(
       RunError: more than this share of them.
     """
     data.check_one_is_readable(samples)
-    count, size = min(step.images, len(samples)), sam.config.image_size
-    batches = Batches(samples, size, AT_ONCE, seed, max_broken=max_broken, frame=sam.config.frame)
+    alone = step.method == "tinysam"  # it reads one batch
+    count, size = min(step.images, len(samples), AT_ONCE if alone else len(samples)), sam.config.image_size
+    at_once = count if alone else AT_ONCE
+    batches = Batches(samples, size, at_once, seed, max_broken=max_broken, frame=sam.config.frame)
     try:
-        taken = list(itertools.islice(batches, -(-count // AT_ONCE)))
+        taken = list(itertools.islice(batches, -(-count // at_once)))
     finally:
         batches.close()
     percentiles = (PERCENTILE,) if step.ranges == "percentile" else ()
-    prompts = step.head or step.method == "tinysam"
-    params = with_integers(sam, step, see(sam, taken, seed, percentiles, prompts))
+    params = with_integers(sam, step, see(sam, taken, seed, percentiles, step.head or alone, not alone))
     note = {"quantized": dataclasses.asdict(step) | {"calibration_images": count, "seed": seed}}
     return dataclasses.replace(sam, params=params, provenance={**sam.provenance, **note}), batches.skipped
 
@@ -120,7 +121,12 @@ class Seen:
 
 
 def see(
-    sam: Sam, batches: Sequence[dict[str, np.ndarray]], seed: int, percentiles: Sequence[float] = (), head: bool = True
+    sam: Sam,
+    batches: Sequence[dict[str, np.ndarray]],
+    seed: int,
+    percentiles: Sequence[float] = (),
+    head: bool = True,
+    statistics: bool = True,
 ) -> Seen:
     """Captures statistics of all layers.
 
@@ -129,14 +135,14 @@ def see(
       seed: of prompts.
       percentiles: of ranges, see `capture`.
       head: also of prompt encoder and decoder.
+      statistics: or inputs and prompts alone, for method tinysam.
     """
     shown = lambda items, name: track(items, f"quantize: {name}", len(batches), per_item=AT_ONCE, compiles=True)
     images = [(batch["image"], batch["size"]) for batch in batches]
-    encoder = capture(_embed_of(sam), sam.params["image_encoder"], shown(images, "image encoder"), percentiles)
+    of = lambda *what: _kernels(capture(*what)) if statistics else {}
+    encoder = of(_embed_of(sam), sam.params["image_encoder"], shown(images, "image encoder"), percentiles)
     prompts = list(prompted(sam, shown(batches, "decoder"), seed)) if head else []
-    return Seen(
-        _kernels(encoder), _kernels(capture(_decode_of(sam), sam.params, prompts) if head else {}), images, prompts
-    )
+    return Seen(encoder, of(_decode_of(sam), sam.params, prompts) if head else {}, images, prompts)
 
 
 def _kernels(seen: dict[str, Statistics]) -> dict[str, Statistics]:
@@ -158,10 +164,8 @@ def with_integers(sam: Sam, step: Quantize, seen: Seen) -> Params:
         new = with_ranges(new, seen.encoder, step)
         if step.float_inputs:
             new = without_worst(new, errors(new), step.float_inputs)
-    params = (
-        {**_head(sam, step, seen, how), "image_encoder": new} if step.head else {**sam.params, "image_encoder": new}
-    )
-    return jax.device_put(params)
+    rest = _head(sam, step, seen, how) if step.head else sam.params
+    return jax.device_put({**rest, "image_encoder": new})
 
 
 def tinysam_encoder(sam: Sam, step: Quantize, seen: Seen, search: tinysam_function.Search | None = None) -> Params:

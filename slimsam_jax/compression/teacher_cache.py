@@ -43,7 +43,8 @@ class TeacherCache:
         height, width = teacher.config.image_size
         self.teacher, self.layout = teacher, Layout(embedding_shapes(teacher.config), precision)
         kind = "" if precision == "float16" else f"-{precision}"
-        self.folder = folder / f"{teacher_hash[:16]}-{height}x{width}{kind}"
+        self.common = folder / f"{teacher_hash[:16]}-{height}x{width}"  # of what no precision changes, such as masks
+        self.folder = self.common.with_name(self.common.name + kind)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -89,16 +90,16 @@ class TeacherCache:
         """
         share = samples[jax.process_index() :: jax.process_count()]  # of all, not of what is missing at this moment
         missing = [sample for sample in share if not self._is_there(sample)]
-        if not missing:
+        count = sum(sharding.gather_json(len(missing)))  # by all: a process that misses nothing answers, too
+        if not count:
             return
-        count = len(missing) * jax.process_count()
         needed, free = count * self.layout.bytes, shutil.disk_usage(self.folder).free
         if sharding.is_main():
             each = f"{count} images of {self.layout.bytes / 1e6:.3g} MB ({self.layout.precision})"
             print(f"the teacher's embeddings: about {needed / 1e9:.2f} GB in {self.folder}, {each}", flush=True)
         if free < needed:
             raise RunError(f"{self.folder} has {free / 1e9:.2f} GB free; choose another --cache, or none")
-        for sample in track(missing, "teacher's embeddings"):
+        for sample in track(missing, "teacher's embeddings") if missing else ():
             self._compute(sample)
 
     def _is_there(self, sample: Sample) -> bool:

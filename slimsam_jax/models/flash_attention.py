@@ -42,7 +42,19 @@ def _no_cudnn(width: int) -> str:
     widest = 256 if generation >= 9 else 128 if generation >= 8 else 0
     if not widest:
         return f"cuDNN's flash attention needs compute capability 8.0, not {capability or 'unknown'!r}"
+    if capability == "10.3" and _cudnn_version() < 91100:
+        return "cuDNN's flash attention needs cuDNN 9.11 for compute capability 10.3"
     return f"{width} channels per head (with positions), at most {widest}" if width > widest else ""
+
+
+def _cudnn_version() -> int:
+    """Of the cuDNN that is here, 91100 say; 0 if there is none."""
+    from jax._src.lib import cuda_versions
+
+    try:
+        return cuda_versions.cudnn_get_version()
+    except (AttributeError, RuntimeError):  # None without the plug-in; or its library is not there
+        return 0
 
 
 def _no_splash(images: int, mesh: Mesh | None) -> str:

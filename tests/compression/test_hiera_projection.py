@@ -12,15 +12,18 @@ import pytest
 
 from helpers.family_models import SLIM_HIERA, sam2
 from helpers.models import random_images
-from slimsam_jax.compression import found_groups
+from slimsam_jax.compression import found_groups, prune
 from slimsam_jax.compression.budget import Budget, Target
 from slimsam_jax.compression.projection import hiera, plain_vit
 from slimsam_jax.compression.projection.hiera_statistics import moments_of
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.errors import InputError
+from slimsam_jax.models.composed import SamConfig
 from slimsam_jax.models.encoders import counts
+from slimsam_jax.models.encoders.hiera import PRESETS
 from slimsam_jax.models.sam import Sam, run_encoder
 from slimsam_jax.profiling import sam_costs
+from slimsam_jax.pruning import allocation
 
 PARTS = ("stream", "attention", "mlp", "sensitivity")  # all, so that there is one program
 DIMS = [stage.dim for stage in SLIM_HIERA.stages]
@@ -134,6 +137,24 @@ def test_budgets_that_cannot_be_met_are_one_line(budget, criterion, message):
     found_groups.check(sam2().config, Target(0.5), steps, uniform=False)
     with pytest.raises(InputError, match=message):
         found_groups.check(sam2().config, Target(budget=budget), steps, uniform=False)
+
+
+def test_a_budget_that_the_streams_meet_alone_leaves_the_rest(monkeypatch):
+    """Rounding may cut them further than was asked for: then the bottlenecks keep all that is a multiple, unrefused."""
+    tiny = PRESETS["sam2_tiny"]
+    head = dataclasses.replace(sam2().config.head, image_size=tiny.image_size, out_chans=tiny.out_chans)
+    config, step = SamConfig(tiny, head), Prune("bottleneck", round_to=64)
+    target = Target(budget=Budget("macs", 143.27e9))
+    ratio = target.channel_ratio(config)
+    stages = [dataclasses.replace(s, dim=allocation.rounded_width(s.dim, ratio, 64)) for s in tiny.stages]
+    slim = config.with_encoder(dataclasses.replace(tiny, stages=tuple(stages)))
+    assert target.budget.cost(slim) < 143.27e9 < target.budget.cost(config)
+    monkeypatch.setattr(hiera, "project", lambda sam, step, target, calibration, seed: sam)
+    assert prune.prune(Sam(slim, {}), step, target, None, 0).config == slim
+    costs = hiera.group_costs(slim.encoder, "macs")
+    gains = {name: np.linspace(1, 0, len(table) - 1) for name, table in costs.items()}
+    widths = plain_vit.within_budget(slim, gains, target.budget, step, hiera.group_costs)
+    assert widths == {name: len(gain) // 64 * 64 for name, gain in gains.items()}
 
 
 def test_costs_are_what_a_channel_adds():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -18,11 +19,12 @@ from slimsam_jax import checkpoint
 from slimsam_jax.api import compress_with
 from slimsam_jax.compression import everything_masks, report
 from slimsam_jax.compression.everything_masks import with_masks
-from slimsam_jax.compression.mask_distill import MaskDistillation, make_trainer
+from slimsam_jax.compression.mask_distill import MaskDistillation, make_trainer, masks_of
 from slimsam_jax.compression.mask_steps import Prompting
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Initialize
+from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.errors import RunError
 from slimsam_jax.files import write_json
 
@@ -74,6 +76,13 @@ def test_edge_sam_is_resumed_within_its_prompts(material, tmp_path, monkeypatch,
     chex.assert_trees_all_equal(resumed.params, whole.params)
     assert log_of(tmp_path / "slim") == log_of(tmp_path / "whole")
     assert len(searched) == 2 * len({sample.name for sample in searched})  # not once more where it was resumed
+
+
+def test_masks_are_the_same_however_embeddings_are_stored(tmp_path):
+    teacher = random_sam(SQUARE)
+    caches = [TeacherCache(tmp_path, teacher, "0" * 64, precision) for precision in ("float16", "int8")]
+    first, second = (masks_of(SimpleNamespace(cache=cache, teacher=teacher)) for cache in caches)
+    assert first == second and first.parent == caches[0].folder != caches[1].folder
 
 
 @pytest.mark.parametrize(

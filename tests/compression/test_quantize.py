@@ -262,6 +262,24 @@ def test_the_worst_layers_have_8_bits(sam, monkeypatch):
     )
 
 
+def test_tinysams_scheme_takes_one_batch_and_no_statistics(sam, material, monkeypatch):
+    """And the model says how many images that were."""
+    seen = []
+    monkeypatch.setattr(quantize_module, "capture", lambda *_: pytest.fail("captured"))
+    monkeypatch.setattr(
+        quantize_module, "prompted", lambda sam, batches, seed: [len(batch["image"]) for batch in batches]
+    )
+    monkeypatch.setattr(quantize_module, "with_integers", lambda sam, step, own: seen.append(own) or sam.params)
+    photos = samples(sorted((material / "images").iterdir()))
+    for asked, used in ((32, 4), (3, 3)):
+        step = Quantize(activations=8, method="tinysam", head=False, images=asked)
+        new, _ = quantize_module.quantized(sam, photos, step)
+        assert new.provenance["quantized"]["calibration_images"] == used
+        assert [len(images) for images, _ in seen[-1].images] == seen[-1].prompts == [used]
+    with pytest.raises(InputError, match="float_weights are of prompt encoder and decoder"):
+        Quantize(float_weights=2, head=False)
+
+
 def test_tinysams_scheme_runs_on_an_encoder(sam):
     """Guided by masks; and it is of the encoder and its inputs alone."""
     random = np.random.default_rng(0)

@@ -95,10 +95,22 @@ def test_several_processes_leave_nothing_out(material, teacher, tmp_path, monkey
     images = samples(sorted((material / "images").iterdir()))
     cache = TeacherCache(tmp_path, teacher, "0" * 64)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(teacher_cache.sharding, "gather_json", lambda own: [own, 3])
     for index in range(2):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
         cache.fill(images)
         assert len(list(cache.folder.iterdir())) == 3 * (index + 1)
+
+
+def test_the_main_process_announces_what_others_miss(material, teacher, tmp_path, monkeypatch, capsys):
+    images = samples(sorted((material / "images").iterdir()))[:1]
+    cache = TeacherCache(tmp_path, teacher, "0" * 64)
+    monkeypatch.setattr(cache, "_is_there", lambda sample: True)
+    cache.fill(images)
+    assert "embeddings" not in capsys.readouterr().out
+    monkeypatch.setattr(teacher_cache.sharding, "gather_json", lambda own: [own, 7])
+    cache.fill(images)
+    assert "7 images of 0.00102 MB" in capsys.readouterr().out and not list(cache.folder.iterdir())
 
 
 def test_the_teacher_leaves_the_step(teacher):

@@ -12,9 +12,10 @@ from PIL import Image
 
 from converters import to_onnx
 from converters.onnx import integers, kernels
-from converters.onnx.graph import FLOAT, Graph
+from converters.onnx.graph import ANTIALIASED, BILINEAR, FLOAT, Graph
+from helpers.family_models import sam2
 from helpers.models import random_sam, tiny_config
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.models.sam import encode
 from slimsam_jax.quantization import Quantized
 from slimsam_jax.quantization.codes import storage
@@ -73,6 +74,35 @@ def test_embeddings_are_those_of_jax(span, bits, input_bits, suffix, kernel, sam
     assert integers.suffix_of(own) == suffix
     types = {node.op_type for node in encoder.graph.node}
     assert ("QuantizeLinear" in types) == (span is not TOKENS)
+
+
+def test_tokens_of_sam2_in_the_layout_of_sam():
+    """Whose encoder resizes with antialiasing, of an opset that has a reduction's axes as an input."""
+    encoder, _ = to_onnx.models(quantized(sam2(), TOKENS), "sam", np.float32, integers=True)
+    onnx.checker.check_model(encoder, full_check=True)
+    (embedding, *_) = kernels.session(encoder.SerializeToString()).run(None, {"images": IMAGE.transpose(0, 3, 1, 2)})
+    assert np.isfinite(embedding).all()
+
+
+@pytest.mark.parametrize(("how", "opset"), [(BILINEAR, 17), (ANTIALIASED, 18)], ids=["17", "18"])
+def test_reductions_are_the_same_in_both_opsets(how, opset):
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    g = Graph({})
+    same = g.op("Resize", "x", "", "", np.array(x.shape), **how)
+    found = {kind: (g.reduce(kind, same, (1, -1)), (2, 1, 4, 1)) for kind in ("ReduceMax", "ReduceMean")}
+    model = g.model("m", CONFIG, {"x": (FLOAT, x.shape)}, found)
+    onnx.checker.check_model(model, full_check=True)
+    largest, mean = kernels.session(model.SerializeToString()).run(None, {"x": x})
+    np.testing.assert_array_equal(largest, x.max((1, 3), keepdims=True))
+    np.testing.assert_allclose(mean, x.mean((1, 3), keepdims=True), atol=1e-6)
+    assert model.opset_import[0].version == opset
+
+
+def test_a_graph_that_is_none_is_one_line(tmp_path):
+    g = Graph({})
+    model = g.model("m", CONFIG, {"x": (FLOAT, (1, 2))}, {"y": (g.op("Absolute", "x"), (1, 2))})
+    with pytest.raises(RunError, match=r"cannot write x\.onnx"):
+        to_onnx.save(model, tmp_path / "x.onnx")
 
 
 @pytest.mark.parametrize("span", [[0.1, 5], [0.1, 8]], ids=["unsigned", "signed"])

@@ -75,6 +75,22 @@ def test_a_slim_model_and_the_file_beside_it(tmp_path):
             np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+def test_half_a_prompt_is_refused(predictor):
+    for labels in (None, [1, 0]):
+        with pytest.raises(ValueError, match=r"point_coords \[n, 2\] and point_labels \[n\] go together"):
+            predictor.predict(point_coords=[[1, 2]], point_labels=labels)
+    with pytest.raises(ValueError, match=r"a box is \[4\].*not \[1, 8\]"):
+        predictor.predict(box=[[1, 2, 3, 4, 5, 6, 7, 8]])
+
+
+def test_a_check_holds_no_weights(predictor, monkeypatch):
+    made = []
+    hold = sam2_torch.hold
+    monkeypatch.setattr(sam2_torch, "hold", lambda root, name, array: made.append(array) or hold(root, name, array))
+    predictor.model.check()
+    assert made and all(array.is_meta for array in made)
+
+
 def test_the_published_layout_loads(tmp_path):
     """Of zeros; nothing needs to be given, and the memory of videos is passed by."""
     shapes = json.loads(golden_file.COUNTS.read_text())["shapes"]
@@ -87,6 +103,10 @@ def test_the_published_layout_loads(tmp_path):
 def test_what_cannot_be_loaded_is_one_line(tmp_path):
     to_torch.save_sam(sam2(), tmp_path / "slim.pt")
     whole = torch.load(tmp_path / "slim.pt")["model"]
+    bare = dict(whole)  # without the note
+    torch.save({"model": bare}, tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match=r"publishes 5 blocks: give heads=, windows= and global_blocks="):
+        sam2_torch.load(tmp_path / "bare.pt")
     changes = {
         "neck": lambda state: state.pop("image_encoder.neck.convs.0.conv.bias"),
         "nothing reads image_encoder.neck.x": lambda state: state.update({"image_encoder.neck.x": torch.zeros(3)}),

@@ -49,6 +49,18 @@ def test_the_rate_is_chosen_by_other_photographs_than_it_is_measured_on(tmp_path
     assert line == f"| {cells} |"
 
 
+def test_a_seed_that_failed_is_counted_and_left_out_of_means():
+    scores = {"chosen_by": 0.5, "agreement": 0.4, "point": 0.3, "error": 0.2}
+    failed = {"chosen_by": 0.0, "agreement": 0.0, "point": 0.0, "failed": "the loss is not finite"}
+    sizes = {"encoder_parameters": 8e5, "encoder_macs": 1e9}
+    keys = [distillers.key_of("edge_sam, vit_small", 30, Plan(), 1.0, seed) for seed in (0, 1)]
+    found = [{**keys[0], **sizes, **scores}, {**keys[1], **failed}]
+    line = distillers.line_of("edge_sam, vit_small", found)
+    assert "| 40.00 | 30.00 | 0.2 | 1 of 1 | 2 (1 not finite), 80 |" in line
+    nothing = distillers.line_of("edge_sam, vit_small", [{**key, **failed} for key in keys])
+    assert "|  |  | not finite |  |  | 1 of 1 | 2 (2 not finite), 80 |" in nothing
+
+
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(distillers, "FILE", tmp_path / "rows.jsonl")
     key = distillers.key_of("tiny_sam, tokens 0", 30, Plan(), 1 / 3, 0)

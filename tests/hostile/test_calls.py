@@ -14,6 +14,7 @@ from PIL import Image
 
 from helpers.models import SQUARE, random_sam
 from slimsam_jax import limits
+from slimsam_jax.compression import dispatch
 from slimsam_jax.data.sample import eight_bits
 from slimsam_jax.errors import InputError
 from slimsam_jax.inference import engine, mixed_prompts, predictor
@@ -244,3 +245,8 @@ def test_floats_and_sixteen_bits_become_eight():
 
 def test_there_are_as_many_as_were_asked_for():
     assert len(CALLS) + len(FIELDS) + len(GRIDS) >= 111
+
+
+def test_a_run_refuses_what_is_no_model():
+    with pytest.raises(InputError, match=r"a model must be given, as .*not a str"):
+        dispatch.run(None, "sam.pth")

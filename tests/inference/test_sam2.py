@@ -86,4 +86,6 @@ def test_it_is_evaluated_and_inspected(small, material, capsys):
     assert all(0 <= summary[name][0]["mean"] <= 1 for name in ("point/iou", "box/iou"))
     analysis.print_parts(small)
     said = capsys.readouterr().out
-    assert "pos_embed_window" in said and "G MACs" in said
+    assert "pos_embed_window" in said and "G MACs (attention" in said
+    height, width = small.config.image_size
+    assert f"{height} x {width} pixels" in said

@@ -192,12 +192,15 @@ def test_only_a_batch_that_is_split_takes_the_logits_of_many_devices(monkeypatch
         ("9.0", jnp.float32, 64, "not float32"),
         ("7.5", jnp.bfloat16, 64, "capability 8.0, not '7.5'"),
         ("gfx90a", jnp.bfloat16, 64, "not 'gfx90a'"),
+        ("10.0", jnp.bfloat16, 64, ""),
+        ("10.3", jnp.bfloat16, 64, "needs cuDNN 9.11"),
     ],
 )
 def test_flash_attention_is_used_where_it_can_run(monkeypatch, capability, dtype, width, obstacle):
     """What cuDNN takes, as jax documents it; the kernel itself needs a GPU."""
     device = type("Device", (), {"platform": "gpu", "compute_capability": capability})
     monkeypatch.setattr(attention.sharding, "_target", (device,))
+    monkeypatch.setattr(flash_attention, "_cudnn_version", lambda: 91002)
     q = jax.ShapeDtypeStruct((1, 64, 64, 12, width), dtype)
     assert attention.choose("rows", q) == "rows"
     assert attention.choose("auto", q) == ("rows" if obstacle else "folded")

@@ -75,7 +75,8 @@ def test_predict_says_where_no_mask_is(folders, material, tmp_path, monkeypatch,
 def test_inspect_and_calibrate(folders, material, tmp_path, monkeypatch, capsys):
     code, said, _ = run_program(monkeypatch, capsys, "inspect", folders / "some")
     size, macs = parameters_of(TINY), macs_of(TINY)
-    assert code == 0 and f"{macs / 1e9:.3f} G MACs (attention 0.000), whole model {size / 1e6:.3f} M parameters" in said
+    assert code == 0 and f"{macs / 1e9:.3f} G MACs, whole model {size / 1e6:.3f} M parameters" in said
+    assert f"{TINY.image_size} x {TINY.image_size} pixels" in said
     arguments = (folders / "some", "--images", material / "images", "--out", tmp_path / "x.png")
     code, _, error = run_program(monkeypatch, capsys, "inspect", *arguments)
     assert code == 2 and "tried of SAMs alone" in error

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from slimsam_jax.compression.projection.statistics import Moments, Weighting, _wide, like
+from slimsam_jax.compression.projection.statistics import Moments, Weighting, in_float64, like
 from slimsam_jax.models.config import Config
 from slimsam_jax.models.sam import Params
 from slimsam_jax.pruning.bases import Compression, bilinear_basis, output_basis
@@ -69,17 +69,17 @@ def bases_of_block(
     attn: Params, moments: Moments, i: int, weighting: Weighting, tables: Sequence[np.ndarray] = ()
 ) -> HeadBases:
     """Bases of block i of SAM's ViT or EfficientSAM's; `tables`, [distances, d], are what q reads besides k."""
-    m, kernels = _wide(moments["attention"][i]), np.float64(attn["proj"]["kernel"])
+    m, kernels = in_float64(moments["attention"][i]), np.float64(attn["proj"]["kernel"])
     queries, means = m["q"] / m["tokens"], m["output_sum"] / m["tokens"]
     covariances = m["output"] / m["tokens"] - np.einsum("ni,nj->nij", means, means)
     metric = np.eye(kernels.shape[2])
     if weighting == "disturbed":
-        metric = _wide(moments["sensitivity"]["middle"][i]) / moments["embedding"]
+        metric = in_float64(moments["sensitivity"]["middle"][i]) / moments["embedding"]
     readers = np.einsum("niD,DE,njE->nij", kernels, metric, kernels, optimize=True)
     outputs = [output_basis(c, r) for c, r in zip(covariances, readers, strict=True)]
     written = sum(o.singular_values**2 for o in outputs)
     if weighting == "disturbed":
-        hurt = len(kernels) * _wide(moments["sensitivity"]["queries"][i]) / moments["embedding"]
+        hurt = len(kernels) * in_float64(moments["sensitivity"]["queries"][i]) / moments["embedding"]
         logits = output_basis(queries, hurt)
         return HeadBases(logits.encode, logits.decode.T, outputs, means, logits.singular_values**2, written)
     keys = m["k"] / m["keys"] / len(queries) + sum(table.T @ table / len(table) for table in tables)

@@ -185,7 +185,8 @@ def _behind_norm(
 
 def group_costs(config: Config, kind: str) -> Costs:
     """As `plain_vit.group_costs`."""
-    tables, before = {}, counts.macs(config).total
+    tables: Costs = {}
+    before = counts.macs(config).total if kind == "macs" else 0
     for i, place in enumerate(places(config)):
         heads, inputs, dim = place.block.heads, place.inputs, place.dim
         own = {"qk": 2 * heads * (inputs + 1), "v": heads * (inputs + dim + 1), "mlp": 2 * dim + 1}

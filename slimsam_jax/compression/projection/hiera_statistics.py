@@ -14,11 +14,11 @@ from slimsam_jax.compression.projection.statistics import (
     Moments,
     Part,
     Statistic,
-    _attention,
-    _gram,
-    _mlp,
-    _normal,
-    _variance,
+    attention_moments,
+    gram,
+    mlp_moments,
+    normalised,
+    variance_of,
 )
 from slimsam_jax.models.encoders.hiera import pool
 from slimsam_jax.models.encoders.hiera_config import Place, places
@@ -45,14 +45,16 @@ def moments_of(config: Architecture, parts: Sequence[Part]) -> Statistic:
         found: dict[str, Any] = {
             "tokens": jnp.array(float(len(keys))),
             "embedding": jnp.array(float(len(maps) * len(keys))),
-            "blocks": [_variance(block["out"]) / math.prod(block["out"].shape[1:3]) for block in blocks],
+            "blocks": [variance_of(block["out"]) / math.prod(block["out"].shape[1:3]) for block in blocks],
         }
         if "stream" in parts:
             found["stream"] = _streams(config, features, blocks, changes)
         if "attention" in parts:
-            found["attention"] = [_attention(*_real(place, block)) for place, block in zip(spots, blocks, strict=True)]
+            found["attention"] = [
+                attention_moments(*_real(place, block)) for place, block in zip(spots, blocks, strict=True)
+            ]
         if "mlp" in parts:
-            found["mlp"] = [_mlp(block) for block in blocks]
+            found["mlp"] = [mlp_moments(block) for block in blocks]
         if "sensitivity" in parts:
             found["sensitivity"] = _sensitivity(config, encoder, batch, keys)
         return found
@@ -67,7 +69,7 @@ def _streams(config: Architecture, features: Any, blocks: Sequence[Any], changes
         return _second(normal(x)) if changes is None else _across(normal(x @ changes[stage].T), normal(x))
 
     own = [
-        {"norm1": ask(x, place.stage - place.pools, _normal), "norm2": ask(block["middle"], place.stage, _normal)}
+        {"norm1": ask(x, place.stage - place.pools, normalised), "norm2": ask(block["middle"], place.stage, normalised)}
         for x, place, block in zip(before, spots, blocks, strict=False)
     ]
     lasts = [*config.encoder.firsts[1:], len(blocks)]
@@ -83,7 +85,7 @@ def _across(narrow: jax.Array, x: jax.Array) -> Moments:
 
 def _second(x: jax.Array) -> Moments:
     """Second moment [D, D] and sum [D] of vectors, and their number."""
-    return {"second": _gram(x), "sum": x.sum((0, 1, 2)), "tokens": jnp.array(float(math.prod(x.shape[:3])))}
+    return {"second": gram(x), "sum": x.sum((0, 1, 2)), "tokens": jnp.array(float(math.prod(x.shape[:3])))}
 
 
 def _real(place: Place, block: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -114,6 +116,6 @@ def _sensitivity(config: Architecture, encoder: Params, batch: Batch, keys: jax.
     (grads,) = pull_back(jax.vmap(noise)(keys, maps))
     blocks = [grads[f"blocks_{i}"] for i in range(config.encoder.depth)]
     return {
-        **{name: [_gram(block[name]) for block in blocks] for name in ("middle", "out")},
-        "queries": [_gram(block["attn"]["queries"]) / block["attn"]["queries"].shape[-2] for block in blocks],
+        **{name: [gram(block[name]) for block in blocks] for name in ("middle", "out")},
+        "queries": [gram(block["attn"]["queries"]) / block["attn"]["queries"].shape[-2] for block in blocks],
     }

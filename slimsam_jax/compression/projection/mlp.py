@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from slimsam_jax.compression.projection.statistics import Moments, Weighting, _wide, like
+from slimsam_jax.compression.projection.statistics import Moments, Weighting, in_float64, like
 from slimsam_jax.models.sam import Params
 from slimsam_jax.pruning import bases
 
@@ -23,7 +23,7 @@ class HiddenUnits:
         self.moments, self.kernel = moments["mlp"][i], np.float64(kernel)
         _, covariance = self._mean_and_covariance()
         if weighting == "disturbed":
-            metric = bases.root(_wide(moments["sensitivity"]["out"][i]) / moments["embedding"])
+            metric = bases.root(in_float64(moments["sensitivity"]["out"][i]) / moments["embedding"])
             self.order, self.gains = bases.choose_units(covariance, self.kernel @ metric, count)
         else:
             self.order, gains = bases.choose_units(covariance, self.kernel, count)
@@ -31,7 +31,7 @@ class HiddenUnits:
 
     def _mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
         """Computed each time: those of all blocks of SAM-H together would be 6.7 GB."""
-        m = _wide(self.moments)
+        m = in_float64(self.moments)
         mean = m["hidden_sum"] / m["tokens"]
         return mean, m["hidden"] / m["tokens"] - np.outer(mean, mean)
 

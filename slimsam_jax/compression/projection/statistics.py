@@ -19,7 +19,7 @@ from slimsam_jax.pruning.gradients import image_keys
 Weighting = Literal["none", "disturbed"]
 
 
-def _wide(tree: Moments) -> Moments:
+def in_float64(tree: Moments) -> Moments:
     """In float64."""
     return jax.tree.map(np.float64, tree)
 
@@ -82,7 +82,7 @@ def moments_of(config: Architecture, parts: Sequence[Part], mesh: Mesh | None = 
     Parts:
       stream: [D, D] second moment of the residual stream after patch embedding and after the attention and
         the MLP of every block together, each token centred and scaled as LayerNorm will.
-      attention, mlp: a dict per block, see `_attention` and `_mlp`.
+      attention, mlp: a dict per block, see `attention_moments` and `mlp_moments`.
       sensitivity: see `_sensitivity`; takes a backward pass.
     """
 
@@ -92,15 +92,15 @@ def moments_of(config: Architecture, parts: Sequence[Part], mesh: Mesh | None = 
         found: dict[str, Any] = {
             "tokens": jnp.array(float(embedding[..., 0].size)),
             "embedding": jnp.square(embedding - embedding.mean()).sum(),
-            "blocks": [_variance(block["out"]) for block in blocks],
+            "blocks": [variance_of(block["out"]) for block in blocks],
         }
         if "stream" in parts:
-            found["stream"] = sum(_gram(_normal(x)) for x in stream_features(config.encoder, features)["stream"])
+            found["stream"] = sum(gram(normalised(x)) for x in stream_features(config.encoder, features)["stream"])
         if "attention" in parts:
             real = [_real_tokens(config, block) for block in config.encoder.blocks]
-            found["attention"] = [_attention(*pair) for pair in zip(blocks, real, strict=True)]
+            found["attention"] = [attention_moments(*pair) for pair in zip(blocks, real, strict=True)]
         if "mlp" in parts:
-            found["mlp"] = [_mlp(block) for block in blocks]
+            found["mlp"] = [mlp_moments(block) for block in blocks]
         if "sensitivity" in parts:
             found["sensitivity"] = _sensitivity(config, encoder, batch, keys, mesh)
         return found
@@ -108,17 +108,17 @@ def moments_of(config: Architecture, parts: Sequence[Part], mesh: Mesh | None = 
     return statistic
 
 
-def _gram(x: jax.Array) -> jax.Array:
+def gram(x: jax.Array) -> jax.Array:
     """[..., c] -> [c, c]: sum of x xᵀ."""
     x = x.reshape(-1, x.shape[-1])
     return x.T @ x
 
 
-def _normal(x: jax.Array) -> jax.Array:
+def normalised(x: jax.Array) -> jax.Array:
     return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + LAYERNORM_EPSILON)
 
 
-def _variance(stream: jax.Array) -> jax.Array:
+def variance_of(stream: jax.Array) -> jax.Array:
     """Sum over tokens and channels of a stream's squares, each token centred."""
     return jnp.square(stream - stream.mean(-1, keepdims=True)).sum()
 
@@ -129,7 +129,7 @@ def _real_tokens(config: Architecture, block: Any) -> jax.Array:
     return (real if window == GLOBAL else window_partition(real, window))[..., None]
 
 
-def _attention(block: dict[str, jax.Array], real: jax.Array) -> Moments:
+def attention_moments(block: dict[str, jax.Array], real: jax.Array) -> Moments:
     """Second moments of q and k (mean over heads), of each head's output, its sum, and the number of tokens.
 
     The padding of windows is left out where nobody reads it: in q and the outputs. As keys it is attended to.
@@ -139,8 +139,8 @@ def _attention(block: dict[str, jax.Array], real: jax.Array) -> Moments:
     flat = lambda x: x.reshape(-1, *x.shape[-2:])
     q, k, o = flat(block["q"] * real), flat(block["k"]), flat(block["heads"] * real)
     return {
-        "q": _gram(q) / q.shape[1],
-        "k": _gram(k) / k.shape[1],
+        "q": gram(q) / q.shape[1],
+        "k": gram(k) / k.shape[1],
         "keys": jnp.array(float(len(k))),
         "output": jnp.einsum("tni,tnj->nij", o, o),
         "output_sum": o.sum(0),
@@ -148,10 +148,10 @@ def _attention(block: dict[str, jax.Array], real: jax.Array) -> Moments:
     }
 
 
-def _mlp(block: dict[str, jax.Array]) -> Moments:
+def mlp_moments(block: dict[str, jax.Array]) -> Moments:
     """Second moment and sum of the hidden activations, and the number of tokens."""
     hidden = block["mlp"].reshape(-1, block["mlp"].shape[-1])
-    return {"hidden": _gram(hidden), "hidden_sum": hidden.sum(0), "tokens": jnp.array(float(len(hidden)))}
+    return {"hidden": gram(hidden), "hidden_sum": hidden.sum(0), "tokens": jnp.array(float(len(hidden)))}
 
 
 def _sensitivity(
@@ -179,6 +179,6 @@ def _sensitivity(
     widths = config.encoder.blocks
     blocks = [grads[f"blocks_{i}"] for i in range(len(widths))]
     return {
-        **{name: [_gram(block[name]) for block in blocks] for name in ("middle", "out")},
-        "queries": [_gram(block["attn"]["queries"]) / widths[i].heads for i, block in enumerate(blocks)],
+        **{name: [gram(block[name]) for block in blocks] for name in ("middle", "out")},
+        "queries": [gram(block["attn"]["queries"]) / widths[i].heads for i, block in enumerate(blocks)],
     }

@@ -9,9 +9,11 @@
 - `STAGES`: which groups of channels are cut with either, a predicate on the paths of their members.
 
 A family may bring along what else it knows: `keep_logit_scale`, `abstract_params`, `kept_elements`,
-`last_arrays`, `RANKED_BY_STABILITY`, `ROTATES`, `LEAVES_OUT`, `for_inference`, `keeps_unread`, `embedding_shapes` (of
-several maps), `narrowed` (for budgets).
-What is for SAM's ViT alone (budgets, uniform cuts) asks for "vit" by name and refuses others.
+`last_arrays`, `RANKED_BY_STABILITY`, `LEAVES_OUT`, `for_inference`, `keeps_unread`, `embedding_shapes` (of several
+maps).
+`ROTATES` says that bases may be chosen; such a family has an entry in `compression.prune.PROJECTIONS`. Budgets ask for
+`narrowed(config, narrow)`: the architecture with every width of streams and bottlenecks by `narrow`, an int -> int.
+What is for SAM's ViT alone (uniform cuts) asks for "vit" by name and refuses others.
 """
 
 from __future__ import annotations

@@ -213,9 +213,8 @@ def _bottleneck(paths: Collection[str]) -> bool:
 STAGES = {"embedding": _embedding, "bottleneck": _bottleneck}
 
 
-ROTATES = (
-    True  # the first stream, v and, unless they are pooled, q and k; `compression.projection.hiera` selects others
-)
+# The first stream, v and, unless they are pooled, q and k; `compression.projection.hiera` selects the others.
+ROTATES = True
 
 
 def kept_elements(config: Config) -> int:
