@@ -73,5 +73,7 @@ def test_a_family_without_a_graph_is_refused(sam, monkeypatch):
     from converters.onnx import layouts
 
     monkeypatch.delitem(layouts.ENCODERS, "tiny_vit")
-    with pytest.raises(InputError, match="x is a tiny_vit, and ONNX is written of vit, efficient_sam, rep_vit, hiera alone"):
+    with pytest.raises(
+        InputError, match="x is a tiny_vit, and ONNX is written of vit, efficient_sam, rep_vit, hiera alone"
+    ):
         to_onnx.check_model(sam, "x")

@@ -11,6 +11,7 @@ import tyro
 from converters import from_torch
 from experiments import figures, results, rows, slimming, tables
 from experiments.rows import TABLES, Row
+from experiments.sa1b import hours
 from slimsam_jax import checkpoint, data
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.recipes import RECIPES
@@ -86,7 +87,10 @@ def test_what_is_measured_of_a_slim_model(material):
 
 
 def test_the_folder_of_tables_is_what_the_results_give(tmp_path, monkeypatch):
+    """But for hours of distillers, which half a minute of tracing counts."""
     kept = {path.name: path.read_text() for path in results.TABLE_FOLDER.iterdir()}
+    del kept["distillers_hours.md"]
+    monkeypatch.setattr(tables, "COUNTED", (hours,))
     monkeypatch.setattr(results, "TABLE_FOLDER", tmp_path / "tables")
     monkeypatch.setattr(figures, "FOLDER", tmp_path / "figures")
     tables.main()
