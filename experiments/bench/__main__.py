@@ -20,7 +20,6 @@ counted. Both sides take the GPU if there is one, else all cores that this proce
 
 from __future__ import annotations
 
-import json
 import sys
 
 import tyro
@@ -35,10 +34,7 @@ def main(options: Options) -> None:
         sys.exit(f"--preset {options.preset} is no slim model: the stages need vit_p50, vit_p77 or small_p50")
     if options.compile and options.what != "forward":
         sys.exit("--compile is for --what forward alone")
-    if options.side == "both":
-        compare(options)
-    else:
-        print(json.dumps(turns.timed(make_step(options), options.images)))
+    turns.take(options, make_step, compare)
 
 
 def make_step(options: Options) -> Step:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from typing import Literal
 
@@ -46,10 +45,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    if options.side == "both":
-        compare(options)
-    else:
-        print(json.dumps(turns.timed(make_step(options), options.images)))
+    turns.take(options, make_step, compare)
 
 
 def make_step(options: Options) -> Step:

@@ -14,7 +14,6 @@ Every turn is a process of its own, as in `bench.py`, and compilation and the fi
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from typing import Literal
 
@@ -45,10 +44,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    if options.side == "both":
-        compare(options)
-    else:
-        print(json.dumps(turns.timed(make_step(options), options.images)))
+    turns.take(options, make_step, compare)
 
 
 def make_step(options: Options) -> Step:

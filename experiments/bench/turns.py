@@ -7,9 +7,18 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from experiments.bench.options import Step
+
+
+def take(options: Any, make_step: Callable[[Any], Step], compare: Callable[[Any], None]) -> None:
+    """Runs the one side that the options name, as a turn, and prints what it took; or compares both."""
+    if options.side == "both":
+        compare(options)
+    else:
+        print(json.dumps(timed(make_step(options), options.images)))
 
 
 def timed(step: Step, images: int) -> dict[str, Any]:
