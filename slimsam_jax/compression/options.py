@@ -43,8 +43,11 @@ class CutOptions:
     budget: str | None = None
     """Instead of --ratio, what the slim SAM may cost: params=9.1M (the whole SAM's), macs=47G (the image encoder's,
     attention included) or latency=120ms (of the image encoder, one image, measured on this machine)."""
-    recipe: Literal["default", "taylor", "slimsam", "mobile_sam", "edge_sam", "tiny_sam", "efficient_sam"] = "default"
-    """"default" chooses a basis before it cuts, and distils once; "taylor" cuts whole channels by Disturbed Taylor
+    recipe: Literal[
+        "default", "integers", "taylor", "slimsam", "mobile_sam", "edge_sam", "tiny_sam", "efficient_sam"
+    ] = "default"
+    """"default" chooses a basis before it cuts, and distils once; "integers" quantises the result as well, and distils
+    a little more (docs/quantization.md); "taylor" cuts whole channels by Disturbed Taylor
     importance and distils after each cut, without the reference's known bugs; "slimsam" does what the original code
     does. The others cut nothing: they distil into another encoder (--student), as MobileSAM, EdgeSAM, TinySAM and
     EfficientSAM do (docs/distillers.md)."""

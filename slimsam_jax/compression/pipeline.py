@@ -197,7 +197,8 @@ def name_skipped(run: Run, planned: Planned, skipped: Mapping[str, str]) -> None
 def quantize_step(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:
     """The step `Quantize`, calibrated on images of the run; every process does all of it."""
     new, skipped = quantized(student, run.images, planned.step, run.options.seed, run.options.broken_share())
-    name_skipped(run, planned, skipped)
+    if not run.is_named_later(planned):
+        name_skipped(run, planned, skipped)
     return new
 
 

@@ -36,8 +36,13 @@ def check(recipe: Recipe) -> None:
                     "or distil between them (recipe taylor)"
                 )
             cuts = []
-    if any(isinstance(step, Quantize) for step in recipe[:-1]):
-        raise InputError("nothing comes after Quantize: integers are neither cut nor trained")
+    after = list(itertools.dropwhile(lambda step: not isinstance(step, Quantize), recipe))[1:]
+    if not all(isinstance(step, Distill) for step in after):
+        raise InputError(
+            "integers are not cut, and only Distill trains what is beside them: no other step after Quantize"
+        )
+    if any(step.batch_norm != "frozen" for step in after):
+        raise InputError("integers are of batch norms as they were: leave batch_norm frozen after Quantize")
     if not any(isinstance(step, Prune | Quantize) or getattr(step, "encoder", None) for step in recipe):
         raise InputError("a recipe needs a step that prunes, quantises, or initializes another encoder")
 
@@ -62,12 +67,13 @@ def optimizer_steps(recipe: Recipe, images: int, batch: int, each: int | None = 
     """How many optimizer steps each step takes, 0 of those that train nothing.
 
     Args:
-      each: in each of the paper's two distillations, if given; other recipes share out as many by their epochs.
+      each: in each of the paper's two distillations, if given; other recipes share out as many by their epochs. A step
+        that says itself how many it takes (`Optimizer.steps`) takes those, and none if 0 are given.
 
     Raises:
       InputError: too few for every distillation to have one, or more than anybody has.
     """
-    epochs = [step.optimizer.epochs if hasattr(step, "optimizer") else 0 for step in recipe]
+    own, epochs = map(list, zip(*map(_asked, recipe), strict=True))
     if each is None:
         counts = [max(1, n * images // batch) if n else 0 for n in epochs]
     else:
@@ -80,7 +86,15 @@ def optimizer_steps(recipe: Recipe, images: int, batch: int, each: int | None = 
     distills = sum(map(bool, epochs))
     if each and any(n and not count for n, count in zip(epochs, counts, strict=True)):
         raise InputError(f"{2 * each} steps are too few for the {distills} distillations of this recipe")
-    return counts
+    return counts if each == 0 else list(map(max, counts, own))
+
+
+def _asked(step: Step) -> tuple[int, int]:
+    """The optimizer steps that a step asks for, or else its epochs; 0 and 0 of what trains nothing."""
+    optimizer = getattr(step, "optimizer", None)
+    if optimizer is None:
+        return 0, 0
+    return (optimizer.steps, 0) if optimizer.steps else (0, optimizer.epochs)
 
 
 def describe(recipe: Recipe) -> list[dict[str, Any]]:

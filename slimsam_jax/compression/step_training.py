@@ -15,6 +15,7 @@ from slimsam_jax.distillation.schedules import learning_rates, plateau_scale
 from slimsam_jax.distillation.step import TrainState
 from slimsam_jax.errors import RunError
 from slimsam_jax.models.sam import Sam
+from slimsam_jax.quantization import training
 from slimsam_jax.training.loop import ADVICE, Loop, Schedule, Trainer
 
 
@@ -67,7 +68,13 @@ class StepTraining(Loop):
 
     def sam(self, state: TrainState) -> Sam:
         """The student as it stands, off the mesh."""
-        return dataclasses.replace(self.student, params={**self.student.params, **learned(state)})
+        before, new = self.student.params, learned(state)
+        nodes = {part: training.nodes_of(before[part]) for part in new}
+        if any(nodes.values()):
+            new = jax.jit(lambda new, nodes: {part: training.joined(new[part], nodes[part]) for part in new})(
+                new, nodes
+            )
+        return dataclasses.replace(self.student, params={**before, **new})
 
 
 def learned(state: TrainState) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.encoders.layers import learning
 from slimsam_jax.models.relative_attention import Form
 from slimsam_jax.models.sam import Architecture, Embedding, Params, Sam, decode, in_training, run_encoder
+from slimsam_jax.quantization import any_quantized, training
+from slimsam_jax.quantization.running import quantizes_inputs
+from slimsam_jax.quantization.running import run as run_quantized
 from slimsam_jax.training.loop import Trainer
 from slimsam_jax.training.prompt_loop import valid_share
 
@@ -38,6 +41,8 @@ def make_trainer(
 ) -> Trainer:
     """Places the models of a distillation on the devices and builds its step; of models of shapes places shapes.
 
+    Of a student of integers these lie beside the frozen parameters, and what learns is `quantization.training`'s.
+
     Args:
       previous: the model that was pruned; before any cut the teacher itself.
       dtype: of the encoders' computation and of the frozen ones' parameters; the student's own, prompt encoder and
@@ -50,8 +55,9 @@ def make_trainer(
     mesh = sharding.make_mesh(fsdp)
     optimizer = make_optimizer(step.optimizer.clip, step.optimizer.weight_decay, learning)
     encode = functools.partial(run_encoder, dtype=dtype, mesh=mesh, attention=attention)
+    own = functools.partial(encode, attention=attention_of(student, attention))
     train_step = make_step(
-        functools.partial(_student_features, encode, student.config, step),
+        functools.partial(_student_features, own, student.config, step),
         functools.partial(_target_features, encode, previous.config, teacher.config, step),
         optimizer,
         step.losses.relative,
@@ -66,14 +72,33 @@ def make_trainer(
     frozen = sharding.cast(frozen, dtype)
     if step.losses.masks:
         frozen["head"] = {name: teacher.params[name] for name in ("prompt_encoder", "mask_decoder")}
-    state = init_state({part: student.params[part] for part in step.train}, optimizer, step.optimizer.ema)
+    frozen |= integers_of(student, step.train)
+    learnable = {part: training.learnable(student.params[part]) for part in step.train}
+    state = init_state(learnable, optimizer, step.optimizer.ema)
     return Trainer(train_step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
+
+
+def integers_of(student: Sam, parts: tuple[str, ...]) -> dict[str, Any]:
+    """What a student's parts have of integers, as frozen parameters, {"integers": {part: {path: node}}}; {} of none."""
+    if not any(any_quantized(student.params[part]) for part in parts):
+        return {}
+    nodes = {part: training.nodes_of(student.params[part]) for part in parts}
+    return {"integers": {part: {path: training.in_floats(n) for path, n in own.items()} for part, own in nodes.items()}}
+
+
+def attention_of(student: Sam, attention: Form) -> Form:
+    """The form for a student: flash attention has no gradient where a program is run equation by equation."""
+    equations = quantizes_inputs(student.params["image_encoder"])
+    return "rows" if equations and sharding.platform() != "cpu" and attention != "plain" else attention
 
 
 def _student_features(
     encode: Encode, config: Architecture, step: Distill, params: Any, frozen: Any, batch: Batch
 ) -> losses.Features:
-    embedding, features = encode(config, params["image_encoder"], batch)
+    if integers := frozen.get("integers"):
+        params = {part: training.joined(own, integers[part]) for part, own in params.items()}
+    encoded = {name: batch[name] for name in ("image", "size")}
+    embedding, features = run_quantized(functools.partial(encode, config), params["image_encoder"], encoded)
     head = {**frozen.get("head", {}), **params}
     found = {"embedding": embedding, **_views(config, step, embedding, head, batch)}
     return _counting(step, config, found | _aligned(step, config, features, embedding), batch)

@@ -46,9 +46,20 @@ def static(span: Range, bits: int = 8, percentile: float | None = None, symmetri
     return np.array([scale, np.round(-low / scale)], np.float32)
 
 
+@jax.custom_jvp
+def whole(x: jax.Array) -> jax.Array:
+    """The nearest whole numbers, the even one of two, with the gradient of x itself ("straight through")."""
+    return jnp.round(x)
+
+
+@whole.defjvp
+def _whole_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, Any]:
+    return whole(*primals), *tangents
+
+
 def encode(x: jax.Array, span: Any, bits: int = 8) -> jax.Array:
     """Codes of values by the scale and zero of `static`, whole numbers from 0 to 2^bits - 1."""
-    return jnp.clip(jnp.round(x / span[0]) + span[1], 0, 2**bits - 1)
+    return jnp.clip(whole(x / span[0]) + span[1], 0, 2**bits - 1)
 
 
 def fake(x: jax.Array, span: Any, bits: int = 8) -> jax.Array:
@@ -64,4 +75,4 @@ def token_scales(x: jax.Array, axes: Sequence[int], bits: int = 8) -> jax.Array:
 def fake_tokens(x: jax.Array, axes: Sequence[int], bits: int = 8) -> jax.Array:
     """What codes with a scale per token stand for: dynamic quantisation, without calibration."""
     scale = token_scales(x, axes, bits)
-    return jnp.round(x / scale) * scale
+    return whole(x / scale) * scale

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax.errors import InputError
+from slimsam_jax.quantization.ranges import whole
 
 LEAST_GELU = -0.16997124  # GELU's minimum, which the range below zero ends at
 GRID = (0.01, 1.2, 100)  # factors on the largest value's scale that the search tries: from, to, how many
@@ -23,7 +24,7 @@ GRID = (0.01, 1.2, 100)  # factors on the largest value's scale that the search 
 
 def fake(x: Any, interval: Any, bits: int) -> jax.Array:
     """Symmetric codes -Q to Q-1; the interval is the step. Halves go to the even code, by division."""
-    return jnp.clip(jnp.round(x / interval), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * interval
+    return jnp.clip(whole(x / interval), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * interval
 
 
 def fake_blocks(x: Any, interval: Any, bits: int, quantize: Callable[..., jax.Array] = fake) -> jax.Array:
@@ -47,8 +48,8 @@ def fake_post_gelu(x: Any, interval: Any, bits: int, negative: float | None = No
     """Two ranges: Q codes above zero, with the interval, and Q below, down to GELU's minimum."""
     half = 2 ** (bits - 1)
     negative = -LEAST_GELU / half if negative is None else negative
-    above = jnp.clip(jnp.round(x / interval), 0, half - 1) * interval
-    return above + jnp.clip(jnp.round(x / negative), -half, 0) * negative
+    above = jnp.clip(whole(x / interval), 0, half - 1) * interval
+    return above + jnp.clip(whole(x / negative), -half, 0) * negative
 
 
 def fake_post_softmax(x: Any, interval: Any, split: float, bits: int) -> jax.Array:
