@@ -1,10 +1,12 @@
 """What integers cost: agreement of a quantised SAM with its own float one.
 
     python -m experiments.quantization run sam_small_256.pth --calibration bsds_train --images bsds_val --seeds 0 1 2
+    python -m experiments.quantization slim sam_small_256.pth --calibration bsds_train --images bsds_val --seeds 0 1 2
     python -m experiments.quantization table
 
-Statistics are captured once a seed; each row is a choice of `Quantize`. Agreement is `evaluate`'s: single masks for a
-grid of 4 x 4 points an image. The size is that of model.safetensors and config.json together.
+Statistics are captured once a seed; each row is a choice of `Quantize`, some with a distillation behind it. `slim`
+cuts and distils the model first, by the default recipe. Agreement is `evaluate`'s: single masks for a grid of 4 x 4
+points an image. The size is that of model.safetensors and config.json together.
 """
 
 from __future__ import annotations
@@ -22,8 +24,13 @@ from tyro.conf import Positional
 from converters.from_torch import load_sam
 from experiments import results
 from slimsam_jax import checkpoint, cli, data
+from slimsam_jax.api import compress_with
 from slimsam_jax.compression import quantize
+from slimsam_jax.compression.distill import distill
 from slimsam_jax.compression.integers import Quantize
+from slimsam_jax.compression.options import Options
+from slimsam_jax.compression.prepare import prepare
+from slimsam_jax.compression.recipes.integers import MEND
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.evaluation.scores import agreement, relative_error
 from slimsam_jax.inference.decode import encode_image
@@ -31,6 +38,7 @@ from slimsam_jax.models.sam import Sam, dequantized
 from slimsam_jax.quantization.running import quantizes_inputs
 
 FILE = results.FOLDER / "quantization.jsonl"
+STEPS = 100  # of a distillation after quantising, of four images each
 
 # Ten layers of the decoder make nearly all of its error: both of `output_upscaling`, eight of image-to-token attention.
 ROWS = {
@@ -58,7 +66,22 @@ ROWS = {
         }.items()
     },
     "W4A8, tokens, 10 layers float": {"weights": 4, "activations": 8, "ranges": "token", "float_weights": 10},
+    **{
+        f"{name}, {STEPS} steps": {**how, "steps": STEPS}
+        for name, how in {
+            "W8A8, ranges, 10 layers float": {"activations": 8, "float_weights": 10},
+            "W8A8, tokens, 10 layers float": {"activations": 8, "ranges": "token", "float_weights": 10},
+            "W6A6, encoder alone, ranges": {"weights": 6, "activations": 6, "head": False},
+            "W4, 10 layers float": {"weights": 4, "float_weights": 10},
+            "W4, 10 layers of 8 bits in each part": {"weights": 4, "fine_weights": 10},
+        }.items()
+    },
 }
+SLIM = (
+    "W8, 10 layers float",
+    "W4, 10 layers of 8 bits in each part",
+    f"W4, 10 layers of 8 bits in each part, {STEPS} steps",
+)
 
 
 class Bench:
@@ -106,19 +129,77 @@ def run(
       calibration_images: how many of a seed.
       rows: of `ROWS`.
     """
-    sam = load_sam(model)
-    bench = Bench(sam, [sample.image() for sample in data.find([images])[:limit]])
     for seed in seeds:
-        batches = Batches(data.find([calibration]), sam.config.image_size, 4, seed, frame=sam.config.frame)
-        batches = list(itertools.islice(batches, calibration_images // 4))
         key = {"model": model.stem, "seed": seed, "images": limit, "calibration_images": calibration_images}
-        missing = [name for name in rows if not results.find(FILE, {**key, "row": name})]
-        seen = quantize.see(sam, batches, seed) if missing else None
-        for name in missing:
-            step = Quantize(**ROWS[name])
-            row = bench.measure(dataclasses.replace(sam, params=quantize.with_integers(sam, step, seen)))
-            results.append(FILE, {**key, "row": name, **row})
-            print(name, seed, row, flush=True)
+        measure_rows(model, key, calibration, images, rows)
+
+
+def slim(
+    teacher: Positional[Path],
+    calibration: str,
+    images: str,
+    ratios: tuple[float, ...] = (0.5, 0.77),
+    seeds: tuple[int, ...] = (0,),
+    folder: Path = Path("slim_models"),
+    limit: int = 20,
+    calibration_images: int = 16,
+    rows: tuple[str, ...] = SLIM,
+) -> None:
+    """Compress a model by the default recipe, once a ratio and seed, then measure rows of what comes out.
+
+    Args:
+      teacher: the model to compress.
+      ratios: of channels to remove.
+      folder: where slim models are kept, RATIO-SEED each: those that are there are not made again.
+
+    The others are those of `run`; a seed is also the compression's.
+    """
+    for ratio, seed in itertools.product(ratios, seeds):
+        name, out = f"slim{100 * ratio:.0f}", folder / f"{ratio:g}-{seed}"
+        if not (out / "report.json").exists():
+            resume = out.exists()
+            compress_with(
+                Options(teacher=teacher, images=(calibration,), ratio=ratio, seed=seed, out=out, resume=resume)
+            )
+        key = {"model": name, "seed": seed, "images": limit, "calibration_images": calibration_images}
+        key["distilled"] = True
+        measure_rows(out, key, calibration, images, rows)
+
+
+def measure_rows(path: Path, key: dict[str, Any], calibration: str, images: str, rows: tuple[str, ...]) -> None:
+    """Measures rows of one model with one seed, but for those that there are.
+
+    Args:
+      path: of the model.
+      key: of the entries, without the row; images, seed and calibration_images are read from it.
+    """
+    missing = [name for name in rows if not results.find(FILE, {**key, "row": name})]
+    if not missing:
+        return
+    sam = load_sam(path)
+    bench = Bench(sam, [sample.image() for sample in data.find([images])[: key["images"]]])
+    batches = Batches(data.find([calibration]), sam.config.image_size, 4, key["seed"], frame=sam.config.frame)
+    batches = list(itertools.islice(batches, key["calibration_images"] // 4))
+    seen = quantize.see(sam, batches, key["seed"])
+    for name in missing:
+        fields = dict(ROWS[name])
+        steps, step = fields.pop("steps", 0), Quantize(**fields)
+        new = dataclasses.replace(sam, params=quantize.with_integers(sam, step, seen))
+        if steps:
+            new = mended(path, sam, new, step, steps, calibration, key["seed"])
+        row = bench.measure(new)
+        results.append(FILE, {**key, "row": name, **row})
+        print(key["model"], name, key["seed"], row, flush=True)
+
+
+def mended(path: Path, sam: Sam, new: Sam, step: Quantize, steps: int, images: str, seed: int) -> Sam:
+    """A quantised model after the distillation towards its float self that `slimsam quantize --steps` adds."""
+    mend = dataclasses.replace(MEND, optimizer=dataclasses.replace(MEND.optimizer, steps=steps))
+    with tempfile.TemporaryDirectory() as folder:
+        options = Options(teacher=path, images=(images,), seed=seed, out=Path(folder) / "run")
+        whole = prepare(options, sam, (step, mend))
+        with whole.folder:
+            return distill(whole, whole.plan[-1], new, sam)
 
 
 def table() -> None:
@@ -126,8 +207,9 @@ def table() -> None:
     head = "| model | weights (W), inputs (A), bits | agreement | embedding error | size | of float32 | seeds, images |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     entries = results.read(FILE)
-    for model, name in itertools.product(dict.fromkeys(entry["model"] for entry in entries), ROWS):
-        own = [entry for entry in entries if (entry["model"], entry["row"]) == (model, name)]
+    called = lambda entry: entry["model"] + (", distilled" if entry.get("distilled") else "")
+    for model, name in itertools.product(dict.fromkeys(map(called, entries)), ROWS):
+        own = [entry for entry in entries if (called(entry), entry["row"]) == (model, name)]
         if not own:
             continue
         mean = lambda key, own=own: float(np.mean([entry[key] for entry in own]))
@@ -140,4 +222,4 @@ def table() -> None:
 
 
 if __name__ == "__main__":
-    cli.run({"run": run, "table": table})
+    cli.run({"run": run, "slim": slim, "table": table})
