@@ -72,9 +72,16 @@ def run(
             files[row.partition(", 10 layers")[0]] = opened(new, Path(folder) / str(len(files)), True)
         taken = times(files, np.ascontiguousarray(image), turns)
     for name, file in files.items():
-        entry = {"model": model.stem, "row": name, "turns": turns, **summary(taken[name], taken["float32"])}
+        entry = {"model": model.stem, "row": name, "turns": turns, "vnni": vnni()}
+        entry |= summary(taken[name], taken["float32"])
         results.append(FILE, {**entry, "kernels": file.counts})
         print(entry, file.counts, flush=True)
+
+
+def vnni() -> bool | None:
+    """Whether the processor multiplies and adds bytes in one instruction; None where Linux does not say."""
+    path = Path("/proc/cpuinfo")
+    return "vnni" in path.read_text() if path.is_file() else None
 
 
 def opened(sam: Sam, folder: Path, integers: bool) -> Opened:
@@ -104,14 +111,15 @@ def summary(own: np.ndarray, plain: np.ndarray) -> dict[str, Any]:
 
 def table() -> None:
     """Write experiments/tables/quantization_latency.md: the last measurement of each row."""
-    head = "| model | encoder | ms | CPU ms | of float32's (quartiles) | kernels of integers | turns |"
-    lines = [head, "|---|---|---|---|---|---|---|"]
+    head = "| model | encoder | ms | CPU ms | of float32's (quartiles) | kernels of integers | VNNI | turns |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
     last = {(entry["model"], entry["row"]): entry for entry in results.read(FILE)}
     for (model, row), entry in last.items():
         low, middle, high = entry["ratio"]
         kernels = ", ".join(f"{count} {kind}" for kind, count in entry["kernels"].items()) or "none"
         cells = [f"{entry['ms']:.0f}", f"{entry['cpu_ms']:.0f}", f"{middle:.2f} ({low:.2f} to {high:.2f})", kernels]
-        lines.append(f"| {' | '.join([model, row, *cells, str(entry['turns'])])} |")
+        cells += [{True: "yes", False: "no", None: "?"}[entry["vnni"]], str(entry["turns"])]
+        lines.append(f"| {' | '.join([model, row, *cells])} |")
     command = "python -m experiments.quantization_latency table"
     page = "../../docs/quantization.md"
     results.write_table("quantization_latency", "Integers: milliseconds", lines, command, page)
