@@ -55,6 +55,13 @@ ROWS = {
     "W8A8, ranges, 10 layers float": {"activations": 8, "float_weights": 10},
     "W8A8, ranges, 10 layers float, 6 inputs float": {"activations": 8, "float_inputs": 6, "float_weights": 10},
     "W8A8, tokens, 10 layers float": {"activations": 8, "ranges": "token", "float_weights": 10},
+    "W8A8, balanced, ranges, 10 layers float": {"activations": 8, "balance": 0.75, "float_weights": 10},
+    "W8A8, balanced, tokens, 10 layers float": {
+        "activations": 8,
+        "balance": 0.75,
+        "ranges": "token",
+        "float_weights": 10,
+    },
     **{
         f"W{bits}A{bits}, encoder alone, {name}": {"weights": bits, "activations": bits, "head": False, **how}
         for bits in (8, 6)
@@ -63,6 +70,8 @@ ROWS = {
             "TinySAM's scheme": {"method": "tinysam"},
             "ranges": {},
             "tokens": {"ranges": "token"},
+            "balanced, ranges": {"balance": 0.75},
+            "balanced, tokens": {"balance": 0.75, "ranges": "token"},
         }.items()
     },
     "W4A8, tokens, 10 layers float": {"weights": 4, "activations": 8, "ranges": "token", "float_weights": 10},

@@ -143,7 +143,8 @@ class Graph:
 
     def _convolve(self, kind: str, x: str, path: str, kernel: np.ndarray, stride: int, **attributes: Any) -> str:
         node = self.integers.get(f"{path}/kernel")
-        x = x if node is None else integers.coded(self, x, node, axes=(1, 2, 3))
+        if node is not None:
+            x = integers.coded(self, integers.divided(self, x, node, path), node, axes=(1, 2, 3))
         if node is not None and integers.fits(node):
             weights = integers.kernel(self, path, node, (3, 2, 0, 1))
         else:

@@ -38,7 +38,7 @@ def linear(g: Any, x: str, path: str, node: Quantized, width: int) -> str:
     odd = len(scale) > 1 and (block < 16 or block & (block - 1))
     if codes.shape[1] != width or node.axes != tuple(range(len(node.axes))) or odd:
         raise InputError(f"{path}: its integers are grouped as no graph can have them; take --dtype float32")
-    plain = node.bits > 4 and len(scale) == 1
+    x, plain = divided(g, x, node, path), node.bits > 4 and len(scale) == 1
     if plain and by_tokens(node):
         return _of_tokens(g, x, path, node, codes, scale[0])
     x = coded(g, x, node)
@@ -77,6 +77,19 @@ def by_tokens(node: Quantized) -> bool:
 def unsigned(node: Quantized) -> bool:
     """Whether the input's codes are unsigned: a range with a zero in its middle has signed ones, without a zero."""
     return node.range is not None and bool(node.range.shape[0]) and node.range[1] != 2 ** (node.input_bits - 1)
+
+
+def divided(g: Any, x: str, node: Quantized, path: str) -> str:
+    """A layer's input [..., channels] as its weights' codes are for; once for all layers that divide it alike."""
+    if node.divisor is None:
+        return x
+    if node.groups > 1:
+        raise InputError(f"{path}: no graph can have integers in groups behind a divided input; take --dtype float32")
+    divisor = np.asarray(node.divisor).reshape(-1)
+    key = x, "divided", divisor.tobytes()
+    if key not in g.shared:
+        g.shared[key] = g.op("Div", x, divisor.astype(g.dtype))
+    return g.shared[key]
 
 
 def coded(g: Any, x: str, node: Quantized, axes: tuple[int, ...] = (-1,)) -> str:

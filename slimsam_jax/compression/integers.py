@@ -26,6 +26,8 @@ class Quantize(Record):
       ranges: of inputs. "minmax": what the calibration images reach, one range a layer; "percentile": what 99.99 % of
         their values lie within, on either side; "symmetric": as "minmax", as far below 0 as above, which TensorRT asks
         for; "token": symmetric, of each token as it comes.
+      balance: inputs' channels are divided by this power of the largest value that each has, 0.75 say, and weights
+        multiplied, so that channels which reach far leave the others more codes; 0 divides by nothing.
       float_inputs: so many layers keep their inputs as they are: those that cost most by themselves.
       arithmetic: with `activations`: "integer" multiplies int8 by int8 into int32; "float" what they stand for.
       head: also the prompt encoder and the mask decoder, their weights alone.
@@ -42,6 +44,7 @@ class Quantize(Record):
     group: int = 0
     method: Literal["gptq", "search", "absmax", "tinysam"] = "gptq"
     ranges: Literal["minmax", "percentile", "symmetric", "token"] = "minmax"
+    balance: float = 0.0
     float_inputs: int = 0
     arithmetic: Literal["float", "integer"] = "float"
     head: bool = True
@@ -53,6 +56,7 @@ class Quantize(Record):
     RANGES: typing.ClassVar = {
         "activations": Range(0, 8, True),
         "group": Range(0, 2**16, True),
+        "balance": Range(0, 1),
         "float_inputs": Range(0, 10**4, True),
         "float_weights": Range(0, 10**4, True),
         "fine_weights": Range(0, 10**4, True),
@@ -74,13 +78,15 @@ class Quantize(Record):
             raise InputError("arithmetic integer needs activations=8, say, and whole channels: group=0")
         if self.float_weights and not self.head:
             raise InputError("float_weights are of prompt encoder and decoder, which head=false leaves as they are")
-        if not self.activations and (self.float_inputs or self.ranges != "minmax"):
-            raise InputError("ranges and float_inputs are of activations: set quantize.activations=8, say")
+        if not self.activations and (self.float_inputs or self.balance or self.ranges != "minmax"):
+            raise InputError("ranges, balance and float_inputs are of activations: set quantize.activations=8, say")
+        if self.balance and (self.group or self.ranges == "percentile"):
+            raise InputError("balance goes with whole channels, group=0, and ranges of all values, not percentile")
 
     def _check_tinysam(self) -> None:
         """It is a scheme of its own, of the image encoder."""
-        others = (self.group, self.ranges != "minmax", self.float_inputs, self.fine_weights, self.bias_correction)
-        if not self.activations or self.head or self.arithmetic == "integer" or any(others):
+        others = (self.group, self.balance, self.float_inputs, self.fine_weights, self.bias_correction)
+        if not self.activations or self.head or self.arithmetic == "integer" or any(others) or self.ranges != "minmax":
             raise InputError(
                 "method tinysam is of the image encoder and its inputs: head=false, activations=8, no more"
             )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax import data
+from slimsam_jax.compression.input_ranges import PERCENTILE, divisors, with_ranges, without_worst
 from slimsam_jax.compression.integers import Quantize
 from slimsam_jax.data import Sample
 from slimsam_jax.data.batches import Batches
@@ -29,14 +30,12 @@ from slimsam_jax.quantization import (
     any_quantized,
     capture,
     is_quantized,
-    ranges,
     tinysam_function,
     weights,
 )
 from slimsam_jax.quantization.sensitivity import sensitivity
 
 PROMPTS = 8  # of each image of the calibration set
-PERCENTILE = 99.99  # of inputs, with ranges=percentile
 AT_ONCE = 4  # images
 
 
@@ -155,11 +154,12 @@ def with_integers(sam: Sam, step: Quantize, seen: Seen) -> Params:
     if step.method == "tinysam":
         return {**sam.params, "image_encoder": jax.device_put(tinysam_encoder(sam, step, seen))}
     encoder, how = sam.params["image_encoder"], (step.group, step.method, step.bias_correction)
-    new = weights.quantize(encoder, seen.encoder, step.weights, *how)
+    own = *how, divisors(seen.encoder, step)
+    new = weights.quantize(encoder, seen.encoder, step.weights, *own)
     errors = lambda integers: sensitivity(_embed_of(sam), encoder, integers, seen.images[:1])
     if step.fine_weights:
         worst = list(errors(new))[: step.fine_weights]
-        new = restored(new, finer(encoder, seen.encoder, worst, how), worst)
+        new = restored(new, finer(encoder, seen.encoder, worst, own), worst)
     if step.activations:
         new = with_ranges(new, seen.encoder, step)
         if step.float_inputs:
@@ -240,34 +240,6 @@ def embed(config: Architecture, encoder: Params, images: jax.Array, sizes: jax.A
 
 def _decode(config: Architecture, head: Params, embedding: Any, points: Any, labels: Any, *masks: Any) -> Any:
     return kind_of(config.head).decode(config.head, head, embedding, points, labels, *masks)
-
-
-def with_ranges(encoder: Params, seen: dict[str, Statistics], step: Quantize) -> Params:
-    """Layers whose inputs are quantised, too: all but the first, which reads the image."""
-    first = next(iter(seen))
-
-    def one(keys: tuple, leaf: Any) -> Any:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        if not is_quantized(leaf) or path == first:
-            return leaf
-        span = np.zeros(0, np.float32)
-        if step.ranges != "token":
-            percentile = PERCENTILE if step.ranges == "percentile" else None
-            span = ranges.static(seen[path].range, step.activations, percentile, step.ranges == "symmetric")
-        return dataclasses.replace(leaf, range=span, input_bits=step.activations, integer=step.arithmetic == "integer")
-
-    return jax.tree_util.tree_map_with_path(one, encoder, is_leaf=is_quantized)
-
-
-def without_worst(encoder: Params, errors: dict[str, tuple[float, float]], count: int) -> Params:
-    """Leaves the inputs of the layers as they are whose quantisation costs most by itself."""
-    by_input = sorted(errors, key=lambda path: errors[path][0] - errors[path][1])[:count]
-
-    def one(keys: tuple, leaf: Any) -> Any:
-        worst = jax.tree_util.keystr(keys, simple=True, separator="/") in by_input
-        return dataclasses.replace(leaf, range=None) if worst and is_quantized(leaf) else leaf
-
-    return jax.tree_util.tree_map_with_path(one, encoder, is_leaf=is_quantized)
 
 
 def prompted(sam: Sam, batches: Iterator[dict[str, np.ndarray]], seed: int) -> Iterator[tuple[Any, ...]]:

@@ -43,6 +43,7 @@ class Statistics:
       mean: [groups, inputs] float64, of x.
       tokens: that the means are over.
       range: of the values of x.
+      channels: [2, ...] their least and greatest, one by one, see `Layer.extremes`; None where that is.
     """
 
     axes: tuple[int, ...]
@@ -51,6 +52,7 @@ class Statistics:
     mean: np.ndarray
     tokens: int
     range: Range
+    channels: np.ndarray | None = None
 
 
 def capture(
@@ -138,6 +140,8 @@ def _noted(layer: Layer, array: Any, percentiles: tuple[float, ...]) -> dict[str
         "low": array.min(),
         "high": array.max(),
     }
+    if (extremes := layer.extremes(array)) is not None:
+        noted |= {"least": extremes[0], "greatest": extremes[1]}
     if percentiles:
         shares = jnp.array([[1 - p / 100, p / 100] for p in percentiles])
         noted["percentiles"] = jnp.quantile(array.astype(jnp.float32), shares.ravel()).reshape(-1, 2)
@@ -149,7 +153,7 @@ def _joined(sums: Sums | None, seen: Sums) -> Sums:
     seen = {n: {k: np.asarray(v, np.float64) for k, v in each.items()} for n, each in seen.items()}
     if sums is None:
         return seen
-    how = {"low": np.minimum, "high": np.maximum}
+    how = {"low": np.minimum, "high": np.maximum, "least": np.minimum, "greatest": np.maximum}
     return {n: {k: how.get(k, np.add)(sums[n][k], each[k]) for k in each} for n, each in seen.items()}
 
 
@@ -171,4 +175,7 @@ def _statistics(
     tokens = sum(one["tokens"] for one in each)
     moment, mean = (sum(one[name] for one in each) / tokens for name in ("moment", "mean"))
     span = Range(float(low), float(high), within)
-    return Statistics(layers[0].axes, layers[0].group_of, moment, mean, int(tokens), span)
+    channels = None
+    if all("least" in one for one in each):
+        channels = np.stack([np.min([one["least"] for one in each], 0), np.max([one["greatest"] for one in each], 0)])
+    return Statistics(layers[0].axes, layers[0].group_of, moment, mean, int(tokens), span, channels)

@@ -32,7 +32,7 @@ def levels(bits: int, where: str = "") -> tuple[int, int]:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("codes", "scale", "range"),
+    data_fields=("codes", "scale", "range", "divisor"),
     meta_fields=("bits", "axes", "input_bits", "integer"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Quantized:
       axes: that the layer sums over.
       input_bits: of the input's codes.
       integer: whether the layer multiplies integers (8 bits by 8 bits into 32); else what integers stand for.
+      divisor: what the layer's input is divided by, channel by channel, before it is quantised, and what its weights
+        were multiplied by: float32, of the parameter's shape, but 1 of axes that no input channel goes along; or None.
     """
 
     codes: Any
@@ -59,6 +61,7 @@ class Quantized:
     axes: tuple[int, ...] = (0,)
     input_bits: int = 8
     integer: bool = False
+    divisor: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,7 +74,8 @@ class Quantized:
 
     def dequantize(self) -> jax.Array:
         """The parameter that the codes stand for, float32."""
-        return expand(self.scale, self.codes.shape, self.axes) * jnp.asarray(self.codes).astype(jnp.float32)
+        weights = expand(self.scale, self.codes.shape, self.axes) * jnp.asarray(self.codes).astype(jnp.float32)
+        return weights if self.divisor is None else weights / self.divisor
 
 
 def expand(scale: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:

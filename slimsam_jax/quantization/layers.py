@@ -52,6 +52,29 @@ class Layer:
         columns = columns_of(self.step, self.side, array)
         return columns[..., np.argsort(self.order)]
 
+    def extremes(self, array: Any) -> jax.Array | None:
+        """The least and the greatest value of each input channel: [2, the parameter's shape, but 1 of other axes].
+
+        A window has a channel's at every place. None of convolutions in groups, and of products with a batch axis.
+        """
+        params = self.step.eqn.params
+        numbers, shape = params["dimension_numbers"], self.shape
+        if self.step.name == "dot_general":
+            columns = self.columns(array)
+            sizes = [size if axis in self.axes else 1 for axis, size in enumerate(shape)]
+            return jnp.stack([columns[0].min(0), columns[0].max(0)]).reshape(2, *sizes) if len(columns) == 1 else None
+        if self.moves or params["feature_group_count"] > 1:
+            return None
+        others = tuple(axis for axis in range(array.ndim) if axis != numbers.lhs_spec[1])
+        sizes = [size if axis == numbers.rhs_spec[1] else 1 for axis, size in enumerate(shape)]
+        return jnp.stack([array.min(others), array.max(others)]).reshape(2, *sizes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's."""
+        eqn, place = (self.moves[0].eqn, 0) if self.moves else (self.step.eqn, self.side)
+        return eqn.invars[place].aval.shape
+
     def moved(self, array: Any) -> Any:
         """An array of the parameter's shape, brought into the operand's."""
         for step in self.moves:

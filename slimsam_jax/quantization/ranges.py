@@ -46,6 +46,11 @@ def static(span: Range, bits: int = 8, percentile: float | None = None, symmetri
     return np.array([scale, np.round(-low / scale)], np.float32)
 
 
+def divided(channels: np.ndarray, divisor: np.ndarray) -> Range:
+    """The range of an input whose channels, [2, ...] their least and greatest values, are divided."""
+    return Range(float((channels[0] / divisor).min()), float((channels[1] / divisor).max()))
+
+
 @jax.custom_jvp
 def whole(x: jax.Array) -> jax.Array:
     """The nearest whole numbers, the even one of two, with the gradient of x itself ("straight through")."""

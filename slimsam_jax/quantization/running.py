@@ -58,12 +58,31 @@ def quantized_product(layer: Layer, operands: list[Any], node: Quantized) -> jax
 
 def fake_input(layer: Layer, x: jax.Array, node: Quantized) -> jax.Array:
     """What the codes of a layer's input stand for."""
-    wide = x.astype(jnp.float32)
+    wide, divisor = x.astype(jnp.float32), beside_input(layer, node)
+    wide = wide if divisor is None else wide / divisor
     if node.range.shape[0] == 3:
-        return tinysam.fake_post_gelu(wide, node.range[0], node.input_bits, node.range[2]).astype(x.dtype)
-    if node.range.shape[0]:
-        return ranges.fake(wide, node.range, node.input_bits).astype(x.dtype)
-    return ranges.fake_tokens(wide, token_axes(layer), node.input_bits).astype(x.dtype)
+        coded = tinysam.fake_post_gelu(wide, node.range[0], node.input_bits, node.range[2])
+    elif node.range.shape[0]:
+        coded = ranges.fake(wide, node.range, node.input_bits)
+    else:
+        coded = ranges.fake_tokens(wide, token_axes(layer), node.input_bits)
+    return (coded if divisor is None else coded * divisor).astype(x.dtype)
+
+
+def beside_input(layer: Layer, node: Quantized) -> jax.Array | None:
+    """The divisor of a layer's input in its shape, but 1 where it is the same; None if there is none."""
+    if node.divisor is None:
+        return None
+    numbers, sizes = layer.step.eqn.params["dimension_numbers"], [1] * layer.step.eqn.invars[1 - layer.side].aval.ndim
+    if layer.step.name == "conv_general_dilated":
+        sizes[numbers.lhs_spec[1]] = node.divisor.size
+        return jnp.reshape(node.divisor, sizes)
+    moved, own = layer.moved(jnp.broadcast_to(node.divisor, node.codes.shape)), numbers[0][layer.side]
+    summed = moved[tuple(slice(None) if axis in own else 0 for axis in range(moved.ndim))]
+    pairs = sorted(zip(numbers[0][1 - layer.side], own, strict=True))
+    for axis, mine in pairs:
+        sizes[axis] = moved.shape[mine]
+    return summed.transpose([sorted(own).index(mine) for _, mine in pairs]).reshape(sizes)
 
 
 def token_axes(layer: Layer) -> tuple[int, ...]:
@@ -87,6 +106,8 @@ def _plain_convolution(layer: Layer) -> bool:
 def _of_integers(layer: Layer, x: jax.Array, node: Quantized) -> jax.Array:
     """int8 x int8 -> int32, scaled at last; a zero of the input is a constant for each output channel."""
     wide, middle, dynamic = x.astype(jnp.float32), 2 ** (node.input_bits - 1), not node.range.shape[0]
+    divisor = beside_input(layer, node)
+    wide = wide if divisor is None else wide / divisor
     if dynamic:
         scale, zero = ranges.token_scales(wide, token_axes(layer), node.input_bits), jnp.int32(0)
         codes = jnp.round(wide / scale).astype(jnp.int8)

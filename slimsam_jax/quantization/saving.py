@@ -1,7 +1,7 @@
 """Integers as arrays of a file and their description as JSON, both ways.
 
-In the place of `path` the file has its codes (int8, or packed bits, uint8), beside it `path_scale`, and `path_range` if
-the layer's input is quantised.
+In the place of `path` the file has its codes (int8, or packed bits, uint8), beside it `path_scale`, `path_range` if the
+layer's input is quantised, and `path_divisor` if its channels are divided first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from slimsam_jax.errors import InputError, printable
 from slimsam_jax.quantization.codes import Quantized, is_quantized, levels, pack, packed_size, unpack
 
-SCALE, RANGE = "_scale", "_range"
+SCALE, RANGE, DIVISOR = "_scale", "_range", "_divisor"
 LARGEST = float(np.finfo(np.float32).max)  # codes times their scale stay below it
 
 
@@ -30,6 +30,8 @@ def to_arrays(flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
         arrays[path + SCALE] = np.asarray(leaf.scale)
         if leaf.range is not None:
             arrays[path + RANGE] = np.asarray(leaf.range)
+        if leaf.divisor is not None:
+            arrays[path + DIVISOR] = np.asarray(leaf.divisor)
     return arrays
 
 
@@ -43,7 +45,7 @@ def describe(flat: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "axes": list(leaf.axes),
                 "inputs": 0 if leaf.range is None else leaf.input_bits,
             }
-            fields |= {"integer": leaf.integer}
+            fields |= {"integer": leaf.integer} | ({} if leaf.divisor is None else {"divided": True})
             kinds.setdefault(tuple(map(str, fields.values())), {**fields, "arrays": []})["arrays"].append(path)
     return list(kinds.values())
 
@@ -64,8 +66,9 @@ class Described:
         for kind in kinds:
             levels(kind["bits"], f"{where}: ")
             fields = {name: kind[name] for name in ("bits", "axes", "inputs", "integer")}
+            fields["divided"] = kind.get("divided", False)  # files of 1.0 say nothing of it
             whole = type(fields["inputs"]) is int and fields["inputs"] in (0, *range(3, 9))
-            if not whole or type(fields["integer"]) is not bool:
+            if not whole or type(fields["integer"]) is not bool or type(fields["divided"]) is not bool:
                 raise InputError(f"{where}: its quantization speaks of inputs that there are not")
             paths = kind["arrays"]
             if not isinstance(paths, list) or any(type(path) is not str for path in paths):
@@ -80,7 +83,8 @@ class Described:
     def extra(self) -> set[str]:
         """Names of arrays beside those of the parameters."""
         ranges = {path + RANGE for path, fields in self._fields.items() if fields["inputs"]}
-        return {path + SCALE for path in self._fields} | ranges
+        divisors = {path + DIVISOR for path, fields in self._fields.items() if fields["divided"]}
+        return {path + SCALE for path in self._fields} | ranges | divisors
 
     def restore(self, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """The integers of a file that has all arrays of `paths` and `extra`.
@@ -103,8 +107,13 @@ class Described:
         span = arrays[path + RANGE] if fields["inputs"] else None
         if span is not None and not _is_range(span, fields["inputs"]):
             raise InputError(f"{name} has a range that is none")
-        scale, span = np.array(scale), None if span is None else np.array(span)  # of the right size: views no more
-        return Quantized(unpack(codes, bits, shape), scale, span, bits, axes, fields["inputs"] or 8, fields["integer"])
+        divisor = arrays[path + DIVISOR] if fields["divided"] else None
+        if divisor is not None and not _divides(divisor, scale, shape, axes):
+            raise InputError(f"{name} has a divisor that is none")
+        # Of the right size now: views no more.
+        scale, span, divisor = (None if array is None else np.array(array) for array in (scale, span, divisor))
+        how = bits, axes, fields["inputs"] or 8, fields["integer"], divisor
+        return Quantized(unpack(codes, bits, shape), scale, span, *how)
 
 
 def _scales_fit(scale: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...]) -> bool:
@@ -120,6 +129,18 @@ def _scales_fit(scale: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...]
     if own != expected or not 0 < groups <= max(summed, 1) or summed % groups:
         return False
     return bool(((scale > 0) & (scale < LARGEST / 128)).all())
+
+
+def _divides(divisor: np.ndarray, scale: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...]) -> bool:
+    """Whether an array is a divisor, see `Quantized`: positive, and no weight becomes too large by it."""
+    window = len(shape) == 4  # of a convolution, all of which a channel's number is for
+    channels = {2} if window else {*axes}
+    sizes = tuple(size if axis in channels else 1 for axis, size in enumerate(shape))
+    if divisor.dtype != np.float32 or divisor.shape != sizes or not divisor.size:
+        return False
+    if not np.isfinite(divisor).all() or not (divisor > 0).all():
+        return False
+    return float(scale.max(initial=0)) * 128 / float(divisor.min()) < LARGEST
 
 
 def _is_range(span: np.ndarray, bits: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from slimsam_jax.quantization.codes import Quantized, is_quantized, levels, stor
 
 Method = Literal["gptq", "search", "absmax"]
 TINY = 1e-12  # a scale of channels that are all zero
+LEAST_REACH = 1e-4  # of a channel, relative to the one that reaches farthest: a silent one may speak on other images
 
 
 def quantize(
@@ -25,6 +27,7 @@ def quantize(
     group: int = 0,
     method: Method = "gptq",
     bias_correction: bool = False,
+    divisors: Mapping[str, np.ndarray] | None = None,
 ) -> Any:
     """Puts integers in the place of the parameters that layers were seen to read; others stay as they are.
 
@@ -37,6 +40,7 @@ def quantize(
       method: "gptq", errors made up for by other weights; "search", each weight rounded by itself, with the scale whose
         error is least; "absmax", the scale of the largest weight.
       bias_correction: move each `bias` beside a `kernel` by the mean error of what its layer puts out.
+      divisors: of inputs, by paths of parameters: see `divisors_of`.
 
     Returns:
       the tree with a `Quantized` for each of them.
@@ -53,7 +57,7 @@ def quantize(
             return leaf
         if not np.isfinite(array := np.asarray(leaf, np.float64)).all():
             raise InputError(f"{path} has values that are not finite, and cannot be quantised")
-        return quantize_array(array, statistics[path], bits, group, method)
+        return quantize_array(array, statistics[path], bits, group, method, (divisors or {}).get(path))
 
     integers = jax.tree_util.tree_map_with_path(one, params)
     return _corrected(params, integers, statistics) if bias_correction else integers
@@ -83,9 +87,16 @@ def check_group(group: int) -> None:
 
 
 def quantize_array(
-    array: np.ndarray, seen: Statistics, bits: int, group: int = 0, method: Method = "gptq"
+    array: np.ndarray,
+    seen: Statistics,
+    bits: int,
+    group: int = 0,
+    method: Method = "gptq",
+    divisor: np.ndarray | None = None,
 ) -> Quantized:
     """One parameter; see `quantize`."""
+    if divisor is not None:
+        seen, array = _divided(seen, divisor, array.shape), array * divisor.astype(np.float64)
     matrix = to_matrix(array, seen.axes)
     if matrix.shape != (seen.moment.shape[1], len(seen.group_of)):
         raise InputError(f"a parameter of shape {array.shape} was calibrated with another shape")
@@ -100,7 +111,26 @@ def quantize_array(
     rest = [size for axis, size in enumerate(shape) if axis not in seen.axes]
     scale = np.moveaxis(scale.reshape(*lead, *rest), range(len(seen.axes)), seen.axes)
     codes = from_matrix(codes, shape, seen.axes).astype(np.int8).astype(storage(bits))
-    return Quantized(codes, scale.astype(np.float32), None, bits, seen.axes)
+    return Quantized(codes, scale.astype(np.float32), None, bits, seen.axes, divisor=divisor)
+
+
+def divisors_of(statistics: Mapping[str, Statistics], power: float) -> dict[str, np.ndarray]:
+    """{path: what its input's channels are divided by}: a power of each one's largest value, relative to the largest.
+
+    By 1 all channels reach as far, on the images that were seen; others may go beyond. (SmoothQuant, Xiao et al. 2023,
+    has weights in it, too, which GPTQ makes room for; AHCPTQ groups channels by their ranges.)
+    """
+    found = {}
+    for path, seen in statistics.items():
+        if seen.channels is not None and (reach := np.abs(seen.channels).max(0)).max() > 0:
+            found[path] = (np.maximum(reach / reach.max(), LEAST_REACH) ** power).astype(np.float32)
+    return found
+
+
+def _divided(seen: Statistics, divisor: np.ndarray, shape: tuple[int, ...]) -> Statistics:
+    """Statistics of the input divided; there is one group of inputs."""
+    front = to_matrix(np.broadcast_to(divisor, shape), seen.axes)[:, 0].astype(np.float64)
+    return dataclasses.replace(seen, moment=seen.moment / np.outer(front, front), mean=seen.mean / front)
 
 
 def to_matrix(array: np.ndarray, axes: Sequence[int]) -> np.ndarray:

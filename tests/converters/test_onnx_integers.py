@@ -32,8 +32,12 @@ def sam():
     return random_sam(CONFIG, 1)
 
 
-def quantized(sam, span, bits=8, input_bits=8):
-    """With integers of the encoder's layers, by their largest weights; inputs with ranges but for the first layer's."""
+def quantized(sam, span, bits=8, input_bits=8, divided=False):
+    """With integers of the encoder's layers, by their largest weights; inputs with ranges but for the first layer's.
+
+    Args:
+      divided: their channels are divided first.
+    """
 
     def one(keys, leaf):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -43,24 +47,30 @@ def quantized(sam, span, bits=8, input_bits=8):
         scale = np.abs(np.asarray(leaf)).max(axes, keepdims=True) / (2 ** (bits - 1) - 1)
         codes = np.round(np.asarray(leaf) / scale).astype(np.int8).astype(storage(bits))
         own = None if span is None or "patch" in path else np.array(span, np.float32)
-        return Quantized(codes, scale.astype(np.float32), own, bits, axes, input_bits)
+        node = Quantized(codes, scale.astype(np.float32), own, bits, axes, input_bits)
+        if own is None or not divided:
+            return node
+        sizes = [n if axis in (axes if leaf.ndim < 4 else (2,)) else 1 for axis, n in enumerate(leaf.shape)]
+        return dataclasses.replace(node, divisor=np.linspace(0.5, 2, np.prod(sizes), dtype=np.float32).reshape(sizes))
 
     encoder = jax.tree_util.tree_map_with_path(one, sam.params["image_encoder"])
     return dataclasses.replace(sam, params={**sam.params, "image_encoder": encoder})
 
 
 @pytest.mark.parametrize(
-    ("span", "bits", "input_bits", "suffix", "kernel"),
+    ("span", "bits", "input_bits", "suffix", "kernel", "divided"),
     [
-        (STATIC, 8, 8, "_uint8", "MatMulIntegerToFloat"),
-        (SYMMETRIC, 8, 8, "_int8", "MatMulIntegerToFloat"),
-        (TOKENS, 6, 6, "_quantized", "MatMulInteger"),
-        (STATIC, 4, 8, "_q4", "MatMulNBits"),
+        (STATIC, 8, 8, "_uint8", "MatMulIntegerToFloat", False),
+        (SYMMETRIC, 8, 8, "_int8", "MatMulIntegerToFloat", False),
+        (TOKENS, 6, 6, "_quantized", "MatMulInteger", False),
+        (STATIC, 4, 8, "_q4", "MatMulNBits", False),
+        (STATIC, 8, 8, "_uint8", "MatMulIntegerToFloat", True),
+        (TOKENS, 6, 6, "_quantized", "MatMulInteger", True),
     ],
-    ids=["static", "symmetric", "tokens of 6 bits", "4 by 8 bits"],
+    ids=["static", "symmetric", "tokens of 6 bits", "4 by 8 bits", "static, divided", "tokens, divided"],
 )
-def test_embeddings_are_those_of_jax(span, bits, input_bits, suffix, kernel, sam, tmp_path):
-    own = quantized(sam, span, bits, input_bits)
+def test_embeddings_are_those_of_jax(span, bits, input_bits, suffix, kernel, divided, sam, tmp_path):
+    own = quantized(sam, span, bits, input_bits, divided)
     encoder, _ = to_onnx.models(own, "sam", np.float32, integers=True)
     onnx.checker.check_model(encoder, full_check=True)
     onnx.save(encoder, tmp_path / "encoder.onnx")
