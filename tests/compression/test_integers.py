@@ -17,7 +17,7 @@ from slimsam_jax.compression.pipeline import carry_out
 from slimsam_jax.compression.plan import check, names, optimizer_steps
 from slimsam_jax.compression.prepare import prepare
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.steps import Distill, Losses, Optimizer, Prune, Validation
+from slimsam_jax.compression.steps import Distill, Optimizer, Prune, Validation
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.sam import encode
 from slimsam_jax.quantization import is_quantized
@@ -27,9 +27,8 @@ SMALL = tiny_config(image_size=(64, 64), decoder_depth=1, multimask_outputs=1)
 SMALL = dataclasses.replace(SMALL, blocks=SMALL.blocks[:1])
 
 
-def mend(train: tuple[str, ...] = ("image_encoder",), **losses) -> Distill:
-    validation = Validation(1, keep_checkpoint="last")
-    return Distill("none", Losses(**losses), Optimizer(steps=2, lr=1e-2), validation=validation, train=train)
+def mend() -> Distill:
+    return Distill("none", optimizer=Optimizer(steps=2, lr=1e-2), validation=Validation(1, keep_checkpoint="last"))
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +36,9 @@ def models(material, tmp_path_factory):
     """A model, it in integers, and these after two steps, as the run's folder gives them."""
     sam, folder = random_sam(SMALL, 1), tmp_path_factory.mktemp("integers")
     checkpoint.save(sam, folder / "float")
-    step = Quantize(activations=8, arithmetic="integer", images=2)
+    step = Quantize(activations=8, arithmetic="integer", balance=0.75, head=False, images=2)
     options = compress_options(material, folder / "out", teacher=folder / "float", recipe="default", set=())
-    recipe = (step, mend(("image_encoder", "mask_decoder"), masks=1.0, points=1))
-    run = prepare(options, sam, recipe)
+    run = prepare(options, sam, (step, mend()))
     with run.folder:
         trained, _ = carry_out(run)
         return sam, run.folder.load_model("quantize", "model"), trained
@@ -53,18 +51,17 @@ def leaves_of(sam):
 def test_codes_stay_and_the_rest_learns(models):
     _, before, after = map(leaves_of, models)
     integers = [path for path, leaf in before.items() if is_quantized(leaf)]
-    assert len(integers) > 20
+    assert len(integers) == 9 and all(path.startswith("image_encoder") for path in integers)
     for path in integers:
         old, new = before[path], after[path]
         np.testing.assert_array_equal(old.codes, new.codes)
-        assert dataclasses.replace(old, codes=0, scale=0, range=0) == dataclasses.replace(
-            new, codes=0, scale=0, range=0
-        )
-        assert (path.startswith("prompt_encoder")) == bool((np.asarray(old.scale) == new.scale).all()), path
+        bare = lambda node: dataclasses.replace(node, codes=0, scale=0, range=0, divisor=0)
+        assert bare(old) == bare(new)
+        assert 0 < np.abs(np.asarray(old.scale) / new.scale - 1).max() < 0.03
         if old.range is not None:
             assert old.range[1] == new.range[1] and 0 < abs(old.range[0] / new.range[0] - 1) < 0.03
     moved = [path for path in set(before) - set(integers) if not np.array_equal(before[path], after[path])]
-    assert {path.split("/")[0] for path in moved} == {"image_encoder", "mask_decoder"}
+    assert {path.split("/")[0] for path in moved} == {"image_encoder"} and len(moved) > 10
 
 
 def test_it_computes_with_integers_as_before(models):
