@@ -8,7 +8,8 @@ const CANVASES = ["image", "preview", "mask", "prompts"];
 const FAMILIES = { vit: "ViT", tiny_vit: "TinyViT", rep_vit: "RepViT", efficient_sam: "EfficientSAM", hiera: "Hiera" };
 const SLOW = 400; // milliseconds a mask from which it does not follow the cursor
 
-const create = (parent, tag, properties = {}) => parent.appendChild(Object.assign(document.createElement(tag), properties));
+const create = (parent, tag, properties) =>
+  parent.appendChild(Object.assign(document.createElement(tag), properties));
 
 export class Panel {
   /** `model` as in models.json; `save(panel, kind)` is called to download. */

@@ -39,7 +39,9 @@ async function measured(blob) {
 
 /** A Blob -> {name, bitmap, pixels as RGBA, size, shown}; sizes are [height, width]. */
 export async function readPhoto(blob, name) {
-  if (blob.size > MOST_BYTES) throw new Error(`it has ${megabytes(blob.size)}, and at most ${megabytes(MOST_BYTES)} are read`);
+  if (blob.size > MOST_BYTES) {
+    throw new Error(`it has ${megabytes(blob.size)}, and at most ${megabytes(MOST_BYTES)} are read`);
+  }
   const [tall, wide] = await measured(blob);
   if (tall * wide > MOST_PIXELS) {
     throw new Error(`it has ${wide} x ${tall} pixels, and at most ${(MOST_PIXELS / 1e6).toFixed(0)} million are read`);

@@ -21,8 +21,9 @@ export function maskOf(runs, [height, width]) {
   const mask = new Uint8Array(height * width);
   let place = 0; // down the columns
   runs.forEach((length, number) => {
-    if (number % 2) for (let i = place; i < place + length; i++) mask[(i % height) * width + Math.floor(i / height)] = 1;
-    place += length;
+    const end = place + length;
+    if (number % 2) for (let i = place; i < end; i++) mask[(i % height) * width + Math.floor(i / height)] = 1;
+    place = end;
   });
   return mask;
 }

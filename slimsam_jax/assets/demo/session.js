@@ -65,7 +65,8 @@ function sayBackground() {
 /** Loads a model; one that is broken is turned off. */
 async function load(panel) {
   const { name, encoder, decoder, image_size: imageSize, whole, bytes } = panel.model;
-  const onProgress = (done) => say("loading", `Loading ${name}: ${megabytes(done)} of ${megabytes(bytes)}`, done / bytes);
+  const onProgress = (done) =>
+    say("loading", `Loading ${name}: ${megabytes(done)} of ${megabytes(bytes)}`, done / bytes);
   onProgress(0);
   try {
     await ask("load", { model: panel.index, encoder, decoder, imageSize, whole, threads: session.threads }, onProgress);
