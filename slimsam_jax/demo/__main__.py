@@ -75,7 +75,8 @@ def main(
 ) -> None:
     """Serve a page on this machine on which to click on images and see the masks of models side by side.
 
-    The models run in the browser, which shows their masks, predicted IoU and milliseconds.
+    The models run in the browser, which shows their masks, predicted IoU and milliseconds. The first two are on at
+    first; the page loads any other when it is ticked.
 
     Args:
       model: a model folder, a .pth, or a Hugging Face SamModel folder; the small SAM that ships with us if not given.

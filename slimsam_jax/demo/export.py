@@ -65,15 +65,19 @@ def exported(sam: Sam, dtype: Dtype, cache: Path) -> tuple[Path, Path]:
 def describe(name: str, sam: Sam, files: tuple[Path, Path]) -> dict[str, Any]:
     """Describes a model for the page."""
     from converters import to_onnx
+    from slimsam_jax.models.config import Thresholds
+    from slimsam_jax.models.encoders import name_of
     from slimsam_jax.profiling import sam_costs
 
     return {
         "name": name,
+        "family": name_of(sam.config.encoder),
         "image_size": sam.config.image_size,
         "score": to_onnx.score_of(sam.config),
         "parameters": sam_costs.sam_parameters(sam.config),
         "encoder_macs": sam_costs.encoder_macs(sam.config).total,
         "bytes": sum(path.stat().st_size for path in files),
+        "thresholds": (sam.thresholds or Thresholds()).to_json(),
         **limits(sam),
     }
 

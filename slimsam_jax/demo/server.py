@@ -31,6 +31,7 @@ SECONDS = 10.0  # for a request to come in, however slowly its bytes do; and for
 CONNECTIONS = 32  # at a time; a browser opens six
 RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 TYPES = {
+    ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
     ".jpg": "image/jpeg",
     ".js": "text/javascript; charset=utf-8",

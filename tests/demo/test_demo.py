@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import resources
 from urllib.request import urlopen
 
 import pytest
@@ -19,6 +20,7 @@ from slimsam_jax.data import embedded_images
 from slimsam_jax.demo import __main__, export
 from slimsam_jax.demo.server import RUNTIME_FILES, Server, page_files
 from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.models.config import Thresholds
 from slimsam_jax.models.sam import Sam
 
 BLOCKS = (dataclasses.replace(SQUARE.blocks[0], mlp_dim=8), SQUARE.blocks[1])
@@ -66,12 +68,14 @@ def test_the_server_has_the_page_the_models_and_the_runtime(served):
     described = json.loads(request(port, "/models.json")[1])
     assert [model["name"] for model in described["models"]] == ["slim", "teacher"] and described["threads"] == 1
     for fields, (_, files) in zip(described["models"], prepared, strict=True):
-        assert fields["image_size"] == [64, 64]
+        assert fields["image_size"] == [64, 64] and fields["family"] == "vit"
+        assert fields["thresholds"] == Thresholds().to_json()  # it has none of its own
         assert fields["bytes"] == sum(path.stat().st_size for path in files)
         assert [request(port, fields[part])[1] for part in ("encoder", "decoder")] == [p.read_bytes() for p in files]
     assert PHOTO in described["photos"]
     for path, kind, part in (
         ("/", "text/html; charset=utf-8", b'src="demo.js"'),
+        ("/style.css", "text/css; charset=utf-8", b"color-scheme"),
         ("/demo.js?again", "text/javascript; charset=utf-8", b"models.json"),
         ("/ort/ort.wasm.min.mjs", "text/javascript; charset=utf-8", b"ort.wasm.min.mjs"),
         ("/ort/ort-wasm-simd-threaded.wasm", "application/wasm", b"ort-wasm-simd-threaded.wasm"),
@@ -87,7 +91,9 @@ def test_the_server_has_the_page_the_models_and_the_runtime(served):
 def test_the_page_names_only_files_that_are_served(served):
     """What a browser would load: scripts of the page, and modules that scripts import."""
     port, _ = served
-    for script in ("demo.js", "panel.js", "inference.js", "resize.js"):
+    scripts = sorted((resources.files("slimsam_jax") / "assets" / "demo").glob("*.js"))
+    assert len(scripts) > 10
+    for script in (path.name for path in scripts):
         content = request(port, f"/{script}")[1].decode()
         imported = [line.split('"')[1] for line in content.splitlines() if line.startswith("import ")]
         assert all(request(port, f"/{name.removeprefix('./')}")[0].status == 200 for name in imported)

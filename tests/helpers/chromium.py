@@ -86,17 +86,38 @@ class Page:
                 raise TimeoutError(f"not true after {timeout} s: {script}; the page: {self.evaluate(TEXT)}")
             time.sleep(0.05)
 
-    def mouse(self, kind: str, x: float, y: float, shift: bool = False) -> None:
-        pressed = {"button": "left", "buttons": 1, "clickCount": 1}
+    def mouse(self, kind: str, x: float, y: float, shift: bool = False, button: str = "left") -> None:
+        buttons = {"left": 1, "right": 2, "none": 0}[button]
+        pressed = {"button": button, "buttons": buttons, "clickCount": int(button != "none")}
         self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, modifiers=8 * shift, **pressed)
 
-    def drag(self, start: tuple[float, float], end: tuple[float, float] | None = None, shift: bool = False) -> None:
-        """Presses the left button at `start` and lets it go at `end`; without `end`, a click."""
+    def hover(self, x: float, y: float) -> None:
+        """Moves the mouse there, no button pressed."""
+        self.mouse("mouseMoved", x, y, button="none")
+
+    def drag(
+        self,
+        start: tuple[float, float],
+        end: tuple[float, float] | None = None,
+        shift: bool = False,
+        button: str = "left",
+    ) -> None:
+        """Presses a button at `start` and lets it go at `end`; without `end`, a click."""
         end = end or start
-        self.mouse("mousePressed", *start, shift)
+        self.mouse("mousePressed", *start, shift, button)
         if end != start:
-            self.mouse("mouseMoved", *end, shift)
-        self.mouse("mouseReleased", *end, shift)
+            self.mouse("mouseMoved", *end, shift, button)
+        self.mouse("mouseReleased", *end, shift, button)
+
+    def tap(self, x: float, y: float) -> None:
+        """A finger."""
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def key(self, key: str, shift: bool = False) -> None:
+        """Presses a key, by the name that the page reads."""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, modifiers=8 * shift)
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from slimsam_jax.models.sam import Sam
 PHOTO = "dog.jpg"
 SETTLED = "['ready', 'error'].includes(document.documentElement?.dataset.state)"
 MASK = """(() => {
-  const canvas = document.querySelectorAll('canvas.mask')[%d];
+  const canvas = document.querySelectorAll('figure:not([hidden]) canvas.%s')[%d];
   const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
   const bytes = Uint8Array.from({ length: data.length / 4 }, (_, i) => data[4 * i + 3] ? 1 : 0);
   let text = '';
@@ -32,20 +33,28 @@ MASK = """(() => {
   return { size: [canvas.height, canvas.width], bytes: btoa(text) };
 })()"""
 FRAME = """(() => {
-  document.querySelector('.stack').scrollIntoView({ block: 'center' });
-  const { left, top, width } = document.querySelector('.stack').getBoundingClientRect();
+  const stack = document.querySelector('figure:not([hidden]) .stack');
+  stack.scrollIntoView({ block: 'center' });
+  const { left, top, width } = stack.getBoundingClientRect();
   return [left, top, document.querySelector('canvas.image').width / width];
 })()"""
-
-
-DRAWN = "document.querySelectorAll('[data-value=decoder]')[%d].textContent == '–'"
+# What the page showed from the start: [state, share of the bar or null, pixels of the image].
+WATCH = """addEventListener('DOMContentLoaded', () => {
+  window.seen = [];
+  const bar = document.getElementById('bar');
+  new MutationObserver(() => seen.push([
+    document.documentElement.dataset.state, bar.hidden ? null : bar.value,
+    document.querySelector('canvas.image')?.getContext('2d').getImageData(0, 0, 1, 1).data[3],
+  ])).observe(document.getElementById('status'), { childList: true });
+})"""
+DRAWN = "document.querySelector('figure:not([hidden]) [data-value=decoder]').textContent == '–'"
 
 
 def choose(tab: chromium.Page, photo: str) -> None:
     """Takes one of our photographs."""
     change = f"s => {{ s.value = '{photo}'; s.dispatchEvent(new Event('change')); }}"
     tab.evaluate(f"({change})(document.getElementById('photos'))")
-    tab.wait_for(f"document.documentElement.dataset.state == 'ready' && {DRAWN % 0}")
+    tab.wait_for(f"document.documentElement.dataset.state == 'ready' && {DRAWN}")
 
 
 def on_screen(tab: chromium.Page, *wanted: tuple[float, float]) -> tuple[list, list]:
@@ -56,20 +65,62 @@ def on_screen(tab: chromium.Page, *wanted: tuple[float, float]) -> tuple[list, l
 
 
 def masks(tab: chromium.Page) -> list[np.ndarray]:
-    """What is drawn, of both models, once it is."""
+    """What is drawn, of all models that are on, once it is."""
     tab.wait_for("document.documentElement.dataset.state != 'busy'")
     assert tab.evaluate("document.documentElement.dataset.state") == "ready", tab.evaluate(chromium.TEXT)
-    found = [tab.evaluate(MASK % index) for index in range(2)]
-    return [np.frombuffer(base64.b64decode(m["bytes"]), np.uint8).reshape(m["size"]) > 0 for m in found]
+    return [
+        drawn(tab, "mask", i)
+        for i in range(tab.evaluate("document.querySelectorAll('[type=checkbox][value]:checked').length"))
+    ]
+
+
+def drawn(tab: chromium.Page, canvas: str, index: int = 0) -> np.ndarray:
+    """Where a canvas of a model that is on is not empty, [h, w] bool."""
+    answer = tab.evaluate(MASK % (canvas, index))
+    return np.frombuffer(base64.b64decode(answer["bytes"]), np.uint8).reshape(answer["size"]) > 0
 
 
 def said(tab: chromium.Page, name: str) -> list[str]:
-    return tab.evaluate(f"[...document.querySelectorAll('[data-value=\"{name}\"]')].map(e => e.textContent)")
+    """The values of that name that are to be seen."""
+    values = f"[...document.querySelectorAll('[data-value=\"{name}\"]')].filter(e => e.offsetParent)"
+    return tab.evaluate(f"{values}.map(e => e.textContent)")
+
+
+def status(tab: chromium.Page) -> str:
+    return tab.evaluate("document.getElementById('status').textContent")
+
+
+def press(tab: chromium.Page, selector: str) -> None:
+    """Clicks on a button or a box."""
+    tab.evaluate(f"document.querySelector('{selector}').click()")
+
+
+def turn(tab: chromium.Page, *names: str) -> None:
+    """Turns models on or off, and waits until those that are on have seen the image."""
+    for name in names:
+        press(tab, f"#models [value={name}]")
+    tab.wait_for(SETTLED)
+
+
+def downloaded(tab: chromium.Page, folder: Path, selector: str) -> Path:
+    """The only file in an empty folder after a click on a button."""
+    folder.mkdir()
+    tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+    press(tab, selector)
+    for _ in range(600):
+        files = list(folder.iterdir())
+        if files and not files[0].name.endswith(".crdownload") and not files[0].name.startswith("."):
+            return files[0]
+        time.sleep(0.05)
+    raise TimeoutError(f"nothing was downloaded by {selector}; the page: {tab.evaluate(chromium.TEXT)}")
 
 
 @contextlib.contextmanager
 def opened(root: Path, models: Mapping[str, Sam]) -> Iterator[chromium.Page]:
-    """The page with models by their names, a photograph encoded by all; skips the test without a browser."""
+    """The page with models by their names, a photograph encoded by the first two; skips the test without a browser.
+
+    Behind them there is a model whose files are broken.
+    """
     if chromium.executable() is None:
         pytest.skip("needs Chromium: apt install chromium")
     try:
@@ -79,8 +130,12 @@ def opened(root: Path, models: Mapping[str, Sam]) -> Iterator[chromium.Page]:
     for name, sam in models.items():
         checkpoint.save(sam, root / name)
     prepared = export.prepare(tuple(root / name for name in models), "float32", root / "cache")
+    (root / "broken.onnx").write_bytes(b"no model" * 1000)
+    prepared.append(({**prepared[0][0], "name": "broken"}, (root / "broken.onnx",) * 2))
     server = serving(page_files(prepared, runtime, threads=1))
     with chromium.page(root / "profile") as tab:
+        tab.call("Page.enable")
+        tab.call("Page.addScriptToEvaluateOnNewDocument", source=WATCH)
         tab.call("Page.navigate", url=f"http://127.0.0.1:{server.server_port}/")
         tab.wait_for(SETTLED)
         yield tab

@@ -1,227 +1,132 @@
-// The page: where images come from, what is clicked, and who is asked.
+// The page: which models and image it shows, what is asked of them, and the buttons around.
 
-import { iou, Panel, shownSize } from "./panel.js";
+import { drawCard } from "./card.js";
+import { ask, get } from "./client.js";
+import { download, save } from "./download.js";
+import { everything } from "./everything.js";
+import { Panel } from "./panel.js";
+import { readPhoto } from "./photo.js";
+import { listen } from "./pointer.js";
+import { refusal } from "./prompts.js";
+import { active, change, clear, hover, isIdle, prompts, session, stopSearch, take, undo, update } from "./session.js";
+import { element, guarded, megabytes, say } from "./status.js";
 
-const element = (id) => document.getElementById(id);
-const worker = new Worker("inference.js", { type: "module" });
-const waiting = new Map();
-const DRAG = 5; // pixels of the screen from which a click is a box
+const SHOWN = 2; // models that are on at first; the others are loaded when they are chosen
+let photos = 0; // that were asked for
 
-let panels = [];
-let shown = null; // [height, width] of the image as shown, once both encoders have seen it
-let points = [];
-let box = null;
-let pending = false; // the prompts have changed since they were asked
-let asking = false;
-let newest = 0; // number of the last image asked for
-
-worker.onmessage = ({ data: { id, result, error } }) => {
-  const { resolve, reject } = waiting.get(id);
-  waiting.delete(id);
-  if (error) reject(new Error(error));
-  else resolve(result);
-};
-worker.onerror = () => say("error", "The worker with onnxruntime-web did not start; the browser's console says why.");
-
-function ask(task, options) {
-  return new Promise((resolve, reject) => {
-    const id = crypto.randomUUID();
-    waiting.set(id, { resolve, reject });
-    worker.postMessage({ id, task, options });
-  });
-}
-
-/** `state` is loading, ready, busy or error. */
-function say(state, text) {
-  document.documentElement.dataset.state = state;
-  element("status").textContent = text;
-}
-
-async function guarded(what, run) {
-  try {
-    await run();
-  } catch (error) {
-    say("error", `${what}: ${error.message}`);
-  }
-}
-
-async function get(url) {
-  const answer = await fetch(url);
-  if (!answer.ok) throw new Error(`${url} is answered with ${answer.status}`);
-  return answer;
-}
+const tool = () => document.querySelector("input[name=tool]:checked").value;
 
 async function start() {
-  const { models, photos, threads } = await (await get("models.json")).json();
-  panels = models.map((model, index) => new Panel(element("panels"), model, index));
-  panels.forEach((panel) => listen(panel));
-  const off = models.find((model) => model.no_background);
-  if (off) element("background").textContent = `Shift-click is off (${off.name}: ${off.no_background}).`;
-  for (const [index, { name, encoder, decoder, image_size, whole }] of models.entries()) {
-    say("loading", `Loading ${name} (${index + 1} of ${models.length})`);
-    await ask("load", { encoder, decoder, imageSize: image_size, whole, threads });
+  const { models, photos: names, threads } = await (await get("models.json")).json();
+  session.threads = threads;
+  session.panels = models.map((model, index) => new Panel(element("panels"), model, index, saveMask));
+  for (const panel of session.panels) {
+    listen(panel, calls(panel));
+    addChip(panel);
+    panel.turn(panel.index < SHOWN);
   }
   const title = (name) => name.replace(/\.[^.]*$/, "").replaceAll("_", " ");
-  element("photos").append(...photos.map((name) => new Option(title(name), name)));
+  element("photos").append(...names.map((name) => new Option(title(name), name)));
   await choosePhoto();
 }
 
-const choosePhoto = () => setImage(get(`photos/${element("photos").value}`).then((answer) => answer.blob()));
+/** The box to tick for a model. */
+function addChip(panel) {
+  const label = element("models").appendChild(document.createElement("label"));
+  panel.chip = Object.assign(document.createElement("input"), { type: "checkbox", value: panel.model.name });
+  const size = Object.assign(document.createElement("small"), { textContent: megabytes(panel.model.bytes) });
+  label.append(panel.chip, ` ${panel.model.name} `, size);
+  panel.chip.addEventListener("change", () => {
+    panel.turn(panel.chip.checked || active().length === 1); // one at least
+    change(() => {
+      if (session.photo) panel.show(session.photo);
+      if (refusal(active().map(({ model }) => model), prompts.points, prompts.box)) prompts.reset();
+    });
+  });
+}
+
+async function choosePhoto() {
+  const name = element("photos").value;
+  await setImage(get(`photos/${name}`).then((answer) => answer.blob()), name);
+}
 
 /** Shows an image, a Blob or the promise of one, and has it encoded; until it is read, the old one stays. */
-async function setImage(source) {
-  const number = ++newest;
+async function setImage(source, name) {
+  const number = ++photos;
   say("busy", "Reading the image");
-  const bitmap = await createImageBitmap(await source, { colorSpaceConversion: "none" }).catch(() => {
-    throw new Error("this browser cannot read it as an image");
-  });
-  if (number !== newest) return;
-  const { width, height } = bitmap;
-  const context = new OffscreenCanvas(width, height).getContext("2d", { alpha: false });
-  context.drawImage(bitmap, 0, 0);
-  const { data: pixels } = context.getImageData(0, 0, width, height);
-  const size = shownSize(height, width);
-  shown = null;
-  [points, box, pending] = [[], null, false];
-  panels.forEach((panel) => panel.show(bitmap, size));
-  await ask("setImage", { pixels, size: [height, width], shown: size });
-  if (await encode(number)) shown = size;
+  const read = await readPhoto(await source, name);
+  if (number !== photos) return;
+  const { pixels, ...rest } = read;
+  session.photo = { ...rest, number };
+  stopSearch();
+  prompts.reset();
+  active().forEach((panel) => panel.show(session.photo));
+  ask("setImage", { pixels, size: read.size, shown: read.shown });
+  await update();
 }
 
-/** Runs all encoders; false if another image came meanwhile. */
-async function encode(number) {
-  for (const [model, panel] of panels.entries()) {
-    say("busy", `Encoding (${model + 1} of ${panels.length})`);
-    const { ms } = await ask("encode", { model });
-    if (number !== newest) return false;
-    panel.say("encoder", milliseconds(ms));
-  }
-  say("ready", "Click on an object.");
-  return true;
-}
+const calls = (panel) => ({
+  tool,
+  hover,
+  point: (point) => session.photo && take([...prompts.points, point], prompts.box),
+  box: (box) => session.photo && take(prompts.points, box),
+  dragging: (box) => active().forEach((each) => each.drawPrompts(prompts.points, box ?? prompts.box)),
+  cross: (at) => {
+    panel.drawPrompts(prompts.points, prompts.box, at);
+    hover(at);
+  },
+});
 
-const milliseconds = (ms) => `${ms.toFixed(ms < 100 ? 1 : 0)} ms`;
-
-/** Asks all decoders about the prompts as they are now, and once more if they change meanwhile. */
-async function decode() {
-  pending = true;
-  if (asking || !shown) return;
-  asking = true;
-  try {
-    while (pending && shown) {
-      pending = false;
-      await decodeOnce(newest);
+/** Finds everything, with one model after the other. */
+async function findAll() {
+  if (!isIdle()) return;
+  await clear();
+  const own = (session.search = { cancelled: false });
+  element("cancel").hidden = false;
+  const side = Number(element("side").value);
+  await guarded("The search failed", async () => {
+    for (const panel of active()) {
+      const share = (done) => say("busy", `${panel.model.name} looks everywhere`, done);
+      if (!(await everything(panel, session.photo, side, () => own.cancelled, share))) return;
     }
-  } finally {
-    asking = false;
-  }
-}
-
-async function decodeOnce(number) {
-  panels.forEach((panel) => panel.drawPrompts(points, box));
-  if (!points.length && !box) {
-    panels.forEach((panel) => panel.clear());
-    return say("ready", "Click on an object.");
-  }
-  say("busy", "Decoding");
-  const which = element("which").value;
-  for (const [model, panel] of panels.entries()) {
-    const { ms, mask, score } = await ask("decode", { model, points, box, which });
-    if (number !== newest) return;
-    panel.drawMask(mask);
-    panel.say("decoder", milliseconds(ms));
-    panel.say(panel.model.score, score.toFixed(3));
-    panel.say("mask", `${((100 * mask.reduce((a, b) => a + b, 0)) / mask.length).toFixed(1)} % of the image`);
-    if (model) panel.say("agreement", `IoU ${iou(panels[0].mask, mask).toFixed(3)} with the first model's mask`);
-  }
-  say("ready", "Click again to correct the mask.");
-}
-
-/** Where on the image in `canvas` an event of the mouse is. */
-function at(event, canvas) {
-  const frame = canvas.getBoundingClientRect();
-  const inside = (value, most) => Math.min(Math.max(value, 0), most);
-  return {
-    x: inside(((event.clientX - frame.left) * canvas.width) / frame.width, canvas.width),
-    y: inside(((event.clientY - frame.top) * canvas.height) / frame.height, canvas.height),
-  };
-}
-
-/** [x0, y0, x1, y1] between two events. */
-function boxBetween(from, to, canvas) {
-  const [one, other] = [at(from, canvas), at(to, canvas)];
-  return [Math.min(one.x, other.x), Math.min(one.y, other.y), Math.max(one.x, other.x), Math.max(one.y, other.y)];
-}
-
-/** Why one of the models cannot take prompts, or null. */
-function refusal(points, box) {
-  for (const { model } of panels) {
-    const { name, no_background: reason, most_points: most } = model;
-    if (reason && points.some(({ label }) => !label)) return `${name}: ${reason}.`;
-    if (most && points.length + (box ? 2 : 0) > most) return `${name} takes ${most} points at most, and a box is two.`;
-  }
-  return null;
-}
-
-/** Has new prompts decoded if all models can take them; else the old ones stay, and the page says why. */
-function take(newPoints, newBox) {
-  const reason = refusal(newPoints, newBox);
-  if (reason) {
-    panels.forEach((panel) => panel.drawPrompts(points, box));
-    return say(document.documentElement.dataset.state, reason);
-  }
-  [points, box] = [newPoints, newBox];
-  return guarded("Decoding failed", decode);
-}
-
-/** Clicks and drags on a panel's image. */
-function listen({ stack, image }) {
-  let from = null;
-  const isDrag = (event) => Math.hypot(event.clientX - from.clientX, event.clientY - from.clientY) >= DRAG;
-  const draw = (shownBox) => panels.forEach((panel) => panel.drawPrompts(points, shownBox));
-  stack.addEventListener("pointerdown", (event) => {
-    if (event.button !== 0 || !shown) return;
-    stack.setPointerCapture(event.pointerId);
-    from = event;
+    say("ready", "All that was found. Click to ask for one object again.");
   });
-  stack.addEventListener("pointermove", (event) => {
-    if (from && shown && isDrag(event)) draw(boxBetween(from, event, image));
-  });
-  stack.addEventListener("pointerup", (event) => {
-    if (from && shown) {
-      if (isDrag(event)) take(points, boxBetween(from, event, image));
-      else take([...points, { ...at(event, image), label: event.shiftKey ? 0 : 1 }], box);
-    }
-    from = null;
-  });
-  stack.addEventListener("pointercancel", () => {
-    from = null;
-    draw(box);
-  });
+  if (session.search === own) element("cancel").hidden = true;
 }
 
 const useImage = (run) => guarded("The image cannot be used", run);
 const useFile = (file) => {
   if (!file) return;
   element("photos").selectedIndex = -1;
-  useImage(() => setImage(file));
+  useImage(() => setImage(file, file.name));
 };
-element("photos").addEventListener("change", () => useImage(choosePhoto));
-element("file").addEventListener("change", ({ target }) => useFile(target.files[0]));
-element("which").addEventListener("change", () => guarded("Decoding failed", decode));
-element("again").addEventListener("click", () =>
-  guarded("Encoding failed", async () => {
-    if (shown && (await encode(newest))) await decode();
-  }));
-element("clear").addEventListener("click", () => {
-  [points, box] = [[], null];
-  guarded("Decoding failed", decode);
+const saveMask = (panel, kind) => guarded("It cannot be saved", () => download(panel, session.photo, kind));
+
+function share() {
+  if (!isIdle() || !active().length) return;
+  drawCard(element("card"), active(), session.threads);
+  element("sharing").showModal();
+}
+
+const on = (id, type, run) => element(id).addEventListener(type, run);
+on("photos", "change", () => useImage(choosePhoto));
+on("file", "change", ({ target }) => useFile(target.files[0]));
+on("which", "change", () => change(() => prompts.version++));
+on("again", "click", () => change(() => active().forEach((panel) => (panel.encoded = panel.answered = null))));
+on("clear", "click", clear);
+on("undo", "click", undo);
+on("everything", "click", findAll);
+on("cancel", "click", clear);
+on("share", "click", share);
+on("close", "click", () => element("sharing").close());
+on("save", "click", () => element("card").toBlob((blob) => save(blob, "slimsam_card.png")));
+addEventListener("keydown", (event) => {
+  if (event.key === "z" && (event.ctrlKey || event.metaKey)) undo();
+  else if (event.key === "Escape" && !element("sharing").open) clear();
+  else return;
+  event.preventDefault();
 });
-element("undo").addEventListener("click", () => {
-  if (points.length) points = points.slice(0, -1);
-  else box = null;
-  guarded("Decoding failed", decode);
-});
+addEventListener("paste", (event) => useFile(event.clipboardData.files[0]));
 addEventListener("dragover", (event) => {
   event.preventDefault();
   document.body.classList.add("dropping");

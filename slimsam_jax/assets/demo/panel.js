@@ -1,46 +1,54 @@
 // One model's side: the image, its mask over it, the prompts over both, and what there is to read.
 
-const COLOURS = [[30, 144, 255], [255, 120, 20], [40, 180, 90], [200, 60, 200]];
-const KEPT = ["model", "encoder"]; // what is said whatever the prompt
-const LONGEST = 1200; // pixels of the longer side that are shown and masked; a phone's images have four times as many
+import { colours, draw, drawPrompts, paint } from "./draw.js";
+import { megabytes, milliseconds } from "./status.js";
 
-/** [height, width] that an image is shown at. */
-export function shownSize(height, width) {
-  const scale = Math.min(1, LONGEST / Math.max(height, width));
-  return [height, width].map((side) => Math.max(1, Math.round(side * scale)));
-}
+const KEPT = ["model", "encoder"]; // what is said whatever the prompt
+const CANVASES = ["image", "preview", "mask", "prompts"];
+const FAMILIES = { vit: "ViT", tiny_vit: "TinyViT", rep_vit: "RepViT", efficient_sam: "EfficientSAM", hiera: "Hiera" };
+const SLOW = 400; // milliseconds a mask from which it does not follow the cursor
+
+const create = (parent, tag, properties) =>
+  parent.appendChild(Object.assign(document.createElement(tag), properties));
 
 export class Panel {
-  /** `model` as in models.json. */
-  constructor(parent, model, index) {
-    this.colour = COLOURS[index % COLOURS.length];
-    this.figure = parent.appendChild(document.createElement("figure"));
-    this.stack = this.figure.appendChild(document.createElement("div"));
-    this.stack.className = "stack";
-    [this.image, this.overlay, this.prompts] = ["image", "mask", "prompts"].map((name) => {
-      const canvas = this.stack.appendChild(document.createElement("canvas"));
-      canvas.className = name;
-      return canvas;
-    });
-    const caption = this.figure.appendChild(document.createElement("figcaption"));
-    const title = caption.appendChild(document.createElement("strong"));
-    title.textContent = model.name;
-    title.style.borderBottom = `3px solid rgb(${this.colour})`;
-    this.model = model;
-    const names = ["model", "encoder", "decoder", model.score, "mask", ...(index ? ["agreement"] : [])];
-    this.values = this.list(caption, names);
+  /** `model` as in models.json; `save(panel, kind)` is called to download. */
+  constructor(parent, model, index, save) {
+    Object.assign(this, { model, index, colour: colours[index % colours.length], on: false, loaded: false });
+    this.figure = create(parent, "figure", { hidden: true });
+    this.stack = create(this.figure, "div", { className: "stack", tabIndex: 0, role: "application" });
+    this.stack.ariaLabel = `The image and the mask of ${model.name}. Arrow keys move a cross, Enter clicks there.`;
+    this.canvases = CANVASES.map((className) => create(this.stack, "canvas", { className }));
+    [this.image, this.preview, this.overlay, this.prompts] = this.canvases;
+    const caption = create(this.figure, "figcaption");
+    const title = create(caption, "strong", { textContent: model.name });
+    title.style.borderColor = `rgb(${this.colour})`;
+    create(caption, "span", { className: "family", textContent: FAMILIES[model.family] ?? model.family });
+    this.values = this.list(caption, ["model", "encoder", "decoder", model.score, "mask", "agreement"]);
+    this.saves = create(caption, "div", { className: "saves" });
+    for (const [kind, label] of [["mask", "Mask PNG"], ["cut", "Cut-out PNG"], ["coco", "COCO JSON"]]) {
+      const button = create(this.saves, "button", { type: "button", textContent: label });
+      button.dataset.save = kind;
+      button.addEventListener("click", () => save(this, kind));
+    }
     const macs = `${(model.encoder_macs / 1e9).toFixed(2)} G MACs in the encoder`;
-    const size = `${(model.bytes / 1e6).toFixed(1)} MB`;
-    this.say("model", `${(model.parameters / 1e6).toFixed(2)} M parameters, ${macs}, ${size}`);
+    this.say("model", `${(model.parameters / 1e6).toFixed(2)} M parameters, ${macs}, ${megabytes(model.bytes)}`);
+    this.forget();
+  }
+
+  /** Shows the model or does not; `chip` is the box to tick for it. */
+  turn(on) {
+    this.on = this.chip.checked = on;
+    this.figure.hidden = !on;
+    this.chip.disabled = Boolean(this.failure);
   }
 
   list(parent, names) {
-    const list = parent.appendChild(document.createElement("dl"));
+    const list = create(parent, "dl");
     return Object.fromEntries(names.map((name) => {
-      list.appendChild(document.createElement("dt")).textContent = name;
-      const value = list.appendChild(document.createElement("dd"));
+      create(list, "dt", { textContent: name, className: name });
+      const value = create(list, "dd", { textContent: "–", className: name });
       value.dataset.value = name;
-      value.textContent = "–";
       return [name, value];
     }));
   }
@@ -49,52 +57,68 @@ export class Panel {
     this.values[name].textContent = text;
   }
 
-  show(bitmap, [height, width]) {
-    for (const canvas of [this.image, this.overlay, this.prompts]) {
-      canvas.width = width;
-      canvas.height = height;
-    }
-    this.image.getContext("2d").drawImage(bitmap, 0, 0, width, height);
+  /** Forgets which image was encoded, and its mask. */
+  forget() {
+    this.encoded = this.answered = null; // the number of the photo, and the version of the prompts
+    this.paces = []; // milliseconds of the last masks
     this.clear();
   }
 
+  /** Shows an image, if it is another one. */
+  show({ bitmap, shown: [height, width], number }) {
+    if (this.shown === number) return;
+    this.shown = number;
+    for (const canvas of this.canvases) Object.assign(canvas, { width, height });
+    this.image.getContext("2d").drawImage(bitmap, 0, 0, width, height);
+    this.say("encoder", "–");
+    this.forget();
+  }
+
   clear() {
-    for (const canvas of [this.overlay, this.prompts]) {
-      canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
-    }
+    for (const canvas of [this.overlay, this.prompts]) draw(canvas, null);
     for (const name of Object.keys(this.values)) if (!KEPT.includes(name)) this.say(name, "–");
-    this.mask = null;
+    this.hold([], null);
   }
 
-  /** Fills the mask in the model's colour and draws its outline. */
-  drawMask(mask) {
-    this.mask = mask;
-    const { width, height } = this.overlay;
-    const image = new ImageData(width, height);
-    const isEdge = (i) => !mask[i - 1] || !mask[i + 1] || !mask[i - width] || !mask[i + width];
-    for (let i = 0; i < mask.length; i++) {
-      if (mask[i]) image.data.set([...this.colour, isEdge(i) ? 255 : 120], 4 * i);
+  /** Keeps what is shown: objects of everything mode or one alone, and its mask. */
+  hold(objects, mask) {
+    [this.objects, this.mask] = [objects, mask];
+    for (const button of this.saves.children) {
+      button.disabled = !objects.length || (button.dataset.save === "cut" && !mask);
     }
-    this.overlay.getContext("2d").putImageData(image, 0, 0);
   }
 
-  drawPrompts(points, box) {
-    const context = this.prompts.getContext("2d");
-    const unit = Math.max(this.prompts.width, this.prompts.height) / 100;
-    context.clearRect(0, 0, this.prompts.width, this.prompts.height);
-    context.lineWidth = unit / 2;
-    if (box) {
-      context.strokeStyle = "#ffe14d";
-      context.strokeRect(box[0], box[1], box[2] - box[0], box[3] - box[1]);
-    }
-    for (const { x, y, label } of points) {
-      context.beginPath();
-      context.arc(x, y, unit, 0, 2 * Math.PI);
-      context.fillStyle = label ? "#21c354" : "#e02f2f";
-      context.strokeStyle = "white";
-      context.fill();
-      context.stroke();
-    }
+  /** Shows the mask of prompts; `answer` as inference.js gives it. */
+  drawMask({ points, box }, { ms, mask, score, output }) {
+    this.hold([{ points, box, score, output }], mask);
+    draw(this.overlay, paint(mask, this.size, this.colour));
+    this.timed(ms);
+    this.say("decoder", milliseconds(ms));
+    this.say(this.model.score, score.toFixed(3));
+    this.say("mask", `${((100 * mask.reduce((a, b) => a + b, 0)) / mask.length).toFixed(1)} % of the image`);
+  }
+
+  /** Shows what would be the mask under the cursor; null for none. */
+  drawPreview(mask, size) {
+    draw(this.preview, mask && paint(mask, size, this.colour, 90));
+  }
+
+  drawPrompts(points, box, cross = null) {
+    drawPrompts(this.prompts, points, box, cross);
+  }
+
+  timed(ms) {
+    this.paces = [...this.paces.slice(-2), ms];
+    this.ms = Math.min(...this.paces);
+  }
+
+  /** Whether masks come fast enough to follow the cursor: two of three, as the first of a model takes longer. */
+  get isFluid() {
+    return this.paces.length < 2 || this.ms < SLOW;
+  }
+
+  get size() {
+    return [this.image.height, this.image.width];
   }
 }
 

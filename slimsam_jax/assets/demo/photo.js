@@ -1,0 +1,55 @@
+// Images: read, measured before they are decoded, and the sizes at which they are masked.
+
+import { megabytes } from "./status.js";
+
+const LONGEST = 1200; // pixels of the longer side that are shown and masked; a phone's images have four times as many
+const SEARCHED = 512; // the same of what must be quick: previews, and everything mode before it has chosen
+const MOST_BYTES = 2 ** 27; // of a file
+const MOST_PIXELS = 2 ** 26; // four bytes each
+const MOST_MASKED = 2 ** 24; // pixels; a decoder gives four masks at once, of four bytes a pixel
+
+const withinLongest = (longest) => ([height, width]) => {
+  const scale = Math.min(1, longest / Math.max(height, width));
+  return [height, width].map((side) => Math.max(1, Math.round(side * scale)));
+};
+/** [height, width] that an image is shown at, and that it is searched at. */
+export const shownSize = withinLongest(LONGEST);
+export const searchedSize = withinLongest(SEARCHED);
+/** That of the masks which are downloaded: the image's own, unless it is huge. */
+export const ownSize = ({ size, shown }) => (size[0] * size[1] <= MOST_MASKED ? size : shown);
+export const sameSize = (one, other) => one[0] === other[0] && one[1] === other[1];
+
+const unreadable = () => {
+  throw new Error("this browser cannot read it as an image");
+};
+
+/** [height, width] by a file's header: nothing is decoded, however large it says it is. */
+async function measured(blob) {
+  const image = new Image();
+  const url = URL.createObjectURL(blob);
+  try {
+    await new Promise((resolve, reject) => Object.assign(image, { onload: resolve, onerror: reject, src: url }));
+    return [image.naturalHeight, image.naturalWidth];
+  } catch {
+    return unreadable();
+  } finally {
+    URL.revokeObjectURL(url);
+  }
+}
+
+/** A Blob -> {name, bitmap, pixels as RGBA, size, shown}; sizes are [height, width]. */
+export async function readPhoto(blob, name) {
+  if (blob.size > MOST_BYTES) {
+    throw new Error(`it has ${megabytes(blob.size)}, and at most ${megabytes(MOST_BYTES)} are read`);
+  }
+  const [tall, wide] = await measured(blob);
+  if (tall * wide > MOST_PIXELS) {
+    throw new Error(`it has ${wide} x ${tall} pixels, and at most ${(MOST_PIXELS / 1e6).toFixed(0)} million are read`);
+  }
+  const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" }).catch(unreadable);
+  const { width, height } = bitmap;
+  const context = new OffscreenCanvas(width, height).getContext("2d", { alpha: false });
+  context.drawImage(bitmap, 0, 0);
+  const { data: pixels } = context.getImageData(0, 0, width, height);
+  return { name, bitmap, pixels, size: [height, width], shown: shownSize([height, width]) };
+}
