@@ -17,7 +17,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -152,23 +152,24 @@ def run(
 def measure(bench: Bench, label: str, count: int, plan: Plan, where: dict[str, Any]) -> None:
     """All runs of a row: each rate with the first seed, the best with the others."""
     first, *others = plan.seeds
-    found = [one(bench, key_of(label, count, plan, rate, first), where) for rate in plan.rates]
+    method = bench.methods[label]
+    found = [one(bench, key_of(label, method, count, plan, rate, first), where) for rate in plan.rates]
     best = max(found, key=lambda entry: entry["chosen_by"])
     for seed in others:
-        one(bench, key_of(label, count, plan, best["rate"], seed), where)
+        one(bench, key_of(label, method, count, plan, best["rate"], seed), where)
 
 
-def key_of(label: str, count: int, plan: Plan, rate: float, seed: int) -> dict[str, Any]:
+def key_of(label: str, method: Method, count: int, plan: Plan, rate: float, seed: int) -> dict[str, Any]:
     photographs = [plan.chosen_on, plan.measured_on]
     run = {"images": count, "steps": plan.steps, "rate": round(rate, 4), "seed": seed, "photographs": photographs}
-    return {"row": label, **METHODS[label]._asdict(), "weights": dict(METHODS[label].weights), **run}
+    return {"row": label, **method._asdict(), "weights": dict(method.weights), **run}
 
 
 def one(bench: Bench, key: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
     """The entry of a run, which is made if there is none. A run whose loss is not finite has the worst scores."""
-    if known := results.find(FILE, key):
+    if known := results.find(bench.file, key):
         return known[0]
-    method, start = METHODS[key["row"]], time.process_time()
+    method, start = bench.methods[key["row"]], time.process_time()
     rate = next(rate for rate in (*RATES, key["rate"]) if round(rate, 4) == key["rate"])
     with tempfile.TemporaryDirectory() as out:
         student = Path(method.student) if method.student else None
@@ -183,7 +184,7 @@ def one(bench: Bench, key: dict[str, Any], where: dict[str, Any]) -> dict[str, A
                 raise
             numbers = {"chosen_by": 0.0, "agreement": 0.0, "point": 0.0, "failed": str(error)[:200]}
     entry = {**key, **numbers, "cpu_seconds": round(time.process_time() - start, 1)}
-    results.append(FILE, entry)
+    results.append(bench.file, entry)
     shown = ", ".join(f"{name} {entry[name]:.4g}" for name in ("chosen_by", "agreement", "point", "cpu_seconds"))
     print(f"{key['row']}, {key['images']} images, rate {key['rate']}, seed {key['seed']}: {shown}", flush=True)
     jax.clear_caches()  # the next row's programs are others
@@ -191,10 +192,22 @@ def one(bench: Bench, key: dict[str, Any], where: dict[str, Any]) -> dict[str, A
 
 
 class Bench:
-    """What is measured of a student, with the teacher's side computed once."""
+    """What is measured of a student, with the teacher's side computed once.
 
-    def __init__(self, teacher: Sam, samples: Sequence[data.Sample], plan: Plan):
-        self.teacher, self.chosen_on = teacher, plan.chosen_on
+    Args:
+      methods: rows by their labels.
+      file: that holds what was measured.
+    """
+
+    def __init__(
+        self,
+        teacher: Sam,
+        samples: Sequence[data.Sample],
+        plan: Plan,
+        methods: Mapping[str, Method] = METHODS,
+        file: Path = FILE,
+    ):
+        self.teacher, self.chosen_on, self.methods, self.file = teacher, plan.chosen_on, methods, file
         self.samples = list(samples[: plan.chosen_on + plan.measured_on])
         if len(self.samples) < plan.chosen_on + plan.measured_on:
             raise InputError(f"--val has {len(samples)} images, and {plan.chosen_on + plan.measured_on} are asked for")
@@ -232,17 +245,22 @@ class Bench:
 
 def table() -> None:
     """Write experiments/tables/distillers.md: of each row and number of images the chosen rate, over seeds."""
-    entries = results.read(FILE)
+    command = "python -m experiments.distillers table"
+    lines = lines_of(results.read(FILE), METHODS)
+    results.write_table("distillers", "Distilled or slimmed, of few images", lines, command, "../distillers.md")
+
+
+def lines_of(entries: Sequence[dict[str, Any]], methods: Iterable[str]) -> list[str]:
+    """The table's lines, its head first."""
     head = "| row | images | steps | parameters | MACs | agreement | point mIoU | error | rate | seeds, photographs |"
     lines = [head, "|---" * 10 + "|"]
     runs = dict.fromkeys((e["images"], e["steps"], tuple(e["photographs"])) for e in entries)
     for images, steps, photographs in sorted(runs):
         own = [e for e in entries if (e["images"], e["steps"], tuple(e["photographs"])) == (images, steps, photographs)]
-        for label in METHODS:
+        for label in methods:
             if row := [entry for entry in own if entry["row"] == label]:
                 lines.append(line_of(label, row))
-    command = "python -m experiments.distillers table"
-    results.write_table("distillers", "Distilled or slimmed, of few images", lines, command, "../distillers.md")
+    return lines
 
 
 def line_of(label: str, entries: Sequence[dict[str, Any]]) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from slimsam_jax.models.sam import Sam
 
 Name = Literal["auto", "jax", "onnxruntime"]
+FOLDER = "encoders"  # of the cache: the demo keeps folders in "onnx", which files that are trusted may not lie beside
 ROOM = 2**32  # bytes of all exported encoders: SAM-B's has 0.36 GB
 LARGEST_ERROR = 1e-4  # relative to the largest value
 Run = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
@@ -82,7 +83,7 @@ def _measured(sam: Any) -> dict[str, float] | None:
 
     None, too, if onnxruntime is not for this model. Nothing is hashed then, nor where nothing was ever exported.
     """
-    folder = cache_folder("onnx")
+    folder = cache_folder(FOLDER)
     if not folder or not any(folder.glob("*.json")):
         return None
     try:
@@ -110,7 +111,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _folder() -> Path:
-    folder = cache_folder("onnx")
+    folder = cache_folder(FOLDER)
     if not folder:
         raise InputError(
             "--engine onnxruntime keeps the exported encoder in the user's cache folder, and there is none"

@@ -32,7 +32,7 @@ def exported(sam, tmp_path_factory):
     """The cache after an export, and the model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield engine.cache_folder("onnx"), engine.engaged(sam, "onnxruntime")
+        yield engine.cache_folder(engine.FOLDER), engine.engaged(sam, "onnxruntime")
 
 
 @pytest.fixture
@@ -111,13 +111,22 @@ def test_a_damaged_file_is_exported_again(sam, kept, capsys):
     assert "another machine" in json.loads(path.with_suffix(".json").read_text())["seconds"]
 
 
+def test_the_demo_and_the_engine_share_no_folder(exported, sam, monkeypatch, capsys):
+    """Once it lay where the demo puts folders, after which nothing was trusted there."""
+    import slimsam_jax.demo.export as demo
+
+    monkeypatch.setattr("converters.to_onnx.export", lambda sam, folder, *_: folder.mkdir())
+    demo.exported(sam, "float32", exported[0].parent)
+    assert engine.cache_folder(engine.FOLDER) == exported[0] and not capsys.readouterr().err
+
+
 def test_another_result_than_jax_gives_is_not_kept(sam, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     opened = engine._opened
     monkeypatch.setattr(engine, "_opened", lambda path: lambda *given: opened(path)(*given) * 1.001)
     with pytest.raises(RunError, match=r"differs from JAX's by 1.0e-03"):
         engine.engaged(sam, "onnxruntime")
-    assert not list(engine.cache_folder("onnx").iterdir())
+    assert not list(engine.cache_folder(engine.FOLDER).iterdir())
 
 
 def test_what_it_is_not_for(sam, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,11 @@ from experiments.distillers import METHODS, Plan
 from slimsam_jax.compression.plan import optimizer_steps
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.errors import InputError
+
+
+def bench_in(folder: Path) -> SimpleNamespace:
+    """What of a `Bench` is asked for where nothing is run."""
+    return SimpleNamespace(methods=METHODS, file=folder / "rows.jsonl")
 
 
 @pytest.mark.parametrize("label", METHODS)
@@ -30,21 +36,20 @@ def test_a_row_is_its_recipe_at_another_pace(label):
 
 
 def test_the_rate_is_chosen_by_other_photographs_than_it_is_measured_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(distillers, "FILE", tmp_path / "rows.jsonl")
-    asked = []
+    asked, bench = [], bench_in(tmp_path)
 
     def one(bench, key, where):
         asked.append((key["rate"], key["seed"]))
         chosen_by = {0.3333: 0.5, 1.0: 0.7, 3.0: 0.6}[key["rate"]]
         sizes = {"encoder_parameters": 8e5, "encoder_macs": 1e9}
         scores = {"chosen_by": chosen_by, "agreement": key["rate"] / 10 + key["seed"] / 100, "point": 0.4, "error": 0.2}
-        results.append(distillers.FILE, {**key, **sizes, **scores})
+        results.append(bench.file, {**key, **sizes, **scores})
         return {**key, **scores}
 
     monkeypatch.setattr(distillers, "one", one)
-    distillers.measure(None, "edge_sam, vit_small", 30, Plan(), {})
+    distillers.measure(bench, "edge_sam, vit_small", 30, Plan(), {})
     assert asked == [(0.3333, 0), (1.0, 0), (3.0, 0), (1.0, 1), (1.0, 2)]
-    line = distillers.line_of("edge_sam, vit_small", results.read(distillers.FILE))
+    line = distillers.line_of("edge_sam, vit_small", results.read(bench.file))
     cells = "edge_sam, vit_small | 30 | 600 | 0.80 M | 1.00 G | 11.00 ± 1.00 | 40.00 ± 0.00 | 0.2 | 1 of 3 | 3, 80"
     assert line == f"| {cells} |"
 
@@ -53,7 +58,8 @@ def test_a_seed_that_failed_is_counted_and_left_out_of_means():
     scores = {"chosen_by": 0.5, "agreement": 0.4, "point": 0.3, "error": 0.2}
     failed = {"chosen_by": 0.0, "agreement": 0.0, "point": 0.0, "failed": "the loss is not finite"}
     sizes = {"encoder_parameters": 8e5, "encoder_macs": 1e9}
-    keys = [distillers.key_of("edge_sam, vit_small", 30, Plan(), 1.0, seed) for seed in (0, 1)]
+    row = "edge_sam, vit_small"
+    keys = [distillers.key_of(row, METHODS[row], 30, Plan(), 1.0, seed) for seed in (0, 1)]
     found = [{**keys[0], **sizes, **scores}, {**keys[1], **failed}]
     line = distillers.line_of("edge_sam, vit_small", found)
     assert "| 40.00 | 30.00 | 0.2 | 1 of 1 | 2 (1 not finite), 80 |" in line
@@ -61,11 +67,11 @@ def test_a_seed_that_failed_is_counted_and_left_out_of_means():
     assert "|  |  | not finite |  |  | 1 of 1 | 2 (2 not finite), 80 |" in nothing
 
 
-def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(distillers, "FILE", tmp_path / "rows.jsonl")
-    key = distillers.key_of("tiny_sam, tokens 0", 30, Plan(), 1 / 3, 0)
-    results.append(distillers.FILE, {**key, "agreement": 0.25})
-    assert distillers.one(None, key, {})["agreement"] == 0.25
+def test_what_is_there_is_not_run_again(tmp_path):
+    bench = bench_in(tmp_path)
+    key = distillers.key_of("tiny_sam, tokens 0", METHODS["tiny_sam, tokens 0"], 30, Plan(), 1 / 3, 0)
+    results.append(bench.file, {**key, "agreement": 0.25})
+    assert distillers.one(bench, key, {})["agreement"] == 0.25
 
 
 def test_code_that_no_commit_holds_is_refused(tmp_path, monkeypatch):
