@@ -132,7 +132,7 @@ def test_all_roads_give_the_same_masks(uneven, tmp_path, slim_sam_torch):
 
 
 @pytest.mark.slow
-def test_all_roads_give_the_same_masks_from_a_slimmed_pth(tmp_path, slim_sam_torch, monkeypatch, unmeasured):
+def test_all_roads_give_the_same_masks_from_a_slimmed_pth(tmp_path, slim_sam_torch, monkeypatch):
     """`.pth` -> ours -> slim -> `.pth`, Hugging Face, standalone, with the small SAM of the package."""
     from slimsam_jax.api import compress_with
     from slimsam_jax.compression.options import Options

@@ -62,7 +62,7 @@ def test_the_same_seed_gives_the_same_model(finished, material, tmp_path, unmeas
     chex.assert_trees_all_equal(from_torch.load(tmp_path / "again").params, from_torch.load(finished).params)
 
 
-def test_uniform_result_loads_strictly_into_stock_code(material, tmp_path, unmeasured):
+def test_uniform_result_loads_strictly_into_stock_code(material, tmp_path, without_figure):
     """.pth in, slim .pth and Hugging Face folder out, without a key too many or too few."""
     from transformers import SamModel
 
