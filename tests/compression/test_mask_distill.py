@@ -39,7 +39,7 @@ def moved(slim, teacher, part: str) -> bool:
     return not all(jax.tree.leaves(jax.tree.map(np.array_equal, slim.params[part], teacher.params[part])))
 
 
-def test_edge_sam_is_resumed_within_its_prompts(material, tmp_path, monkeypatch, without_figure):
+def test_edge_sam_is_resumed_within_its_prompts(material, tmp_path, monkeypatch, unmeasured):
     """On images without annotations: by the masks that the teacher finds in them, searched for once."""
     choices = {"set": (), "save_every": 1, "steps": 1}
     step = dataclasses.replace(RECIPES["edge_sam"][-1], prompting=Prompting(prompts=2))

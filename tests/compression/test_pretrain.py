@@ -59,7 +59,7 @@ def test_what_was_seen_comes_out_at_its_own_place():
     np.testing.assert_array_equal(moved, [False, True, True, True, True, True])  # patch 0 was seen, and is the other
 
 
-def test_it_runs_as_a_step_and_leaves_an_encoder(material, tmp_path, without_figure):
+def test_it_runs_as_a_step_and_leaves_an_encoder(material, tmp_path, unmeasured):
     options = compress_options(material, tmp_path / "slim", steps=1, set=())
     slim = compress_with(options, (Initialize(STUDENT), SMALL)).sam
     log = [json.loads(line) for line in (tmp_path / "slim" / "log.jsonl").read_text().splitlines()]

@@ -60,7 +60,7 @@ def test_arrays_of_the_same_name_and_shape_are_taken(capsys):
     assert "1 of its 2 arrays" in capsys.readouterr().out
 
 
-def test_mobile_sam_into_a_model_of_another_shape(material, tmp_path, without_figure):
+def test_mobile_sam_into_a_model_of_another_shape(material, tmp_path, unmeasured):
     """The encoder begins as that model's and learns; prompt encoder and decoder are the teacher's to the bit."""
     student = random_sam(UNEVEN, 1)
     checkpoint.save(student, tmp_path / "student")

@@ -135,7 +135,7 @@ def test_a_full_disk_is_told_beforehand(material, teacher, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_run_with_a_cache_learns_the_same(finished, material, tmp_path):
+def test_a_run_with_a_cache_learns_the_same(finished, material, tmp_path, unmeasured):
     """But for half precision."""
     compress_with(compress_options(material, tmp_path / "with", cache=tmp_path / "cache"))
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 6

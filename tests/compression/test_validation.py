@@ -77,7 +77,7 @@ def test_of_equal_scores_the_later_is_the_best():
 
 
 @pytest.mark.slow
-def test_best_and_last_are_both_kept(material, tmp_path, monkeypatch):
+def test_best_and_last_are_both_kept(material, tmp_path, monkeypatch, unmeasured):
     """With scores that fall from validation to validation the first is the best."""
     scores = iter(range(0, -100, -1))
     monkeypatch.setattr(preparation, "validator", lambda *_: lambda sam: float(next(scores)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import chex
 import jax
@@ -24,6 +25,12 @@ from slimsam_jax.models.mask_decoder import Doubling
 from slimsam_jax.models.sam import run_encoder
 
 SQUARE = tiny_config(image_size=(64, 64))
+
+
+def test_programs_are_optimised_here():
+    """And what is started from here: see tests/conftest.py, which optimises no other room's."""
+    assert not jax.config.read("jax_disable_most_optimizations")
+    assert os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "0"
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def test_what_a_run_leaves(finished, material):
         assert min(image.size) > 500
 
 
-def test_the_same_seed_gives_the_same_model(finished, material, tmp_path):
+def test_the_same_seed_gives_the_same_model(finished, material, tmp_path, unmeasured):
     compress_with(compress_options(material, tmp_path / "again"))
     chex.assert_trees_all_equal(from_torch.load(tmp_path / "again").params, from_torch.load(finished).params)
 
@@ -113,7 +113,7 @@ def test_recipes_run_to_the_end(material, tmp_path, without_figure, recipe, step
     ],
     ids=str,
 )
-def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, without_figure, choices):
+def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, unmeasured, choices):
     compress_with(compress_options(material, tmp_path / "slim", steps=0, **choices))
     config = from_torch.load(tmp_path / "slim").config
     if "budget" in choices:
@@ -135,7 +135,7 @@ def test_choices_run_to_the_end_and_do_what_they_say(material, tmp_path, without
     ],
     ids=["progressive", "scratch"],
 )
-def test_other_orders_than_the_papers(material, tmp_path, without_figure, recipe, direction, distilled, criterion):
+def test_other_orders_than_the_papers(material, tmp_path, unmeasured, recipe, direction, distilled, criterion):
     """And criteria that read no gradients."""
     choices = ("distill.validations=1", f"distill.direction={direction}")
     choices += tuple(
@@ -153,7 +153,7 @@ def test_other_orders_than_the_papers(material, tmp_path, without_figure, recipe
 
 
 @pytest.mark.slow
-def test_labelled_masks_can_tell_what_to_cut(material, tmp_path, without_figure):
+def test_labelled_masks_can_tell_what_to_cut(material, tmp_path, unmeasured):
     labelled = compress_options(
         material,
         tmp_path / "slim",

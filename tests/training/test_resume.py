@@ -34,6 +34,8 @@ from slimsam_jax.training import checkpoints
 from slimsam_jax.training.loop import Loop, Schedule, Trainer
 from slimsam_jax.training.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def assert_same_run(out: Path, finished: Path) -> None:
     chex.assert_trees_all_equal(from_torch.load(out).params, from_torch.load(finished).params)
@@ -325,7 +327,7 @@ compress_with(compress_options(Path(sys.argv[1]), out, resume=(out / "checkpoint
     while not (out / "report.json").exists() or (out / "checkpoints").exists():
         run = subprocess.Popen([sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE)
         try:
-            _, error = run.communicate(timeout=random.uniform(4, 10) + 6 * kills)
+            _, error = run.communicate(timeout=random.uniform(3, 7) + 6 * kills)
             assert run.returncode == 0, error.decode()
         except subprocess.TimeoutExpired:
             run.send_signal(signal.SIGKILL)

@@ -296,7 +296,7 @@ def test_the_frequencies_of_positions_stay(learnt, start):
 
 
 @pytest.mark.slow
-def test_the_result_is_a_teacher(learnt, material, tmp_path):
+def test_the_result_is_a_teacher(learnt, material, tmp_path, unmeasured):
     out = tmp_path / "slim"
     compress_with(compress_options(material, out, teacher=learnt, steps=0))
     assert from_torch.load(out).provenance["teacher"]["provenance"]["options"]["steps"] == 150
