@@ -12,6 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from converters.clip import load_clip
     from slimsam_jax.api import compress, evaluate, load, predict, save
     from slimsam_jax.compression.quantize import quantize
     from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.3.0"
 __all__ = ["FastSamMaskGenerator", "FastSamPredictor", "SamAutomaticMaskGenerator", "SamPredictor"]
-__all__ += ["compress", "evaluate", "load", "predict", "quantize", "save"]
+__all__ += ["compress", "evaluate", "load", "load_clip", "predict", "quantize", "save"]
 
 # Imported when asked for: they need JAX, and `--help` shall not wait for it.
 _PLACES = {
     **dict.fromkeys(("compress", "evaluate", "load", "predict", "save"), "slimsam_jax.api"),
     **dict.fromkeys(("FastSamMaskGenerator", "FastSamPredictor"), "slimsam_jax.inference.fast_sam_predictor"),
+    "load_clip": "converters.clip",
     "quantize": "slimsam_jax.compression.quantize",
     "SamPredictor": "slimsam_jax.inference.predictor",
     "SamAutomaticMaskGenerator": "slimsam_jax.inference.automatic_mask_generator",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from slimsam_jax.evaluation.run import Evaluation
     from slimsam_jax.inference.fast_sam_predictor import FastPrediction
+    from slimsam_jax.inference.fast_sam_prompts import Clip
     from slimsam_jax.inference.predictor import AnyImage, Prediction
     from slimsam_jax.models.fast_sam import FastSam
     from slimsam_jax.models.sam import Sam
@@ -252,6 +253,8 @@ def predict(
     labels: np.ndarray | Sequence[int] | None = None,
     box: np.ndarray | Sequence[float] | None = None,
     multimask_output: bool = False,
+    text: str | None = None,
+    clip: Clip | None = None,
 ) -> Prediction | FastPrediction:
     """Segments one object of an image. For many prompts on one use `SamPredictor` or `FastSamPredictor`.
 
@@ -271,6 +274,7 @@ def predict(
       labels: [n], 1 on the object, 0 beside it; all 1 if None.
       box: [4] x0, y0, x1, y1 in pixels.
       multimask_output: three masks of different extent instead of one; of a FastSAM up to three.
+      text: instead of points and a box, words for a FastSAM, which `clip`, of `load_clip`, compares with its masks.
 
     Returns:
       masks [C, h0, w0] bool, their predicted IoU [C], their logits [C, 4h, 4w] as decoded; C is 1 or 3. Of a
@@ -279,10 +283,13 @@ def predict(
     Raises:
       InputError: no model, no image, no prompt, or one that the model cannot take.
     """
-    from slimsam_jax.inference.fast_sam_predictor import predictor_for
+    from slimsam_jax.inference.fast_sam_predictor import check_text, predictor_for
 
     predictor = predictor_for(load(sam) if is_path(sam) else sam)
+    check_text(predictor, text, clip, points, box)
     predictor.set_image(image)
+    if text is not None:
+        return predictor.text(text, multimask_output)
     return predictor.predict(points, labels, box, multimask_output=multimask_output)
 
 

@@ -30,6 +30,8 @@ def main(
     point: tuple[str, ...] = (),
     background: tuple[str, ...] = (),
     box: str | None = None,
+    text: str | None = None,
+    clip: Path | None = None,
 ) -> None:
     """Segment one object of an image and draw its mask over it.
 
@@ -43,11 +45,15 @@ def main(
       point: points X,Y on the object.
       background: points X,Y that are not on it.
       box: a box X0,Y0,X1,Y1 around it.
+      text: instead of points and a box, words for what to segment, with a FastSAM and a CLIP alone.
+      clip: a folder in which transformers has saved a CLIP; nothing is downloaded.
     """
     points = [parse_numbers(text, "X,Y") for text in (*point, *background)]
     boxes = [parse_numbers(box, "X0,Y0,X1,Y1")] if box else []
-    if not points and not boxes:
+    if not points and not boxes and text is None:
         raise InputError("give at least one --point X,Y or a --box X0,Y0,X1,Y1")
+    if (text is None) != (clip is None) or (text is not None and (points or boxes)):
+        raise InputError("--text and --clip FOLDER are one prompt: give both, and neither a point nor a box")
     if len(points) > limits.PROMPT_POINTS:
         raise InputError(f"{len(points)} points are more than a prompt can have, {limits.PROMPT_POINTS}")
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
@@ -60,22 +66,26 @@ def main(
     if os.path.exists(out) and os.path.exists(image) and os.path.samefile(out, image):
         raise InputError(f"--out {out} would replace --image; choose another name")
 
+    from converters.clip import load_clip
     from slimsam_jax.data import read_image
     from slimsam_jax.files import replacing
     from slimsam_jax.imaging.draw import draw_masks, draw_prompts
 
     photo = read_image(image)
+    compares = load_clip(clip) if clip else None
     for x, y in [*points, *(corner for b in boxes for corner in (b[:2], b[2:]))]:
         if not (0 <= x <= photo.width and 0 <= y <= photo.height):
             raise InputError(f"({x:g}, {y:g}) lies outside the image of {photo.width} x {photo.height} pixels")
     labels = [1] * len(point) + [0] * len(background)
-    masks, scores, _ = api.predict(model, photo, points or None, labels or None, boxes[0] if boxes else None)
+    prompt = {"points": points or None, "labels": labels or None, "box": boxes[0] if boxes else None}
+    masks, scores, _ = api.predict(model, photo, **prompt, text=text, clip=compares)
     drawn = draw_prompts(draw_masks(photo, masks), points, boxes, labels)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         drawn.save(temporary, format="PNG" if out.suffix.lower() == ".png" else "JPEG")
     nothing = "" if masks[0].any() else "; the model has no mask at this prompt"
-    print(f"wrote {out}: mask of {int(masks[0].sum())} pixels, predicted IoU {scores[0]:.3f}{nothing}")
+    score = "predicted IoU" if text is None else "similarity with the text"
+    print(f"wrote {out}: mask of {int(masks[0].sum())} pixels, {score} {scores[0]:.3f}{nothing}")
 
 
 if __name__ == "__main__":

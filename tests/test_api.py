@@ -191,7 +191,7 @@ def test_names_stay_functions_whatever_is_imported():
 
 
 def test_the_package_lists_what_it_gives_and_is_typed():
-    assert {*FUNCTIONS, *CLASSES} == {*slimsam_jax.__all__} <= {*dir(slimsam_jax)}
+    assert {*FUNCTIONS, *CLASSES, "load_clip"} == {*slimsam_jax.__all__} <= {*dir(slimsam_jax)}
     for name in FUNCTIONS:
         hints = inspect.get_annotations(getattr(slimsam_jax, name))
         assert {*inspect.signature(getattr(slimsam_jax, name)).parameters} | {"return"} == {*hints}

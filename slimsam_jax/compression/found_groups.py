@@ -64,7 +64,9 @@ def check_steps(config: Architecture, target: Target, steps: Sequence[Prune], un
 def _check_budget(config: Architecture, target: Target, steps: Sequence[Prune], family: str) -> None:
     """Raises InputError for a budget of a kind that the family or its steps cannot meet."""
     if not hasattr(family_of(config.encoder), "narrowed"):
-        raise InputError(f"--budget is for SAM's ViT and SAM 2's Hiera, and this is a {family}: give --ratio")
+        raise InputError(f"--budget is for SAM's ViT, TinyViT and SAM 2's Hiera, and this is a {family}: give --ratio")
+    if [step.part for step in steps] == ["bottleneck", "embedding"]:
+        raise InputError("the bottlenecks take up what a --budget leaves, so that the embedding is cut before them")
     if any(step.criterion != "projection" for step in steps):
         raise InputError(f"a {family} meets a --budget by projection alone: take --recipe default, or give --ratio")
     if target.budget.kind == "latency":

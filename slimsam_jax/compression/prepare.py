@@ -66,6 +66,7 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None, studen
     if not options.resume:  # a latency may be measured otherwise the second time
         checked = widths.check if name_of(config.encoder) == "vit" else found_groups.check
         checked(config, target, prunes, options.uniform)
+    say_bases(config, prunes)
     return run_of(options, recipe, target, teacher, (images, val), batch, own, validator, student)
 
 
@@ -116,6 +117,13 @@ def run_of(
     scores = {measure: judge(teacher, val, measure) for measure in measures}
     folder = RunFolder(options.out, origin, options.resume)
     return Run(options, plan, target, teacher, images, val, batch, dtype, cache, scores, folder, origin, student)
+
+
+def say_bases(config: Architecture, prunes: Sequence[Prune]) -> None:
+    """What of a family is projected, and how channels are chosen elsewhere; of SAM's ViT all is, but for MLPs."""
+    where = getattr(family_of(config.encoder), "ROTATES", "")
+    if where and any(step.criterion == "projection" for step in prunes) and sharding.is_main():
+        say("bases", f"of {where}")
 
 
 def announce(dtype: Any, plan: Sequence[Planned], batch: int, images: int, val: int) -> None:

@@ -16,7 +16,7 @@ from slimsam_jax.compression import found_groups, reference, vit_groups, widths
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.calibration_images import Batch, Calibration
 from slimsam_jax.compression.gradients import check_finite, gradients
-from slimsam_jax.compression.projection import attention, embedding, hiera, mlp, plain_vit, statistics
+from slimsam_jax.compression.projection import attention, embedding, hiera, mlp, plain_vit, statistics, tiny_vit
 from slimsam_jax.compression.selection import choose, grouping_of
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.models.config import Config
@@ -29,7 +29,7 @@ from slimsam_jax.pruning.groups import Keep
 
 # Multiply-accumulates of an image, below which compiling a program for narrower heads takes longer than it saves.
 MASKED_BELOW = 3e9
-PROJECTIONS = {"efficient_sam": plain_vit, "hiera": hiera}
+PROJECTIONS = {"efficient_sam": plain_vit, "hiera": hiera, "tiny_vit": tiny_vit}
 
 
 def prune(
@@ -105,7 +105,7 @@ def project(
     chosen = widths.bottleneck_widths(sam.config, gains, target, step, uniform)
     of_kind = lambda kind: [chosen[f"blocks_{i}/{kind}"] for i in range(len(bases))]
 
-    cut = functools.partial(attention.project_attention, sam.config, encoder, bases, of_kind("attn"))
+    cut = functools.partial(attention.project_heads, encoder, bases, of_kind("attn"), of_kind("attn"))
     masked = sam_costs.encoder_macs(sam.config).total < MASKED_BELOW
     parts = parts_of(step) if masked else parts_of(step)[1:]  # masked: as before, so that the program is the same
     found = _moments(_with_encoder(sam, cut(masked=masked)), calibration("statistics of MLPs"), seed, *parts)
@@ -141,7 +141,7 @@ def _bases(sam: Sam, step: Prune, batches: Iterable[Batch], seed: int):
     """Returns the bases of the attentions, and the gain of each of their channels and of the hidden units, uncut."""
     encoder = sam.params["image_encoder"]
     found = _moments(sam, batches, seed, *parts_of(step))
-    bases = attention.attention_bases(sam.config, encoder, found, weighting(step))
+    bases = attention.head_bases(encoder, found, weighting(step))
     units = mlp.hidden_units(encoder, found, weighting(step))
     gains = {f"blocks_{i}/attn": basis.gains for i, basis in enumerate(bases)}
     return bases, gains | {f"blocks_{i}/mlp": unit.gains for i, unit in enumerate(units)}

@@ -9,9 +9,9 @@ import numpy as np
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.geometry import bounding_window
 from slimsam_jax.inference.automatic_mask_generator import ENCODE
-from slimsam_jax.inference.fast_sam import Found, Options, choose, draw, find_one, score
+from slimsam_jax.inference.fast_sam import CANDIDATES, Found, Options, choose, draw, find_one, score
 from slimsam_jax.inference.fast_sam_masks import MOST_BYTES
-from slimsam_jax.inference.fast_sam_prompts import Choice
+from slimsam_jax.inference.fast_sam_prompts import Choice, Clip, by_text
 from slimsam_jax.inference.fast_sam_ultralytics import select
 from slimsam_jax.inference.mixed_prompts import Prompt, checked, kind_of
 from slimsam_jax.inference.predictor import AnyImage, SamPredictor, as_rgb
@@ -20,9 +20,9 @@ from slimsam_jax.models.fast_sam import FastSam
 from slimsam_jax.models.kinds import Model, check_model
 from slimsam_jax.models.sam import Sam
 
-NO_TEXT = (
-    "FastSAM's text prompts need CLIP, which is no part of this package: ask for everything() and rank the crops with "
-    "a CLIP of your own, or give points or a box"
+NO_CLIP = (
+    "FastSAM's text prompts need a CLIP, which is no part of this package: give a folder with one, --clip FOLDER or "
+    "FastSamPredictor(model, clip=slimsam_jax.load_clip(FOLDER)); or points or a box"
 )
 
 
@@ -32,7 +32,8 @@ class FastPrediction(NamedTuple):
     Attributes:
       masks: [C, h0, w0] bool. C is 1; with `multimask_output` 1 to 3, the whole masks that suit the prompt, best first;
         of ultralytics' postprocessing all of them.
-      scores: [C], the network's confidence; 0 of an empty mask, as there is where nothing lies at the prompt.
+      scores: [C], the network's confidence, or the similarity with a text, -1 to 1; 0 of an empty mask, as there is
+        where nothing lies at the prompt.
       choices: [C], the detections that each mask is made of.
     """
 
@@ -45,14 +46,19 @@ class FastSamPredictor:
     """One image, then any number of prompts: the network runs once an image.
 
     Compiles once for each size of frame: see `Options.rectangle`.
+
+    Attributes:
+      clip: what compares masks with a text, `slimsam_jax.load_clip(folder)`; None if there are no text prompts.
     """
 
     image_format = "RGB"
 
-    def __init__(self, model: FastSam, options: Options | None = None):
+    def __init__(self, model: FastSam, options: Options | None = None, clip: Clip | None = None):
         if not isinstance(model, FastSam):
             raise InputError(f"FastSamPredictor takes a FastSAM, as slimsam_jax.load gives it, not {kind_of(model)}")
-        self.model, self.options = model, options or Options()
+        if clip is not None and not hasattr(clip, "similarity"):
+            raise InputError(f"clip is what slimsam_jax.load_clip gives, not {kind_of(clip)}")
+        self.model, self.options, self.clip = model, options or Options(), clip
         self.reset_image()
 
     def set_image(self, image: AnyImage, image_format: str = "RGB") -> None:
@@ -65,7 +71,8 @@ class FastSamPredictor:
         Raises:
           InputError: not an image.
         """
-        self.found = find_one(self.model, as_rgb(image, image_format), self.options)
+        rgb = as_rgb(image, image_format)
+        self.found, self._image = find_one(self.model, rgb, self.options), rgb
 
     def predict(
         self,
@@ -130,12 +137,31 @@ class FastSamPredictor:
         """All masks of the image that is set; see `FastSamMaskGenerator.generate`."""
         return records(self._found(), output_mode)
 
-    def text(self, prompt: str) -> FastPrediction:
-        """Raises InputError: there is no CLIP here."""
-        raise InputError(NO_TEXT)
+    def text(self, prompt: str, multimask_output: bool = False) -> FastPrediction:
+        """The mask whose crop, blank beside it, is most similar to a text; or the three that are.
+
+        Masks of 100 pixels or less take no part. `scores` are the similarities; there is no least one, so that the best
+        of all masks may be none of what the text says.
+
+        Raises:
+          InputError: no image or no CLIP is set, or not a text that the CLIP can read.
+        """
+        found = self._found()
+        if self.clip is None:
+            raise InputError(NO_CLIP)
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError(f"a text prompt is some words, not {quoted(prompt)}")
+        if found.masks.shape != found.original_size:
+            raise InputError("a text is compared with masks of the image's size: leave retina_masks on")
+        chosen, scores = by_text(found.masks, np.asarray(self._image), prompt, self.clip)
+        most = CANDIDATES if multimask_output else 1
+        choices = [Choice((int(index),), (True,)) for index in chosen[:most]] or [Choice()]
+        masks = np.stack([draw(found.masks, choice) for choice in choices])
+        return FastPrediction(masks, scores[:most] if len(scores) else np.zeros(1, np.float32), choices)
 
     def reset_image(self) -> None:
         self.found: Found | None = None
+        self._image = None
 
     @property
     def is_image_set(self) -> bool:
@@ -201,3 +227,14 @@ PREDICTORS = {Sam: SamPredictor, FastSam: FastSamPredictor}
 def predictor_for(model: Model) -> SamPredictor | FastSamPredictor:
     """The predictor of a model of any kind; raises InputError if it is of none."""
     return PREDICTORS[type(check_model(model))](model)
+
+
+def check_text(predictor: Any, text: Any, clip: Clip | None, points: Any, box: Any) -> None:
+    """Gives a predictor its CLIP; InputError for a text prompt to a SAM, one beside others, or a CLIP without one."""
+    if text is None and clip is None:
+        return
+    if not isinstance(predictor, FastSamPredictor):
+        raise InputError("a text prompt is for a FastSAM, and this model is none: give points or a box")
+    if text is None or points is not None or box is not None:
+        raise InputError("a text and its CLIP are a prompt by themselves: give both, or points and a box")
+    predictor.clip = clip

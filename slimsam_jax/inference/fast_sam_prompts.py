@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from slimsam_jax.errors import InputError
+from slimsam_jax.imaging.geometry import bounding_window
 from slimsam_jax.inference.fast_sam_masks import Masks
 
 Size = tuple[int, int]
+LEAST_AREA = 100  # pixels: only masks of more are compared with a text, as the original does
+BLANK = 255  # what stands beside the mask in its crop: white
+
+
+class Clip(Protocol):
+    """What compares images with a text; `converters.clip` has it."""
+
+    def similarity(self, images: Iterable[np.ndarray], text: str) -> np.ndarray:
+        """Cosine [n] of the embeddings of images [h, w, 3] uint8 RGB and that of a text.
+
+        Raises:
+          InputError: not a text that it can read.
+        """
+        ...
 
 
 class Choice(NamedTuple):
@@ -104,3 +119,26 @@ def box_in_masks(box: Sequence[float], shape: Size, size: Size) -> tuple[int, in
     if shape != size:
         box = [int(value * shape[axis] / size[axis]) for value, axis in zip(box, (1, 0, 1, 0), strict=True)]
     return tuple(min(max(0, round(float(value))), shape[axis]) for value, axis in zip(box, (1, 0, 1, 0), strict=True))
+
+
+def by_text(masks: Masks, image: np.ndarray, text: str, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
+    """Compares what lies under each mask of more than `LEAST_AREA` pixels with a text.
+
+    Args:
+      image: [h, w, 3] uint8 RGB, of the masks' size.
+
+    Returns:
+      Indices [n] of the masks, the most similar first, and their similarities [n].
+    """
+    large = np.flatnonzero(masks.areas > LEAST_AREA)
+    similarity = np.asarray(clip.similarity(crops(masks, image, large), text), np.float32)
+    order = np.argsort(-similarity, kind="stable")
+    return large[order], similarity[order]
+
+
+def crops(masks: Masks, image: np.ndarray, indices: Iterable[int]) -> Iterator[np.ndarray]:
+    """The image within the window of each mask, `BLANK` beside the mask; one at a time."""
+    for index in indices:
+        mask = masks[index]
+        window = bounding_window(mask)
+        yield np.where(mask[window][..., None], image[window], np.uint8(BLANK))

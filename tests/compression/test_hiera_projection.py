@@ -14,7 +14,8 @@ from helpers.family_models import SLIM_HIERA, sam2
 from helpers.models import random_images
 from slimsam_jax.compression import found_groups, prune
 from slimsam_jax.compression.budget import Budget, Target
-from slimsam_jax.compression.projection import hiera, plain_vit
+from slimsam_jax.compression.projection import hiera, plain_vit, streams
+from slimsam_jax.compression.projection.attention import head_bases, project_heads
 from slimsam_jax.compression.projection.hiera_statistics import moments_of
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.errors import InputError
@@ -79,14 +80,14 @@ def test_nothing_cut_nothing_changed(wide):
 
 
 def _heads(encoder, found, weighting, widths):
-    bases = plain_vit.head_bases(encoder, found, weighting, SLIM_HIERA.firsts[1:])
-    return plain_vit.project_heads(encoder, bases, *widths)
+    bases = head_bases(encoder, found, weighting, SLIM_HIERA.firsts[1:])
+    return project_heads(encoder, bases, *widths)
 
 
 def test_queries_that_are_pooled_keep_their_channels(wide):
     sam, found = wide
     for weighting in ("none", "disturbed"):
-        bases = plain_vit.head_bases(sam.params["image_encoder"], found, weighting, SLIM_HIERA.firsts[1:])
+        bases = head_bases(sam.params["image_encoder"], found, weighting, SLIM_HIERA.firsts[1:])
         for i, basis in enumerate(bases):
             permutation = ((basis.query == 0) | (basis.query == 1)).all() and np.allclose(basis.query, basis.key)
             assert permutation == (i in SLIM_HIERA.firsts[1:]) or basis.query.size == 1
@@ -98,11 +99,12 @@ def test_what_is_cut_loses_less_than_channels_dropped(wide, monkeypatch):
     sam, found = wide
     with jax.enable_x64():
         changes = hiera.changes_of(SLIM_HIERA, found["stream"], [np.arange(0, dim, 2) for dim in DIMS])
-        across = hiera.moments(sam, batches(), 0, changes)
+        across = streams.moments(sam, batches(), 0, moments_of, changes)
         cut = lambda: hiera.project_streams(SLIM_HIERA, sam.params["image_encoder"], across, changes)
         slim = plain_vit.with_encoder(sam, cut())
         assert [stage.dim for stage in slim.config.encoder.stages] == [4, 5, 6, 7]
-        monkeypatch.setattr(hiera, "reading_of", lambda change, moment, normal: (change.writes, 0 * moment["wide_sum"]))
+        unfitted = lambda change, moment, normal: (change.writes, 0 * moment["wide_sum"])
+        monkeypatch.setattr(streams, "reading_of", unfitted)
         assert error(sam, slim) < min(1, 0.7 * error(sam, plain_vit.with_encoder(sam, cut())))
 
 
@@ -169,12 +171,12 @@ def test_costs_are_what_a_channel_adds():
 
 def test_what_reads_a_selection_gives_what_it_gave(monkeypatch):
     """Channels that others explain, norm and all, may go at no loss; and the constants of the others stay."""
-    monkeypatch.setattr(hiera, "RIDGE", 1e-8)
+    monkeypatch.setattr(streams, "RIDGE", 1e-8)
     random = np.random.default_rng(0)
     half = random.standard_normal((500, 3))
     x = np.concatenate([half, -half], axis=1) + 0.0  # centred by itself, as behind a norm's centring
     x = x / x.std(1, keepdims=True)
-    change, left = hiera.Change(np.eye(6)[[0, 1, 5]], rotated=False), x[:, [0, 1, 5]]
+    change, left = streams.Change(np.eye(6)[[0, 1, 5]], rotated=False), x[:, [0, 1, 5]]
     moment = {"second": left.T @ left, "cross": left.T @ x, "sum": left.sum(0), "wide_sum": x.sum(0), "tokens": len(x)}
-    turned, constant = hiera.reading_of(change, moment, normal=False)
+    turned, constant = streams.reading_of(change, moment, normal=False)
     np.testing.assert_allclose(x[:, [0, 1, 5]] @ turned + constant, x, atol=1e-4)

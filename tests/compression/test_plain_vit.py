@@ -14,6 +14,7 @@ from helpers.family_models import SLIM_VIT, efficient_sam
 from helpers.models import random_images
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.projection import mlp, plain_vit
+from slimsam_jax.compression.projection.attention import head_bases, project_heads
 from slimsam_jax.compression.projection.embedding import project_embedding
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.errors import InputError
@@ -64,7 +65,7 @@ def test_nothing_cut_nothing_changed(sam, found):
         params = {**sam.params, "image_encoder": jax.tree.map(jnp.asarray, turned)}
         moments = plain_vit.moments(dataclasses.replace(sam, params=params), batches()[:2], 0, *PARTS)
         for weighting in WEIGHTINGS:
-            new = plain_vit.project_heads(turned, plain_vit.head_bases(turned, moments, weighting), [4, 5], [3, 6])
+            new = project_heads(turned, head_bases(turned, moments, weighting), [4, 5], [3, 6])
             ours, expected = (embed(sam.config, jax.tree.map(jnp.asarray, e), batches()[0]) for e in (new, wide))
             np.testing.assert_allclose(ours, expected, atol=1e-9)
             assert new["pos_embed"].dtype == np.float64 and np.abs(new["pos_embed"] - wide["pos_embed"]).max() > 0.01
@@ -80,21 +81,21 @@ def test_heads_that_use_two_channels_lose_nothing_when_cut_to_two(sam, found):
     narrow = dataclasses.replace(sam, params={**sam.params, "image_encoder": jax.tree.map(jnp.asarray, encoder)})
     moments = plain_vit.moments(narrow, batches(), 0, *PARTS)
     for weighting in WEIGHTINGS:
-        bases = plain_vit.head_bases(encoder, moments, weighting)
-        assert error(narrow, plain_vit.project_heads(encoder, bases, [2, 2], [2, 2]), found) < 1e-6
+        bases = head_bases(encoder, moments, weighting)
+        assert error(narrow, project_heads(encoder, bases, [2, 2], [2, 2]), found) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["qk", "v"])
 def test_gains_are_shares_of_the_embedding_that_would_be_wrong(sam, found, kind):
     """In the last block; before it, errors of different tokens are not as apart as the gains take them to be."""
     encoder = sam.params["image_encoder"]
-    bases, units = plain_vit.head_bases(encoder, found, "disturbed"), mlp.hidden_units(encoder, found, "disturbed")
+    bases, units = head_bases(encoder, found, "disturbed"), mlp.hidden_units(encoder, found, "disturbed")
     gains = plain_vit.gains_of(bases, units)
     widths = {name: len(gain) for name, gain in gains.items()}
     name = f"blocks_1/{kind}"
     widths[name] -= 1
     of_kind = lambda kind: [widths[f"blocks_{i}/{kind}"] for i in range(2)]
-    slim = plain_vit.project_heads(encoder, bases, of_kind("qk"), of_kind("v"))
+    slim = project_heads(encoder, bases, of_kind("qk"), of_kind("v"))
     lost = gains[name][widths[name] :].sum()
     np.testing.assert_allclose(error(sam, slim, found), lost, rtol=0.25)
 

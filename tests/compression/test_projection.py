@@ -114,8 +114,8 @@ def project(model, encoder, kind: str, widths, weighting: str, masked: bool = Fa
         return sam_projection.project_embedding(config, encoder, moments(model, encoder, "stream")["stream"], widths)
     found = moments(model, encoder, kind, "sensitivity")
     if kind == "attention":
-        bases = attention.attention_bases(config, encoder, found, weighting)
-        return attention.project_attention(config, encoder, bases, widths, masked)
+        bases = attention.head_bases(encoder, found, weighting)
+        return attention.project_heads(encoder, bases, widths, widths, masked)
     return mlp.project_mlp(encoder, mlp.hidden_units(encoder, found, weighting), widths)
 
 
@@ -207,8 +207,8 @@ def test_weighted_worth_is_the_share_of_the_embedding_that_is_wrong(four_heads, 
     width, whole = (3, 6) if kind == "attention" else (20, 40)
     widths = [width if i == block else whole for i in (0, 1)]
     if kind == "attention":
-        groups = attention.attention_bases(config, encoder, found, "disturbed")
-        slim = attention.project_attention(config, encoder, groups, widths)
+        groups = attention.head_bases(encoder, found, "disturbed")
+        slim = attention.project_heads(encoder, groups, widths, widths)
     else:
         groups = mlp.hidden_units(encoder, found, "disturbed")
         slim = mlp.project_mlp(encoder, groups, widths)

@@ -128,12 +128,17 @@ def images_of(config, count: int = 1, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, *config.image_size, 3)).astype(np.float32)
 
 
-def edge_sam(encoder: rep_vit.Config = SLIM_REP_VIT, seed: int = 0) -> Sam:
+def edge_sam(encoder: rep_vit.Config | tiny_vit.Config = SLIM_REP_VIT, seed: int = 0) -> Sam:
     """A small EdgeSAM with random weights, of any encoder."""
     sizes = {"out_chans": encoder.out_chans, "mask_in_chans": 4, "decoder_mlp_dim": 8, "iou_head_dim": 8}
     head = head_of(encoder.image_size, encoder.stride, **sizes, decoder_heads=2, decoder_depth=1)
     config = SamConfig(encoder, head)
     return Sam(config, random_params(abstract_params(config), seed))
+
+
+def tiny_vit_sam(encoder: tiny_vit.Config = SLIM_TINY_VIT, seed: int = 0) -> Sam:
+    """A small MobileSAM with random weights, of any encoder: its head is as EdgeSAM's."""
+    return edge_sam(encoder, seed)
 
 
 def efficient_sam(encoder: efficient_sam_vit.Config = SLIM_VIT, seed: int = 0) -> Sam:

@@ -21,7 +21,7 @@ from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGener
 from slimsam_jax.inference.fast_sam import ORIGINAL, Options, find, find_one
 from slimsam_jax.inference.fast_sam_masks import Masks
 from slimsam_jax.inference.fast_sam_predictor import FastSamMaskGenerator, FastSamPredictor, predictor_for
-from slimsam_jax.inference.fast_sam_prompts import box_in_masks, by_box, by_boxes, by_points, draw
+from slimsam_jax.inference.fast_sam_prompts import box_in_masks, by_box, by_boxes, by_points, by_text, draw
 from slimsam_jax.inference.predictor import SamPredictor
 from slimsam_jax.models.fast_sam import Outputs, decode
 from slimsam_jax.models.sam import Sam
@@ -264,7 +264,8 @@ def test_what_a_fast_sam_cannot_do_is_one_line(predictor, model):
         (lambda: predictor.predict(points, multimask_output=2), "neither True nor False"),
         (lambda: predictor.predict([[900, 3]]), "lies far outside the image"),
         (lambda: predictor.predict(box=[5, 5, 5, 9]), "is none: x0, y0 is its upper left corner"),
-        (lambda: predictor.text("a dog"), "text prompts need CLIP, which is no part of this package"),
+        (lambda: predictor.text("a dog"), "text prompts need a CLIP, which is no part of this package: give a folder"),
+        (lambda: FastSamPredictor(model, clip="a folder"), "clip is what slimsam_jax.load_clip gives, not a str"),
         (lambda: predictor.everything("png"), "output_mode 'png' is none of"),
         (lambda: predictor.set_image(np.zeros((4, 4))), "an image is uint8"),
         (lambda: FastSamPredictor(model).predict(points), "no image is set"),
@@ -280,3 +281,49 @@ def test_what_a_fast_sam_cannot_do_is_one_line(predictor, model):
         with pytest.raises(InputError, match=message):
             call()
     assert not isinstance(model, Sam)
+
+
+class HandMade:
+    """Stands for a CLIP: a text is a color, and the similarity of an image how much of it has that color."""
+
+    def similarity(self, images, text):
+        self.images = list(images)
+        color = {"red": (255, 0, 0), "green": (0, 255, 0)}[text]
+        return np.array([(image == color).all(-1).mean() for image in self.images])
+
+
+def test_a_text_chooses_the_mask_whose_crop_is_most_like_it(predictor, model):
+    """Masks of 100 pixels or less take no part; what lies beside a mask is white, and does not count."""
+    pixels = np.zeros((*SIZE, 3), np.uint8)
+    pixels[:30, :30], pixels[5:25, 5:25], pixels[40:45, :20] = (255, 0, 0), (0, 255, 0), (255, 0, 0)
+    frame, inner, strip = np.zeros((3, *SIZE), bool)
+    frame[:30, :30], inner[5:25, 5:25], strip[40:45, :20] = True, True, True
+    frame &= ~inner
+    masks = Masks.of_arrays(np.stack([strip, inner, frame]))
+    assert masks.areas[0] == 100
+    clip = HandMade()
+    indices, similarity = by_text(masks, pixels, "red", clip)
+    assert indices.tolist() == [2, 1] and similarity.tolist() == [np.float32(500 / 900), 0]
+    (first, second) = clip.images
+    assert first.shape == (20, 20, 3) and (first == (0, 255, 0)).all()
+    assert second.shape == (30, 30, 3) and (second[10, 10] == 255).all() and (second[0, 0] == (255, 0, 0)).all()
+
+    predictor = FastSamPredictor(model, clip=clip)
+    with pytest.raises(InputError, match="no image is set"):
+        predictor.text("red")
+    predictor.set_image(pixels)
+    predictor.found = predictor.found._replace(masks=masks)
+    best = predictor.text("green")
+    np.testing.assert_array_equal(best.masks, inner[None])
+    assert best.scores.tolist() == [1] and best.choices[0].indices == (1,)
+    assert [choice.indices for choice in predictor.text("red", multimask_output=True).choices] == [(2,), (1,)]
+    predictor.found = predictor.found._replace(masks=masks.take(np.array([0])))
+    nothing = predictor.text("red")
+    assert not nothing.masks.any() and nothing.scores.tolist() == [0] and nothing.choices[0].indices == ()
+    predictor.found = predictor.found._replace(original_size=(4, 4))
+    for call, message in (
+        (lambda: predictor.text(" "), "a text prompt is some words, not ' '"),
+        (lambda: predictor.text("red"), "leave retina_masks on"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()

@@ -203,7 +203,7 @@ def test_sams_heads_and_mlps_lose_no_more_than_by_hand(sam):
     heads = {name: 6 for name in grouping.widths if "q/kernel:2" in name or "v/kernel:2" in name}
     units = {name: 20 for name in grouping.widths if "mlp" in name}
     slim, keep, _ = pruning.project(encoder, grouping, [(pixels,)], 0, heads | units)
-    by_hand = attention.project_attention(config, encoder, attention.attention_bases(config, encoder, moments), [6, 6])
+    by_hand = attention.project_heads(encoder, attention.head_bases(encoder, moments), [6, 6], [6, 6])
     by_hand = mlp.project_mlp(by_hand, mlp.hidden_units(by_hand, moments), [20, 20])
     ours = error_of(functools.partial(grouping.run, keep=keep, recount=True), slim, (pixels,), wanted)
     theirs = float(((run_class(config, by_hand, pixels) - wanted) ** 2).mean() / np.var(wanted))

@@ -9,19 +9,16 @@ the next stage, the neck) is then refitted by least squares, to give what it gav
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 
-from slimsam_jax.compression import found_groups
 from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.calibration_images import Batch, Calibration
-from slimsam_jax.compression.gradients import gradients
-from slimsam_jax.compression.projection import plain_vit
+from slimsam_jax.compression.calibration_images import Calibration
+from slimsam_jax.compression.projection import plain_vit, streams
 from slimsam_jax.compression.projection.hiera_statistics import moments_of
 from slimsam_jax.compression.projection.statistics import Moments, like
+from slimsam_jax.compression.projection.streams import Change, behind_norm, refitted
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.models.encoders import counts
 from slimsam_jax.models.encoders.hiera import PATCHES
@@ -30,53 +27,18 @@ from slimsam_jax.models.sam import Params, Sam
 from slimsam_jax.pruning import bases
 from slimsam_jax.pruning.allocation import Costs
 
-# Relative to the mean power of a channel. Errors of earlier cuts lie in directions that vary little, and with a smaller
-# one readers magnify them: at 1e-6 a random SAM 2 tiny is off by 5e5 of the embedding's variance, at 1e-2 by 1e-3.
-RIDGE = 1e-2
-
 
 def project(sam: Sam, step: Prune, target: Target, calibration: Calibration, seed: int) -> Sam:
     """As `plain_vit.project`; with the allocation "local" every stage keeps the same share of its stream."""
     if step.part == "bottleneck":
         return plain_vit.project_bottleneck(sam, step, target, calibration, seed, WAYS)
     config, encoder = sam.config.encoder, sam.params["image_encoder"]
-    keep = kept_channels(sam, step, target.channel_ratio(sam.config), calibration, seed)
-    changes = changes_of(config, moments(sam, calibration("statistics of the streams"), seed), keep)
-    found = moments(sam, calibration("statistics of what reads them"), seed, changes)
+    norms = [f"blocks_{first}/norm2/scale" for first in config.firsts]
+    keep = streams.kept_channels(sam, step, target.channel_ratio(sam.config), calibration, seed, norms)
+    found = streams.moments(sam, calibration("statistics of the streams"), seed, moments_of)
+    changes = changes_of(config, found, keep)
+    found = streams.moments(sam, calibration("statistics of what reads them"), seed, moments_of, changes)
     return plain_vit.with_encoder(sam, project_streams(config, encoder, found, changes))
-
-
-def kept_channels(sam: Sam, step: Prune, ratio: float, calibration: Calibration, seed: int) -> list[np.ndarray]:
-    """Ascending indices of the channels of each stream that stay, by importance."""
-    how = "local" if step.allocation == "local" else "global"
-    scoring = dataclasses.replace(step, criterion="taylor", allocation=how, importance_loss="disturbance")
-    # On the host, where no program is compiled for each shape that is scored.
-    encoder, grads = jax.device_get((sam.params["image_encoder"], gradients(sam, scoring, calibration, seed)))
-    keep = found_groups.choose(sam.config, encoder, grads, scoring, Target(ratio), seed)
-    groups = found_groups.groups_of(sam.config).groups
-    of = {member.path: group.name for group in groups for member in group.members}
-    return [np.asarray(keep[of[f"blocks_{first}/norm2/scale"]]) for first in sam.config.encoder.firsts]
-
-
-def moments(sam: Sam, batches: Iterable[Batch], seed: int, changes: Sequence[Change] = ()) -> Moments:
-    """The part "stream" of `hiera_statistics.moments_of`, of the streams alone or of what changes leave of them."""
-    encoder = sam.params["image_encoder"]
-    if changes:
-        encoder = {**encoder, "changes": [change.writes.astype(encoder["pos_embed"].dtype) for change in changes]}
-    asked = dataclasses.replace(sam, params={**sam.params, "image_encoder": encoder})
-    return plain_vit.moments(asked, batches, seed, "stream", moments_of=moments_of)["stream"]
-
-
-class Change(NamedTuple):
-    """How a stream changes.
-
-    Attributes:
-      writes: [d, D], what stays of it: x -> writes x.
-      rotated: whether its rows are orthonormal directions, as those of the whole are; else it is a selection.
-    """
-
-    writes: np.ndarray
-    rotated: bool
 
 
 def changes_of(config: Config, found: Moments, keep: Sequence[np.ndarray]) -> list[Change]:
@@ -99,7 +61,7 @@ def project_streams(config: Config, encoder: Params, found: Moments, changes: Se
         new[f"blocks_{i}"] = _block(changes, place, encoder[f"blocks_{i}"], found["blocks"][i])
     for stage, change in enumerate(changes):
         name = f"neck_{STAGES - 1 - stage}"
-        (new[name],) = refitted(*reading_of(change, found["ends"][stage], normal=False), [encoder[name]])
+        (new[name],) = refitted(*streams.reading_of(change, found["ends"][stage], normal=False), [encoder[name]])
     return like(encoder, new)
 
 
@@ -119,8 +81,8 @@ def _block(changes: Sequence[Change], place: Place, old: Params, found: Moments)
     source, own = changes[place.stage - place.pools], changes[place.stage]
     padded = bool(place.window) and any(side % place.window for side in place.grid)
     layers = [old["attn"][name] for name in "qkv"] + ([old["proj"]] if place.pools else [])
-    norm1, layers = _behind_norm(source, found["norm1"], old["norm1"], layers, padded)
-    norm2, (lin1,) = _behind_norm(own, found["norm2"], old["norm2"], [old["mlp_lin1"]], padded=False)
+    norm1, layers = behind_norm(source, found["norm1"], old["norm1"], layers, padded)
+    norm2, (lin1,) = behind_norm(own, found["norm2"], old["norm2"], [old["mlp_lin1"]], padded=False)
     new = {
         "norm1": norm1,
         "attn": {**dict(zip("qkv", layers, strict=False)), "proj": written(own, old["attn"]["proj"])},
@@ -136,54 +98,6 @@ def written(change: Change, layer: Params | np.ndarray) -> Params | np.ndarray:
     if isinstance(layer, dict):
         return {name: written(change, array) for name, array in layer.items()}
     return np.float64(layer) @ change.writes.T
-
-
-def reading_of(change: Change, moment: Moments, normal: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What a reader of a stream takes for it: x ~ x' @ turned + constant, [d, D] and [D], of what is left, x'.
-
-    Args:
-      moment: `hiera_statistics._across`.
-      normal: x is behind a LayerNorm's scaling, and x' behind that of the narrower stream.
-    """
-    names = ("second", "cross", "sum", "wide_sum")
-    second, cross, mean, wide = (np.float64(moment[name]) / float(moment["tokens"]) for name in names)
-    width, size = change.writes.shape
-    if change.rotated:
-        scale = (size / width) ** 0.5 if normal else 1.0
-        return scale * change.writes, wide - (wide @ change.writes.T) @ change.writes
-    inner = second - np.outer(mean, mean)
-    # Of the uncentred moment, which was summed in float32: a share of it is rounding, whatever the variance.
-    inner += RIDGE * np.trace(second) / width * np.eye(width)
-    turned = np.linalg.solve(inner, cross - np.outer(mean, wide))
-    return turned, wide - mean @ turned
-
-
-def refitted(turned: np.ndarray, constant: np.ndarray, layers: Sequence[Params]) -> list[Params]:
-    """Layers that read x ~ x' @ turned + constant, for those that read x."""
-    new = []
-    for layer in layers:
-        kernel, bias = np.float64(layer["kernel"]), np.float64(layer["bias"])
-        flat = kernel.reshape(len(kernel), -1)
-        shape = (len(turned), *kernel.shape[1:])
-        new.append({"kernel": (turned @ flat).reshape(shape), "bias": bias + (constant @ flat).reshape(bias.shape)})
-    return new
-
-
-def _behind_norm(
-    change: Change, moment: Moments, norm: Params, layers: Sequence[Params], padded: bool
-) -> tuple[Params, list[Params]]:
-    """A LayerNorm and the layers behind it: its scale and bias move into them.
-
-    Of what is constant as much as possible stays in the norm if padding comes between: padded tokens do not have it.
-    """
-    turned, constant = reading_of(change, moment, normal=True)
-    scale, width = np.float64(norm["scale"]), len(turned)
-    turned, constant = turned * scale, constant * scale + np.float64(norm["bias"])
-    kept = np.zeros(width)
-    if padded:
-        flat = np.concatenate([np.float64(layer["kernel"]).reshape(len(scale), -1) for layer in layers], axis=1)
-        kept, *_ = np.linalg.lstsq((turned @ flat).T, flat.T @ constant, rcond=None)
-    return {"scale": np.ones(width), "bias": kept}, refitted(turned, constant - kept @ turned, layers)
 
 
 def group_costs(config: Config, kind: str) -> Costs:

@@ -14,16 +14,19 @@ from slimsam_jax.compression.projection.statistics import (
     Moments,
     Part,
     Statistic,
+    across,
     attention_moments,
     gram,
     mlp_moments,
     normalised,
+    pulled_back,
+    second,
     variance_of,
 )
 from slimsam_jax.models.encoders.hiera import pool
 from slimsam_jax.models.encoders.hiera_config import Place, places
 from slimsam_jax.models.encoders.vit import window_partition
-from slimsam_jax.models.sam import Architecture, Params, encoder_for, preprocess, run_encoder
+from slimsam_jax.models.sam import Architecture, Params, run_encoder
 
 
 def moments_of(config: Architecture, parts: Sequence[Part]) -> Statistic:
@@ -31,9 +34,9 @@ def moments_of(config: Architecture, parts: Sequence[Part]) -> Statistic:
 
     Parts: as those of `statistics.moments_of`, in which errors and gains are shares: of a stream's variance ("blocks",
     of a token), and of the variance of an image's maps, each of which counts alike ("embedding" is their number). But
-      stream: {"blocks": a dict per block, {"norm1", "norm2"}: see `_second`, of tokens centred and scaled as the norm
-        will, "ends": of the four streams where the neck reads them, as they are}. If the encoder's tree has "changes",
-        [d, D] of each stage, see `_across` instead: of streams x and of what is left of them, changes x.
+      stream: {"blocks": a dict per block, {"norm1", "norm2"}: see `statistics.second`, of tokens centred and scaled as
+        the norm will, "ends": of the four streams where the neck reads them, as they are}. If the encoder's tree has
+        "changes", [d, D] of each stage, see `statistics.across` instead: of streams x and what is left, changes x.
     """
 
     def statistic(encoder: Params, batch: Batch, keys: jax.Array) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def _streams(config: Architecture, features: Any, blocks: Sequence[Any], changes
     before, spots = [features["patch"]["out"], *(block["out"] for block in blocks)], places(config.encoder)
 
     def ask(x: jax.Array, stage: int, normal: Any = lambda x: x) -> Moments:
-        return _second(normal(x)) if changes is None else _across(normal(x @ changes[stage].T), normal(x))
+        return second(normal(x)) if changes is None else across(normal(x @ changes[stage].T), normal(x))
 
     own = [
         {"norm1": ask(x, place.stage - place.pools, normalised), "norm2": ask(block["middle"], place.stage, normalised)}
@@ -74,18 +77,6 @@ def _streams(config: Architecture, features: Any, blocks: Sequence[Any], changes
     ]
     lasts = [*config.encoder.firsts[1:], len(blocks)]
     return {"blocks": own, "ends": [ask(before[last], stage) for stage, last in enumerate(lasts)]}
-
-
-def _across(narrow: jax.Array, x: jax.Array) -> Moments:
-    """Moments of what is left with itself, [d, d], and with what there was, [d, D], and the sums of both."""
-    flat = lambda x: x.reshape(-1, x.shape[-1])
-    own = _second(narrow)
-    return {**own, "cross": flat(narrow).T @ flat(x), "wide_sum": x.sum((0, 1, 2))}
-
-
-def _second(x: jax.Array) -> Moments:
-    """Second moment [D, D] and sum [D] of vectors, and their number."""
-    return {"second": gram(x), "sum": x.sum((0, 1, 2)), "tokens": jnp.array(float(math.prod(x.shape[:3])))}
 
 
 def _real(place: Place, block: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -99,21 +90,13 @@ def _real(place: Place, block: dict[str, jax.Array]) -> tuple[dict[str, jax.Arra
 
 def _sensitivity(config: Architecture, encoder: Params, batch: Batch, keys: jax.Array) -> dict[str, Any]:
     """As `statistics._sensitivity`, of each image's maps each by its own deviation."""
-    pixels = preprocess(config, batch["image"], batch["size"])
-    model = encoder_for(config, len(pixels), encoder["pos_embed"].dtype)
-    shapes = jax.eval_shape(model.init, keys[0], pixels)["perturbations"]
-
-    def embed(perturbations: Any) -> Any:
-        return model.apply({"params": encoder, "perturbations": perturbations}, pixels)[0]
-
-    maps, pull_back = jax.vjp(embed, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
 
     def noise(key: jax.Array, of_image: dict[str, jax.Array]) -> dict[str, jax.Array]:
         own = dict(zip(of_image, jax.random.split(key, len(of_image)), strict=True))
         size = lambda x: jnp.sqrt(jnp.square(x - x.mean()).sum())
         return {name: jax.random.normal(own[name], x.shape, x.dtype) / size(x) for name, x in of_image.items()}
 
-    (grads,) = pull_back(jax.vmap(noise)(keys, maps))
+    grads = pulled_back(config, encoder, batch, lambda maps: jax.vmap(noise)(keys, maps))
     blocks = [grads[f"blocks_{i}"] for i in range(config.encoder.depth)]
     return {
         **{name: [gram(block[name]) for block in blocks] for name in ("middle", "out")},

@@ -15,7 +15,10 @@ from slimsam_jax.pruning import bases
 
 
 class HiddenUnits:
-    """The hidden units of one MLP in order of gain, the `count` best at least; see `attention_bases` for the gain."""
+    """The hidden units of one MLP in order of gain, the `count` best at least; gains as `attention.head_bases` has.
+
+    Its kernel is [M, D], or [M, taps, D] of a convolution.
+    """
 
     def __init__(
         self, kernel: jax.Array, moments: Moments, i: int, weighting: Weighting = "none", count: int | None = None
@@ -24,9 +27,9 @@ class HiddenUnits:
         _, covariance = self._mean_and_covariance()
         if weighting == "disturbed":
             metric = bases.root(in_float64(moments["sensitivity"]["out"][i]) / moments["embedding"])
-            self.order, self.gains = bases.choose_units(covariance, self.kernel @ metric, count)
+            self.order, self.gains = bases.choose_units(covariance, _flat(self.kernel @ metric), count)
         else:
-            self.order, gains = bases.choose_units(covariance, self.kernel, count)
+            self.order, gains = bases.choose_units(covariance, _flat(self.kernel), count)
             self.gains = gains * moments["tokens"] / moments["blocks"][i]
 
     def _mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +41,14 @@ class HiddenUnits:
     def refit(self, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Kept units (ascending), the kernel on them, and what to add to the bias."""
         kept, (mean, covariance) = np.sort(self.order[:width]), self._mean_and_covariance()
-        return kept, *bases.refit(covariance, mean, self.kernel, kept)
+        kernel, bias = bases.refit(covariance, mean, _flat(self.kernel), kept)
+        shape = self.kernel.shape[1:]
+        return kept, kernel.reshape(len(kept), *shape), bias.reshape(-1, shape[-1]).sum(0)
+
+
+def _flat(kernel: np.ndarray) -> np.ndarray:
+    """[M, ...] -> [M, all the others]: those of a convolution's kernel read a unit at several places."""
+    return kernel.reshape(len(kernel), -1)
 
 
 def hidden_units(
@@ -58,7 +68,7 @@ def project_mlp(encoder: Params, units: Sequence[HiddenUnits], widths: Sequence[
         old = encoder[f"blocks_{i}"]
         new[f"blocks_{i}"] = {
             **old,
-            "mlp_lin1": {name: np.asarray(array)[..., kept] for name, array in old["mlp_lin1"].items()},
+            "mlp_lin1": jax.tree.map(lambda array: np.asarray(array)[..., kept], old["mlp_lin1"]),  # noqa: B023
             "mlp_lin2": {"kernel": kernel, "bias": np.float64(old["mlp_lin2"]["bias"]) + bias},
         }
     return like(encoder, new)

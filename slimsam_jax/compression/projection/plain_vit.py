@@ -20,9 +20,9 @@ from slimsam_jax.compression.budget import Budget, Target
 from slimsam_jax.compression.calibration_images import Batch, Calibration
 from slimsam_jax.compression.gradients import check_finite
 from slimsam_jax.compression.projection import mlp, statistics
-from slimsam_jax.compression.projection.attention import HeadBases, bases_of_block
+from slimsam_jax.compression.projection.attention import HeadBases, head_bases, project_heads
 from slimsam_jax.compression.projection.embedding import project_embedding
-from slimsam_jax.compression.projection.statistics import Moments, like
+from slimsam_jax.compression.projection.statistics import Moments
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.encoders import counts, family_of
@@ -56,11 +56,16 @@ class Ways(NamedTuple):
       moments_of: as `statistics.moments_of`.
       costs: as `group_costs`.
       pooled: of an encoder's `Config`: places of the blocks whose queries are pooled by maxima.
+      blocks: an encoder's tree -> "blocks_i" as a plain ViT has them; after those with heads may come some of a hidden
+        layer alone ("mlp_lin1", what makes it, along the last axis, and "mlp_lin2").
+      whole: a tree and other `blocks` -> the tree with those.
     """
 
     moments_of: Callable[[Architecture, tuple[statistics.Part, ...]], statistics.Statistic]
     costs: Callable[[Any, str], Costs]
-    pooled: Callable[[Any], Collection[int]]
+    pooled: Callable[[Any], Collection[int]] = lambda config: ()
+    blocks: Callable[[Params], Params] = lambda encoder: encoder
+    whole: Callable[[Params, Params], Params] = lambda encoder, blocks: blocks
 
 
 def project_bottleneck(sam: Sam, step: Prune, target: Target, calibration: Calibration, seed: int, ways: Ways) -> Sam:
@@ -69,18 +74,20 @@ def project_bottleneck(sam: Sam, step: Prune, target: Target, calibration: Calib
     weighted = step.importance_loss != "none"
     weighting, further = ("disturbed", ("sensitivity",)) if weighted else ("none", ())
     ask = lambda sam, name, *parts: moments(sam, calibration(name), seed, *parts, moments_of=ways.moments_of)
-    found = ask(sam, "statistics of heads", "attention", "mlp", *further)
-    bases = head_bases(encoder, found, weighting, ways.pooled(config))
-    gains = gains_of(bases, mlp.hidden_units(encoder, found, weighting))
+    found, blocks = ask(sam, "statistics of heads", "attention", "mlp", *further), ways.blocks(encoder)
+    bases = head_bases(blocks, found, weighting, ways.pooled(config))
+    gains = gains_of(bases, mlp.hidden_units(blocks, found, weighting))
     if target.budget:
         chosen = within_budget(sam.config, gains, target.budget, step, ways.costs)
     else:
         chosen = choose_widths(config, gains, target.ratio, step, ways.costs)
-    of_kind = lambda kind: [chosen[f"blocks_{i}/{kind}"] for i in range(len(bases))]
-    sam = with_encoder(sam, project_heads(encoder, bases, of_kind("qk"), of_kind("v")))
+    of_kind = lambda kind, count: [chosen[f"blocks_{i}/{kind}"] for i in range(count)]
+    heads, hidden = len(bases), of_kind("mlp", len(found["mlp"]))
+    blocks = project_heads(blocks, bases, of_kind("qk", heads), of_kind("v", heads))
+    sam = with_encoder(sam, ways.whole(encoder, blocks))
     found = ask(sam, "statistics of MLPs", "mlp", *further)
-    units = mlp.hidden_units(sam.params["image_encoder"], found, weighting, of_kind("mlp"))
-    return with_encoder(sam, mlp.project_mlp(sam.params["image_encoder"], units, of_kind("mlp")))
+    blocks = mlp.project_mlp(blocks, mlp.hidden_units(blocks, found, weighting, hidden), hidden)
+    return with_encoder(sam, ways.whole(encoder, blocks))
 
 
 def with_encoder(sam: Sam, encoder: Params) -> Sam:
@@ -104,72 +111,12 @@ def _statistic(moments_of: Any, config: Architecture, parts: tuple[statistics.Pa
     return moments_of(config, parts)
 
 
-def head_bases(
-    encoder: Params, found: Moments, weighting: statistics.Weighting = "none", pooled: Collection[int] = ()
-) -> list[HeadBases]:
-    """Bases of every block at full width, with gains as `attention.attention_bases` has them, q and k's apart.
-
-    Those of q and k of `pooled` blocks are the channels themselves, in an order: maxima turn with no basis.
-    """
-    bases = []
-    for i, variance in enumerate(found["blocks"]):
-        basis = bases_of_block(encoder[f"blocks_{i}"]["attn"], found, i, weighting)
-        if i in pooled:
-            basis = in_order(basis, found, i, weighting)
-        share = found["tokens"] / variance if weighting == "none" else 1
-        gains = {"logit_gains": basis.logit_gains * share, "value_gains": basis.value_gains * share}
-        bases.append(basis._replace(**gains))
-    return bases
-
-
-def in_order(basis: HeadBases, found: Moments, i: int, weighting: statistics.Weighting) -> HeadBases:
-    """The basis with the channels of q and k as they are, the best first."""
-    moment = found["attention"][i]
-    score = np.diag(np.float64(moment["q"])) / moment["tokens"]
-    if weighting == "none":
-        score = score * np.diag(np.float64(moment["k"])) / moment["keys"]
-        score = score / score.sum() * basis.value_gains.sum()  # an error of the logits counts as a like share
-    else:
-        hurt = np.diag(np.float64(found["sensitivity"]["queries"][i])) / found["embedding"]
-        score = score * len(basis.outputs) * hurt
-    order = np.argsort(-score, kind="stable")
-    turned = np.eye(len(score))[order]
-    return basis._replace(query=turned, key=turned, logit_gains=score[order])
-
-
 def gains_of(bases: Sequence[HeadBases], units: Sequence[mlp.HiddenUnits]) -> Gains:
     """The gain of each further channel of every group."""
     gains = {}
-    for i, (basis, unit) in enumerate(zip(bases, units, strict=True)):
-        gains |= {
-            f"blocks_{i}/qk": basis.logit_gains,
-            f"blocks_{i}/v": basis.value_gains,
-            f"blocks_{i}/mlp": unit.gains,
-        }
-    return gains
-
-
-def project_heads(encoder: Params, bases: Sequence[HeadBases], keys: Sequence[int], values: Sequence[int]) -> Params:
-    """Gives q and k one basis per block, v and proj one per head; keeps `keys` and `values` channels of a block's."""
-    new = dict(encoder)
-    for i, (basis, key_dim, value_dim) in enumerate(zip(bases, keys, values, strict=True)):
-        attn = jax.tree.map(np.float64, jax.device_get(encoder[f"blocks_{i}"]["attn"]))
-        # The softmax divides by the root of the new width.
-        factor = (key_dim / len(basis.query)) ** 0.5
-        along = lambda layer, matrix: {name: array @ matrix.T for name, array in layer.items()}
-        encode = np.stack([output.encode[:value_dim] for output in basis.outputs])
-        decode = np.stack([output.decode[:, :value_dim] for output in basis.outputs])
-        kernel = attn["proj"]["kernel"]
-        v = {
-            "kernel": np.einsum("nrm,Dnm->Dnr", encode, attn["v"]["kernel"]),
-            "bias": np.einsum("nrm,nm->nr", encode, attn["v"]["bias"] - basis.means),
-        }
-        # Attention weights sum to one, so a constant taken from v comes back through proj.
-        bias = attn["proj"]["bias"] + np.einsum("nm,nmD->D", basis.means, kernel)
-        proj = {"kernel": np.einsum("nmr,nmD->nrD", decode, kernel), "bias": bias}
-        q, k = along(attn["q"], factor * basis.query[:key_dim]), along(attn["k"], basis.key[:key_dim])
-        new[f"blocks_{i}"] = {**encoder[f"blocks_{i}"], "attn": {"q": q, "k": k, "v": v, "proj": proj}}
-    return like(encoder, new)
+    for i, basis in enumerate(bases):
+        gains |= {f"blocks_{i}/qk": basis.logit_gains, f"blocks_{i}/v": basis.value_gains}
+    return gains | {f"blocks_{i}/mlp": unit.gains for i, unit in enumerate(units)}
 
 
 def choose_widths(
@@ -232,14 +179,14 @@ def group_costs(config: Config, kind: str) -> Costs:
             wider = dataclasses.replace(config, blocks=tuple(blocks))
             slope = counts.macs(wider).total - counts.macs(config).total
             if kind == "params":
-                slope = _parameters_of_one(config.embed_dim, block.heads)[name]
+                slope = parameters_of_one(config.embed_dim, block.heads)[name]
             tables[f"blocks_{i}/{name}"] = slope * np.arange(size + 1.0)
     return tables
 
 
-def _parameters_of_one(embed_dim: int, heads: int) -> Mapping[str, int]:
+def parameters_of_one(embed_dim: int, heads: int) -> Mapping[str, int]:
     """Of a further channel, in all heads of a block, by the kind of its group."""
     return {"qk": 2 * heads * (embed_dim + 1), "v": heads * (2 * embed_dim + 1), "mlp": 2 * embed_dim + 1}
 
 
-PLAIN = Ways(statistics.moments_of, group_costs, lambda config: ())
+PLAIN = Ways(statistics.moments_of, group_costs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -26,7 +27,12 @@ def in_float64(tree: Moments) -> Moments:
 
 def like(encoder: Params, new: Params) -> Params:
     """`new` in the dtype of the encoder that it was made from, on the host: nothing is compiled to convert it."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf, encoder["pos_embed"].dtype), new)
+    return jax.tree.map(lambda leaf: np.asarray(leaf, _first_leaf(encoder).dtype), new)
+
+
+def _first_leaf(encoder: Params) -> jax.Array:
+    """All have its dtype, and lie where it does."""
+    return jax.tree.leaves(encoder)[0]
 
 
 Batch = dict[str, Any]
@@ -48,7 +54,7 @@ def accumulate(statistic: Statistic, encoder: Params, batches: Iterable[Batch], 
     total, key, seen = None, jax.random.key(seed), 0
     for batch in batches:
         if total is None:
-            zeros = lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), encoder["pos_embed"].sharding)
+            zeros = lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), _first_leaf(encoder).sharding)
             total = jax.tree.map(zeros, jax.eval_shape(found, encoder, batch, key, seen))
         total = add(total, encoder, batch, key, seen)
         seen += len(batch["image"])
@@ -114,6 +120,18 @@ def gram(x: jax.Array) -> jax.Array:
     return x.T @ x
 
 
+def across(narrow: jax.Array, x: jax.Array) -> Moments:
+    """Moments of what is left with itself, [d, d], and with what there was, [d, D], and the sums of both."""
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    own = second(narrow)
+    return {**own, "cross": flat(narrow).T @ flat(x), "wide_sum": x.sum((0, 1, 2))}
+
+
+def second(x: jax.Array) -> Moments:
+    """Second moment [D, D] and sum [D] of vectors, and their number."""
+    return {"second": gram(x), "sum": x.sum((0, 1, 2)), "tokens": jnp.array(float(math.prod(x.shape[:3])))}
+
+
 def normalised(x: jax.Array) -> jax.Array:
     return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + LAYERNORM_EPSILON)
 
@@ -166,19 +184,31 @@ def _sensitivity(
     Returns:
       Sums over tokens: "middle", "out": a [D, D] per block, "queries": a [d, d] per block (mean over heads).
     """
-    pixels = preprocess(config, batch["image"], batch["size"])
-    model = encoder_for(config, len(pixels), encoder["pos_embed"].dtype, mesh=mesh)
-    shapes = jax.eval_shape(model.init, keys[0], pixels)["perturbations"]
-
-    def embed(perturbations: Any) -> jax.Array:
-        return model.apply({"params": encoder, "perturbations": perturbations}, pixels)[0]
-
-    embedding, pull_back = jax.vjp(embed, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
-    noise = jax.vmap(lambda key: jax.random.normal(key, embedding.shape[1:], embedding.dtype))(keys)
-    (grads,) = pull_back(noise)
+    noise = lambda x: jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
+    grads = pulled_back(config, encoder, batch, noise, mesh)
     widths = config.encoder.blocks
     blocks = [grads[f"blocks_{i}"] for i in range(len(widths))]
     return {
         **{name: [gram(block[name]) for block in blocks] for name in ("middle", "out")},
         "queries": [gram(block["attn"]["queries"]) / widths[i].heads for i, block in enumerate(blocks)],
     }
+
+
+def pulled_back(
+    config: Architecture, encoder: Params, batch: Batch, noise: Callable[[Any], Any], mesh: Mesh | None = None
+) -> Any:
+    """The gradient of noise * embedding by all that the encoder lets be perturbed: Flax's collection "perturbations".
+
+    Args:
+      noise: of an embedding, one array or a dict of maps.
+    """
+    pixels = preprocess(config, batch["image"], batch["size"])
+    model = encoder_for(config, len(pixels), _first_leaf(encoder).dtype, mesh=mesh)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), pixels)["perturbations"]
+
+    def embed(perturbations: Any) -> Any:
+        return model.apply({"params": encoder, "perturbations": perturbations}, pixels)[0]
+
+    embedding, pull_back = jax.vjp(embed, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+    (grads,) = pull_back(noise(embedding))
+    return grads

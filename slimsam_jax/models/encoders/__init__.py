@@ -11,7 +11,8 @@
 A family may bring along what else it knows: `keep_logit_scale`, `abstract_params`, `kept_elements`,
 `last_arrays`, `RANKED_BY_STABILITY`, `LEAVES_OUT`, `for_inference`, `keeps_unread`, `embedding_shapes` (of several
 maps).
-`ROTATES` says that bases may be chosen; such a family has an entry in `compression.prune.PROJECTIONS`. Budgets ask for
+`ROTATES` says where bases may be chosen, and how channels are chosen elsewhere; such a family has an entry in
+`compression.prune.PROJECTIONS`. Budgets ask for
 `narrowed(config, narrow)`: the architecture with every width of streams and bottlenecks by `narrow`, an int -> int.
 What is for SAM's ViT alone (uniform cuts) asks for "vit" by name and refuses others.
 """

@@ -226,7 +226,8 @@ FEATURES = {"embedding": ("qkv", "mlp"), "bottleneck": ("stream",)}
 # of the learnt positions, which a graph finds to be groups of their own.
 STAGES = {"embedding": _embedding, "bottleneck": _bottleneck}
 LEAVES_OUT = True  # an encoder may see some of the patches alone, as `compression.pretrain` wants it
-ROTATES = True  # its streams may be, as nothing but linear maps and LayerNorms reads them: `compression.projection`
+# Nothing but linear maps and LayerNorms reads its stream: see `compression.projection.plain_vit`.
+ROTATES = "the stream, and q, k, v and proj of heads; hidden channels are chosen by what they explain"
 
 
 def abstract_params(config: Config) -> Any:

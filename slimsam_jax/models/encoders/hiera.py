@@ -213,8 +213,11 @@ def _bottleneck(paths: Collection[str]) -> bool:
 STAGES = {"embedding": _embedding, "bottleneck": _bottleneck}
 
 
-# The first stream, v and, unless they are pooled, q and k; `compression.projection.hiera` selects the others.
-ROTATES = True
+# See `compression.projection.hiera`.
+ROTATES = (
+    "the first stream, v and proj, and q and k that are not pooled; the channels of the other streams are chosen by "
+    "importance, hidden ones by what they explain"
+)
 
 
 def kept_elements(config: Config) -> int:

@@ -3,6 +3,7 @@
 Shapes: b images, h x w pixels or tokens of a stage, C its channels, n heads, d channels per head of q and k, e of v,
 M MLP channels. Names follow `mobile_sam`, with q, k and v apart. Each stage has a residual stream of its own, with a
 GELU on it in the first and a depthwise convolution per block in the others: its channels can be selected, not rotated.
+Heads can: biases are added to their logits, and nothing else lies between q and k, or between v and proj.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import numpy as np
 
 from slimsam_jax.models.encoders.attention import attend
 from slimsam_jax.models.encoders.layers import ConvNorm, fold_batch_norm, gelu, keep_logit_scale, neck
-from slimsam_jax.models.encoders.tiny_vit_config import PRESETS, Block, Config, Stage, config_of, uniform
+from slimsam_jax.models.encoders.tiny_vit_config import PRESETS, Block, Config, Stage, config_of, narrowed, uniform
 from slimsam_jax.models.encoders.vit import window_partition, window_unpartition
 
 __all__ = [
     "FEATURES",
     "PRESETS",
+    "ROTATES",
     "STAGES",
     "Block",
     "Config",
@@ -37,6 +39,7 @@ __all__ = [
     "for_inference",
     "keep_logit_scale",
     "keeps_unread",
+    "narrowed",
     "uniform",
 ]
 
@@ -56,7 +59,8 @@ class InvertedBottleneck(nn.Module):
         """[b, h, w, C] -> [b, h / stride, w / stride, features], and its hidden layers, after GELU."""
         expanded = gelu(self.conv(self.hidden, name="conv1")(x))
         filtered = gelu(self.conv(self.hidden, 3, self.stride, depthwise=True, name="conv2")(expanded))
-        return self.conv(self.features, name="conv3")(filtered), {"expanded": expanded, "filtered": filtered}
+        written = self.perturb("written", self.conv(self.features, name="conv3")(filtered))
+        return written, {"expanded": expanded, "filtered": filtered}
 
 
 class Attention(nn.Module):
@@ -74,6 +78,7 @@ class Attention(nn.Module):
         widths = {"q": block.key_dim, "k": block.key_dim, "v": block.value_dim}
         project = lambda name: nn.DenseGeneral((block.heads, widths[name]), dtype=self.dtype, name=name)
         q, k, v = (project(name)(x) for name in "qkv")
+        q = self.perturb("queries", q)
         table = self.param("attention_biases", nn.initializers.zeros, (block.heads, h, w))
         flat = (array.reshape(b, h * w, block.heads, -1) for array in (q, k, v))
         heads = attend(*flat, by_distance(table).astype(self.dtype)).reshape(b, h, w, block.heads, -1)
@@ -116,10 +121,11 @@ class AttentionBlock(nn.Module):
         attention = Attention(self.block, (self.window, self.window), self.dtype, name="attn")
         # Padded before the norm, which the original has inside: pad tokens become its bias, and are attended to.
         y, features = attention(window_partition(x, self.window))
-        middle = x + window_unpartition(y, x.shape[1:3])
+        middle = self.perturb("middle", x + window_unpartition(y, x.shape[1:3]))
         local = self.conv(x.shape[-1], 3, depthwise=True, name="local_conv")(middle)  # in the stream, no residual
         y, hidden = MLP(self.block.mlp_dim, self.dtype, name="mlp")(local)
-        return local + y, {**features, "mlp": hidden, "middle": middle, "local": local, "out": local + y}
+        out = self.perturb("out", local + y)
+        return out, {**features, "mlp": hidden, "middle": middle, "local": local, "out": out}
 
 
 class ConvStage(nn.Module):
@@ -198,11 +204,14 @@ class ImageEncoder(nn.Module):
               middle, local, out [b, h, w, C]: the residual stream after attention, convolution and MLP;
               mlp [b, h, w, M]: the hidden layer, after GELU.
             Under `jit` those that nobody reads cost nothing.
+        Flax's collection "perturbations" adds to the residual streams after attention ("middle") and MLPs ("out"), to
+        queries ("attn/queries"), and to what the last convolution of the patch embedding ("patch"), of a convolutional
+        block and of a downsampling ("written") gives; of its gradient the disturbed loss is made.
         """
         c = self.config
         conv = functools.partial(ConvNorm, batch_norm=c.batch_norm, of_batch=self.of_batch, dtype=self.dtype)
         hidden = gelu(conv(c.stem_dim, 3, 2, name="patch_embed_0")(images))
-        x = conv(c.conv_dim, 3, 2, name="patch_embed_2")(hidden)
+        x = self.perturb("patch", conv(c.conv_dim, 3, 2, name="patch_embed_2")(hidden))
         features = {"patch": {"hidden": hidden, "out": x}}
         x, inner = ConvStage(c, conv, self.remat, name="layers_0")(x)
         features |= {f"layers_0/{name}": value for name, value in inner.items()}
@@ -255,3 +264,6 @@ def _bottleneck(paths: Collection[str]) -> bool:
 
 # Whether a group, by its members' paths, is cut in a stage: all four streams in one, and the neck's width in neither.
 STAGES = {"embedding": _embedding, "bottleneck": _bottleneck}
+
+# See `compression.projection.tiny_vit`.
+ROTATES = "q, k, v and proj of heads; streams' channels are chosen by importance, hidden ones by what they explain"

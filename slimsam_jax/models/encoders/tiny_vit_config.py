@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from slimsam_jax.models.config import DEEPEST
@@ -124,6 +124,18 @@ def uniform(
         block = Block(n, dim // n, dim // n, int(dim * mlp_ratio))
         stages.append(Stage(dim, window, (block,) * depth, dim, original_stride(dim)))
     return Config(pair(image_size), dims[0] // 2, dims[0], (int(dims[0] * expansion),) * depths[0], tuple(stages))
+
+
+def narrowed(config: Config, narrow: Callable[[int], int]) -> Config:
+    """The architecture with every width of streams and bottlenecks by `narrow`."""
+    few = lambda record, *names: dataclasses.replace(record, **{name: narrow(getattr(record, name)) for name in names})
+    block = lambda block: few(block, "key_dim", "value_dim", "mlp_dim")
+    stages = [
+        dataclasses.replace(few(stage, "dim", "entry_dim"), blocks=tuple(map(block, stage.blocks)))
+        for stage in config.stages
+    ]
+    hidden = tuple(map(narrow, config.conv_blocks))
+    return dataclasses.replace(few(config, "stem_dim", "conv_dim"), conv_blocks=hidden, stages=tuple(stages))
 
 
 # mobile_sam/build_sam.py and tinysam/build_sam.py, build_sam_vit_t

@@ -1,0 +1,115 @@
+"""A CLIP that somebody has in a folder, for FastSAM's text prompts: `transformers`' CLIPModel, which runs in PyTorch.
+
+Nothing is downloaded, and nothing foreign is run: weights are read from safetensors alone. Images are prepared as by
+CLIP's own code: the shorter side to the model's size (bicubic), the middle cut out, CLIP's mean and deviation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from slimsam_jax.cli.checks import as_path
+from slimsam_jax.errors import InputError, printable
+
+MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of openai/CLIP
+BATCH = 32  # crops at a time
+FILES = ("config.json", "model.safetensors")
+
+
+class Clip:
+    """Compares images with texts. `slimsam_jax.inference.fast_sam_prompts.Clip` is what is asked of it.
+
+    Args:
+      model: `transformers.CLIPModel`.
+      tokenizer: its `CLIPTokenizer`, or what is called as that.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any):
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    def similarity(self, images: Iterable[np.ndarray], text: str) -> np.ndarray:
+        """Cosine [n] of the embeddings of images [h, w, 3] uint8 RGB and that of a text.
+
+        Raises:
+          InputError: the text has more tokens than the model reads.
+        """
+        import torch
+
+        tokens = self.tokenizer([text], return_tensors="pt")
+        most, length = self.model.config.text_config.max_position_embeddings, tokens["input_ids"].shape[1]
+        if length > most:
+            raise InputError(f"a text of {length} tokens is longer than this CLIP reads, {most}: use fewer words")
+        side, found = self.model.config.vision_config.image_size, [np.zeros(0, np.float32)]
+        images = iter(images)
+        with torch.inference_mode():
+            while batch := [prepared(image, side) for image in itertools.islice(images, BATCH)]:
+                out = self.model(**tokens, pixel_values=torch.from_numpy(np.stack(batch)))  # embeddings of length 1
+                found.append((out.image_embeds @ out.text_embeds[0]).float().numpy())
+        return np.concatenate(found)
+
+
+def prepared(image: np.ndarray, side: int) -> np.ndarray:
+    """[h, w, 3] uint8 -> [3, side, side] float32, as CLIP's own preprocessing."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    size = (side * width // short, side * height // short)
+    resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    top, left = round((size[1] - side) / 2), round((size[0] - side) / 2)
+    middle = resized[top : top + side, left : left + side].astype(np.float32) / 255
+    return ((middle - np.float32(MEAN)) / np.float32(DEVIATION)).transpose(2, 0, 1)
+
+
+def load_clip(folder: Path | str) -> Clip:
+    """Loads the CLIP that FastSAM's text prompts need, from a folder as `transformers` saves it; nothing is downloaded.
+
+    Example:
+      ```python
+      import slimsam_jax
+
+      clip = slimsam_jax.load_clip("clip-vit-base-patch32")
+      predictor = slimsam_jax.FastSamPredictor(slimsam_jax.load("FastSAM-s.pt"), clip=clip)
+      predictor.set_image("truck.jpg")
+      masks, similarities, _ = predictor.text("the yellow truck")
+      ```
+
+    Raises:
+      InputError: transformers or PyTorch is not installed (`pip install 'slimsam_jax[clip]'`), or the folder holds no
+        whole CLIP.
+    """
+    folder = as_path(folder, "folder")
+    check(folder)
+    try:
+        import torch  # noqa: F401
+        from transformers import CLIPModel, CLIPTokenizer
+    except ImportError:
+        raise InputError("text prompts need transformers and PyTorch: pip install 'slimsam_jax[clip]'") from None
+    how = {"local_files_only": True}
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, **how)
+        model, info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **how)
+    except Exception as error:  # of whatever kind: it is what transformers says of a broken file
+        raise InputError(f"{printable(folder)} is no CLIP that transformers reads: {printable(error, 200)}") from None
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"{printable(folder)} lacks {len(missing)} arrays of its CLIP: {printable(missing[0])}, ...")
+    return Clip(model, tokenizer)
+
+
+def check(folder: Path) -> None:
+    """Raises InputError unless a folder has the files of a CLIP; imports nothing heavy."""
+    if not folder.is_dir():
+        raise InputError(f"{printable(folder)} is no folder; --clip takes one that transformers has saved a CLIP in")
+    if absent := [name for name in FILES if not (folder / name).is_file()]:
+        raise InputError(f"{printable(folder)} holds no CLIP: there is no {absent[0]}")
+    try:
+        kind = json.loads((folder / FILES[0]).read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        kind = None
+    if kind != "clip":
+        raise InputError(f"{printable(folder)} holds no CLIP: its config.json does not say so")
