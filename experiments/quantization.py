@@ -106,6 +106,7 @@ def run(
       calibration_images: how many of a seed.
       rows: of `ROWS`.
     """
+    results.check_committed()
     sam = load_sam(model)
     bench = Bench(sam, [sample.image() for sample in data.find([images])[:limit]])
     for seed in seeds:
