@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -150,11 +151,13 @@ def try_out(binaries: Path, empty: Path) -> None:
         raise RunError(f"slimsam_jax is imported from {where}, not from the wheel")
     run(str(binaries / "slimsam"), "--help")
     *_, last = run(str(binaries / "slimsam"), "compress").strip().splitlines()
-    program, *arguments = last.split()
-    if program != "slimsam":
-        raise RunError(f"the last line of slimsam compress is no command: {last}")
+    following, program, *arguments = shlex.split(last)
+    if (following, program) != ("next", "slimsam"):
+        raise RunError(f"the last line of slimsam compress is no command of ours: {last}")
     run(str(binaries / program), *arguments)
-    print(f"slimsam compress, then {last}: done", flush=True)
+    if not (empty / "mask.png").exists():
+        raise RunError(f"{last} has drawn no mask.png")
+    print(f"slimsam compress, then slimsam predict: done", flush=True)
 
 
 def said(*command: str, cwd: Path | None = None, hint: str = "", **variables: str) -> str:
