@@ -157,7 +157,7 @@ def try_out(binaries: Path, empty: Path) -> None:
     run(str(binaries / program), *arguments)
     if not (empty / "mask.png").exists():
         raise RunError(f"{last} has drawn no mask.png")
-    print(f"slimsam compress, then slimsam predict: done", flush=True)
+    print("slimsam compress, then slimsam predict: done", flush=True)
 
 
 def said(*command: str, cwd: Path | None = None, hint: str = "", **variables: str) -> str:
