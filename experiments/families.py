@@ -198,21 +198,26 @@ def line_of(name: str, cost: dict[str, Any]) -> str:
 def draw(found: dict[str, dict[str, Any]]) -> None:
     """Writes figures/families.png: the papers' AP against work and time, with the front of those that none beats."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    macs = lambda cost: (cost["encoder_macs_linear"] + cost["encoder_macs_attention"]) / 1e9
+    macs = lambda cost: (cost["encoder_macs_linear"] + cost["encoder_macs_attention"]) / 1e9 if cost else None
+    milliseconds = lambda cost: float(np.median(cost["times"])) if cost.get("times") else None
     panels = {
-        "G multiply-accumulates of the encoder, attention included": lambda cost: macs(cost) if cost else None,
-        "ms of the encoder, one image on two CPU cores": lambda cost: (
-            np.median(cost["times"]) if cost.get("times") else None
-        ),
+        "G multiply-accumulates of the encoder, attention included": (macs, (20, 50, 100, 200, 500, 1000, 3000)),
+        "ms of the encoder, one image on two CPU cores": (milliseconds, (250, 500, 1000, 2000, 4000)),
     }
-    for axes, (label, cost_in) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+    for axes, (label, (cost_in, ticks)) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
         points = [(cost_in(cost), PUBLISHED[name].ap, PUBLISHED[name].label) for name, cost in found.items()]
         points = sorted(point for point in points if None not in point)
-        for x, y, text in points:  # of families without a time or a paper there is no point
-            axes.annotate(text, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        for x, y, text in points:
+            beside, below = text in ("SlimSAM-77", "SAM, ViT-B", "SAM, ViT-H", "FastSAM-x"), text == "MobileSAM"
+            where = (
+                {"xytext": (7, -3), "ha": "left"} if beside else {"xytext": (0, -13 if below else 6), "ha": "center"}
+            )
+            axes.annotate(text, (x, y), textcoords="offset points", fontsize=8, **where)
         axes.scatter([x for x, *_ in points], [y for _, y, _ in points])
         axes.step(*front(points), where="post", color="grey", linewidth=0.8)
         axes.set(xscale="log", xlabel=label)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
         axes.margins(x=0.2, y=0.1)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("COCO AP with ViTDet-H's boxes, as published")

@@ -1,6 +1,7 @@
 """Draws what each step of a recipe does to a model and to its masks: the images of docs/how_it_works.md.
 
-    python -m experiments.how_it_works --steps 60
+    python -m experiments.how_it_works --recipes taylor --steps 60
+    python -m experiments.how_it_works --recipes default --steps 24
 
 The small SAM that ships is slimmed with the photographs that ship, an eighth of which are held out. On those every
 model between two steps is measured: squared error of the embedding by its variance, and agreement of masks with the
@@ -25,6 +26,7 @@ from slimsam_jax.compression import showcase
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.pipeline import STEP_FUNCTIONS, carry_out
 from slimsam_jax.compression.prepare import prepare
+from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation.scores import agreement, relative_error
 from slimsam_jax.files import replacing
 from slimsam_jax.inference.decode import encode_image
@@ -56,18 +58,21 @@ class Stage(NamedTuple):
     agreement: float
 
 
-def main(steps: int = 60, ratio: float = 0.5, seed: int = 0) -> None:
-    """Slim by both recipes, keep a row of each stage, draw.
+def main(recipes: tuple[str, ...] = tuple(STAGES), steps: int = 60, ratio: float = 0.5, seed: int = 0) -> None:
+    """Slim by recipes, keep a row of each stage, draw.
 
     Args:
+      recipes: of `STAGES`.
       steps: of four images, in all distillations of a recipe together.
       ratio: share of the channels to remove.
       seed: of images and noise.
     """
     results.check_committed()
+    if unknown := set(recipes) - set(STAGES):
+        raise InputError(f"no figure for {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     teacher = load_sam(data.embedded_teacher())
-    for recipe, titles in STAGES.items():
-        trained = sum("distill" in name for name in titles)
+    for recipe in recipes:
+        trained = sum("distill" in name for name in STAGES[recipe])
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "slim"
             options = Options(recipe=recipe, ratio=ratio, seed=seed, steps=steps // trained, out=out)

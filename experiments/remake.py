@@ -46,7 +46,14 @@ class Part(NamedTuple):
 # for 40 steps, times its steps; of reference the minutes of its rows; of the others what a first part of them took.
 PARTS = {
     "teacher_cache": Part(0.05, "", ("experiments.teacher_cache {teacher} {val} --limit 20",)),
-    "how_it_works": Part(0.1, "how_it_works.jsonl", ("experiments.how_it_works --steps 60",)),
+    "how_it_works": Part(
+        0.1,
+        "how_it_works.jsonl",
+        (
+            "experiments.how_it_works --recipes taylor --steps 60",
+            "experiments.how_it_works --recipes default --steps 24",
+        ),
+    ),
     "thresholds": Part(0.2, "", ("experiments.thresholds --images {images}",)),
     "hierarchical": Part(
         0.2,
