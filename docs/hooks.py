@@ -1,4 +1,4 @@
-"""What `mkdocs build` adds to docs/: README.md as the front page, notebooks, experiments/, a page for each public module.
+"""What `mkdocs build` adds to docs/: README.md as the front page, notebooks, experiments/, and pages of the API.
 
 No path of a module is written by hand: the pages of the API follow the folders, and `<!-- options: NAME -->` in a page
 finds the one class that has the name.

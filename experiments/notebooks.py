@@ -28,6 +28,7 @@ from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import replacing
 
 FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
+DROPPED = "remove_output"  # Jupyter's tag of a cell whose output is not kept, as it is this machine's times and paths
 WIDEST, COLOURS = 820, 96  # of an image that is kept: pixels, and colours
 
 
@@ -76,6 +77,8 @@ def run(notebook: dict[str, Any], name: str) -> dict[str, Any]:
             raise RunError(f"{name}, cell {number}: {type(error).__name__}: {error}") from error
         text = [{"output_type": "stream", "name": "stdout", "text": lines(printed.getvalue())}]
         cell["outputs"] = (text if printed.getvalue() else []) + ([output_of(shown)] if shown is not None else [])
+        if DROPPED in cell["metadata"].get("tags", ()):
+            cell["outputs"] = []
         cell["execution_count"] = number
         for output in cell["outputs"]:
             if output["output_type"] == "execute_result":

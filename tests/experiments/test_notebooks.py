@@ -19,7 +19,7 @@ MOST_BYTES = 200_000  # of a notebook with what it shows
 
 
 def notebook(*sources):
-    return {"cells": [{"cell_type": "code", "source": [source], "outputs": []} for source in sources]}
+    return {"cells": [{"cell_type": "code", "source": [source], "metadata": {}, "outputs": []} for source in sources]}
 
 
 @pytest.mark.slow
@@ -66,6 +66,15 @@ def test_what_a_cell_shows():
     assert printed["text"] == ["a\n"] and value["data"] == {"text/plain": ["3"]} and nothing == []
     with Image.open(io.BytesIO(base64.b64decode(image["data"]["image/png"]))) as drawn:
         assert drawn.size == (notebooks.WIDEST, 4)
+
+
+def test_what_a_machine_says_of_itself_is_not_kept():
+    found = notebook("print('12 ms')")
+    found["cells"][0]["metadata"] = {"tags": [notebooks.DROPPED]}
+    notebooks.run(found, "name")
+    assert found["cells"][0]["outputs"] == []
+    for path in PATHS:
+        assert str(notebooks.FOLDER.parents[1]) not in path.read_text()
 
 
 def test_a_cell_that_fails_is_named():
