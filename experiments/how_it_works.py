@@ -1,7 +1,7 @@
 """Draws what each step of a recipe does to a model and to its masks: the images of docs/how_it_works.md.
 
     python -m experiments.how_it_works --recipes taylor --steps 60
-    python -m experiments.how_it_works --recipes default --steps 24
+    python -m experiments.how_it_works --recipes default --steps 48
 
 The small SAM that ships is slimmed with the photographs that ship, an eighth of which are held out. On those every
 model between two steps is measured: squared error of the embedding by its variance, and agreement of masks with the
@@ -72,10 +72,9 @@ def main(recipes: tuple[str, ...] = tuple(STAGES), steps: int = 60, ratio: float
         raise InputError(f"no figure for {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     teacher = load_sam(data.embedded_teacher())
     for recipe in recipes:
-        trained = sum("distill" in name for name in STAGES[recipe])
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:  # --steps is of each of the paper's two distillations
             out = Path(folder) / "slim"
-            options = Options(recipe=recipe, ratio=ratio, seed=seed, steps=steps // trained, out=out)
+            options = Options(recipe=recipe, ratio=ratio, seed=seed, steps=steps // 2, out=out)
             stages, held_out = slimmed(options, teacher)
         for stage in stages:
             key = {"recipe": recipe, "ratio": ratio, "seed": seed, "steps": steps, "stage": stage.title}

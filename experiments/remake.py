@@ -51,7 +51,7 @@ PARTS = {
         "how_it_works.jsonl",
         (
             "experiments.how_it_works --recipes taylor --steps 60",
-            "experiments.how_it_works --recipes default --steps 24",
+            "experiments.how_it_works --recipes default --steps 48",
         ),
     ),
     "thresholds": Part(0.2, "", ("experiments.thresholds --images {images}",)),
