@@ -1,4 +1,4 @@
-"""What `mkdocs build` adds to docs/: README.md as the front page, experiments/, and a page for every public module.
+"""What `mkdocs build` adds to docs/: README.md as the front page, notebooks, experiments/, and pages of the API.
 
 No path of a module is written by hand: the pages of the API follow the folders, and `<!-- options: NAME -->` in a page
 finds the one class that has the name.
@@ -7,7 +7,9 @@ finds the one class that has the name.
 from __future__ import annotations
 
 import ast
+import base64
 import itertools
+import json
 import os
 import posixpath
 import re
@@ -66,6 +68,11 @@ def on_files(files: Files, config: Any) -> Files:
     for path in sorted((ROOT / "experiments").rglob("*")):
         if path.suffix in (".md", ".png"):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        page, images = notebook_page(path)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=page))
+        for name, content in images.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
     for name in modules():
         below = [each for each in modules() if each.rpartition(".")[0] == name]
         content = f"# {name}\n\n::: {name}\n\n" + (_listing(below, posixpath.dirname(page_of(name))) if below else "")
@@ -73,6 +80,24 @@ def on_files(files: Files, config: Any) -> Files:
     head = "# API\n\nMade from the docstrings. What a newcomer needs first is on the [front page](../index.md).\n\n"
     files.append(File.generated(config, "api/index.md", content=head + _listing(list(modules()), "api")))
     return files
+
+
+def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A notebook as Markdown, with what its cells have shown; and {name: PNG} of the images among that."""
+    parts, images = [], {}
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {"text/plain": output.get("text", ())})
+            if "image/png" in data:
+                images[name := f"{path.stem}_{len(images)}.png"] = base64.b64decode(data["image/png"])
+                parts.append(f"![what the cell shows]({name})")
+            else:
+                parts.append("```text\n" + "".join(data["text/plain"]).rstrip() + "\n```")
+    title, _, rest = "\n\n".join(parts).partition("\n")
+    note = f"[This page as a notebook]({path.name}). `python -m experiments.notebooks {path.stem}` runs it."
+    return f"{title}\n\n{note}\n{rest}\n", images
 
 
 def _listing(names: list[str], folder: str) -> str:
@@ -101,6 +126,8 @@ def _relative(link: str, uri: str) -> str:
     here = "README.md" if uri == "index.md" else uri if uri.startswith("experiments/") else f"docs/{uri}"
     there = posixpath.normpath(posixpath.join(posixpath.dirname(here), link))
     there = "index.md" if there == "README.md" else there.removeprefix("docs/")
+    if there.endswith(".ipynb") and not uri.startswith("notebooks/"):  # those name the file itself
+        there = there.removesuffix(".ipynb") + ".md"
     return os.path.relpath(there, posixpath.dirname(uri) or ".")
 
 

@@ -16,12 +16,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from scipy.stats import spearmanr
 
 from converters.from_torch import load
 from experiments import results
-from slimsam_jax import data, pruning
+from slimsam_jax import cli, data, pruning
 from slimsam_jax.compression import gradients as sam_gradients
 from slimsam_jax.compression import prune, vit_groups
 from slimsam_jax.compression.budget import Target
@@ -41,6 +40,7 @@ ESTIMATORS = {"sum": ("sum", 1), "rms": ("rms", 1), "rms, 4 probes": ("rms", 4)}
 
 def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
     """Measure what is not measured yet."""
+    results.check_committed()
     sam, paths = load(teacher), data.find([images])
     judged = [sample.image() for sample in data.find([val])[::4]]
     true = [encode_image(sam, image).embedding for image in judged]
@@ -103,4 +103,4 @@ def table() -> None:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"run": run, "table": table})
+    cli.run({"run": run, "table": table})

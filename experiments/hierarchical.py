@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from PIL import Image
 
 from converters.from_torch import load
 from experiments import results
 from experiments.bench.everything import FIELDS, Masks, encoded, partners
-from slimsam_jax import data
+from slimsam_jax import cli, data
 from slimsam_jax.imaging.prompts import clicks_at
 from slimsam_jax.inference import amg
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
@@ -55,6 +54,7 @@ WAYS: dict[str, dict[str, float]] = {
 
 def run(teacher: Path, images: tuple[Path, ...]) -> None:
     """Measure what is not measured yet."""
+    results.check_committed()
     sam, sources = load(teacher), [data.find([source]) for source in images]
     samples = [sample for source in sources for sample in (source[5::10] if len(source) >= 10 else source)]
     warm(sam, samples[0].image())
@@ -122,4 +122,4 @@ def table() -> None:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"run": run, "table": table})
+    cli.run({"run": run, "table": table})

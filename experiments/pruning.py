@@ -18,12 +18,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 from converters.from_torch import load
 from experiments import results
 from experiments.old_results import prune_choices, pruning_key
-from slimsam_jax import data
+from slimsam_jax import cli, data
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.calibration_images import calibration_stream, on_devices
@@ -91,6 +90,7 @@ def run(teacher: Path, images: Path, val: Path, part: str = "0/1") -> None:
       val: annotated folder to measure on.
       part: i/n: every n-th run, from the i-th.
     """
+    results.check_committed()
     mine, parts = map(int, part.split("/"))
     bench = Bench(load(teacher), data.find([images]), data.find([val]))
     for row, ratio, seed in plan()[mine::parts]:
@@ -191,4 +191,4 @@ def _cells(runs: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"run": run, "table": table})
+    cli.run({"run": run, "table": table})

@@ -138,6 +138,7 @@ def run(
       calibration_images: how many of a seed.
       rows: of `ROWS`.
     """
+    results.check_committed()
     for seed in seeds:
         key = {"model": model.stem, "seed": seed, "images": limit, "calibration_images": calibration_images}
         measure_rows(model, key, calibration, images, rows)
@@ -163,6 +164,7 @@ def slim(
 
     The others are those of `run`; a seed is also the compression's.
     """
+    results.check_committed()
     for ratio, seed in itertools.product(ratios, seeds):
         name, out = f"slim{100 * ratio:.0f}", folder / f"{ratio:g}-{seed}"
         if not (out / "report.json").exists():

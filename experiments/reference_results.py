@@ -25,7 +25,11 @@ def record(name: str, folder: Path, minutes: float | None = None, beside: str = 
       folder: its --out.
       minutes: that it took.
       beside: what else the machine did meanwhile.
+
+    Raises:
+      InputError: the code is no commit's, or the folder no finished training's.
     """
+    results.check_committed()
     with reading(folder):
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         provenance = json.loads((folder / "config.json").read_text())["provenance"]

@@ -65,6 +65,7 @@ def run(
     """
     if only not in ("", *TABLES):
         raise InputError(f"--only {only} is no table; there are {', '.join(TABLES)}")
+    results.check_committed()
     mine, parts = map(int, part.split("/"))
     bench = None
     name = TABLES[only].teacher if only else "small"

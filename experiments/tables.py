@@ -5,12 +5,21 @@ python -m experiments.tables
 
 from __future__ import annotations
 
-from experiments import distillers, estimators, hierarchical, pruning, quantization, reference_results, slimming
+from experiments import (
+    distillers,
+    estimators,
+    families,
+    hierarchical,
+    pruning,
+    quantization,
+    reference_results,
+    slimming,
+)
 from experiments.sa1b import distillers_hours, hours
 from slimsam_jax import cli
 
 COUNTED = (hours, distillers_hours)
-MEASURED = (slimming, pruning, hierarchical, estimators, reference_results, quantization, distillers)
+MEASURED = (slimming, pruning, hierarchical, estimators, reference_results, quantization, distillers, families)
 
 
 def main() -> None:

@@ -98,9 +98,10 @@ def test_commands_exist_with_their_options(module):
 
 
 def test_every_page_is_in_the_sites_list():
-    """Where `mkdocs build --strict` ends otherwise. README is the front page; tables are added by docs/hooks.py."""
-    listed = re.findall(r"(?m)^ +- (?:\w+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text())
+    """Where `mkdocs build --strict` ends otherwise. README is the front page; docs/hooks.py adds notebooks."""
+    listed = re.findall(r"(?m)^ +- (?:[^:\n]+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text())
     pages = {name_of(page).removeprefix("docs/") for page in PAGES} - {"README.md"}
+    pages |= {f"notebooks/{path.stem}.md" for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
     assert {page for page in pages if "tables/" not in page} == set(listed) - {"index.md", LOG}
 
 

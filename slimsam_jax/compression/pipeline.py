@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from slimsam_jax import checkpoint, sharding
+from slimsam_jax import checkpoint, cli, sharding
 from slimsam_jax.compression import report, widths
 from slimsam_jax.compression.calibration_images import batches_of, calibration_stream, on_devices
 from slimsam_jax.compression.distill import distill
@@ -123,8 +123,9 @@ def say_what_to_do(out: Path, val: Sequence[Sample]) -> None:
     photo = next((sample for sample in val if Path(sample.name).is_file()), None)
     size = photo.image().size if photo else None
     image, point = (photo.name, f"{size[0] // 2},{size[1] // 2}") if photo else ("PHOTO", "X,Y")
-    command = ["python", "-m", "slimsam_jax.predict", "--model", str(out), "--image", image, "--point", point]
-    say("next", shlex.join([*command, "--out", "mask.png"]))
+    program = ["slimsam", "predict"] if cli.program else ["python", "-m", "slimsam_jax.predict"]
+    arguments = ["--model", str(out), "--image", image, "--point", point, "--out", "mask.png"]
+    say("next", shlex.join([*program, *arguments]))
 
 
 def calibrated(run: Run, student: Sam) -> Sam:

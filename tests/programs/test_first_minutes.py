@@ -46,10 +46,16 @@ def test_help_loads_nothing_that_computes():
 
 
 def test_the_last_line_is_a_command_that_runs(finished, material, tmp_path, capsys, monkeypatch):
-    run_module.say_what_to_do(finished, samples(sorted((material / "val").glob("*.png"))))
+    val = samples(sorted((material / "val").glob("*.png")))
+    run_module.say_what_to_do(finished, val)
     *_, last = capsys.readouterr().out.splitlines()
     command = shlex.split(last.removeprefix(" " * 6 + "next"))
     assert command[:3] == ["python", "-m", "slimsam_jax.predict"]
+    with monkeypatch.context() as by_name:  # whoever typed `slimsam compress` gets a command of the same program
+        by_name.setattr(cli, "program", "slimsam compress")
+        run_module.say_what_to_do(finished, val)
+    *_, named = capsys.readouterr().out.splitlines()
+    assert shlex.split(named)[1:] == ["slimsam", "predict", *command[3:]]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["predict", *command[3:]])
     cli.run(program("predict").main)

@@ -377,6 +377,7 @@ def test_what_does_not_fit_is_said_in_a_line(images, start, tmp_path, material):
 def test_learning_curves_are_kept_and_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(reference_results, "FILE", tmp_path / "reference.jsonl")
     monkeypatch.setattr(results, "TABLE_FOLDER", tmp_path / "tables")
+    monkeypatch.setattr(results, "check_committed", lambda: None)
     log = [{"step": 1, "loss": 2.0}, {"step": 2, "score": 0.4, "point_miou": 0.3, "box_miou": 0.5}]
     (tmp_path / "config.json").write_text('{"provenance": {"options": {"steps": 2, "batch": 8, "prompts": 4}}}')
     (tmp_path / "log.jsonl").write_text(json.dumps(log[0]) + "\n")
