@@ -57,6 +57,7 @@ def run(
       turns: in each of which every encoder runs once.
       calibration_images: how many.
     """
+    results.check_committed()
     sam = load_sam(model)
     batches = Batches(data.find([calibration]), sam.config.image_size, 4, 0, frame=sam.config.frame)
     batches = list(itertools.islice(batches, -(-calibration_images // 4)))

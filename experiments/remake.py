@@ -91,6 +91,23 @@ PARTS = {
             "experiments.quantization table",
         ),
     ),
+    "quantization_latency": Part(
+        0.2,
+        "quantization_latency.jsonl",
+        (
+            "experiments.quantization_latency run {teacher} --calibration {images}",
+            "experiments.quantization_latency table",
+        ),
+    ),
+    "hiera": Part(
+        1.0,
+        "hiera.jsonl",
+        (
+            "experiments.hiera_end_to_end make --teacher {teacher} --images {images} --out {work}/hiera_small",
+            "experiments.hiera_end_to_end slim --teacher {work}/hiera_small --images {images} --val {val}",
+            "experiments.hiera_end_to_end table",
+        ),
+    ),
     "reference": Part(
         2.5,
         "reference.jsonl",

@@ -9,9 +9,11 @@ from experiments import (
     distillers,
     estimators,
     families,
+    hiera_end_to_end,
     hierarchical,
     pruning,
     quantization,
+    quantization_latency,
     reference_results,
     slimming,
 )
@@ -19,7 +21,18 @@ from experiments.sa1b import distillers_hours, hours
 from slimsam_jax import cli
 
 COUNTED = (hours, distillers_hours)
-MEASURED = (slimming, pruning, hierarchical, estimators, reference_results, quantization, distillers, families)
+MEASURED = (
+    slimming,
+    pruning,
+    hierarchical,
+    estimators,
+    reference_results,
+    quantization,
+    quantization_latency,
+    distillers,
+    families,
+    hiera_end_to_end,
+)
 
 
 def main() -> None:

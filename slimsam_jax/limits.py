@@ -66,3 +66,18 @@ def quoted(value: Any) -> str:
         return printable(value if isinstance(value, numbers.Number) else repr(value), 60)
     except Exception:  # a number of more digits than Python prints, or a foreign __repr__
         return f"of type {type(value).__name__}"
+
+
+WEIGHT_BITS = (8, 6, 4, 3)  # of a weight in integers
+
+
+def check_weight_bits(bits: int, where: str = "") -> None:
+    """Raises InputError if no integers of so many bits stand for weights; `where` begins its message."""
+    if type(bits) is not int or bits not in WEIGHT_BITS:
+        raise InputError(f"{where}weights of {bits!r:.20} bits: there are {', '.join(map(str, WEIGHT_BITS))}")
+
+
+def check_weight_group(group: int) -> None:
+    """Raises InputError if so many weights cannot share a scale."""
+    if type(group) is not int or group < 0 or group & (group - 1) or group in (1, 2, 4, 8):
+        raise InputError(f"groups of {group!r:.20} weights: give a power of two from 16, or 0 for whole channels")

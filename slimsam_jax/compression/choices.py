@@ -48,7 +48,6 @@ class Optimizer(Record):
 
     Attributes:
       epochs: passes over the images, unless the command gives a number of steps. The paper's is 20 a distillation.
-      steps: so many, however many images there are and whatever the command says, unless it says 0; 0 for `epochs`.
       lr: the peak learning rate, for batches of any size, or "auto": see `auto_lr`.
       auto_lr: with "auto", the peak is this many times the root of the relative error of the embedding that the step
         starts with, at most 0.002. Adam's first steps move the embedding by a distance that goes with the learning rate
@@ -62,10 +61,10 @@ class Optimizer(Record):
       weight_decay: AdamW's; 0 is Adam, as the reference.
       ema: share that an exponential moving average of the weights keeps at each step, 0.999 say. The average is then
         what is validated and kept; 0 for none, as the reference.
+      steps: so many, however many images there are and whatever the command says, unless it says 0; 0 for `epochs`.
     """
 
     epochs: int = 12
-    steps: int = 0
     lr: float | Literal["auto"] = "auto"
     auto_lr: float = 1e-2
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
@@ -74,16 +73,17 @@ class Optimizer(Record):
     clip: float = 0.0
     weight_decay: float = 0.0
     ema: float = 0.0
+    steps: int = 0
 
     RANGES: typing.ClassVar = {
         "epochs": Range(1, 10**6, True),
-        "steps": Range(0, limits.STEPS, True),
         "lr": Range(1e-12, 10.0),
         "auto_lr": Range(1e-12, 1e4),
         "patience": Range(0, 10**5, True),
         "clip": Range(0, 1e9),
         "weight_decay": Range(0, 100.0),
         "ema": Range(0, 1 - 1e-9),
+        "steps": Range(0, limits.STEPS, True),
     }
 
 

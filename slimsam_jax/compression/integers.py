@@ -8,7 +8,7 @@ from typing import Literal
 
 from slimsam_jax.compression.record import Record
 from slimsam_jax.errors import InputError
-from slimsam_jax.limits import Range
+from slimsam_jax.limits import Range, check_weight_bits, check_weight_group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,6 @@ class Quantize(Record):
         most by themselves.
       fine_weights: so many layers of the image encoder, and as many of the others, have weights of 8 bits, whatever
         `weights` says: those that cost most by themselves, after those of `float_weights`.
-      bias_correction: move biases by the mean error of what their layers put out.
       images: to calibrate with; "tinysam" takes 4 at most.
     """
 
@@ -50,7 +49,6 @@ class Quantize(Record):
     head: bool = True
     float_weights: int = 0
     fine_weights: int = 0
-    bias_correction: bool = False
     images: int = 32
 
     RANGES: typing.ClassVar = {
@@ -65,11 +63,8 @@ class Quantize(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from slimsam_jax.quantization.codes import levels  # heavy, and options are read before it is needed
-        from slimsam_jax.quantization.weights import check_group
-
-        levels(self.weights)
-        check_group(self.group)
+        check_weight_bits(self.weights)
+        check_weight_group(self.group)
         if self.activations in (1, 2):
             raise InputError(f"activations of {self.activations} bits: there are 3 to 8, and 0 for none")
         if self.method == "tinysam":
@@ -85,7 +80,7 @@ class Quantize(Record):
 
     def _check_tinysam(self) -> None:
         """It is a scheme of its own, of the image encoder."""
-        others = (self.group, self.balance, self.float_inputs, self.fine_weights, self.bias_correction)
+        others = (self.group, self.balance, self.float_inputs, self.fine_weights)
         if not self.activations or self.head or self.arithmetic == "integer" or any(others) or self.ranges != "minmax":
             raise InputError(
                 "method tinysam is of the image encoder and its inputs: head=false, activations=8, no more"

@@ -44,7 +44,7 @@ class CutOptions:
     """Instead of --ratio, what the slim SAM may cost: params=9.1M (the whole SAM's), macs=47G (the image encoder's,
     attention included) or latency=120ms (of the image encoder, one image, measured on this machine)."""
     recipe: Literal[
-        "default", "integers", "taylor", "slimsam", "mobile_sam", "edge_sam", "tiny_sam", "efficient_sam"
+        "default", "taylor", "slimsam", "mobile_sam", "edge_sam", "tiny_sam", "efficient_sam", "integers"
     ] = "default"
     """"default" chooses a basis before it cuts, and distils once; "integers" quantises the result as well, and distils
     a little more (docs/quantization.md); "taylor" cuts whole channels by Disturbed Taylor

@@ -153,7 +153,7 @@ def with_integers(sam: Sam, step: Quantize, seen: Seen) -> Params:
     """The parameters of a SAM, quantised by what was seen."""
     if step.method == "tinysam":
         return {**sam.params, "image_encoder": jax.device_put(tinysam_encoder(sam, step, seen))}
-    encoder, how = sam.params["image_encoder"], (step.group, step.method, step.bias_correction)
+    encoder, how = sam.params["image_encoder"], (step.group, step.method)
     own = *how, divisors(seen.encoder, step)
     new = weights.quantize(encoder, seen.encoder, step.weights, *own)
     errors = lambda integers: sensitivity(_embed_of(sam), encoder, integers, seen.images[:1])

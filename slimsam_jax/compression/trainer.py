@@ -97,8 +97,8 @@ def _student_features(
 ) -> losses.Features:
     if integers := frozen.get("integers"):
         params = {part: training.joined(own, integers[part]) for part, own in params.items()}
-    encoded = {name: batch[name] for name in ("image", "size")}
-    embedding, features = run_quantized(functools.partial(encode, config), params["image_encoder"], encoded)
+    seen = {name: batch[name] for name in ("image", "size") if name in batch}  # a program is traced for all it is given
+    embedding, features = run_quantized(functools.partial(encode, config), params["image_encoder"], seen)
     head = {**frozen.get("head", {}), **params}
     found = {"embedding": embedding, **_views(config, step, embedding, head, batch)}
     return _counting(step, config, found | _aligned(step, config, features, embedding), batch)

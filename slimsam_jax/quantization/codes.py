@@ -13,9 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from slimsam_jax.errors import InputError
-
-BITS = (8, 6, 4, 3)  # of a weight
+from slimsam_jax.limits import check_weight_bits
 
 
 def levels(bits: int, where: str = "") -> tuple[int, int]:
@@ -24,8 +22,7 @@ def levels(bits: int, where: str = "") -> tuple[int, int]:
     Raises:
       InputError: of so many bits there are none; `where` begins its message.
     """
-    if type(bits) is not int or bits not in BITS:
-        raise InputError(f"{where}weights of {bits!r:.20} bits: there are {', '.join(map(str, BITS))}")
+    check_weight_bits(bits, where)
     high = 2 ** (bits - 1) - 1
     return (-high if bits == 8 else -high - 1), high
 

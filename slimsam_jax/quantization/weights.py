@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from slimsam_jax.errors import InputError
+from slimsam_jax.limits import check_weight_group
 from slimsam_jax.quantization import gptq
 from slimsam_jax.quantization.capture import Statistics
 from slimsam_jax.quantization.codes import Quantized, is_quantized, levels, storage
@@ -26,8 +27,8 @@ def quantize(
     bits: int = 8,
     group: int = 0,
     method: Method = "gptq",
-    bias_correction: bool = False,
     divisors: Mapping[str, np.ndarray] | None = None,
+    bias_correction: bool = False,
 ) -> Any:
     """Puts integers in the place of the parameters that layers were seen to read; others stay as they are.
 
@@ -39,8 +40,8 @@ def quantize(
         of it has one scale a channel.
       method: "gptq", errors made up for by other weights; "search", each weight rounded by itself, with the scale whose
         error is least; "absmax", the scale of the largest weight.
-      bias_correction: move each `bias` beside a `kernel` by the mean error of what its layer puts out.
       divisors: of inputs, by paths of parameters: see `divisors_of`.
+      bias_correction: move each `bias` beside a `kernel` by the mean error of what its layer puts out.
 
     Returns:
       the tree with a `Quantized` for each of them.
@@ -49,7 +50,7 @@ def quantize(
       InputError: there are no such bits, group or method, or a parameter has values that are not finite.
     """
     levels(bits)
-    check_group(group)
+    check_weight_group(group)
 
     def one(keys: tuple, leaf: Any) -> Any:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -79,11 +80,6 @@ def _corrected(params: Any, integers: Any, statistics: Mapping[str, Statistics])
         return (np.asarray(leaf, np.float64) + moved.reshape(leaf.shape)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(one, integers, is_leaf=is_quantized)
-
-
-def check_group(group: int) -> None:
-    if type(group) is not int or group < 0 or group & (group - 1) or group in (1, 2, 4, 8):
-        raise InputError(f"groups of {group!r:.20} weights: give a power of two from 16, or 0 for whole channels")
 
 
 def quantize_array(

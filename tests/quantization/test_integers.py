@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from slimsam_jax.errors import InputError
+from slimsam_jax.limits import WEIGHT_BITS, check_weight_group
 from slimsam_jax.quantization import Quantized, Range, Statistics, dequantize, quantize, ranges, saving
-from slimsam_jax.quantization.codes import BITS, pack, packed_size, unpack
+from slimsam_jax.quantization.codes import pack, packed_size, unpack
 from slimsam_jax.quantization.gptq import error_of, fitted, search
 from slimsam_jax.quantization.running import run
 from slimsam_jax.quantization.sensitivity import sensitivity
-from slimsam_jax.quantization.weights import check_group, quantize_array
+from slimsam_jax.quantization.weights import quantize_array
 
 CONV = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
@@ -41,7 +42,7 @@ def weights():
 
 
 @pytest.mark.parametrize("group", [0, 16])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_gptq_leaves_the_least_error(bits, group, weights):
     x = correlated()
     errors = {}
@@ -66,7 +67,7 @@ def test_channels_of_zeros_stay_zero():
     assert not np.any(found.dequantize()) and np.all(found.scale > 0)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_codes_go_into_a_file_and_back(bits):
     high = 2 ** (bits - 1) - 1
     codes = np.random.default_rng(0).integers(-high - (bits < 8), high + 1, (3, 5, 7))
@@ -148,7 +149,7 @@ def test_other_choices_that_there_are_not(weights):
         quantize({"w": weights[1:]}, seen)
     for group in (3, 8, -16, 16.0):
         with pytest.raises(InputError, match="power of two"):
-            check_group(group)
+            check_weight_group(group)
 
 
 def test_a_bias_makes_up_for_the_mean_error(weights):

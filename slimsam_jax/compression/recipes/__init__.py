@@ -14,11 +14,11 @@ from slimsam_jax.compression.steps import Recipe
 
 RECIPES: dict[str, Recipe] = {
     "default": default.RECIPE,
-    "integers": integers.RECIPE,
     "taylor": taylor.RECIPE,
     "slimsam": slimsam.RECIPE,
     "mobile_sam": mobile_sam.RECIPE,
     "edge_sam": edge_sam.RECIPE,
     "tiny_sam": tiny_sam.RECIPE,
     "efficient_sam": efficient_sam.RECIPE,
+    "integers": integers.RECIPE,
 }
