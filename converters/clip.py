@@ -59,11 +59,16 @@ def prepared(image: np.ndarray, side: int) -> np.ndarray:
     """[h, w, 3] uint8 -> [3, side, side] float32, as CLIP's own preprocessing."""
     height, width = image.shape[:2]
     short = min(height, width)
-    size = (side * width // short, side * height // short)
-    resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-    top, left = round((size[1] - side) / 2), round((size[0] - side) / 2)
-    middle = resized[top : top + side, left : left + side].astype(np.float32) / 255
-    return ((middle - np.float32(MEAN)) / np.float32(DEVIATION)).transpose(2, 0, 1)
+    whole = (side * width // short, side * height // short)
+    left, top = (round((length - side) / 2) for length in whole)
+    # The middle is cut out before it is enlarged: the whole of a mask one pixel wide would take gigabytes. Across, then
+    # down: in one call Pillow begins with either, at times with another than for the whole, and clips between the two.
+    x0, x1 = (x * width / whole[0] for x in (left, left + side))
+    y0, y1 = (y * height / whole[1] for y in (top, top + side))
+    across = Image.fromarray(image).resize((side, height), Image.Resampling.BICUBIC, box=(x0, 0, x1, height))
+    middle = across.resize((side, side), Image.Resampling.BICUBIC, box=(0, y0, side, y1))
+    pixels = np.asarray(middle, np.float32) / 255
+    return ((pixels - np.float32(MEAN)) / np.float32(DEVIATION)).transpose(2, 0, 1)
 
 
 def load_clip(folder: Path | str) -> Clip:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -62,14 +63,25 @@ def test_similarity_is_the_cosine_of_transformers_embeddings(folder):
         ours.similarity(images, "abcdefghijkl")
 
 
-def test_images_are_prepared_as_by_clip():
+@pytest.mark.parametrize("size", [(23, 37), (37, 23), (9, 30), (40, 24)])  # smaller and larger than the model's
+def test_images_are_prepared_as_by_clip(size):
     """The shorter side to the model's, the middle of the longer, in CLIP's units."""
-    image = np.zeros((8, 24, 3), np.uint8)
-    image[:, 8:16] = 255
-    pixels = clip.prepared(image, 8)
-    white = (1 - np.array(clip.MEAN)) / np.array(clip.DEVIATION)
-    np.testing.assert_allclose(pixels, np.broadcast_to(white[:, None, None], (3, 8, 8)), rtol=1e-5)
-    assert clip.prepared(random_image(0, 100, 7), 16).shape == (3, 16, 16)
+    theirs = transformers.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE)
+    image = random_image(0, *size)
+    expected = theirs(image, return_tensors="np")["pixel_values"][0]
+    level = 1 / 255 / min(clip.DEVIATION)
+    np.testing.assert_allclose(clip.prepared(image, SIDE), expected, rtol=0, atol=1.01 * level)
+
+
+@pytest.mark.parametrize("size", [(1, 512), (512, 1)])
+def test_a_thin_image_takes_no_more_memory_than_another(size):
+    """Enlarged whole, it is 64 x 32768 pixels, 6 MB."""
+    tracemalloc.start()
+    try:
+        assert clip.prepared(random_image(0, *size), 64).shape == (3, 64, 64)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_is_no_clip_is_one_line(folder, tmp_path, monkeypatch):
