@@ -7,7 +7,6 @@ CLIP's own code: the shorter side to the model's size (bicubic), the middle cut 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from slimsam_jax import limits, safetensors_file
 from slimsam_jax.cli.checks import as_path
 from slimsam_jax.errors import InputError, printable
+from slimsam_jax.files import read_json
 
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of openai/CLIP
 BATCH = 32  # crops at a time
 FILES = ("config.json", "model.safetensors")
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either; without, transformers makes up an empty one
+# A description is foreign: what it asks for is allocated layer by layer. The largest CLIP has 48 layers, 577 patches.
+LAYERS, PIXELS, PATCHES = limits.Range(1, 64, True), limits.Range(1, 1024, True), limits.Range(1, 4096, True)
+MOST = 2**18  # of any whole number: the vocabulary has 49408
 
 
 class Clip:
@@ -92,13 +97,22 @@ def load_clip(folder: Path | str) -> Clip:
     check(folder)
     try:
         import torch  # noqa: F401
-        from transformers import CLIPModel, CLIPTokenizer
+        from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
     except ImportError:
         raise InputError("text prompts need transformers and PyTorch: pip install 'slimsam_jax[clip]'") from None
     how = {"local_files_only": True}
     try:
+        config = CLIPConfig.from_pretrained(folder, **how)
+        check_sizes(folder, config)
         tokenizer = CLIPTokenizer.from_pretrained(folder, **how)
-        model, info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **how)
+        if (last := max(tokenizer.get_vocab().values())) >= (known := config.text_config.vocab_size):
+            raise InputError(
+                f"{printable(folder)} has another CLIP's tokenizer: token {last}, and its CLIP knows {known}"
+            )
+        kept = {"config": config, "use_safetensors": True, "output_loading_info": True}
+        model, info = CLIPModel.from_pretrained(folder, **kept, **how)
+    except InputError:
+        raise
     except Exception as error:  # of whatever kind: it is what transformers says of a broken file
         raise InputError(f"{printable(folder)} is no CLIP that transformers reads: {printable(error, 200)}") from None
     if missing := sorted(info["missing_keys"]):
@@ -112,9 +126,42 @@ def check(folder: Path) -> None:
         raise InputError(f"{printable(folder)} is no folder; --clip takes one that transformers has saved a CLIP in")
     if absent := [name for name in FILES if not (folder / name).is_file()]:
         raise InputError(f"{printable(folder)} holds no CLIP: there is no {absent[0]}")
-    try:
-        kind = json.loads((folder / FILES[0]).read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        kind = None
-    if kind != "clip":
+    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
+        raise InputError(f"{printable(folder)} holds no tokenizer: no tokenizer.json, nor vocab.json and merges.txt")
+    description = read_json(folder / FILES[0])
+    if description.get("model_type") != "clip":
         raise InputError(f"{printable(folder)} holds no CLIP: its config.json does not say so")
+    if (largest := _largest(description)) > MOST:
+        raise InputError(
+            f"{printable(folder)} holds no CLIP: {limits.quoted(largest)} in its config.json is above {MOST}"
+        )
+
+
+def check_sizes(folder: Path, config: Any) -> None:
+    """Raises InputError unless a `CLIPConfig` asks for about as many numbers as are in the folder's file."""
+    import torch
+    from transformers import CLIPModel
+
+    for part in ("text_config", "vision_config"):
+        limits.check(f"{part}.num_hidden_layers", getattr(config, part).num_hidden_layers, LAYERS)
+    image, patch = config.vision_config.image_size, config.vision_config.patch_size
+    limits.check("vision_config.image_size", image, PIXELS)
+    limits.check("vision_config.patch_size", patch, PIXELS)
+    limits.check("the number of its patches", (image // patch) ** 2, PATCHES)
+    with torch.device("meta"):  # allocates nothing
+        needed = sum(array.numel() for array in CLIPModel(config).parameters())
+    there = sum(array.size for array in safetensors_file.read(folder / FILES[1]).values())
+    if needed > 2 * there:  # beyond what a few that are lacking, which are named later, can explain
+        raise InputError(f"{printable(folder)} has {there} numbers, and the CLIP of its config.json has {needed}")
+
+
+def _largest(content: Any) -> int:
+    """The largest whole number in what JSON holds; 0 if there is none above it."""
+    largest, rest = 0, [content]  # a list, for what is nested deeper than Python calls
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict | list):
+            rest.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, int):
+            largest = max(largest, value)
+    return largest

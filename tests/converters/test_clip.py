@@ -94,6 +94,8 @@ def test_what_is_no_clip_is_one_line(folder, tmp_path, monkeypatch):
     weightless = lambda path: (path / "model.safetensors").unlink()
     another = lambda path: (path / "config.json").write_text('{"model_type": "bert"}')
     broken = lambda path: (path / "model.safetensors").write_bytes(b"x" * 100)
+    wordless = lambda path: (path / "merges.txt").unlink()
+    garbled = lambda path: (path / "vocab.json").write_text("[")
 
     def poorer(path):
         from safetensors.numpy import load_file, save_file
@@ -101,18 +103,62 @@ def test_what_is_no_clip_is_one_line(folder, tmp_path, monkeypatch):
         arrays = load_file(path / "model.safetensors")
         save_file({k: v for k, v in arrays.items() if k != "visual_projection.weight"}, path / "model.safetensors")
 
+    def richer(path):
+        words = json.loads((path / "vocab.json").read_text())
+        (path / "vocab.json").write_text(json.dumps({**words, "dog</w>": 54}))
+
     for path, message in (
         (tmp_path / "absent", "absent is no folder"),
         (changed("weightless", weightless), "holds no CLIP: there is no model.safetensors"),
         (changed("another", another), "its config.json does not say so"),
-        (changed("broken", broken), "is no CLIP that transformers reads"),
+        (changed("broken", broken), "it is no safetensors file, or one that was cut off"),
         (changed("poorer", poorer), "lacks 1 arrays of its CLIP: visual_projection.weight"),
+        (changed("wordless", wordless), "holds no tokenizer: no tokenizer.json, nor vocab.json and merges.txt"),
+        (changed("garbled", garbled), "is no CLIP that transformers reads"),
+        (changed("richer", richer), "has another CLIP's tokenizer: token 54, and its CLIP knows 54"),
     ):
         with pytest.raises(InputError, match=message):
             slimsam_jax.load_clip(path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match=r"need transformers and PyTorch: pip install 'slimsam_jax\[clip\]'"):
         slimsam_jax.load_clip(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("text_config", "num_hidden_layers", 100_000, "text_config.num_hidden_layers 100000 must be"),
+        ("vision_config", "num_hidden_layers", 65, "vision_config.num_hidden_layers 65 must be"),
+        ("vision_config", "intermediate_size", 10**6, "1000000 in its config.json is above 262144"),
+        ("text_config", "num_labels", 10**9, "1000000000 in its config.json is above 262144"),
+        ("vision_config", "hidden_size", 2**14, "numbers, and the CLIP of its config.json has"),
+        ("vision_config", "image_size", 2048, "vision_config.image_size 2048 must be"),
+        ("vision_config", "image_size", [16, 16], "is not a whole number"),
+        ("vision_config", "image_size", 4, "the number of its patches 0 must be at least 1"),
+        ("vision_config", "patch_size", 0, "vision_config.patch_size 0 must be at least 1"),
+        ("vision_config", "hidden_size", "8", "is no CLIP that transformers reads"),
+    ],
+)
+def test_what_a_description_asks_for_is_bounded(folder, tmp_path, monkeypatch, part, name, value, message):
+    """Before a model is made of it, and before more is allocated than the folder's own file has."""
+    description = json.loads((folder / "config.json").read_text())
+    description[part][name] = value
+    shutil.copytree(folder, tmp_path / "clip")
+    (tmp_path / "clip" / "config.json").write_text(json.dumps(description))
+    monkeypatch.setattr(transformers.CLIPModel, "from_pretrained", lambda *args, **kwargs: pytest.fail("allocated"))
+    with pytest.raises(InputError, match=message):
+        slimsam_jax.load_clip(tmp_path / "clip")
+
+
+def test_a_tokenizer_in_one_file_is_as_good(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "clip")
+    transformers.CLIPTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "clip")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "clip" / name).unlink()
+    assert (tmp_path / "clip" / "tokenizer.json").is_file()
+    image = [random_image(0, 16, 16)]
+    one, two = (slimsam_jax.load_clip(path).similarity(image, "a dog") for path in (folder, tmp_path / "clip"))
+    np.testing.assert_array_equal(one, two)
 
 
 def test_predict_takes_a_text(folder, tmp_path, monkeypatch, capsys):
