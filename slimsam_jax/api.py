@@ -286,7 +286,7 @@ def predict(
     from slimsam_jax.inference.fast_sam_predictor import check_text, predictor_for
 
     predictor = predictor_for(load(sam) if is_path(sam) else sam)
-    check_text(predictor, text, clip, points, box)
+    check_text(predictor, text, clip, points, labels, box)
     predictor.set_image(image)
     if text is not None:
         return predictor.text(text, multimask_output)

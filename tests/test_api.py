@@ -11,6 +11,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import chex
@@ -21,12 +22,14 @@ from PIL import Image
 import converters
 import slimsam_jax
 from converters import model_card
+from helpers.fast_sam_models import random_fast_sam
 from helpers.images import write_annotation
 from helpers.models import SQUARE, random_sam
 from slimsam_jax import api, checkpoint
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.steps import Prune
 from slimsam_jax.errors import InputError
+from slimsam_jax.inference.fast_sam_predictor import FastSamPredictor
 
 FUNCTIONS = [
     "load",
@@ -129,6 +132,21 @@ def test_a_prompt_gives_one_mask_or_three(there):
         np.testing.assert_array_equal(
             found.masks, predictor.predict(box=[1, 2, 20, 15], multimask_output=several).masks
         )
+
+
+def test_a_text_and_its_clip_are_checked_before_the_network_runs(monkeypatch):
+    model, image = random_fast_sam(), np.zeros((20, 30, 3), np.uint8)
+    monkeypatch.setattr(FastSamPredictor, "set_image", lambda *given: pytest.fail("the network ran"))
+    clip = types.SimpleNamespace(similarity=None)
+    for given, message in (
+        ({"text": "a dog", "clip": "a folder"}, "clip is what slimsam_jax.load_clip gives, not a str"),
+        ({"text": "a dog"}, "text prompts need a CLIP, which is no part of this package: give a folder"),
+        ({"text": "a dog", "clip": clip, "labels": [1]}, "a text and its CLIP are a prompt by themselves"),
+        ({"text": "a dog", "clip": clip, "points": [[3, 3]]}, "a text and its CLIP are a prompt by themselves"),
+        ({"clip": clip, "box": [1, 2, 20, 15]}, "a text and its CLIP are a prompt by themselves"),
+    ):
+        with pytest.raises(InputError, match=message):
+            slimsam_jax.predict(model, image, **given)
 
 
 def test_compress_knows_every_option_of_the_command():

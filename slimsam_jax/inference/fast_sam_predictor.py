@@ -56,9 +56,7 @@ class FastSamPredictor:
     def __init__(self, model: FastSam, options: Options | None = None, clip: Clip | None = None):
         if not isinstance(model, FastSam):
             raise InputError(f"FastSamPredictor takes a FastSAM, as slimsam_jax.load gives it, not {kind_of(model)}")
-        if clip is not None and not hasattr(clip, "similarity"):
-            raise InputError(f"clip is what slimsam_jax.load_clip gives, not {kind_of(clip)}")
-        self.model, self.options, self.clip = model, options or Options(), clip
+        self.model, self.options, self.clip = model, options or Options(), check_clip(clip)
         self.reset_image()
 
     def set_image(self, image: AnyImage, image_format: str = "RGB") -> None:
@@ -229,12 +227,21 @@ def predictor_for(model: Model) -> SamPredictor | FastSamPredictor:
     return PREDICTORS[type(check_model(model))](model)
 
 
-def check_text(predictor: Any, text: Any, clip: Clip | None, points: Any, box: Any) -> None:
-    """Gives a predictor its CLIP; InputError for a text prompt to a SAM, one beside others, or a CLIP without one."""
+def check_clip(clip: Clip | None) -> Clip | None:
+    """Returns a CLIP, or None; raises InputError for what is neither, as the folder of one."""
+    if clip is not None and not hasattr(clip, "similarity"):
+        raise InputError(f"clip is what slimsam_jax.load_clip gives, not {kind_of(clip)}")
+    return clip
+
+
+def check_text(predictor: Any, text: Any, clip: Clip | None, points: Any, labels: Any, box: Any) -> None:
+    """Gives a predictor its CLIP; InputError for a text prompt to a SAM, one beside others, or one of two without."""
     if text is None and clip is None:
         return
     if not isinstance(predictor, FastSamPredictor):
         raise InputError("a text prompt is for a FastSAM, and this model is none: give points or a box")
-    if text is None or points is not None or box is not None:
+    if text is None or any(other is not None for other in (points, labels, box)):
         raise InputError("a text and its CLIP are a prompt by themselves: give both, or points and a box")
-    predictor.clip = clip
+    if clip is None:
+        raise InputError(NO_CLIP)
+    predictor.clip = check_clip(clip)
