@@ -94,7 +94,7 @@ def test_what_is_no_clip_is_one_line(folder, tmp_path, monkeypatch):
     weightless = lambda path: (path / "model.safetensors").unlink()
     another = lambda path: (path / "config.json").write_text('{"model_type": "bert"}')
     broken = lambda path: (path / "model.safetensors").write_bytes(b"x" * 100)
-    wordless = lambda path: (path / "merges.txt").unlink()
+    wordless = lambda path: [(path / name).unlink() for name in ("vocab.json", "merges.txt")]
     garbled = lambda path: (path / "vocab.json").write_text("[")
 
     def poorer(path):
