@@ -148,7 +148,7 @@ def test_choices_are_set_by_name_in_every_step_that_has_them():
     assert one.optimizer == Optimizer(lr=2e-3, patience=3) and two.optimizer == Optimizer(lr=2e-3)
     assert change(RECIPES["slimsam"], []) == RECIPES["slimsam"]
     assert change(RECIPES["taylor"], ["distill.lr=auto"])[1].optimizer.lr == "auto"
-    own = [name for name in FIELDS if not name.startswith("quantize.")]  # which no recipe of ours has
+    own = [name for name in FIELDS if not name.startswith("quantize.")]  # which one recipe of ours has
     assert len(own) <= 40 and len(FIELDS) - len(own) <= 12
 
 
