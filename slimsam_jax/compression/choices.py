@@ -62,6 +62,7 @@ class Optimizer(Record):
       ema: share that an exponential moving average of the weights keeps at each step, 0.999 say. The average is then
         what is validated and kept; 0 for none, as the reference.
       steps: so many, however many images there are and whatever the command says, unless it says 0; 0 for `epochs`.
+        --set changes it where a recipe has such a number, as behind Quantize; where none has one, in all trainings.
     """
 
     epochs: int = 12

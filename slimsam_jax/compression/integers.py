@@ -72,7 +72,10 @@ class Quantize(Record):
         if self.arithmetic == "integer" and (not self.activations or self.group):
             raise InputError("arithmetic integer needs activations=8, say, and whole channels: group=0")
         if self.float_weights and not self.head:
-            raise InputError("float_weights are of prompt encoder and decoder, which head=false leaves as they are")
+            raise InputError(
+                "float_weights are of prompt encoder and decoder, which head=false leaves as they are: "
+                "add quantize.float_weights=0"
+            )
         if not self.activations and (self.float_inputs or self.balance or self.ranges != "minmax"):
             raise InputError("ranges, balance and float_inputs are of activations: set quantize.activations=8, say")
         if self.balance and (self.group or self.ranges == "percentile"):

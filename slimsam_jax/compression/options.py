@@ -63,7 +63,8 @@ class CutOptions:
     steps: int | None = None
     """Half of all optimizer steps: those of each of the paper's two distillations. A recipe that distils once, as the
     default, takes both halves at once. 0 prunes without distilling. Default: as many as 12 passes over the images take
-    (distill.epochs; slimsam: 20, as the paper), in each distillation that a recipe has."""
+    (distill.epochs; slimsam: 20, as the paper), in each distillation that a recipe has. The recipe integers takes 100
+    more, whatever is given but 0 (distill.steps)."""
     importance_images: int = 100
     """Images that importance or statistics are estimated from, before each pruning: of 8 and more as many eights."""
 

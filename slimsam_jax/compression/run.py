@@ -43,6 +43,6 @@ class Run:
     start: Sam | None = None
 
     def is_named_later(self, step: Planned) -> bool:
-        """Whether a training follows at once, which meets every image and logs those that cannot be read."""
+        """Whether a training follows at once that meets every image, and so logs those that cannot be read."""
         following = self.plan[self.plan.index(step) + 1 :][:1]
-        return any(each.optimizer_steps for each in following)
+        return any(each.optimizer_steps * self.batch >= len(self.images) for each in following)

@@ -50,7 +50,7 @@ def settled(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         held_by = (Prune, Distill) if kind == "quirks" else (KINDS[kind], *ALSO.get(kind, ()))
         if not any(isinstance(step, held_by) for step in recipe):
             raise InputError(f"--set {kind}...: the recipe has no such step, and leaves it unread")
-    return tuple(_changed(step, given) for step in recipe)
+    return tuple(map(_changed, recipe, _shared_out(recipe, given)))
 
 
 def explain(option: str) -> str | None:
@@ -117,6 +117,23 @@ def _parse(hint: Any, text: str) -> Any:
 def _called(hint: Any) -> str:
     options = typing.get_args(hint)
     return _called(options[0]) if options else getattr(hint, "__name__", str(hint))
+
+
+def _shared_out(recipe: Recipe, given: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each step takes of what is given.
+
+    Optimizer steps are of those that have a number of their own, and batch norms of those before integers. Where a
+    recipe has none of the kind all take it.
+    """
+    where = lambda *kinds: {index for index, step in enumerate(recipe) if isinstance(step, kinds)}
+    trained, distilled = where(Distill, *ALSO["distill"]), where(Distill)
+    integers, every = min(where(Quantize), default=len(recipe)), range(len(recipe))
+    taken_by = {
+        "distill.steps": {index for index in trained if recipe[index].optimizer.steps} or trained,
+        "distill.batch_norm": {index for index in distilled if index < integers} or distilled,
+    }
+    takes = lambda index: {name: value for name, value in given.items() if index in taken_by.get(name, every)}
+    return [takes(index) for index in every]
 
 
 def _changed(record: Any, given: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from slimsam_jax.distillation.schedules import learning_rates, plateau_scale
 from slimsam_jax.distillation.step import TrainState
 from slimsam_jax.errors import RunError
 from slimsam_jax.models.sam import Sam
-from slimsam_jax.quantization import training
+from slimsam_jax.quantization import any_quantized, training
 from slimsam_jax.training.loop import ADVICE, Loop, Schedule, Trainer
 
 
@@ -40,6 +41,8 @@ class StepTraining(Loop):
             planned.before,
         )
         super().__init__(run.folder, trainer, Schedule(planned.name, f"the step {planned.name}", *fields))
+        if self.validated and any_quantized(student.params):
+            self.validated.add(0)  # few steps win back little: what they begin with may be better than what they give
 
     def label(self) -> str:
         return self.planned.name
@@ -71,10 +74,14 @@ class StepTraining(Loop):
         before, new = self.student.params, learned(state)
         nodes = {part: training.nodes_of(before[part]) for part in new}
         if any(nodes.values()):
-            new = jax.jit(lambda new, nodes: {part: training.joined(new[part], nodes[part]) for part in new})(
-                new, nodes
-            )
+            new = with_integers(new, nodes)
         return dataclasses.replace(self.student, params={**before, **new})
+
+
+@jax.jit
+def with_integers(new: Mapping[str, Any], nodes: Mapping[str, Any]) -> dict[str, Any]:
+    """Each part of a model with its integers. Compiled once, however often a training is validated."""
+    return {part: training.joined(own, nodes[part]) for part, own in new.items()}
 
 
 def learned(state: TrainState) -> dict[str, Any]:

@@ -111,6 +111,7 @@ def _numbers(found: Function) -> dict[Layer, int]:
         kernel = layer.step.eqn.invars[layer.side].aval.shape
         window = kernel if layer.step.name == "conv_general_dilated" else ()
         key = layer.source, layer.side, str(layer.step.eqn.params), tuple(layer.order), window[:-1]
+        key += layer.axes, len(layer.shape)  # extremes have the parameter's shape
         numbers[layer] = known.setdefault(key, len(known))
     return numbers
 

@@ -102,6 +102,8 @@ class Loop(abc.ABC):
             self.scores = self.folder.rewind_log(name, done)
             self.batches = self.stream(done)
             self.batches.skipped.update(skipped)
+            if not done and 0 in self.validated - {*self.scores}:
+                self.validate(state, 0)
             rows = zip(range(done + 1, steps + 1), self.batches, strict=False)
             for step, rows_of_step in track(rows, self.label(), steps - done, per_item=batch, compiles=True):
                 state = self.step(state, step, rows_of_step)
@@ -157,9 +159,9 @@ class Loop(abc.ABC):
         sam = self.sam(state)
         scores = self.score(sam, step)
         self.scores[step] = scores["score"]
-        folder.log(stage=name, step=step, **scores)
         if self.best() == step:
             folder.save_model(name, f"best-{step}", sam)
+        folder.log(stage=name, step=step, **scores)  # what is logged is saved: the start is not validated again
         for old in sorted(self.scores)[:-BESTS]:
             if old != self.best():
                 folder.remove_model(name, f"best-{old}")

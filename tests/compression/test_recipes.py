@@ -18,10 +18,10 @@ from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.loss_terms import aligns
 from slimsam_jax.compression.loss_terms import terms as terms_of
 from slimsam_jax.compression.pipeline import initialize
-from slimsam_jax.compression.plan import check, names, optimizer_steps
+from slimsam_jax.compression.plan import check, describe, names, optimizer_steps
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.set_option import FIELDS, change
-from slimsam_jax.compression.steps import Distill, Initialize, Losses, Optimizer, Prune, Quirks, Validation
+from slimsam_jax.compression.steps import Distill, Initialize, Losses, Optimizer, Prune, Quantize, Quirks, Validation
 from slimsam_jax.compression.trainer import _student_features, _target_features, make_trainer, run_encoder
 from slimsam_jax.data.prompted import random_clicks
 from slimsam_jax.distillation.losses import mse
@@ -55,6 +55,14 @@ def test_steps_are_shared_out_evenly():
 def test_steps_are_called_by_what_they_do():
     assert names(RECIPES["default"]) == ["prune-embedding", "prune-bottleneck", "distill"]
     assert names(RECIPES["taylor"]) == ["prune-embedding", "distill", "prune-bottleneck", "distill-2"]
+
+
+def test_late_choices_are_recorded_where_they_are_made():
+    """A run begun before there were such is resumed: what it recorded of its recipe is what is recorded now."""
+    assert "steps" not in describe(RECIPES["default"])[-1]["optimizer"]
+    *_, quantize, distill = describe(RECIPES["integers"])
+    assert "balance" not in quantize and distill["optimizer"]["steps"] == 100
+    assert describe([Quantize(activations=8, balance=0.75)])[0]["balance"] == 0.75
 
 
 def test_recipes_of_the_paper():
@@ -140,7 +148,7 @@ def test_choices_are_set_by_name_in_every_step_that_has_them():
     assert one.optimizer == Optimizer(lr=2e-3, patience=3) and two.optimizer == Optimizer(lr=2e-3)
     assert change(RECIPES["slimsam"], []) == RECIPES["slimsam"]
     assert change(RECIPES["taylor"], ["distill.lr=auto"])[1].optimizer.lr == "auto"
-    own = [name for name in FIELDS if not name.startswith("quantize.")]  # which no recipe of ours has
+    own = [name for name in FIELDS if not name.startswith("quantize.")]  # which one recipe of ours has
     assert len(own) <= 40 and len(FIELDS) - len(own) <= 12
 
 

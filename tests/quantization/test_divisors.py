@@ -16,14 +16,18 @@ from slimsam_jax.quantization.running import run
 from slimsam_jax.quantization.weights import divisors_of
 
 CONV = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-SHAPES = {"conv": (3, 3, 4, 6), "heads": (6, 2, 4), "out": (2, 4, 5), "depth": (3, 3, 1, 5)}
+SHAPES = {"conv": (3, 3, 4, 6), "heads": (6, 2, 4), "out": (2, 4, 5), "depth": (3, 3, 1, 5), "plain": (6, 4)}
 REACH = np.array([0.02, 1, 0.1, 30], np.float32)  # of the input's channels
 
 
 def network(params, x):
-    """A convolution that pads, heads, a product whose parameter comes first, a convolution in groups."""
+    """A convolution that pads, heads beside a matrix that reads the same, a product whose parameter comes first, a
+    convolution in groups.
+    """
     x = jax.lax.conv_general_dilated(x, params["conv"], (1, 1), "SAME", **CONV)
-    x = jnp.einsum("bhwc,cnd->bhwnd", jnp.tanh(x) * REACH[[0, 1, 2, 3, 1, 2]], params["heads"])
+    x = jnp.tanh(x) * REACH[[0, 1, 2, 3, 1, 2]]
+    plain = jnp.einsum("bhwc,cd->bhwd", x, params["plain"])
+    x = jnp.einsum("bhwc,cnd->bhwnd", x, params["heads"]) + plain[..., None, :]
     x = jnp.einsum("nde,bhwnd->bhwe", params["out"], jnp.tanh(x) * REACH)
     return jax.lax.conv_general_dilated(x, params["depth"], (1, 1), "SAME", feature_group_count=5, **CONV)
 
@@ -36,6 +40,7 @@ def case():
     # Channels that reach far are read by small weights, as in a network that has learned.
     params["conv"] /= REACH[:, None]
     params["heads"] /= REACH[[0, 1, 2, 3, 1, 2], None, None]
+    params["plain"] /= REACH[[0, 1, 2, 3, 1, 2], None]
     params["out"] /= REACH[:, None]
     x = (random.standard_normal((2, 5, 4, 4)) * REACH).astype(np.float32)
     seen, found = capture(network, params, [(x,)]), {}
@@ -54,6 +59,7 @@ def test_channels_are_divided_by_what_they_reach(case):
     nodes = found[0.75]
     assert {path: node.divisor.shape for path, node in nodes.items() if node.divisor is not None} == {
         "conv": (1, 1, 4, 1),
+        "plain": (6, 1),
         "heads": (6, 1, 1),
         "out": (2, 4, 1),
     }

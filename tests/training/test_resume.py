@@ -207,6 +207,9 @@ class Numbers:
     def samples_of(self, step: int) -> list:
         return []
 
+    def close(self) -> None:
+        pass
+
 
 class Spoilt(Loop):
     """A training whose third step spoils the state, though its loss is finite."""
@@ -230,6 +233,35 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
         Spoilt(folder).run()
     with folder.steps("spoilt") as saved:
         assert list(saved.manager.all_steps()) == [2]
+
+
+class Worse(Loop):
+    """A training whose steps make the model worse, and whose start is judged; models are their steps' numbers."""
+
+    weights = learning_rate = lambda *_: None
+    stream = lambda self, start: Numbers()
+    sam = lambda self, state: int(state.step)
+    score = lambda self, sam, step: {"score": -float(sam)}
+
+    def __init__(self, folder: RunFolder):
+        step = lambda state, *_: (state._replace(step=state.step + 1), {"loss": 0.0})
+        trainer = Trainer(step, TrainState(jnp.zeros(3), (), None, jnp.int32(0)), {}, sharding.make_mesh())
+        super().__init__(folder, trainer, Schedule("worse", "the training", 6, 1, save_every=6, validations=6))
+        self.validated.add(0)
+
+
+def test_a_start_that_is_judged_stays_where_no_step_is_better(tmp_path, monkeypatch):
+    """And is judged once, also in a run that was stopped before its first checkpoint."""
+    folder, models = RunFolder(tmp_path / "run", {}), {}
+    monkeypatch.setattr(folder, "save_model", lambda stage, part, sam: models.update({part: sam}))
+    monkeypatch.setattr(folder, "load_model", lambda stage, part: models[part])
+    monkeypatch.setattr(folder, "remove_model", lambda stage, part: models.pop(part, None))
+    with monkeypatch.context() as patched:
+        patched.setattr(Worse, "step", lambda *_: pytest.fail("pulled the plug"))
+        with pytest.raises(pytest.fail.Exception):
+            Worse(folder).run()
+    assert Worse(folder).run() == 0 and models["last"] == 6
+    assert [entry["step"] for entry in folder.read_log() if "score" in entry] == [*range(7)]
 
 
 @pytest.mark.parametrize("damage", ["altered", "shortened", "emptied", "removed"])

@@ -9,7 +9,8 @@ keep their weights.
 from slimsam_jax.compression.recipes import default
 from slimsam_jax.compression.steps import Distill, Optimizer, Quantize, Recipe, Validation
 
-# Few steps, however many images there are: what integers have cost is little, and so is what can win it back.
+# Few steps, however many images there are: what integers have cost is little, and so is what can win it back. Its
+# start is validated as well, and stays if no step is better.
 MEND = Distill(align="none", optimizer=Optimizer(steps=100), validation=Validation(validations=2))
 
 RECIPE: Recipe = (*default.RECIPE, Quantize(float_weights=10), MEND)
