@@ -92,6 +92,7 @@ def test_a_dragged_box_shows_the_masks_of_both_models(page, pair):
     page.drag(screen[1], screen[0])
     found = masks(page)
     assert_agree(found, pair, "chelsea_cat.jpg", box=np.ravel(corners))
+    assert card(page)[0] == "The same box, in a browser"
     press(page, "#clear")
     assert not any(mask.any() for mask in masks(page))
 
@@ -206,6 +207,9 @@ def test_everything_is_what_the_package_finds(page, pair, tmp_path):
         assert all(one[name] == mine[name] for name in ("area", "bbox", "point_coords", "crop_box"))
         assert np.allclose([one[name] for name in SCORES], [mine[name] for name in SCORES], atol=1e-3)
 
+    words = card(page)
+    assert words[0] == "Segment Anything, in a browser" and f"{len(wanted)} masks" in words
+    assert f"{words[words.index('a point') - 1]} a point, " in said(page, "decoder")[0]
     page.evaluate("document.getElementById('side').value = 32")
     press(page, "#everything")
     page.wait_for("!document.getElementById('bar').hidden && document.getElementById('bar').value > 0")
@@ -214,14 +218,38 @@ def test_everything_is_what_the_package_finds(page, pair, tmp_path):
     turn(page, "slim")
 
 
+# What is written on the card, line by line.
+CARD = """(() => {
+  const [words, own] = [[], CanvasRenderingContext2D.prototype.fillText];
+  CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+    words.push(text);
+    own.call(this, text, ...rest);
+  };
+  document.getElementById('share').click();
+  CanvasRenderingContext2D.prototype.fillText = own;
+  document.getElementById('close').click();
+  return words;
+})()"""
+
+
+def card(page) -> list[str]:
+    """What is written on the card to share."""
+    return page.evaluate(CARD)
+
+
 @pytest.mark.slow
 def test_a_card_to_share(page, tmp_path):
     choose(page, PHOTO)
+    images = [f"{ms} an image" for ms in said(page, "encoder")]
+    assert set(images) < set(card(page))  # before a click there is no time of a mask
     page.drag(*on_screen(page, (256, 256))[0])
     masks(page)
+    times = [f"{image} · {ms} a mask" for image, ms in zip(images, said(page, "decoder"), strict=True)]
+    words = card(page)
+    assert words[0] == "The same click, in a browser" and set(times) < set(words)
     press(page, "#share")
-    with Image.open(downloaded(page, tmp_path / "card", "#save")) as card:
-        assert card.size == (1200, 630) and len(card.convert("RGB").getcolors(2**20)) > 1000
+    with Image.open(downloaded(page, tmp_path / "card", "#save")) as drawn_card:
+        assert drawn_card.size == (1200, 630) and len(drawn_card.convert("RGB").getcolors(2**20)) > 1000
     press(page, "#close")
 
 

@@ -104,8 +104,10 @@ const saveMask = (panel, kind) => guarded("It cannot be saved", () => download(p
 
 function share() {
   if (!isIdle() || !active().length) return;
-  drawCard(element("card"), active(), session.threads);
-  element("sharing").showModal();
+  guarded("The card cannot be drawn", () => {
+    drawCard(element("card"), active(), session.threads);
+    element("sharing").showModal();
+  });
 }
 
 const on = (id, type, run) => element(id).addEventListener(type, run);
