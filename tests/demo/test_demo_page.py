@@ -261,10 +261,19 @@ def test_a_broken_model_is_one_line(page):
     assert len(masks(page)) == 2  # the others go on
 
 
+HEIGHTS = "[...document.querySelectorAll('figure:not([hidden]) canvas')].map(e => e.getBoundingClientRect().height)"
+
+
 @pytest.mark.slow
-def test_the_page_fits_a_phone(page):
+def test_the_page_fits_a_phone(page, tmp_path):
+    Image.new("RGB", (400, 100), (200, 30, 30)).save(tmp_path / "wide.png")
+    give(page, tmp_path / "wide.png")
+    page.wait_for("document.querySelector('canvas.image').height == 100")
+    page.wait_for(SETTLED)
     page.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    heights = page.evaluate(HEIGHTS)
+    assert len(heights) == 8 and len(set(heights)) == 1  # the masks lie on the image, however flat it is
     page.call("Emulation.clearDeviceMetricsOverride")
 
 
