@@ -114,9 +114,11 @@ def test_a_file_is_taken_and_what_is_no_image_is_refused(page, tmp_path):
     page.drag(*on_screen(page, (600, 300))[0])
     found = masks(page)[0]
     assert found.shape == (600, 1200)
+    count, words = page.evaluate("seen.length"), status(page)
     with Image.open(downloaded(page, tmp_path / "mask", "[data-save=mask]")) as mask:
         assert mask.size == (3000, 1500)  # that of the image
         assert overlap.iou(np.asarray(mask.convert("L").resize((1200, 600))) > 127, found) > 0.98
+    assert [state for state, *_ in page.evaluate(f"seen.slice({count})")] == ["busy", "ready"] and status(page) == words
     Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
     (tmp_path / "words.jpg").write_text("no image")
     for name, reason in (
