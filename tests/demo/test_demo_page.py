@@ -240,6 +240,19 @@ def card(page) -> list[str]:
 
 
 @pytest.mark.slow
+def test_nothing_is_searched_where_an_image_was_not_encoded(page):
+    choose(page, PHOTO)
+    of_first = "import('/session.js').then(({{ session: {{ panels: [first] }} }}) => {{ {} }})"
+    page.evaluate(of_first.format("first.encoded = null; first.index = 9;"))  # no such model
+    press(page, "#everything")
+    page.wait_for(SETTLED)
+    assert status(page).startswith("Failed: ") and page.evaluate("document.getElementById('cancel').hidden")
+    page.evaluate(of_first.format("first.index = 0;"))
+    press(page, "#clear")
+    page.wait_for("document.documentElement.dataset.state == 'ready'")
+
+
+@pytest.mark.slow
 def test_a_card_to_share(page, tmp_path):
     choose(page, PHOTO)
     images = [f"{ms} an image" for ms in said(page, "encoder")]

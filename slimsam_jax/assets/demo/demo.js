@@ -9,7 +9,7 @@ import { readPhoto } from "./photo.js";
 import { listen } from "./pointer.js";
 import { refusal } from "./prompts.js";
 import { active, change, clear, hover, isIdle, prompts, session, stopSearch, take, undo, update } from "./session.js";
-import { element, guarded, megabytes, say } from "./status.js";
+import { element, guarded, megabytes, say, state } from "./status.js";
 
 const SHOWN = 2; // models that are on at first; the others are loaded when they are chosen
 let photos = 0; // that were asked for
@@ -81,6 +81,8 @@ const calls = (panel) => ({
 async function findAll() {
   if (!isIdle()) return;
   await clear();
+  const isReady = ({ encoded }) => encoded === session.photo.number;
+  if (state() !== "ready" || !active().every(isReady)) return; // an update has failed, or another one goes on
   const own = (session.search = { cancelled: false });
   element("cancel").hidden = false;
   const side = Number(element("side").value);
