@@ -174,6 +174,11 @@ def test_keys_and_fingers_ask_the_same_as_the_mouse(page):
     wanted = masks(page)
     press(page, "#clear")
     page.evaluate("document.querySelector('.stack').focus()")
+    page.key("ArrowLeft")
+    assert drawn(page, "prompts").any()
+    page.evaluate("document.activeElement.blur()")
+    assert not drawn(page, "prompts").any()  # the cross goes with the focus
+    page.evaluate("document.querySelector('.stack').focus()")
     for key in ("ArrowRight", "Enter"):
         page.key(key)
     found = masks(page)
