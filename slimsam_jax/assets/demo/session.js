@@ -15,6 +15,7 @@ export const session = {
 export const prompts = new Prompts();
 export const active = () => session.panels.filter(({ on }) => on);
 export const isIdle = () => session.photo && ["ready", "error"].includes(state());
+export const isEncoded = ({ encoded }) => encoded === session.photo.number;
 
 let cursor = null; // where the mouse is on an image
 let wanted = 0; // how often an update was asked for
@@ -42,7 +43,7 @@ async function updateOnce(isStale) {
   }
   for (const panel of active()) {
     if (!panel.loaded) await load(panel);
-    if (panel.on && panel.encoded !== session.photo.number) await encode(panel);
+    if (panel.on && !isEncoded(panel)) await encode(panel);
     if (isStale()) return;
   }
   if (session.search) return;
@@ -110,14 +111,14 @@ async function preview() {
   await guarded("No preview", async () => {
     for (let seen = null; canPreview() && seen !== cursor; ) {
       seen = cursor;
-      for (const panel of active()) if (panel.isFluid) await previewOn(panel, seen);
+      for (const panel of active()) if (panel.isFluid && isEncoded(panel)) await previewOn(panel, seen);
     }
   });
   previewing = false;
 }
 
 function canPreview() {
-  return cursor && prompts.isEmpty && !session.search && state() === "ready" && element("preview").checked;
+  return cursor && prompts.isEmpty && !session.search && isIdle() && element("preview").checked;
 }
 
 async function previewOn(panel, at) {
