@@ -65,14 +65,15 @@ async function setImage(source, name, choice) {
     element("photos").selectedIndex = session.photo?.choice ?? choice;
     throw error;
   }
-  if (number !== photos) return;
+  if (number !== photos) return read.bitmap.close();
   const { pixels, ...rest } = read;
+  session.photo?.bitmap.close();
   session.photo = { ...rest, number, choice };
   element("photos").selectedIndex = choice;
   stopSearch();
   prompts.reset();
   active().forEach((panel) => panel.show(session.photo));
-  ask("setImage", { pixels, size: read.size, shown: read.shown });
+  ask("setImage", { pixels, size: read.size, shown: read.shown }, undefined, [pixels.buffer]);
   await update();
 }
 

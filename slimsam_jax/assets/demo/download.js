@@ -49,9 +49,10 @@ async function atSize(panel, photo, size) {
 }
 
 async function decodeAt(panel, photo, { points, box, output: which }, size) {
-  const { mask } = await ask("decode", { model: panel.index, points, box, which, size });
-  if (panel.encoded !== photo.number) throw new Error("another image has come meanwhile");
-  return mask;
+  const isThere = () => panel.encoded === photo.number;
+  const answer = isThere() && (await ask("decode", { model: panel.index, points, box, which, size }));
+  if (!isThere()) throw new Error("another image or model was chosen meanwhile");
+  return answer.mask;
 }
 
 /** [x, y, width, height] between the outermost pixels of a mask. */

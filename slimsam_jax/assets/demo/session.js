@@ -41,6 +41,7 @@ async function updateOnce(isStale) {
     panel.show(session.photo);
     panel.drawPrompts(prompts.points, prompts.box);
   }
+  for (const panel of session.panels) if (panel.loaded && !panel.on) await unload(panel);
   for (const panel of active()) {
     if (!panel.loaded) await load(panel);
     if (panel.on && !isEncoded(panel)) await encode(panel);
@@ -76,6 +77,12 @@ async function load(panel) {
     panel.failure = `${name} cannot be loaded: ${error.message.split("\n")[0]}.`;
     panel.turn(false);
   }
+}
+
+/** Frees the memory of a model that is not shown any more. */
+async function unload(panel) {
+  Object.assign(panel, { loaded: false, encoded: null });
+  await ask("unload", { model: panel.index });
 }
 
 async function encode(panel) {
