@@ -15,9 +15,11 @@ from helpers.demo_page import (
     PHOTO,
     SETTLED,
     assert_agree,
+    card,
     choose,
     downloaded,
     drawn,
+    give,
     masks,
     on_screen,
     press,
@@ -35,6 +37,8 @@ from slimsam_jax.models.sam import Sam
 SCORES = "predicted_iou", "stability_score"
 # Waits behind all that the worker was asked: it does one thing after the other, and this one it refuses.
 BEHIND = "import('/client.js').then(({ ask }) => ask('nothing').catch(() => true))"
+# Whether the worker has the first model no more.
+FREED = "import('/client.js').then(({ ask }) => ask('encode', { model: 0 }).then(() => false, () => true))"
 
 
 def narrower(sam: Sam) -> Sam:
@@ -97,13 +101,6 @@ def test_a_dragged_box_shows_the_masks_of_both_models(page, pair):
     assert not any(mask.any() for mask in masks(page))
 
 
-def give(page, path) -> None:
-    """Chooses a file of one's own."""
-    root = page.call("DOM.getDocument")["root"]["nodeId"]
-    file = page.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
-    page.call("DOM.setFileInputFiles", nodeId=file, files=[str(path)])
-
-
 @pytest.mark.slow
 def test_a_file_is_taken_and_what_is_no_image_is_refused(page, tmp_path):
     choose(page, PHOTO)
@@ -130,6 +127,12 @@ def test_a_file_is_taken_and_what_is_no_image_is_refused(page, tmp_path):
         assert page.evaluate("document.documentElement.dataset.state") == "error"
     page.drag(*on_screen(page, (300, 300))[0])
     assert masks(page)[0].shape == (600, 1200)  # the old one stays, and can be clicked on
+    choose(page, PHOTO)
+    give(page, tmp_path / "words.jpg")
+    page.wait_for("document.documentElement.dataset.state == 'error'")
+    assert page.evaluate("document.getElementById('photos').value") == PHOTO
+    page.hover(*on_screen(page, (256, 256))[0][0])
+    wait_for_preview(page)
 
 
 @pytest.mark.slow
@@ -200,6 +203,7 @@ def test_keys_and_fingers_ask_the_same_as_the_mouse(page):
 def test_everything_is_what_the_package_finds(page, pair, tmp_path):
     choose(page, "chelsea_cat.jpg")
     turn(page, "slim")
+    assert page.evaluate(FREED)
     page.evaluate("document.getElementById('side').value = 8")
     press(page, "#everything")
     page.wait_for(SETTLED)
@@ -223,25 +227,6 @@ def test_everything_is_what_the_package_finds(page, pair, tmp_path):
     press(page, "#cancel")
     assert not masks(page)[0].any() and status(page) == "Click on an object."
     turn(page, "slim")
-
-
-# What is written on the card, line by line.
-CARD = """(() => {
-  const [words, own] = [[], CanvasRenderingContext2D.prototype.fillText];
-  CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
-    words.push(text);
-    own.call(this, text, ...rest);
-  };
-  document.getElementById('share').click();
-  CanvasRenderingContext2D.prototype.fillText = own;
-  document.getElementById('close').click();
-  return words;
-})()"""
-
-
-def card(page) -> list[str]:
-    """What is written on the card to share."""
-    return page.evaluate(CARD)
 
 
 @pytest.mark.slow

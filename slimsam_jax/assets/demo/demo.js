@@ -8,7 +8,9 @@ import { Panel } from "./panel.js";
 import { readPhoto } from "./photo.js";
 import { listen } from "./pointer.js";
 import { refusal } from "./prompts.js";
-import { active, change, clear, hover, isEncoded, isIdle, prompts, session, stopSearch, take, undo, update } from "./session.js";
+import {
+  active, change, clear, hover, isEncoded, isIdle, prompts, session, stopSearch, take, undo, update,
+} from "./session.js";
 import { element, guarded, megabytes, say, state } from "./status.js";
 
 const SHOWN = 2; // models that are on at first; the others are loaded when they are chosen

@@ -81,6 +81,7 @@ async function load(panel) {
 
 /** Frees the memory of a model that is not shown any more. */
 async function unload(panel) {
+  say("busy", `${panel.model.name} is put away`);
   Object.assign(panel, { loaded: false, encoded: null });
   await ask("unload", { model: panel.index });
 }
