@@ -15,9 +15,11 @@ from helpers.demo_page import (
     PHOTO,
     SETTLED,
     assert_agree,
+    card,
     choose,
     downloaded,
     drawn,
+    give,
     masks,
     on_screen,
     press,
@@ -35,6 +37,8 @@ from slimsam_jax.models.sam import Sam
 SCORES = "predicted_iou", "stability_score"
 # Waits behind all that the worker was asked: it does one thing after the other, and this one it refuses.
 BEHIND = "import('/client.js').then(({ ask }) => ask('nothing').catch(() => true))"
+# Whether the worker has the first model no more.
+FREED = "import('/client.js').then(({ ask }) => ask('encode', { model: 0 }).then(() => false, () => true))"
 
 
 def narrower(sam: Sam) -> Sam:
@@ -92,15 +96,9 @@ def test_a_dragged_box_shows_the_masks_of_both_models(page, pair):
     page.drag(screen[1], screen[0])
     found = masks(page)
     assert_agree(found, pair, "chelsea_cat.jpg", box=np.ravel(corners))
+    assert card(page)[0] == "The same box, in a browser"
     press(page, "#clear")
     assert not any(mask.any() for mask in masks(page))
-
-
-def give(page, path) -> None:
-    """Chooses a file of one's own."""
-    root = page.call("DOM.getDocument")["root"]["nodeId"]
-    file = page.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
-    page.call("DOM.setFileInputFiles", nodeId=file, files=[str(path)])
 
 
 @pytest.mark.slow
@@ -113,9 +111,11 @@ def test_a_file_is_taken_and_what_is_no_image_is_refused(page, tmp_path):
     page.drag(*on_screen(page, (600, 300))[0])
     found = masks(page)[0]
     assert found.shape == (600, 1200)
+    count, words = page.evaluate("seen.length"), status(page)
     with Image.open(downloaded(page, tmp_path / "mask", "[data-save=mask]")) as mask:
         assert mask.size == (3000, 1500)  # that of the image
         assert overlap.iou(np.asarray(mask.convert("L").resize((1200, 600))) > 127, found) > 0.98
+    assert [state for state, *_ in page.evaluate(f"seen.slice({count})")] == ["busy", "ready"] and status(page) == words
     Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
     (tmp_path / "words.jpg").write_text("no image")
     for name, reason in (
@@ -127,6 +127,12 @@ def test_a_file_is_taken_and_what_is_no_image_is_refused(page, tmp_path):
         assert page.evaluate("document.documentElement.dataset.state") == "error"
     page.drag(*on_screen(page, (300, 300))[0])
     assert masks(page)[0].shape == (600, 1200)  # the old one stays, and can be clicked on
+    choose(page, PHOTO)
+    give(page, tmp_path / "words.jpg")
+    page.wait_for("document.documentElement.dataset.state == 'error'")
+    assert page.evaluate("document.getElementById('photos').value") == PHOTO
+    page.hover(*on_screen(page, (256, 256))[0][0])
+    wait_for_preview(page)
 
 
 @pytest.mark.slow
@@ -171,6 +177,11 @@ def test_keys_and_fingers_ask_the_same_as_the_mouse(page):
     wanted = masks(page)
     press(page, "#clear")
     page.evaluate("document.querySelector('.stack').focus()")
+    page.key("ArrowLeft")
+    assert drawn(page, "prompts").any()
+    page.evaluate("document.activeElement.blur()")
+    assert not drawn(page, "prompts").any()  # the cross goes with the focus
+    page.evaluate("document.querySelector('.stack').focus()")
     for key in ("ArrowRight", "Enter"):
         page.key(key)
     found = masks(page)
@@ -192,6 +203,7 @@ def test_keys_and_fingers_ask_the_same_as_the_mouse(page):
 def test_everything_is_what_the_package_finds(page, pair, tmp_path):
     choose(page, "chelsea_cat.jpg")
     turn(page, "slim")
+    assert page.evaluate(FREED)
     page.evaluate("document.getElementById('side').value = 8")
     press(page, "#everything")
     page.wait_for(SETTLED)
@@ -206,6 +218,9 @@ def test_everything_is_what_the_package_finds(page, pair, tmp_path):
         assert all(one[name] == mine[name] for name in ("area", "bbox", "point_coords", "crop_box"))
         assert np.allclose([one[name] for name in SCORES], [mine[name] for name in SCORES], atol=1e-3)
 
+    words = card(page)
+    assert words[0] == "Segment Anything, in a browser" and f"{len(wanted)} masks" in words
+    assert f"{words[words.index('a point') - 1]} a point, " in said(page, "decoder")[0]
     page.evaluate("document.getElementById('side').value = 32")
     press(page, "#everything")
     page.wait_for("!document.getElementById('bar').hidden && document.getElementById('bar').value > 0")
@@ -215,13 +230,31 @@ def test_everything_is_what_the_package_finds(page, pair, tmp_path):
 
 
 @pytest.mark.slow
+def test_nothing_is_searched_where_an_image_was_not_encoded(page):
+    choose(page, PHOTO)
+    of_first = "import('/session.js').then(({{ session: {{ panels: [first] }} }}) => {{ {} }})"
+    page.evaluate(of_first.format("first.encoded = null; first.index = 9;"))  # no such model
+    press(page, "#everything")
+    page.wait_for(SETTLED)
+    assert status(page).startswith("Failed: ") and page.evaluate("document.getElementById('cancel').hidden")
+    page.evaluate(of_first.format("first.index = 0;"))
+    press(page, "#clear")
+    page.wait_for("document.documentElement.dataset.state == 'ready'")
+
+
+@pytest.mark.slow
 def test_a_card_to_share(page, tmp_path):
     choose(page, PHOTO)
+    images = [f"{ms} an image" for ms in said(page, "encoder")]
+    assert set(images) < set(card(page))  # before a click there is no time of a mask
     page.drag(*on_screen(page, (256, 256))[0])
     masks(page)
+    times = [f"{image} · {ms} a mask" for image, ms in zip(images, said(page, "decoder"), strict=True)]
+    words = card(page)
+    assert words[0] == "The same click, in a browser" and set(times) < set(words)
     press(page, "#share")
-    with Image.open(downloaded(page, tmp_path / "card", "#save")) as card:
-        assert card.size == (1200, 630) and len(card.convert("RGB").getcolors(2**20)) > 1000
+    with Image.open(downloaded(page, tmp_path / "card", "#save")) as drawn_card:
+        assert drawn_card.size == (1200, 630) and len(drawn_card.convert("RGB").getcolors(2**20)) > 1000
     press(page, "#close")
 
 
@@ -233,10 +266,19 @@ def test_a_broken_model_is_one_line(page):
     assert len(masks(page)) == 2  # the others go on
 
 
+HEIGHTS = "[...document.querySelectorAll('figure:not([hidden]) canvas')].map(e => e.getBoundingClientRect().height)"
+
+
 @pytest.mark.slow
-def test_the_page_fits_a_phone(page):
+def test_the_page_fits_a_phone(page, tmp_path):
+    Image.new("RGB", (400, 100), (200, 30, 30)).save(tmp_path / "wide.png")
+    give(page, tmp_path / "wide.png")
+    page.wait_for("document.querySelector('canvas.image').height == 100")
+    page.wait_for(SETTLED)
     page.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    heights = page.evaluate(HEIGHTS)
+    assert len(heights) == 8 and len(set(heights)) == 1  # the masks lie on the image, however flat it is
     page.call("Emulation.clearDeviceMetricsOverride")
 
 

@@ -49,12 +49,32 @@ WATCH = """addEventListener('DOMContentLoaded', () => {
 })"""
 DRAWN = "document.querySelector('figure:not([hidden]) [data-value=decoder]').textContent == '–'"
 
+# What is written on the card, line by line.
+CARD = """(() => {
+  const [words, own] = [[], CanvasRenderingContext2D.prototype.fillText];
+  CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+    words.push(text);
+    own.call(this, text, ...rest);
+  };
+  document.getElementById('share').click();
+  CanvasRenderingContext2D.prototype.fillText = own;
+  document.getElementById('close').click();
+  return words;
+})()"""
+
 
 def choose(tab: chromium.Page, photo: str) -> None:
     """Takes one of our photographs."""
     change = f"s => {{ s.value = '{photo}'; s.dispatchEvent(new Event('change')); }}"
     tab.evaluate(f"({change})(document.getElementById('photos'))")
     tab.wait_for(f"document.documentElement.dataset.state == 'ready' && {DRAWN}")
+
+
+def give(tab: chromium.Page, path: Path) -> None:
+    """Chooses a file of one's own."""
+    root = tab.call("DOM.getDocument")["root"]["nodeId"]
+    file = tab.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
+    tab.call("DOM.setFileInputFiles", nodeId=file, files=[str(path)])
 
 
 def on_screen(tab: chromium.Page, *wanted: tuple[float, float]) -> tuple[list, list]:
@@ -113,6 +133,11 @@ def downloaded(tab: chromium.Page, folder: Path, selector: str) -> Path:
             return files[0]
         time.sleep(0.05)
     raise TimeoutError(f"nothing was downloaded by {selector}; the page: {tab.evaluate(chromium.TEXT)}")
+
+
+def card(tab: chromium.Page) -> list[str]:
+    """What is written on the card to share."""
+    return tab.evaluate(CARD)
 
 
 @contextlib.contextmanager

@@ -26,13 +26,18 @@ export function drawCard(canvas, panels, threads) {
   context.fillRect(0, 0, WIDTH, HEIGHT);
   const pen = penOf(context, color);
   const shown = panels.slice(0, MOST);
-  const title = shown.length > 1 ? "The same click, in a browser" : "Segment Anything, in a browser";
-  pen(title, EDGE, EDGE + 24, WIDTH - 2 * EDGE - 200, "600 30px");
+  pen(titleOf(shown), EDGE, EDGE + 24, WIDTH - 2 * EDGE - 200, "600 30px");
   pen("slimsam_jax", WIDTH - EDGE, EDGE + 22, 200, "22px", 0.65, "right");
   if (shown.length === 1) alone(context, pen, shown[0], panels);
   else shown.forEach((panel, i) => beside(context, pen, panel, panels, i, shown.length));
   const where = `Computed by ${browser()} on a CPU, ${threads} thread${threads > 1 ? "s" : ""} of WebAssembly`;
   pen(where, EDGE, HEIGHT - 22, WIDTH - 2 * EDGE, "18px", 0.65);
+}
+
+/** What several models were asked, if it is a prompt. */
+function titleOf([{ mask, objects }, ...others]) {
+  const what = others.length && mask ? `The same ${objects[0].box ? "box" : "click"}` : "Segment Anything";
+  return `${what}, in a browser`;
 }
 
 /** Writes a line, cut off where it is wider than `most`; y is its base line. */
@@ -52,7 +57,7 @@ function alone(context, pen, panel, panels) {
   const most = WIDTH - EDGE - x;
   pen(panel.model.name, x, top + 34, most, "600 34px");
   bar(context, panel, x, top + 48, Math.min(most, 120));
-  facts(panel, panels).forEach(([value, what], i) => {
+  facts(panel, panels).flat().forEach(([value, what], i) => {
     const y = top + 112 + 88 * i;
     pen(value, x, y, most, "600 38px");
     pen(what, x, y + 28, most, "20px", 0.7);
@@ -67,22 +72,22 @@ function beside(context, pen, panel, panels, index, count) {
   const y = top + height + 38;
   pen(panel.model.name, x, y, width, "600 26px");
   bar(context, panel, x, y + 10, Math.min(width, 120));
-  const [size, image, mask, ...rest] = facts(panel, panels).map((words) => words.join(" "));
+  const [size, ...lines] = facts(panel, panels).map((line) => line.map((words) => words.join(" ")).join(" · "));
   pen(size.replace(" MB ", " MB, "), x, y + 46, width, "20px");
-  pen(`${image} · ${mask}`, x, y + 74, width, "20px");
-  pen(rest.join(" · "), x, y + 102, width, "20px");
+  lines.forEach((line, i) => pen(line, x, y + 74 + 28 * i, width, "20px"));
 }
 
-/** [value, what it is] of what one would ask first. */
-function facts({ model, ms, encoderMs, values, mask }, panels) {
-  const found = values.mask.textContent;
+/** Three lines of [value, what it is], of what one would ask first; what was not asked yet is left out. */
+function facts({ model, encoderMs, decoderMs, values, objects, mask }, panels) {
   const agreement = panels[0].model !== model && values.agreement.textContent.match(/[\d.]+/);
+  const time = (ms, what) => (ms === null ? [] : [[milliseconds(ms), what]]);
   return [
-    [megabytes(model.bytes), `${(model.parameters / 1e6).toFixed(2)} M parameters`],
-    [milliseconds(encoderMs), "an image"],
-    [milliseconds(ms), mask ? "a mask" : "a point"],
-    ...(mask ? [] : [[found, "found"]]),
-    ...(agreement ? [[agreement[0], `IoU with ${panels[0].model.name}`]] : []),
+    [[megabytes(model.bytes), `${(model.parameters / 1e6).toFixed(2)} M parameters`]],
+    [...time(encoderMs, "an image"), ...time(decoderMs, mask ? "a mask" : "a point")],
+    [
+      ...(mask || decoderMs === null ? [] : [[`${objects.length} masks`, "found"]]),
+      ...(agreement ? [[agreement[0], `IoU with ${panels[0].model.name}`]] : []),
+    ],
   ];
 }
 

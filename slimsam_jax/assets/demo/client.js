@@ -15,12 +15,12 @@ worker.onmessage = ({ data: { id, result, error, progress } }) => {
 };
 worker.onerror = () => say("error", "The worker with onnxruntime-web did not start; the browser's console says why.");
 
-/** Has a task of inference.js done; what it returns. */
-export function ask(task, options, onProgress = () => {}) {
+/** Has a task of inference.js done; what it returns. Buffers in `moved` are handed over, not copied. */
+export function ask(task, options, onProgress = () => {}, moved = []) {
   return new Promise((resolve, reject) => {
     const id = ++asked;
     waiting.set(id, { resolve, reject, onProgress });
-    worker.postMessage({ id, task, options });
+    worker.postMessage({ id, task, options }, moved);
   });
 }
 

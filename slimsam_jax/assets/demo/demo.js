@@ -8,8 +8,10 @@ import { Panel } from "./panel.js";
 import { readPhoto } from "./photo.js";
 import { listen } from "./pointer.js";
 import { refusal } from "./prompts.js";
-import { active, change, clear, hover, isIdle, prompts, session, stopSearch, take, undo, update } from "./session.js";
-import { element, guarded, megabytes, say } from "./status.js";
+import {
+  active, change, clear, hover, isEncoded, isIdle, prompts, session, stopSearch, take, undo, update,
+} from "./session.js";
+import { element, guarded, megabytes, say, state } from "./status.js";
 
 const SHOWN = 2; // models that are on at first; the others are loaded when they are chosen
 let photos = 0; // that were asked for
@@ -46,22 +48,34 @@ function addChip(panel) {
 }
 
 async function choosePhoto() {
-  const name = element("photos").value;
-  await setImage(get(`photos/${name}`).then((answer) => answer.blob()), name);
+  const { value: name, selectedIndex: choice } = element("photos");
+  await setImage(get(`photos/${name}`).then((answer) => answer.blob()), name, choice);
 }
 
-/** Shows an image, a Blob or the promise of one, and has it encoded; until it is read, the old one stays. */
-async function setImage(source, name) {
+/**
+ * Shows an image, a Blob or the promise of one, and has it encoded; until it is read, the old one stays.
+ * `choice` is its place in the list, -1 for a file.
+ */
+async function setImage(source, name, choice) {
   const number = ++photos;
   say("busy", "Reading the image");
-  const read = await readPhoto(await source, name);
-  if (number !== photos) return;
+  let read;
+  try {
+    read = await readPhoto(await source, name);
+  } catch (error) {
+    if (number !== photos) return;
+    element("photos").selectedIndex = session.photo?.choice ?? choice;
+    throw error;
+  }
+  if (number !== photos) return read.bitmap.close();
   const { pixels, ...rest } = read;
-  session.photo = { ...rest, number };
+  session.photo?.bitmap.close();
+  session.photo = { ...rest, number, choice };
+  element("photos").selectedIndex = choice;
   stopSearch();
   prompts.reset();
   active().forEach((panel) => panel.show(session.photo));
-  ask("setImage", { pixels, size: read.size, shown: read.shown });
+  ask("setImage", { pixels, size: read.size, shown: read.shown }, undefined, [pixels.buffer]);
   await update();
 }
 
@@ -81,6 +95,7 @@ const calls = (panel) => ({
 async function findAll() {
   if (!isIdle()) return;
   await clear();
+  if (state() !== "ready" || !active().every(isEncoded)) return; // an update has failed, or another one goes on
   const own = (session.search = { cancelled: false });
   element("cancel").hidden = false;
   const side = Number(element("side").value);
@@ -95,22 +110,23 @@ async function findAll() {
 }
 
 const useImage = (run) => guarded("The image cannot be used", run);
-const useFile = (file) => {
-  if (!file) return;
-  element("photos").selectedIndex = -1;
-  useImage(() => setImage(file, file.name));
-};
+const useFile = (file) => file && useImage(() => setImage(file, file.name, -1));
 const saveMask = (panel, kind) => guarded("It cannot be saved", () => download(panel, session.photo, kind));
 
 function share() {
   if (!isIdle() || !active().length) return;
-  drawCard(element("card"), active(), session.threads);
-  element("sharing").showModal();
+  guarded("The card cannot be drawn", () => {
+    drawCard(element("card"), active(), session.threads);
+    element("sharing").showModal();
+  });
 }
 
 const on = (id, type, run) => element(id).addEventListener(type, run);
 on("photos", "change", () => useImage(choosePhoto));
-on("file", "change", ({ target }) => useFile(target.files[0]));
+on("file", "change", ({ target }) => {
+  useFile(target.files[0]);
+  target.value = ""; // so that the same file can be chosen again
+});
 on("which", "change", () => change(() => prompts.version++));
 on("again", "click", () => change(() => active().forEach((panel) => (panel.encoded = panel.answered = null))));
 on("clear", "click", clear);

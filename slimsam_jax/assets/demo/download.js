@@ -4,6 +4,7 @@ import { ask } from "./client.js";
 import { draw, paint, paintAll } from "./draw.js";
 import { ownSize, sameSize } from "./photo.js";
 import { maskOf, packed, runsOf } from "./rle.js";
+import { during } from "./status.js";
 
 /** Hands a Blob to the browser's downloads. */
 export function save(blob, name) {
@@ -16,26 +17,42 @@ export function save(blob, name) {
 export async function download(panel, photo, kind) {
   const size = ownSize(photo);
   const objects = await atSize(panel, photo, size);
-  const blob = kind === "coco" ? coco(objects, photo, size) : await png(panel, objects, photo, size, kind);
+  const blob = kind === "coco" ? coco(objects, photo, size) : await png(objects, photo, size, kind);
   const stem = `${photo.name.replace(/\.[^.]*$/, "")}_${panel.model.name}`;
   save(blob, `${stem}${kind === "cut" ? "_cut" : ""}.${kind === "coco" ? "json" : "png"}`);
 }
 
-/** The objects with run lengths and prompts in pixels of `size`; asks the decoder again where that is not as shown. */
+/**
+ * The objects with run lengths, boxes and prompts in pixels of `size`, and the mask of one alone: those of everything
+ * mode would fill the memory. Asks the decoder again where `size` is not as shown.
+ */
 async function atSize(panel, photo, size) {
+  const { objects, mask: only } = panel; // as shown now, whatever is clicked meanwhile
   const scale = size.map((side, i) => side / photo.shown[i]);
-  const all = [];
-  for (const one of panel.objects) {
-    let mask = panel.mask ?? maskOf(one.runs, photo.shown);
-    if (!sameSize(size, photo.shown)) {
-      const { points, box, output: which } = one;
-      ({ mask } = await ask("decode", { model: panel.index, points, box, which, size }));
-      if (panel.encoded !== photo.number) throw new Error("another image has come meanwhile");
+  const measured = (one, mask) => ({
+    ...one,
+    mask: only && mask,
+    runs: runsOf(mask, size),
+    area: mask.reduce((a, b) => a + b, 0),
+    bbox: boundsOf(mask, size),
+    points: one.points.map(({ x, y, label }) => ({ x: x * scale[1], y: y * scale[0], label })),
+  });
+  if (sameSize(size, photo.shown)) return objects.map((one) => measured(one, only ?? maskOf(one.runs, size)));
+  return during("Masks of the image's own size", async (share) => {
+    const all = [];
+    for (const one of objects) {
+      share(all.length / objects.length);
+      all.push(measured(one, await decodeAt(panel, photo, one, size)));
     }
-    const points = one.points.map(({ x, y, label }) => ({ x: x * scale[1], y: y * scale[0], label }));
-    all.push({ ...one, mask, runs: runsOf(mask, size), points, area: mask.reduce((a, b) => a + b, 0) });
-  }
-  return all;
+    return all;
+  });
+}
+
+async function decodeAt(panel, photo, { points, box, output: which }, size) {
+  const isThere = () => panel.encoded === photo.number;
+  const answer = isThere() && (await ask("decode", { model: panel.index, points, box, which, size }));
+  if (!isThere()) throw new Error("another image or model was chosen meanwhile");
+  return answer.mask;
 }
 
 /** [x, y, width, height] between the outermost pixels of a mask. */
@@ -51,14 +68,14 @@ function boundsOf(mask, [height, width]) {
 /** COCO's JSON, with the fields of `slimsam everything`. */
 function coco(objects, { name }, size) {
   const [height, width] = size;
-  const annotations = objects.map(({ mask, runs, points, area, score, stability }, i) => ({
+  const annotations = objects.map(({ runs, points, area, bbox, score, stability }, i) => ({
     id: i + 1,
     image_id: 1,
     category_id: 1,
     iscrowd: 0,
     segmentation: { size, counts: packed(runs) },
     area,
-    bbox: boundsOf(mask, size),
+    bbox,
     predicted_iou: score,
     point_coords: points.map(({ x, y }) => [x, y]),
     point_labels: points.map(({ label }) => label),
@@ -71,11 +88,11 @@ function coco(objects, { name }, size) {
 }
 
 /** White on black, or the image cut out; of everything mode a colour for each mask. */
-function png(panel, objects, { bitmap }, size, kind) {
+function png(objects, { bitmap }, size, kind) {
   const [height, width] = size;
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d");
-  draw(canvas, panel.mask ? paint(objects[0].mask, size, [255, 255, 255], 255) : paintAll(objects, size, 255));
+  draw(canvas, objects[0].mask ? paint(objects[0].mask, size, [255, 255, 255], 255) : paintAll(objects, size, 255));
   context.globalCompositeOperation = kind === "cut" ? "source-in" : "destination-over";
   if (kind === "cut") context.drawImage(bitmap, 0, 0, width, height);
   else context.fillRect(0, 0, width, height);

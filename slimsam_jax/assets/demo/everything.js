@@ -47,7 +47,7 @@ export async function everything(panel, photo, side, isCancelled, share) {
   if (!answer) return false;
   const { found, spent, asked } = answer;
   panel.clear();
-  panel.hold(found, null);
+  panel.hold(found, null, spent / asked);
   draw(panel.overlay, paintAll(found, photo.shown));
   panel.say("decoder", `${milliseconds(spent / asked)} a point, ${(spent / 1000).toFixed(1)} s for ${asked}`);
   panel.say("mask", found.length ? `${found.length} masks` : nothing(panel.model));

@@ -47,7 +47,19 @@ const tasks = {
       const bytes = await download(url, (more) => onProgress((loaded += more)));
       return ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
     };
-    models[model] = { encoder: await create(encoder), decoder: await create(decoder), imageSize, whole, maps: null };
+    const first = await create(encoder);
+    const second = await create(decoder).catch(async (error) => {
+      await first.release();
+      throw error;
+    });
+    models[model] = { encoder: first, decoder: second, imageSize, whole, maps: null };
+  },
+
+  async unload({ model }) {
+    const { encoder, decoder } = models[model];
+    delete models[model];
+    await encoder.release();
+    await decoder.release();
   },
 
   async setImage(given) {

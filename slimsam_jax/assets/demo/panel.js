@@ -60,6 +60,7 @@ export class Panel {
   /** Forgets which image was encoded, and its mask. */
   forget() {
     this.encoded = this.answered = null; // the number of the photo, and the version of the prompts
+    this.encoderMs = null;
     this.paces = []; // milliseconds of the last masks
     this.clear();
   }
@@ -80,9 +81,9 @@ export class Panel {
     this.hold([], null);
   }
 
-  /** Keeps what is shown: objects of everything mode or one alone, and its mask. */
-  hold(objects, mask) {
-    [this.objects, this.mask] = [objects, mask];
+  /** Keeps what is shown: objects of everything mode, or one alone and its mask; and the milliseconds of each. */
+  hold(objects, mask, ms = null) {
+    [this.objects, this.mask, this.decoderMs] = [objects, mask, ms];
     for (const button of this.saves.children) {
       button.disabled = !objects.length || (button.dataset.save === "cut" && !mask);
     }
@@ -90,7 +91,7 @@ export class Panel {
 
   /** Shows the mask of prompts; `answer` as inference.js gives it. */
   drawMask({ points, box }, { ms, mask, score, output }) {
-    this.hold([{ points, box, score, output }], mask);
+    this.hold([{ points, box, score, output }], mask, ms);
     draw(this.overlay, paint(mask, this.size, this.colour));
     this.timed(ms);
     this.say("decoder", milliseconds(ms));

@@ -5,14 +5,14 @@ const STEP = 0.02; // of the longer side that an arrow key moves the cross; with
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 const inside = (value, most) => Math.min(Math.max(value, 0), most);
+const within = ({ x, y }, { width, height }) => ({ x: inside(x, width), y: inside(y, height) });
 
 /** Where on the image in `canvas` an event of the mouse is. */
 function at(event, canvas) {
   const frame = canvas.getBoundingClientRect();
-  return {
-    x: inside(((event.clientX - frame.left) * canvas.width) / frame.width, canvas.width),
-    y: inside(((event.clientY - frame.top) * canvas.height) / frame.height, canvas.height),
-  };
+  const x = ((event.clientX - frame.left) * canvas.width) / frame.width;
+  const y = ((event.clientY - frame.top) * canvas.height) / frame.height;
+  return within({ x, y }, canvas);
 }
 
 /** [x0, y0, x1, y1] between two points. */
@@ -61,15 +61,21 @@ function listenToPointer(stack, image, tool, calls) {
 function listenToKeys(stack, image, tool, calls) {
   let cross = null;
   let corner = null;
-  stack.addEventListener("blur", () => (cross = corner = null));
+  stack.addEventListener("blur", () => {
+    if (!cross) return;
+    cross = corner = null;
+    calls.dragging(null);
+    calls.hover(null);
+  });
   stack.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const { width, height } = image;
-    cross ??= { x: width / 2, y: height / 2 };
+    cross = within(cross ?? { x: width / 2, y: height / 2 }, image); // the image may be another one by now
+    corner &&= within(corner, image);
     const { key, shiftKey } = event;
     if (ARROWS[key]) {
       const step = Math.max(width, height) * STEP * (shiftKey ? 0.1 : 1);
-      cross = { x: inside(cross.x + ARROWS[key][0] * step, width), y: inside(cross.y + ARROWS[key][1] * step, height) };
+      cross = within({ x: cross.x + ARROWS[key][0] * step, y: cross.y + ARROWS[key][1] * step }, image);
       calls.cross(cross);
       if (corner) calls.dragging(boxBetween(corner, cross));
     } else if (key === "Enter" || key === " ") {

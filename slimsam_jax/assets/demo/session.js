@@ -15,6 +15,7 @@ export const session = {
 export const prompts = new Prompts();
 export const active = () => session.panels.filter(({ on }) => on);
 export const isIdle = () => session.photo && ["ready", "error"].includes(state());
+export const isEncoded = ({ encoded }) => encoded === session.photo.number;
 
 let cursor = null; // where the mouse is on an image
 let wanted = 0; // how often an update was asked for
@@ -40,9 +41,10 @@ async function updateOnce(isStale) {
     panel.show(session.photo);
     panel.drawPrompts(prompts.points, prompts.box);
   }
+  for (const panel of session.panels) if (panel.loaded && !panel.on) await unload(panel);
   for (const panel of active()) {
     if (!panel.loaded) await load(panel);
-    if (panel.on && panel.encoded !== session.photo.number) await encode(panel);
+    if (panel.on && !isEncoded(panel)) await encode(panel);
     if (isStale()) return;
   }
   if (session.search) return;
@@ -75,6 +77,13 @@ async function load(panel) {
     panel.failure = `${name} cannot be loaded: ${error.message.split("\n")[0]}.`;
     panel.turn(false);
   }
+}
+
+/** Frees the memory of a model that is not shown any more. */
+async function unload(panel) {
+  say("busy", `${panel.model.name} is put away`);
+  Object.assign(panel, { loaded: false, encoded: null });
+  await ask("unload", { model: panel.index });
 }
 
 async function encode(panel) {
@@ -110,14 +119,14 @@ async function preview() {
   await guarded("No preview", async () => {
     for (let seen = null; canPreview() && seen !== cursor; ) {
       seen = cursor;
-      for (const panel of active()) if (panel.isFluid) await previewOn(panel, seen);
+      for (const panel of active()) if (panel.isFluid && isEncoded(panel)) await previewOn(panel, seen);
     }
   });
   previewing = false;
 }
 
 function canPreview() {
-  return cursor && prompts.isEmpty && !session.search && state() === "ready" && element("preview").checked;
+  return cursor && prompts.isEmpty && !session.search && isIdle() && element("preview").checked;
 }
 
 async function previewOn(panel, at) {

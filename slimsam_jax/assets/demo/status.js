@@ -14,6 +14,22 @@ export function say(state, text, share = null) {
 
 export const state = () => document.documentElement.dataset.state;
 
+let behind; // [state, text] that `during` has written over
+
+/** Says that `text` goes on while `run(share)` does, `share(done)` hearing of 0 to 1; then what was said before. */
+export async function during(text, run) {
+  const isOurs = () => element("status").textContent === text;
+  const share = (done) => {
+    if (!isOurs()) behind = [state(), element("status").textContent]; // an update may have ended meanwhile
+    say("busy", text, done);
+  };
+  try {
+    return await run(share);
+  } finally {
+    if (isOurs()) say(...behind);
+  }
+}
+
 /** Says why `run` failed, if it does. */
 export async function guarded(what, run) {
   try {
