@@ -63,8 +63,9 @@ class Prune(Record):
         size; "sum" is the reference's, one draw of a random walk.
       noise_samples: draws of the disturbing noise per image; each takes the memory of a set of gradients.
       allocation: how bottleneck channels compete. "global": heads with heads and MLPs with MLPs over all blocks (the
-        paper's global pruning); "macs", "params": all with all, by gain per multiply-accumulate or parameter, for as
-        many of them as an even cut would leave; "local": each block loses the same share (the paper's local pruning).
+        paper's global pruning), and the streams of an encoder's stages, if there are several, which else lose the same
+        share each; "macs", "params": all with all, by gain per multiply-accumulate or parameter, for as many of them as
+        an even cut would leave; "local": each block loses the same share (the paper's local pruning).
       normalizer: makes the blocks' scores comparable before they compete; "projection" needs none, as its gains have a
         unit. The reference's best is "gaussian", which hides that some blocks matter less.
       round_to: every width that stays is a multiple of this (a narrower one stays as it is); hardware likes 8 or 16.

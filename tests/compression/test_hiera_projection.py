@@ -94,6 +94,22 @@ def test_queries_that_are_pooled_keep_their_channels(wide):
             assert (np.diff(basis.logit_gains) <= 1e-12).all() and (basis.logit_gains >= 0).all()
 
 
+@pytest.mark.parametrize(("compete", "alike"), [("macs", True), ("params", True), ("local", True), ("global", False)])
+def test_streams_compete_only_if_asked_for(wide, monkeypatch, compete, alike):
+    """Scores that say nothing for the first stage's stream would let it vanish."""
+    sam, _ = wide
+    loud = lambda sam, *_: jax.tree.map(lambda leaf: 1e-6 * np.ones_like(leaf), sam.params["image_encoder"])
+    monkeypatch.setattr(streams, "gradients", lambda *inputs: with_loud_ends(loud(*inputs)))
+    norms = ["blocks_0/norm1/bias", *(f"blocks_{i}/norm2/bias" for i in (1, 2, 4))]
+    kept = streams.kept_channels(sam, Prune("embedding", allocation=compete), 0.5, None, 0, norms)
+    assert (list(map(len, kept)) == [4, 5, 6, 7]) == alike
+
+
+def with_loud_ends(grads):
+    """Gradients of which those of the last block are large."""
+    return {**grads, "blocks_4": jax.tree.map(lambda leaf: 1e3 * leaf, grads["blocks_4"])}
+
+
 def test_what_is_cut_loses_less_than_channels_dropped(wide, monkeypatch):
     """The same channels, without what is refitted."""
     sam, found = wide

@@ -1,7 +1,7 @@
 """Projects Hiera, whose streams are four, of which the first alone may be rotated.
 
 The first block of a later stage pools the stream by maxima, so the later streams' channels are selected, by Disturbed
-Taylor importance, by which the four streams also compete for widths. What reads a stream (the layers behind its norms,
+Taylor importance. What reads a stream (the layers behind its norms,
 the next stage, the neck) is then refitted by least squares, to give what it gave. Heads are as EfficientSAM's
 (`plain_vit`), but for q and k of the three blocks that pool: theirs are selected, too.
 """
@@ -29,7 +29,7 @@ from slimsam_jax.pruning.allocation import Costs
 
 
 def project(sam: Sam, step: Prune, target: Target, calibration: Calibration, seed: int) -> Sam:
-    """As `plain_vit.project`; with the allocation "local" every stage keeps the same share of its stream."""
+    """As `plain_vit.project`; every stage keeps the same share of its stream, but for the allocation "global"."""
     if step.part == "bottleneck":
         return plain_vit.project_bottleneck(sam, step, target, calibration, seed, WAYS)
     config, encoder = sam.config.encoder, sam.params["image_encoder"]

@@ -28,12 +28,13 @@ def kept_channels(
 ) -> list[np.ndarray]:
     """Ascending indices of the channels of each stream that stay, by importance.
 
-    With the allocation "local" every stream keeps the same share; else streams compete.
+    With the allocation "global" streams compete; else every stream keeps the same share. Scores of first order let a
+    stage's stream vanish, which is all that later ones have of the image (experiments/LOG.md).
 
     Args:
       norms: the path of an array along each stream.
     """
-    how = "local" if step.allocation == "local" else "global"
+    how = "global" if step.allocation == "global" else "local"
     scoring = dataclasses.replace(step, criterion="taylor", allocation=how, importance_loss="disturbance")
     # On the host, where no program is compiled for each shape that is scored.
     encoder, grads = jax.device_get((sam.params["image_encoder"], gradients(sam, scoring, calibration, seed)))

@@ -39,7 +39,7 @@ from slimsam_jax.pruning.allocation import Costs
 
 
 def project(sam: Sam, step: Prune, target: Target, calibration: Calibration, seed: int) -> Sam:
-    """As `plain_vit.project`; with the allocation "local" every stage keeps the same share of its stream."""
+    """As `plain_vit.project`; every stage keeps the same share of its stream, but for the allocation "global"."""
     if step.part == "bottleneck":
         return plain_vit.project_bottleneck(sam, step, target, calibration, seed, WAYS)
     ratio, along = target.channel_ratio(sam.config), along_streams(sam.config.encoder)
