@@ -87,12 +87,12 @@ def run(folder: Path, turns: int = 3) -> None:
     for name, config in COUNTED.items():
         if not results.find(FILE, {"model": name}):
             results.append(FILE, {"model": name, **counted(config())})
-    missing = turns - max((entry["turn"] + 1 for entry in results.read(FILE) if "turn" in entry), default=0)
-    if missing > 0:
-        models = stand_ins(folder)
-        for turn in range(turns - missing, turns):
-            for name, cost in zip(models, costs.measure(list(models.values())), strict=True):
-                results.append(FILE, {"model": name, "turn": turn, **cost})
+    timed = {(entry["model"], entry.get("turn")) for entry in results.read(FILE)}
+    missing = [[name for name in MODELS if (name, turn) not in timed] for turn in range(turns)]
+    models = stand_ins(folder) if any(missing) else {}
+    for turn, names in enumerate(missing):
+        for name, cost in zip(names, costs.measure([models[name] for name in names]) if names else [], strict=True):
+            results.append(FILE, {"model": name, "turn": turn, **cost})
     print("slimsam evaluate --model", *(str(folder / name) for name in MODELS))
 
 

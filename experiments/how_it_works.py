@@ -59,7 +59,7 @@ class Stage(NamedTuple):
 
 
 def main(recipes: tuple[str, ...] = tuple(STAGES), steps: int = 60, ratio: float = 0.5, seed: int = 0) -> None:
-    """Slim by recipes, keep a row of each stage, draw.
+    """Slim by recipes, keep a row of each stage, draw. What is there already is not made again.
 
     Args:
       recipes: of `STAGES`.
@@ -72,17 +72,26 @@ def main(recipes: tuple[str, ...] = tuple(STAGES), steps: int = 60, ratio: float
         raise InputError(f"no figure for {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     teacher = load_sam(data.embedded_teacher())
     for recipe in recipes:
+        key = {"recipe": recipe, "ratio": ratio, "seed": seed, "steps": steps}
+        if is_there(key):
+            continue
         with tempfile.TemporaryDirectory() as folder:  # --steps is of each of the paper's two distillations
             out = Path(folder) / "slim"
             options = Options(recipe=recipe, ratio=ratio, seed=seed, steps=steps // 2, out=out)
             stages, held_out = slimmed(options, teacher)
         for stage in stages:
-            key = {"recipe": recipe, "ratio": ratio, "seed": seed, "steps": steps, "stage": stage.title}
             numbers = {"error": stage.error, "agreement": stage.agreement, "embed_dim": stage.sam.config.embed_dim}
-            results.append(FILE, {**key, **numbers, "held_out": len(held_out)})
+            if not results.find(FILE, own := {**key, "stage": stage.title}):
+                results.append(FILE, {**own, **numbers, "held_out": len(held_out)})
             print(f"{recipe}, {stage.title}: error {stage.error:.2g}, agreement {stage.agreement:.4f}", flush=True)
         (shown,) = showcase.choose(teacher, held_out, 1)
         draw(stages, shown, FOLDER / f"steps_{recipe}.png")
+
+
+def is_there(key: dict[str, Any]) -> bool:
+    """Whether a recipe's run has a row of each stage, and its image."""
+    kept = {entry["stage"] for entry in results.find(FILE, key)}
+    return kept >= {*STAGES[key["recipe"]].values(), "the SAM"} and (FOLDER / f"steps_{key['recipe']}.png").exists()
 
 
 def slimmed(options: Options, teacher: Sam) -> tuple[list[Stage], list[data.Sample]]:

@@ -18,7 +18,7 @@ FILE = results.FOLDER / "reference.jsonl"
 
 
 def record(name: str, folder: Path, minutes: float | None = None, beside: str = "") -> None:
-    """Keep the learning curve of a finished training.
+    """Keep the learning curve of a finished training, once.
 
     Args:
       name: what the table calls it.
@@ -41,8 +41,8 @@ def record(name: str, folder: Path, minutes: float | None = None, beside: str = 
     for key in ("images", "val", "init", "decoder"):  # names alone: the paths are this machine's
         names = options.get(key) or []
         options[key] = Path(names).name if isinstance(names, str) else [Path(name).name for name in names]
-    times = {"minutes": minutes, "beside": beside}
-    results.append(FILE, {"row": name, "curve": curve, "losses": losses, **times, "provenance": provenance})
+    if not results.find(FILE, key := {"row": name, "curve": curve, "provenance": provenance}):
+        results.append(FILE, {**key, "losses": losses, "minutes": minutes, "beside": beside})
 
 
 def table() -> None:

@@ -68,8 +68,8 @@ def stale(final: bool, root: Path = ROOT) -> list[str]:
     problems = []
     if f"\nversion: {__version__}\n" not in (root / "CITATION.cff").read_text():
         problems.append(f"CITATION.cff does not say version: {__version__}")
-    series = re.escape(".".join(__version__.split(".")[:2]))
-    heading = re.search(rf"(?m)^## {series}\b.*$", (root / "docs" / "changelog.md").read_text())
+    version = re.escape(__version__.removesuffix(".0"))  # 0.3.0 may be called 0.3, and 0.3.1 nothing else
+    heading = re.search(rf"(?m)^## {version}(\.0)?(?![\w.]).*$", (root / "docs" / "changelog.md").read_text())
     if not heading:
         problems.append(f"docs/changelog.md has no heading for {__version__}")
     if final and heading and "not released" in heading[0]:
@@ -83,11 +83,15 @@ def build(out: Path) -> tuple[Path, Path]:
     """Returns sdist and wheel; the second is made of the first.
 
     Raises:
-      InputError: the package `build` is missing, or `out` has other files.
+      InputError: `out` is a file, or has other files.
+      RunError: the package `build` is missing, or fails.
     """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is no folder: give --out a new one")
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty: give --out a new folder")
-    said(sys.executable, "-m", "build", "--outdir", str(out), str(ROOT), hint="pip install -e '.[dev]'")
+    said(sys.executable, "-m", "build", "--version", hint="pip install -e '.[dev]'")
+    said(sys.executable, "-m", "build", "--outdir", str(out), str(ROOT))
     return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
 
 
@@ -150,14 +154,26 @@ def try_out(binaries: Path, empty: Path) -> None:
     if not Path(where).is_relative_to(binaries.parent):
         raise RunError(f"slimsam_jax is imported from {where}, not from the wheel")
     run(str(binaries / "slimsam"), "--help")
-    *_, last = run(str(binaries / "slimsam"), "compress").strip().splitlines()
-    following, program, *arguments = shlex.split(last)
-    if (following, program) != ("next", "slimsam"):
-        raise RunError(f"the last line of slimsam compress is no command of ours: {last}")
-    run(str(binaries / program), *arguments)
+    last = run(str(binaries / "slimsam"), "compress").strip().rpartition("\n")[2]
+    run(str(binaries / "slimsam"), *arguments_in(last))
     if not (empty / "mask.png").exists():
         raise RunError(f"{last} has drawn no mask.png")
     print("slimsam compress, then slimsam predict: done", flush=True)
+
+
+def arguments_in(line: str) -> list[str]:
+    """Returns what stands behind "next  slimsam", the last line of `slimsam compress`.
+
+    Raises:
+      RunError: there is no such command.
+    """
+    try:
+        following, program, *arguments = shlex.split(line)
+    except ValueError:  # fewer words, or an open quote
+        following = program = ""
+    if (following, program) != ("next", "slimsam"):
+        raise RunError(f"the last line of slimsam compress is no command of ours: {line!r}")
+    return arguments
 
 
 def said(*command: str, cwd: Path | None = None, hint: str = "", **variables: str) -> str:

@@ -5,140 +5,52 @@
     python -m experiments.remake --only pruning --teacher ...
 
 A part is done if `results/remade.jsonl` says so for code that has not changed since. Before a part begins, rows that
-other code measured leave its file: git has them. What is left is found by the part's own program and not done twice.
+its commands make again and that other code measured leave its file: git has them. Rows that are left are known to the
+part's own program and not measured twice, but for the minutes of `quantization_latency`, whose last rows count.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiments import results
+from experiments.parts import PARTS
 from slimsam_jax import cli
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import replacing
 
 LEDGER = results.FOLDER / "remade.jsonl"
-CODE = ("slimsam_jax/*.py", "converters/*.py", "experiments/*.py", ":(exclude)experiments/remake.py")
-WORK = "--teacher {teacher} --images {images} --val {val}"
-
-
-class Part(NamedTuple):
-    """What is run together.
-
-    Attributes:
-      hours: that it took, or would by counting, on two cores with little else to do.
-      file: of results, which the commands add to; "" keeps what they print in `remade.jsonl`.
-      commands: arguments of `python -m`, with options of this program in braces.
-    """
-
-    hours: float
-    file: str
-    commands: tuple[str, ...]
-
-
-# Hours: of slimming and pruning the sum that their rows say, as if every row were there; of distillers 73 CPU seconds
-# for 40 steps, times its steps; of reference the minutes of its rows; of the others what a first part of them took.
-PARTS = {
-    "teacher_cache": Part(0.05, "", ("experiments.teacher_cache {teacher} {val} --limit 20",)),
-    "how_it_works": Part(
-        0.1,
-        "how_it_works.jsonl",
-        (
-            "experiments.how_it_works --recipes taylor --steps 60",
-            "experiments.how_it_works --recipes default --steps 48",
-        ),
+# What no part runs, and no program of a part imports: changed, it leaves all numbers as they are.
+BESIDE = (
+    "slimsam_jax/demo/*",
+    "experiments/sa1b/*",
+    *(
+        f"experiments/{name}.py"
+        for name in (
+            "batch_norm",
+            "fast_sam_batch_norm",
+            "fast_sam_shapes",
+            "kills",
+            "notebooks",
+            "parts",
+            "prompts",
+            "release",
+            "remake",
+            "tables",
+            "tiny_vit_end_to_end",
+        )
     ),
-    "thresholds": Part(0.2, "", ("experiments.thresholds --images {images}",)),
-    "hierarchical": Part(
-        0.2,
-        "hierarchical.jsonl",
-        ("experiments.hierarchical run --teacher {teacher} --images {photos} {val}", "experiments.hierarchical table"),
-    ),
-    "families": Part(
-        0.3, "families.jsonl", ("experiments.families run --folder {work}/stand_ins", "experiments.families table")
-    ),
-    "speed": Part(
-        0.7,
-        "",
-        (
-            "experiments.bench --what forward --preset vit_b --images 3 --turns 2",
-            "experiments.bench --what forward --preset vit_p77 --images 3 --turns 2",
-            "experiments.bench --what embedding-stage --preset vit_p77 --images 1 --batch 1 --turns 2",
-            "experiments.bench --what bottleneck-stage --preset vit_p77 --images 1 --batch 1 --turns 2",
-            "experiments.bench --what embedding-stage --preset small_p50 --images 40 --turns 2",
-            "experiments.bench --what bottleneck-stage --preset small_p50 --images 40 --turns 2",
-            "experiments.bench --what bottleneck-stage --preset small_p50 --images 40 --turns 2 --cached",
-            "experiments.bench --what evaluation --preset small --images 30 --turns 3",
-            "experiments.bench --what everything --preset small --images 3 --turns 2",
-            "experiments.bench --what data --images 100 --turns 2",
-            "experiments.bench.families --preset vit_t --images 4 --turns 3",
-            "experiments.bench.families --preset rep_vit_m1 --images 4 --turns 3",
-            "experiments.bench.families --preset efficient_sam_ti --images 2 --turns 3",
-        ),
-    ),
-    "estimators": Part(1.0, "estimators.jsonl", (f"experiments.estimators run {WORK}", "experiments.estimators table")),
-    "quantization": Part(
-        2.0,
-        "quantization.jsonl",
-        (
-            "experiments.quantization run {teacher} --calibration {images} --images {val} --limit 12 --seeds 0 1 2",
-            "experiments.quantization table",
-        ),
-    ),
-    "quantization_latency": Part(
-        0.2,
-        "quantization_latency.jsonl",
-        (
-            "experiments.quantization_latency run {teacher} --calibration {images}",
-            "experiments.quantization_latency table",
-        ),
-    ),
-    "hiera": Part(
-        1.0,
-        "hiera.jsonl",
-        (
-            "experiments.hiera_end_to_end make --teacher {teacher} --images {images} --out {work}/hiera_small",
-            "experiments.hiera_end_to_end slim --teacher {work}/hiera_small --images {images} --val {val}",
-            "experiments.hiera_end_to_end table",
-        ),
-    ),
-    "reference": Part(
-        2.5,
-        "reference.jsonl",
-        (
-            "experiments.train_reference --images {images} --val {val} --decoder {teacher} --embed-dim 64 --heads 4 "
-            "--corrections 0 --prompts 2 --steps 6000 --validations 6 --val-images 30 --resume --out {work}/narrow",
-            "experiments.reference_results record --name narrow --folder {work}/narrow",
-            "experiments.reference_results table",
-        ),
-    ),
-    "pruning": Part(14, "pruning.jsonl", (f"experiments.pruning run {WORK}", "experiments.pruning table")),
-    "slimming": Part(
-        20,
-        "slimming.jsonl",
-        (
-            f"experiments.slimming run {WORK} --cache {{work}}/cache",
-            "experiments.slimming run --only narrow --teacher {work}/narrow --images {images} --val {val} "
-            "--cache {work}/cache",
-            "experiments.slimming table",
-        ),
-    ),
-    "distillers": Part(
-        110,
-        "distillers.jsonl",
-        (
-            f"experiments.distillers run {WORK} --cache {{work}}/cache",
-            f"experiments.distillers run --table weights {WORK} --cache {{work}}/cache",
-            "experiments.distillers table",
-        ),
-    ),
-}
+)
+CODE = ("slimsam_jax/*.py", "converters/*.py", "experiments/*.py", *(f":(exclude){name}" for name in BESIDE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,18 +108,31 @@ def make(name: str, options: Options) -> None:
     """
     part = PARTS[name]
     if part.file:
-        drop_stale(results.FOLDER / part.file)
+        drop_stale(results.FOLDER / part.file, part.rows)
     # A folder for this code alone: a training or a cache of other code would be taken for done.
-    work = options.work / git("rev-parse", "--short", "HEAD:slimsam_jax").stdout.strip()
+    work = options.work / (code_of(head()) or "")[:12]
     work.mkdir(parents=True, exist_ok=True)
-    start, printed, paths = time.time(), [], {**vars(options), "work": work}
+    start, printed, paths = time.time(), {}, {**vars(options), "work": work}
     for command in part.commands:
-        # Split before paths are put in: they may hold blanks.
-        arguments = [word.format(**paths) for word in command.split()]
+        if not (arguments := arguments_of(command, paths)):
+            print(f"{name}: the model of python -m {command.split()[0]} is there", flush=True)
+            continue
         print(f"{name}: python -m {' '.join(arguments)}", flush=True)
-        printed.append(run(arguments, name))
-    kept = {} if part.file else {"printed": dict(zip(part.commands, printed, strict=True))}
+        printed[command] = run(arguments, name)
+    kept = {} if part.file else {"printed": printed}
     results.append(LEDGER, {"part": name, "seconds": round(time.time() - start), **kept})
+
+
+def arguments_of(command: str, paths: Mapping[str, Any]) -> list[str]:
+    """Returns the arguments of `python -m`; none if the command makes a model that is there."""
+    # Split before paths are put in: they may hold blanks.
+    arguments = [word.format(**paths) for word in command.split()]
+    if "--out" not in arguments:
+        return arguments
+    out = Path(arguments[arguments.index("--out") + 1])
+    if (out / "checkpoints" / "origin.json").is_file():  # a training was stopped
+        return [*arguments, "--resume"]
+    return [] if (out / "config.json").is_file() else arguments
 
 
 def run(arguments: list[str], name: str) -> str:
@@ -226,48 +151,70 @@ def run(arguments: list[str], name: str) -> str:
     return "".join(lines)
 
 
-def drop_stale(file: Path) -> None:
-    """Takes rows that other code measured out of a file.
+def drop_stale(file: Path, rows: tuple[Mapping[str, Any], ...]) -> None:
+    """Takes rows that other code measured out of a file, if they are made again; says how many go and stay.
+
+    Args:
+      file: of results.
+      rows: which are made again, as a `Part` has it.
 
     Raises:
       InputError: git does not have them.
     """
-    entries = results.read(file)
-    fresh = [entry for entry in entries if of_this_code(entry)]
-    if len(fresh) == len(entries):
+    entries, code = results.read(file), code_of(head())
+    others = [entry for entry in entries if not is_of(entry, code)]
+    stale = [entry for entry in others if any(made.items() <= entry.items() for made in rows)]
+    if not stale:
         return
     if git("status", "--porcelain", "--", str(file)).stdout.strip():
-        stale = len(entries) - len(fresh)
-        raise InputError(f"{file.name}: {stale} rows of other code would go, and it has changes; commit it first")
+        raise InputError(f"{file.name}: {len(stale)} rows of other code would go, and it has changes; commit it first")
+    stay = f"; {left} that no command makes again stay" if (left := len(others) - len(stale)) else ""
+    print(f"{file.name}: {len(stale)} rows of other code go{stay}", flush=True)
     with replacing(file) as temporary:
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in fresh))
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries if entry not in stale))
 
 
-def of_this_code(entry: dict[str, Any]) -> bool:
-    """Whether no program that measures has changed since the entry's commit; False of one that git does not know."""
+def is_of(entry: dict[str, Any], code: str | None) -> bool:
+    """Whether the programs that measure were these at the entry's commit; False of one that git does not know."""
     commit = entry["machine"]["commit"]
-    return not commit.endswith("-dirty") and git("diff", "--quiet", commit, "HEAD", "--", *CODE).returncode == 0
+    return code is not None and not commit.endswith("-dirty") and code_of(commit) == code
+
+
+@functools.cache
+def code_of(commit: str) -> str | None:
+    """Returns a hash of the programs that measure, as a commit has them; None if git does not know it."""
+    nothing = git("hash-object", "-t", "tree", "/dev/null").stdout.strip()
+    # Not ls-tree: it takes no patterns.
+    files = git("diff-tree", "-r", nothing, commit, "--", *CODE)
+    return None if files.returncode else hashlib.sha256(files.stdout.encode()).hexdigest()
+
+
+def head() -> str:
+    """Returns the commit that is checked out now: results may be committed while this runs."""
+    return git("rev-parse", "HEAD").stdout.strip()
 
 
 def done(name: str) -> bool:
-    return any(map(of_this_code, results.find(LEDGER, {"part": name})))
+    code = code_of(head())
+    return any(is_of(entry, code) for entry in results.find(LEDGER, {"part": name}))
 
 
 def line_of(name: str) -> str:
     """Formats a part as a line of the list."""
     part = PARTS[name]
     entries = results.read(results.FOLDER / part.file) if part.file else []
-    fresh = sum(map(of_this_code, entries))
+    code = code_of(head())
+    fresh = sum(is_of(entry, code) for entry in entries)
     rows = f"{fresh} of {len(entries)} rows" if part.file else "what is printed"
     state = "done" if done(name) else "to be run"
-    return f"{name:<14} {part.hours:>6g}  {part.file or 'remade.jsonl':<20} {rows:<18} {state}"
+    return f"{name:<21} {part.hours:>6g}  {part.file or 'remade.jsonl':<27} {rows:<18} {state}"
 
 
 def git(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=results.FOLDER.parents[1])
 
 
-HEAD = f"{'part':<14} {'hours':>6}  {'file':<20} {'of this code':<18}"
+HEAD = f"{'part':<21} {'hours':>6}  {'file':<27} {'of this code':<18}"
 
 if __name__ == "__main__":
     cli.run(Options, main)

@@ -85,7 +85,7 @@ def main(
       dtype: of the exported models.
       threads: of onnxruntime-web; with 1, times compare best.
       cache: the folder for exported models and onnxruntime-web; slimsam_jax in the user's cache folder if not given.
-      install: fetch onnxruntime-web with npm (140 MB) before anything else, once; without --model, nothing else.
+      install: fetch onnxruntime-web with npm (150 MB) before anything else, once; without --model, nothing else.
     """
     cache = cache or default_cache()
     limits.check("--threads", threads, limits.Range(1, 256, True))

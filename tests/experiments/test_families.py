@@ -34,6 +34,22 @@ def test_tiny_sam_is_mobile_sam_with_other_weights(tmp_path, monkeypatch):
     assert families.cost_of("tiny_sam")["parameters"] == 1
 
 
+def test_each_model_is_timed_in_each_turn_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(families, "FILE", tmp_path / "families.jsonl")
+    monkeypatch.setattr(families, "COUNTED", {})
+    monkeypatch.setattr(families, "MODELS", {"a": None, "b": None})
+    monkeypatch.setattr(families, "stand_ins", lambda folder: {"a": "A", "b": "B"})
+    monkeypatch.setattr(results, "check_committed", lambda: None)
+    asked = []
+    monkeypatch.setattr(families.costs, "measure", lambda models: asked.append(models) or [{}] * len(models))
+    results.append(families.FILE, {"model": "a", "turn": 0})
+    results.append(families.FILE, {"model": "a", "turn": 2})
+    families.run(tmp_path)
+    assert asked == [["B"], ["A", "B"], ["B"]]
+    families.run(tmp_path)
+    assert len(asked) == 3
+
+
 def test_what_is_counted_by_shapes():
     found = families.counted(preset("vit_b"))
     assert found["parameters"] == 93_735_472  # as segment_anything's

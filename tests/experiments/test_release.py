@@ -71,9 +71,20 @@ def test_the_version_is_the_same_everywhere(tmp_path):
     (tmp_path / "docs" / "changelog.md").write_text("## 0.1\n")
     assert release.stale(False, tmp_path) == [f"docs/changelog.md has no heading for {VERSION}"]
     series = ".".join(VERSION.split(".")[:2])
+    (tmp_path / "docs" / "changelog.md").write_text(f"## {series}.1\n")  # another version's
+    assert release.stale(False, tmp_path) == [f"docs/changelog.md has no heading for {VERSION}"]
     (tmp_path / "docs" / "changelog.md").write_text(f"## {series} (not released)\n")
     (tmp_path / "CITATION.cff").write_text("version: 0.0.1\n")
     assert release.stale(False, tmp_path) == [f"CITATION.cff does not say version: {VERSION}"]
+
+
+def test_a_version_that_mends_has_a_heading_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "__version__", "0.3.1")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "CITATION.cff").write_text("title: x\nversion: 0.3.1\n")
+    for headings, lacking in (("## 0.3\n", 1), ("## 0.3.10\n## 0.3\n", 1), ("## 0.3.1\n\n## 0.3\n", 0)):
+        (tmp_path / "docs" / "changelog.md").write_text(headings)
+        assert len(release.stale(False, tmp_path)) == lacking
 
 
 def test_a_final_release_is_in_the_list_of_changes_and_committed(root):
@@ -94,3 +105,20 @@ def test_a_command_that_fails_is_one_line(tmp_path):
     (tmp_path / "full").write_text("")
     with pytest.raises(InputError, match="is not empty"):
         release.build(tmp_path)
+    with pytest.raises(InputError, match="full is no folder"):
+        release.build(tmp_path / "full")
+
+
+def test_only_a_missing_build_is_said_to_be_missing(tmp_path, monkeypatch):
+    hints = {}
+    monkeypatch.setattr(release, "said", lambda *command, hint="": hints.update({command[3]: hint}))
+    with pytest.raises(StopIteration):  # nothing is built
+        release.build(tmp_path / "dist")
+    assert hints == {"--version": "pip install -e '.[dev]'", "--outdir": ""}
+
+
+def test_the_command_of_the_last_line():
+    assert release.arguments_in("next  slimsam predict --model 'a b'") == ["predict", "--model", "a b"]
+    for line in ("", "next", "next  rm slim", "next  slimsam predict 'a"):
+        with pytest.raises(RunError, match="no command of ours"):
+            release.arguments_in(line)

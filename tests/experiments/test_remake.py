@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from experiments import remake, results
+from experiments.parts import PARTS, Part
+from slimsam_jax import cli
 from slimsam_jax.errors import InputError, RunError
 
 EXPERIMENTS = Path(results.__file__).parent
@@ -50,16 +54,35 @@ def write(name, *rows):
     return path
 
 
+def of_this_code(entry):
+    return remake.is_of(entry, remake.code_of(remake.head()))
+
+
 def test_rows_are_of_this_code_until_a_program_changes(checkout):
     first = checkout("1")
     entry = row(first, 1)
-    assert remake.of_this_code(entry)
+    assert of_this_code(entry)
     (results.FOLDER / "note.md").write_text("no program")
+    (results.FOLDER.parent / "release.py").write_text("measures nothing")
+    (results.FOLDER.parents[1] / "slimsam_jax" / "demo").mkdir()
+    (results.FOLDER.parents[1] / "slimsam_jax" / "demo" / "server.py").write_text("measures nothing")
     checkout("1")
-    assert remake.of_this_code(entry)
+    assert of_this_code(entry)
     checkout("2")
-    assert not remake.of_this_code(entry)
-    assert not remake.of_this_code(row(first + "-dirty", 1)) and not remake.of_this_code(row("0000000", 1))
+    assert not of_this_code(entry)
+    assert not of_this_code(row(first + "-dirty", 1)) and not of_this_code(row("0000000", 1))
+    checkout("1")  # again
+    assert of_this_code(entry)
+
+
+def test_git_is_asked_once_a_commit(checkout, monkeypatch):
+    commit = checkout("1")
+    asked, git = [], remake.git
+    monkeypatch.setattr(remake, "git", lambda *words: asked.append(words[0]) or git(*words))
+    remake.code_of.cache_clear()
+    code = remake.code_of(remake.head())
+    assert all(remake.is_of(row(commit, number), code) for number in range(20))
+    assert asked.count("diff-tree") <= 2
 
 
 def test_rows_of_other_code_leave_once_git_has_them(checkout):
@@ -68,23 +91,70 @@ def test_rows_of_other_code_leave_once_git_has_them(checkout):
     new = checkout("2")
     write("x.jsonl", row(old, 1), row(new, 2))
     with pytest.raises(InputError, match=r"x\.jsonl: 1 rows of other code would go"):
-        remake.drop_stale(file)
+        remake.drop_stale(file, ({},))
     assert len(results.read(file)) == 2
     checkout("2")
-    remake.drop_stale(file)
+    remake.drop_stale(file, ({},))
     assert [entry["row"] for entry in results.read(file)] == [2]
-    remake.drop_stale(file)  # is changed, and has nothing to lose
+    remake.drop_stale(file, ({},))  # is changed, and has nothing to lose
+
+
+def test_rows_that_no_command_makes_again_stay(checkout, capfd):
+    old = checkout("1")
+    file = write("x.jsonl", row(old, 1), row(old, 2) | {"steps": 40}, row(old, 3) | {"steps": 80})
+    checkout("2")
+    remake.drop_stale(file, ({"row": 1}, {"steps": 80}))
+    assert [entry["row"] for entry in results.read(file)] == [2]
+    assert capfd.readouterr().out == "x.jsonl: 2 rows of other code go; 1 that no command makes again stay\n"
+
+
+def test_the_rows_that_a_part_makes_are_those_of_its_commands():
+    named = {"images": "limit", "row": "name", "recipe": "recipes"}  # options of another name than the field
+    for name, part in PARTS.items():
+        said = " ".join(part.commands)
+        for field, value in ((field, value) for made in part.rows for field, value in made.items()):
+            known = f"--{named.get(field, field)} {value}" in said or (field, value) in {
+                ("model", remake.Options().teacher.stem),
+                ("distilled", True),
+            }
+            assert known, f"{name}: {field} {value}"
+    assert "experiments.quantization slim" in " ".join(PARTS["quantization"].commands)  # makes what is distilled
+
+
+def test_a_training_begins_goes_on_or_is_there(tmp_path):
+    (command,) = (each for each in PARTS["reference"].commands if "train_reference" in each)
+    paths = {"work": tmp_path, "images": "train", "val": "val", "teacher": "a b.pth"}
+    begun = remake.arguments_of(command, paths)
+    assert "--resume" not in begun and "a b.pth" in begun
+    origin = tmp_path / "narrow" / "checkpoints" / "origin.json"
+    origin.parent.mkdir(parents=True)
+    origin.write_text("{}")
+    (tmp_path / "narrow" / "config.json").write_text("{}")  # written before the checkpoints go
+    assert remake.arguments_of(command, paths) == [*begun, "--resume"]
+    origin.unlink()
+    assert remake.arguments_of(command, paths) == []
+
+
+def test_what_a_part_reads_of_the_working_folder_it_makes_first():
+    for name, part in PARTS.items():
+        words = [word for command in part.commands for word in command.split()]
+        for command in part.commands:
+            asked = command.partition("--teacher")[2].split("--")[0].split()
+            asked += command.partition("--folder")[2].split()[:1] if "record" in command else []
+            for folder in (word for word in asked if word.startswith("{work}")):
+                made = words.index("--out")
+                assert words[made + 1] == folder and made < words.index(folder, made + 2), f"{name}: {folder}"
 
 
 def test_a_part_is_made_once_and_what_fails_is_not_done(checkout, monkeypatch, tmp_path, capfd):
     checkout("1")
     options = remake.Options(only="one", work=tmp_path / "work", teacher=tmp_path)
-    broken = remake.Part(1, "", ("json.tool {teacher}",))
+    broken = Part(1, "", ("json.tool {teacher}",))
     monkeypatch.setattr(remake, "PARTS", {"one": broken})
     with pytest.raises(RunError, match=r"one: python -m json\.tool ended with"):
         remake.main(options)
     assert not remake.done("one")
-    monkeypatch.setattr(remake, "PARTS", {"one": remake.Part(1, "", ("this",))})
+    monkeypatch.setattr(remake, "PARTS", {"one": Part(1, "", ("this",))})
     remake.main(options)
     remake.main(options)
     assert "done by this code" in capfd.readouterr().out
@@ -107,16 +177,73 @@ def test_the_list_is_in_the_order_of_hours(checkout, capfd):
     assert len(lines) == len(remake.PARTS) and hours == sorted(hours)
 
 
-def test_every_file_of_results_is_made_by_a_part_whose_programs_exist():
-    files = {part.file for part in remake.PARTS.values()} | {remake.LEDGER.name}
+def test_every_file_of_results_is_made_by_a_part():
+    files = {part.file for part in PARTS.values()} | {remake.LEDGER.name}
     assert {path.name for path in results.FOLDER.glob("*.jsonl")} <= files
-    for name, part in remake.PARTS.items():
-        for command in part.commands:
-            module, *words = command.split()
-            assert importlib.util.find_spec(module), f"{name}: {module}"
-            assert {word.partition("}")[0] for word in words if word.startswith("{")} <= {
-                "{teacher", "{images", "{val", "{photos", "{work"
-            }  # fmt: skip
+
+
+EACH = {command: name for name, part in PARTS.items() for command in part.commands}
+
+
+@pytest.mark.parametrize("command", EACH, ids=lambda command: command.removeprefix("experiments."))
+def test_a_program_takes_what_a_part_gives_it(command, tmp_path, monkeypatch):
+    paths = {name: tmp_path / name for name in ("teacher", "images", "val", "photos", "work")}
+    program, *given = remake.arguments_of(command, paths)
+    monkeypatch.setattr(sys, "argv", [program, *given])
+    arguments = arguments_of_program(program)
+    cli.check_no_repetition(given)
+    options = cli.parse(arguments)
+    if hasattr(options, "check"):
+        options.check()  # of a folder that is not there yet
+
+
+def arguments_of_program(name):
+    """What a program parses its command line into, by its last lines; its functions do nothing."""
+    if importlib.util.find_spec(name).submodule_search_locations:
+        name += ".__main__"
+    module = importlib.import_module(name)
+    last = ast.parse(Path(module.__file__).read_text()).body[-1]
+    (call,) = (
+        node
+        for node in ast.walk(last)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("cli.run", "tyro.cli")
+    )
+    arguments = eval(ast.unparse(call.args[0]), vars(module))
+    if isinstance(arguments, dict):
+        return {each: idle(function) for each, function in arguments.items()}
+    return arguments if isinstance(arguments, type) else idle(arguments)
+
+
+def idle(function):
+    """A function with the same arguments that does nothing."""
+    return functools.wraps(function)(lambda *_, **__: None)
+
+
+def test_nothing_that_a_part_runs_is_beside_its_code():
+    beside = {path for pattern in remake.BESIDE for path in EXPERIMENTS.parent.glob(pattern) if path.suffix == ".py"}
+    assert {path.name for path in beside} >= {"release.py", "notebooks.py", "server.py", "hours.py"}
+    others = {
+        path
+        for room in ("slimsam_jax", "converters", "experiments")
+        for path in (EXPERIMENTS.parent / room).rglob("*.py")
+    }
+    run = {importlib.util.find_spec(command.split()[0]).origin for command in EACH}
+    assert not run & set(map(str, beside))
+    names = {
+        ".".join(path.relative_to(EXPERIMENTS.parent).with_suffix("").parts).removesuffix(".__init__")
+        for path in beside
+    }
+    for path in others - beside:
+        assert not names.intersection(imported(path)), path
+
+
+def imported(path):
+    """Names that a file imports, as modules and as what may be one in a package."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (node.module, *(f"{node.module}.{each.name}" for each in node.names))
+        elif isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
 
 
 def test_whoever_keeps_results_refuses_code_that_no_commit_holds():

@@ -1,0 +1,146 @@
+"""The parts that `experiments.remake` makes anew: commands, the hours that they take, and the rows that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+WORK = "--teacher {teacher} --images {images} --val {val}"
+# Of several parts: whichever comes first trains it.
+NARROW = (
+    "experiments.train_reference --images {images} --val {val} --decoder {teacher} --embed-dim 64 --heads 4 "
+    "--corrections 0 --prompts 2 --steps 6000 --validations 6 --val-images 30 --out {work}/narrow"
+)
+
+
+class Part(NamedTuple):
+    """What is run together.
+
+    Attributes:
+      hours: that it took, or would by counting, on two cores with little else to do.
+      file: of results, which the commands add to; "" keeps what they print in `remade.jsonl`.
+      commands: arguments of `python -m`, with options of this program in braces. One that makes a model folder, --out,
+        goes on where it was stopped, and is left out if the model is there.
+      rows: which of the file the commands make again: values of some fields, a set for each kind; all by default.
+    """
+
+    hours: float
+    file: str
+    commands: tuple[str, ...]
+    rows: tuple[Mapping[str, Any], ...] = ({},)
+
+
+# Hours: of slimming and pruning the sum that their rows say, as if every row were there; of distillers 73 CPU seconds
+# for 40 steps, times its steps; of reference the minutes of its rows; of teachers 36 times the two minutes of a row of
+# pruning; of quantization 15 s a row, and a second of slimming for a step; of the others what a first part took.
+PARTS = {
+    "teacher_cache": Part(0.05, "", ("experiments.teacher_cache {teacher} {val} --limit 20",)),
+    "how_it_works": Part(
+        0.1,
+        "how_it_works.jsonl",
+        (
+            "experiments.how_it_works --recipes taylor --steps 60",
+            "experiments.how_it_works --recipes default --steps 48",
+        ),
+        ({"recipe": "taylor", "steps": 60}, {"recipe": "default", "steps": 48}),
+    ),
+    "thresholds": Part(0.2, "", ("experiments.thresholds --images {images}",)),
+    "hierarchical": Part(
+        0.2,
+        "hierarchical.jsonl",
+        ("experiments.hierarchical run --teacher {teacher} --images {photos} {val}", "experiments.hierarchical table"),
+    ),
+    "families": Part(
+        0.3, "families.jsonl", ("experiments.families run --folder {work}/stand_ins", "experiments.families table")
+    ),
+    "speed": Part(
+        0.7,
+        "",
+        (
+            "experiments.bench --what forward --preset vit_b --images 3 --turns 2",
+            "experiments.bench --what forward --preset vit_p77 --images 3 --turns 2",
+            "experiments.bench --what embedding-stage --preset vit_p77 --images 1 --batch 1 --turns 2",
+            "experiments.bench --what bottleneck-stage --preset vit_p77 --images 1 --batch 1 --turns 2",
+            "experiments.bench --what embedding-stage --preset small_p50 --images 40 --turns 2",
+            "experiments.bench --what bottleneck-stage --preset small_p50 --images 40 --turns 2",
+            "experiments.bench --what bottleneck-stage --preset small_p50 --images 40 --turns 2 --cached",
+            "experiments.bench --what evaluation --preset small --images 30 --turns 3",
+            "experiments.bench --what everything --preset small --images 3 --turns 2",
+            "experiments.bench --what data --images 100 --turns 2",
+            "experiments.bench.families --preset vit_t --images 4 --turns 3",
+            "experiments.bench.families --preset rep_vit_m1 --images 4 --turns 3",
+            "experiments.bench.families --preset efficient_sam_ti --images 2 --turns 3",
+        ),
+    ),
+    "estimators": Part(1.0, "estimators.jsonl", (f"experiments.estimators run {WORK}", "experiments.estimators table")),
+    "quantization": Part(
+        2.5,
+        "quantization.jsonl",
+        (
+            "experiments.quantization run {teacher} --calibration {images} --images {val} --limit 12 --seeds 0 1 2",
+            "experiments.quantization slim {teacher} --calibration {images} --images {val} --limit 12 --seeds 0 1 2 "
+            "--folder {work}/slim_models",
+            "experiments.quantization table",
+        ),
+        ({"model": "sam_small_256", "images": 12}, {"distilled": True, "images": 12}),
+    ),
+    "quantization_latency": Part(
+        0.2,
+        "quantization_latency.jsonl",
+        (
+            "experiments.quantization_latency run {teacher} --calibration {images}",
+            "experiments.quantization_latency table",
+        ),
+    ),
+    "hiera": Part(
+        1.0,
+        "hiera.jsonl",
+        (
+            "experiments.hiera_end_to_end make --teacher {teacher} --images {images} --out {work}/hiera_small",
+            "experiments.hiera_end_to_end slim --teacher {work}/hiera_small --images {images} --val {val} --steps 120",
+            "experiments.hiera_end_to_end table",
+        ),
+        ({"steps": 120},),
+    ),
+    "teachers": Part(
+        1.2,
+        "teachers.jsonl",
+        (
+            NARROW,
+            "experiments.teachers run --teachers {teacher} {work}/narrow --images {images} --val {photos}",
+            "experiments.teachers table",
+        ),
+    ),
+    "reference": Part(
+        2.5,
+        "reference.jsonl",
+        (
+            NARROW,
+            "experiments.reference_results record --name narrow --folder {work}/narrow",
+            "experiments.reference_results table",
+        ),
+        ({"row": "narrow"},),
+    ),
+    "pruning": Part(14, "pruning.jsonl", (f"experiments.pruning run {WORK}", "experiments.pruning table")),
+    "slimming": Part(
+        20,
+        "slimming.jsonl",
+        (
+            NARROW,
+            f"experiments.slimming run {WORK} --cache {{work}}/cache",
+            "experiments.slimming run --only narrow --teacher {work}/narrow --images {images} --val {val} "
+            "--cache {work}/cache",
+            "experiments.slimming table",
+        ),
+    ),
+    "distillers": Part(
+        110,
+        "distillers.jsonl",
+        (
+            f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 600",
+            f"experiments.distillers run --table weights {WORK} --cache {{work}}/cache --steps 600",
+            "experiments.distillers table",
+        ),
+        ({"steps": 600},),
+    ),
+}
