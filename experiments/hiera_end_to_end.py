@@ -39,7 +39,7 @@ from slimsam_jax.progress import track
 
 FILE = results.FOLDER / "hiera.jsonl"
 BATCH, CLICKS = 8, 4
-PLAN = distillers.Plan(images=(200,), steps=120, seeds=(0,), chosen_on=10, measured_on=40)
+PLAN = distillers.Plan(images=(200,), steps=80, seeds=(0,), chosen_on=10, measured_on=40)
 METHODS = {
     f"{recipe}, {100 * ratio:.0f} %": distillers.Method(recipe, ratio=ratio)
     for ratio in (0.5, 0.77)

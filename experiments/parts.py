@@ -97,10 +97,10 @@ PARTS = {
         "hiera.jsonl",
         (
             "experiments.hiera_end_to_end make --teacher {teacher} --images {images} --out {work}/hiera_small",
-            "experiments.hiera_end_to_end slim --teacher {work}/hiera_small --images {images} --val {val} --steps 120",
+            "experiments.hiera_end_to_end slim --teacher {work}/hiera_small --images {images} --val {val} --steps 80",
             "experiments.hiera_end_to_end table",
         ),
-        ({"steps": 120},),
+        ({"steps": 80},),
     ),
     "teachers": Part(
         1.2,
