@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import slimsam_jax
 from experiments import distillers, results
 from slimsam_jax import cli, data
+from slimsam_jax.compression.student import where_they_agree
 from slimsam_jax.compression.trainer import masks_at_clicks
 from slimsam_jax.data.augment import flip_and_crop
 from slimsam_jax.data.batches import Batches
@@ -85,19 +86,8 @@ def begun(teacher: Sam, encoder: Config, seed: int) -> Sam:
     params = jax.jit(init, static_argnums=0)(config, jax.random.key(seed))
     zero = functools.partial(jax.tree.map, jnp.zeros_like)
     own = {name: zero(x) if name.startswith("high_res") else x for name, x in params["image_encoder"].items()}
-    given = {part: taken(params[part], teacher.params[part]) for part in ("prompt_encoder", "mask_decoder")}
+    given = {part: where_they_agree(params[part], teacher.params[part]) for part in ("prompt_encoder", "mask_decoder")}
     return Sam(config, {"image_encoder": own, **given})
-
-
-def taken(params: Params, given: Params) -> Params:
-    """`params` with those arrays of `given` that have the same path and shape."""
-    known = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(given)}
-
-    def of(path: Any, leaf: jax.Array) -> jax.Array:
-        other = known.get(jax.tree_util.keystr(path))
-        return leaf if other is None or other.shape != leaf.shape else jnp.asarray(other)
-
-    return jax.tree_util.tree_map_with_path(of, params)
 
 
 def learned(

@@ -169,7 +169,7 @@ def why_nothing(generator: SamAutomaticMaskGenerator | FastSamMaskGenerator, sam
         best.append(f"the best {words} is {values.max():.2f} ({option} is {threshold:.2f})")
         if getattr(lower, name) < threshold:
             options.append(f"{option} {getattr(lower, name):.2f}")
-    hint = "" if generator.sam.thresholds else "; python -m slimsam_jax.calibrate gives the model thresholds of its own"
+    hint = "" if generator.sam.thresholds else f"; {cli.called('calibrate')} gives the model thresholds of its own"
     return f"no mask was kept. Of {asked} {' and '.join(best)}: lower to, say, {' '.join(options)}{hint}"
 
 

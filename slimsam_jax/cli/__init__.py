@@ -121,6 +121,11 @@ def _name() -> str | None:
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
 
 
+def called(name: str) -> str:
+    """How another program is called by who called this one: "slimsam predict", or by `python -m`."""
+    return f"slimsam {name}" if program else f"python -m slimsam_jax.{name}"
+
+
 def check_no_repetition(arguments: list[str]) -> None:
     """Raises InputError for an option given twice, of which tyro would silently take the last."""
     names = [_option(argument) for argument in arguments if argument.startswith("--") and argument != "--"]

@@ -123,9 +123,8 @@ def say_what_to_do(out: Path, val: Sequence[Sample]) -> None:
     photo = next((sample for sample in val if Path(sample.name).is_file()), None)
     size = photo.image().size if photo else None
     image, point = (photo.name, f"{size[0] // 2},{size[1] // 2}") if photo else ("PHOTO", "X,Y")
-    program = ["slimsam", "predict"] if cli.program else ["python", "-m", "slimsam_jax.predict"]
     arguments = ["--model", str(out), "--image", image, "--point", point, "--out", "mask.png"]
-    say("next", shlex.join([*program, *arguments]))
+    say("next", f"{cli.called('predict')} {shlex.join(arguments)}")
 
 
 def calibrated(run: Run, student: Sam) -> Sam:

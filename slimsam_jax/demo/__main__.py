@@ -58,7 +58,7 @@ def find_runtime(folder: Path) -> Path:
     if not all((dist / name).is_file() for name in RUNTIME_FILES):
         option = "" if folder == default_cache() else f" --cache {folder}"
         raise InputError(
-            f"the page needs onnxruntime-web, which is not in {folder}: python -m slimsam_jax.demo --install{option}"
+            f"the page needs onnxruntime-web, which is not in {folder}: {cli.called('demo')} --install{option}"
             f" (or npm install {RUNTIME} --prefix {folder})"
         )
     return dist

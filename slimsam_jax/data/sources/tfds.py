@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from slimsam_jax import cli
 from slimsam_jax.data.sample import Sample
 from slimsam_jax.errors import InputError, printable, reading
 from slimsam_jax.files import read_bytes, regular
@@ -79,7 +80,7 @@ def _prepared(folder: Path) -> Path:
     if len(folders) != 1:
         raise InputError(
             f"tfds:{folder} holds {len(folders) or 'no'} prepared data sets (dataset_info.json), and one is needed; "
-            "python -m slimsam_jax.data prepare makes one"
+            f"{cli.called('data')} prepare makes one"
         )
     return folders[0]
 
