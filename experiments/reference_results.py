@@ -10,13 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments import results
+from experiments import figures, results
 from slimsam_jax import cli
 from slimsam_jax.errors import InputError, reading
 from slimsam_jax.files import replacing
 
 FILE = results.FOLDER / "reference.jsonl"
-FIGURE = results.FOLDER.parent / "figures" / "teacher.png"
 
 
 def record(name: str, folder: Path, minutes: float | None = None, beside: str = "", after: int = 0) -> None:
@@ -85,7 +84,8 @@ def draw(runs: list[dict[str, Any]]) -> None:
     axes.set(xlabel="steps", ylabel="mIoU on held-out composites, %")
     axes.grid(alpha=0.3)
     axes.legend()
-    with replacing(FIGURE) as temporary:
+    figures.FOLDER.mkdir(exist_ok=True)
+    with replacing(figures.FOLDER / "teacher.png") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
