@@ -89,9 +89,11 @@ def of_prompt(
 
 
 def table() -> None:
-    """Write experiments/tables/teacher_card.md."""
+    """Write experiments/tables/teacher_card.md, once there are rows."""
     lines = [HEAD, "|---" * 8 + "|"]
     last = {(entry["data"], entry["teacher"]): entry for entry in results.read(FILE)}  # the newest of a name
+    if not last:
+        return
     lines += [_line(last[key]) for key in sorted(last)]
     title, command = "What teachers know", "python -m experiments.teacher_card table"
     results.write_table("teacher_card", title, lines, command, "../reference_teacher.md")

@@ -92,8 +92,9 @@ class Bench(pruning.Bench):
 
 
 def table() -> None:
-    """Write experiments/tables/teachers.md."""
-    entries = results.read(FILE)
+    """Write experiments/tables/teachers.md, once there are rows."""
+    if not (entries := results.read(FILE)):
+        return
     lines = ["| teacher | directions for 99 %, 99.9 % | ratio | cut by | error | agreement | seeds |", "|---" * 7 + "|"]
     for entry in (entry for entry in entries if entry["what"] == "spectrum"):
         shares = ", ".join(f"{100 * entry[f'{share:g}']:.0f} %" for share in SHARES)
