@@ -3,7 +3,7 @@
     python -m experiments.teacher_card run sam_small_256.pth sam_small_v2 --images composites_val bsds_val --limit 100
     python -m experiments.teacher_card table
 
-A row is of a model and a folder of annotated images. "Sure" is what the model says that the IoU of its masks is.
+A row is of a model and a folder of annotated images. All outputs of a click are asked what they think their IoU is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from slimsam_jax.progress import track
 
 FILE = results.FOLDER / "teacher_card.jsonl"
 CLICKS = 5
-HEAD = "| teacher | images | point | box | best of three | after 2, 3, 4, 5 clicks | says of itself, is | off by |"
+HEAD = (
+    "| teacher | images | point | box | best of three | after 2, 3, 4, 5 clicks | predicted and true IoU of all outputs "
+    "| off by: all, single mask |"
+)
 
 
 def run(models: Positional[tuple[Path, ...]], images: tuple[str, ...], limit: int = 100) -> None:
@@ -74,6 +77,7 @@ def of_image(sam: Sam, sample: data.Sample) -> dict[str, Any]:
         "predicted": predicted.mean(),
         "true": ious.mean(),
         "off_by": np.abs(predicted - ious).mean(),
+        "single_off_by": np.abs(predicted - ious)[:, 0].mean(),
         "clicks": click_ious(sam, encoded, annotations, CLICKS).mean(0),
     }
 
@@ -103,7 +107,8 @@ def _line(entry: dict[str, Any]) -> str:
     percent = lambda value: f"{100 * value:.1f}"
     single = [percent(entry[f"{name}_miou"]) for name in ("point", "box", "oracle")]
     clicks = ", ".join(map(percent, entry["clicks"][1:]))
-    sure = f"{percent(entry['predicted'])}, {percent(entry['true'])} | {percent(entry['off_by'])}"
+    off_by = f"{percent(entry['off_by'])}, {percent(entry['single_off_by'])}"
+    sure = f"{percent(entry['predicted'])}, {percent(entry['true'])} | {off_by}"
     images = f"{entry['images']} of {entry['data']}"
     return f"| {results.called(entry['teacher'])} | {images} | {' | '.join(single)} | {clicks} | {sure} |"
 

@@ -53,7 +53,7 @@ def test_weights_that_float16_cannot_hold_are_refused(material, tmp_path):
 
 def test_a_card_says_what_a_model_says_of_its_masks(material, monkeypatch):
     ious = {"point": [[0.5, 0.2, 0.8], [0.7, 0.4, 0.4]], "box": [[0.9, 0.0, 0.0], [0.7, 0.0, 0.0]]}
-    said = np.array([[0.6, 0.2, 0.6], [0.6, 0.4, 0.6]])
+    said = np.array([[0.6, 0.2, 0.7], [0.6, 0.4, 0.6]])
     monkeypatch.setattr(teacher_card, "of_prompt", lambda *args: (np.array(ious[args[-1]]), said))
     monkeypatch.setattr(teacher_card, "click_ious", lambda *_: np.array([[0.6, 0.7, 0.7, 0.8, 0.8]] * 2))
     for _ in range(2):  # the second has nothing to do
@@ -62,7 +62,7 @@ def test_a_card_says_what_a_model_says_of_its_masks(material, monkeypatch):
     assert entry["images"] == 1 and entry["data"] == "val"
     teacher_card.table()
     line = (results.TABLE_FOLDER / "teacher_card.md").read_text().splitlines()[-1]
-    assert line == "| teacher | 1 of val | 60.0 | 80.0 | 60.0 | 70.0, 70.0, 80.0, 80.0 | 50.0, 50.0 | 10.0 |"
+    assert line == "| teacher | 1 of val | 60.0 | 80.0 | 60.0 | 70.0, 70.0, 80.0, 80.0 | 51.7, 50.0 | 8.3, 10.0 |"
 
 
 def test_masks_are_measured_against_what_is_annotated(material):
