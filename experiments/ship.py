@@ -32,7 +32,7 @@ def main(model: Positional[Path], out: Path, images: tuple[str, ...] = (), count
     check_empty(out)
     trained = check_sam(checkpoint.load(model))
     half = jax.tree.map(lambda array: np.asarray(array, np.float16), trained.params)
-    sam = dataclasses.replace(trained, params=half, provenance=origin(model, trained.provenance))
+    sam = dataclasses.replace(trained, params=half, provenance=origin(out.name, model, trained.provenance))
     checkpoint.save(sam, out)
     again = check_sam(checkpoint.load(out))  # which refuses what float16 cannot hold
     thresholds = calibrate(again, data.find(images or [data.embedded_images()]), images=count)
@@ -41,10 +41,10 @@ def main(model: Positional[Path], out: Path, images: tuple[str, ...] = (), count
     print(f"{out}: {size / 1e6:.1f} MB, {thresholds.to_json()}")
 
 
-def origin(model: Path, provenance: dict[str, Any]) -> dict[str, Any]:
+def origin(name: str, model: Path, provenance: dict[str, Any]) -> dict[str, Any]:
     """What the config of the model that ships says of the training: files by their names alone."""
-    fields = {"sha256": checkpoint.sha256(model), "note": "stored in float16, read as float32"}
-    return fields | (without_paths(provenance) if provenance else {})
+    fields = {"source": name, "sha256": checkpoint.sha256(model), "note": "stored in float16, read as float32"}
+    return fields | ({"training": without_paths(provenance)} if provenance else {})
 
 
 if __name__ == "__main__":

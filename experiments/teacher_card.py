@@ -31,8 +31,9 @@ from slimsam_jax.progress import track
 FILE = results.FOLDER / "teacher_card.jsonl"
 CLICKS = 5
 HEAD = (
-    "| teacher | images | point | box | best of three | after 2, 3, 4, 5 clicks | predicted and true IoU of all outputs "
-    "| off by: all, single mask |"
+    "| teacher | images | point | box | best of three | after 2, 3, 4, 5 clicks "
+    "| predicted and true IoU of all outputs | "
+    "off by: all, single mask |"
 )
 
 
