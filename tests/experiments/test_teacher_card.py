@@ -12,6 +12,7 @@ from experiments import figures, reference_results, results, ship, teacher_card
 from helpers.models import SQUARE, random_sam
 from slimsam_jax import checkpoint, data
 from slimsam_jax.errors import InputError
+from slimsam_jax.inference.calibration import USUAL, Shares, fitting, scores
 
 
 @pytest.fixture(autouse=True)
@@ -27,19 +28,23 @@ def test_a_shipped_model_is_the_trained_one_in_half_the_bytes(material, tmp_path
     options = {"composites": "/home/me/pack", "val": ["/home/me/val"], "init": "/home/me/first", "steps": 3}
     trained = dataclasses.replace(random_sam(SQUARE), provenance={"options": options, "dtype": "float32"})
     checkpoint.save(trained, tmp_path / "trained")
-    ship.main(tmp_path / "trained", tmp_path / "shipped", (str(material / "images"),), count=2)
+    ship.main(tmp_path / "trained", tmp_path / "shipped", (str(material / "images"),), count=2, shares=(0.5, 0.25))
     shipped = checkpoint.load(tmp_path / "shipped")
     before, after = (checkpoint.flax.traverse_util.flatten_dict(sam.params) for sam in (trained, shipped))
     assert all(np.array_equal(np.float16(before[name]), after[name]) for name in before)
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("shipped", "trained")]
     assert sizes[0] < 0.6 * sizes[1]
-    assert shipped.thresholds and "/home" not in (tmp_path / "shipped" / "config.json").read_text()
+    found = scores(shipped, data.find([material / "images"]), images=2)
+    assert shipped.thresholds == fitting(found, Shares(0.5, 0.25)) != fitting(found, USUAL)
+    assert "/home" not in (tmp_path / "shipped" / "config.json").read_text()
     training = shipped.provenance["training"]
     wanted = {"composites": "pack", "val": ["val"], "init": "first", "steps": 3, "images": [], "decoder": []}
     assert training["options"] == wanted
     assert shipped.provenance["sha256"] == checkpoint.sha256(tmp_path / "trained")
     with pytest.raises(InputError, match="not empty"):
         ship.main(tmp_path / "trained", tmp_path / "shipped")
+    with pytest.raises(InputError, match="0 < second <= first <= 1"):
+        ship.main(tmp_path / "trained", tmp_path / "another", shares=(0.1, 0.2))
 
 
 def test_weights_that_float16_cannot_hold_are_refused(material, tmp_path):
