@@ -6,8 +6,8 @@
 # Appends to OUT/results.txt; OUT/teacher is a run folder of experiments.train_reference (it resumes what it finds).
 # DIR of --pack and --val are made before by `python -m experiments.reference_data` and travel with the checkout, as
 # may wheels of packages that the machine lacks. --dry takes tiny sizes on the CPU, to see that every line still runs.
-# At most nine minutes: 60 s for the forms of attention, 60 for the forward pass, 90 for a step of distillation, 330 for
-# the teacher.
+# At most nine minutes: 60 s for the forms of attention, 60 for the forward pass, 90 for a step of distillation, 60 each
+# for a plan and for what it planned (real memory and time beside it, a line each), 210 for the teacher.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?where to write}; shift
@@ -42,10 +42,12 @@ part() { # NAME SECONDS COMMAND...: runs it, and says in the results how it ende
 if [ -n "$dry" ]; then
   export JAX_PLATFORMS=cpu
   patience=10
-  slim=small_p50 images=1 turns=1 runs=1 steps="--steps 2 --batch 2 --validations 1 --val-images 1 --workers 1"
+  slim=small_p50 images=1 turns=1 runs=1 teacher=small on=cpu
+  steps="--steps 2 --batch 2 --validations 1 --val-images 1 --workers 1"
 else
   patience=1
-  slim=vit_p77 images=40 turns=2 runs=20
+  slim=vit_p77 images=40 turns=2 runs=20 teacher=vit_b
+  on=$(nvidia-smi -L 2>/dev/null | grep -oiE 'h100|h200|a100' | head -1 | tr A-Z a-z)
   steps="--steps 100000 --batch 128 --prompts 8 --workers 14 --validations 200 --val-images 50 --save-every 200"
 fi
 (nvidia-smi -L || echo "no GPU") >>"$results" 2>/dev/null
@@ -54,9 +56,12 @@ part attention 60 $python -m experiments.bench.attention --preset $slim --runs $
 part forward 60 $python -m experiments.bench --what forward --preset $slim --images $images --turns $turns \
   $([ -n "$dry" ] || echo --compile)
 part step 90 $python -m experiments.bench --what bottleneck-stage --preset $slim --images $images --turns $turns
+part plan 60 $python -m slimsam_jax.plan --teacher $teacher --ratio 0.77 --per-device 1 --on "${on:-h100}" \
+  --only distill --out "$out/plan.json"
+part planned 60 $python -m experiments.bench.planned "$out/plan.json" --runs $runs
 if [ -n "$pack" ]; then
   resume=; [ -e "$out/teacher/log.jsonl" ] && resume=--resume
-  part teacher 330 $python -m experiments.train_reference --composites "$pack" \
+  part teacher 210 $python -m experiments.train_reference --composites "$pack" \
     --val "$val" --out "$out/teacher" --schedule warm --learning-rate 5e-4 --ema 0.999 --crop 1 --keep last \
     $steps ${init:+--init "$init"} $resume
 fi

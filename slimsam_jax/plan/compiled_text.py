@@ -17,6 +17,8 @@ HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .* )?\{$")
 # Of these nothing is read or written: names for what is there, and what other computations do.
 NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "call"}
 NOTHING |= {"conditional", "partition-id", "replica-id", "iota", "async-start", "async-update"}
+TPU_START = "async-collective-start"  # the name of a fusion with the collective in it
+CALLS = ("while", "call", "conditional")
 SLICES = ("dynamic-slice", "slice", "gather")  # read as much of their first operand as they give
 IN_PLACE = ("dynamic-update-slice", "scatter")  # write into their first operand, and leave the rest of it alone
 SAME = (
@@ -51,26 +53,44 @@ class Traffic(NamedTuple):
         cache keeps from one operation to the next is counted as read, so it is an estimate.
       collectives: {kind: (how often, bytes of the results)}.
       unknown_loops: loops that do not say how often they turn, counted once.
+      beside: of the collectives' bytes those that travel while something else is computed.
     """
 
     moved: int
     collectives: dict[str, tuple[int, int]]
     unknown_loops: int
+    beside: int = 0
 
 
 def traffic(text: str) -> Traffic:
     """Returns what the program of this text moves and sends, each loop as often as it turns."""
     computations, entry = parse(text)
-    moved, unknown, sent = 0, 0, dict.fromkeys(COLLECTIVES, (0, 0))
+    moved, unknown, beside, sent = 0, 0, 0, dict.fromkeys(COLLECTIVES, (0, 0))
+    meanwhile = {name for operations in computations.values() for name in _meanwhile(operations)}
     for operation, sizes, times in _walk(computations, entry, 1):
-        kind = operation.kind.removesuffix("-start")
-        if kind in sent:
-            count, size = sent[kind]
-            sent[kind] = count + times, size + times * operation.size
+        fused = operation.name.startswith(TPU_START)  # to computations: each does a part of it
+        for each in computations.get(_called(operation), []) if fused else [operation]:
+            kind = each.kind.removesuffix("-start")
+            if kind in sent:
+                count, size = sent[kind]
+                sent[kind] = count + times, size + times * each.size
+                beside += times * each.size * (fused or each.name in meanwhile)
         if operation.kind == "while":
             unknown += _turns(operation) is None
         moved += times * _moved(operation, sizes, computations)
-    return Traffic(moved, {kind: found for kind, found in sent.items() if found[0]}, unknown)
+    return Traffic(moved, {kind: found for kind, found in sent.items() if found[0]}, unknown, beside)
+
+
+def _meanwhile(operations: list[Operation]) -> Iterator[str]:
+    """Names what begins and ends with something computed in between; operations stand in the order they run in."""
+    began: dict[str, bool] = {}
+    for each in operations:
+        if each.kind.endswith("-done"):
+            yield from (name for name in each.operands if began.pop(name, False))
+        elif each.kind.endswith("-start"):
+            began[each.name] = False
+        elif each.kind not in NOTHING or each.kind in CALLS:
+            began = dict.fromkeys(began, True)
 
 
 def parse(text: str) -> tuple[Computations, str]:
@@ -117,7 +137,7 @@ def _walk(computations: Computations, name: str, times: int) -> Iterator[tuple[O
     sizes = {each.name: each.size for each in operations}
     for each in operations:
         yield each, sizes, times
-        if each.kind in ("while", "call", "conditional", "async-start"):
+        if each.kind in CALLS or each.kind == "async-start":
             turns = (_turns(each) or 1) if each.kind == "while" else 1
             called = re.findall(r"(?:body|to_apply|calls|branch_computations)=\{?%?([\w.-]+)", each.rest)
             for inner in called:

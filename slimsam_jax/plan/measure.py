@@ -29,6 +29,7 @@ class Needs:
       resident: bytes besides that, see `Program`.
       arguments, temporaries: bytes.
       collectives: {kind: [how often, bytes of the results]}.
+      beside: bytes of these that travel while something else is computed.
       flops: of products, loops and what is computed twice included.
       moved: bytes read and written, an estimate.
       compile_seconds: of this machine, by the clock.
@@ -51,6 +52,7 @@ class Needs:
     arguments: int = 0
     temporaries: int = 0
     collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    beside: int = 0
     flops: float = 0.0
     moved: int = 0
     compile_seconds: float = 0.0
@@ -93,6 +95,7 @@ def measure(program: Program, hardware: Hardware) -> Needs:
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         collectives=met.collectives,
+        beside=met.beside,
         flops=work,
         moved=met.moved,
         compile_seconds=seconds,

@@ -40,9 +40,10 @@ def memory_of(needs: Needs, hardware: Hardware) -> str:
 
 
 def work_of(needs: Needs) -> str:
-    sent = (f"{count} {kind} of {mib(size)}" for kind, (count, size) in needs.collectives.items())
+    sent = ", ".join(f"{count} {kind} of {mib(size)}" for kind, (count, size) in needs.collectives.items())
+    beside = f", {mib(needs.beside)} of it beside computation" if sent else ""
     flash = f", {needs.flash} flash kernels" if needs.flash else ""
-    return f"{needs.flops / 1e12:.3g} TFLOP{flash}; messages: {', '.join(sent) or 'none'}"
+    return f"{needs.flops / 1e12:.3g} TFLOP{flash}; messages: {sent or 'none'}{beside}"
 
 
 def time_of(needs: Needs) -> str:

@@ -56,6 +56,56 @@ def test_loops_count_as_often_as_they_turn():
     assert met.unknown_loops == 0
 
 
+SENT = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (a: f32[8,4], b: f32[2]) -> f32[2] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %b = f32[2]{0} parameter(1)
+  %long-start = f32[8,4]{1,0} all-reduce-start(%a), to_apply=%add
+  %short-start = f32[2]{0} all-reduce-start(%b), to_apply=%add
+  %same = f32[2]{0} bitcast(%b)
+  %short-done = f32[2]{0} all-reduce-done(%short-start)
+  %twice = f32[2]{0} add(%short-done, %b)
+  %long-done = f32[8,4]{1,0} all-reduce-done(%long-start)
+  ROOT %sum = f32[2]{0} all-reduce(%twice), to_apply=%add
+}
+"""
+
+
+def test_what_travels_while_something_is_computed():
+    assert traffic(SENT).collectives == {"all-reduce": (3, 128 + 8 + 8)}
+    assert traffic(SENT).beside == 128
+    assert traffic(SENT.replace("add(%short-done", "bitcast(%short-done")).beside == 0
+
+
+IN_FUSIONS = """HloModule jit_step, is_scheduled=true
+
+%begin (p0: bf16[8,4]) -> (bf16[8,4], u32[]) {
+  %p0 = bf16[8,4]{1,0} parameter(0)
+  %first = bf16[8,4]{1,0} all-reduce(%p0), to_apply=%add
+  ROOT %both = (bf16[8,4]{1,0}, u32[]) custom-call(%first)
+}
+
+%multiply (q0: bf16[8,4]) -> bf16[8,4] {
+  %q0 = bf16[8,4]{1,0} parameter(0)
+  %next = bf16[8,4]{1,0} all-reduce(%q0), to_apply=%add
+  ROOT %product = bf16[8,4]{1,0} multiply(%q0, %next)
+}
+
+ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %async-collective-start.1 = (bf16[8,4]{1,0}, u32[]) fusion(%a), kind=kCustom, calls=%begin
+  %x = bf16[8,4]{1,0} get-tuple-element(%async-collective-start.1), index=0
+  ROOT %step = bf16[8,4]{1,0} fusion(%x), kind=kOutput, calls=%multiply
+}
+"""
+
+
+def test_a_tpu_sends_within_what_it_computes():
+    """Its compiler takes an all-reduce apart, and puts each part into a fusion: it counts once."""
+    assert (traffic(IN_FUSIONS).collectives, traffic(IN_FUSIONS).beside) == ({"all-reduce": (1, 64)}, 64)
+
+
 def test_a_loop_of_unknown_length_counts_once_and_is_named():
     met = traffic(TEXT.replace("TRIPS", "metadata={}"))
     assert met.moved == IN_THE_LOOP + AFTER and met.unknown_loops == 1
