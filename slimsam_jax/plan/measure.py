@@ -153,19 +153,43 @@ def _roofline(program: Program, hardware: Hardware, work: float, met: Traffic) -
     return max(work / (chip.exact if exact else chip.flops), met.moved / chip.bandwidth)
 
 
-def largest(fits: Callable[[int], bool], most: int = MOST) -> int:
+def largest(fits: Callable[[int], bool], most: int = MOST, guess: Callable[[], int | None] = lambda: None) -> int:
     """Returns the largest number that fits, 0 if not even 1 does; by doubling and bisection.
 
     Args:
       fits: falling in its argument, and asked as little as can be: each answer is a compilation.
+      guess: asked once 1 and 2 fit; a good one saves most of the others, a bad one costs two.
     """
     if not fits(1):
         return 0
-    low, high = 1, 2
+    if most < 2 or not fits(2):
+        return 1
+    low, high = 2, 4
+    if (middle := min(guess() or 0, most)) > low:
+        if not fits(middle):
+            near = max(low, middle - max(1, middle // 16))
+            return _between(fits, near, middle) if near == low or fits(near) else _between(fits, low, near)
+        low, high = middle, middle + 1
     while high <= most and fits(high):
         low, high = high, 2 * high
-    high = min(high, most + 1)
+    return _between(fits, low, min(high, most + 1))
+
+
+def _between(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """Of a number that fits and one that does not the largest that fits."""
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def expected(peaks: dict[int, int], room: int) -> int | None:
+    """The largest number that should fit, if each more takes what the second took; None if that says nothing.
+
+    Args:
+      peaks: {1: bytes, 2: bytes} at most.
+      room: bytes.
+    """
+    if not {1, 2} <= set(peaks) or peaks[2] <= peaks[1]:
+        return None
+    return 1 + (room - peaks[1]) // (peaks[2] - peaks[1])

@@ -23,7 +23,7 @@ from slimsam_jax.models import config as plain
 from slimsam_jax.models.sam import Architecture, Sam
 from slimsam_jax.plan import report
 from slimsam_jax.plan.hardware import Hardware, compiled_elsewhere, named
-from slimsam_jax.plan.measure import MOST, Needs, largest, measure
+from slimsam_jax.plan.measure import MOST, Needs, expected, largest, measure
 from slimsam_jax.plan.options import Options
 from slimsam_jax.plan.programs import How, programs, trains
 from slimsam_jax.progress import say
@@ -119,13 +119,17 @@ def largest_batch(
     if hardware.chip is None or not any(map(trains, steps)):
         return {"largest_batch": None, "largest_batch_is_at_least": None}
 
+    peaks: dict[int, int] = {}
+
     def fits(each: int) -> bool:
         tried = programs(steps, config, target, how._replace(batch=each * devices), ("distill",))
-        answer = all(fitted(measure(program, hardware)) for program in tried)
+        found = [measure(program, hardware) for program in tried]
+        answer = all(map(fitted, found))
+        peaks[each] = max((needs.peak or 0) + needs.resident for needs in found)
         say("tried", f"{each * devices} images a step: {'fits' if answer else 'does not fit'}")
         return answer
 
-    most = largest(fits)
+    most = largest(fits, guess=lambda: expected(peaks, hardware.chip.memory))
     return {"largest_batch": devices * most, "largest_batch_is_at_least": most == MOST}
 
 

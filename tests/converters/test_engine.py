@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from converters.onnx import engine
 from helpers.models import SQUARE, random_sam
 from slimsam_jax import SamAutomaticMaskGenerator, SamPredictor
 from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.evaluate import main as evaluate
+from slimsam_jax.everything import Options as Search
+from slimsam_jax.everything import everything
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.inference.engine import name_of
 from slimsam_jax.inference.mixed_prompts import Prompt
@@ -84,6 +88,24 @@ def test_by_default_where_it_was_faster(sam, kept, capsys, seconds, expected):
     measured(kept, *seconds)
     assert name_of(engine.engaged(sam, "auto")) == expected
     assert bool(capsys.readouterr().out) == (expected == "onnxruntime")
+
+
+def test_commands_ask_for_it_by_default(sam, monkeypatch, tmp_path):
+    """`evaluate` and `everything` take what was faster; Python takes JAX."""
+    asked = []
+    monkeypatch.setattr("slimsam_jax.api.load", lambda path, engine: asked.append(engine))
+    table = mock.Mock()
+    monkeypatch.setattr("slimsam_jax.evaluation.run.run", lambda models, read, *_: read(models[0]) or table)
+    for named in ({}, {"engine": "onnxruntime"}):
+        evaluate((tmp_path,), ("data",), costs=False, **named)
+    monkeypatch.setattr("converters.from_torch.load", lambda path: sam)
+    monkeypatch.setattr("slimsam_jax.data.find", lambda images: ["one"])
+    monkeypatch.setattr("slimsam_jax.data.together.map_together", lambda *_: ([], {"one": "it is not there"}))
+    monkeypatch.setattr(engine, "engaged", lambda sam, name: asked.append(name) or sam)
+    for named in ({}, {"engine": "jax"}):
+        with pytest.raises(InputError, match="it is not there"):
+            everything(Search(tmp_path, ("photos",), tmp_path / "masks.json", **named))
+    assert asked == ["auto", "onnxruntime", "auto", "jax"]
 
 
 def test_by_default_not_where_nothing_was_measured(sam, kept, monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from slimsam_jax import sharding
-from slimsam_jax.plan.measure import largest, used
+from slimsam_jax.plan.measure import expected, largest, used
 from slimsam_jax.plan.operations import flops
 
 A, B = jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((8, 16), jnp.float32)
@@ -61,8 +61,23 @@ def test_the_largest_that_fits_takes_few_tries(limit):
     assert len(tries) == len(set(tries)) <= 2 * np.log2(limit + 2) + 2
 
 
-def test_no_more_than_the_most_is_tried():
-    assert largest(lambda n: n <= 10**6, most=40) == 40
+@pytest.mark.parametrize(("guess", "tries"), [(100, 4), (101, 7), (90, 12), (9000, 16), (2, 14), (None, 14)])
+def test_a_guess_saves_tries(guess, tries):
+    """Of 100 that fit, guessed at once, or one too many, too few, far off, or not at all."""
+    asked = []
+    assert largest(lambda n: asked.append(n) or n <= 100, 4096, lambda: guess) == 100
+    assert len(asked) == len(set(asked)) == tries
+
+
+def test_what_should_fit_if_each_takes_the_same():
+    assert expected({1: 50, 2: 60}, 100) == 6
+    assert expected({1: 50, 2: 60}, 99) == 5
+    assert expected({1: 50}, 100) is None and expected({1: 50, 2: 50}, 100) is None
+
+
+@pytest.mark.parametrize("guess", [None, 10**6])
+def test_no_more_than_the_most_is_tried(guess):
+    assert largest(lambda n: n <= 10**6, 40, lambda: guess) == 40
 
 
 def test_what_the_compiler_would_have_needed():
