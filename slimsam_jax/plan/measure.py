@@ -171,7 +171,7 @@ def largest(fits: Callable[[int], bool], most: int = MOST, guess: Callable[[], i
             return _between(fits, near, middle) if near == low or fits(near) else _between(fits, low, near)
         low, high = middle, middle + 1
     while high <= most and fits(high):
-        low, high = high, 2 * high
+        low, high = high, high + 2 * (high - low)
     return _between(fits, low, min(high, most + 1))
 
 
