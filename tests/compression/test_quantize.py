@@ -22,6 +22,7 @@ from slimsam_jax import checkpoint, data
 from slimsam_jax.compression import quantize as quantize_module
 from slimsam_jax.compression.analysis import Bench
 from slimsam_jax.compression.integers import Quantize
+from slimsam_jax.compression.mixed_bits import choose, packed_bytes
 from slimsam_jax.compression.plan import check as check_recipe
 from slimsam_jax.compression.plan import names
 from slimsam_jax.compression.quantize import quantize
@@ -257,6 +258,18 @@ def test_the_worst_layers_have_8_bits(sam, monkeypatch):
     np.testing.assert_array_equal(
         flatten_dict(params, sep="/")[f"{head}/mlp_lin2/kernel"], flat[f"{head}/mlp_lin2/kernel"]
     )
+
+
+def test_a_share_of_the_size_goes_where_masks_gain_most_a_byte():
+    node = lambda count, bits=4: Quantized(np.zeros((1, count), np.int8), np.ones((1, count), np.float32), None, bits)
+    nodes = {"a": node(100), "b": node(1000), "c": node(10), "d": node(10, 8)}
+    errors = {"a": 1.0, "b": 2.0, "c": 0.5, "d": 0.5}
+    # 8 bits of a, b and c cost 50, 500 and 5 bytes more, floats 300, 3000, 30 and 30 beyond those.
+    assert choose(errors, nodes, 54) == {"c": 8, "d": 32}
+    assert choose(errors, nodes, 90) == {"c": 8, "d": 32, "a": 8}
+    assert choose(errors, nodes, 620) == {"c": 32, "d": 32, "a": 8, "b": 8}
+    assert choose(errors, nodes, 4) == {}
+    assert packed_bytes({"layer": node(100), "bias": np.zeros(3, np.float32)}) == 50 + 400 + 12
 
 
 def test_tinysams_scheme_takes_one_batch_and_no_statistics(sam, material, monkeypatch):
