@@ -63,13 +63,13 @@ ROWS = {
     "W3, 10 layers float": {"weights": 3, "float_weights": 10},
     "W8A8, ranges, 10 layers float": {"activations": 8, "float_weights": 10},
     "W8A8, ranges, 10 layers float, 6 inputs float": {"activations": 8, "float_inputs": 6, "float_weights": 10},
-    "W8A8, balanced, ranges, 10 layers float": {**BALANCED, "float_weights": 10},
+    "W8A8, balanced, ranges, 10 layers float, 6 inputs float": {**BALANCED, "float_inputs": 6, "float_weights": 10},
     "W8A8, tokens, 10 layers float": {**TOKENS, "float_weights": 10},
     "W8A8, balanced, tokens, 10 layers float": {**BALANCED, **TOKENS, "float_weights": 10},
-    "W8A8, balanced, tokens, 10 layers float, 2 inputs float": {
+    "W8A8, balanced, tokens, 10 layers float, 6 inputs float": {
         **BALANCED,
         **TOKENS,
-        "float_inputs": 2,
+        "float_inputs": 6,
         "float_weights": 10,
     },
     "W4A8, tokens, 10 layers float": {"weights": 4, **TOKENS, "float_weights": 10},
