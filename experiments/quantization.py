@@ -41,7 +41,6 @@ FILE = results.FOLDER / "quantization.jsonl"
 STEPS = 100  # of a distillation after quantising, of four images each
 SHARE, SHARE_8 = 0.197, 0.297  # of arrays; with the names of them all a file has 20 and 30 % of float32's size
 
-# Ten layers of the decoder make nearly all of its error: both of `output_upscaling`, eight of image-to-token attention.
 TOKENS, BALANCED = {"activations": 8, "ranges": "token"}, {"activations": 8, "balance": 0.75}
 ALONE = {  # schemes for weights and inputs of the encoder, the decoder's weights being floats
     "largest weight and ranges": {"method": "absmax"},
@@ -50,6 +49,7 @@ ALONE = {  # schemes for weights and inputs of the encoder, the decoder's weight
     "balanced, ranges": {"balance": 0.75},
     "balanced, tokens": {"balance": 0.75, "ranges": "token"},
 }
+# Ten layers of the decoder make nearly all of its error: both of `output_upscaling`, eight of image-to-token attention.
 ROWS = {
     "W8, largest weight": {"method": "absmax"},
     "W8": {},
@@ -60,7 +60,6 @@ ROWS = {
     "W4, 10 layers float": {"weights": 4, "float_weights": 10},
     "W4 in groups of 32, 10 layers float": {"weights": 4, "group": 32, "float_weights": 10},
     "W4 and W8 within 20 %": {"weights": 4, "share": SHARE},
-    f"W4 and W8 within 20 %, {STEPS} steps": {"weights": 4, "share": SHARE, "steps": STEPS},
     "W3, 10 layers float": {"weights": 3, "float_weights": 10},
     "W8A8, ranges, 10 layers float": {"activations": 8, "float_weights": 10},
     "W8A8, ranges, 10 layers float, 6 inputs float": {"activations": 8, "float_inputs": 6, "float_weights": 10},
@@ -79,6 +78,13 @@ ROWS = {
         f"W{bits}A{bits}, encoder alone, {name}": {"weights": bits, "activations": bits, "head": False, **how}
         for bits in (8, 6)
         for name, how in ALONE.items()
+    },
+    f"W6A6, encoder alone, balanced, ranges, {STEPS} steps": {
+        "weights": 6,
+        "activations": 6,
+        "head": False,
+        "balance": 0.75,
+        "steps": STEPS,
     },
 }
 SLIM = ("W8, some float, within 30 %", "W4 and W8 within 20 %")
