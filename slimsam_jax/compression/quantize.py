@@ -263,8 +263,9 @@ def _decode(config: Architecture, head: Params, embedding: Any, points: Any, lab
 def prompted(sam: Sam, batches: Iterator[dict[str, np.ndarray]], seed: int) -> Iterator[tuple[Any, ...]]:
     """What the head of a SAM is calibrated with: embeddings, random prompts, and masks where it takes some.
 
-    Clicks on and off the object, boxes, and points that fill up; so many that each of the decoder's projections is
-    computed by itself. (With few tokens it multiplies two of them, `models.transformer`.)
+    Clicks on and off the object, boxes, and points that fill up; a quarter are boxes alone, a quarter a click alone, as
+    they are asked for most. So many points that each of the decoder's projections is computed by itself. (With few
+    tokens it multiplies two of them, `models.transformer`.)
     """
     random, head = np.random.default_rng(seed), sam.config.head
     takes = lambda labels, masked=False: kind_of(head).refusal(np.array(labels), masked) is None
@@ -282,6 +283,8 @@ def prompted(sam: Sam, batches: Iterator[dict[str, np.ndarray]], seed: int) -> I
                 boxes = slice(0, PROMPTS // 2)
                 labels[boxes, :2] = BOX_TOP_LEFT, BOX_BOTTOM_RIGHT
                 points[boxes, :2] = np.sort(points[boxes, :2], axis=1)
+            if NOT_A_POINT in kinds:
+                labels[PROMPTS // 4 : PROMPTS // 2, 2:] = labels[PROMPTS // 2 : 3 * PROMPTS // 4, 1:] = NOT_A_POINT
             inputs = (embedding, points, labels)
             if takes(labels, True):
                 masks = _decode(sam.config, sam.params, *inputs)[0][:, 0, :, :, None]
