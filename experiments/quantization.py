@@ -38,7 +38,6 @@ from slimsam_jax.models.sam import Sam, dequantized
 from slimsam_jax.quantization.running import quantizes_inputs
 
 FILE = results.FOLDER / "quantization.jsonl"
-STEPS = 100  # of a distillation after quantising, of four images each
 SHARE, SHARE_8 = 0.197, 0.297  # of arrays; with the names of them all a file has 20 and 30 % of float32's size
 
 TOKENS, BALANCED = {"activations": 8, "ranges": "token"}, {"activations": 8, "balance": 0.75}
@@ -79,12 +78,12 @@ ROWS = {
         for bits in (8, 6)
         for name, how in ALONE.items()
     },
-    f"W6A6, encoder alone, balanced, ranges, {STEPS} steps": {
-        "weights": 6,
-        "activations": 6,
-        "head": False,
-        "balance": 0.75,
-        "steps": STEPS,
+    **{
+        f"W6A6, encoder alone, balanced, {name}, 6 inputs float": {
+            **{"weights": 6, "activations": 6, "head": False},
+            **{"balance": 0.75, "ranges": ranges, "float_inputs": 6},
+        }
+        for name, ranges in (("ranges", "minmax"), ("tokens", "token"))
     },
 }
 SLIM = ("W8, some float, within 30 %", "W4 and W8 within 20 %")
