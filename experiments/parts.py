@@ -31,8 +31,9 @@ class Part(NamedTuple):
 
 
 # Hours: of slimming and pruning the sum that their rows say, as if every row were there; of distillers 73 CPU seconds
-# for 40 steps, times its steps; of reference the minutes of its rows; of teachers 36 times the two minutes of a row of
-# pruning; of quantization 15 s a row, and a second of slimming for a step; of the others what a first part took.
+# for 40 steps, times its steps; of reference the minutes of its rows; of teachers 54 times the two minutes of a row of
+# pruning; of fair 100 s a run, and half a second for a step beyond 200; of quantization 15 s a row, and a second of
+# slimming for a step; of the others what a first part took.
 PARTS = {
     "teacher_cache": Part(0.05, "", ("experiments.teacher_cache {teacher} {val} --limit 20",)),
     "how_it_works": Part(
@@ -103,12 +104,24 @@ PARTS = {
         ({"steps": 80},),
     ),
     "teachers": Part(
-        1.2,
+        1.8,
         "teachers.jsonl",
         (
             NARROW,
-            "experiments.teachers run --teachers {teacher} {work}/narrow --images {images} --val {photos}",
+            "experiments.isotropic {teacher} --images {images} --out {work}/isotropic",
+            "experiments.teachers run --teachers {teacher} {work}/narrow {work}/isotropic --images {images} "
+            "--val {photos}",
             "experiments.teachers table",
+        ),
+    ),
+    "fair": Part(
+        2.5,
+        "fair.jsonl",
+        (
+            "experiments.fair run --teachers {teacher} --images {images} --photos {photos} --val {val}",
+            "experiments.fair run --teachers {teacher} --images {images} --photos {photos} --val {val} --ratios 0.77 "
+            "--recipes default taylor --steps 25 100 400 1600",
+            "experiments.fair table",
         ),
     ),
     "reference": Part(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from experiments import (
     distillers,
     estimators,
+    fair,
     families,
     hiera_end_to_end,
     hierarchical,
@@ -16,6 +17,7 @@ from experiments import (
     quantization_latency,
     reference_results,
     slimming,
+    teachers,
 )
 from experiments.sa1b import distillers_hours, hours
 from slimsam_jax import cli
@@ -32,6 +34,8 @@ MEASURED = (
     distillers,
     families,
     hiera_end_to_end,
+    teachers,
+    fair,
 )
 
 

@@ -102,7 +102,7 @@ def table() -> None:
             if runs := [e for e in entries if all(e.get(name) == value for name, value in key.items())]:
                 lines.append(f"| {entry['teacher']} | {shares} | {ratio:g} | {recipe} | {_cells(runs)} | {len(runs)} |")
     command = "python -m experiments.teachers table"
-    results.write_table("teachers", "Teachers, and what cuts of them lose", lines, command, "../pruning.md")
+    results.write_table("teachers", "Teachers, and what cuts of them lose", lines, command, "../fair.md")
 
 
 def _cells(runs: list[dict[str, Any]]) -> str:

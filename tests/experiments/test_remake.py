@@ -142,8 +142,8 @@ def test_what_a_part_reads_of_the_working_folder_it_makes_first():
             asked = command.partition("--teacher")[2].split("--")[0].split()
             asked += command.partition("--folder")[2].split()[:1] if "record" in command else []
             for folder in (word for word in asked if word.startswith("{work}")):
-                made = words.index("--out")
-                assert words[made + 1] == folder and made < words.index(folder, made + 2), f"{name}: {folder}"
+                made = words.index(folder)
+                assert words[made - 1] == "--out" and folder in words[made + 1 :], f"{name}: {folder}"
 
 
 def test_a_part_is_made_once_and_what_fails_is_not_done(checkout, monkeypatch, tmp_path, capfd):
