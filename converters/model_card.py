@@ -111,7 +111,7 @@ def summary(sam: Sam, original: Sam) -> str:
     side = sam.config.image_size[0]
     words = f"A Segment Anything model for images of {side} x {side} pixels: {size(sam)} parameters, "
     words += f"{macs(sam)}\nmultiply-accumulates in the image encoder."
-    if "options" in original.provenance:
+    if "teacher" in original.provenance:
         words += "\nMade slim with slimsam_jax, a JAX version of [SlimSAM](https://arxiv.org/abs/2312.05284)."
     if sam.config != original.config:
         words += (
@@ -161,7 +161,9 @@ def _table(report: dict[str, Any], when: str) -> str:
 def origin(provenance: dict[str, Any]) -> str:
     """Lists teacher, images, command and versions, as far as they are known."""
     digest = lambda source: f" (sha256 `{source['sha256']}`)" if "sha256" in source else ""
-    if "options" not in provenance:
+    if "teacher" not in provenance:
+        if "options" in provenance:  # a training's, which has a start instead
+            return f"Trained on masks of {provenance['images']['count']} images, from `{teacher(provenance)}`."
         return f"Converted from `{teacher(provenance)}`{digest(provenance)}."
     count, versions = provenance["images"]["count"], provenance["versions"].items()
     own = " by steps of its own, otherwise as by" if provenance["options"].get("recipe", "") is None else ""
@@ -174,8 +176,10 @@ def origin(provenance: dict[str, Any]) -> str:
 
 def teacher(provenance: dict[str, Any]) -> str:
     """Names the file that the weights derive from."""
-    if "options" in provenance:
+    if "teacher" in provenance:
         return provenance["teacher"]["file"]
+    if "options" in provenance:
+        return provenance["init"]["file"] if provenance["init"] else "random weights"
     return str(provenance.get("source", "an unnamed file"))
 
 

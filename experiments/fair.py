@@ -164,7 +164,9 @@ class Bench(distillers.Bench):
 
 def table() -> None:
     """Write experiments/tables/fair.md, and crossing.md: where the lines of error against steps would meet."""
-    entries, command = results.read(FILE), "python -m experiments.fair table"
+    command = "python -m experiments.fair table"
+    if not (entries := results.read(FILE)):
+        return
     results.write_table("fair", "Recipes on equal terms", lines_of(entries), command, "../fair.md")
     results.write_table("crossing", "Error against steps", crossing.lines_of(entries), command, "../fair.md")
 

@@ -32,8 +32,8 @@ class Part(NamedTuple):
 
 # Hours: of slimming and pruning the sum that their rows say, as if every row were there; of distillers 73 CPU seconds
 # for 40 steps, times its steps; of reference the minutes of its rows; of teachers 54 times the two minutes of a row of
-# pruning; of fair 100 s a run, and half a second for a step beyond 200; of quantization 15 s a row, and a second of
-# slimming for a step; of the others what a first part took.
+# pruning; of fair 100 s a run, and half a second for a step beyond 200; of teacher_card 15 s an image; of
+# quantization 15 s a row, and a second of slimming for a step; of the others what a first part took.
 PARTS = {
     "teacher_cache": Part(0.05, "", ("experiments.teacher_cache {teacher} {val} --limit 20",)),
     "how_it_works": Part(
@@ -123,6 +123,12 @@ PARTS = {
             "--recipes default taylor --steps 25 100 400 1600",
             "experiments.fair table",
         ),
+    ),
+    "teacher_card": Part(
+        0.4,
+        "teacher_card.jsonl",
+        ("experiments.teacher_card run {teacher} --images {val}", "experiments.teacher_card table"),
+        ({"teacher": "sam_small_256", "data": "bsds_val"},),
     ),
     "reference": Part(
         2.5,

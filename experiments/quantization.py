@@ -217,7 +217,7 @@ def table() -> None:
     head = "| model | weights (W), inputs (A), bits | agreement | embedding error | size | of float32 | seeds, images |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     entries = results.read(FILE)
-    called = lambda entry: entry["model"] + (", distilled" if entry.get("distilled") else "")
+    called = lambda entry: results.called(entry["model"]) + (", distilled" if entry.get("distilled") else "")
     for model, name in itertools.product(dict.fromkeys(map(called, entries)), ROWS):
         own = [entry for entry in entries if (called(entry), entry["row"]) == (model, name)]
         if not own:

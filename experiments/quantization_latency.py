@@ -120,7 +120,7 @@ def table() -> None:
         kernels = ", ".join(f"{count} {kind}" for kind, count in entry["kernels"].items()) or "none"
         cells = [f"{entry['ms']:.0f}", f"{entry['cpu_ms']:.0f}", f"{middle:.2f} ({low:.2f} to {high:.2f})", kernels]
         cells += [{True: "yes", False: "no", None: "?"}[entry["vnni"]], str(entry["turns"])]
-        lines.append(f"| {' | '.join([model, row, *cells])} |")
+        lines.append(f"| {' | '.join([results.called(model), row, *cells])} |")
     command = "python -m experiments.quantization_latency table"
     page = "../../docs/quantization.md"
     results.write_table("quantization_latency", "Integers: milliseconds", lines, command, page)

@@ -45,6 +45,7 @@ BESIDE = (
             "prompts",
             "release",
             "remake",
+            "ship",
             "tables",
             "tiny_vit_end_to_end",
         )

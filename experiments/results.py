@@ -20,6 +20,7 @@ from slimsam_jax.files import replacing
 
 FOLDER = Path(__file__).parent / "results"
 TABLE_FOLDER = Path(__file__).parent / "tables"
+NAMES = {"sam_small_256": "small v1", "sam_small_v2": "small v2"}  # of teachers, by their files and folders
 NOTE = "`{command}` writes this file: do not edit it. [{label}]({page}) says what it means."
 
 
@@ -67,6 +68,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 def find(path: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the entries that agree with `key`."""
     return [entry for entry in read(path) if all(entry.get(name) == value for name, value in key.items())]
+
+
+def called(model: str) -> str:
+    """Returns what tables call a model whose file or folder has this name."""
+    return NAMES.get(model, model)
 
 
 def write_table(name: str, title: str, lines: Sequence[str], command: str, page: str) -> None:

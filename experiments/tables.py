@@ -17,6 +17,7 @@ from experiments import (
     quantization_latency,
     reference_results,
     slimming,
+    teacher_card,
     teachers,
 )
 from experiments.sa1b import distillers_hours, hours
@@ -36,6 +37,7 @@ MEASURED = (
     hiera_end_to_end,
     teachers,
     fair,
+    teacher_card,
 )
 
 

@@ -92,15 +92,17 @@ class Bench(pruning.Bench):
 
 
 def table() -> None:
-    """Write experiments/tables/teachers.md."""
-    entries = results.read(FILE)
+    """Write experiments/tables/teachers.md, once there are rows."""
+    if not (entries := results.read(FILE)):
+        return
     lines = ["| teacher | directions for 99 %, 99.9 % | ratio | cut by | error | agreement | seeds |", "|---" * 7 + "|"]
     for entry in (entry for entry in entries if entry["what"] == "spectrum"):
         shares = ", ".join(f"{100 * entry[f'{share:g}']:.0f} %" for share in SHARES)
+        begin = f"| {results.called(entry['teacher'])} | {shares} |"
         for ratio, recipe in itertools.product(RATIOS, pruning.MAIN):
             key = {"teacher": entry["teacher"], "ratio": ratio, "what": recipe}
             if runs := [e for e in entries if all(e.get(name) == value for name, value in key.items())]:
-                lines.append(f"| {entry['teacher']} | {shares} | {ratio:g} | {recipe} | {_cells(runs)} | {len(runs)} |")
+                lines.append(f"{begin} {ratio:g} | {recipe} | {_cells(runs)} | {len(runs)} |")
     command = "python -m experiments.teachers table"
     results.write_table("teachers", "Teachers, and what cuts of them lose", lines, command, "../fair.md")
 

@@ -60,6 +60,15 @@ def test_the_card_of_what_no_run_of_ours_made(tmp_path, uneven):
         (uneven / "report.json").write_text(json.dumps(REPORT))
 
 
+@pytest.mark.parametrize("start", ["random weights", "first.pth"])
+def test_the_card_of_a_model_that_was_trained(uneven, start):
+    init = None if start == "random weights" else {"file": start, "provenance": {}}
+    origin = {"init": init, "images": {"count": 7}, "options": {"steps": 3}, "versions": {}}
+    sam = dataclasses.replace(checkpoint.load(uneven), provenance=origin)
+    text = model_card.text(sam, sam, "hf", uneven)
+    assert f"Trained on masks of 7 images, from `{start}`." in text and "Made slim" not in text
+
+
 @pytest.mark.slow
 def test_the_card_understands_the_report_of_a_run(finished, tmp_path):
     to_torch.main(finished, tmp_path / "hf", "hf", pad_to_uniform=True)

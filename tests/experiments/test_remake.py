@@ -115,6 +115,8 @@ def test_the_rows_that_a_part_makes_are_those_of_its_commands():
         for field, value in ((field, value) for made in part.rows for field, value in made.items()):
             known = f"--{named.get(field, field)} {value}" in said or (field, value) in {
                 ("model", remake.Options().teacher.stem),
+                ("teacher", remake.Options().teacher.stem),
+                ("data", remake.Options().val.name),
                 ("distilled", True),
             }
             assert known, f"{name}: {field} {value}"

@@ -1,0 +1,96 @@
+"""The model that ships, its card and its curves: what is written of a training and of what its model knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from experiments import figures, reference_results, results, ship, teacher_card
+from helpers.models import SQUARE, random_sam
+from slimsam_jax import checkpoint, data
+from slimsam_jax.errors import InputError
+from slimsam_jax.inference.calibration import USUAL, Shares, fitting, scores
+
+
+@pytest.fixture(autouse=True)
+def committed(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "check_committed", lambda: None)
+    monkeypatch.setattr(results, "TABLE_FOLDER", tmp_path / "tables")
+    monkeypatch.setattr(teacher_card, "FILE", tmp_path / "card.jsonl")
+    monkeypatch.setattr(reference_results, "FILE", tmp_path / "reference.jsonl")
+    monkeypatch.setattr(figures, "FOLDER", tmp_path / "figures")
+
+
+def test_a_shipped_model_is_the_trained_one_in_half_the_bytes(material, tmp_path):
+    options = {"composites": "/home/me/pack", "val": ["/home/me/val"], "init": "/home/me/first", "steps": 3}
+    trained = dataclasses.replace(random_sam(SQUARE), provenance={"options": options, "dtype": "float32"})
+    checkpoint.save(trained, tmp_path / "trained")
+    ship.main(tmp_path / "trained", tmp_path / "shipped", (str(material / "images"),), count=2, shares=(0.5, 0.25))
+    shipped = checkpoint.load(tmp_path / "shipped")
+    before, after = (checkpoint.flax.traverse_util.flatten_dict(sam.params) for sam in (trained, shipped))
+    assert all(np.array_equal(np.float16(before[name]), after[name]) for name in before)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("shipped", "trained")]
+    assert sizes[0] < 0.6 * sizes[1]
+    found = scores(shipped, data.find([material / "images"]), images=2)
+    assert shipped.thresholds == fitting(found, Shares(0.5, 0.25)) != fitting(found, USUAL)
+    assert "/home" not in (tmp_path / "shipped" / "config.json").read_text()
+    training = shipped.provenance["training"]
+    wanted = {"composites": "pack", "val": ["val"], "init": "first", "steps": 3, "images": [], "decoder": []}
+    assert training["options"] == wanted
+    assert shipped.provenance["sha256"] == checkpoint.sha256(tmp_path / "trained")
+    with pytest.raises(InputError, match="not empty"):
+        ship.main(tmp_path / "trained", tmp_path / "shipped")
+    with pytest.raises(InputError, match="0 < second <= first <= 1"):
+        ship.main(tmp_path / "trained", tmp_path / "another", shares=(0.1, 0.2))
+
+
+def test_weights_that_float16_cannot_hold_are_refused(material, tmp_path):
+    sam = random_sam(SQUARE)
+    sam.params["mask_decoder"]["iou_token"] = np.full_like(sam.params["mask_decoder"]["iou_token"], 1e5)
+    checkpoint.save(sam, tmp_path / "trained")
+    with np.errstate(over="ignore"), pytest.raises(InputError, match="not finite"):
+        ship.main(tmp_path / "trained", tmp_path / "shipped", (str(material / "images"),), count=1)
+
+
+def test_a_card_says_what_a_model_says_of_its_masks(material, monkeypatch):
+    ious = {"point": [[0.5, 0.2, 0.8], [0.7, 0.4, 0.4]], "box": [[0.9, 0.0, 0.0], [0.7, 0.0, 0.0]]}
+    said = np.array([[0.6, 0.2, 0.7], [0.6, 0.4, 0.6]])
+    monkeypatch.setattr(teacher_card, "of_prompt", lambda *args: (np.array(ious[args[-1]]), said))
+    monkeypatch.setattr(teacher_card, "click_ious", lambda *_: np.array([[0.6, 0.7, 0.7, 0.8, 0.8]] * 2))
+    for _ in range(2):  # the second has nothing to do
+        teacher_card.run((material / "teacher",), (str(material / "val"),), limit=1)
+    (entry,) = results.read(teacher_card.FILE)
+    assert entry["images"] == 1 and entry["data"] == "val"
+    teacher_card.table()
+    line = (results.TABLE_FOLDER / "teacher_card.md").read_text().splitlines()[-1]
+    assert line == "| teacher | 1 of val | 60.0 | 80.0 | 60.0 | 70.0, 70.0, 80.0, 80.0 | 51.7, 50.0 | 8.3, 10.0 |"
+
+
+def test_masks_are_measured_against_what_is_annotated(material):
+    sam = checkpoint.load(material / "teacher")
+    (sample, *_) = data.find([material / "val"])
+    numbers = teacher_card.measure(sam, [sample])
+    assert 0 <= numbers["point_miou"] <= 1 and len(numbers["clicks"]) == teacher_card.CLICKS
+    assert numbers["clicks"][0] != numbers["clicks"][1]
+
+
+def test_a_training_that_was_stopped_keeps_its_curve_and_no_path(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    options = {"composites": "/home/me/pack", "val": ["/home/me/val"], "steps": 9, "batch": 2, "prompts": 1}
+    (folder / "checkpoints" / "origin.json").write_text(json.dumps({"options": options}))
+    lines = [{"step": 2, "score": 0.5, "point_miou": 0.4, "box_miou": 0.6}, {"step": 3, "loss": 1.0}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reference_results.record("small v2", folder, minutes=61, after=7)
+    assert "/home" not in reference_results.FILE.read_text()
+    reference_results.table()
+    line = (results.TABLE_FOLDER / "reference.md").read_text().splitlines()[-1]
+    assert line == "| small v2 | 3 x 2 x 1 | 61 | 2: 40.0 / 60.0 |"
+    assert (figures.FOLDER / "teacher.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_call_the_first_small_teacher_by_its_own_name():
+    assert results.called("sam_small_256") == "small v1" and results.called("vit_b") == "vit_b"
