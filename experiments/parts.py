@@ -80,7 +80,7 @@ PARTS = {
         (
             "experiments.quantization run {teacher} --calibration {images} --images {val} --limit 12 --seeds 0 1 2",
             "experiments.quantization slim {teacher} --calibration {images} --images {val} --limit 12 --seeds 0 1 2 "
-            "--folder {work}/slim_models",
+            "--steps 50 --folder {work}/slim_models",
             "experiments.quantization table",
         ),
         ({"model": "sam_small_256", "images": 12}, {"distilled": True, "images": 12}),

@@ -39,58 +39,56 @@ from slimsam_jax.quantization.running import quantizes_inputs
 
 FILE = results.FOLDER / "quantization.jsonl"
 STEPS = 100  # of a distillation after quantising, of four images each
+SHARE, SHARE_8 = 0.197, 0.297  # of arrays; with the names of them all a file has 20 and 30 % of float32's size
 
+TOKENS, BALANCED = {"activations": 8, "ranges": "token"}, {"activations": 8, "balance": 0.75}
+ALONE = {  # schemes for weights and inputs of the encoder, the decoder's weights being floats
+    "largest weight and ranges": {"method": "absmax"},
+    "TinySAM's scheme": {"method": "tinysam"},
+    "ranges": {},
+    "balanced, ranges": {"balance": 0.75},
+    "balanced, tokens": {"balance": 0.75, "ranges": "token"},
+}
 # Ten layers of the decoder make nearly all of its error: both of `output_upscaling`, eight of image-to-token attention.
 ROWS = {
     "W8, largest weight": {"method": "absmax"},
     "W8": {},
     "W8, 10 layers float": {"float_weights": 10},
+    "W8, some float, within 30 %": {"share": SHARE_8},
     "W6, 10 layers float": {"weights": 6, "float_weights": 10},
     "W4, largest weight": {"weights": 4, "method": "absmax"},
     "W4, 10 layers float": {"weights": 4, "float_weights": 10},
     "W4 in groups of 32, 10 layers float": {"weights": 4, "group": 32, "float_weights": 10},
-    "W4, 10 layers of 8 bits in each part": {"weights": 4, "fine_weights": 10},
-    "W4, 16 layers of 8 bits in each part, 10 float": {"weights": 4, "fine_weights": 16, "float_weights": 10},
+    "W4 and W8 within 20 %": {"weights": 4, "share": SHARE},
     "W3, 10 layers float": {"weights": 3, "float_weights": 10},
     "W8A8, ranges, 10 layers float": {"activations": 8, "float_weights": 10},
     "W8A8, ranges, 10 layers float, 6 inputs float": {"activations": 8, "float_inputs": 6, "float_weights": 10},
-    "W8A8, tokens, 10 layers float": {"activations": 8, "ranges": "token", "float_weights": 10},
-    "W8A8, balanced, ranges, 10 layers float": {"activations": 8, "balance": 0.75, "float_weights": 10},
-    "W8A8, balanced, tokens, 10 layers float": {
-        "activations": 8,
-        "balance": 0.75,
-        "ranges": "token",
+    "W8A8, balanced, ranges, 10 layers float, 6 inputs float": {**BALANCED, "float_inputs": 6, "float_weights": 10},
+    "W8A8, tokens, 10 layers float": {**TOKENS, "float_weights": 10},
+    "W8A8, balanced, tokens, 10 layers float": {**BALANCED, **TOKENS, "float_weights": 10},
+    "W8A8, balanced, tokens, 10 layers float, 6 inputs float": {
+        **BALANCED,
+        **TOKENS,
+        "float_inputs": 6,
         "float_weights": 10,
     },
+    "W4A8, tokens, 10 layers float": {"weights": 4, **TOKENS, "float_weights": 10},
+    "W4A8 and W8A8 within 20 %, balanced, tokens": {"weights": 4, **BALANCED, **TOKENS, "share": SHARE},
     **{
         f"W{bits}A{bits}, encoder alone, {name}": {"weights": bits, "activations": bits, "head": False, **how}
         for bits in (8, 6)
-        for name, how in {
-            "largest weight and ranges": {"method": "absmax"},
-            "TinySAM's scheme": {"method": "tinysam"},
-            "ranges": {},
-            "tokens": {"ranges": "token"},
-            "balanced, ranges": {"balance": 0.75},
-            "balanced, tokens": {"balance": 0.75, "ranges": "token"},
-        }.items()
+        for name, how in ALONE.items()
     },
-    "W4A8, tokens, 10 layers float": {"weights": 4, "activations": 8, "ranges": "token", "float_weights": 10},
     **{
-        f"{name}, {STEPS} steps": {**how, "steps": STEPS}
-        for name, how in {
-            "W8A8, ranges, 10 layers float": {"activations": 8, "float_weights": 10},
-            "W8A8, tokens, 10 layers float": {"activations": 8, "ranges": "token", "float_weights": 10},
-            "W6A6, encoder alone, ranges": {"weights": 6, "activations": 6, "head": False},
-            "W4, 10 layers float": {"weights": 4, "float_weights": 10},
-            "W4, 10 layers of 8 bits in each part": {"weights": 4, "fine_weights": 10},
-        }.items()
+        f"W6A6, encoder alone, balanced, {name}, 6 inputs float": {
+            **{"weights": 6, "activations": 6, "head": False},
+            **{"balance": 0.75, "ranges": ranges, "float_inputs": 6},
+        }
+        for name, ranges in (("ranges", "minmax"), ("tokens", "token"))
     },
+    f"W6A6, encoder alone, ranges, {STEPS} steps": {"weights": 6, "activations": 6, "head": False, "steps": STEPS},
 }
-SLIM = (
-    "W8, 10 layers float",
-    "W4, 10 layers of 8 bits in each part",
-    f"W4, 10 layers of 8 bits in each part, {STEPS} steps",
-)
+SLIM = ("W8, some float, within 30 %", "W4 and W8 within 20 %")
 
 
 class Bench:
@@ -150,6 +148,7 @@ def slim(
     images: str,
     ratios: tuple[float, ...] = (0.5, 0.77),
     seeds: tuple[int, ...] = (0,),
+    steps: int | None = None,
     folder: Path = Path("slim_models"),
     limit: int = 20,
     calibration_images: int = 16,
@@ -160,6 +159,7 @@ def slim(
     Args:
       teacher: the model to compress.
       ratios: of channels to remove.
+      steps: half of the compression's optimizer steps, of four images each, as compress takes it.
       folder: where slim models are kept, RATIO-SEED each: those that are there are not made again.
 
     The others are those of `run`; a seed is also the compression's.
@@ -169,11 +169,10 @@ def slim(
         name, out = f"slim{100 * ratio:.0f}", folder / f"{ratio:g}-{seed}"
         if not (out / "report.json").exists():
             resume = out.exists()
-            compress_with(
-                Options(teacher=teacher, images=(calibration,), ratio=ratio, seed=seed, out=out, resume=resume)
-            )
+            cut = {"teacher": teacher, "images": (calibration,), "ratio": ratio, "steps": steps, "seed": seed}
+            compress_with(Options(**cut, out=out, resume=resume))
         key = {"model": name, "seed": seed, "images": limit, "calibration_images": calibration_images}
-        key["distilled"] = True
+        key |= {"distilled": True, "steps": steps}
         measure_rows(out, key, calibration, images, rows)
 
 

@@ -66,9 +66,9 @@ def run(
     image = np.moveaxis(batches[0]["image"][:1, :height, :width], -1, 1)
     with tempfile.TemporaryDirectory() as folder:
         files = {"float32": opened(sam, Path(folder) / "float32", False)}
+        plain = {"head": False, "float_weights": 0, "share": 0.0, "method": "absmax"}  # times do not depend on it
         for row in rows:
-            fields = {**ROWS[row], "head": False, "float_weights": 0, "method": "absmax"}  # times do not depend on it
-            fields.pop("steps", None)
+            fields = {name: value for name, value in {**ROWS[row], **plain}.items() if name != "steps"}
             new = dataclasses.replace(sam, params=quantize.with_integers(sam, Quantize(**fields), seen))
             files[row.partition(", 10 layers")[0]] = opened(new, Path(folder) / str(len(files)), True)
         taken = times(files, np.ascontiguousarray(image), turns)

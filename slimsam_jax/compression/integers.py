@@ -35,6 +35,8 @@ class Quantize(Record):
         most by themselves.
       fine_weights: so many layers of the image encoder, and as many of the others, have weights of 8 bits, whatever
         `weights` says: those that cost most by themselves, after those of `float_weights`.
+      share: of float32's size, 0.195 say, that the file may fill: layers of all parts get 8 bits, or stay as they are,
+        first where that saves most of the masks' error a byte; instead of `float_weights` and `fine_weights`. 0: none.
       images: to calibrate with; "tinysam" takes 4 at most.
     """
 
@@ -49,6 +51,7 @@ class Quantize(Record):
     head: bool = True
     float_weights: int = 0
     fine_weights: int = 0
+    share: float = 0.0
     images: int = 32
 
     RANGES: typing.ClassVar = {
@@ -58,6 +61,7 @@ class Quantize(Record):
         "float_inputs": Range(0, 10**4, True),
         "float_weights": Range(0, 10**4, True),
         "fine_weights": Range(0, 10**4, True),
+        "share": Range(0, 1),
         "images": Range(1, 256, True),  # all are held at a time: 9 MB each at 1024 px
     }
 
@@ -76,6 +80,10 @@ class Quantize(Record):
                 "float_weights are of prompt encoder and decoder, which head=false leaves as they are: "
                 "add quantize.float_weights=0"
             )
+        if self.share and (self.float_weights or self.fine_weights or not self.head):
+            raise InputError(
+                "share chooses among all layers: it goes with head=true, without float_weights and fine_weights"
+            )
         if not self.activations and (self.float_inputs or self.balance or self.ranges != "minmax"):
             raise InputError("ranges, balance and float_inputs are of activations: set quantize.activations=8, say")
         if self.balance and (self.group or self.ranges == "percentile"):
@@ -83,7 +91,7 @@ class Quantize(Record):
 
     def _check_tinysam(self) -> None:
         """It is a scheme of its own, of the image encoder."""
-        others = (self.group, self.balance, self.float_inputs, self.fine_weights)
+        others = (self.group, self.balance, self.float_inputs, self.fine_weights, self.share)
         if not self.activations or self.head or self.arithmetic == "integer" or any(others) or self.ranges != "minmax":
             raise InputError(
                 "method tinysam is of the image encoder and its inputs: head=false, activations=8, no more"

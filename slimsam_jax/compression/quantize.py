@@ -17,6 +17,7 @@ import numpy as np
 from slimsam_jax import data
 from slimsam_jax.compression.input_ranges import PERCENTILE, divisors, with_ranges, without_worst
 from slimsam_jax.compression.integers import Quantize
+from slimsam_jax.compression.mixed_bits import FLOAT, choose, finer, packed_bytes, restored
 from slimsam_jax.data import Sample
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.errors import InputError
@@ -29,14 +30,15 @@ from slimsam_jax.quantization import (
     Statistics,
     any_quantized,
     capture,
-    is_quantized,
     tinysam_function,
     weights,
 )
 from slimsam_jax.quantization.sensitivity import sensitivity
+from slimsam_jax.quantization.training import nodes_of
 
 PROMPTS = 8  # of each image of the calibration set
 AT_ONCE = 4  # images
+ENCODER = "image_encoder/"
 
 
 def quantize(
@@ -157,28 +159,54 @@ def with_integers(sam: Sam, step: Quantize, seen: Seen) -> Params:
     own = *how, divisors(seen.encoder, step)
     new = weights.quantize(encoder, seen.encoder, step.weights, *own)
     errors = lambda integers: sensitivity(_embed_of(sam), encoder, integers, seen.images[:1])
-    if step.fine_weights:
+    rest = _head(sam, step, seen, how) if step.head else sam.params
+    if step.share:
+        new, rest = _within_share(sam, step, seen, new, rest, own)
+    elif step.fine_weights:
         worst = list(errors(new))[: step.fine_weights]
         new = restored(new, finer(encoder, seen.encoder, worst, own), worst)
     if step.activations:
         new = with_ranges(new, seen.encoder, step)
         if step.float_inputs:
             new = without_worst(new, errors(new), step.float_inputs)
-    rest = _head(sam, step, seen, how) if step.head else sam.params
     return jax.device_put({**rest, "image_encoder": new})
 
 
-def tinysam_encoder(sam: Sam, step: Quantize, seen: Seen, search: tinysam_function.Search | None = None) -> Params:
-    """An image encoder by TinySAM's scheme, on the first batch of images and their prompts."""
-    (images, sizes), prompts = seen.images[0], seen.prompts[: len(seen.images[0][0])]
+def _within_share(
+    sam: Sam, step: Quantize, seen: Seen, encoder: Params, head: Params, own: tuple[Any, ...]
+) -> tuple[Params, Params]:
+    """Encoder and the rest with more bits where masks need them, as many as `Quantize.share` leaves room for."""
+    masks, before = _masks_of(sam, seen.prompts[: len(seen.images[0][0])]), sam.params["image_encoder"]
+    found = sensitivity(lambda *inputs: [each for each, _ in masks(*inputs)], before, encoder, seen.images[:1])
+    found = {ENCODER + path: each for path, each in found.items()} | _head_errors(sam, seen, head)
+    errors = {path: by_weights for path, (by_weights, _) in found.items()}
+    whole = {**head, "image_encoder": encoder}
+    room = step.share * 4 * sum(leaf.size for leaf in jax.tree.leaves(sam.params)) - packed_bytes(whole)
+    chosen = choose(errors, nodes_of(whole), room)
+    of = lambda bits, inside: [path for path in chosen if chosen[path] == bits and path.startswith(ENCODER) == inside]
+    short = lambda bits: [path.removeprefix(ENCODER) for path in of(bits, True)]
+    encoder = restored(encoder, finer(before, seen.encoder, short(8), own), short(8))
+    head = restored(head, finer(sam.params, seen.head, of(8, False), own[:2]), of(8, False))
+    return restored(encoder, before, short(FLOAT)), restored(head, sam.params, of(FLOAT, False))
 
-    def masks(encoder: Params, images: jax.Array) -> list[Any]:
+
+def _masks_of(sam: Sam, prompts: Sequence[tuple[Any, ...]]) -> Callable[..., list[Any]]:
+    """A function of (image encoder, images, sizes) that gives masks and predicted IoU of each image's prompts."""
+
+    def masks(encoder: Params, images: jax.Array, sizes: jax.Array) -> list[Any]:
         embeddings = embed(sam.config, encoder, images, sizes)
         of = lambda index, prompt: _decode(sam.config, sam.params, embedding_of(embeddings, index), *prompt[1:3])
         return [of(index, prompt)[:2] for index, prompt in enumerate(prompts)]
 
-    how = (curvature, (step.weights, step.activations), search)
-    return tinysam_function.quantize(masks, sam.params["image_encoder"], (images,), *how)
+    return masks
+
+
+def tinysam_encoder(sam: Sam, step: Quantize, seen: Seen, search: tinysam_function.Search | None = None) -> Params:
+    """An image encoder by TinySAM's scheme, on the first batch of images and their prompts."""
+    (images, sizes), how = seen.images[0], (curvature, (step.weights, step.activations), search)
+    masks = _masks_of(sam, seen.prompts[: len(images)])
+    function = lambda encoder, images: masks(encoder, images, sizes)
+    return tinysam_function.quantize(function, sam.params["image_encoder"], (images,), *how)
 
 
 def curvature(results: list[Any], key: jax.Array) -> jax.Array:
@@ -200,27 +228,17 @@ def _head(sam: Sam, step: Quantize, seen: Seen, how: tuple[Any, ...]) -> Params:
     """The parameters of a SAM with integers in prompt encoder and decoder."""
     head = weights.quantize(sam.params, seen.head, step.weights, *how)
     if step.float_weights or step.fine_weights:
-        some = seen.prompts[:: -(-len(seen.prompts) // AT_ONCE)]
-        errors = list(sensitivity(lambda *inputs: _decode_of(sam)(*inputs)[0], sam.params, head, some))
+        errors = list(_head_errors(sam, seen, head))
         worst = errors[step.float_weights :][: step.fine_weights]
         head = restored(head, sam.params, errors[: step.float_weights])
         head = restored(head, finer(sam.params, seen.head, worst, how), worst)
     return head
 
 
-def finer(params: Params, seen: dict[str, Statistics], paths: Sequence[str], how: tuple[Any, ...]) -> Params:
-    """Parameters with integers of 8 bits at some paths."""
-    return weights.quantize(params, {path: seen[path] for path in paths}, 8, *how)
-
-
-def restored(integers: Params, params: Params, paths: Sequence[str]) -> Params:
-    """With the kernels of some paths, and the biases beside them, as they are in other parameters."""
-    beside = {path.removesuffix("kernel") + name for path in paths for name in ("kernel", "bias")}
-
-    def one(keys: tuple, leaf: Any, before: Any) -> Any:
-        return before if jax.tree_util.keystr(keys, simple=True, separator="/") in beside else leaf
-
-    return jax.tree_util.tree_map_with_path(one, integers, params, is_leaf=is_quantized)
+def _head_errors(sam: Sam, seen: Seen, head: Params) -> dict[str, tuple[float, float]]:
+    """What each layer of prompt encoder and decoder costs the masks."""
+    some = seen.prompts[:: -(-len(seen.prompts) // AT_ONCE)]
+    return sensitivity(lambda *inputs: _decode_of(sam)(*inputs)[0], sam.params, head, some)
 
 
 def _embed_of(sam: Sam) -> Callable[..., Embedding]:
@@ -245,8 +263,9 @@ def _decode(config: Architecture, head: Params, embedding: Any, points: Any, lab
 def prompted(sam: Sam, batches: Iterator[dict[str, np.ndarray]], seed: int) -> Iterator[tuple[Any, ...]]:
     """What the head of a SAM is calibrated with: embeddings, random prompts, and masks where it takes some.
 
-    Clicks on and off the object, boxes, and points that fill up; so many that each of the decoder's projections is
-    computed by itself. (With few tokens it multiplies two of them, `models.transformer`.)
+    Clicks on and off the object, boxes, and points that fill up; a quarter are boxes alone, a quarter a click alone, as
+    they are asked for most. So many points that each of the decoder's projections is computed by itself. (With few
+    tokens it multiplies two of them, `models.transformer`.)
     """
     random, head = np.random.default_rng(seed), sam.config.head
     takes = lambda labels, masked=False: kind_of(head).refusal(np.array(labels), masked) is None
@@ -264,6 +283,8 @@ def prompted(sam: Sam, batches: Iterator[dict[str, np.ndarray]], seed: int) -> I
                 boxes = slice(0, PROMPTS // 2)
                 labels[boxes, :2] = BOX_TOP_LEFT, BOX_BOTTOM_RIGHT
                 points[boxes, :2] = np.sort(points[boxes, :2], axis=1)
+            if NOT_A_POINT in kinds:
+                labels[PROMPTS // 4 : PROMPTS // 2, 2:] = labels[PROMPTS // 2 : 3 * PROMPTS // 4, 1:] = NOT_A_POINT
             inputs = (embedding, points, labels)
             if takes(labels, True):
                 masks = _decode(sam.config, sam.params, *inputs)[0][:, 0, :, :, None]

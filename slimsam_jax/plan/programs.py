@@ -84,12 +84,14 @@ def programs(
       only: kinds of programs; all if there are none.
 
     Raises:
-      InputError: a program of these kinds cannot be planned.
+      InputError: a program of these kinds cannot be planned, such as a distillation of integers.
     """
     wanted = lambda kind: not only or kind in only
     teacher = student = previous = abstract(config)
+    integers = False
     for planned in plan:
         step = planned.step
+        integers |= isinstance(step, Quantize)
         if isinstance(step, Prune):
             slim = abstract(cut(student.config, step, widths.target_of(step, target), how.uniform))
             yield from _pruning(planned, student, slim, teacher, how) if wanted("prune") else ()
@@ -98,6 +100,8 @@ def programs(
             if step.encoder is not None:
                 student = abstract(with_encoder(student.config, step.encoder))
         elif trains(planned) and wanted("distill"):
+            if integers:
+                raise InputError(f"{planned.name}, beside integers, is not planned: take --recipe default")
             yield from _training(planned, student, previous, teacher, how)
     models = {"teacher": teacher} | ({"slim model": student} if student is not teacher else {})
     for kind, dtype in (("evaluate", jnp.float32), ("encode", how.dtype)):

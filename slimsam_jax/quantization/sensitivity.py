@@ -68,5 +68,7 @@ def sensitivity(
         pairs = zip(results(weights, inputs), plain, strict=True)
         return float(np.mean([np.square(a - b).mean() / b.var() for a, b in pairs]))
 
-    rows = {path: (error(one[i], none), error(one[i], one[i])) for path, i in numbers.items()}
+    rows = {path: (error(one[i], none),) * 2 for path, i in numbers.items()}
+    coded = {path: numbers[path] for path, node in nodes.items() if node.range is not None}
+    rows |= {path: (rows[path][0], error(one[i], one[i])) for path, i in coded.items()}
     return dict(sorted(rows.items(), key=lambda row: -row[1][1]))

@@ -8,6 +8,7 @@ tree = joined(trained, fixed)            # the model again, differentiable in `t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,14 +52,27 @@ def joined(trained: Any, nodes: Mapping[str, Quantized]) -> Any:
       nodes: those of the tree, from `nodes_of`.
     """
 
+    shared = _input_factors(trained, nodes)
+
     def one(part: Any, path: str) -> Any:
         if path in nodes:
-            return _scaled(nodes[path], part)
+            return _scaled(nodes[path], part | shared.get(path, {}))
         if not isinstance(part, Mapping):
             return part
         return {name: one(inner, f"{path}/{name}" if path else name) for name, inner in part.items()}
 
     return one(trained, "")
+
+
+def _input_factors(trained: Any, nodes: Mapping[str, Quantized]) -> dict[str, dict[str, Any]]:
+    """{path: {"range": factor}} of q, k and v: the mean of theirs, as they read one input, which is quantised once."""
+    readers: dict[str, dict[str, Any]] = {}
+    for path in nodes:
+        part = functools.reduce(lambda tree, name: tree[name], path.split("/"), trained)
+        above, _, name = path.removesuffix("/kernel").rpartition("/")
+        if RANGE_FACTOR in part and name in ("q", "k", "v"):
+            readers.setdefault(above, {})[path] = part[RANGE_FACTOR]
+    return {path: {RANGE_FACTOR: sum(each.values()) / len(each)} for each in readers.values() for path in each}
 
 
 def _scaled(node: Quantized, factors: Mapping[str, Any]) -> Quantized:

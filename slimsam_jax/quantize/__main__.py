@@ -42,7 +42,7 @@ def main(
       images: unlabelled ones to calibrate with, as for compress. Default: the photographs in the package.
       weights: bits: 8, 6, 4 or 3.
       activations: bits of the inputs of the image encoder's layers, 3 to 8; 0 leaves them as they are.
-      set: other choices, as NAME=VALUE: group=32, ranges=token, float_weights=10, ... (docs/quantization.md); with
+      set: other choices, as NAME=VALUE: share=0.2, group=32, ranges=token, ... (docs/quantization.md); with
         --steps also distill.lr=1e-4 and others of its distillation.
       steps: optimizer steps afterwards, in which scales, norms and biases learn to give the float model's embedding, by
         a run as compress does it, with its report. The integers stay.

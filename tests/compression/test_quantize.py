@@ -22,9 +22,10 @@ from slimsam_jax import checkpoint, data
 from slimsam_jax.compression import quantize as quantize_module
 from slimsam_jax.compression.analysis import Bench
 from slimsam_jax.compression.integers import Quantize
+from slimsam_jax.compression.mixed_bits import choose, packed_bytes
 from slimsam_jax.compression.plan import check as check_recipe
 from slimsam_jax.compression.plan import names
-from slimsam_jax.compression.quantize import quantize
+from slimsam_jax.compression.quantize import ENCODER, quantize
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.set_option import change
 from slimsam_jax.errors import InputError, RunError
@@ -228,8 +229,12 @@ def test_it_is_a_step_of_a_recipe():
     check_recipe((Quantize(),))
 
 
-def test_the_worst_layers_have_8_bits(sam, monkeypatch):
-    """Of either part, but for those that stay as they are."""
+HEAD = "mask_decoder/transformer/layers_0"
+
+
+@pytest.fixture
+def two_mlps(sam, monkeypatch):
+    """Statistics of a block's MLP in either part, of whose layers the last by name cost masks most."""
     names = ("mlp_lin1/kernel", "mlp_lin2/kernel")
     flat = flatten_dict(sam.params, sep="/")
 
@@ -240,23 +245,57 @@ def test_the_worst_layers_have_8_bits(sam, monkeypatch):
             for path, (m, n) in shapes.items()
         }
 
-    worst_first = lambda function, params, integers, batches: dict.fromkeys(
-        sorted(nodes_of(dataclasses.replace(sam, params=integers)), reverse=True), (1.0, 1.0)
-    )
-    monkeypatch.setattr(quantize_module, "sensitivity", worst_first)
-    head = "mask_decoder/transformer/layers_0"
-    both = quantize_module.Seen(seen("blocks_0", "image_encoder/"), seen(head), [], [()])
+    def costs(function, params, integers, batches):
+        paths = sorted(nodes_of(dataclasses.replace(sam, params=integers)), reverse=True)
+        return {path: (1.0 / 10**place,) * 2 for place, path in enumerate(paths)}
+
+    monkeypatch.setattr(quantize_module, "sensitivity", costs)
+    image = (np.zeros((1, 8, 8, 3), np.uint8), np.full((1, 2), 8))
+    return quantize_module.Seen(seen("blocks_0", ENCODER), seen(HEAD), [image], [()])
+
+
+def bits_of(sam, params):
+    return {path: leaf.bits for path, leaf in nodes_of(dataclasses.replace(sam, params=params)).items()}
+
+
+def test_the_worst_layers_have_8_bits(sam, two_mlps):
+    """Of either part, but for those that stay as they are."""
     step = Quantize(weights=4, fine_weights=1, float_weights=1)
-    params = quantize_module.with_integers(sam, step, both)
-    bits = {path: leaf.bits for path, leaf in nodes_of(dataclasses.replace(sam, params=params)).items()}
-    assert bits == {
+    params = quantize_module.with_integers(sam, step, two_mlps)
+    assert bits_of(sam, params) == {
         "image_encoder/blocks_0/mlp_lin1/kernel": 4,
         "image_encoder/blocks_0/mlp_lin2/kernel": 8,
-        f"{head}/mlp_lin1/kernel": 8,
+        f"{HEAD}/mlp_lin1/kernel": 8,
     }
     np.testing.assert_array_equal(
-        flatten_dict(params, sep="/")[f"{head}/mlp_lin2/kernel"], flat[f"{head}/mlp_lin2/kernel"]
+        *(flatten_dict(tree, sep="/")[f"{HEAD}/mlp_lin2/kernel"] for tree in (params, sam.params))
     )
+
+
+def test_a_share_is_filled_in_both_parts(sam, two_mlps):
+    flat = flatten_dict(sam.params, sep="/")
+    sizes = {
+        path: flat[path].size for path in flat if path.endswith(("blocks_0/mlp_lin2/kernel", f"{HEAD}/mlp_lin2/kernel"))
+    }
+    four = quantize_module.with_integers(sam, Quantize(weights=4), two_mlps)
+    bytes_of = lambda share: share * 4 * sum(leaf.size for leaf in flat.values())
+    room = sum(sizes.values()) // 2 + 8
+    share = (packed_bytes(four) + room) / bytes_of(1)
+    params = quantize_module.with_integers(sam, Quantize(weights=4, share=share), two_mlps)
+    assert {path for path, bits in bits_of(sam, params).items() if bits == 8} == set(sizes)
+    assert packed_bytes(four) < packed_bytes(params) <= bytes_of(share)
+
+
+def test_a_share_of_the_size_goes_where_masks_gain_most_a_byte():
+    node = lambda count, bits=4: Quantized(np.zeros((1, count), np.int8), np.ones((1, count), np.float32), None, bits)
+    nodes = {"a": node(100), "b": node(1000), "c": node(10), "d": node(10, 8)}
+    errors = {"a": 1.0, "b": 2.0, "c": 0.5, "d": 0.5}
+    # 8 bits of a, b and c cost 50, 500 and 5 bytes more, floats 300, 3000, 30 and 30 beyond those.
+    assert choose(errors, nodes, 54) == {"c": 8, "d": 32}
+    assert choose(errors, nodes, 90) == {"c": 8, "d": 32, "a": 8}
+    assert choose(errors, nodes, 620) == {"c": 32, "d": 32, "a": 8, "b": 8}
+    assert choose(errors, nodes, 4) == {}
+    assert packed_bytes({"layer": node(100), "bias": np.zeros(3, np.float32)}) == 50 + 400 + 12
 
 
 def test_tinysams_scheme_takes_one_batch_and_no_statistics(sam, material, monkeypatch):

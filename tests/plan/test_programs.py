@@ -47,6 +47,11 @@ def test_the_default_recipe():
     assert found["prune-embedding: statistics of the stream"].calls == 96  # multiples of 8
 
 
+def test_what_learns_beside_integers_is_refused():
+    with pytest.raises(InputError, match="distill-2, beside integers, is not planned: take --recipe default"):
+        listed(RECIPES["integers"], only=("distill",))
+
+
 def test_a_large_model_has_a_program_of_its_own_for_mlps():
     names = [each.name for each in listed(RECIPES["default"][:2], plain.preset("vit_b", 512))]
     assert "prune-bottleneck: statistics of MLPs" in names

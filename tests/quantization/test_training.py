@@ -42,6 +42,18 @@ def test_joined_is_the_inverse_and_scales_move_by_factors():
     np.testing.assert_array_equal(moved.codes, before.codes)
 
 
+def test_one_input_has_one_range():
+    """q, k and v read the same: however their factors move, it is quantised once."""
+    node = lambda: Quantized(np.ones((4, 4), np.int8), np.ones((1, 4), np.float32), np.array([0.5, 3], np.float32))
+    whole = {"attn": {name: {"kernel": node()} for name in ("q", "k", "v", "proj")}}
+    trained = training.learnable(whole)
+    for factor, name in enumerate(("q", "k", "v", "proj")):
+        trained["attn"][name]["kernel"]["range"] = np.float32(factor)
+    moved = training.joined(trained, training.nodes_of(whole))["attn"]
+    steps = [float(moved[name]["kernel"].range[0]) for name in ("q", "k", "v", "proj")]
+    np.testing.assert_allclose(steps, 0.5 * np.exp([1, 1, 1, 3]), rtol=1e-6)
+
+
 def test_gradients_pass_through_what_is_rounded():
     """As if no input had been rounded, up to the rounding itself; and to the range, which has none of its own."""
     whole = tree()

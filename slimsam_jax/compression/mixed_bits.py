@@ -1,0 +1,66 @@
+"""Which layers of a quantised SAM have more bits than the others, or stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from slimsam_jax.models.sam import Params
+from slimsam_jax.quantization import Quantized, Statistics, is_quantized, weights
+from slimsam_jax.quantization.codes import packed_size
+
+FLOAT = 32  # bits of what stays as it is
+
+
+def finer(params: Params, seen: dict[str, Statistics], paths: Sequence[str], how: tuple[Any, ...]) -> Params:
+    """Parameters with integers of 8 bits at some paths."""
+    return weights.quantize(params, {path: seen[path] for path in paths}, 8, *how)
+
+
+def restored(integers: Params, params: Params, paths: Sequence[str]) -> Params:
+    """With the kernels of some paths, and the biases beside them, as they are in other parameters."""
+    beside = {path.removesuffix("kernel") + name for path in paths for name in ("kernel", "bias")}
+
+    def one(keys: tuple, leaf: Any, before: Any) -> Any:
+        return before if jax.tree_util.keystr(keys, simple=True, separator="/") in beside else leaf
+
+    return jax.tree_util.tree_map_with_path(one, integers, params, is_leaf=is_quantized)
+
+
+def packed_bytes(params: Params) -> int:
+    """Bytes of all arrays in a file, integers packed."""
+    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    plain = sum(4 * leaf.size for leaf in jax.tree.leaves([leaf for leaf in leaves if not is_quantized(leaf)]))
+    return plain + sum(_size(leaf) for leaf in leaves if is_quantized(leaf))
+
+
+def _size(node: Quantized) -> int:
+    beside = sum(4 * array.size for array in (node.scale, node.range, node.divisor) if array is not None)
+    return packed_size(node.codes.size, node.bits) + beside
+
+
+def choose(errors: Mapping[str, float], nodes: Mapping[str, Quantized], room: float) -> dict[str, int]:
+    """Gives layers 8 bits, or `FLOAT`, first those where that saves most of the error a byte.
+
+    Args:
+      errors: {path: that of masks, squared, by this layer's integers alone}.
+      nodes: the integers by their paths.
+      room: bytes that may be spent.
+
+    Returns:
+      {path: bits} of those that get more.
+    """
+    offers = []
+    for path, node in nodes.items():
+        count, left = node.codes.size, errors[path] / 4 ** (8 - node.bits)  # a bit more has a quarter of the error
+        if node.bits < 8:
+            cost = count * (8 - node.bits) / 8
+            offers.append((errors[path] / cost, path, 8, cost))
+        offers.append((left / (3 * count), path, FLOAT, 3 * count))
+    chosen: dict[str, int] = {}
+    for _, path, bits, cost in sorted(offers, key=lambda offer: -offer[0]):
+        if cost <= room and not (bits == FLOAT and nodes[path].bits < 8 and path not in chosen):
+            chosen[path], room = bits, room - cost
+    return chosen
