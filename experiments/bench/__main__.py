@@ -1,6 +1,7 @@
 """Images per second and peak memory, ours against the original PyTorch modules, taking turns.
 
     python -m experiments.bench --what forward --preset vit_b
+    python -m experiments.bench --what forward --preset vit_p77 --onnxruntime
 
 PyTorch's side is the encoder of `segment_anything` (needs `pip install -e '.[test]'`) in the loops of SlimSAM:
 `original.py`; ours is what `slimsam_jax.compress` runs: `ours.py`. Weights are random, which changes no time.
@@ -34,6 +35,8 @@ def main(options: Options) -> None:
         sys.exit(f"--preset {options.preset} is no slim model: the stages need vit_p50, vit_p77 or small_p50")
     if options.compile and options.what != "forward":
         sys.exit("--compile is for --what forward alone")
+    if options.onnxruntime and options.what != "forward":
+        sys.exit("--onnxruntime is for --what forward alone")
     turns.take(options, make_step, compare)
 
 
@@ -53,14 +56,21 @@ def make_step(options: Options) -> Step:
     # Imported here: PyTorch and JAX in one process would share its threads and its memory.
     if options.side == "jax":
         from experiments.bench import ours as side
+    elif options.side == "onnxruntime":
+        from experiments.bench import exported
+
+        return exported.make_step(options, architectures(options.preset)[0])
     else:
         from experiments.bench import original as side
     return side.make_step(options, *architectures(options.preset))
 
 
 def compare(options: Options) -> None:
-    ours, theirs = turns.taken("experiments.bench", options)
-    print(turns.summary(f"{options.what}, {options.preset}, attention {options.attention}", ours, theirs))
+    what = f"{options.what}, {options.preset}, attention {options.attention}"
+    ours, theirs, *others = turns.taken("experiments.bench", options, *["onnxruntime"] * options.onnxruntime)
+    print(turns.summary(what, ours, theirs))
+    for exported in others:
+        print(turns.summary(what, ours, exported, "onnxruntime"))
     if options.what == "everything":
         from experiments.bench import everything
 

@@ -52,8 +52,9 @@ class Options:
       attention: how ours computes it (`models/relative_attention.py`).
       cached: the teacher's embeddings come from disk (`--cache`), ours; the reference cannot.
       compile: forward by `torch.compile` in bfloat16, instead of the reference's eager float32.
+      onnxruntime: forward by onnxruntime, too, of our own export, in each turn; on a CPU.
       photos: of everything: a folder of images, of which the first `images` are taken; ours if not given.
-      side: "jax" and "torch" are the turns themselves.
+      side: "jax", "torch" and "onnxruntime" are the turns themselves.
     """
 
     what: Literal[
@@ -66,8 +67,9 @@ class Options:
     attention: Form = "auto"
     cached: bool = False
     compile: bool = False
+    onnxruntime: bool = False
     photos: Path | None = None
-    side: Literal["both", "jax", "torch"] = "both"
+    side: Literal["both", "jax", "torch", "onnxruntime"] = "both"
 
 
 def architectures(preset: str) -> tuple[Config, Config, Config]:

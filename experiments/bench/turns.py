@@ -38,23 +38,23 @@ def timed(step: Step, images: int) -> dict[str, Any]:
     }
 
 
-def taken(program: str, options: Any) -> tuple[list[dict], list[dict]]:
-    """Runs the two sides of a program in turn; returns ours and PyTorch's."""
-    turns: dict[str, list[dict]] = {"jax": [], "torch": []}
+def taken(program: str, options: Any, *others: str) -> list[list[dict]]:
+    """Runs the sides of a program in turn; returns ours, PyTorch's, and those of the others."""
+    turns: dict[str, list[dict]] = {"jax": [], "torch": [], **{name: [] for name in others}}
     for _ in range(options.turns):
         for side, results in turns.items():
             command = [sys.executable, "-m", program, *flags(options), f"--side={side}"]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             results.append(json.loads(output.splitlines()[-1]))
             print(side, {name: value for name, value in results[-1].items() if name != "outcome"}, flush=True)
-    return turns["jax"], turns["torch"]
+    return list(turns.values())
 
 
-def summary(what: str, ours: list[dict], theirs: list[dict]) -> str:
+def summary(what: str, ours: list[dict], theirs: list[dict], called: str = "PyTorch") -> str:
     """The ratios of neighbours, in a line."""
     highest = lambda side: max(turn["peak_gb"] for turn in side)
     return (
-        f"{what}; ours on {ours[0]['where']}, PyTorch on "
+        f"{what}; ours on {ours[0]['where']}, {called} on "
         f"{theirs[0]['where']}: {spread(ours)} against {spread(theirs)} images/s, {ratios(ours, theirs, 'seconds')} "
         f"times as many ({ratios(ours, theirs, 'cpu_seconds')} by the CPU's time), with {highest(ours):.2f} and "
         f"{highest(theirs):.2f} GB at the peak"
