@@ -47,7 +47,7 @@ from slimsam_jax.compression import pipeline, report
 from slimsam_jax.models.config import Thresholds
 from slimsam_jax.models.sam import Sam
 
-# Tracing makes objects by the million, and walks of the garbage collector through them are a tenth of the suite's time.
+# Tracing makes objects by the million, and walks of the garbage collector through them took a tenth of the time.
 gc.set_threshold(20_000, 10, 10)
 UNOPTIMIZED = "jax_disable_most_optimizations"
 ALL_OPTIMIZED = not jax.config.read(UNOPTIMIZED)
