@@ -47,14 +47,16 @@ from slimsam_jax.compression import pipeline, report
 from slimsam_jax.models.config import Thresholds
 from slimsam_jax.models.sam import Sam
 
+# Tracing makes objects by the million, and walks of the garbage collector through them took a tenth of the time.
+gc.set_threshold(20_000, 10, 10)
 UNOPTIMIZED = "jax_disable_most_optimizations"
 ALL_OPTIMIZED = not jax.config.read(UNOPTIMIZED)
 # What compares gradients with other people's code, as unoptimised ones are off by more than parity allows
-# (experiments/LOG.md); a plan, which is compared with what is measured; and what computes longer than it compiles,
-# photographs by the small SAM.
+# (experiments/LOG.md); and what computes longer than it compiles, photographs by the small SAM.
 OPTIMIZED = (
-    "parity/",
-    "plan/",
+    "parity/test_golden.py",
+    "parity/test_models.py",
+    "parity/test_reference.py",
     "evaluation/",
     "inference/",
     "converters/test_torch_export.py",
@@ -82,12 +84,18 @@ def optimized(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    """Files with the most slow tests come first, so that no worker is left alone with one of them in the end.
+    """Files with the most slow tests come first, then those with the most, so that no worker is left alone in the end.
 
     Before and after them those of a kind of program follow each other: what one has compiled the next can use.
     """
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (not slow[item.path], optimized(item), -slow[item.path]))
+    every = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: (not slow[item.path], optimized(item), -slow[item.path], -every[item.path]))
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays, and needs no walk of the garbage collector."""
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before its fixtures are made

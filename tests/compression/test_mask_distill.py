@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 
 from helpers.images import samples
 from helpers.models import SQUARE, UNEVEN, random_sam
-from helpers.runs import compress_options
+from helpers.runs import compiled_once, compress_options
 from slimsam_jax import checkpoint
 from slimsam_jax.api import compress_with
-from slimsam_jax.compression import everything_masks, report
+from slimsam_jax.compression import everything_masks, mask_distill, report
 from slimsam_jax.compression.everything_masks import with_masks
 from slimsam_jax.compression.mask_distill import MaskDistillation, make_trainer, masks_of
 from slimsam_jax.compression.mask_steps import Prompting
@@ -31,6 +31,12 @@ from slimsam_jax.files import write_json
 ROW = {"segmentation": {"size": [20, 30], "counts": [0, 100, 500]}, "bbox": [0, 0, 5, 20], "point_coords": [[1, 1]]}
 
 
+@pytest.fixture()
+def programs():
+    with compiled_once(mask_distill):
+        yield
+
+
 def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -39,7 +45,7 @@ def moved(slim, teacher, part: str) -> bool:
     return not all(jax.tree.leaves(jax.tree.map(np.array_equal, slim.params[part], teacher.params[part])))
 
 
-def test_edge_sam_is_resumed_within_its_prompts(material, tmp_path, monkeypatch, unmeasured):
+def test_edge_sam_is_resumed_within_its_prompts(material, tmp_path, monkeypatch, unmeasured, programs):
     """On images without annotations: by the masks that the teacher finds in them, searched for once."""
     choices = {"set": (), "save_every": 1, "steps": 1}
     step = dataclasses.replace(RECIPES["edge_sam"][-1], prompting=Prompting(prompts=2))

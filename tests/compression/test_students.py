@@ -17,6 +17,7 @@ import pytest
 from helpers import students
 from helpers.images import save_image, write_annotation
 from helpers.models import random_sam
+from helpers.runs import compiled_once
 from helpers.students import TEACHER, small
 from slimsam_jax import checkpoint
 from slimsam_jax.compression import distill, mask_distill, pipeline, prepare, pretrain
@@ -46,18 +47,12 @@ def annotated(tmp_path_factory):
 
 
 @pytest.fixture()
-def compiled_once(monkeypatch):
+def quick(monkeypatch):
     """Each step that is built again runs the program of the first; nothing is judged or drawn."""
-    programs = {}
-    for module in (distill, mask_distill, pretrain):
-
-        def make(*models_and_step, make=module.make_trainer, name=module.__name__, **how):
-            built = make(*models_and_step, **how)
-            return built._replace(step=programs.setdefault(name, built.step))
-
-        monkeypatch.setattr(module, "make_trainer", make)
     monkeypatch.setattr(prepare, "validator", lambda *_: lambda sam: 0.0)
     monkeypatch.setattr(pretrain.Pretraining, "score", lambda *_: {"score": 0.0})
+    with compiled_once(distill, mask_distill, pretrain):
+        yield
 
 
 def options_of(root, out, name, **changes):
@@ -101,7 +96,7 @@ def terminated():
 
 
 @pytest.mark.parametrize("name", GOING_ON)
-def test_it_goes_on_where_it_was_stopped(name, annotated, compiled_once, tmp_path, monkeypatch):
+def test_it_goes_on_where_it_was_stopped(name, annotated, quick, tmp_path, monkeypatch):
     """Killed within one of its trainings, and asked to stop within another."""
     whole, log = carried_out(annotated, tmp_path / "whole", name)
     stages = list(dict.fromkeys(entry["stage"] for entry in log if "loss" in entry))
@@ -116,7 +111,7 @@ def test_it_goes_on_where_it_was_stopped(name, annotated, compiled_once, tmp_pat
     assert own == log
 
 
-def test_the_teachers_thresholds_stay(annotated, compiled_once, tmp_path):
+def test_the_teachers_thresholds_stay(annotated, quick, tmp_path):
     """They decide which masks the teacher finds, of which some may lie in the folder."""
     teacher, options = random_sam(TEACHER), lambda **how: options_of(annotated, tmp_path / "slim", "edge_sam", **how)
     prepare.prepare(options(), teacher, small("edge_sam")).folder.release()

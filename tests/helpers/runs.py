@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
 
 from slimsam_jax.compression.options import Options
 from slimsam_jax.models.sam import Sam
@@ -27,6 +32,22 @@ def compress_options(material, out, **changes) -> Options:
         "out": out,
     }
     return Options(**{**fields, **(once if {"recipe", "set"} & {*changes} else ALTERNATING), **changes})
+
+
+@contextlib.contextmanager
+def compiled_once(*modules: ModuleType) -> Iterator[None]:
+    """Each training that these modules build again, of the same shapes and step, runs the program of the first."""
+    programs = {}
+    with pytest.MonkeyPatch.context() as patched:
+        for module in modules:
+
+            def make(*models_and_step, make=module.make_trainer, name=module.__name__, **how):
+                built = make(*models_and_step, **how)
+                given = [each.config if isinstance(each, Sam) else each for each in models_and_step]
+                return built._replace(step=programs.setdefault(repr([name, given, how]), built.step))
+
+            patched.setattr(module, "make_trainer", make)
+        yield
 
 
 def shaken(sam: Sam) -> Sam:

@@ -54,7 +54,7 @@ def write_all(root: Path, good) -> dict[tuple[str, str], Path]:
     state, ours, theirs = good
     found = {}
     files = {
-        "archive": hostile_archives.ARCHIVES,
+        "archive": hostile_archives.archives(),
         "pickle": {what: pth(body) for what, body in hostile_pickles.PICKLES.items()},
         "tensor": {what: pth(hostile_pickles.table(w=value)) for what, value in hostile_pickles.TENSORS.items()},
         "module": {what: pth(body) for what, body in hostile_pickles.MODULES.items()},

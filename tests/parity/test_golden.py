@@ -1,7 +1,7 @@
 """`recipe="slimsam"` against the original code, on the part of its golden vectors that the repository holds.
 
-With the whole of them tests/parity/test_reference.py compares the rest: the first step's gradients, the losses, two
-steps of training. Tolerances are the same.
+With the whole of them tests/parity/test_reference.py compares the rest, the first step's gradients, and
+tests/parity/test_reference_steps.py the losses and two steps of training. Tolerances are the same.
 """
 
 from __future__ import annotations

@@ -90,24 +90,30 @@ def init(module, x):
     return module.init(jax.random.key(0), x)["params"]
 
 
-VECTORS, IMAGES, SERIES = array(5, 4), array(5, 6, 4, 3), array(5, 4, 3)
-NET = ConvNet(6, (8, 10))
-CASES = [
-    pytest.param(mlp, init(Mlp(8), VECTORS), VECTORS, MLP_GROUPS, id="flax-mlp"),
-    pytest.param(conv_net, init(NET, IMAGES), IMAGES, conv_groups(NET), id="conv-residual"),
-    pytest.param(
-        recurrent,
-        {"in": array(3, 7), "loop": 0.3 * array(7, 7), "out": array(7, 2)},
-        SERIES,
-        RECURRENT_GROUPS,
-        id="dict",
-    ),
-]
+def flax_mlp():
+    x = array(5, 4)
+    return mlp, init(Mlp(8), x), x, MLP_GROUPS
 
 
-@pytest.mark.parametrize(("apply", "params", "x", "groups"), CASES)
+def conv_residual():
+    net, x = ConvNet(6, (8, 10)), array(5, 6, 4, 3)
+    return conv_net, init(net, x), x, conv_groups(net)
+
+
+def plain_dict():
+    params = {"in": array(3, 7), "loop": 0.3 * array(7, 7), "out": array(7, 2)}
+    return recurrent, params, array(5, 4, 3), RECURRENT_GROUPS
+
+
+@pytest.fixture(scope="module", params=[flax_mlp, conv_residual, plain_dict], ids=lambda make: make.__name__)
+def case(request):
+    """(function, parameters, input, groups); made here, as each worker collects."""
+    return request.param()
+
+
 @pytest.mark.parametrize("criterion", ["taylor", "fisher", "magnitude", "random"])
-def test_prune_anything(apply, params, x, groups, criterion):
+def test_prune_anything(case, criterion):
+    apply, params, x, groups = case
     check_groups(params, groups)
     grads = gradients.disturbed_gradients(apply, params, [x, x], jax.random.key(0))
     scores = importance.channel_scores(params, grads, groups, criterion)
@@ -118,9 +124,9 @@ def test_prune_anything(apply, params, x, groups, criterion):
     np.testing.assert_allclose(apply(shrunk, x), masked, atol=1e-5)
 
 
-@pytest.mark.parametrize(("apply", "params", "x", "groups"), CASES)
-def test_channels_that_do_nothing_go_first(apply, params, x, groups):
+def test_channels_that_do_nothing_go_first(case):
     """A channel whose weights out of it are zero has no gradient into it, and none out of it matters."""
+    apply, params, x, groups = case
     group = groups[-1]
     useful = np.sort(RANDOM.permutation(group.size)[: group.size // 2])
     dead = mask_tree(params, [group], {group.name: useful})

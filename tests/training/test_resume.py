@@ -20,10 +20,10 @@ import pytest
 from converters import from_torch
 from experiments.recipes import decoder
 from helpers.images import truncated
-from helpers.runs import compress_options
+from helpers.runs import compiled_once, compress_options
 from slimsam_jax import cli, sharding
 from slimsam_jax.api import compress_with
-from slimsam_jax.compression import pipeline
+from slimsam_jax.compression import distill, pipeline
 from slimsam_jax.compression.distill import Distillation
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.set_option import change
@@ -34,7 +34,14 @@ from slimsam_jax.training import checkpoints
 from slimsam_jax.training.loop import Loop, Schedule, Trainer
 from slimsam_jax.training.run_folder import RunFolder
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
+pytestmark = pytest.mark.usefixtures("unmeasured", "programs")
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """Runs of the same shapes and step share a program; that each may compile its own is seen by processes, below."""
+    with compiled_once(distill):
+        yield
 
 
 def assert_same_run(out: Path, finished: Path) -> None:

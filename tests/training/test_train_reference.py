@@ -15,7 +15,7 @@ from converters import from_torch, to_torch
 from experiments import reference_results, reference_run, results, train_reference
 from helpers.images import samples, truncated
 from helpers.models import SQUARE, random_sam
-from helpers.runs import compress_options
+from helpers.runs import compiled_once, compress_options
 from slimsam_jax import checkpoint
 from slimsam_jax.api import compress_with
 from slimsam_jax.data.augment import draw_framing, flip_and_crop
@@ -25,6 +25,7 @@ from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.imaging import rle
 from slimsam_jax.imaging.prompts import ABSENT
 from slimsam_jax.models.config import preset
+from slimsam_jax.training import masks as training
 from slimsam_jax.training import prompt_loop
 from slimsam_jax.training.masks import (
     FREQUENCIES,
@@ -304,8 +305,14 @@ def test_the_result_is_a_teacher(learnt, material, tmp_path, unmeasured):
     chex.assert_trees_all_equal(from_torch.from_state_dict(state).params, from_torch.load(learnt).params)
 
 
+@pytest.fixture()
+def programs():
+    with compiled_once(training):
+        yield
+
+
 @pytest.mark.slow
-def test_a_resumed_training_equals_an_uninterrupted_one(images, start, tmp_path, monkeypatch):
+def test_a_resumed_training_equals_an_uninterrupted_one(images, start, tmp_path, monkeypatch, programs):
     how = {"init": start, "ema": 0.9}
     train_reference.main(options(images, tmp_path / "whole", **how))
 

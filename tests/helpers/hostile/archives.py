@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import struct
@@ -88,26 +89,31 @@ def sparse(path: Path, body: bytes, size: int) -> None:
 
 
 GOOD = pth(table(w=tensor()))
-ARCHIVES = {
-    "empty": b"",
-    "text": b"hello",
-    "zeros": bytes(4096),
-    "before PyTorch 1.6": old_format(),
-    "gzip": zlib.compress(GOOD),
-    **{f"cut to {share} %": GOOD[: len(GOOD) * share // 100] for share in range(5, 100, 10)},
-    "only an end": many_members(0),
-    "40,000 members": many_members(40_000),
-    "a directory of 5 MB": many_members(100_000),
-    **{f"pickle by {method}": pth(table(w=tensor()), method) for method in (8, 12, 14)},
-    "pickle a bomb": deflated(**{"data.pkl": BOMB}),
-    "storage a bomb": deflated(**{"data/0": BOMB}),
-    "encrypted": in_directory(8, b"\1"),
-    "longer than the file": in_directory(20, struct.pack("<2I", 1 << 31, 1 << 31)),
-    "begins beyond the file": in_directory(42, struct.pack("<I", 1 << 31)),
-    "begins elsewhere": in_directory(42, struct.pack("<I", 7)),
-    "name longer than the directory": in_directory(28, b"\xff\xff"),
-    "another extra field": in_directory(30, b"\xff\xff"),
-    "no pickle": many_members(3),
-    "pickle too long": pth(b"N" * 1_100_000),
-    "storage with another check sum": GOOD.replace(struct.pack("<I", zlib.crc32(WORD)), b"\1\2\3\4"),
-}
+
+
+@functools.cache
+def archives() -> dict[str, bytes]:
+    """{what is wrong: the file}. Made where they are asked for: bombs take a second, and every worker imports this."""
+    return {
+        "empty": b"",
+        "text": b"hello",
+        "zeros": bytes(4096),
+        "before PyTorch 1.6": old_format(),
+        "gzip": zlib.compress(GOOD),
+        **{f"cut to {share} %": GOOD[: len(GOOD) * share // 100] for share in range(5, 100, 10)},
+        "only an end": many_members(0),
+        "40,000 members": many_members(40_000),
+        "a directory of 5 MB": many_members(100_000),
+        **{f"pickle by {method}": pth(table(w=tensor()), method) for method in (8, 12, 14)},
+        "pickle a bomb": deflated(**{"data.pkl": BOMB}),
+        "storage a bomb": deflated(**{"data/0": BOMB}),
+        "encrypted": in_directory(8, b"\1"),
+        "longer than the file": in_directory(20, struct.pack("<2I", 1 << 31, 1 << 31)),
+        "begins beyond the file": in_directory(42, struct.pack("<I", 1 << 31)),
+        "begins elsewhere": in_directory(42, struct.pack("<I", 7)),
+        "name longer than the directory": in_directory(28, b"\xff\xff"),
+        "another extra field": in_directory(30, b"\xff\xff"),
+        "no pickle": many_members(3),
+        "pickle too long": pth(b"N" * 1_100_000),
+        "storage with another check sum": GOOD.replace(struct.pack("<I", zlib.crc32(WORD)), b"\1\2\3\4"),
+    }

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers.hostile.archives import ARCHIVES, of_state, pth
+from helpers.hostile.archives import archives, of_state, pth
 from helpers.hostile.pickles import TENSORS, dump, table, tensor
 
 Content = bytes | Callable[[Path], Any]
@@ -249,7 +249,7 @@ def huggingface(good: dict[str, bytes]) -> dict[str, dict[str, Content]]:
     binary = {k: v for k, v in good.items() if k != "model.safetensors"}
     found["no weights"] = binary
     for what in ("pickle a bomb", "storage a bomb", "text"):
-        found[f".bin: {what}"] = binary | {"pytorch_model.bin": ARCHIVES[what]}
+        found[f".bin: {what}"] = binary | {"pytorch_model.bin": archives()[what]}
     found[".bin: stride 0"] = binary | {"pytorch_model.bin": pth(table(w=TENSORS["10^9 of stride 0"]))}
     found[".bin: foreign code"] = binary | {
         "pytorch_model.bin": pth(b"cposix\nsystem\n" + dump(("touch PWNED",)) + b"R")

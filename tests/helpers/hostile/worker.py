@@ -5,6 +5,8 @@ Takes lines of standard input, each a JSON list of [what, argument, ...], and an
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -17,6 +19,7 @@ import pycocotools.cocoeval  # noqa: F401 (here, so that no child pays for it)
 import scipy.ndimage  # noqa: F401
 from PIL import Image
 
+import slimsam_jax.data.check  # noqa: F401
 from slimsam_jax import checkpoint, cli  # noqa: F401 (the command imports the one, and JAX with it)
 from slimsam_jax.data import __main__ as commands
 from slimsam_jax.data import find
@@ -92,5 +95,8 @@ def _be_child(out: int, error: int, what: str, arguments: tuple[str, ...]) -> No
 
 if __name__ == "__main__":
     Image.init()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        check("--help")  # imports the parser of command lines, two thirds of a child's time
+    sys.argv = sys.argv[:1]
     for line in sys.stdin:
         print(json.dumps([outcome(*case) for case in json.loads(line)]), flush=True)
