@@ -4,6 +4,7 @@
     python -m experiments.teacher_card table
 
 A row is of a model and a folder of annotated images. All outputs of a click are asked what they think their IoU is.
+An object's side is the root of the share of the image that it covers.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from slimsam_jax.progress import track
 
 FILE = results.FOLDER / "teacher_card.jsonl"
 CLICKS = 5
+SIDES = (0.1, 0.2)  # a patch of an image of 256 px has 0.06
 HEAD = (
     "| teacher | images | point | box | best of three | after 2, 3, 4, 5 clicks "
+    "| by side, to 0.1, to 0.2, larger: point; box "
     "| predicted and true IoU of all outputs | "
     "off by: all, single mask |"
 )
@@ -61,9 +64,20 @@ def run(models: Positional[tuple[Path, ...]], images: tuple[str, ...], limit: in
 
 
 def measure(sam: Sam, samples: Sequence[data.Sample]) -> dict[str, Any]:
-    """Means over images of means over their annotations; "clicks" are the mIoUs after 1, 2, ... clicks."""
+    """Means over images of means over their annotations; "clicks" are the mIoUs after 1, 2, ... clicks.
+
+    "by_side" are means over all objects of a size: how many, mIoU by point and by box; null of those that are none.
+    """
     each = [of_image(sam, sample) for sample in track(samples, "images")]
-    return {name: np.mean([scores[name] for scores in each], axis=0).tolist() for name in each[0]}
+    sides, *ious = np.concatenate([scores.pop("objects") for scores in each], axis=1)
+    sizes = np.digitize(sides, SIDES)
+    by_side = [[int(own.sum()), *(_mean(some[own]) for some in ious)] for own in (sizes == i for i in range(3))]
+    means = {name: np.mean([scores[name] for scores in each], axis=0).tolist() for name in each[0]}
+    return {**means, "by_side": by_side}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def of_image(sam: Sam, sample: data.Sample) -> dict[str, Any]:
@@ -80,6 +94,7 @@ def of_image(sam: Sam, sample: data.Sample) -> dict[str, Any]:
         "off_by": np.abs(predicted - ious).mean(),
         "single_off_by": np.abs(predicted - ious)[:, 0].mean(),
         "clicks": click_ious(sam, encoded, annotations, CLICKS).mean(0),
+        "objects": np.stack([[a.mask.mean() ** 0.5 for a in annotations], ious[:, 0], boxed[:, 0]]),
     }
 
 
@@ -95,7 +110,7 @@ def of_prompt(
 
 def table() -> None:
     """Write experiments/tables/teacher_card.md, once there are rows."""
-    lines = [HEAD, "|---" * 8 + "|"]
+    lines = [HEAD, "|---" * 9 + "|"]
     last = {(entry["data"], entry["teacher"]): entry for entry in results.read(FILE)}  # the newest of a name
     if not last:
         return
@@ -105,13 +120,15 @@ def table() -> None:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    percent = lambda value: f"{100 * value:.1f}"
+    percent = lambda value: "" if value is None else f"{100 * value:.1f}"
     single = [percent(entry[f"{name}_miou"]) for name in ("point", "box", "oracle")]
     clicks = ", ".join(map(percent, entry["clicks"][1:]))
     off_by = f"{percent(entry['off_by'])}, {percent(entry['single_off_by'])}"
     sure = f"{percent(entry['predicted'])}, {percent(entry['true'])} | {off_by}"
+    _, *by_side = zip(*entry["by_side"], strict=True)
+    sides = "; ".join(", ".join(map(percent, some)) for some in by_side)
     images = f"{entry['images']} of {entry['data']}"
-    return f"| {results.called(entry['teacher'])} | {images} | {' | '.join(single)} | {clicks} | {sure} |"
+    return f"| {results.called(entry['teacher'])} | {images} | {' | '.join(single)} | {clicks} | {sides} | {sure} |"
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import figures, reference_results, results, ship, teacher_card
 from helpers.models import SQUARE, random_sam
@@ -58,6 +60,8 @@ def test_weights_that_float16_cannot_hold_are_refused(material, tmp_path):
 def test_a_card_says_what_a_model_says_of_its_masks(material, monkeypatch):
     ious = {"point": [[0.5, 0.2, 0.8], [0.7, 0.4, 0.4]], "box": [[0.9, 0.0, 0.0], [0.7, 0.0, 0.0]]}
     said = np.array([[0.6, 0.2, 0.7], [0.6, 0.4, 0.6]])
+    sides = [SimpleNamespace(mask=np.arange(100).reshape(10, 10) < count) for count in (1, 25)]
+    monkeypatch.setattr(teacher_card, "read_annotated", lambda _: (Image.new("RGB", (10, 10)), sides))
     monkeypatch.setattr(teacher_card, "of_prompt", lambda *args: (np.array(ious[args[-1]]), said))
     monkeypatch.setattr(teacher_card, "click_ious", lambda *_: np.array([[0.6, 0.7, 0.7, 0.8, 0.8]] * 2))
     for _ in range(2):  # the second has nothing to do
@@ -66,7 +70,14 @@ def test_a_card_says_what_a_model_says_of_its_masks(material, monkeypatch):
     assert entry["images"] == 1 and entry["data"] == "val"
     teacher_card.table()
     line = (results.TABLE_FOLDER / "teacher_card.md").read_text().splitlines()[-1]
-    assert line == "| teacher | 1 of val | 60.0 | 80.0 | 60.0 | 70.0, 70.0, 80.0, 80.0 | 51.7, 50.0 | 8.3, 10.0 |"
+    first = "| teacher | 1 of val | 60.0 | 80.0 | 60.0 | 70.0, 70.0, 80.0, 80.0 |"
+    # two objects of 1/100 and 1/4 of the image
+    assert entry["by_side"] == [[0, None, None], [1, 0.5, 0.9], [1, 0.7, 0.7]]
+    assert (
+        line.startswith(first)
+        and line.endswith("| , 50.0, 70.0; , 90.0, 70.0 | 51.7, 50.0 | 8.3, 10.0 |")
+        and line.count("|") == 10
+    )
 
 
 def test_masks_are_measured_against_what_is_annotated(material):
