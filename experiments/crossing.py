@@ -1,6 +1,6 @@
 """Where two recipes' errors would meet if each went on falling with the steps as it does: lines of logarithms.
 
-A power of the number of steps is fitted to the error after 25, 100, 400, ... steps. For the intervals a seed is drawn
+A power of the number of steps is fitted to the error after 24, 100, 400, ... steps. For the intervals a seed is drawn
 anew for each length, many times. An error that has a floor, as every slim model's has, falls more slowly in the end
 than its line: what is far beyond the last length is a guess, and stands there as one.
 """
@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments import results
+
+ROW = ("teacher", "sha256", "data", "ratio", "images", "photographs")
 PAPER = 100_000  # optimizer steps of both distillations: 20 epochs each, 10,000 images, batches of 4
 DRAWS = 2000
 
@@ -21,29 +24,41 @@ def lines_of(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of a table, its head first: each pair of recipes that have errors of at least two same lengths."""
     lines = ["| teacher | ratio | recipes | steps | slopes | where they meet, 5 to 95 % | meet by the paper's steps |"]
     lines.append("|---" * 7 + "|")
-    for teacher, ratio in sorted({(entry["teacher"], entry["ratio"]) for entry in entries}):
-        own = [entry for entry in entries if (entry["teacher"], entry["ratio"]) == (teacher, ratio)]
-        errors = {recipe: errors_of(own, recipe) for recipe in dict.fromkeys(entry["recipe"] for entry in own)}
+    for row, own in grouped(entries, *ROW).items():
+        errors = {recipe: errors_of(some) for (recipe,), some in grouped(own, "recipe").items()}
         for a, b in itertools.combinations(errors, 2):
             lengths = sorted(errors[a].keys() & errors[b].keys())
             for some in dict.fromkeys((tuple(lengths), tuple(lengths[-2:]))):
                 if len(some) > 1:
                     pair = [{count: errors[recipe][count] for count in some} for recipe in (a, b)]
-                    cells = [teacher, f"{ratio:g}", f"{a}, {b}", ", ".join(map(str, some)), *cells_of(*pair)]
-                    lines.append(f"| {' | '.join(cells)} |")
+                    begin = [results.called(row[0]), f"{row[3]:g}", f"{a}, {b}", ", ".join(map(str, some))]
+                    lines.append(f"| {' | '.join([*begin, *cells_of(*pair)])} |")
     return lines
 
 
-def errors_of(entries: Sequence[Mapping[str, Any]], recipe: str) -> dict[int, list[float]]:
-    """{steps: errors of the seeds} at the rate that the first seed has chosen for that length."""
+def errors_of(entries: Sequence[Mapping[str, Any]]) -> dict[int, list[float]]:
+    """{steps: errors of the seeds} of one recipe, at the rate that was chosen for that length."""
     errors = {}
-    for count in sorted({entry["steps"] for entry in entries if entry["recipe"] == recipe}):
-        own = [e for e in entries if (e["recipe"], e["steps"]) == (recipe, count) and "failed" not in e]
-        if own:
-            first = min(entry["seed"] for entry in own)
-            rate = max((e for e in own if e["seed"] == first), key=lambda entry: entry["chosen_by"])["rate"]
-            errors[count] = [entry["photos error"] for entry in own if entry["rate"] == rate]
+    for (count,), own in sorted(grouped(entries, "steps").items()):
+        whole = [entry for entry in own if entry["rate"] == best_rate(own) and "failed" not in entry]
+        if whole:
+            errors[count] = [entry["photos error"] for entry in whole]
     return errors
+
+
+def best_rate(entries: Sequence[Mapping[str, Any]]) -> float:
+    """The rate that the photographs to choose by have chosen, with the first seed."""
+    first = min(entry["seed"] for entry in entries)
+    return max((e for e in entries if e["seed"] == first), key=lambda entry: entry["chosen_by"])["rate"]
+
+
+def grouped(entries: Sequence[Mapping[str, Any]], *names: str) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+    """{values of these fields: entries that have them}; lists become tuples."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        values = tuple(tuple(v) if isinstance(v := entry[name], list) else v for name in names)
+        groups.setdefault(values, []).append(entry)
+    return groups
 
 
 def cells_of(a: Mapping[int, Sequence[float]], b: Mapping[int, Sequence[float]]) -> list[str]:

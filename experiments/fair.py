@@ -1,7 +1,7 @@
 """Recipes on equal terms, on photographs that neither their tuning nor, where it can be helped, their teacher has seen.
 
     python -m experiments.fair run --teachers sam_small_256.pth NEW --images bsds_train --photos photos --val bsds_val
-    python -m experiments.fair run --teachers NEW --steps 25 100 400 1600 --ratios 0.77 --images bsds_train ...
+    python -m experiments.fair run --teachers NEW --steps 24 100 400 1600 --ratios 0.77 --images bsds_train ...
     python -m experiments.fair table
 
 Each recipe of each teacher, ratio and number of steps gets its learning rate by the same rule: from its own, three
@@ -23,8 +23,9 @@ import numpy as np
 
 import slimsam_jax
 from experiments import crossing, distillers, results
-from slimsam_jax import cli, data
+from slimsam_jax import checkpoint, cli, data
 from slimsam_jax.data.reading import read_annotated
+from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation.scores import agreement, relative_error, single_mask_iou
 from slimsam_jax.inference.decode import Encoded, encode_image
 from slimsam_jax.models.sam import Sam
@@ -34,6 +35,7 @@ FILE = results.FOLDER / "fair.jsonl"
 RECIPES = ("default", "taylor", "slimsam")
 TURNS = 5  # at most so often three times up or down
 CHOSEN_BY = 5  # every fifth photograph chooses
+ROW = ("teacher", "sha256", "data", "ratio", "steps", "images", "photographs")  # what runs of one row share
 
 
 def run(
@@ -59,7 +61,12 @@ def run(
       recipes: names.
       seeds: of images and noise; the first chooses the rate.
       limit: images of `val`.
+
+    Raises:
+      InputError: the code is no commit's, or something cannot be read.
     """
+    if odd := [count for count in steps if count % 2]:
+        raise InputError(f"--steps {odd[0]} is not even: recipes with two distillations take half in each")
     results.check_committed()
     with tempfile.TemporaryDirectory() as folder:
         learned, chosen = divided(data.find([images]), Path(folder))
@@ -67,8 +74,10 @@ def run(
         for path in teachers:
             bench = Bench(slimsam_jax.load(path), data.find([chosen]), sets)
             where = {"teacher": path, "images": (learned,), "val": (chosen,), "cache": Path(folder) / path.stem}
+            key = {"teacher": path.stem, "sha256": checkpoint.sha256(path)}
+            key |= {"data": [Path(each).name for each in (images, photos, val)]}
             for ratio, count, recipe in itertools.product(ratios, steps, recipes):
-                measure(bench, path.stem, distillers.Method(recipe, ratio=ratio), count, seeds, where)
+                measure(bench, key, distillers.Method(recipe, ratio=ratio), count, sorted(seeds), where)
 
 
 def divided(samples: Sequence[data.Sample], folder: Path) -> tuple[str, str]:
@@ -78,20 +87,26 @@ def divided(samples: Sequence[data.Sample], folder: Path) -> tuple[str, str]:
     for index, sample in enumerate(samples):
         part = "learn" if index % CHOSEN_BY else "choose"
         for path in (Path(sample.name), Path(sample.name).with_suffix(".json")):
-            shutil.copy(path, folder / part / path.name)
+            if path.exists():  # labels are read by none but validations
+                shutil.copy(path, folder / part / f"{index}_{path.name}")
     return str(folder / "learn"), str(folder / "choose")
 
 
 def measure(
-    bench: Bench, teacher: str, method: distillers.Method, steps: int, seeds: Sequence[int], where: dict[str, Any]
+    bench: Bench,
+    teacher: dict[str, Any],
+    method: distillers.Method,
+    steps: int,
+    seeds: Sequence[int],
+    where: dict[str, Any],
 ) -> None:
-    """All runs of a row."""
+    """All runs of a row; `teacher` are the key's fields that say of which teacher and data."""
     bench.methods = {label_of(method): method}
     plan = distillers.Plan(steps=steps, chosen_on=len(bench.chosen), measured_on=sum(map(len, bench.sets.values())))
 
     def run_of(rate: float, seed: int) -> dict[str, Any]:
         count = len(data.find(where["images"]))
-        key = {"teacher": teacher, **distillers.key_of(label_of(method), method, count, plan, rate, seed)}
+        key = {**teacher, **distillers.key_of(label_of(method), method, count, plan, rate, seed)}
         return distillers.one(bench, key, where)
 
     best = climbed(lambda rate: run_of(rate, seeds[0])["chosen_by"])
@@ -175,21 +190,17 @@ def lines_of(entries: Sequence[dict[str, Any]]) -> list[str]:
     """The table's lines, its head first: of each row the chosen rate, of `slimsam` the paper's besides."""
     head = "| teacher | ratio | steps | recipe | agreement, photos | agreement, val | point mIoU, val | box mIoU, val |"
     lines = [head + " error, photos | rate | seeds |", "|---" * 11 + "|"]
-    rows = dict.fromkeys((e["teacher"], e["ratio"], e["steps"], e["recipe"]) for e in entries)
-    for row in sorted(rows, key=lambda row: (*row[:3], RECIPES.index(row[3]))):
-        own = [e for e in entries if (e["teacher"], e["ratio"], e["steps"], e["recipe"]) == row]
-        best = best_rate(own)
-        for rate in dict.fromkeys((best, 1.0) if row[3] == "slimsam" else (best,)):
-            called = f"{row[3]}, the paper's rate" if row[3] == "slimsam" and rate == 1.0 else row[3]
+    for row, own in sorted(crossing.grouped(entries, *ROW, "recipe").items(), key=order):
+        best = crossing.best_rate(own)
+        for rate in dict.fromkeys((best, 1.0) if row[-1] == "slimsam" else (best,)):
+            called = f"{row[-1]}, the paper's rate" if row[-1] == "slimsam" and rate == 1.0 else row[-1]
             tried = len({e["rate"] for e in own})
-            lines.append(line_of((row[0], f"{row[1]:g}", str(row[2]), called), own, rate, tried))
+            lines.append(line_of((results.called(row[0]), f"{row[3]:g}", str(row[4]), called), own, rate, tried))
     return lines
 
 
-def best_rate(entries: Sequence[dict[str, Any]]) -> float:
-    """The rate that the first seed's photographs to choose by have chosen."""
-    first = min(entry["seed"] for entry in entries)
-    return max((e for e in entries if e["seed"] == first), key=lambda entry: entry["chosen_by"])["rate"]
+def order(row: tuple[tuple[Any, ...], Any]) -> tuple[Any, ...]:
+    return (*map(str, row[0][:3]), *row[0][3:5], RECIPES.index(row[0][-1]))
 
 
 def line_of(cells: Sequence[str], entries: Sequence[dict[str, Any]], rate: float, tried: int) -> str:
@@ -201,8 +212,9 @@ def line_of(cells: Sequence[str], entries: Sequence[dict[str, Any]], rate: float
         return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "") if whole else ""
 
     error = f"{np.mean([run['photos error'] for run in whole]):.2g}" if whole else "not finite"
+    count = str(len(runs)) + (f" ({len(runs) - len(whole)} not finite)" if len(whole) < len(runs) else "")
     shares = map(share, ("photos agreement", "val agreement", "val point", "val box"))
-    return f"| {' | '.join([*cells, *shares, error, f'{rate:g} of {tried}', str(len(runs))])} |"
+    return f"| {' | '.join([*cells, *shares, error, f'{rate:g} of {tried}', count])} |"
 
 
 if __name__ == "__main__":

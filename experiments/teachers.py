@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 import slimsam_jax
-from experiments import pruning, results
-from slimsam_jax import cli, data
+from experiments import crossing, pruning, results
+from slimsam_jax import checkpoint, cli, data
 from slimsam_jax.compression.calibration_images import calibration_stream, on_devices
 from slimsam_jax.compression.projection.statistics import accumulate, moments_of
 from slimsam_jax.compression.recipes import RECIPES
@@ -46,9 +46,10 @@ def run(teachers: tuple[Path, ...], images: str, val: str, seeds: tuple[int, ...
     for path in teachers:
         sam = slimsam_jax.load(path)
         bench = Bench(sam, data.find([images]), data.find([val]))
-        keep({"teacher": path.stem, "what": "spectrum"}, bench.spectrum)
+        of = {"teacher": path.stem, "sha256": checkpoint.sha256(path), "images": Path(images).name}
+        keep({**of, "what": "spectrum"}, bench.spectrum)
         for seed, ratio, recipe in itertools.product(seeds, RATIOS, pruning.MAIN):
-            key = {"teacher": path.stem, "what": recipe, "ratio": ratio, "seed": seed, "val": len(bench.val)}
+            key = {**of, "what": recipe, "ratio": ratio, "seed": seed, "val": f"{len(bench.val)} of {Path(val).name}"}
             keep(key, bench.pruned, RECIPES[recipe], ratio, seed)
 
 
@@ -95,14 +96,16 @@ def table() -> None:
     """Write experiments/tables/teachers.md, once there are rows."""
     if not (entries := results.read(FILE)):
         return
-    lines = ["| teacher | directions for 99 %, 99.9 % | ratio | cut by | error | agreement | seeds |", "|---" * 7 + "|"]
+    lines = ["| teacher | directions for 99 %, 99.9 % | ratio | cut by | error | agreement | seeds, photographs |"]
+    lines.append("|---" * 7 + "|")
     for entry in (entry for entry in entries if entry["what"] == "spectrum"):
         shares = ", ".join(f"{100 * entry[f'{share:g}']:.0f} %" for share in SHARES)
         begin = f"| {results.called(entry['teacher'])} | {shares} |"
-        for ratio, recipe in itertools.product(RATIOS, pruning.MAIN):
-            key = {"teacher": entry["teacher"], "ratio": ratio, "what": recipe}
-            if runs := [e for e in entries if all(e.get(name) == value for name, value in key.items())]:
-                lines.append(f"{begin} {ratio:g} | {recipe} | {_cells(runs)} | {len(runs)} |")
+        own = [e for e in entries if "ratio" in e and e["sha256"] == entry["sha256"]]
+        rows = crossing.grouped(own, "ratio", "what", "val")
+        for ratio, recipe, val in sorted(rows, key=lambda row: (row[2], row[0], pruning.MAIN.index(row[1]))):
+            runs = rows[ratio, recipe, val]
+            lines.append(f"{begin} {ratio:g} | {recipe} | {_cells(runs)} | {len(runs)}, {val} |")
     command = "python -m experiments.teachers table"
     results.write_table("teachers", "Teachers, and what cuts of them lose", lines, command, "../fair.md")
 

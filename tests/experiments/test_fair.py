@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import crossing, distillers, fair, results
+from experiments import crossing, distillers, fair
 from helpers.images import write_annotation
 from slimsam_jax import data
 
@@ -43,7 +43,8 @@ def entries_of(recipe: str, scores: dict[float, float], seeds: int = 2) -> list[
     for rate, seed in dict.fromkeys(runs):
         key = distillers.key_of(fair.label_of(method), method, 8, plan, rate, seed)
         names = ("photos agreement", "val agreement", "val point", "val box", "photos error")
-        found.append({"teacher": "t", **key, "chosen_by": scores[rate], **dict.fromkeys(names, rate / 10 + seed / 100)})
+        of = {"teacher": "t", "sha256": "a", "data": ["b"], **key, "chosen_by": scores[rate]}
+        found.append({**of, **dict.fromkeys(names, rate / 10 + seed / 100)})
     return found
 
 
@@ -55,6 +56,14 @@ def test_the_papers_rate_stands_beside_the_chosen_one():
         ["slimsam", "30.50 ± 0.71", "30.50 ± 0.71", "3 of 3", "2 |"],
         ["slimsam, the paper's rate", "10.50 ± 0.71", "10.50 ± 0.71", "1 of 3", "2 |"],
     ]
+
+
+def test_seeds_that_failed_are_counted_and_other_data_is_another_row():
+    runs = entries_of("default", {1.0: 0.9}, seeds=3)
+    runs[1]["failed"] = "not finite"
+    others = [{**run, "photographs": [2, 4]} for run in entries_of("default", {1.0: 0.9}, seeds=1)]
+    ends = [line.split(" | ")[-1] for line in fair.lines_of([*runs, *others])[2:]]
+    assert ends == ["3 (1 not finite) |", "1 |"]
 
 
 def test_lines_meet_where_powers_are_equal():
@@ -70,6 +79,6 @@ def test_lines_meet_where_powers_are_equal():
 def test_only_lengths_that_both_have_are_compared():
     of = lambda recipe, steps, error: {**entries_of(recipe, {1.0: 0.5}, 1)[0], "steps": steps, "photos error": error}
     found = [of("default", s, s**-0.5 / 100) for s in (25, 100)] + [of("taylor", s, s**-1.0) for s in (25, 100, 400)]
-    (line,) = crossing.lines_of(found)[2:]
+    others = [{**entry, "photographs": [2, 4], "photos error": 1.0} for entry in found]  # another --limit's
+    (line, _) = crossing.lines_of([*found, *others])[2:]
     assert line == "| t | 0.5 | default, taylor | 25, 100 | -0.50, -1.00 | 1e+04 (1e+04 to 1e+04) | 100 % of draws |"
-    assert results.FOLDER / "fair.jsonl" == fair.FILE
