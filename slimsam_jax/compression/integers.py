@@ -35,7 +35,7 @@ class Quantize(Record):
         most by themselves.
       fine_weights: so many layers of the image encoder, and as many of the others, have weights of 8 bits, whatever
         `weights` says: those that cost most by themselves, after those of `float_weights`.
-      share: of float32's size, 0.195 say, that the file may fill: layers of all parts get 8 bits, or stay as they are,
+      share: of float32's size, 0.195 say, that arrays may fill: layers of all parts get 8 bits, or stay as they are,
         first where that saves most of the masks' error a byte; instead of `float_weights` and `fine_weights`. 0: none.
       images: to calibrate with; "tinysam" takes 4 at most.
     """
@@ -80,14 +80,22 @@ class Quantize(Record):
                 "float_weights are of prompt encoder and decoder, which head=false leaves as they are: "
                 "add quantize.float_weights=0"
             )
-        if self.share and (self.float_weights or self.fine_weights or not self.head):
-            raise InputError(
-                "share chooses among all layers: it goes with head=true, without float_weights and fine_weights"
-            )
+        if self.share:
+            self._check_share()
         if not self.activations and (self.float_inputs or self.balance or self.ranges != "minmax"):
             raise InputError("ranges, balance and float_inputs are of activations: set quantize.activations=8, say")
         if self.balance and (self.group or self.ranges == "percentile"):
             raise InputError("balance goes with whole channels, group=0, and ranges of all values, not percentile")
+
+    def _check_share(self) -> None:
+        """It chooses by itself, among layers of all parts."""
+        unlike = {
+            "float_weights=0": self.float_weights,
+            "fine_weights=0": self.fine_weights,
+            "head=true": not self.head,
+        }
+        if needed := [f"quantize.{choice}" for choice, differs in unlike.items() if differs]:
+            raise InputError(f"share chooses among all layers by itself: add {' '.join(needed)}")
 
     def _check_tinysam(self) -> None:
         """It is a scheme of its own, of the image encoder."""

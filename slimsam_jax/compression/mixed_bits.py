@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from slimsam_jax.compression.integers import Quantize
+from slimsam_jax.errors import InputError
 from slimsam_jax.models.sam import Params
 from slimsam_jax.quantization import Quantized, Statistics, is_quantized, weights
 from slimsam_jax.quantization.codes import packed_size
@@ -39,6 +42,22 @@ def packed_bytes(params: Params) -> int:
 def _size(node: Quantized) -> int:
     beside = sum(4 * array.size for array in (node.scale, node.range, node.divisor) if array is not None)
     return packed_size(node.codes.size, node.bits) + beside
+
+
+def room_within(step: Quantize, params: Params, integers: Params) -> float:
+    """Bytes that `Quantize.share` of the plain parameters leaves beside integers, and ranges of inputs.
+
+    Raises:
+      InputError: these alone take more.
+    """
+    whole, taken = packed_bytes(params), packed_bytes(integers)
+    if taken > step.share * whole:
+        least = math.ceil(1e4 * taken / whole) / 1e4
+        raise InputError(
+            f"share={step.share:g}: integers of {step.weights} bits alone take {least:g} of float32's size; "
+            "give a larger share, or fewer bits"
+        )
+    return step.share * whole - taken
 
 
 def choose(errors: Mapping[str, float], nodes: Mapping[str, Quantized], room: float) -> dict[str, int]:

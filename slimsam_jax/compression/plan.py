@@ -15,7 +15,7 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.limits import quoted
 
 # Choices that 0.3 got late, at their defaults. They are not recorded, so that runs begun before go on (`RunFolder`).
-LATE = (("steps", 0), ("balance", 0.0))
+LATE = (("steps", 0), ("balance", 0.0), ("share", 0.0))
 
 
 def as_recipe(steps: Any) -> Recipe:

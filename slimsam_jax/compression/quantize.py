@@ -17,7 +17,7 @@ import numpy as np
 from slimsam_jax import data
 from slimsam_jax.compression.input_ranges import PERCENTILE, divisors, with_ranges, without_worst
 from slimsam_jax.compression.integers import Quantize
-from slimsam_jax.compression.mixed_bits import FLOAT, choose, finer, packed_bytes, restored
+from slimsam_jax.compression.mixed_bits import FLOAT, choose, finer, restored, room_within
 from slimsam_jax.data import Sample
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.errors import InputError
@@ -176,13 +176,13 @@ def _within_share(
     sam: Sam, step: Quantize, seen: Seen, encoder: Params, head: Params, own: tuple[Any, ...]
 ) -> tuple[Params, Params]:
     """Encoder and the rest with more bits where masks need them, as many as `Quantize.share` leaves room for."""
+    ranged = with_ranges(encoder, seen.encoder, step) if step.activations else encoder
+    room = room_within(step, sam.params, {**head, "image_encoder": ranged})
     masks, before = _masks_of(sam, seen.prompts[: len(seen.images[0][0])]), sam.params["image_encoder"]
     found = sensitivity(lambda *inputs: [each for each, _ in masks(*inputs)], before, encoder, seen.images[:1])
     found = {ENCODER + path: each for path, each in found.items()} | _head_errors(sam, seen, head)
     errors = {path: by_weights for path, (by_weights, _) in found.items()}
-    whole = {**head, "image_encoder": encoder}
-    room = step.share * 4 * sum(leaf.size for leaf in jax.tree.leaves(sam.params)) - packed_bytes(whole)
-    chosen = choose(errors, nodes_of(whole), room)
+    chosen = choose(errors, nodes_of({**head, "image_encoder": encoder}), room)
     of = lambda bits, inside: [path for path in chosen if chosen[path] == bits and path.startswith(ENCODER) == inside]
     short = lambda bits: [path.removeprefix(ENCODER) for path in of(bits, True)]
     encoder = restored(encoder, finer(before, seen.encoder, short(8), own), short(8))
@@ -263,9 +263,9 @@ def _decode(config: Architecture, head: Params, embedding: Any, points: Any, lab
 def prompted(sam: Sam, batches: Iterator[dict[str, np.ndarray]], seed: int) -> Iterator[tuple[Any, ...]]:
     """What the head of a SAM is calibrated with: embeddings, random prompts, and masks where it takes some.
 
-    Clicks on and off the object, boxes, and points that fill up; a quarter are boxes alone, a quarter a click alone, as
-    they are asked for most. So many points that each of the decoder's projections is computed by itself. (With few
-    tokens it multiplies two of them, `models.transformer`.)
+    Clicks on and off the object, boxes, and points that are none; a quarter are boxes alone, a quarter a click alone,
+    filled up with tokens that are no point, as they are asked for most. So many points that each of the decoder's
+    projections is computed by itself. (With few tokens it multiplies two of them, `models.transformer`.)
     """
     random, head = np.random.default_rng(seed), sam.config.head
     takes = lambda labels, masked=False: kind_of(head).refusal(np.array(labels), masked) is None
@@ -283,7 +283,7 @@ def prompted(sam: Sam, batches: Iterator[dict[str, np.ndarray]], seed: int) -> I
                 boxes = slice(0, PROMPTS // 2)
                 labels[boxes, :2] = BOX_TOP_LEFT, BOX_BOTTOM_RIGHT
                 points[boxes, :2] = np.sort(points[boxes, :2], axis=1)
-            if NOT_A_POINT in kinds:
+            if takes([[1, NOT_A_POINT]]):
                 labels[PROMPTS // 4 : PROMPTS // 2, 2:] = labels[PROMPTS // 2 : 3 * PROMPTS // 4, 1:] = NOT_A_POINT
             inputs = (embedding, points, labels)
             if takes(labels, True):

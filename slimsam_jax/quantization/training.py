@@ -66,6 +66,7 @@ def joined(trained: Any, nodes: Mapping[str, Quantized]) -> Any:
 
 def _input_factors(trained: Any, nodes: Mapping[str, Quantized]) -> dict[str, dict[str, Any]]:
     """{path: {"range": factor}} of q, k and v: the mean of theirs, as they read one input, which is quantised once."""
+    # Before `Quantize.share` each had its own: a run stopped then, within a training, goes on from the mean of theirs.
     readers: dict[str, dict[str, Any]] = {}
     for path in nodes:
         part = functools.reduce(lambda tree, name: tree[name], path.split("/"), trained)

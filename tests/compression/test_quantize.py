@@ -234,7 +234,10 @@ HEAD = "mask_decoder/transformer/layers_0"
 
 @pytest.fixture
 def two_mlps(sam, monkeypatch):
-    """Statistics of a block's MLP in either part, of whose layers the last by name cost masks most."""
+    """Statistics of a block's MLP in either part, of whose layers the last by name cost masks most.
+
+    What is asked of masks is traced, and not computed.
+    """
     names = ("mlp_lin1/kernel", "mlp_lin2/kernel")
     flat = flatten_dict(sam.params, sep="/")
 
@@ -246,12 +249,20 @@ def two_mlps(sam, monkeypatch):
         }
 
     def costs(function, params, integers, batches):
+        results = jax.eval_shape(lambda params: function(params, *batches[0]), params)
+        traced.append([leaf.shape for leaf in jax.tree.leaves(results)])
         paths = sorted(nodes_of(dataclasses.replace(sam, params=integers)), reverse=True)
-        return {path: (1.0 / 10**place,) * 2 for place, path in enumerate(paths)}
+        return {path: (1.0 / 10 ** (4 * place), 0.0) for place, path in enumerate(paths)}
 
+    traced = []
     monkeypatch.setattr(quantize_module, "sensitivity", costs)
-    image = (np.zeros((1, 8, 8, 3), np.uint8), np.full((1, 2), 8))
-    return quantize_module.Seen(seen("blocks_0", ENCODER), seen(HEAD), [image], [()])
+    image = (np.zeros((1, 64, 64, 3), np.uint8), np.full((1, 2), 64))
+    prompts = (
+        np.zeros((4, 4, SMALL.out_chans), np.float32),
+        np.zeros((3, 2, 2), np.float32),
+        np.ones((3, 2), np.int32),
+    )
+    return quantize_module.Seen(seen("blocks_0", ENCODER), seen(HEAD), [image], [prompts]), traced
 
 
 def bits_of(sam, params):
@@ -261,7 +272,7 @@ def bits_of(sam, params):
 def test_the_worst_layers_have_8_bits(sam, two_mlps):
     """Of either part, but for those that stay as they are."""
     step = Quantize(weights=4, fine_weights=1, float_weights=1)
-    params = quantize_module.with_integers(sam, step, two_mlps)
+    params = quantize_module.with_integers(sam, step, two_mlps[0])
     assert bits_of(sam, params) == {
         "image_encoder/blocks_0/mlp_lin1/kernel": 4,
         "image_encoder/blocks_0/mlp_lin2/kernel": 8,
@@ -273,17 +284,26 @@ def test_the_worst_layers_have_8_bits(sam, two_mlps):
 
 
 def test_a_share_is_filled_in_both_parts(sam, two_mlps):
-    flat = flatten_dict(sam.params, sep="/")
-    sizes = {
-        path: flat[path].size for path in flat if path.endswith(("blocks_0/mlp_lin2/kernel", f"{HEAD}/mlp_lin2/kernel"))
-    }
-    four = quantize_module.with_integers(sam, Quantize(weights=4), two_mlps)
-    bytes_of = lambda share: share * 4 * sum(leaf.size for leaf in flat.values())
-    room = sum(sizes.values()) // 2 + 8
-    share = (packed_bytes(four) + room) / bytes_of(1)
-    params = quantize_module.with_integers(sam, Quantize(weights=4, share=share), two_mlps)
-    assert {path for path, bits in bits_of(sam, params).items() if bits == 8} == set(sizes)
-    assert packed_bytes(four) < packed_bytes(params) <= bytes_of(share)
+    """By masks' errors: with 8 bits, then floats; ranges of inputs count, and what cannot be is refused."""
+    (seen, traced), flat = two_mlps, flatten_dict(sam.params, sep="/")
+    worst = [f"{ENCODER}blocks_0/mlp_lin2/kernel", f"{HEAD}/mlp_lin2/kernel"]
+    count, whole = sum(flat[path].size for path in worst), packed_bytes(sam.params)
+    made = lambda **choices: quantize_module.with_integers(sam, Quantize(weights=4, **choices), seen)
+    least = packed_bytes(made())
+    filled = lambda room, **choices: made(share=(least + room) / whole, **choices)
+    eight = filled(count // 2 + 8)
+    assert traced == [[(3, 2, 16, 16)]] * 2
+    assert {path for path, bits in bits_of(sam, eight).items() if bits == 8} == set(worst)
+    assert least < packed_bytes(eight) <= least + count // 2 + 8
+    assert least < packed_bytes(filled(count // 2 + 4, activations=8)) <= least + count // 2 + 4
+    floats = filled(count // 2 + 3 * count + 8)
+    for path in worst:
+        np.testing.assert_array_equal(flatten_dict(floats, sep="/")[path], flat[path])
+    assert set(bits_of(sam, floats)) == set(bits_of(sam, eight)) - set(worst)
+    with pytest.raises(
+        InputError, match=r"^share=0.01: integers of 4 bits alone take 0[.][0-9]+ of .* a larger share, or fewer bits"
+    ):
+        made(share=0.01)
 
 
 def test_a_share_of_the_size_goes_where_masks_gain_most_a_byte():

@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict
 from helpers.family_models import SLIM_REP_VIT, SLIM_TINY_VIT, SLIM_VIT, edge_sam, efficient_sam, random_params
 from helpers.images import samples
 from slimsam_jax import checkpoint, data
-from slimsam_jax.compression.quantize import embed, quantize
+from slimsam_jax.compression import quantize as quantize_module
+from slimsam_jax.compression.quantize import PROMPTS, embed, prompted, quantize
 from slimsam_jax.models.composed import SamConfig, head_of
 from slimsam_jax.models.sam import Sam, abstract_params, encode
 from slimsam_jax.quantization import is_quantized
@@ -30,6 +31,18 @@ FAMILIES = {
     "rep_vit": lambda: edge_sam(SLIM_REP_VIT),
     "efficient_sam": lambda: efficient_sam(SLIM_VIT),
 }
+
+
+@pytest.mark.parametrize("family", ["tiny_vit", "efficient_sam"])
+def test_heads_are_calibrated_with_boxes_alone_and_clicks_alone(family, monkeypatch):
+    """A quarter of the prompts each, also of a head that takes no prompt without a point."""
+    monkeypatch.setattr(quantize_module, "encode", lambda *_: np.zeros((1, 4, 4, 16), np.float32))
+    monkeypatch.setattr(quantize_module, "_decode", lambda *_: (np.zeros((PROMPTS, 1, 16, 16)),))
+    sam, batch = FAMILIES[family](), {"image": None, "size": np.array([[64, 50]])}
+    ((_, _, labels, *_),) = prompted(sam, iter([batch]), 0)
+    prompts = [[label for label in row if label >= 0] for row in labels.tolist()]
+    assert prompts[2:4] == [[2, 3]] * 2 and prompts[4:6] == [[1]] * 2
+    assert sam.refusal(labels[2:6], False) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

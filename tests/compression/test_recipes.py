@@ -63,6 +63,9 @@ def test_late_choices_are_recorded_where_they_are_made():
     *_, quantize, distill = describe(RECIPES["integers"])
     assert "balance" not in quantize and distill["optimizer"]["steps"] == 100
     assert describe([Quantize(activations=8, balance=0.75)])[0]["balance"] == 0.75
+    first = {"weights", "activations", "group", "method", "ranges", "float_inputs", "arithmetic", "head"}
+    first |= {"float_weights", "fine_weights", "images"}  # what a run of integers recorded when there were such
+    assert set(describe([Quantize()])[0]) == {"step"} | first
 
 
 def test_recipes_of_the_paper():
@@ -181,6 +184,22 @@ def test_choices_are_set_by_name_in_every_step_that_has_them():
 def test_choices_that_are_none_are_refused(setting, message):
     with pytest.raises(InputError, match=message):
         change(RECIPES["default"], [setting])
+
+
+@pytest.mark.parametrize(
+    ("choices", "missing"),
+    [
+        ((), "float_weights=0"),
+        (("float_weights=0", "fine_weights=2"), "fine_weights=0"),
+        (("float_weights=0", "head=false"), "head=true"),
+    ],
+)
+def test_a_share_says_what_else_it_needs(choices, missing):
+    """The recipe itself keeps layers as they are."""
+    settings = ["quantize.share=0.2", *(f"quantize.{choice}" for choice in choices)]
+    with pytest.raises(InputError, match=f"by itself: add quantize.{missing}$"):
+        change(RECIPES["integers"], settings)
+    assert change(RECIPES["integers"], [settings[0], "quantize.float_weights=0"])[-2].share == 0.2
 
 
 @pytest.mark.parametrize(
