@@ -25,7 +25,7 @@ from slimsam_jax.plan import report
 from slimsam_jax.plan.hardware import Hardware, compiled_elsewhere, named
 from slimsam_jax.plan.measure import MOST, Needs, expected, largest, measure
 from slimsam_jax.plan.options import Options
-from slimsam_jax.plan.programs import How, programs, trains
+from slimsam_jax.plan.programs import How, check_distillations, programs, trains
 from slimsam_jax.progress import say
 from slimsam_jax.training.setup import batch_size, compute_dtype
 
@@ -100,6 +100,7 @@ def _of(options: Options, config: Architecture) -> tuple[tuple[Planned, ...], Ta
     check_encoders(recipe, config)
     target = Target(options.channel_ratio(), Budget.parse(options.budget) if options.budget is not None else None)
     steps = planned(recipe, optimizer_steps(recipe, options.limit, batch, options.steps))
+    check_distillations(steps, options.only and (*options.only, *["distill"] * options.largest))
     how = (batch, dtype, options.accumulate, options.fsdp, options.attention)
     calibration = min(options.importance_images, options.limit)
     return steps, target, How(*how, calibration, options.cache, options.uniform)
@@ -123,9 +124,11 @@ def largest_batch(
 
     def fits(each: int) -> bool:
         tried = programs(steps, config, target, how._replace(batch=each * devices), ("distill",))
-        found = [measure(program, hardware) for program in tried]
-        answer = all(map(fitted, found))
-        peaks[each] = max((needs.peak or 0) + needs.resident for needs in found)
+        answer, peaks[each] = True, 0
+        for needs in (measure(program, hardware) for program in tried):
+            answer, peaks[each] = fitted(needs), max(peaks[each], (needs.peak or 0) + needs.resident)
+            if not answer:  # what the others need is not asked: each is a compilation
+                break
         say("tried", f"{each * devices} images a step: {'fits' if answer else 'does not fit'}")
         return answer
 
