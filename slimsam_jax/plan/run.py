@@ -73,8 +73,8 @@ def architecture(name: str) -> Architecture:
 
 def plan_one(options: Options, hardware: Hardware, teacher: str, config: Architecture) -> Iterator[dict[str, Any]]:
     """Yields what is known of a plan after each of its programs: the last is the whole."""
-    steps, target, how = _of(options, config)
-    entry = _beginning(options, hardware, teacher, how)
+    steps, target, how = of_options(options, config)
+    entry = beginning(options, hardware, teacher, how)
     report.print_heading(entry)
     found: list[Needs] = []
     for program in programs(steps, config, target, how, options.only):
@@ -89,7 +89,7 @@ def plan_one(options: Options, hardware: Hardware, teacher: str, config: Archite
     yield whole
 
 
-def _of(options: Options, config: Architecture) -> tuple[tuple[Planned, ...], Target, How]:
+def of_options(options: Options, config: Architecture) -> tuple[tuple[Planned, ...], Target, How]:
     """The steps, how much is cut, and what the programs depend on besides; raises InputError as `compress` does."""
     if options.per_device:
         options = dataclasses.replace(options, batch=options.per_device * sharding.device_count())
@@ -160,7 +160,8 @@ def described(needs: Needs) -> dict[str, Any]:
     return {**dataclasses.asdict(needs), "seconds": needs.seconds, "images_per_second": rate}
 
 
-def _beginning(options: Options, hardware: Hardware, teacher: str, how: How) -> dict[str, Any]:
+def beginning(options: Options, hardware: Hardware, teacher: str, how: How) -> dict[str, Any]:
+    """What is written of a plan before its programs: where, and all that these depend on."""
     chip = hardware.chip
     return {
         "on": hardware.name,
@@ -170,6 +171,8 @@ def _beginning(options: Options, hardware: Hardware, teacher: str, how: How) -> 
         "teacher": teacher,
         "recipe": options.recipe,
         "set": list(options.set),
+        "student": str(options.student) if options.student else None,
+        "uniform": options.uniform,
         "ratio": options.channel_ratio(),
         "budget": options.budget,
         "batch": how.batch,
@@ -177,6 +180,8 @@ def _beginning(options: Options, hardware: Hardware, teacher: str, how: How) -> 
         "fsdp": how.fsdp,
         "attention": how.attention,
         "dtype": jnp.dtype(how.dtype).name,
+        "cache": how.cached,
+        "steps": options.steps,
         "images": options.limit,
         "versions": {"slimsam_jax": __version__, "jax": version("jax")},
     }
