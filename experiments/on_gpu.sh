@@ -56,9 +56,14 @@ part attention 60 $python -m experiments.bench.attention --preset $slim --runs $
 part forward 60 $python -m experiments.bench --what forward --preset $slim --images $images --turns $turns \
   $([ -n "$dry" ] || echo --compile)
 part step 90 $python -m experiments.bench --what bottleneck-stage --preset $slim --images $images --turns $turns
-part plan 60 $python -m slimsam_jax.plan --teacher $teacher --ratio 0.77 --per-device 1 --on "${on:-h100}" \
-  --only distill --out "$out/plan.json"
-part planned 60 $python -m experiments.bench.planned "$out/plan.json" --runs $runs
+rm -f "$out/plan.json" # of an earlier call
+if [ -n "$on" ]; then
+  part plan 60 $python -m slimsam_jax.plan --teacher $teacher --ratio 0.77 --per-device 1 --on "$on" --only distill \
+    --out "$out/plan.json"
+  [ ! -e "$out/plan.json" ] || part planned 60 $python -m experiments.bench.planned "$out/plan.json" --runs $runs
+else
+  echo "## plan, planned: left out, this GPU is none that slimsam plan knows" | tee -a "$results"
+fi
 if [ -n "$pack" ]; then
   resume=; [ -e "$out/teacher/log.jsonl" ] && resume=--resume
   part teacher 210 $python -m experiments.train_reference --composites "$pack" \

@@ -3,8 +3,9 @@
     slimsam plan --teacher vit_b --ratio 0.77 --per-device 1 --on h100 --only distill encode --out plan.json
     python -m experiments.bench.planned plan.json
 
-A line for each program, of ones in place of parameters and images. Real memory is the most that JAX had allocated in
-this process, where the device says it: give a plan of one program if more are to be told apart.
+A line for each program of a distillation or of an encoder in --dtype, of ones in place of parameters and images. Real
+memory is the most that JAX had allocated in this process, where the device says it: give a plan of one program if more
+are to be told apart.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from slimsam_jax.compression.budget import Target
-from slimsam_jax.compression.plan import planned
-from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.set_option import change
-from slimsam_jax.errors import InputError
-from slimsam_jax.plan.programs import How, Program, programs
-from slimsam_jax.plan.run import architecture
+from slimsam_jax import cli, limits
+from slimsam_jax.errors import InputError, reading
+from slimsam_jax.plan import options as planning
+from slimsam_jax.plan.programs import Program, programs
+from slimsam_jax.plan.run import architecture, of_options
 
 MIB = 2**20
+KINDS = ("distill", "encode")
+# What a plan says of the options that it was made with.
+SAID = ("recipe", "ratio", "budget", "uniform", "batch", "accumulate", "fsdp", "attention", "dtype", "cache", "steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,23 +47,50 @@ class Options:
 
 
 def main(options: Options) -> None:
-    for entry in json.loads(options.plan.read_text()):
+    """Raises InputError for a plan that is none, is of another version's options, or of other devices."""
+    limits.check("--runs", options.runs, limits.Range(1, limits.COUNT, True))
+    here = {"device": jax.devices()[0].device_kind}
+    for entry, given, expected in read(options.plan):
+        said = here | {"teacher": entry["teacher"], "planned_for": entry["on"]}
+        for program in programs_of(entry["teacher"], given):
+            if plan := expected.get(program.name):
+                line = said | {"program": program.name} | compared(plan, *measured(program, options.runs))
+                print(json.dumps(line), flush=True)
+
+
+def read(path: Path) -> list[tuple[dict[str, Any], planning.Options, dict[str, Any]]]:
+    """Returns of each of a plan's entries itself, the options it was made with, {program: what was planned}."""
+    with reading(path):
+        entries = json.loads(path.read_text())
+        found = [(entry, options_of(entry), expected(entry)) for entry in entries]
+    for entry, _, _ in found:
         if entry["devices"] != jax.device_count():
-            raise InputError(f"{options.plan} is for {entry['devices']} devices; here are {jax.device_count()}")
-        expected = {each["name"]: each for each in entry["programs"] if each["kind"] in ("distill", "encode")}
-        for program in programs_of(entry):
-            if program.name in expected:
-                said = {"teacher": entry["teacher"], "planned_for": entry["on"], "program": program.name}
-                print(json.dumps(said | compared(expected[program.name], *measured(program, options.runs))), flush=True)
+            raise InputError(f"{path} is for {entry['devices']} devices; here are {jax.device_count()}")
+    return found
 
 
-def programs_of(entry: dict[str, Any]) -> list[Program]:
-    """Makes the programs of a plan's entry again, of this process's devices."""
-    recipe = change(RECIPES[entry["recipe"]], tuple(entry["set"]))
-    steps = planned(recipe, [100 if hasattr(step, "optimizer") else 0 for step in recipe])
-    dtype = jnp.dtype(entry["dtype"])
-    how = How(entry["batch"], dtype, entry["accumulate"], entry["fsdp"], entry["attention"], 100)
-    return list(programs(steps, architecture(entry["teacher"]), Target(entry["ratio"]), how, ("distill", "encode")))
+def options_of(entry: dict[str, Any]) -> planning.Options:
+    """The options of a plan's entry; raises InputError if it does not say all, as those of old versions."""
+    if missing := [name for name in (*SAID, "set", "student", "images", "teacher", "on") if name not in entry]:
+        raise InputError(f"a plan does not say its {', '.join(missing)}: write it again with slimsam plan")
+    student = None if entry["student"] is None else Path(entry["student"])
+    said = {name: entry[name] for name in SAID} | {"set": tuple(entry["set"]), "limit": entry["images"]}
+    options = planning.Options(**said, student=student, only=KINDS)
+    options.check()
+    return options
+
+
+def expected(entry: dict[str, Any]) -> dict[str, Any]:
+    """Peak and seconds by a program's name, of the kinds that are run."""
+    programs = [each for each in entry["programs"] if each["kind"] in KINDS]
+    return {each["name"]: {name: each[name] for name in ("peak", "seconds")} for each in programs}
+
+
+def programs_of(teacher: str, options: planning.Options) -> list[Program]:
+    """Makes the programs of a plan again, of this process's devices."""
+    config = architecture(teacher)
+    steps, target, how = of_options(options, config)
+    return list(programs(steps, config, target, how, KINDS))
 
 
 def measured(program: Program, runs: int) -> tuple[int | None, float]:
@@ -99,4 +128,4 @@ def compared(plan: dict[str, Any], peak: int | None, seconds: float) -> dict[str
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    cli.run(Options, main)

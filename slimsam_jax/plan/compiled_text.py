@@ -16,8 +16,8 @@ LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\((.*)$")
 HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .* )?\{$")
 # Of these nothing is read or written: names for what is there, and what other computations do.
 NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "call"}
-NOTHING |= {"conditional", "partition-id", "replica-id", "iota", "async-start", "async-update"}
-TPU_START = "async-collective-start"  # the name of a fusion with the collective in it
+NOTHING |= {"conditional", "partition-id", "replica-id", "iota", "async-start", "async-update", "add-dependency"}
+TPU_START, TPU_DONE = "async-collective-start", "async-collective-done"  # names of fusions; the collective is in them
 CALLS = ("while", "call", "conditional")
 SLICES = ("dynamic-slice", "slice", "gather")  # read as much of their first operand as they give
 IN_PLACE = ("dynamic-update-slice", "scatter")  # write into their first operand, and leave the rest of it alone
@@ -66,7 +66,7 @@ def traffic(text: str) -> Traffic:
     """Returns what the program of this text moves and sends, each loop as often as it turns."""
     computations, entry = parse(text)
     moved, unknown, beside, sent = 0, 0, 0, dict.fromkeys(COLLECTIVES, (0, 0))
-    meanwhile = {name for operations in computations.values() for name in _meanwhile(operations)}
+    meanwhile = {name for operations in computations.values() for name in _meanwhile(operations, computations)}
     for operation, sizes, times in _walk(computations, entry, 1):
         fused = operation.name.startswith(TPU_START)  # to computations: each does a part of it
         for each in computations.get(_called(operation), []) if fused else [operation]:
@@ -74,23 +74,32 @@ def traffic(text: str) -> Traffic:
             if kind in sent:
                 count, size = sent[kind]
                 sent[kind] = count + times, size + times * each.size
-                beside += times * each.size * (fused or each.name in meanwhile)
+                beside += times * each.size * (each.name in meanwhile)
         if operation.kind == "while":
             unknown += _turns(operation) is None
         moved += times * _moved(operation, sizes, computations)
     return Traffic(moved, {kind: found for kind, found in sent.items() if found[0]}, unknown, beside)
 
 
-def _meanwhile(operations: list[Operation]) -> Iterator[str]:
-    """Names what begins and ends with something computed in between; operations stand in the order they run in."""
-    began: dict[str, bool] = {}
+def _meanwhile(operations: list[Operation], computations: Computations) -> Iterator[str]:
+    """Names what begins and ends with something computed in between; operations stand in the order they run in.
+
+    With what is wrapped, the operations of the computation that it calls. A collective in between computes nothing.
+    """
+    began: dict[Operation, bool] = {}
+    comes_of: dict[str, set[Operation]] = {}  # a TPU hands on what has begun through the fusions in between
     for each in operations:
-        if each.kind.endswith("-done"):
-            yield from (name for name in each.operands if began.pop(name, False))
-        elif each.kind.endswith("-start"):
-            began[each.name] = False
-        elif each.kind not in NOTHING or each.kind in CALLS:
+        begun = {start for name in each.operands for start in comes_of.get(name, ()) if start in began}
+        if each.kind.endswith("-done") or each.name.startswith(TPU_DONE):
+            for start in begun:
+                if began.pop(start):
+                    yield from (start.name, *(inner.name for inner in computations.get(_called(start), ())))
+            continue
+        if each.kind.endswith("-start") or each.name.startswith(TPU_START):
+            began[each], begun = False, {each}
+        elif each.kind in CALLS or each.kind not in (*NOTHING, *COLLECTIVES):
             began = dict.fromkeys(began, True)
+        comes_of[each.name] = begun
 
 
 def parse(text: str) -> tuple[Computations, str]:

@@ -157,21 +157,24 @@ def largest(fits: Callable[[int], bool], most: int = MOST, guess: Callable[[], i
     """Returns the largest number that fits, 0 if not even 1 does; by doubling and bisection.
 
     Args:
-      fits: falling in its argument, and asked as little as can be: each answer is a compilation.
-      guess: asked once 1 and 2 fit; a good one saves most of the others, a bad one costs two.
+      fits: asked as little as can be: each answer takes compilations. It falls in its argument, but for a place where
+        blocks begin to be computed again (`models.sam.REMAT_ABOVE`): so where one does not fit, its double may.
+      guess: asked once 1 and 2 fit; a good one saves most of the others, a bad one costs three.
     """
-    if not fits(1):
-        return 0
-    if most < 2 or not fits(2):
-        return 1
-    low, high = 2, 4
+    reached = lambda number: next((each for each in (number, 2 * number) if each <= most and fits(each)), 0)
+    low = reached(1)
+    if low == 1:
+        low = reached(2) or 1
+    if low < 2:
+        return low
+    high = 2 * low
     if (middle := min(guess() or 0, most)) > low:
-        if not fits(middle):
+        if not (further := reached(middle)):
             near = max(low, middle - max(1, middle // 16))
             return _between(fits, near, middle) if near == low or fits(near) else _between(fits, low, near)
-        low, high = middle, middle + 1
-    while high <= most and fits(high):
-        low, high = high, high + 2 * (high - low)
+        low, high = further, further + 1
+    while further := reached(high):
+        low, high = further, further + 2 * (further - low)
     return _between(fits, low, min(high, most + 1))
 
 

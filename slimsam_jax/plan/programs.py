@@ -87,11 +87,10 @@ def programs(
       InputError: a program of these kinds cannot be planned, such as a distillation of integers.
     """
     wanted = lambda kind: not only or kind in only
+    check_distillations(plan, only)
     teacher = student = previous = abstract(config)
-    integers = False
     for planned in plan:
         step = planned.step
-        integers |= isinstance(step, Quantize)
         if isinstance(step, Prune):
             slim = abstract(cut(student.config, step, widths.target_of(step, target), how.uniform))
             yield from _pruning(planned, student, slim, teacher, how) if wanted("prune") else ()
@@ -100,13 +99,20 @@ def programs(
             if step.encoder is not None:
                 student = abstract(with_encoder(student.config, step.encoder))
         elif trains(planned) and wanted("distill"):
-            if integers:
-                raise InputError(f"{planned.name}, beside integers, is not planned: take --recipe default")
             yield from _training(planned, student, previous, teacher, how)
     models = {"teacher": teacher} | ({"slim model": student} if student is not teacher else {})
     for kind, dtype in (("evaluate", jnp.float32), ("encode", how.dtype)):
         for name, sam in models.items() if wanted(kind) else ():
             yield _encoding(f"{kind}: the {name}", kind, sam, dtype)
+
+
+def check_distillations(plan: Sequence[Planned], only: Collection[str] = ()) -> None:
+    """Raises InputError if one is wanted that cannot be planned, before anything is compiled."""
+    integers = False
+    for planned in plan:
+        integers |= isinstance(planned.step, Quantize)
+        if integers and trains(planned) and (not only or "distill" in only):
+            raise InputError(f"{planned.name}, beside integers, is not planned: take --recipe default")
 
 
 def trains(planned: Planned) -> bool:

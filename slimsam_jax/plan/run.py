@@ -25,7 +25,7 @@ from slimsam_jax.plan import report
 from slimsam_jax.plan.hardware import Hardware, compiled_elsewhere, named
 from slimsam_jax.plan.measure import MOST, Needs, expected, largest, measure
 from slimsam_jax.plan.options import Options
-from slimsam_jax.plan.programs import How, programs, trains
+from slimsam_jax.plan.programs import How, check_distillations, programs, trains
 from slimsam_jax.progress import say
 from slimsam_jax.training.setup import batch_size, compute_dtype
 
@@ -73,8 +73,8 @@ def architecture(name: str) -> Architecture:
 
 def plan_one(options: Options, hardware: Hardware, teacher: str, config: Architecture) -> Iterator[dict[str, Any]]:
     """Yields what is known of a plan after each of its programs: the last is the whole."""
-    steps, target, how = _of(options, config)
-    entry = _beginning(options, hardware, teacher, how)
+    steps, target, how = of_options(options, config)
+    entry = beginning(options, hardware, teacher, how)
     report.print_heading(entry)
     found: list[Needs] = []
     for program in programs(steps, config, target, how, options.only):
@@ -89,7 +89,7 @@ def plan_one(options: Options, hardware: Hardware, teacher: str, config: Archite
     yield whole
 
 
-def _of(options: Options, config: Architecture) -> tuple[tuple[Planned, ...], Target, How]:
+def of_options(options: Options, config: Architecture) -> tuple[tuple[Planned, ...], Target, How]:
     """The steps, how much is cut, and what the programs depend on besides; raises InputError as `compress` does."""
     if options.per_device:
         options = dataclasses.replace(options, batch=options.per_device * sharding.device_count())
@@ -100,6 +100,7 @@ def _of(options: Options, config: Architecture) -> tuple[tuple[Planned, ...], Ta
     check_encoders(recipe, config)
     target = Target(options.channel_ratio(), Budget.parse(options.budget) if options.budget is not None else None)
     steps = planned(recipe, optimizer_steps(recipe, options.limit, batch, options.steps))
+    check_distillations(steps, options.only and (*options.only, *["distill"] * options.largest))
     how = (batch, dtype, options.accumulate, options.fsdp, options.attention)
     calibration = min(options.importance_images, options.limit)
     return steps, target, How(*how, calibration, options.cache, options.uniform)
@@ -123,9 +124,11 @@ def largest_batch(
 
     def fits(each: int) -> bool:
         tried = programs(steps, config, target, how._replace(batch=each * devices), ("distill",))
-        found = [measure(program, hardware) for program in tried]
-        answer = all(map(fitted, found))
-        peaks[each] = max((needs.peak or 0) + needs.resident for needs in found)
+        answer, peaks[each] = True, 0
+        for needs in (measure(program, hardware) for program in tried):
+            answer, peaks[each] = fitted(needs), max(peaks[each], (needs.peak or 0) + needs.resident)
+            if not answer:  # what the others need is not asked: each is a compilation
+                break
         say("tried", f"{each * devices} images a step: {'fits' if answer else 'does not fit'}")
         return answer
 
@@ -157,7 +160,8 @@ def described(needs: Needs) -> dict[str, Any]:
     return {**dataclasses.asdict(needs), "seconds": needs.seconds, "images_per_second": rate}
 
 
-def _beginning(options: Options, hardware: Hardware, teacher: str, how: How) -> dict[str, Any]:
+def beginning(options: Options, hardware: Hardware, teacher: str, how: How) -> dict[str, Any]:
+    """What is written of a plan before its programs: where, and all that these depend on."""
     chip = hardware.chip
     return {
         "on": hardware.name,
@@ -167,6 +171,8 @@ def _beginning(options: Options, hardware: Hardware, teacher: str, how: How) -> 
         "teacher": teacher,
         "recipe": options.recipe,
         "set": list(options.set),
+        "student": str(options.student) if options.student else None,
+        "uniform": options.uniform,
         "ratio": options.channel_ratio(),
         "budget": options.budget,
         "batch": how.batch,
@@ -174,6 +180,8 @@ def _beginning(options: Options, hardware: Hardware, teacher: str, how: How) -> 
         "fsdp": how.fsdp,
         "attention": how.attention,
         "dtype": jnp.dtype(how.dtype).name,
+        "cache": how.cached,
+        "steps": options.steps,
         "images": options.limit,
         "versions": {"slimsam_jax": __version__, "jax": version("jax")},
     }

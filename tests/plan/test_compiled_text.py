@@ -96,7 +96,9 @@ ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
   %a = bf16[8,4]{1,0} parameter(0)
   %async-collective-start.1 = (bf16[8,4]{1,0}, u32[]) fusion(%a), kind=kCustom, calls=%begin
   %x = bf16[8,4]{1,0} get-tuple-element(%async-collective-start.1), index=0
-  ROOT %step = bf16[8,4]{1,0} fusion(%x), kind=kOutput, calls=%multiply
+  %step = bf16[8,4]{1,0} fusion(%x), kind=kOutput, calls=%multiply
+  %y = bf16[8,4]{1,0} bitcast(%step)
+  ROOT %async-collective-done.1 = bf16[8,4]{1,0} fusion(%y), kind=kCustom, calls=%end
 }
 """
 
@@ -104,6 +106,31 @@ ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
 def test_a_tpu_sends_within_what_it_computes():
     """Its compiler takes an all-reduce apart, and puts each part into a fusion: it counts once."""
     assert (traffic(IN_FUSIONS).collectives, traffic(IN_FUSIONS).beside) == ({"all-reduce": (1, 64)}, 64)
+    at_once = IN_FUSIONS.replace("fusion(%x), kind=kOutput, calls=%multiply", "bitcast(%x)")
+    assert (traffic(at_once).collectives, traffic(at_once).beside) == ({"all-reduce": (1, 64)}, 0)
+
+
+WRAPPED = """HloModule jit_step, is_scheduled=true
+
+%wrapped (p0: f32[8]) -> f32[2] {
+  %p0 = f32[8]{0} parameter(0)
+  ROOT %scattered = f32[2]{0} reduce-scatter(%p0), dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (a: f32[8]) -> f32[2] {
+  %a = f32[8]{0} parameter(0)
+  %s = ((f32[8]{0}), f32[2]{0}, u32[]) async-start(%a), calls=%wrapped
+  %between = f32[8]{0} KIND(%a, %a)
+  %u = ((f32[8]{0}), f32[2]{0}, u32[]) async-update(%s)
+  ROOT %d = f32[2]{0} async-done(%u)
+}
+"""
+
+
+@pytest.mark.parametrize(("kind", "beside"), [("multiply", 8), ("add-dependency", 0), ("all-reduce", 0)])
+def test_what_is_wrapped_travels_beside_what_computes(kind, beside):
+    met = traffic(WRAPPED.replace("KIND", kind))
+    assert (met.collectives["reduce-scatter"], met.beside) == ((1, 8), beside)
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_named():

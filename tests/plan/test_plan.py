@@ -81,6 +81,30 @@ def largest(monkeypatch, fits, counts=(0, 0, 10), hardware=H100):
     return run.largest_batch(hardware, planned(RECIPES["default"], counts), SQUARE, Target(0.5), how)
 
 
+def test_a_try_ends_with_the_first_program_that_does_not_fit(monkeypatch):
+    """Each is a compilation; one image fits, of two the first distillation does not, nor of four."""
+    compiled = []
+
+    def answer(program, _):
+        compiled.append(program.images)
+        return Needs("distill", "distill", 4, 10, None, program.images <= 1)
+
+    monkeypatch.setattr(run, "measure", answer)
+    made = lambda steps, config, target, how, only: [type("Program", (), {"images": how.batch})] * 2
+    monkeypatch.setattr(run, "programs", made)
+    how = How(4, jax.numpy.float32, 1, 1, "auto", 100)
+    found = run.largest_batch(H100, planned(RECIPES["default"], (0, 0, 10)), SQUARE, Target(0.5), how)
+    assert (found["largest_batch"], compiled) == (1, [1, 1, 2, 4])
+
+
+@pytest.mark.parametrize("options", [{}, {"only": ("distill",)}, {"only": ("encode",), "largest": True}])
+def test_what_learns_beside_integers_is_refused_before_anything_is_compiled(options, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(InputError, match="distill-2, beside integers, is not planned: take --recipe default"):
+        run.run(Options(on=("cpu",), recipe="integers", out=tmp_path / "plan.json", **options))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_largest_batch_is_one_that_fits(monkeypatch, capsys):
     found = largest(monkeypatch, lambda images: images <= 11)
     assert found == {"largest_batch": 10, "largest_batch_is_at_least": False}  # each step is taken in two parts
