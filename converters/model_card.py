@@ -88,7 +88,8 @@ def text(sam: Sam, original: Sam, name: str, folder: Path) -> str:
       InputError: the report or the provenance is damaged.
     """
     with reading(f"the provenance of {folder}"):
-        parts = {"origin": origin(original.provenance), "teacher": teacher(original.provenance)}
+        known = original.provenance.get("training", original.provenance)  # of a model that ships, in float16
+        parts = {"origin": origin(known), "teacher": teacher(known)}
     from slimsam_jax.models.encoders import name_of
 
     use = USE_SAM2 if name_of(sam.config.encoder) == "hiera" else USE

@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 # Hours: of slimming and pruning the sum that their rows say, as if every row were there; of distillers 73 CPU seconds
 # for 40 steps, times its steps; of reference the minutes of its rows; of teachers 54 times the two minutes of a row of
-# pruning; of fair 100 s a run, and half a second for a step beyond 200; of teacher_card 15 s an image; of
+# pruning; of fair 100 s a run, and half a second for a step beyond 200; of teacher_card a second an image; of
 # quantization 15 s a row, and a second of slimming for a step; of the others what a first part took.
 PARTS = {
     "teacher_cache": Part(0.05, "", ("experiments.teacher_cache {teacher} {val} --limit 20",)),
@@ -45,7 +45,7 @@ PARTS = {
         ),
         ({"recipe": "taylor", "steps": 60}, {"recipe": "default", "steps": 48}),
     ),
-    "thresholds": Part(0.2, "", ("experiments.thresholds --images {images}",)),
+    "thresholds": Part(0.2, "", ("experiments.thresholds --images {images} --model {teacher}",)),
     "hierarchical": Part(
         0.2,
         "hierarchical.jsonl",
@@ -83,7 +83,10 @@ PARTS = {
             "--steps 50 --folder {work}/slim_models",
             "experiments.quantization table",
         ),
-        ({"model": "sam_small_256", "images": 12}, {"distilled": True, "images": 12}),
+        (
+            {"model": "sam_small_256", "images": 12},
+            {"distilled": True, "teacher": "sam_small_256", "steps": 50, "images": 12},
+        ),
     ),
     "quantization_latency": Part(
         0.2,
@@ -113,19 +116,21 @@ PARTS = {
             "--val {photos}",
             "experiments.teachers table",
         ),
+        ({"teacher": "sam_small_256"}, {"teacher": "narrow"}, {"teacher": "isotropic"}),
     ),
     "fair": Part(
-        2.5,
+        4.3,
         "fair.jsonl",
         (
             "experiments.fair run --teachers {teacher} --images {images} --photos {photos} --val {val}",
             "experiments.fair run --teachers {teacher} --images {images} --photos {photos} --val {val} --ratios 0.77 "
-            "--recipes default taylor --steps 25 100 400 1600",
+            "--recipes default taylor --steps 24 100 400 1600",
             "experiments.fair table",
         ),
+        ({"teacher": "sam_small_256"},),
     ),
     "teacher_card": Part(
-        0.4,
+        0.05,
         "teacher_card.jsonl",
         ("experiments.teacher_card run {teacher} --images {val}", "experiments.teacher_card table"),
         ({"teacher": "sam_small_256", "data": "bsds_val"},),

@@ -160,19 +160,19 @@ def slim(
       teacher: the model to compress.
       ratios: of channels to remove.
       steps: half of the compression's optimizer steps, of four images each, as compress takes it.
-      folder: where slim models are kept, RATIO-SEED each: those that are there are not made again.
+      folder: where slim models are kept, TEACHER-RATIO-SEED-STEPS each: those that are there are not made again.
 
     The others are those of `run`; a seed is also the compression's.
     """
     results.check_committed()
     for ratio, seed in itertools.product(ratios, seeds):
-        name, out = f"slim{100 * ratio:.0f}", folder / f"{ratio:g}-{seed}"
+        name, out = f"slim{100 * ratio:.0f}", folder / f"{teacher.stem}-{ratio:g}-{seed}-{steps}"
         if not (out / "report.json").exists():
             resume = out.exists()
             cut = {"teacher": teacher, "images": (calibration,), "ratio": ratio, "steps": steps, "seed": seed}
             compress_with(Options(**cut, out=out, resume=resume))
         key = {"model": name, "seed": seed, "images": limit, "calibration_images": calibration_images}
-        key |= {"distilled": True, "steps": steps}
+        key |= {"distilled": True, "teacher": teacher.stem, "steps": steps}
         measure_rows(out, key, calibration, images, rows)
 
 
@@ -217,9 +217,8 @@ def table() -> None:
     head = "| model | weights (W), inputs (A), bits | agreement | embedding error | size | of float32 | seeds, images |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     entries = results.read(FILE)
-    called = lambda entry: results.called(entry["model"]) + (", distilled" if entry.get("distilled") else "")
-    for model, name in itertools.product(dict.fromkeys(map(called, entries)), ROWS):
-        own = [entry for entry in entries if (called(entry), entry["row"]) == (model, name)]
+    for model, name in itertools.product(dict.fromkeys(map(_called, entries)), ROWS):
+        own = [entry for entry in entries if (_called(entry), entry["row"]) == (model, name)]
         if not own:
             continue
         mean = lambda key, own=own: float(np.mean([entry[key] for entry in own]))
@@ -229,6 +228,13 @@ def table() -> None:
         lines.append(f"| {' | '.join([model, name, *cells])} |")
     command = "python -m experiments.quantization table"
     results.write_table("quantization", "Integers", lines, command, "../../docs/quantization.md")
+
+
+def _called(entry: dict[str, Any]) -> str:
+    if not entry.get("distilled"):
+        return results.called(entry["model"])
+    steps = "" if entry["steps"] is None else f" by `--steps {entry['steps']}`"
+    return f"{entry['model']} of {results.called(entry['teacher'])}, distilled{steps}"
 
 
 if __name__ == "__main__":

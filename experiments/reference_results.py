@@ -52,12 +52,18 @@ def provenance_of(folder: Path) -> dict[str, Any]:
 
 
 def without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
-    """Names alone in the options of a training: the paths are its machine's."""
+    """Names alone in the options of a training, and of those that it began with: the paths are their machines'."""
     options = dict(provenance.get("options", {}))
     for key in ("images", "val", "init", "decoder", "composites"):
         names = options.get(key) or []
         options[key] = Path(names).name if isinstance(names, str) else [Path(name).name for name in names]
-    return provenance | {"options": options}
+    begun = {name: provenance[name] for name in ("init", "decoder") if provenance.get(name)}
+    begun = {
+        name: model | {"provenance": without_paths(model["provenance"])}
+        for name, model in begun.items()
+        if "options" in model.get("provenance", {})
+    }
+    return provenance | begun | {"options": options}
 
 
 def table() -> None:

@@ -1,6 +1,6 @@
 """Writes a trained SAM as the package ships one: weights in float16, thresholds, and in brief where it comes from.
 
-python -m experiments.ship reference --out slimsam_jax/assets/sam_small_256
+python -m experiments.ship reference --out slimsam_jax/assets/sam_small_v2
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(
         raise InputError(f"--shares {shares[0]:g} {shares[1]:g} must be 0 < second <= first <= 1")
     trained = check_sam(checkpoint.load(model))
     half = jax.tree.map(lambda array: np.asarray(array, np.float16), trained.params)
-    sam = dataclasses.replace(trained, params=half, provenance=origin(out.name, model, trained.provenance))
+    sam = dataclasses.replace(trained, params=half, provenance=origin(model, trained.provenance))
     checkpoint.save(sam, out)
     again = check_sam(checkpoint.load(out))  # which refuses what float16 cannot hold
     scored = scores(again, data.find(images or [data.embedded_images()]), images=count)
@@ -53,9 +53,9 @@ def main(
     print(f"{out}: {size / 1e6:.1f} MB, {thresholds.to_json()}")
 
 
-def origin(name: str, model: Path, provenance: dict[str, Any]) -> dict[str, Any]:
+def origin(model: Path, provenance: dict[str, Any]) -> dict[str, Any]:
     """What the config of the model that ships says of the training: files by their names alone."""
-    fields = {"source": name, "sha256": checkpoint.sha256(model), "note": "stored in float16, read as float32"}
+    fields = {"source": model.name, "sha256": checkpoint.sha256(model), "note": "stored in float16, read as float32"}
     return fields | ({"training": without_paths(provenance)} if provenance else {})
 
 

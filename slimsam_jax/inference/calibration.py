@@ -43,7 +43,7 @@ class Shares(NamedTuple):
     both: float
 
 
-USUAL = Shares(0.2, 0.1)  # the best F0.5 of the small SAM against people's segments: `python -m experiments.thresholds`
+USUAL = Shares(0.2, 0.1)  # the best F0.5 of small v1 against people's segments: `python -m experiments.thresholds`
 
 
 def calibrate(sam: Sam, samples: Sequence[Sample], like: Sam | None = None, images: int = IMAGES) -> Thresholds | None:

@@ -119,6 +119,7 @@ def test_the_rows_that_a_part_makes_are_those_of_its_commands():
                 ("data", remake.Options().val.name),
                 ("distilled", True),
             }
+            known |= field == "teacher" and f"{{work}}/{value} " in said
             assert known, f"{name}: {field} {value}"
     assert "experiments.quantization slim" in " ".join(PARTS["quantization"].commands)  # makes what is distilled
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from converters import model_card
 from experiments import figures, reference_results, results, ship, teacher_card
 from helpers.models import SQUARE, random_sam
 from slimsam_jax import checkpoint, data
+from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
 from slimsam_jax.inference.calibration import USUAL, Shares, fitting, scores
 
@@ -28,7 +30,10 @@ def committed(monkeypatch, tmp_path):
 
 def test_a_shipped_model_is_the_trained_one_in_half_the_bytes(material, tmp_path):
     options = {"composites": "/home/me/pack", "val": ["/home/me/val"], "init": "/home/me/first", "steps": 3}
-    trained = dataclasses.replace(random_sam(SQUARE), provenance={"options": options, "dtype": "float32"})
+    before = {"init": None, "options": {"images": ["/home/me/pics"]}}
+    first = {"file": "first", "provenance": {"decoder": {"file": "x", "provenance": before}, "options": {}}}
+    origin = {"init": first, "images": {"count": 7}, "options": options, "dtype": "float32"}
+    trained = dataclasses.replace(random_sam(SQUARE), provenance=origin)
     checkpoint.save(trained, tmp_path / "trained")
     ship.main(tmp_path / "trained", tmp_path / "shipped", (str(material / "images"),), count=2, shares=(0.5, 0.25))
     shipped = checkpoint.load(tmp_path / "shipped")
@@ -42,7 +47,11 @@ def test_a_shipped_model_is_the_trained_one_in_half_the_bytes(material, tmp_path
     training = shipped.provenance["training"]
     wanted = {"composites": "pack", "val": ["val"], "init": "first", "steps": 3, "images": [], "decoder": []}
     assert training["options"] == wanted
-    assert shipped.provenance["sha256"] == checkpoint.sha256(tmp_path / "trained")
+    assert training["init"]["provenance"]["decoder"]["provenance"]["options"]["images"] == ["pics"]
+    sha256 = checkpoint.sha256(tmp_path / "trained")
+    assert (shipped.provenance["source"], shipped.provenance["sha256"]) == ("trained", sha256)
+    card = model_card.text(shipped, shipped, "hf", tmp_path / "shipped")
+    assert "Trained on masks of 7 images, from `first`." in card and "derive from those of `first`" in card
     with pytest.raises(InputError, match="not empty"):
         ship.main(tmp_path / "trained", tmp_path / "shipped")
     with pytest.raises(InputError, match="0 < second <= first <= 1"):
@@ -80,12 +89,19 @@ def test_a_card_says_what_a_model_says_of_its_masks(material, monkeypatch):
     )
 
 
-def test_masks_are_measured_against_what_is_annotated(material):
+def test_masks_are_measured_against_what_is_annotated(material, monkeypatch):
+    """The single mask is what is annotated, and the other three are what is not."""
     sam = checkpoint.load(material / "teacher")
     (sample, *_) = data.find([material / "val"])
+    outputs = [np.stack([a.mask, ~a.mask, ~a.mask, ~a.mask]) for a in read_annotated(sample)[1]]
+    said = np.tile([0.75, 0.125, 0.125, 0.125], (len(outputs), 1))
+    monkeypatch.setattr(teacher_card, "decode_prompts", lambda *_: (outputs, said))
+    monkeypatch.setattr(teacher_card, "original_masks", lambda _sam, _encoded, masks: masks)
     numbers = teacher_card.measure(sam, [sample])
-    assert 0 <= numbers["point_miou"] <= 1 and len(numbers["clicks"]) == teacher_card.CLICKS
-    assert numbers["clicks"][0] != numbers["clicks"][1]
+    assert (numbers["point_miou"], numbers["box_miou"], numbers["oracle_miou"]) == (1, 1, 0)
+    assert (numbers["true"], numbers["predicted"]) == (0.25, 0.28125)
+    assert (numbers["off_by"], numbers["single_off_by"]) == (0.15625, 0.25)
+    assert len(numbers["clicks"]) == teacher_card.CLICKS and numbers["clicks"][0] != numbers["clicks"][1]
 
 
 def test_a_training_that_was_stopped_keeps_its_curve_and_no_path(tmp_path):
