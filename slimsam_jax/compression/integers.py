@@ -33,10 +33,8 @@ class Quantize(Record):
       head: also the prompt encoder and the mask decoder, their weights alone.
       float_weights: so many layers of the prompt encoder and the decoder keep their weights: those whose integers cost
         most by themselves.
-      fine_weights: so many layers of the image encoder, and as many of the others, have weights of 8 bits, whatever
-        `weights` says: those that cost most by themselves, after those of `float_weights`.
       share: of float32's size, 0.195 say, that arrays may fill: layers of all parts get 8 bits, or stay as they are,
-        first where that saves most of the masks' error a byte; instead of `float_weights` and `fine_weights`. 0: none.
+        first where that saves most of the masks' error a byte; instead of `float_weights`. 0: none.
       images: to calibrate with; "tinysam" takes 4 at most.
     """
 
@@ -50,7 +48,6 @@ class Quantize(Record):
     arithmetic: Literal["float", "integer"] = "float"
     head: bool = True
     float_weights: int = 0
-    fine_weights: int = 0
     share: float = 0.0
     images: int = 32
 
@@ -60,7 +57,6 @@ class Quantize(Record):
         "balance": Range(0, 1),
         "float_inputs": Range(0, 10**4, True),
         "float_weights": Range(0, 10**4, True),
-        "fine_weights": Range(0, 10**4, True),
         "share": Range(0, 1),
         "images": Range(1, 256, True),  # all are held at a time: 9 MB each at 1024 px
     }
@@ -89,17 +85,13 @@ class Quantize(Record):
 
     def _check_share(self) -> None:
         """It chooses by itself, among layers of all parts."""
-        unlike = {
-            "float_weights=0": self.float_weights,
-            "fine_weights=0": self.fine_weights,
-            "head=true": not self.head,
-        }
+        unlike = {"float_weights=0": self.float_weights, "head=true": not self.head}
         if needed := [f"quantize.{choice}" for choice, differs in unlike.items() if differs]:
             raise InputError(f"share chooses among all layers by itself: add {' '.join(needed)}")
 
     def _check_tinysam(self) -> None:
         """It is a scheme of its own, of the image encoder."""
-        others = (self.group, self.balance, self.float_inputs, self.fine_weights, self.share)
+        others = (self.group, self.balance, self.float_inputs, self.share)
         if not self.activations or self.head or self.arithmetic == "integer" or any(others) or self.ranges != "minmax":
             raise InputError(
                 "method tinysam is of the image encoder and its inputs: head=false, activations=8, no more"

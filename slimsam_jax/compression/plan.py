@@ -16,6 +16,8 @@ from slimsam_jax.limits import quoted
 
 # Choices that 0.3 got late, at their defaults. They are not recorded, so that runs begun before go on (`RunFolder`).
 LATE = (("steps", 0), ("balance", 0.0), ("share", 0.0))
+# And those that went, by kind of step: recorded as if they were there.
+GONE = {"quantize": {"fine_weights": 0}}
 
 
 def as_recipe(steps: Any) -> Recipe:
@@ -101,9 +103,13 @@ def _asked(step: Step) -> tuple[int, int]:
 
 
 def describe(recipe: Recipe) -> list[dict[str, Any]]:
-    """The recipe as JSON: a dict per step, with its kind under "step"; without `LATE`."""
+    """The recipe as JSON: a dict per step, with its kind under "step"; without `LATE`, with `GONE`."""
     recorded = lambda pairs: {name: value for name, value in pairs if (name, value) not in LATE}
-    return [{"step": kind_of(step), **dataclasses.asdict(step, dict_factory=recorded)} for step in recipe]
+    kinds = [kind_of(step) for step in recipe]
+    return [
+        {"step": kind, **dataclasses.asdict(step, dict_factory=recorded), **GONE.get(kind, {})}
+        for kind, step in zip(kinds, recipe, strict=True)
+    ]
 
 
 class Planned(NamedTuple):

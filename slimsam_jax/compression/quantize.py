@@ -162,9 +162,6 @@ def with_integers(sam: Sam, step: Quantize, seen: Seen) -> Params:
     rest = _head(sam, step, seen, how) if step.head else sam.params
     if step.share:
         new, rest = _within_share(sam, step, seen, new, rest, own)
-    elif step.fine_weights:
-        worst = list(errors(new))[: step.fine_weights]
-        new = restored(new, finer(encoder, seen.encoder, worst, own), worst)
     if step.activations:
         new = with_ranges(new, seen.encoder, step)
         if step.float_inputs:
@@ -227,11 +224,8 @@ def curvature(results: list[Any], key: jax.Array) -> jax.Array:
 def _head(sam: Sam, step: Quantize, seen: Seen, how: tuple[Any, ...]) -> Params:
     """The parameters of a SAM with integers in prompt encoder and decoder."""
     head = weights.quantize(sam.params, seen.head, step.weights, *how)
-    if step.float_weights or step.fine_weights:
-        errors = list(_head_errors(sam, seen, head))
-        worst = errors[step.float_weights :][: step.fine_weights]
-        head = restored(head, sam.params, errors[: step.float_weights])
-        head = restored(head, finer(sam.params, seen.head, worst, how), worst)
+    if step.float_weights:
+        head = restored(head, sam.params, list(_head_errors(sam, seen, head))[: step.float_weights])
     return head
 
 

@@ -269,15 +269,10 @@ def bits_of(sam, params):
     return {path: leaf.bits for path, leaf in nodes_of(dataclasses.replace(sam, params=params)).items()}
 
 
-def test_the_worst_layers_have_8_bits(sam, two_mlps):
-    """Of either part, but for those that stay as they are."""
-    step = Quantize(weights=4, fine_weights=1, float_weights=1)
-    params = quantize_module.with_integers(sam, step, two_mlps[0])
-    assert bits_of(sam, params) == {
-        "image_encoder/blocks_0/mlp_lin1/kernel": 4,
-        "image_encoder/blocks_0/mlp_lin2/kernel": 8,
-        f"{HEAD}/mlp_lin1/kernel": 8,
-    }
+def test_the_worst_layers_of_the_decoder_stay(sam, two_mlps):
+    """Those of the encoder do not."""
+    params = quantize_module.with_integers(sam, Quantize(weights=4, float_weights=1), two_mlps[0])
+    assert set(bits_of(sam, params).values()) == {4} and len(bits_of(sam, params)) == 3
     np.testing.assert_array_equal(
         *(flatten_dict(tree, sep="/")[f"{HEAD}/mlp_lin2/kernel"] for tree in (params, sam.params))
     )

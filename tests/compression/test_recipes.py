@@ -190,7 +190,6 @@ def test_choices_that_are_none_are_refused(setting, message):
     ("choices", "missing"),
     [
         ((), "float_weights=0"),
-        (("float_weights=0", "fine_weights=2"), "fine_weights=0"),
         (("float_weights=0", "head=false"), "head=true"),
     ],
 )
