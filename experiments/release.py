@@ -32,7 +32,7 @@ PACKAGES = ("slimsam_jax", "converters")
 LICENCES = (
     "LICENSE",
     "slimsam_jax/assets/photos/SOURCES.md",
-    "slimsam_jax/assets/sam_small_256/TERMS.md",
+    "slimsam_jax/assets/sam_small_v2/TERMS.md",
 )
 MADE = {"PKG-INFO"}  # by the build, in an sdist
 LONGEST = 3600  # seconds, of any one command: on a busy machine the default one takes a while

@@ -110,4 +110,4 @@ def embedded_images() -> Path:
 
 def embedded_teacher() -> Path:
     """Returns the folder of the small SAM (256 px) that ships with the package."""
-    return Path(str(resources.files("slimsam_jax") / "assets" / "sam_small_256"))
+    return Path(str(resources.files("slimsam_jax") / "assets" / "sam_small_v2"))
