@@ -40,7 +40,8 @@ def record(name: str, folder: Path, minutes: float | None = None, beside: str = 
     if not curve:
         raise InputError(f"{folder} is no finished training: its log has no scores")
     if not results.find(FILE, key := {"row": name, "curve": curve, "provenance": without_paths(provenance)}):
-        more = {"minutes": minutes, "beside": beside, "after": after, "steps": log[-1]["step"]}
+        steps = max(entry.get("step", 0) for entry in log)  # a line of an image that was skipped has none
+        more = {"minutes": minutes, "beside": beside, "after": after, "steps": steps}
         results.append(FILE, {**key, "losses": losses, **more})
 
 

@@ -109,7 +109,7 @@ def test_a_training_that_was_stopped_keeps_its_curve_and_no_path(tmp_path):
     (folder / "checkpoints").mkdir(parents=True)
     options = {"composites": "/home/me/pack", "val": ["/home/me/val"], "steps": 9, "batch": 2, "prompts": 1}
     (folder / "checkpoints" / "origin.json").write_text(json.dumps({"options": options}))
-    lines = [{"step": 2, "score": 0.5, "point_miou": 0.4, "box_miou": 0.6}, {"step": 3, "loss": 1.0}]
+    lines = [{"step": 2, "score": 0.5, "point_miou": 0.4, "box_miou": 0.6}, {"step": 3, "loss": 1.0}, {"skipped": "a"}]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     reference_results.record("small v2", folder, minutes=61, after=7)
     assert "/home" not in reference_results.FILE.read_text()
