@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from slimsam_jax.cli import compilation
 
@@ -43,7 +44,16 @@ def test_a_damaged_program_is_compiled_again_and_replaced(home):
     for path in programs:
         path.write_bytes(path.read_bytes()[:-9])
     assert compiled() == ("1.0", folder, "")
-    assert all(zlib.decompress(path.read_bytes()) for path in programs)
+    assert all(zstandard.ZstdDecompressor().decompress(path.read_bytes()) for path in programs)
+
+
+@pytest.mark.parametrize("compress", [zlib.compress, zstandard.ZstdCompressor().compress], ids=["zlib", "zstandard"])
+def test_files_are_whole_or_not(tmp_path, compress):
+    """JAX takes what is installed; the folder may hold both."""
+    for name, cut in (("whole", None), ("short", -9)):
+        (tmp_path / f"{name}-cache").write_bytes(compress(bytes(range(200)) * 3)[:cut])
+    compilation.tidy(tmp_path, 2**20)
+    assert [path.name for path in tmp_path.glob("*-cache")] == ["whole-cache"]
 
 
 def test_what_is_damaged_while_it_runs_is_passed_by(home, monkeypatch):
