@@ -52,8 +52,10 @@ gc.set_threshold(20_000, 10, 10)
 UNOPTIMIZED = "jax_disable_most_optimizations"
 ALL_OPTIMIZED = not jax.config.read(UNOPTIMIZED)
 # What compares gradients with other people's code, as unoptimised ones are off by more than parity allows
-# (experiments/LOG.md); and what computes longer than it compiles, photographs by the small SAM.
+# (experiments/LOG.md), RepViT's last layers among it; and what computes longer than it compiles, photographs by the
+# small SAM.
 OPTIMIZED = (
+    "models/test_rep_vit.py",
     "parity/test_golden.py",
     "parity/test_models.py",
     "parity/test_reference.py",

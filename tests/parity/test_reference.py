@@ -31,15 +31,9 @@ from helpers.reference import (
     scores_of,
     tree,
 )
-from helpers.shared import shared
 from slimsam_jax.compression import prune, reference
 from slimsam_jax.models.encoders.vit import bottleneck_features, stream_features
 from slimsam_jax.pruning import importance
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return np.load(shared("golden/tiny_slimsam.npz"))
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,6 @@ from helpers.reference import (
     run,
     tree,
 )
-from helpers.shared import shared
 from slimsam_jax.compression import prune
 from slimsam_jax.compression import trainer as distillations
 from slimsam_jax.compression.loss_terms import ALIGN, SAM
@@ -40,11 +39,6 @@ from slimsam_jax.compression.steps import Quirks
 from slimsam_jax.distillation.losses import distillation_loss
 from slimsam_jax.models.encoders.vit import bottleneck_features, stream_features
 from slimsam_jax.models.sam import Sam
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return np.load(shared("golden/tiny_slimsam.npz"))
 
 
 def test_ratio_77(golden):
