@@ -9,7 +9,6 @@ counts those that are too large to time beside the others. `table` writes tables
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,33 +33,37 @@ FILE = results.FOLDER / "families.jsonl"
 PIXELS = (1024, 1024)
 
 
-def _fast_sam() -> fast_sam.FastSam:
-    config = fast_sam.PRESETS["fast_sam_s"]
-    return fast_sam.FastSam(config, random_params(fast_sam.abstract_params(config)))
-
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "sam_vit_b": lambda: _sam(preset("vit_b")),
-    "slimsam_77": lambda: _sam(preset("vit_p77")),
-    "mobile_sam": lambda: _sam(SamConfig(tiny_vit.PRESETS["vit_t"], head_of(PIXELS))),
-    "efficient_sam_ti": lambda: _sam(SamConfig(efficient_sam_vit.PRESETS["efficient_sam_ti"], HeadConfig(PIXELS))),
-    "edge_sam": lambda: _sam(SamConfig(rep_vit.PRESETS["rep_vit_m1"], head_of(PIXELS))),
-    "sam2_tiny": lambda: _sam(SamConfig(hiera.PRESETS["sam2_tiny"], sam2_head.HeadConfig(PIXELS))),
-    "fast_sam_s": _fast_sam,
-}
-
-
-COUNTED: dict[str, Callable[[], Any]] = {  # by shapes: too large to be timed here, or alike
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "sam_vit_b": lambda: preset("vit_b"),
+    "slimsam_77": lambda: preset("vit_p77"),
+    "mobile_sam": lambda: SamConfig(tiny_vit.PRESETS["vit_t"], head_of(PIXELS)),
+    "efficient_sam_ti": lambda: SamConfig(efficient_sam_vit.PRESETS["efficient_sam_ti"], HeadConfig(PIXELS)),
+    "edge_sam": lambda: SamConfig(rep_vit.PRESETS["rep_vit_m1"], head_of(PIXELS)),
+    "sam2_tiny": lambda: _sam2("sam2_tiny"),
+    "fast_sam_s": lambda: fast_sam.PRESETS["fast_sam_s"],
     "sam_vit_h": lambda: preset("vit_h"),
     "sam_vit_l": lambda: preset("vit_l"),
     "slimsam_50": lambda: preset("vit_p50"),
     "efficient_sam_s": lambda: SamConfig(efficient_sam_vit.PRESETS["efficient_sam_s"], HeadConfig(PIXELS)),
+    "sam2_small": lambda: _sam2("sam2_small"),
+    "sam2_base_plus": lambda: _sam2("sam2_base_plus"),
+    "sam2_large": lambda: _sam2("sam2_large"),
     "fast_sam_x": lambda: fast_sam.PRESETS["fast_sam_x"],
 }
+MODELS = tuple(CONFIGS)[:7]  # timed by turns
+COUNTED = tuple(CONFIGS)[7:]  # by shapes: too large to be timed here, or alike
 
 
-def _sam(config: Any) -> Sam:
-    return Sam(config, random_params(abstract_params(config)))
+def _sam2(name: str) -> SamConfig:
+    return SamConfig(hiera.PRESETS[name], sam2_head.HeadConfig(PIXELS))
+
+
+def model_of(config: Any) -> Sam | fast_sam.FastSam:
+    """A model of this architecture with random weights."""
+    provenance = {"source": "random weights"}
+    if isinstance(config, fast_sam.Config):
+        return fast_sam.FastSam(config, random_params(fast_sam.abstract_params(config)), provenance)
+    return Sam(config, random_params(abstract_params(config)), provenance=provenance)
 
 
 def random_params(shapes: Any) -> Any:
@@ -84,9 +87,9 @@ def run(folder: Path, turns: int = 3) -> None:
       turns: how often all are timed, one after the other.
     """
     results.check_committed()
-    for name, config in COUNTED.items():
-        if not results.find(FILE, {"model": name}):
-            results.append(FILE, {"model": name, **counted(config())})
+    for name in COUNTED:
+        if not any("parameters" in entry for entry in results.find(FILE, {"model": name})):
+            results.append(FILE, {"model": name, **counted(CONFIGS[name]())})
     timed = {(entry["model"], entry.get("turn")) for entry in results.read(FILE)}
     missing = [[name for name in MODELS if (name, turn) not in timed] for turn in range(turns)]
     models = stand_ins(folder) if any(missing) else {}
@@ -98,9 +101,7 @@ def run(folder: Path, turns: int = 3) -> None:
 
 def stand_ins(folder: Path) -> dict[str, Any]:
     """Makes the models, and a folder of each."""
-    models = {
-        name: dataclasses.replace(make(), provenance={"source": "random weights"}) for name, make in MODELS.items()
-    }
+    models = {name: model_of(CONFIGS[name]()) for name in MODELS}
     for name, model in models.items():
         if not (folder / name).exists():
             checkpoint.save(model, folder / name)
@@ -151,11 +152,14 @@ PUBLISHED = {
     "efficient_sam_ti": Published("EfficientSAM-Ti", 42.3, 69.42, "efficient_sam_vitt.pt"),
     "edge_sam": Published("EdgeSAM", 42.2, 65.96, "edge_sam.pth"),
     "sam2_tiny": Published("SAM 2.1 tiny", None, None, "sam2.1_hiera_tiny.pt"),
+    "sam2_small": Published("SAM 2.1 small", None, None, "sam2.1_hiera_small.pt"),
+    "sam2_base_plus": Published("SAM 2.1 base+", None, None, "sam2.1_hiera_base_plus.pt"),
+    "sam2_large": Published("SAM 2.1 large", None, None, "sam2.1_hiera_large.pt"),
     "fast_sam_s": Published("FastSAM-s", None, 30.72, "FastSAM-s.pt"),
     "fast_sam_x": Published("FastSAM-x", 37.9, 35.41, "FastSAM-x.pt"),
 }
 SAME = {"tiny_sam": "mobile_sam"}  # but for the weights
-PLANNED = {"slimsam_77": 85}  # MiB of one image in bfloat16 on an H100, docs/planning.md
+MIB = 2**20
 HEAD = (
     "| model | parameters, of the encoder | encoder MACs, linear + attention | float32 file | ms on this CPU | memory "
     "here | planned on an H100 | COCO AP, paper | SA-1B mIoU, SlimSAM's paper | load yours |"
@@ -172,10 +176,13 @@ def table() -> None:
 
 
 def cost_of(name: str) -> dict[str, Any]:
-    """What was measured of a model: counts, and of its turns all milliseconds; nothing if there is no row."""
+    """What was measured of a model: counts, of its turns all milliseconds, and what was planned; {} without rows."""
     entries = results.find(FILE, {"model": SAME.get(name, name)})
     times = [entry["encoder_latency_ms"] for entry in entries if "turn" in entry]
-    return {**entries[-1], "times": times} if entries else {}
+    known = {
+        key: value for entry in entries if entry.get("planned_on", "h100") == "h100" for key, value in entry.items()
+    }
+    return {**known, "times": times} if entries else {}
 
 
 def line_of(name: str, cost: dict[str, Any]) -> str:
@@ -183,14 +190,14 @@ def line_of(name: str, cost: dict[str, Any]) -> str:
     paper, times = PUBLISHED[name], cost.get("times", ())
     percent = lambda value: f"{value:.1f}" if value else ""
     cells = [paper.label, *["to be run"] * 5]
-    if cost:
+    if "parameters" in cost:
         cells[1] = f"{cost['parameters'] / 1e6:.2f} M, {cost['encoder_parameters'] / 1e6:.2f} M"
         cells[2] = f"{cost['encoder_macs_linear'] / 1e9:.1f} + {cost['encoder_macs_attention'] / 1e9:.1f} G"
         cells[3] = f"{4 * cost['parameters'] / 1e6:.0f} MB"
     if times:
         cells[4] = f"{min(times):.0f} to {max(times):.0f}"
         cells[5] = f"{cost['encoder_memory'] / 1e6:.0f} MB"
-    planned = f"{PLANNED[name]} MiB" if name in PLANNED else "to be run"
+    planned = f"{cost['planned_peak'] / MIB:.0f} MiB" if "planned_peak" in cost else "to be run"
     miou = f"{paper.miou:.2f}" if paper.miou else ""
     return f"| {' | '.join([*cells, planned, percent(paper.ap), miou, f'`{paper.file}`'])} |"
 
@@ -198,7 +205,9 @@ def line_of(name: str, cost: dict[str, Any]) -> str:
 def draw(found: dict[str, dict[str, Any]]) -> None:
     """Writes figures/families.png: the papers' AP against work and time, with the front of those that none beats."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    macs = lambda cost: (cost["encoder_macs_linear"] + cost["encoder_macs_attention"]) / 1e9 if cost else None
+    macs = lambda cost: (
+        (cost["encoder_macs_linear"] + cost["encoder_macs_attention"]) / 1e9 if "parameters" in cost else None
+    )
     milliseconds = lambda cost: float(np.median(cost["times"])) if cost.get("times") else None
     panels = {
         "G multiply-accumulates of the encoder, attention included": (macs, (20, 50, 100, 200, 500, 1000, 3000)),

@@ -13,7 +13,7 @@ def cell(line, column):
 
 def test_every_model_has_its_line_and_nothing_is_invented(tmp_path, monkeypatch):
     monkeypatch.setattr(families, "FILE", tmp_path / "families.jsonl")
-    assert set(families.PUBLISHED) == {*families.MODELS, *families.COUNTED, *families.SAME}
+    assert set(families.PUBLISHED) == {*families.CONFIGS, *families.SAME}
     line = families.line_of("slimsam_77", families.cost_of("slimsam_77"))
     assert cell(line, "ms on this CPU") == cell(line, "float32 file") == "to be run"
     assert cell(line, "COCO AP, paper") == "41.3" and cell(line, "SA-1B mIoU, SlimSAM's paper") == "67.40"
@@ -26,6 +26,11 @@ def test_every_model_has_its_line_and_nothing_is_invented(tmp_path, monkeypatch)
     assert cell(line, "parameters, of the encoder") == "9.72 M, 5.66 M"
     assert cell(line, "encoder MACs, linear + attention") == "20.9 + 25.7 G"
     assert cell(line, "float32 file") == "39 MB" and cell(line, "ms on this CPU") == "816 to 850"
+    assert cell(line, "planned on an H100") == "to be run"
+    for on, mib in (("h100", 85), ("a100", 427)):
+        results.append(families.FILE, {"model": "slimsam_77", "planned_on": on, "planned_peak": mib * 2**20})
+    after = families.line_of("slimsam_77", families.cost_of("slimsam_77"))
+    assert after == line.replace("to be run", "85 MiB")  # the H100's, and all that was known before
 
 
 def test_tiny_sam_is_mobile_sam_with_other_weights(tmp_path, monkeypatch):
@@ -36,8 +41,8 @@ def test_tiny_sam_is_mobile_sam_with_other_weights(tmp_path, monkeypatch):
 
 def test_each_model_is_timed_in_each_turn_once(tmp_path, monkeypatch):
     monkeypatch.setattr(families, "FILE", tmp_path / "families.jsonl")
-    monkeypatch.setattr(families, "COUNTED", {})
-    monkeypatch.setattr(families, "MODELS", {"a": None, "b": None})
+    monkeypatch.setattr(families, "COUNTED", ())
+    monkeypatch.setattr(families, "MODELS", ("a", "b"))
     monkeypatch.setattr(families, "stand_ins", lambda folder: {"a": "A", "b": "B"})
     monkeypatch.setattr(results, "check_committed", lambda: None)
     asked = []
