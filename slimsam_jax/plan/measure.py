@@ -33,6 +33,7 @@ class Needs:
       flops: of products, loops and what is computed twice included.
       moved: bytes read and written, an estimate.
       compile_seconds: of this machine, by the clock.
+      early: the compilation was ended where memory is laid out (`early`); nothing is known of `compiler_seconds`.
       compiler_seconds: of a call, the TPU compiler's estimate; it counts a loop once. None where there are kernels of
         flash attention, of which it knows nothing.
       roofline_seconds: of a call, at the chip's peak of arithmetic or of memory. What a cache keeps from one operation
@@ -56,6 +57,7 @@ class Needs:
     flops: float = 0.0
     moved: int = 0
     compile_seconds: float = 0.0
+    early: bool = False
     compiler_seconds: float | None = None
     roofline_seconds: float | None = None
     loops: bool = False
@@ -74,22 +76,43 @@ def measure(program: Program, hardware: Hardware) -> Needs:
     """Compiles a program for the hardware that is targeted; one that it has no memory for is no error."""
     import jax
 
-    start, chip = time.perf_counter(), hardware.chip
-    own = {"name": program.name, "kind": program.kind, "images": program.images, "calls": program.calls}
-    own["resident"] = program.resident
+    start = time.perf_counter()
     traced = program.function.trace(*program.args)
-    work = flops(traced.jaxpr.jaxpr) / (len(hardware.devices) if program.kind in ("prune", "distill") else 1)
+    work = flops_of(traced, program, hardware)
     try:
         compiled = _compiled(traced.lower(), hardware)
     except jax.errors.JaxRuntimeError as error:
         fits = False if "RESOURCE_EXHAUSTED" in str(error) else None
         seconds = time.perf_counter() - start
-        return Needs(**own, peak=used(str(error)), fits=fits, flops=work, compile_seconds=seconds, problem=why(error))
+        found = {"flops": work, "compile_seconds": seconds, "problem": why(error)}
+        return Needs(**named(program), peak=used(str(error)), fits=fits, **found)
     seconds, text, memory = time.perf_counter() - start, compiled.as_text(), compiled.memory_analysis()
-    met, flash = traffic(text), sum(text.count(f'custom_call_target="{name}') for name in FLASH)
-    peak = whole(memory)
+    needs = needs_of(program, hardware, work, text, memory)
+    estimate = None if needs.flash else _by_compiler(compiled, hardware)
+    return dataclasses.replace(needs, compile_seconds=seconds, compiler_seconds=estimate)
+
+
+def named(program: Program) -> dict[str, Any]:
+    """What a program's needs say of itself."""
+    return {name: getattr(program, name) for name in ("name", "kind", "images", "calls", "resident")}
+
+
+def flops_of(traced: Any, program: Program, hardware: Hardware) -> float:
+    """Of one device: those that cut and train split their work over all."""
+    return flops(traced.jaxpr.jaxpr) / (len(hardware.devices) if program.kind in ("prune", "distill") else 1)
+
+
+def needs_of(program: Program, hardware: Hardware, work: float, text: str, memory: Any) -> Needs:
+    """Reads what a compiler made.
+
+    Args:
+      work: see `flops_of`.
+      text: of the optimised program.
+      memory: what `jax.stages.Compiled.memory_analysis` gives, or the same by another way.
+    """
+    chip, met, peak = hardware.chip, traffic(text), whole(memory)
     return Needs(
-        **own,
+        **named(program),
         peak=peak,
         fits=peak + program.resident <= chip.memory if chip else None,
         arguments=memory.argument_size_in_bytes,
@@ -98,11 +121,9 @@ def measure(program: Program, hardware: Hardware) -> Needs:
         beside=met.beside,
         flops=work,
         moved=met.moved,
-        compile_seconds=seconds,
-        compiler_seconds=None if flash else _by_compiler(compiled, hardware),
         roofline_seconds=_roofline(program, hardware, work, met),
         loops=" while(" in text,
-        flash=flash,
+        flash=sum(text.count(f'custom_call_target="{name}') for name in FLASH),
     )
 
 

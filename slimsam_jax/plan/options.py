@@ -62,6 +62,9 @@ class Options(CutOptions):
     "encode" in --dtype."""
     largest: bool = False
     """Look for the largest batch that fits, too: some more compilations of each distillation."""
+    early: bool = False
+    """Of TPUs: end a compilation once memory is laid out, which of ViT-H takes minutes, machine code an hour or more.
+    Nothing is then known of the compiler's estimate of the time. Takes up to 1 GB of the folder for temporary files."""
     out: Path = Path("plan.json")
     """The numbers, as JSON. A file of this name is replaced, and written anew after each program."""
     table: Path | None = None

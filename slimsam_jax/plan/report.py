@@ -26,7 +26,8 @@ def print_row(needs: Needs, hardware: Hardware) -> None:
         print(f"    the compiler gave up: {needs.problem}", flush=True)
         return
     print(f"    arguments {mib(needs.arguments)}, temporaries {mib(needs.temporaries)}; {work_of(needs)}")
-    print(f"    {time_of(needs)}compiled in {needs.compile_seconds:.0f} s", flush=True)
+    until = "memory laid out" if needs.early else "compiled"
+    print(f"    {time_of(needs)}{until} in {needs.compile_seconds:.0f} s", flush=True)
 
 
 def memory_of(needs: Needs, hardware: Hardware) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from slimsam_jax.files import replacing, write_json
 from slimsam_jax.models import config as plain
 from slimsam_jax.models.sam import Architecture, Sam
 from slimsam_jax.plan import report
+from slimsam_jax.plan.early import Programs, measure_early
 from slimsam_jax.plan.hardware import Hardware, compiled_elsewhere, named
 from slimsam_jax.plan.measure import MOST, Needs, expected, largest, measure
 from slimsam_jax.plan.options import Options
@@ -77,16 +79,24 @@ def plan_one(options: Options, hardware: Hardware, teacher: str, config: Archite
     entry = beginning(options, hardware, teacher, how)
     report.print_heading(entry)
     found: list[Needs] = []
-    for program in programs(steps, config, target, how, options.only):
-        found.append(needs := measure(program, hardware))
+    listed = functools.partial(programs, steps, config, target, how, options.only)
+    for needs in measured(listed, hardware, options.early):
+        found.append(needs)
         report.print_row(needs, hardware)
         yield entry | {"programs": [described(each) for each in found]}
     whole = entry | {"programs": [described(each) for each in found], **hours(found, len(hardware.devices))}
     if options.largest:
         yield whole
-        whole |= largest_batch(hardware, steps, config, target, how)
+        whole |= largest_batch(hardware, steps, config, target, how, options.early)
     report.print_whole(whole)
     yield whole
+
+
+def measured(listed: Programs, hardware: Hardware, early: bool) -> Iterator[Needs]:
+    """Yields what each program needs; of a TPU, if `early`, by as much of its compilation as says the memory."""
+    early = early and hardware.chip is not None and hardware.chip.platform == "tpu"
+    for number, program in enumerate(listed()):
+        yield measure_early(listed, number, program, hardware) if early else measure(program, hardware)
 
 
 def of_options(options: Options, config: Architecture) -> tuple[tuple[Planned, ...], Target, How]:
@@ -107,7 +117,12 @@ def of_options(options: Options, config: Architecture) -> tuple[tuple[Planned, .
 
 
 def largest_batch(
-    hardware: Hardware, steps: tuple[Planned, ...], config: Architecture, target: Target, how: How
+    hardware: Hardware,
+    steps: tuple[Planned, ...],
+    config: Architecture,
+    target: Target,
+    how: How,
+    early: bool = False,
 ) -> dict[str, Any]:
     """Returns the largest number of images of a step that every distillation fits with, and whether more may.
 
@@ -123,9 +138,9 @@ def largest_batch(
     peaks: dict[int, int] = {}
 
     def fits(each: int) -> bool:
-        tried = programs(steps, config, target, how._replace(batch=each * devices), ("distill",))
+        tried = functools.partial(programs, steps, config, target, how._replace(batch=each * devices), ("distill",))
         answer, peaks[each] = True, 0
-        for needs in (measure(program, hardware) for program in tried):
+        for needs in measured(tried, hardware, early):
             answer, peaks[each] = fitted(needs), max(peaks[each], (needs.peak or 0) + needs.resident)
             if not answer:  # what the others need is not asked: each is a compilation
                 break
