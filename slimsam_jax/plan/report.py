@@ -77,8 +77,8 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
     """Formats entries of the JSON as a table in Markdown, a row a program."""
     rows = [
         "| teacher | on | program | images a device | peak, MiB | with the run's models, MiB | fits | TFLOP a device"
-        " | ms, at best | images/s |",
-        "|" + "---|" * 10,
+        " | ms, at best | images/s | compiled |",
+        "|" + "---|" * 11,
     ]
     for entry in entries:
         rows += [_row(entry, each) for each in entry["programs"]]
@@ -92,6 +92,8 @@ def _row(entry: dict[str, Any], program: dict[str, Any]) -> str:
     number = lambda value, scale=1.0: "?" if value is None else f"{value * scale:.3g}"
     whole = lambda value: "?" if value is None else f"{value / MIB:.0f}"
     fits = {True: "yes", False: "**no**", None: "?"}[program["fits"]]
-    cells = (entry["teacher"], entry["on"], program["name"], f"{program['images'] / devices:g}", whole(peak))
+    on = entry["on"] + (f", `--fsdp {entry['fsdp']}`" if entry["fsdp"] > 1 else "")
+    cells = (entry["teacher"], on, program["name"], f"{program['images'] / devices:g}", whole(peak))
     cells += (whole(with_models), fits, number(program["flops"], 1e-12), number(seconds, 1e3), number(rate))
+    cells += ("until memory" if program["early"] else "no" if program["problem"] else "whole",)
     return f"| {' | '.join(cells)} |"

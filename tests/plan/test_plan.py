@@ -34,7 +34,8 @@ def test_a_plan_for_this_machine(monkeypatch, tmp_path, capsys):
     assert 0 < slim["arguments"] < whole["arguments"] < whole["peak"]
     assert 0 < slim["flops"] < whole["flops"] and whole["fits"] is None and whole["collectives"] == {}
     assert "  encode: the teacher: peak" in capsys.readouterr().out
-    assert table.read_text().count("\n| small | cpu | encode") == 2
+    assert table.read_text().count("\n| small | cpu | encode") == table.read_text().count(" | whole |") == 2
+    assert report.table([entry | {"fsdp": 8}]).count("| cpu, `--fsdp 8` |") == 2
     assert sharding._target is None
 
 
@@ -54,7 +55,7 @@ def test_what_does_not_fit_is_a_row_and_no_end(monkeypatch, tmp_path, capsys):
     ((entry),) = run.run(Options(on=("cpu",), only=("encode",), out=tmp_path / "plan.json"))
     assert [(each["fits"], each["peak"]) for each in entry["programs"]] == [(False, 20 << 30)] * 2
     assert "the compiler gave up: RESOURCE_EXHAUSTED" in capsys.readouterr().out
-    assert "| **no** |" in report.table([entry])
+    assert report.table([entry]).count("| **no** |") == report.table([entry]).count(" | no |") == 2
     said = "INTERNAL: a fault"
     with pytest.raises(RunError, match="2 of 2 programs were not compiled"):
         run.run(Options(on=("cpu",), only=("encode",), out=tmp_path / "plan.json"))
