@@ -30,6 +30,7 @@ from slimsam_jax.models.sam import Sam, abstract_params
 from slimsam_jax.profiling import fast_sam_costs, sam_costs
 
 FILE = results.FOLDER / "families.jsonl"
+PLANNED = results.FOLDER / "planned_families.jsonl"  # `experiments.planned_families` writes it
 PIXELS = (1024, 1024)
 
 
@@ -88,7 +89,7 @@ def run(folder: Path, turns: int = 3) -> None:
     """
     results.check_committed()
     for name in COUNTED:
-        if not any("parameters" in entry for entry in results.find(FILE, {"model": name})):
+        if not results.find(FILE, {"model": name}):
             results.append(FILE, {"model": name, **counted(CONFIGS[name]())})
     timed = {(entry["model"], entry.get("turn")) for entry in results.read(FILE)}
     missing = [[name for name in MODELS if (name, turn) not in timed] for turn in range(turns)]
@@ -176,13 +177,12 @@ def table() -> None:
 
 
 def cost_of(name: str) -> dict[str, Any]:
-    """What was measured of a model: counts, of its turns all milliseconds, and what was planned; {} without rows."""
-    entries = results.find(FILE, {"model": SAME.get(name, name)})
+    """What is known of a model: counts, of its turns all milliseconds, and what was planned; {} without rows."""
+    key = {"model": SAME.get(name, name)}
+    entries, plans = results.find(FILE, key), results.find(PLANNED, {**key, "on": "h100"})
     times = [entry["encoder_latency_ms"] for entry in entries if "turn" in entry]
-    known = {
-        key: value for entry in entries if entry.get("planned_on", "h100") == "h100" for key, value in entry.items()
-    }
-    return {**known, "times": times} if entries else {}
+    counts = {**entries[-1], "times": times} if entries else {}
+    return counts | ({"planned": plans[-1]["peak"]} if plans else {})
 
 
 def line_of(name: str, cost: dict[str, Any]) -> str:
@@ -197,7 +197,7 @@ def line_of(name: str, cost: dict[str, Any]) -> str:
     if times:
         cells[4] = f"{min(times):.0f} to {max(times):.0f}"
         cells[5] = f"{cost['encoder_memory'] / 1e6:.0f} MB"
-    planned = f"{cost['planned_peak'] / MIB:.0f} MiB" if "planned_peak" in cost else "to be run"
+    planned = f"{cost['planned'] / MIB:.0f} MiB" if "planned" in cost else "to be run"
     miou = f"{paper.miou:.2f}" if paper.miou else ""
     return f"| {' | '.join([*cells, planned, percent(paper.ap), miou, f'`{paper.file}`'])} |"
 

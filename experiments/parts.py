@@ -54,6 +54,9 @@ PARTS = {
     "families": Part(
         0.3, "families.jsonl", ("experiments.families run --folder {work}/stand_ins", "experiments.families table")
     ),
+    "planned_families": Part(
+        0.2, "planned_families.jsonl", ("experiments.planned_families", "experiments.families table")
+    ),
     "speed": Part(
         0.7,
         "",

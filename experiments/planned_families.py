@@ -38,9 +38,9 @@ def run(on: str = "h100") -> None:
     hardware = named(on)
     with sharding.targeting(hardware.devices), compiled_elsewhere(hardware):
         for name, config in families.CONFIGS.items():
-            if not results.find(families.FILE, {"model": name, "planned_on": on}):
-                entry = {"model": name, "planned_on": on, **planned(config(), hardware)}
-                results.append(families.FILE, entry)
+            if not results.find(families.PLANNED, {"model": name, "on": on}):
+                entry = {"model": name, "on": on, **planned(config(), hardware)}
+                results.append(families.PLANNED, entry)
                 print(entry, flush=True)
 
 
@@ -49,8 +49,7 @@ def planned(config: Any, hardware: Hardware) -> dict[str, Any]:
     needs = measure(program_of(config), hardware)
     if needs.problem or needs.peak is None:
         raise RunError(f"not compiled: {needs.problem}")
-    counts = {"flops": needs.flops, "flash": needs.flash}
-    return {"planned_peak": needs.peak, "planned_temporaries": needs.temporaries, **counts}
+    return {name: getattr(needs, name) for name in ("peak", "temporaries", "flops", "flash")}
 
 
 def program_of(config: Any) -> Program:

@@ -1,4 +1,4 @@
-"""Ends a TPU's compilation once memory is laid out: machine code, which a large program waits for, is never made.
+"""Ends a compilation once memory is laid out: machine code, which a large program waits for, is never made.
 
 A compilation cannot be stopped, so it runs in a process of its own, which can. XLA writes the program and what it has
 laid out to files (--xla_dump_to), in the order that they are made in; they are read as the compiled program would be.
@@ -27,7 +27,8 @@ from slimsam_jax.plan.programs import Program
 
 ALLOCATION = re.compile(r"allocation [0-9]+: (?:0x\w+, )?size ([0-9]+), (.*)")
 KINDS = {"parameter": "argument", "preallocated-temp": "temp", "live-out": "output"}  # the first that a line has
-TEXT, LAID, AFTER = (f"*.after_optimizations{name}.txt" for name in ("", "-buffer-assignment", "-memory-usage-report"))
+MARKS = {"cuda": "_gpu_", "tpu": "."}  # of the names of what is compiled for these
+LAST = "after_optimizations-memory-usage-report.txt"  # is written behind what is read
 Programs = Callable[[], Iterator[Program]]
 
 
@@ -47,6 +48,7 @@ def measure_early(listed: Programs, number: int, program: Program, hardware: Har
       listed: gives the programs again, in another process; it can be pickled.
       number: of the program among them.
       program: the same, of this process.
+      hardware: no CPU.
 
     Raises:
       RunError: the other process ended, and said nothing.
@@ -61,11 +63,9 @@ def measure_early(listed: Programs, number: int, program: Program, hardware: Har
         try:
             work = flops_of(program.function.trace(*program.args), program, hardware)  # meanwhile
             while not receiving.poll(1.0):
-                if any(Path(folder).glob(AFTER)):
-                    seconds = time.perf_counter() - start
-                    return dataclasses.replace(
-                        _read(Path(folder), program, hardware, work), compile_seconds=seconds, early=True
-                    )
+                if dumped := dumped_of(Path(folder), hardware):
+                    needs = needs_of(program, hardware, work, *dumped)
+                    return dataclasses.replace(needs, compile_seconds=time.perf_counter() - start, early=True)
             return receiving.recv()
         except EOFError:
             raise RunError(f"{program.name}: the process that compiled it ended without a word") from None
@@ -94,11 +94,13 @@ def _dumping(folder: Path) -> Iterator[None]:
         os.environ |= {"XLA_FLAGS": before} if before is not None else {}
 
 
-def _read(folder: Path, program: Program, hardware: Hardware, work: float) -> Needs:
-    (text,), (laid,) = folder.glob(TEXT), folder.glob(LAID)
-    with laid.open() as lines:
-        memory = laid_out(lines)
-    return needs_of(program, hardware, work, text.read_text(), memory)
+def dumped_of(folder: Path, hardware: Hardware) -> tuple[str, Memory] | None:
+    """The optimised text and the memory of the program compiled last, once both are written whole; else None."""
+    if not (last := max(folder.glob(f"*{MARKS[hardware.chip.platform]}{LAST}"), default=None)):
+        return None
+    stem = last.name.removesuffix("-memory-usage-report.txt")
+    with (folder / f"{stem}-buffer-assignment.txt").open() as lines:
+        return (folder / f"{stem}.txt").read_text(), laid_out(lines)
 
 
 def laid_out(lines: Iterable[str]) -> Memory:

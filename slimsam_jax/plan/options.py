@@ -63,8 +63,8 @@ class Options(CutOptions):
     largest: bool = False
     """Look for the largest batch that fits, too: some more compilations of each distillation."""
     early: bool = False
-    """Of TPUs: end a compilation once memory is laid out, which of ViT-H takes minutes, machine code an hour or more.
-    Nothing is then known of the compiler's estimate of the time. Takes up to 1 GB of the folder for temporary files."""
+    """End each compilation once memory is laid out, and wait for no machine code: of ViT-H on a TPU minutes in place of
+    an hour or more. Leaves out the TPU compiler's estimate of the time, and takes up to 1 GB for temporary files."""
     out: Path = Path("plan.json")
     """The numbers, as JSON. A file of this name is replaced, and written anew after each program."""
     table: Path | None = None

@@ -93,8 +93,8 @@ def plan_one(options: Options, hardware: Hardware, teacher: str, config: Archite
 
 
 def measured(listed: Programs, hardware: Hardware, early: bool) -> Iterator[Needs]:
-    """Yields what each program needs; of a TPU, if `early`, by as much of its compilation as says the memory."""
-    early = early and hardware.chip is not None and hardware.chip.platform == "tpu"
+    """Yields what each program needs; if `early`, and not of a CPU, by as much of compiling as says the memory."""
+    early = early and hardware.chip is not None
     for number, program in enumerate(listed()):
         yield measure_early(listed, number, program, hardware) if early else measure(program, hardware)
 

@@ -13,6 +13,7 @@ def cell(line, column):
 
 def test_every_model_has_its_line_and_nothing_is_invented(tmp_path, monkeypatch):
     monkeypatch.setattr(families, "FILE", tmp_path / "families.jsonl")
+    monkeypatch.setattr(families, "PLANNED", tmp_path / "planned.jsonl")
     assert set(families.PUBLISHED) == {*families.CONFIGS, *families.SAME}
     line = families.line_of("slimsam_77", families.cost_of("slimsam_77"))
     assert cell(line, "ms on this CPU") == cell(line, "float32 file") == "to be run"
@@ -28,9 +29,9 @@ def test_every_model_has_its_line_and_nothing_is_invented(tmp_path, monkeypatch)
     assert cell(line, "float32 file") == "39 MB" and cell(line, "ms on this CPU") == "816 to 850"
     assert cell(line, "planned on an H100") == "to be run"
     for on, mib in (("h100", 85), ("a100", 427)):
-        results.append(families.FILE, {"model": "slimsam_77", "planned_on": on, "planned_peak": mib * 2**20})
+        results.append(families.PLANNED, {"model": "slimsam_77", "on": on, "peak": mib * 2**20})
     after = families.line_of("slimsam_77", families.cost_of("slimsam_77"))
-    assert after == line.replace("to be run", "85 MiB")  # the H100's, and all that was known before
+    assert after == line.replace("to be run", "85 MiB")  # the H100's, beside all that was known before
 
 
 def test_tiny_sam_is_mobile_sam_with_other_weights(tmp_path, monkeypatch):

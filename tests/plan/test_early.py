@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import pytest
 
 from slimsam_jax.errors import RunError
-from slimsam_jax.plan.early import laid_out, measure_early
-from slimsam_jax.plan.hardware import named
+from slimsam_jax.plan.early import dumped_of, laid_out, measure_early
+from slimsam_jax.plan.hardware import CHIPS, Hardware
 from slimsam_jax.plan.measure import measure
 from slimsam_jax.plan.programs import Program
 
+# What is compiled here, and read as a TPU's.
+HERE = Hardware("cpu", CHIPS["v5e"], jax.devices("cpu")[:1])
 # As XLA writes it: arguments, one of them a result too; a result; temporaries; and what is in small memories.
 LAID = """BufferAssignment:
 allocation 0: size 16, thread-local:
@@ -70,9 +72,22 @@ def test_bytes_are_those_of_the_large_memory_each_once():
     assert laid_out(LAID.splitlines()) == (2400, 3000, 400, 0)
 
 
+@pytest.mark.parametrize(("chip", "mark"), [("h100", ".sm_9.0a_gpu_"), ("v5e", ".cl_9.")])
+def test_what_was_compiled_last_is_read_once_it_is_whole(chip, mark, tmp_path):
+    hardware = Hardware(chip, CHIPS[chip], ())
+    for number, text in ((3, "first"), (12, "second")):
+        name = f"module_{number:04}.jit_step{mark}after_optimizations"
+        (tmp_path / f"{name}.txt").write_text(text)
+        (tmp_path / f"{name}-buffer-assignment.txt").write_text(LAID)
+    assert dumped_of(tmp_path, hardware) is None
+    for number in (3, 12):
+        (tmp_path / f"module_{number:04}.jit_step{mark}after_optimizations-memory-usage-report.txt").touch()
+    assert dumped_of(tmp_path, hardware) == ("second", (2400, 3000, 400, 0))
+
+
 def test_a_compilation_is_ended_when_memory_is_laid_out(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
-    needs = measure_early(never_ends, 0, program(), named("cpu"))
+    needs = measure_early(never_ends, 0, program(), HERE)
     assert (needs.arguments, needs.temporaries, needs.peak, needs.moved) == (2400, 3000, 5800, 1600 + 800)
     assert (needs.name, needs.calls, needs.resident, needs.flops) == ("distill", 7, 500, 2 * 10 * 20 * 20)
     assert needs.early and needs.compiler_seconds is None and not needs.problem
@@ -81,7 +96,7 @@ def test_a_compilation_is_ended_when_memory_is_laid_out(monkeypatch):
 
 def test_what_is_compiled_before_is_heard_whole(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    whole, needs = measure(program(), named("cpu")), measure_early(both, 1, program(), named("cpu"))
+    whole, needs = measure(program(), HERE), measure_early(both, 1, program(), HERE)
     assert not needs.early and "XLA_FLAGS" not in os.environ
     for field in ("name", "arguments", "temporaries", "peak", "flops", "moved"):
         assert getattr(needs, field) == getattr(whole, field)
@@ -89,4 +104,4 @@ def test_what_is_compiled_before_is_heard_whole(monkeypatch):
 
 def test_a_process_that_dies_is_an_error():
     with pytest.raises(RunError, match="distill: the process that compiled it ended without a word"):
-        measure_early(functools.partial(dies), 0, program(), named("cpu"))
+        measure_early(functools.partial(dies), 0, program(), HERE)
