@@ -76,8 +76,18 @@ def run(
             where = {"teacher": path, "images": (learned,), "val": (chosen,), "cache": Path(folder) / path.stem}
             key = {"teacher": path.stem, "sha256": checkpoint.sha256(path)}
             key |= {"data": [Path(each).name for each in (images, photos, val)]}
+            measure_teacher(bench, key)
             for ratio, count, recipe in itertools.product(ratios, steps, recipes):
                 measure(bench, key, distillers.Method(recipe, ratio=ratio), count, sorted(seeds), where)
+
+
+def measure_teacher(bench: Bench, teacher: dict[str, Any]) -> None:
+    """The row of the teacher itself, beside whose mIoU the others stand."""
+    method = distillers.Method("teacher", ratio=0.0)
+    plan = distillers.Plan(steps=0, chosen_on=len(bench.chosen), measured_on=sum(map(len, bench.sets.values())))
+    key = {**teacher, **distillers.key_of("teacher", method, 0, plan, rate=1.0, seed=0)}
+    if not results.find(FILE, key):
+        results.append(FILE, key | bench.measure(bench.teacher))
 
 
 def divided(samples: Sequence[data.Sample], folder: Path) -> tuple[str, str]:
@@ -200,7 +210,7 @@ def lines_of(entries: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def order(row: tuple[tuple[Any, ...], Any]) -> tuple[Any, ...]:
-    return (*map(str, row[0][:3]), *row[0][3:5], RECIPES.index(row[0][-1]))
+    return (*map(str, row[0][:3]), *row[0][3:5], ("teacher", *RECIPES).index(row[0][-1]))
 
 
 def line_of(cells: Sequence[str], entries: Sequence[dict[str, Any]], rate: float, tried: int) -> str:
