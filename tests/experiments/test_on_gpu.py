@@ -16,6 +16,19 @@ while [ $# -gt 1 ]; do [ "$1" = --out ] && { [ -n "$FAILS" ] && exit 1; echo "[]
 """
 
 
+def machine(tmp_path, gpu, fails=""):
+    """A folder of results with an earlier plan, the script, and an environment with this GPU."""
+    out, tools, script = tmp_path / "out", tmp_path / "tools", tmp_path / "experiments" / "on_gpu.sh"
+    for folder in (out, tools, script.parent):
+        folder.mkdir()
+    shutil.copy(SCRIPT, script)
+    (out / "plan.json").write_text("an earlier call's")
+    for name, text in (("python3", PYTHON), ("nvidia-smi", f"#!/bin/sh\necho 'GPU 0: {gpu} (UUID: GPU-0)'\n")):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    return out, script, {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "FAILS": fails}
+
+
 @pytest.mark.parametrize(
     ("gpu", "fails", "ran"),
     [
@@ -25,20 +38,21 @@ while [ $# -gt 1 ]; do [ "$1" = --out ] && { [ -n "$FAILS" ] && exit 1; echo "[]
     ],
 )
 def test_a_plan_is_of_the_gpu_that_is_here_and_of_this_call(gpu, fails, ran, tmp_path):
-    out, tools, script = tmp_path / "out", tmp_path / "tools", tmp_path / "experiments" / "on_gpu.sh"
-    for folder in (out, tools, script.parent):
-        folder.mkdir()
-    shutil.copy(SCRIPT, script)
-    (out / "plan.json").write_text("[]")
-    for name, text in (("python3", PYTHON), ("nvidia-smi", f"#!/bin/sh\necho 'GPU 0: {gpu} (UUID: GPU-0)'\n")):
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(
-        ["bash", str(script), str(out)], env={**os.environ, "PATH": path, "FAILS": fails}, check=True, timeout=60
-    )
+    out, script, environment = machine(tmp_path, gpu, fails)
+    subprocess.run(["bash", str(script), str(out)], env=environment, check=True, timeout=60)
     lines = (out / "results.txt").read_text().splitlines()
     parts = [line.split()[1].rstrip(":") for line in lines if line.startswith("## plan") and " -m " in line]
     assert parts == ran
     assert all("--on h200" in line for line in lines if line.startswith("## plan: ") and " -m " in line)
     assert any("plan, planned: left out" in line for line in lines) == (not ran)
+
+
+def test_parts_that_are_named_run_alone_and_with_what_is_there(tmp_path):
+    out, script, environment = machine(tmp_path, "NVIDIA H200")
+    command = ["bash", str(script), str(out), "--only"]
+    subprocess.run([*command, "planned forward"], env=environment, check=True, timeout=60)
+    lines = (out / "results.txt").read_text().splitlines()
+    assert [line.split()[1] for line in lines if " -m " in line] == ["forward:", "planned:"]
+    assert (out / "plan.json").read_text() == "an earlier call's"
+    ran = subprocess.run([*command, "plans"], env=environment, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr) == (2, "--only: no part is plans\n")
