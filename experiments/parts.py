@@ -132,8 +132,8 @@ PARTS = {
     "teacher_card": Part(
         0.05,
         "teacher_card.jsonl",
-        ("experiments.teacher_card run {teacher} --images {val}", "experiments.teacher_card table"),
-        ({"teacher": "sam_small_256", "data": "bsds_val"},),
+        ("experiments.teacher_card run {teacher} --images {val} --limit 60", "experiments.teacher_card table"),
+        ({"teacher": "sam_small_256", "data": "bsds_val", "images": 60},),
     ),
     "reference": Part(
         2.5,

@@ -125,6 +125,12 @@ def test_the_rows_that_a_part_makes_are_those_of_its_commands():
     assert "experiments.quantization slim" in " ".join(PARTS["quantization"].commands)  # makes what is distilled
 
 
+def test_a_card_is_made_again_of_as_many_images_as_the_others():
+    """Else the table has a row of other images."""
+    (made,) = PARTS["teacher_card"].rows
+    assert {entry["images"] for entry in results.read(results.FOLDER / "teacher_card.jsonl")} == {made["images"]}
+
+
 def test_a_training_begins_goes_on_or_is_there(tmp_path):
     (command,) = (each for each in PARTS["reference"].commands if "train_reference" in each)
     paths = {"work": tmp_path, "images": "train", "val": "val", "teacher": "a b.pth"}
