@@ -69,10 +69,12 @@ tags:
 
 ## Licence
 
-The code, slimsam_jax, is Apache-2.0. The weights derive from those of `{teacher}`
-and stay under their licence (Meta's own Segment Anything checkpoints are Apache-2.0). The images that they learned
+The code, slimsam_jax, is Apache-2.0. {licence} The images that they learned
 from have terms of their own.
 """
+DERIVED = """The weights derive from those of `{teacher}`
+and stay under their licence (Meta's own Segment Anything checkpoints are Apache-2.0)."""
+TRAINED = "The weights stay under the licence of those that\ntheir training began with, if there were any."
 
 
 def text(sam: Sam, original: Sam, name: str, folder: Path) -> str:
@@ -88,8 +90,7 @@ def text(sam: Sam, original: Sam, name: str, folder: Path) -> str:
       InputError: the report or the provenance is damaged.
     """
     with reading(f"the provenance of {folder}"):
-        known = original.provenance.get("training", original.provenance)  # of a model that ships, in float16
-        parts = {"origin": origin(known), "teacher": teacher(known)}
+        parts = {"origin": origin(original.provenance), "licence": licence(original.provenance)}
     from slimsam_jax.models.encoders import name_of
 
     use = USE_SAM2 if name_of(sam.config.encoder) == "hiera" else USE
@@ -159,12 +160,19 @@ def _table(report: dict[str, Any], when: str) -> str:
     return "\n".join(lines)
 
 
+def licence(provenance: dict[str, Any]) -> str:
+    """Says whose licence the weights have."""
+    return TRAINED if "history" in provenance else DERIVED.format(teacher=teacher(provenance))
+
+
 def origin(provenance: dict[str, Any]) -> str:
     """Lists teacher, images, command and versions, as far as they are known."""
+    history, provenance = provenance.get("history"), provenance.get("training", provenance)
     digest = lambda source: f" (sha256 `{source['sha256']}`)" if "sha256" in source else ""
     if "teacher" not in provenance:
         if "options" in provenance:  # a training's, which has a start instead
-            return f"Trained on masks of {provenance['images']['count']} images, from `{teacher(provenance)}`."
+            start = history or f"`{teacher(provenance)}`"
+            return f"Trained on masks of {provenance['images']['count']} images, from\n{start}."
         return f"Converted from `{teacher(provenance)}`{digest(provenance)}."
     count, versions = provenance["images"]["count"], provenance["versions"].items()
     own = " by steps of its own, otherwise as by" if provenance["options"].get("recipe", "") is None else ""
@@ -177,6 +185,7 @@ def origin(provenance: dict[str, Any]) -> str:
 
 def teacher(provenance: dict[str, Any]) -> str:
     """Names the file that the weights derive from."""
+    provenance = provenance.get("training", provenance)  # of a model that ships, in float16
     if "teacher" in provenance:
         return provenance["teacher"]["file"]
     if "options" in provenance:

@@ -65,10 +65,13 @@ def to_state_dict(sam: Sam | FastSam) -> dict[str, np.ndarray]:
     return fuse_qkv({row.name: row.to_theirs(np.asarray(flat[row.path])) for row in table})
 
 
-def save_sam(sam: Sam, path: Path) -> None:
+def save_sam(sam: Sam, path: Path) -> list[Path]:
     """Writes a state dict in the names of the original, and one of `LOADERS` beside it; needs torch installed.
 
     Stock code loads it strictly if the model is uniform; the loader loads it whatever its widths.
+
+    Returns:
+      the files that were written, `path` first.
 
     Raises:
       InputError: there is no torch, or another file of the loader's name.
@@ -94,6 +97,7 @@ def save_sam(sam: Sam, path: Path) -> None:
         for name, content in files.items():
             temporary = stack.enter_context(replacing(name))
             torch.save(content_of_file, temporary) if content is None else temporary.write_bytes(content)
+    return list(files)
 
 
 def noted(sam: Sam | FastSam) -> dict[str, Any]:
@@ -247,14 +251,15 @@ def main(
         raise InputError(f"{destination} exists already; choose another name or remove it")
     original = load(source)
     sam = fit_to_stock(original, source, format, pad_to_uniform)
+    written = [destination]
     if format == "sam":
-        save_sam(sam, destination)
+        written = save_sam(sam, destination)
     else:
         card = model_card.text(sam, original, destination.name, source)
         save_huggingface(sam, destination, card)
     if sam.config != original.config:
         print(describe_padding(original.config, sam.config))
-    print(f"wrote {destination}")
+    print(f"wrote {' and '.join(map(str, written))}")
     if format == "sam":
         print(how_to_load(sam.config, destination))
 

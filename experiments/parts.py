@@ -19,8 +19,8 @@ class Part(NamedTuple):
     Attributes:
       hours: that it took, or would by counting, on two cores with little else to do.
       file: of results, which the commands add to; "" keeps what they print in `remade.jsonl`.
-      commands: arguments of `python -m`, with options of this program in braces. One that makes a model folder, --out,
-        goes on where it was stopped, and is left out if the model is there.
+      commands: arguments of `python -m`, with options of `experiments.remake` in braces, and {shipped}, the SAM of the
+        package. One that makes a model folder, --out, goes on where it was stopped, and is left out if it is there.
       rows: which of the file the commands make again: values of some fields, a set for each kind; all by default.
     """
 
@@ -115,28 +115,28 @@ PARTS = {
         (
             NARROW,
             "experiments.isotropic {teacher} --images {images} --out {work}/isotropic",
-            "experiments.teachers run --teachers {teacher} {work}/narrow {work}/isotropic --images {images} "
+            "experiments.teachers run --teachers {teacher} {shipped} {work}/narrow {work}/isotropic --images {images} "
             "--val {photos}",
             "experiments.teachers table",
         ),
-        ({"teacher": "sam_small_256"}, {"teacher": "narrow"}, {"teacher": "isotropic"}),
+        ({"teacher": "sam_small_256"}, {"teacher": "sam_small_v2"}, {"teacher": "narrow"}, {"teacher": "isotropic"}),
     ),
     "fair": Part(
         4.3,
         "fair.jsonl",
         (
-            "experiments.fair run --teachers {teacher} --images {images} --photos {photos} --val {val}",
-            "experiments.fair run --teachers {teacher} --images {images} --photos {photos} --val {val} --ratios 0.77 "
+            "experiments.fair run --teachers {shipped} --images {images} --photos {photos} --val {val}",
+            "experiments.fair run --teachers {shipped} --images {images} --photos {photos} --val {val} --ratios 0.77 "
             "--recipes default taylor --steps 24 100 400 1600",
             "experiments.fair table",
         ),
-        ({"teacher": "sam_small_256"},),
+        ({"teacher": "sam_small_v2"},),
     ),
     "teacher_card": Part(
         0.05,
         "teacher_card.jsonl",
-        ("experiments.teacher_card run {teacher} --images {val}", "experiments.teacher_card table"),
-        ({"teacher": "sam_small_256", "data": "bsds_val"},),
+        ("experiments.teacher_card run {teacher} --images {val} --limit 60", "experiments.teacher_card table"),
+        ({"teacher": "sam_small_256", "data": "bsds_val", "images": 60},),
     ),
     "reference": Part(
         2.5,

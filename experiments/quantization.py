@@ -38,6 +38,7 @@ from slimsam_jax.models.sam import Sam, dequantized
 from slimsam_jax.quantization.running import quantizes_inputs
 
 FILE = results.FOLDER / "quantization.jsonl"
+CALIBRATION = 16  # images, unless a row says otherwise
 STEPS = 100  # of a distillation after quantising, of four images each
 SHARE, SHARE_8 = 0.197, 0.297  # of arrays; with the names of them all a file has 20 and 30 % of float32's size
 
@@ -123,7 +124,7 @@ def run(
     images: str,
     seeds: tuple[int, ...] = (0,),
     limit: int = 20,
-    calibration_images: int = 16,
+    calibration_images: int = CALIBRATION,
     rows: tuple[str, ...] = tuple(ROWS),
 ) -> None:
     """Measure rows that are not measured yet, and add them to experiments/results/quantization.jsonl.
@@ -151,7 +152,7 @@ def slim(
     steps: int | None = None,
     folder: Path = Path("slim_models"),
     limit: int = 20,
-    calibration_images: int = 16,
+    calibration_images: int = CALIBRATION,
     rows: tuple[str, ...] = SLIM,
 ) -> None:
     """Compress a model by the default recipe, once a ratio and seed, then measure rows of what comes out.
@@ -217,17 +218,23 @@ def table() -> None:
     head = "| model | weights (W), inputs (A), bits | agreement | embedding error | size | of float32 | seeds, images |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     entries = results.read(FILE)
-    for model, name in itertools.product(dict.fromkeys(map(_called, entries)), ROWS):
-        own = [entry for entry in entries if (_called(entry), entry["row"]) == (model, name)]
+    for (model, images), name in itertools.product(dict.fromkeys(map(_kind, entries)), ROWS):
+        own = [entry for entry in entries if (_kind(entry), entry["row"]) == ((model, images), name)]
         if not own:
             continue
         mean = lambda key, own=own: float(np.mean([entry[key] for entry in own]))
         spread = f" ± {100 * np.std([entry['agreement'] for entry in own], ddof=1):.2f}" if len(own) > 1 else ""
         cells = [f"{100 * mean('agreement'):.2f}{spread} %", f"{mean('embedding_error'):.1e}"]
-        cells += [f"{mean('megabytes'):.2f} MB", f"{100 * mean('share'):.1f} %", f"{len(own)}, {own[0]['images']}"]
+        cells += [f"{mean('megabytes'):.2f} MB", f"{100 * mean('share'):.1f} %", f"{len(own)}, {images}"]
         lines.append(f"| {' | '.join([model, name, *cells])} |")
     command = "python -m experiments.quantization table"
     results.write_table("quantization", "Integers", lines, command, "../../docs/quantization.md")
+
+
+def _kind(entry: dict[str, Any]) -> tuple[str, str]:
+    """What a row has in common with those that it may be averaged with: model and images, as the table says them."""
+    count = entry["calibration_images"]
+    return _called(entry), f"{entry['images']}{'' if count == CALIBRATION else f', calibrated with {count}'}"
 
 
 def _called(entry: dict[str, Any]) -> str:

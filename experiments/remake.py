@@ -24,7 +24,7 @@ from typing import Any
 
 from experiments import results
 from experiments.parts import PARTS
-from slimsam_jax import cli
+from slimsam_jax import cli, data
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import replacing
 
@@ -113,7 +113,8 @@ def make(name: str, options: Options) -> None:
     # A folder for this code alone: a training or a cache of other code would be taken for done.
     work = options.work / (code_of(head()) or "")[:12]
     work.mkdir(parents=True, exist_ok=True)
-    start, printed, paths = time.time(), {}, {**vars(options), "work": work}
+    start, printed = time.time(), {}
+    paths = {**vars(options), "work": work, "shipped": data.embedded_teacher()}
     for command in part.commands:
         if not (arguments := arguments_of(command, paths)):
             print(f"{name}: the model of python -m {command.split()[0]} is there", flush=True)

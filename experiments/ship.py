@@ -27,6 +27,7 @@ def main(
     images: tuple[str, ...] = (),
     count: int = 28,
     shares: tuple[float, float] = USUAL,
+    history: str = "",
 ) -> None:
     """Write a model folder of half the size; what reads it computes in float32.
 
@@ -37,13 +38,15 @@ def main(
       count: images to look at, spread evenly over all.
       shares: of all masks, those that pass by predicted IoU, and those that are stable enough besides
         (`experiments.thresholds`).
+      history: how it was trained, in words, for its model card: where the training began from another's average, which
+        is all that its options know. Default: the name of that file.
     """
     check_empty(out)
     if not 0 < shares[1] <= shares[0] <= 1:
         raise InputError(f"--shares {shares[0]:g} {shares[1]:g} must be 0 < second <= first <= 1")
     trained = check_sam(checkpoint.load(model))
     half = jax.tree.map(lambda array: np.asarray(array, np.float16), trained.params)
-    sam = dataclasses.replace(trained, params=half, provenance=origin(model, trained.provenance))
+    sam = dataclasses.replace(trained, params=half, provenance=origin(model, trained.provenance, history))
     checkpoint.save(sam, out)
     again = check_sam(checkpoint.load(out))  # which refuses what float16 cannot hold
     scored = scores(again, data.find(images or [data.embedded_images()]), images=count)
@@ -53,9 +56,10 @@ def main(
     print(f"{out}: {size / 1e6:.1f} MB, {thresholds.to_json()}")
 
 
-def origin(model: Path, provenance: dict[str, Any]) -> dict[str, Any]:
+def origin(model: Path, provenance: dict[str, Any], history: str) -> dict[str, Any]:
     """What the config of the model that ships says of the training: files by their names alone."""
     fields = {"source": model.name, "sha256": checkpoint.sha256(model), "note": "stored in float16, read as float32"}
+    fields |= {"history": history} if history else {}
     return fields | ({"training": without_paths(provenance)} if provenance else {})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -52,12 +52,29 @@ def room_within(step: Quantize, params: Params, integers: Params) -> float:
     """
     whole, taken = packed_bytes(params), packed_bytes(integers)
     if taken > step.share * whole:
-        least = math.ceil(1e4 * taken / whole) / 1e4
-        raise InputError(
-            f"share={step.share:g}: integers of {step.weights} bits alone take {least:g} of float32's size; "
-            "give a larger share, or fewer bits"
-        )
+        _refuse_share(step, "", taken / whole)
     return step.share * whole - taken
+
+
+def check_share(step: Quantize, params: Params) -> None:
+    """Refuses a share that is too small whatever layers see: as if each kernel became integers, with a scale.
+
+    Raises:
+      InputError: the plain parameters, so packed, take more.
+    """
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    sizes = [(str(keys[-1].key), math.prod(leaf.shape)) for keys, leaf in flat]
+    least = sum(packed_size(size, step.weights) + 4 if name == "kernel" else 4 * size for name, size in sizes)
+    whole = sum(4 * size for _, size in sizes)
+    if step.share and least > step.share * whole:
+        _refuse_share(step, "at least ", least / whole)
+
+
+def _refuse_share(step: Quantize, about: str, least: float) -> NoReturn:
+    raise InputError(
+        f"share={step.share:g}: integers of {step.weights} bits alone take {about}{math.ceil(1e4 * least) / 1e4:g} of "
+        "float32's size; give a larger share, or fewer bits"
+    )
 
 
 def choose(errors: Mapping[str, float], nodes: Mapping[str, Quantized], room: float) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What version 0.2 called the choices of a recipe, and what became of them."""
+"""What the choices of a recipe were called before, most of them in version 0.2, and what became of them."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ GONE = {
     ),
     "passes": "it is distill.epochs since 0.3, and counts those of each distillation",
     "noise_std": "it is gone since 0.3: ranks do not depend on it",
+    "fine_weights": "it is gone: give quantize.share=0.2, say, which gives layers 8 bits by itself",
 }
 
 
@@ -70,8 +71,8 @@ def renamed(setting: str) -> str:
 
 
 def what_became_of(setting: str) -> str | None:
-    """A sentence for whoever types a name of 0.2; None if it is none."""
-    setting = re.sub(r"^(prune|distill|quirks)\.", "", setting)  # of an old name behind a new prefix
+    """A sentence for whoever types an old name; None if it is none."""
+    setting = re.sub(r"^(prune|distill|quantize|quirks)\.", "", setting)  # of an old name behind a new prefix
     name = setting.partition("=")[0]
     if name in GONE:
         return GONE[name]

@@ -17,7 +17,7 @@ import numpy as np
 from slimsam_jax import data
 from slimsam_jax.compression.input_ranges import PERCENTILE, divisors, with_ranges, without_worst
 from slimsam_jax.compression.integers import Quantize
-from slimsam_jax.compression.mixed_bits import FLOAT, choose, finer, restored, room_within
+from slimsam_jax.compression.mixed_bits import FLOAT, check_share, choose, finer, restored, room_within
 from slimsam_jax.data import Sample
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.errors import InputError
@@ -83,8 +83,10 @@ def quantized(
     """As `quantize`, with why some images could not be read, {name: reason}.
 
     Raises:
+      InputError: `Quantize.share` is too small for the model.
       RunError: more than this share of them.
     """
+    check_share(step, sam.params)
     data.check_one_is_readable(samples)
     alone = step.method == "tinysam"  # it reads one batch
     count, size = min(step.images, len(samples), AT_ONCE if alone else len(samples)), sam.config.image_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -299,6 +300,11 @@ def test_a_share_is_filled_in_both_parts(sam, two_mlps):
         InputError, match=r"^share=0.01: integers of 4 bits alone take 0[.][0-9]+ of .* a larger share, or fewer bits"
     ):
         made(share=0.01)
+
+
+def test_a_share_that_no_layer_can_meet_is_refused_before_an_image_is_read(sam):
+    with pytest.raises(InputError, match=r"^share=0.13: integers of 4 bits alone take at least 0[.][0-9]+ of float32"):
+        quantize(sam, samples([Path("nowhere.png")]), weights=4, share=0.13)
 
 
 def test_a_share_of_the_size_goes_where_masks_gain_most_a_byte():

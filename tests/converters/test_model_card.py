@@ -66,7 +66,7 @@ def test_the_card_of_a_model_that_was_trained(uneven, start):
     origin = {"init": init, "images": {"count": 7}, "options": {"steps": 3}, "versions": {}}
     sam = dataclasses.replace(checkpoint.load(uneven), provenance=origin)
     text = model_card.text(sam, sam, "hf", uneven)
-    assert f"Trained on masks of 7 images, from `{start}`." in text and "Made slim" not in text
+    assert f"Trained on masks of 7 images, from\n`{start}`." in text and "Made slim" not in text
 
 
 @pytest.mark.slow

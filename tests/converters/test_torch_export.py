@@ -177,6 +177,7 @@ def test_beside_a_pth_lies_what_loads_it(uneven, tmp_path, capsys):
     loader = tmp_path / "out" / "slim_sam_torch.py"
     assert loader.read_bytes() == to_torch.LOADERS["vit"].read_bytes()
     printed = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'out' / 'one.pth'} and {loader}\n" in printed
     assert f"register(\"slim\", '{tmp_path / 'out' / 'one.pth'}')" in printed and "ImageEncoderViT" not in printed
     loader.write_text("mine")
     with pytest.raises(InputError, match=r"slim_sam_torch\.py is there already"):

@@ -124,7 +124,7 @@ def masks():
 
 
 def test_masks_deviate_as_readme_says(masks):
-    """README has the means over all photographs of the package. A row less is the worst of it."""
+    """docs/export.md has the means over all photographs of the package. A row less is the worst of it."""
     agreement, fewer = {}, set()
     for name in PHOTOS:
         image = photo(name)

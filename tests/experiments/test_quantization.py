@@ -49,3 +49,13 @@ def test_slim_models_are_told_apart_by_teacher_and_steps(made, tmp_path):
         "| slim77 of small v1, distilled",
         "| slim77 of small v2, distilled by `--steps 50`",
     ]
+
+
+def test_rows_of_other_images_are_no_other_seeds(made):
+    """Nor are those that were calibrated with more."""
+    for images, calibration, seed in ((20, 16, 0), (20, 16, 1), (12, 16, 0), (20, 32, 0)):
+        key = {"model": "sam_small_v2", "seed": seed, "images": images, "calibration_images": calibration}
+        results.append(quantization.FILE, {**key, "row": "W8", **NUMBERS})
+    quantization.table()
+    lines = (results.TABLE_FOLDER / "quantization.md").read_text().splitlines()[-3:]
+    assert [line.split(" | ")[-1] for line in lines] == ["2, 20 |", "1, 12 |", "1, 20, calibrated with 32 |"]

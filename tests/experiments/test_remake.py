@@ -14,7 +14,7 @@ import pytest
 
 from experiments import remake, results
 from experiments.parts import PARTS, Part
-from slimsam_jax import cli
+from slimsam_jax import cli, data
 from slimsam_jax.errors import InputError, RunError
 
 EXPERIMENTS = Path(results.__file__).parent
@@ -120,8 +120,15 @@ def test_the_rows_that_a_part_makes_are_those_of_its_commands():
                 ("distilled", True),
             }
             known |= field == "teacher" and f"{{work}}/{value} " in said
+            known |= field == "teacher" and value == data.embedded_teacher().name and "{shipped}" in said
             assert known, f"{name}: {field} {value}"
     assert "experiments.quantization slim" in " ".join(PARTS["quantization"].commands)  # makes what is distilled
+
+
+def test_a_card_is_made_again_of_as_many_images_as_the_others():
+    """Else the table has a row of other images."""
+    (made,) = PARTS["teacher_card"].rows
+    assert {entry["images"] for entry in results.read(results.FOLDER / "teacher_card.jsonl")} == {made["images"]}
 
 
 def test_a_training_begins_goes_on_or_is_there(tmp_path):
@@ -190,7 +197,7 @@ EACH = {command: name for name, part in PARTS.items() for command in part.comman
 
 @pytest.mark.parametrize("command", EACH, ids=lambda command: command.removeprefix("experiments."))
 def test_a_program_takes_what_a_part_gives_it(command, tmp_path, monkeypatch):
-    paths = {name: tmp_path / name for name in ("teacher", "images", "val", "photos", "work")}
+    paths = {name: tmp_path / name for name in ("teacher", "images", "val", "photos", "work", "shipped")}
     program, *given = remake.arguments_of(command, paths)
     monkeypatch.setattr(sys, "argv", [program, *given])
     arguments = arguments_of_program(program)

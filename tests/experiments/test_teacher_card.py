@@ -51,7 +51,11 @@ def test_a_shipped_model_is_the_trained_one_in_half_the_bytes(material, tmp_path
     sha256 = checkpoint.sha256(tmp_path / "trained")
     assert (shipped.provenance["source"], shipped.provenance["sha256"]) == ("trained", sha256)
     card = model_card.text(shipped, shipped, "hf", tmp_path / "shipped")
-    assert "Trained on masks of 7 images, from `first`." in card and "derive from those of `first`" in card
+    assert "Trained on masks of 7 images, from\n`first`." in card and "derive from those of `first`" in card
+    words = ship.origin(tmp_path / "trained", origin, "random weights: 9 steps, then 3 from their average")
+    told = dataclasses.replace(shipped, provenance=words)
+    card = model_card.text(told, told, "hf", tmp_path / "shipped")
+    assert "of 7 images, from\nrandom weights: 9 steps, then 3 from their average." in card and "`first`" not in card
     with pytest.raises(InputError, match="not empty"):
         ship.main(tmp_path / "trained", tmp_path / "shipped")
     with pytest.raises(InputError, match="0 < second <= first <= 1"):
