@@ -24,7 +24,17 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT
 from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.kinds import check_sam
-from slimsam_jax.models.sam import Architecture, Embedding, Params, Sam, embedding_of, encode, image_encoder, preprocess
+from slimsam_jax.models.sam import (
+    Architecture,
+    Embedding,
+    Params,
+    Sam,
+    embedding_of,
+    encode,
+    folded,
+    image_encoder,
+    preprocess,
+)
 from slimsam_jax.progress import track
 from slimsam_jax.quantization import (
     Statistics,
@@ -82,12 +92,15 @@ def quantized(
 ) -> tuple[Sam, dict[str, str]]:
     """As `quantize`, with why some images could not be read, {name: reason}.
 
+    Batch norms are multiplied into convolutions first, as whatever computes or exports integers takes them.
+
     Raises:
       InputError: `Quantize.share` is too small for the model.
       RunError: more than this share of them.
     """
     check_share(step, sam.params)
     data.check_one_is_readable(samples)
+    sam = folded(sam)
     alone = step.method == "tinysam"  # it reads one batch
     count, size = min(step.images, len(samples), AT_ONCE if alone else len(samples)), sam.config.image_size
     at_once = count if alone else AT_ONCE
