@@ -14,7 +14,7 @@ from PIL import Image
 
 from converters import to_onnx
 from converters.onnx import integers, kernels
-from converters.onnx.check import MAPS, OUTPUTS, maps_of
+from converters.onnx.check import MAPS, OUTPUTS, Prompt, Reference, allowed, maps_of
 from converters.onnx.graph import ANTIALIASED, BILINEAR, FLOAT, Graph
 from helpers.family_models import SLIM_TINY_VIT, edge_sam, efficient_sam, sam2, tiny_vit_sam
 from helpers.models import random_sam, tiny_config
@@ -130,6 +130,19 @@ def test_other_families_embeddings_are_those_of_jax(family):
         # Where an input is half a step from two codes, float32's rounding decides, and few values move by little.
         assert np.median(errors) < 1e-6 and errors.max() < to_onnx.LARGEST_ERROR
     assert {"MatMulNBits", "MatMulInteger", "QuantizeLinear"} <= {node.op_type for node in encoder.graph.node}
+
+
+def test_a_graph_may_differ_by_half_of_what_codes_of_inputs_change():
+    """Of each result by itself; without such codes, or where they change nothing, by as much as any other graph."""
+
+    def outputs(change):
+        numbers = np.array([1.0, 2.0])
+        prompts = [Prompt(None, None, None, numbers + change[1], numbers + change[2])]
+        return Reference(None, None, None, (), {"embedding": numbers + change[0]}, None, tuple(prompts))
+
+    plain, own = outputs([0, 0, 0]), outputs([0.2, 0, 0.02])
+    assert allowed(plain, plain, 1e-3) == (1e-3, 1e-3, 1e-3)
+    np.testing.assert_allclose(allowed(own, plain, 1e-3), [0.05, 1e-3, 0.005], rtol=1e-6)
 
 
 def test_batch_norms_behind_integers_are_refused():
