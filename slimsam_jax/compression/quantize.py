@@ -90,17 +90,15 @@ def quantize(
 def quantized(
     sam: Sam, samples: Sequence[Sample], step: Quantize, seed: int = 0, max_broken: float = 1.0
 ) -> tuple[Sam, dict[str, str]]:
-    """As `quantize`, with why some images could not be read, {name: reason}.
-
-    Batch norms are multiplied into convolutions first, as whatever computes or exports integers takes them.
+    """As `quantize`, with why some images could not be read, {name: reason}. Batch norms are folded into weights first.
 
     Raises:
       InputError: `Quantize.share` is too small for the model.
       RunError: more than this share of them.
     """
+    sam = folded(sam)
     check_share(step, sam.params)
     data.check_one_is_readable(samples)
-    sam = folded(sam)
     alone = step.method == "tinysam"  # it reads one batch
     count, size = min(step.images, len(samples), AT_ONCE if alone else len(samples)), sam.config.image_size
     at_once = count if alone else AT_ONCE
