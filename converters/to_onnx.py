@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,7 +37,7 @@ LAYOUTS = {  # by the kind of head
     "sam2": ("sam", "sam2"),
 }
 CHOOSE = ("sam", "sam2")  # whose decoders may give a single mask
-LARGEST_ERROR = 1e-3  # of float32 and integers; rounding gives 1e-5 at most, a wrong graph 1e-1
+LARGEST_ERROR = 1e-3  # of float32 and integers; rounding gives 1e-5 at most (see `check.allowed`), a wrong graph 1e-1
 LARGEST_FILE = 2**31 - 2**24  # bytes of arrays: protobuf's limit less the nodes; larger ones get a second file
 
 
@@ -168,7 +169,7 @@ def export(
     """Writes the folder and prints errors and sizes.
 
     Raises:
-      RunError: float32 or integers differ from JAX by more than `LARGEST_ERROR`, or a value is not finite; nothing is
+      RunError: float32 or integers differ from JAX by more than rounding may, or a value is not finite; nothing is
         written.
     """
     from converters.onnx.check import reference
@@ -180,12 +181,11 @@ def export(
     inputs = quantizes_inputs(sam.params)
     plain = reference(dequantized(sam) if inputs else sam, image)
     own = reference(sam, image) if inputs and set(dtypes) & set(INTEGERS) else plain
-    lines: list[str] = []
+    lines, float32, timed = [], None, {"int8", *INTEGERS} & set(dtypes)
     with new_folder(folder) as temporary:
-        float32, timed = None, {"int8", *INTEGERS} & set(dtypes)
         for dtype in ("float32", *(d for d in dtypes if d != "float32")):  # float32 proves the graph
             paths = write(sam, temporary, layout, dtype, return_single_mask)
-            expected = own if dtype in INTEGERS else plain
+            expected = (own if dtype in INTEGERS else plain), plain
             said, opened = compared(sam.config, expected, layout, dtype, paths, return_single_mask)
             lines += [said, *(f"  {describe_file(path, temporary)}" for path in paths)]
             if dtype == "int8" or dtype in INTEGERS:
@@ -205,16 +205,21 @@ def export(
 
 
 def compared(
-    config: Architecture, expected: Reference, layout: Layout, dtype: Dtype, paths: list[Path], single: bool
+    config: Architecture, outputs: Sequence[Reference], layout: Layout, dtype: Dtype, paths: list[Path], single: bool
 ) -> tuple[str, list[Any]]:
-    """A line about a pair of files, and the two as they were opened; see `export`."""
-    from converters.onnx.kernels import Opened
+    """A line about a pair of files, and the two as they were opened; see `export`.
 
+    Args:
+      outputs: JAX's of what the files are, and where inputs are not quantised.
+    """
+    from converters.onnx.check import allowed
+    from converters.onnx.kernels import Opened, summary
+
+    (expected, plain), exact = outputs, dtype in ("float32", "integers")
     said = lambda differences: f"{dtype}: {summary(differences, score_of(config))}"
-    exact = dtype in ("float32", "integers")
     opened = {path: Opened(path, kernels=False, counted=not exact) for path in paths}
     differences = measure(expected, layout, paths, single, opened=opened.__getitem__)
-    if exact and max(differences[:3]) > LARGEST_ERROR:
+    if exact and any(map(operator.gt, differences, allowed(expected, plain, LARGEST_ERROR))):
         raise RunError(f"the ONNX model differs from JAX: {said(differences)}; nothing is written")
     if dtype == "integers":  # that the graph is right is shown in float32, and now what its kernels make of it
         opened = {path: Opened(path) for path in paths}
@@ -227,13 +232,6 @@ def score_of(config: Architecture) -> str:
     from slimsam_jax.inference.ranking import ranks_by_stability
 
     return "stability" if ranks_by_stability(config) else "predicted IoU"
-
-
-def summary(errors: Errors, score: str) -> str:
-    return (
-        f"largest error relative to the largest value: embedding {errors.embedding:.1e}, masks {errors.masks:.1e}, "
-        f"{score} {errors.iou:.1e}; masks agree to {100 * errors.agreement:.2f} %"
-    )
 
 
 def describe_file(path: Path, root: Path) -> str:

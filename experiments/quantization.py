@@ -34,7 +34,7 @@ from slimsam_jax.compression.recipes.integers import MEND
 from slimsam_jax.data.batches import Batches
 from slimsam_jax.evaluation.scores import agreement, relative_error
 from slimsam_jax.inference.decode import encode_image
-from slimsam_jax.models.sam import Sam, dequantized
+from slimsam_jax.models.sam import Sam, dequantized, folded
 from slimsam_jax.quantization.running import quantizes_inputs
 
 FILE = results.FOLDER / "quantization.jsonl"
@@ -187,7 +187,7 @@ def measure_rows(path: Path, key: dict[str, Any], calibration: str, images: str,
     missing = [name for name in rows if not results.find(FILE, {**key, "row": name})]
     if not missing:
         return
-    sam = load_sam(path)
+    sam = folded(load_sam(path))
     bench = Bench(sam, [sample.image() for sample in data.find([images])[: key["images"]]])
     batches = Batches(data.find([calibration]), sam.config.image_size, 4, key["seed"], frame=sam.config.frame)
     batches = list(itertools.islice(batches, key["calibration_images"] // 4))

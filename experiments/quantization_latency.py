@@ -1,11 +1,13 @@
 """What integers cost in time: encoders of a quantised SAM in onnxruntime beside float32's, by turns.
 
     python -m experiments.quantization_latency run sam_small_256.pth --calibration bsds_train
+    python -m experiments.quantization_latency run slim77 --calibration bsds_train --rows --quantized slim77_int4
     python -m experiments.quantization_latency table
 
 Every row's encoder is exported, opened as `to-onnx` says that it be opened, and all are run one after the other, so
 that a busy machine is fair to them. Beside milliseconds it takes the process's CPU time, which others on the machine
-disturb less. Medians over turns, and with them the quartiles of the ratio to float32 in the same turn.
+disturb less. Medians over turns, and with them the quartiles of the ratio to float32 in the same turn. Of models that
+`slimsam quantize` has made, decoders are timed, too.
 """
 
 from __future__ import annotations
@@ -14,14 +16,17 @@ import dataclasses
 import itertools
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tyro.conf import Positional
 
 from converters import to_onnx
 from converters.from_torch import load_sam
+from converters.onnx.check import OUTPUTS
 from converters.onnx.kernels import Opened
 from experiments import results
 from experiments.quantization import ROWS
@@ -29,9 +34,12 @@ from slimsam_jax import cli, data
 from slimsam_jax.compression import quantize
 from slimsam_jax.compression.integers import Quantize
 from slimsam_jax.data.batches import Batches
-from slimsam_jax.models.sam import Sam
+from slimsam_jax.errors import InputError
+from slimsam_jax.models.sam import Sam, folded
+from slimsam_jax.quantization import any_quantized, is_quantized
 
 FILE = results.FOLDER / "quantization_latency.jsonl"
+DECODER = ", decoder"  # behind a row's name
 CHOSEN = (
     "W8",
     "W4, 10 layers float",
@@ -45,38 +53,61 @@ def run(
     model: Positional[Path],
     calibration: str,
     rows: tuple[str, ...] = CHOSEN,
+    quantized: tuple[Path, ...] = (),
     turns: int = 21,
     calibration_images: int = 4,
 ) -> None:
-    """Time the encoders of rows, and add them to experiments/results/quantization_latency.jsonl.
+    """Time encoders and decoders, and add them to experiments/results/quantization_latency.jsonl.
 
     Args:
       model: the float model.
       calibration: a folder of images to calibrate with; the first one is what encoders are given.
-      rows: of `experiments.quantization.ROWS`.
-      turns: in each of which every encoder runs once.
+      rows: of `experiments.quantization.ROWS`, without their shares: the encoder alone.
+      quantized: folders that `slimsam quantize` has made of the model, both parts of each.
+      turns: in each of which every file runs once.
       calibration_images: how many.
     """
     results.check_committed()
-    sam = load_sam(model)
+    sam = folded(load_sam(model))
     batches = Batches(data.find([calibration]), sam.config.image_size, 4, 0, frame=sam.config.frame)
     batches = list(itertools.islice(batches, -(-calibration_images // 4)))
-    seen = quantize.see(sam, batches, 0, head=False)
     height, width = batches[0]["size"][0]
-    image = np.moveaxis(batches[0]["image"][:1, :height, :width], -1, 1)
+    image = np.ascontiguousarray(np.moveaxis(batches[0]["image"][:1, :height, :width], -1, 1))
+    encoders, wholes = integers(sam, batches, rows) if rows else {}, dict(map(whole, quantized))
     with tempfile.TemporaryDirectory() as folder:
-        files = {"float32": opened(sam, Path(folder) / "float32", False)}
-        plain = {"head": False, "float_weights": 0, "share": 0.0, "method": "absmax"}  # times do not depend on it
-        for row in rows:
-            fields = {name: value for name, value in {**ROWS[row], **plain}.items() if name != "steps"}
-            new = dataclasses.replace(sam, params=quantize.with_integers(sam, Quantize(**fields), seen))
-            files[row.partition(", 10 layers")[0]] = opened(new, Path(folder) / str(len(files)), True)
-        taken = times(files, np.ascontiguousarray(image), turns)
+        files: dict[str, Opened] = {}
+        for name, own in {"float32": sam, **encoders, **wholes}.items():
+            decoder = bool(wholes) and name not in encoders
+            files |= opened(own, Path(folder) / str(len(files)), image, name, decoder)
+        taken = times(files, turns)
+    called = model.stem if model.is_file() else model.name
     for name, file in files.items():
-        entry = {"model": model.stem, "row": name, "turns": turns, "vnni": vnni()}
-        entry |= summary(taken[name], taken["float32"])
+        entry = {"model": called, "row": name, "turns": turns, "vnni": vnni()}
+        entry |= summary(taken[name], taken["float32" + DECODER * name.endswith(DECODER)])
         results.append(FILE, {**entry, "kernels": file.counts})
         print(entry, file.counts, flush=True)
+
+
+def integers(sam: Sam, batches: list[dict[str, Any]], rows: tuple[str, ...]) -> dict[str, Sam]:
+    """The model with an encoder of integers as each row says."""
+    seen, made = quantize.see(sam, batches, 0, head=False), {}
+    plain = {"head": False, "float_weights": 0, "share": 0.0, "method": "absmax"}  # times do not depend on it
+    for row in rows:
+        fields = {name: value for name, value in {**ROWS[row], **plain}.items() if name != "steps"}
+        params = quantize.with_integers(sam, Quantize(**fields), seen)
+        made[row.partition(", 10 layers")[0]] = dataclasses.replace(sam, params=params)
+    return made
+
+
+def whole(path: Path) -> tuple[str, Sam]:
+    """What a folder that `slimsam quantize` made is called in the table, and its model."""
+    sam = load_sam(path)
+    nodes = [leaf for leaf in jax.tree.leaves(sam.params, is_leaf=is_quantized) if is_quantized(leaf)]
+    if not nodes:
+        raise InputError(f"{path} is not quantised: give what `slimsam quantize` made of the model")
+    bits = " and ".join(f"W{bits}" for bits in sorted({node.bits for node in nodes}))
+    inputs = {node.input_bits for node in nodes if node.range is not None}
+    return f"{bits}{''.join(f', A{bits}' for bits in inputs)} ({path.name})", sam
 
 
 def vnni() -> bool | None:
@@ -85,17 +116,40 @@ def vnni() -> bool | None:
     return "vnni" in path.read_text() if path.is_file() else None
 
 
-def opened(sam: Sam, folder: Path, integers: bool) -> Opened:
-    """The encoder of a model in onnxruntime, as its kernels of integers compute it."""
-    encoder, _ = to_onnx.models(sam, "sam", np.float32, integers=integers)
-    to_onnx.save(encoder, folder / "encoder.onnx")
-    return Opened(folder / "encoder.onnx")
+def opened(sam: Sam, folder: Path, image: np.ndarray, name: str, decoder: bool = True) -> dict[str, Opened]:
+    """A model's encoder, and perhaps its decoder, in onnxruntime, integers as kernels compute them.
+
+    Each was run once, which prepares weights.
+
+    Args:
+      image: [1, 3, h, w] uint8, scaled to fit.
+      name: of the encoder; the decoder has `DECODER` behind it.
+    """
+    files, given = {}, {"images": image}
+    models = to_onnx.models(sam, "sam", np.float32, integers=any_quantized(sam.params))
+    for part, graph in zip(("", DECODER) if decoder else ("",), models, strict=False):
+        to_onnx.save(graph, folder / f"{len(files)}.onnx")
+        files[name + part] = file = Opened(folder / f"{len(files)}.onnx")
+        given = one_click(file.run(None, given), image.shape[2:])
+    return files
 
 
-def times(files: dict[str, Opened], image: np.ndarray, turns: int) -> dict[str, np.ndarray]:
+def one_click(maps: Sequence[np.ndarray], size: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """What a decoder is asked: a click in the middle of an image of `size`, whose encoder gave `maps`."""
+    h, w = maps[0].shape[2:]
+    asked = {
+        "point_coords": [[[size[1] / 2, size[0] / 2], [0, 0]]],
+        "point_labels": [[1, -1]],
+        "mask_input": np.zeros((1, 1, 4 * h, 4 * w)),
+        "has_mask_input": [0],
+        "orig_im_size": size,
+    }
+    named = dict(zip(OUTPUTS["images"], maps, strict=False))
+    return named | {name: np.asarray(value, np.float32) for name, value in asked.items()}
+
+
+def times(files: dict[str, Opened], turns: int) -> dict[str, np.ndarray]:
     """[turns, 2] of each file: wall seconds and CPU seconds of the whole process, by turns."""
-    for file in files.values():
-        file.run(None, {"images": image})  # the first run prepares weights
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
     for _ in range(turns):
         for name, file in files.items():
@@ -112,7 +166,9 @@ def summary(own: np.ndarray, plain: np.ndarray) -> dict[str, Any]:
 
 def table() -> None:
     """Write experiments/tables/quantization_latency.md: the last measurement of each row."""
-    head = "| model | encoder | ms | CPU ms | of float32's (quartiles) | kernels of integers | VNNI | turns |"
+    head = (
+        "| model | encoder, or decoder | ms | CPU ms | of float32's (quartiles) | kernels of integers | VNNI | turns |"
+    )
     lines = [head, "|---|---|---|---|---|---|---|---|"]
     last = {(entry["model"], entry["row"]): entry for entry in results.read(FILE)}
     for (model, row), entry in last.items():

@@ -15,7 +15,6 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from slimsam_jax.errors import InputError
-from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.quantization import Quantized, any_quantized, is_quantized
 from slimsam_jax.quantization.ranges import TINY
@@ -177,8 +176,8 @@ def check_integers(sam: Sam, where: str, dtypes: Sequence[str]) -> None:
         raise InputError("--dtype int8 and integers have files of one name: give one of them")
     if any(leaf.range is not None and leaf.range.shape[0] == 3 for leaf in _nodes(sam)):
         raise InputError(f"{where} has inputs of two ranges (method tinysam), which no graph of integers has")
-    if hasattr(family_of(sam.config.encoder), "for_inference"):
-        raise InputError(f"{where} has batch norms, which a graph has folded into weights that are no integers then")
+    if getattr(sam.config.encoder, "batch_norm", False):  # `quantize` folds them; folders from before it did
+        raise InputError(f"{where} has batch norms behind its integers: quantise the model again that it was made of")
 
 
 def _nodes(sam: Sam) -> list[Quantized]:

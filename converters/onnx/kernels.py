@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx
 
-from converters.onnx.check import session
+from converters.onnx.check import Errors, session
 
 KERNELS = (  # of products
     *("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "QLinearMatMul", "MatMulNBits"),
@@ -71,6 +71,14 @@ def by_turns(files: Sequence[Opened]) -> list[float]:
     turns = max(1, min(TURNS, int(SECONDS / max(first, 1e-9))))
     taken = [[each.seconds() for each in files] for _ in range(turns)]
     return [statistics.median(each) for each in zip(*taken, strict=True)]
+
+
+def summary(errors: Errors, score: str) -> str:
+    """A line about a pair of files; `score`: what masks are ranked by, in words."""
+    return (
+        f"largest error relative to the largest value: embedding {errors.embedding:.1e}, masks {errors.masks:.1e}, "
+        f"{score} {errors.iou:.1e}; masks agree to {100 * errors.agreement:.2f} %"
+    )
 
 
 def describe(plain: Sequence[Opened], own: Sequence[Opened], names: Sequence[str]) -> list[str]:

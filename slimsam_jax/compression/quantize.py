@@ -24,7 +24,17 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT
 from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.kinds import check_sam
-from slimsam_jax.models.sam import Architecture, Embedding, Params, Sam, embedding_of, encode, image_encoder, preprocess
+from slimsam_jax.models.sam import (
+    Architecture,
+    Embedding,
+    Params,
+    Sam,
+    embedding_of,
+    encode,
+    folded,
+    image_encoder,
+    preprocess,
+)
 from slimsam_jax.progress import track
 from slimsam_jax.quantization import (
     Statistics,
@@ -80,12 +90,13 @@ def quantize(
 def quantized(
     sam: Sam, samples: Sequence[Sample], step: Quantize, seed: int = 0, max_broken: float = 1.0
 ) -> tuple[Sam, dict[str, str]]:
-    """As `quantize`, with why some images could not be read, {name: reason}.
+    """As `quantize`, with why some images could not be read, {name: reason}. Batch norms are folded into weights first.
 
     Raises:
       InputError: `Quantize.share` is too small for the model.
       RunError: more than this share of them.
     """
+    sam = folded(sam)
     check_share(step, sam.params)
     data.check_one_is_readable(samples)
     alone = step.method == "tinysam"  # it reads one batch

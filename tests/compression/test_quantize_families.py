@@ -15,7 +15,7 @@ from slimsam_jax import checkpoint, data
 from slimsam_jax.compression import quantize as quantize_module
 from slimsam_jax.compression.quantize import PROMPTS, embed, prompted, quantize
 from slimsam_jax.models.composed import SamConfig, head_of
-from slimsam_jax.models.sam import Sam, abstract_params, encode
+from slimsam_jax.models.sam import Sam, abstract_params, encode, folded
 from slimsam_jax.quantization import is_quantized
 from slimsam_jax.quantization.layers import find_layers
 
@@ -54,6 +54,17 @@ def test_every_kernel_is_a_layer_but_depthwise_ones(family):
     kernels = {path: leaf for path, leaf in flatten_dict(encoder, sep="/").items() if path.endswith("kernel")}
     assert len(layers & set(kernels)) >= 15
     assert {leaf.shape[-2] for path, leaf in kernels.items() if path not in layers} <= {1}
+
+
+@pytest.mark.parametrize("family", ["tiny_vit", "rep_vit"])
+def test_batch_norms_are_folded_before(family, monkeypatch):
+    """So that what integers stand for is what every program and graph computes with."""
+    monkeypatch.setattr(quantize_module, "see", lambda sam, *_: sam.params)
+    monkeypatch.setattr(quantize_module, "with_integers", lambda sam, step, seen: seen)
+    sam, photos = FAMILIES[family](), samples(sorted(data.embedded_images().glob("*.jpg"))[:1])
+    small = quantize(sam, photos)
+    assert sam.config.encoder.batch_norm and small.config == folded(sam).config
+    assert not [path for path in flatten_dict(small.params["image_encoder"], sep="/") if "bn/" in path]
 
 
 @pytest.mark.parametrize(

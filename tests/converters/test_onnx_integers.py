@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
 import onnx
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from converters import to_onnx
 from converters.onnx import integers, kernels
+from converters.onnx.check import MAPS, OUTPUTS, Prompt, Reference, allowed, maps_of
 from converters.onnx.graph import ANTIALIASED, BILINEAR, FLOAT, Graph
-from helpers.family_models import sam2
+from helpers.family_models import SLIM_TINY_VIT, edge_sam, efficient_sam, sam2, tiny_vit_sam
 from helpers.models import random_sam, tiny_config
 from slimsam_jax.errors import InputError, RunError
-from slimsam_jax.models.sam import encode
+from slimsam_jax.models.sam import encode, folded
 from slimsam_jax.quantization import Quantized
 from slimsam_jax.quantization.codes import storage
 
@@ -43,7 +46,9 @@ def quantized(sam, span, bits=8, input_bits=8, divided=False):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         if not path.endswith("kernel"):
             return leaf
-        axes = (0,) if path.split("/")[-2] in "qkv" else tuple(range(leaf.ndim - 1))
+        axes = tuple(range(leaf.ndim - 1))
+        if path.split("/")[-2] in "qkv":  # a single head's axis counts as one that is summed over
+            axes = tuple(axis for axis in axes if axis == 0 or leaf.shape[axis] == 1)
         scale = np.abs(np.asarray(leaf)).max(axes, keepdims=True) / (2 ** (bits - 1) - 1)
         codes = np.round(np.asarray(leaf) / scale).astype(np.int8).astype(storage(bits))
         own = None if span is None or "patch" in path else np.array(span, np.float32)
@@ -86,12 +91,65 @@ def test_embeddings_are_those_of_jax(span, bits, input_bits, suffix, kernel, div
     assert ("QuantizeLinear" in types) == (span is not TOKENS)
 
 
-def test_tokens_of_sam2_in_the_layout_of_sam():
-    """Whose encoder resizes with antialiasing, of an opset that has a reduction's axes as an input."""
-    encoder, _ = to_onnx.models(quantized(sam2(), TOKENS), "sam", np.float32, integers=True)
+def mixed(sam):
+    """With an encoder of every kind of integers, one layer after the other, but for depthwise ones."""
+    kinds = [flat(quantized(sam, span, bits)) for span, bits in ((None, 8), (None, 4), (STATIC, 8), (TOKENS, 8))]
+    names = [path for path, leaf in flat(sam).items() if path.endswith("kernel") and leaf.shape[-2:-1] != (1,)]
+    leaves = flat(sam) | {name: kind[name] for name, kind in zip(names, itertools.cycle(kinds), strict=False)}
+    return dataclasses.replace(sam, params={**sam.params, "image_encoder": unflatten_dict(leaves, sep="/")})
+
+
+def flat(sam):
+    return flatten_dict(sam.params["image_encoder"], sep="/")
+
+
+def short_tiny_vit():
+    first, last = SLIM_TINY_VIT.stages
+    stages = dataclasses.replace(first, blocks=first.blocks[:1]), last
+    return tiny_vit_sam(dataclasses.replace(SLIM_TINY_VIT, conv_blocks=(12,), stages=stages))
+
+
+@pytest.mark.parametrize("family", [short_tiny_vit, edge_sam, efficient_sam, sam2])
+def test_other_families_embeddings_are_those_of_jax(family):
+    """Whose batch norms are folded before, as `quantize` does it.
+
+    SAM 2's encoder resizes with antialiasing, of an opset that has a reduction's axes as an input.
+    """
+    own = mixed(folded(family()))
+    size = own.config.image_size
+    image = np.random.default_rng(0).integers(0, 256, (1, *size, 3), np.uint8)
+    encoder, _ = to_onnx.models(own, "sam", np.float32, integers=True)
     onnx.checker.check_model(encoder, full_check=True)
-    (embedding, *_) = kernels.session(encoder.SerializeToString()).run(None, {"images": IMAGE.transpose(0, 3, 1, 2)})
-    assert np.isfinite(embedding).all()
+    found = kernels.session(encoder.SerializeToString()).run(None, {"images": image.transpose(0, 3, 1, 2)})
+    expected = maps_of(encode(own.config, own.params, image, np.array([size])))
+    names = [MAPS[name] for name in OUTPUTS["images"][: len(found)]]
+    assert set(names) == set(expected)
+    for name, each in zip(names, found, strict=True):
+        wanted = np.asarray(expected[name])
+        errors = np.abs(each.transpose(0, 2, 3, 1) - wanted) / np.abs(wanted).max()
+        # Where an input is half a step from two codes, float32's rounding decides, and few values move by little.
+        assert np.median(errors) < 1e-6 and errors.max() < to_onnx.LARGEST_ERROR
+    assert {"MatMulNBits", "MatMulInteger", "QuantizeLinear"} <= {node.op_type for node in encoder.graph.node}
+
+
+def test_a_graph_may_differ_by_half_of_what_codes_of_inputs_change():
+    """Of each result by itself; without such codes, or where they change nothing, by as much as any other graph."""
+
+    def outputs(change):
+        numbers = np.array([1.0, 2.0])
+        prompts = [Prompt(None, None, None, numbers + change[1], numbers + change[2])]
+        return Reference(None, None, None, (), {"embedding": numbers + change[0]}, None, tuple(prompts))
+
+    plain, own = outputs([0, 0, 0]), outputs([0.2, 0, 0.02])
+    assert allowed(plain, plain, 1e-3) == (1e-3, 1e-3, 1e-3)
+    np.testing.assert_allclose(allowed(own, plain, 1e-3), [0.05, 1e-3, 0.005], rtol=1e-6)
+
+
+def test_batch_norms_behind_integers_are_refused():
+    own = quantized(tiny_vit_sam(), None)
+    with pytest.raises(InputError, match="m has batch norms behind its integers: quantise the model again"):
+        integers.check_integers(own, "m", ["integers"])
+    integers.check_integers(quantized(folded(tiny_vit_sam()), None), "m", ["integers"])
 
 
 @pytest.mark.parametrize(("how", "opset"), [(BILINEAR, 17), (ANTIALIASED, 18)], ids=["17", "18"])
