@@ -23,6 +23,7 @@ from slimsam_jax import sharding
 from slimsam_jax.errors import RunError
 from slimsam_jax.plan.hardware import Hardware, compiled_elsewhere, named
 from slimsam_jax.plan.measure import Needs, flops_of, measure, needs_of
+from slimsam_jax.plan.orphans import end_with_parent
 from slimsam_jax.plan.programs import Program
 
 ALLOCATION = re.compile(r"allocation [0-9]+: (?:0x\w+, )?size ([0-9]+), (.*)")
@@ -56,7 +57,7 @@ def measure_early(listed: Programs, number: int, program: Program, hardware: Har
     start, spawn = time.perf_counter(), multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         receiving, sending = spawn.Pipe(duplex=False)
-        child = spawn.Process(target=_compile, args=(listed, number, hardware.name, sending), daemon=True)
+        child = spawn.Process(target=_compile, args=(listed, number, hardware.name, sending, folder), daemon=True)
         with _dumping(Path(folder)):
             child.start()
         sending.close()  # so that its end is seen
@@ -74,8 +75,9 @@ def measure_early(listed: Programs, number: int, program: Program, hardware: Har
             child.join()
 
 
-def _compile(listed: Programs, number: int, on: str, said: Connection) -> None:
-    """What the other process does."""
+def _compile(listed: Programs, number: int, on: str, said: Connection, folder: str) -> None:
+    """What the other process does, until it or the first one ends."""
+    end_with_parent(Path(folder))
     hardware = named(on)
     with sharding.targeting(hardware.devices), compiled_elsewhere(hardware):
         said.send(measure(next(itertools.islice(listed(), number, None)), hardware))

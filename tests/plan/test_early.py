@@ -6,6 +6,7 @@ import functools
 import multiprocessing
 import os
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def both():
 def never_ends():
     """What a compiler does of whose machine code nobody sees the end."""
     folder = Path(re.search(r"--xla_dump_to=(\S+)", os.environ["XLA_FLAGS"])[1])
+    assert f"removes {folder} after the parent" in [thread.name for thread in threading.enumerate()]
     for name, text in (("", TEXT), ("-buffer-assignment", LAID), ("-memory-usage-report", "")):
         (folder / f"module_0000.jit_step.cl_1.after_optimizations{name}.txt").write_text(text)
     while True:
