@@ -47,6 +47,10 @@ part() { # NAME SECONDS COMMAND...: runs it, and says in the results how it ende
   echo "## $name: ended with $code after $((SECONDS - start)) s" | tee -a "$results"
 }
 
+left_out() { # NAMES WHY
+  echo "## $1: left out, $2" | tee -a "$results"
+}
+
 if [ -n "$dry" ]; then
   export JAX_PLATFORMS=cpu
   patience=60
@@ -68,13 +72,19 @@ part step 90 $python -m experiments.bench --what bottleneck-stage --preset $slim
 if [ -n "$on" ]; then
   part plan 60 $python -m slimsam_jax.plan --teacher $teacher --ratio 0.77 --per-device 1 --on "$on" --only distill \
     --out "$out/plan.json"
-  [ ! -e "$out/plan.json" ] || part planned 60 $python -m experiments.bench.planned "$out/plan.json" --runs $runs
-else
-  echo "## plan, planned: left out, this GPU is none that slimsam plan knows" | tee -a "$results"
+  if [ -e "$out/plan.json" ]; then
+    part planned 60 $python -m experiments.bench.planned "$out/plan.json" --runs $runs
+  elif wanted planned; then
+    left_out planned "there is no plan.json, which plan writes"
+  fi
+elif wanted plan || wanted planned; then
+  left_out "plan, planned" "this GPU is none that slimsam plan knows"
 fi
 if [ -n "$pack" ]; then
   resume=; [ -e "$out/teacher/log.jsonl" ] && resume=--resume
   part teacher 210 $python -m experiments.train_reference --composites "$pack" \
     --val "$val" --out "$out/teacher" --schedule warm --learning-rate 5e-4 --ema 0.999 --crop 1 --keep last \
     $steps ${init:+--init "$init"} $resume
+elif wanted teacher; then
+  left_out teacher "there is no --pack"
 fi

@@ -56,3 +56,20 @@ def test_parts_that_are_named_run_alone_and_with_what_is_there(tmp_path):
     assert (out / "plan.json").read_text() == "an earlier call's"
     ran = subprocess.run([*command, "plans"], env=environment, capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stderr) == (2, "--only: no part is plans\n")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "only", "said"),
+    [
+        ("NVIDIA H200", "planned", "## planned: left out, there is no plan.json, which plan writes\n"),
+        ("NVIDIA H200", "teacher", "## teacher: left out, there is no --pack\n"),
+        ("NVIDIA L4", "teacher", "## teacher: left out, there is no --pack\n"),
+        ("NVIDIA L4", "planned", "## plan, planned: left out, this GPU is none that slimsam plan knows\n"),
+    ],
+)
+def test_a_part_that_is_wanted_and_cannot_run_is_said(gpu, only, said, tmp_path):
+    out, script, environment = machine(tmp_path, gpu)
+    (out / "plan.json").unlink()
+    command = ["bash", str(script), str(out), "--only", only]
+    ran = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
+    assert ran.stdout == said and (out / "results.txt").read_text().endswith(said)
