@@ -82,3 +82,13 @@ def test_only_lengths_that_both_have_are_compared():
     others = [{**entry, "photographs": [2, 4], "photos error": 1.0} for entry in found]  # another --limit's
     (line, _) = crossing.lines_of([*found, *others])[2:]
     assert line == "| t | 0.5 | default, taylor | 25, 100 | -0.50, -1.00 | 1e+04 (1e+04 to 1e+04) | 100 % of draws |"
+
+
+@pytest.mark.parametrize(("lengths", "tables"), [((200,), {"fair"}), ((100, 200), {"fair", "crossing"})])
+def test_one_length_crosses_nothing(lengths, tables, monkeypatch):
+    runs = [{**e, "steps": s} for s in lengths for r in ("default", "taylor") for e in entries_of(r, {1.0: 0.5})]
+    written = []
+    monkeypatch.setattr(fair.results, "read", lambda _: runs)
+    monkeypatch.setattr(fair.results, "write_table", lambda name, *_: written.append(name))
+    fair.table()
+    assert set(written) == tables
