@@ -24,22 +24,19 @@ from slimsam_jax.plan.hardware import Hardware, compiled_elsewhere, named
 from slimsam_jax.plan.measure import measure
 from slimsam_jax.plan.programs import How, Program, programs
 
+ON = "h100"
 HOW = How(batch=1, dtype=jnp.bfloat16, parts=1, fsdp=1, attention="auto", calibration=8)
 
 
-def run(on: str = "h100") -> None:
-    """Plan the families that have no row yet.
-
-    Args:
-      on: the hardware, as `slimsam plan --on` names it.
-    """
+def run() -> None:
+    """Plan the families that have no row yet."""
     results.check_committed()
     jax.config.update("jax_enable_compilation_cache", False)  # a program from there says nothing of its memory
-    hardware = named(on)
+    hardware = named(ON)
     with sharding.targeting(hardware.devices), compiled_elsewhere(hardware):
         for name, config in families.CONFIGS.items():
-            if not results.find(families.PLANNED, {"model": name, "on": on}):
-                entry = {"model": name, "on": on, **planned(config(), hardware)}
+            if not results.find(families.PLANNED, {"model": name, "on": ON}):
+                entry = {"model": name, "on": ON, **planned(config(), hardware)}
                 results.append(families.PLANNED, entry)
                 print(entry, flush=True)
 
