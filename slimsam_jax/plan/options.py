@@ -64,7 +64,8 @@ class Options(CutOptions):
     """Look for the largest batch that fits, too: some more compilations of each distillation."""
     early: bool = False
     """End each compilation once memory is laid out, and wait for no machine code: of ViT-H on a TPU minutes in place of
-    an hour or more. Leaves out the TPU compiler's estimate of the time, and takes up to 1 GB for temporary files."""
+    an hour or more. Leaves out the TPU compiler's estimate of the time, and takes up to 1 GB for temporary files. With
+    --on cpu all is compiled, as ever."""
     out: Path = Path("plan.json")
     """The numbers, as JSON. A file of this name is replaced, and written anew after each program."""
     table: Path | None = None

@@ -132,6 +132,17 @@ def test_hours_name_what_they_are_of(capsys):
     assert "at best 0.5 hours, 4 device hours, for 10000 images: distill (" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("hardware", "ended"), [(H100, True), (Hardware("cpu", None, ()), False)])
+def test_compiling_ends_early_for_a_chip_and_not_for_the_cpu(hardware, ended, monkeypatch):
+    made = lambda early: Needs("distill", "distill", 4, 10, None, None, early=early)
+    monkeypatch.setattr(run, "measure_early", lambda listed, number, program, hardware: made(True))
+    monkeypatch.setattr(run, "measure", lambda program, hardware: made(False))
+    needs = list(run.measured(lambda: iter([object()]), hardware, early=True))
+    assert [each.early for each in needs] == [ended]
+    entry = {"teacher": "small", "on": hardware.name, "devices": 1, "fsdp": 1, "programs": [run.described(needs[0])]}
+    assert report.table([entry]).count("| until memory |") == ended
+
+
 def test_two_outputs_are_two_files(tmp_path):
     with pytest.raises(InputError, match="are one file; each output needs its own"):
         Options(out=tmp_path / "plan", table=tmp_path / "plan").check()
