@@ -22,17 +22,19 @@ class Part(NamedTuple):
       commands: arguments of `python -m`, with options of `experiments.remake` in braces, and {shipped}, the SAM of the
         package. One that makes a model folder, --out, goes on where it was stopped, and is left out if it is there.
       rows: which of the file the commands make again: values of some fields, a set for each kind; all by default.
+      needs: an extra of this package that the commands cannot do without, and a module that it brings.
     """
 
     hours: float
     file: str
     commands: tuple[str, ...]
     rows: tuple[Mapping[str, Any], ...] = ({},)
+    needs: tuple[str, str] | None = None
 
 
 # Hours: of slimming and pruning the sum that their rows say, as if every row were there; of distillers 73 CPU seconds
-# for 40 steps, times its steps; of reference the minutes of its rows; of teachers 54 times the two minutes of a row of
-# pruning; of fair 100 s a run, and half a second for a step beyond 200; of teacher_card a second an image; of
+# for 40 steps, times its steps; of reference the minutes of its rows; of teachers 72 times the two minutes of a row of
+# pruning; of fair 120 s a run, and half a second for a step beyond 200; of teacher_card a second an image; of
 # quantization 15 s a row, and a second of slimming for a step; of the others what a first part took.
 PARTS = {
     "teacher_cache": Part(0.05, "", ("experiments.teacher_cache {teacher} {val} --limit 20",)),
@@ -55,7 +57,10 @@ PARTS = {
         0.3, "families.jsonl", ("experiments.families run --folder {work}/stand_ins", "experiments.families table")
     ),
     "planned_families": Part(
-        0.2, "planned_families.jsonl", ("experiments.planned_families", "experiments.families table")
+        0.2,
+        "planned_families.jsonl",
+        ("experiments.planned_families", "experiments.families table"),
+        needs=("plan-gpu", "jax_cuda12_plugin"),
     ),
     "speed": Part(
         0.7,
@@ -110,7 +115,7 @@ PARTS = {
         ({"steps": 80},),
     ),
     "teachers": Part(
-        1.8,
+        2.4,
         "teachers.jsonl",
         (
             NARROW,
@@ -122,7 +127,7 @@ PARTS = {
         ({"teacher": "sam_small_256"}, {"teacher": "sam_small_v2"}, {"teacher": "narrow"}, {"teacher": "isotropic"}),
     ),
     "fair": Part(
-        4.3,
+        4.8,
         "fair.jsonl",
         (
             "experiments.fair run --teachers {shipped} --images {images} --photos {photos} --val {val}",

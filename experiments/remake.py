@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -90,6 +91,8 @@ def main(options: Options) -> None:
     for name in names:
         if done(name):
             print(f"{name}: done by this code", flush=True)
+        elif lacking := lacking_of(name):
+            print(f"{name}: left out, it needs pip install -e '{lacking}'", flush=True)
         else:
             make(name, options)
 
@@ -98,6 +101,12 @@ def needed(names: list[str]) -> list[str]:
     """Lists the options whose files the commands of parts read."""
     commands = " ".join(command for name in names for command in PARTS[name].commands)
     return [name for name in ("teacher", "images", "val", "photos") if f"{{{name}}}" in commands]
+
+
+def lacking_of(name: str) -> str:
+    """Names the extra that a part needs and that is not installed, as pip takes it; "" if there is none."""
+    extra, module = PARTS[name].needs or ("", "")
+    return f".[{extra}]" if extra and importlib.util.find_spec(module) is None else ""
 
 
 def make(name: str, options: Options) -> None:
@@ -208,7 +217,7 @@ def line_of(name: str) -> str:
     code = code_of(head())
     fresh = sum(is_of(entry, code) for entry in entries)
     rows = f"{fresh} of {len(entries)} rows" if part.file else "what is printed"
-    state = "done" if done(name) else "to be run"
+    state = "done" if done(name) else "to be run" + (f", needs .[{part.needs[0]}]" if part.needs else "")
     return f"{name:<21} {part.hours:>6g}  {part.file or 'remade.jsonl':<27} {rows:<18} {state}"
 
 

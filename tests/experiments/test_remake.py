@@ -172,6 +172,17 @@ def test_a_part_is_made_once_and_what_fails_is_not_done(checkout, monkeypatch, t
     assert "Beautiful is better" in entry["printed"]["this"]
 
 
+def test_what_cannot_be_made_here_keeps_its_rows(checkout, monkeypatch, tmp_path, capfd):
+    rows = write("some.jsonl", row(checkout("1"), 1))
+    checkout("2")
+    monkeypatch.setattr(remake, "PARTS", {"one": Part(1, "some.jsonl", ("this",), needs=("plan-x", "no_such_module"))})
+    remake.main(remake.Options(work=tmp_path / "work"))
+    assert capfd.readouterr().out == "one: left out, it needs pip install -e '.[plan-x]'\n"
+    assert results.read(rows) and not remake.done("one")
+    remake.main(remake.Options(list=True))
+    assert capfd.readouterr().out.endswith("to be run, needs .[plan-x]\n")
+
+
 def test_what_is_asked_for_must_be_there(checkout, tmp_path):
     with pytest.raises(InputError, match="--only x is no part; there are teacher_cache"):
         remake.main(remake.Options(only="x"))
