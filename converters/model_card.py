@@ -14,6 +14,7 @@ from slimsam_jax.files import read_json
 if TYPE_CHECKING:
     from slimsam_jax.models.sam import Sam
 
+RANDOM = "random weights"
 REPORT_LIMIT = 8 << 20  # bytes of a report.json, which names every image that was skipped
 
 USE = """import torch
@@ -74,7 +75,9 @@ from have terms of their own.
 """
 DERIVED = """The weights derive from those of `{teacher}`
 and stay under their licence (Meta's own Segment Anything checkpoints are Apache-2.0)."""
-TRAINED = "The weights stay under the licence of those that\ntheir training began with, if there were any."
+TRAINED = "The weights began as random ones\nand are under the terms that whoever trained them gives."
+CONTINUED = """The weights are under the terms that
+whoever trained them gives, and stay under those of what their training began with, as said above."""
 
 
 def text(sam: Sam, original: Sam, name: str, folder: Path) -> str:
@@ -161,8 +164,14 @@ def _table(report: dict[str, Any], when: str) -> str:
 
 
 def licence(provenance: dict[str, Any]) -> str:
-    """Says whose licence the weights have."""
-    return TRAINED if "history" in provenance else DERIVED.format(teacher=teacher(provenance))
+    """Says whose licence the weights have: by what they were made from."""
+    file, own = teacher(provenance), provenance.get("training", provenance)
+    if "options" in own and "teacher" not in own:
+        if not (own["init"] or own.get("decoder")):
+            return TRAINED
+        if "history" in provenance:  # its words stand in the place of the file's name
+            return CONTINUED
+    return DERIVED.format(teacher=file) if file != RANDOM else TRAINED
 
 
 def origin(provenance: dict[str, Any]) -> str:
@@ -171,7 +180,8 @@ def origin(provenance: dict[str, Any]) -> str:
     digest = lambda source: f" (sha256 `{source['sha256']}`)" if "sha256" in source else ""
     if "teacher" not in provenance:
         if "options" in provenance:  # a training's, which has a start instead
-            start = history or f"`{teacher(provenance)}`"
+            part = "" if provenance["init"] or not provenance.get("decoder") else " (prompt encoder and decoder alone)"
+            start = history or f"`{teacher(provenance)}`{part}"
             return f"Trained on masks of {provenance['images']['count']} images, from\n{start}."
         return f"Converted from `{teacher(provenance)}`{digest(provenance)}."
     count, versions = provenance["images"]["count"], provenance["versions"].items()
@@ -189,7 +199,8 @@ def teacher(provenance: dict[str, Any]) -> str:
     if "teacher" in provenance:
         return provenance["teacher"]["file"]
     if "options" in provenance:
-        return provenance["init"]["file"] if provenance["init"] else "random weights"
+        begun = provenance["init"] or provenance.get("decoder")  # a prompt encoder and a mask decoder alone
+        return begun["file"] if begun else RANDOM
     return str(provenance.get("source", "an unnamed file"))
 
 

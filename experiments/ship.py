@@ -45,6 +45,10 @@ def main(
     if not 0 < shares[1] <= shares[0] <= 1:
         raise InputError(f"--shares {shares[0]:g} {shares[1]:g} must be 0 < second <= first <= 1")
     trained = check_sam(checkpoint.load(model))
+    if history and ("options" not in trained.provenance or "teacher" in trained.provenance):
+        raise InputError(
+            f"--history is of a training, and {model.name} comes from none: its card says what it is made of"
+        )
     half = jax.tree.map(lambda array: np.asarray(array, np.float16), trained.params)
     sam = dataclasses.replace(trained, params=half, provenance=origin(model, trained.provenance, history))
     checkpoint.save(sam, out)

@@ -15,6 +15,7 @@ from PIL import Image
 from converters import model_card, to_torch
 from helpers.models import UNEVEN, random_sam
 from slimsam_jax import checkpoint
+from slimsam_jax.data import embedded_teacher
 
 REPORT = {
     "teacher": {"encoder_parameters": 4406464, "point_miou": 0.3931},
@@ -67,6 +68,33 @@ def test_the_card_of_a_model_that_was_trained(uneven, start):
     sam = dataclasses.replace(checkpoint.load(uneven), provenance=origin)
     text = model_card.text(sam, sam, "hf", uneven)
     assert f"Trained on masks of 7 images, from\n`{start}`." in text and "Made slim" not in text
+
+
+BEGUN = {"file": "first.pth"}
+TRAINING = {"init": None, "decoder": None, "options": {}}
+
+
+@pytest.mark.parametrize(
+    ("provenance", "said"),
+    [
+        (TRAINING, "began as random ones"),
+        ({"training": TRAINING, "history": "words"}, "began as random ones"),
+        (TRAINING | {"init": BEGUN}, "derive from those of `first.pth`"),
+        (TRAINING | {"decoder": BEGUN}, "derive from those of `first.pth`"),
+        ({"training": TRAINING | {"init": BEGUN}, "history": "words"}, "stay under those of what their training began"),
+        ({"training": {"teacher": BEGUN, "options": {}}, "history": "words"}, "derive from those of `first.pth`"),
+        ({"source": "sam_b.pth", "sha256": "1a85", "history": "words"}, "derive from those of `sam_b.pth`"),
+        ({"source": "random weights"}, "began as random ones"),
+    ],
+)
+def test_weights_are_under_the_terms_of_what_they_were_made_from(provenance, said):
+    text = model_card.licence(provenance)
+    assert said in text and ("Meta's own" in text) == ("derive" in said)
+
+
+def test_the_card_of_the_model_that_ships_names_its_licence():
+    provenance = json.loads((embedded_teacher() / "config.json").read_text())["provenance"]
+    assert "the weights are Apache-2.0." in model_card.origin(provenance)
 
 
 @pytest.mark.slow

@@ -62,6 +62,14 @@ def test_a_shipped_model_is_the_trained_one_in_half_the_bytes(material, tmp_path
         ship.main(tmp_path / "trained", tmp_path / "another", shares=(0.1, 0.2))
 
 
+@pytest.mark.parametrize("origin", [{"source": "sam_b.pth"}, {"teacher": {"file": "sam_b.pth"}, "options": {}}])
+def test_a_history_is_of_a_training(origin, tmp_path):
+    checkpoint.save(dataclasses.replace(random_sam(SQUARE), provenance=origin), tmp_path / "made")
+    with pytest.raises(InputError, match="--history is of a training, and made comes from none"):
+        ship.main(tmp_path / "made", tmp_path / "shipped", history="random weights: 9 steps")
+    assert not (tmp_path / "shipped").exists()
+
+
 def test_weights_that_float16_cannot_hold_are_refused(material, tmp_path):
     sam = random_sam(SQUARE)
     sam.params["mask_decoder"]["iou_token"] = np.full_like(sam.params["mask_decoder"]["iou_token"], 1e5)
