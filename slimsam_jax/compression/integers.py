@@ -88,6 +88,11 @@ class Quantize(Record):
         unlike = {"float_weights=0": self.float_weights, "head=true": not self.head}
         if needed := [f"quantize.{choice}" for choice, differs in unlike.items() if differs]:
             raise InputError(f"share chooses among all layers by itself: add {' '.join(needed)}")
+        if self.share <= (least := self.weights / 32):
+            raise InputError(
+                f"share={self.share:g}: integers of {self.weights} bits alone take more than {least:g} of float32's "
+                "size; give a larger share, or fewer bits"
+            )
 
     def _check_tinysam(self) -> None:
         """It is a scheme of its own, of the image encoder."""

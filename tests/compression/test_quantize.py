@@ -297,14 +297,20 @@ def test_a_share_is_filled_in_both_parts(sam, two_mlps):
         np.testing.assert_array_equal(flatten_dict(floats, sep="/")[path], flat[path])
     assert set(bits_of(sam, floats)) == set(bits_of(sam, eight)) - set(worst)
     with pytest.raises(
-        InputError, match=r"^share=0.01: integers of 4 bits alone take 0[.][0-9]+ of .* a larger share, or fewer bits"
+        InputError, match=r"^share=0.126: integers of 4 bits alone take 0[.][0-9]+ of .* a larger share, or fewer bits"
     ):
-        made(share=0.01)
+        made(share=0.126)
 
 
 def test_a_share_that_no_layer_can_meet_is_refused_before_an_image_is_read(sam):
     with pytest.raises(InputError, match=r"^share=0.13: integers of 4 bits alone take at least 0[.][0-9]+ of float32"):
         quantize(sam, samples([Path("nowhere.png")]), weights=4, share=0.13)
+
+
+@pytest.mark.parametrize(("weights", "share"), [(8, 0.25), (4, 0.1)])
+def test_a_share_that_no_model_can_meet_is_no_choice(weights, share):
+    with pytest.raises(InputError, match=f"^share={share}: integers of {weights} bits alone take more than "):
+        Quantize(weights=weights, share=share)
 
 
 def test_a_share_of_the_size_goes_where_masks_gain_most_a_byte():

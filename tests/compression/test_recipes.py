@@ -196,10 +196,10 @@ def test_choices_that_are_none_are_refused(setting, message):
 )
 def test_a_share_says_what_else_it_needs(choices, missing):
     """The recipe itself keeps layers as they are."""
-    settings = ["quantize.share=0.2", *(f"quantize.{choice}" for choice in choices)]
+    settings = ["quantize.share=0.3", *(f"quantize.{choice}" for choice in choices)]
     with pytest.raises(InputError, match=f"by itself: add quantize.{missing}$"):
         change(RECIPES["integers"], settings)
-    assert change(RECIPES["integers"], [settings[0], "quantize.float_weights=0"])[-2].share == 0.2
+    assert change(RECIPES["integers"], [settings[0], "quantize.float_weights=0"])[-2].share == 0.3
 
 
 @pytest.mark.parametrize(
