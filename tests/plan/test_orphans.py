@@ -14,11 +14,11 @@ from slimsam_jax.plan.orphans import end_with_parent
 def child(folder):
     end_with_parent(Path(folder))
     print("begun", flush=True)
-    time.sleep(300)
+    time.sleep(60)
 
 if __name__ == "__main__":
     multiprocessing.get_context("spawn").Process(target=child, args=sys.argv[1:], daemon=True).start()
-    time.sleep(300)
+    time.sleep(60)
 """
 
 
