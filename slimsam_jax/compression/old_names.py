@@ -58,7 +58,7 @@ GONE = {
     ),
     "passes": "it is distill.epochs since 0.3, and counts those of each distillation",
     "noise_std": "it is gone since 0.3: ranks do not depend on it",
-    "fine_weights": "it is gone: give quantize.share=0.2, say, which gives layers 8 bits by itself",
+    "fine_weights": "it is gone: give quantize.share=0.3, say, which gives layers 8 bits by itself",
 }
 
 
