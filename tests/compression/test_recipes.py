@@ -179,7 +179,7 @@ def test_choices_are_set_by_name_in_every_step_that_has_them():
         ("slice_rel_pos=false", "it is called quirks.zeroed_rel_pos=true since 0.3"),
         ("slice_rel_pos=x", "it is called quirks.zeroed_rel_pos since 0.3"),
         ("alternate=true", "since 0.3 a recipe is a list of steps"),
-        ("quantize.fine_weights=4", "fine_weights=4: it is gone: give quantize.share=0.2"),
+        ("quantize.fine_weights=4", "fine_weights=4: it is gone: give quantize.share=0.3"),
     ],
 )
 def test_choices_that_are_none_are_refused(setting, message):
