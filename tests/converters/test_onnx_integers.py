@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +15,8 @@ from PIL import Image
 
 from converters import to_onnx
 from converters.onnx import integers, kernels
-from converters.onnx.check import MAPS, OUTPUTS, Prompt, Reference, allowed, maps_of
+from converters.onnx.apart import Apart, limit_of
+from converters.onnx.check import MAPS, OUTPUTS, Errors, Reference, maps_of
 from converters.onnx.graph import ANTIALIASED, BILINEAR, FLOAT, Graph
 from helpers.family_models import SLIM_TINY_VIT, edge_sam, efficient_sam, sam2, tiny_vit_sam
 from helpers.models import random_sam, tiny_config
@@ -132,17 +134,53 @@ def test_other_families_embeddings_are_those_of_jax(family):
     assert {"MatMulNBits", "MatMulInteger", "QuantizeLinear"} <= {node.op_type for node in encoder.graph.node}
 
 
-def test_a_graph_may_differ_by_half_of_what_codes_of_inputs_change():
-    """Of each result by itself; without such codes, or where they change nothing, by as much as any other graph."""
+def test_an_encoder_may_differ_by_half_of_what_codes_of_inputs_change():
+    """In few values; or where they change nothing, by as much as any other graph."""
 
     def outputs(change):
-        numbers = np.array([1.0, 2.0])
-        prompts = [Prompt(None, None, None, numbers + change[1], numbers + change[2])]
-        return Reference(None, None, None, (), {"embedding": numbers + change[0]}, None, tuple(prompts))
+        return Reference(None, None, None, (), {"embedding": np.array([1.0, 2.0]) + change}, None, ())
 
-    plain, own = outputs([0, 0, 0]), outputs([0.2, 0, 0.02])
-    assert allowed(plain, plain, 1e-3) == (1e-3, 1e-3, 1e-3)
-    np.testing.assert_allclose(allowed(own, plain, 1e-3), [0.05, 1e-3, 0.005], rtol=1e-6)
+    assert limit_of(outputs(0), outputs(0), 1e-3) == 1e-3
+    assert limit_of(outputs(0.2), outputs(0), 1e-3) == pytest.approx(0.05)
+
+
+def test_an_encoder_is_judged_by_most_of_its_values():
+    """And what decoders get behind it is JAX's, with the positions that transformers.js's have beside."""
+    maps = np.linspace(-2, 2, 3 * 4 * 5).reshape(4, 5, 3)
+    found, positions = maps.transpose(2, 0, 1)[None].copy(), np.ones(2)
+    encoder = SimpleNamespace(run=lambda names, inputs: [found, positions])
+    found[0, 0, :2] += 0.1
+    given = Apart(encoder, Reference(None, None, None, (), {"embedding": maps}, None, ()))
+    sent = given.run(None, {"pixel_values": maps})
+    np.testing.assert_array_equal(sent[0][0].transpose(1, 2, 0), maps)
+    assert sent[1] is positions
+    assert given.checked(Errors(0.0, 0.25, 0.0, 1.0)) == Errors(pytest.approx(0.05), 0.25, 0.0, 1.0)
+    found += 1e-4
+    given.run(None, {"pixel_values": maps})
+    with pytest.raises(RunError, match=r"5\.0e-05 of the largest value in the median"):
+        given.checked(Errors(0.0, 0.0, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("fault", ["range", "decoder"])
+def test_a_wrong_graph_of_quantised_inputs_is_not_kept(fault, sam, tmp_path, monkeypatch):
+    """One layer's inputs as they are, or the decoder's last layer 1 % too large, beside a right float32 graph."""
+    own, right = quantized(sam, STATIC), to_onnx.models
+
+    def wrong(sam, layout, dtype, single, integers):
+        params = flatten_dict(sam.params, sep="/")
+        if fault == "range":
+            path = "image_encoder/blocks_0/mlp_lin2/kernel"
+            params[path] = dataclasses.replace(params[path], range=None)
+        else:
+            (path,) = [path for path in params if path.endswith("output_upscaling_3/kernel")]
+            params[path] = 1.01 * params[path]
+        changed = dataclasses.replace(sam, params=unflatten_dict(params, sep="/"))
+        return right(changed if integers else sam, layout, dtype, single, integers)
+
+    monkeypatch.setattr(to_onnx, "models", wrong)
+    with pytest.raises(RunError, match=r"differs from JAX.*nothing is written"):
+        to_onnx.export(own, tmp_path / "out", "sam", ("integers",), Image.fromarray(IMAGE[0]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_batch_norms_behind_integers_are_refused():
