@@ -20,7 +20,6 @@ from slimsam_jax.errors import InputError, RunError, writing
 if TYPE_CHECKING:
     import onnx
 
-    from converters.onnx.apart import Limits
     from converters.onnx.check import Errors, Reference
     from slimsam_jax.models.sam import Architecture, Sam
 
@@ -173,22 +172,23 @@ def export(
       RunError: float32 or integers differ from JAX by more than rounding may, or a value is not finite; nothing is
         written.
     """
-    from converters.onnx.apart import limits_of
+    from converters.onnx.apart import check_parts, limit_of
     from converters.onnx.check import reference
     from slimsam_jax.files import new_folder
     from slimsam_jax.models.sam import dequantized
     from slimsam_jax.quantization.running import quantizes_inputs
 
-    # Where inputs are quantised, too, float32 has what the weights stand for, and nothing of the inputs' rounding.
-    inputs = quantizes_inputs(sam.params)
+    inputs = quantizes_inputs(sam.params)  # of which float32 has nothing, but what the weights stand for
     plain = reference(dequantized(sam) if inputs else sam, image)
     own = reference(sam, image) if inputs and set(dtypes) & set(INTEGERS) else plain
-    limits = None if own is plain else limits_of(own, plain, LARGEST_ERROR)
+    limit = None if own is plain else limit_of(own, plain, LARGEST_ERROR)
     lines, float32, timed = [], None, {"int8", *INTEGERS} & set(dtypes)
     with new_folder(folder) as temporary:
         for dtype in ("float32", *(d for d in dtypes if d != "float32")):  # float32 proves the graph
             paths = write(sam, temporary, layout, dtype, return_single_mask)
-            expected = (own, limits) if dtype in INTEGERS else (plain, None)
+            expected = (own, limit) if dtype in INTEGERS else (plain, None)
+            if expected[1]:
+                check_parts(sam, plain, layout, paths[0], return_single_mask, LARGEST_ERROR)
             said, opened = compared(*expected, layout, dtype, paths, return_single_mask)
             lines += [said, *(f"  {describe_file(path, temporary)}" for path in paths)]
             if dtype == "int8" or dtype in INTEGERS:
@@ -208,20 +208,20 @@ def export(
 
 
 def compared(
-    expected: Reference, limits: Limits | None, layout: Layout, dtype: Dtype, paths: list[Path], single: bool
+    expected: Reference, limit: float | None, layout: Layout, dtype: Dtype, paths: list[Path], single: bool
 ) -> tuple[str, list[Any]]:
-    """A line about a pair of files, and the two as they were opened; `limits`: where inputs are quantised."""
+    """A line about a pair of files, and the two as they were opened; `limit`: where inputs are quantised."""
     from converters.onnx.apart import Apart
     from converters.onnx.kernels import Opened, summary
 
     exact = dtype in ("float32", "integers")
     said = lambda differences: f"{dtype}: {summary(differences, score_of(expected.config))}"
     opened = {path: Opened(path, kernels=False, counted=not exact) for path in paths}
-    encoder = Apart(opened[paths[0]], expected) if limits else None
+    encoder = Apart(opened[paths[0]], expected) if limit else None
     run = opened | ({paths[0]: encoder} if encoder else {})
     differences = measure(expected, layout, paths, single, opened=run.__getitem__)
-    differences = encoder.checked(differences, limits) if encoder else differences
-    allowed = limits.largest if limits else LARGEST_ERROR, LARGEST_ERROR, LARGEST_ERROR
+    differences = encoder.completed(differences) if encoder else differences
+    allowed = limit or LARGEST_ERROR, LARGEST_ERROR, LARGEST_ERROR
     if exact and not all(map(operator.le, differences, allowed)):  # NaN, too
         raise RunError(f"the ONNX model differs from JAX: {said(differences)}; nothing is written")
     if dtype == "integers":  # that the graph is right is shown in float32, and now what its kernels make of it
