@@ -169,11 +169,11 @@ def export(
     """Writes the folder and prints errors and sizes.
 
     Raises:
-      RunError: float32 or integers differ from JAX by more than rounding may, or a value is not finite; nothing is
-        written.
+      RunError: float32 or integers differ from JAX by more than rounding may, or are not finite; nothing is written.
     """
     from converters.onnx.apart import check_parts, limit_of
     from converters.onnx.check import reference
+    from converters.onnx.kernels import describe as kernels
     from slimsam_jax.files import new_folder
     from slimsam_jax.models.sam import dequantized
     from slimsam_jax.quantization.running import quantizes_inputs
@@ -182,18 +182,18 @@ def export(
     plain = reference(dequantized(sam) if inputs else sam, image)
     own = reference(sam, image) if inputs and set(dtypes) & set(INTEGERS) else plain
     limit = None if own is plain else limit_of(own, plain, LARGEST_ERROR)
+    written = lambda bare, where: write(bare, where, layout, "integers", return_single_mask)
+    without_codes = lambda *bare: measure(plain, layout, written(*bare), return_single_mask)
     lines, float32, timed = [], None, {"int8", *INTEGERS} & set(dtypes)
     with new_folder(folder) as temporary:
         for dtype in ("float32", *(d for d in dtypes if d != "float32")):  # float32 proves the graph
             paths = write(sam, temporary, layout, dtype, return_single_mask)
             expected = (own, limit) if dtype in INTEGERS else (plain, None)
             if expected[1]:
-                check_parts(sam, plain, layout, paths[0], return_single_mask, LARGEST_ERROR)
+                check_parts(sam, paths[0], without_codes, LARGEST_ERROR)
             said, opened = compared(*expected, layout, dtype, paths, return_single_mask)
             lines += [said, *(f"  {describe_file(path, temporary)}" for path in paths)]
             if dtype == "int8" or dtype in INTEGERS:
-                from converters.onnx.kernels import describe as kernels
-
                 lines += kernels(float32, opened, [Path(stem).name for stem in STEMS[layout]])
             float32 = float32 or (opened if timed else None)
             del opened  # a session holds all weights

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +36,22 @@ def limit_of(own: Reference, plain: Reference, least: float) -> float:
     return max(least, *(largest_error(own.maps[name], plain.maps[name]) for name in own.maps))
 
 
-def check_parts(sam: Sam, plain: Reference, layout: Any, encoder: Path, single: bool, most: float) -> None:
+def check_parts(sam: Sam, encoder: Path, measured: Callable[[Sam, Path], Errors], most: float) -> None:
     """Checks that the encoder's layers read codes, and that all but these codes gives JAX's numbers.
 
     Args:
-      sam: with inputs that are quantised; `plain`: JAX's outputs where they are not.
-      encoder: its file.
+      sam: with inputs that are quantised; `encoder`: its file.
+      measured: writes a model whose inputs are not into a folder, and compares it with JAX.
       most: that graphs without codes of inputs may differ by.
 
     Raises:
       RunError: they do not.
     """
-    from converters import to_onnx
-    from converters.onnx.kernels import Opened
-
     check_codes(onnx.load(encoder, load_external_data=False).graph, sam)
     bare = lambda leaf: dataclasses.replace(leaf, range=None) if is_quantized(leaf) else leaf
     other = dataclasses.replace(sam, params=jax.tree.map(bare, sam.params, is_leaf=is_quantized))
     with tempfile.TemporaryDirectory() as folder:
-        paths = to_onnx.write(other, Path(folder), layout, "integers", single)
-        found = to_onnx.measure(plain, layout, paths, single, opened=lambda path: Opened(path, False, False))
+        found = measured(other, Path(folder))
     if not all(each <= most for each in found[:3]):  # NaN, too
         raise RunError(f"the ONNX model differs from JAX where inputs are not quantised: {found}; nothing is written")
 
