@@ -37,7 +37,7 @@ LAYOUTS = {  # by the kind of head
     "sam2": ("sam", "sam2"),
 }
 CHOOSE = ("sam", "sam2")  # whose decoders may give a single mask
-LARGEST_ERROR = 1e-3  # of float32 and integers; rounding gives 1e-5 at most (see `check.allowed`), a wrong graph 1e-1
+LARGEST_ERROR = 1e-3  # of float32 and integers; rounding gives 1e-5 at most (see `apart`), a wrong graph 1e-1
 LARGEST_FILE = 2**31 - 2**24  # bytes of arrays: protobuf's limit less the nodes; larger ones get a second file
 
 
@@ -169,28 +169,31 @@ def export(
     """Writes the folder and prints errors and sizes.
 
     Raises:
-      RunError: float32 or integers differ from JAX by more than rounding may, or a value is not finite; nothing is
-        written.
+      RunError: float32 or integers differ from JAX by more than rounding may, or are not finite; nothing is written.
     """
+    from converters.onnx.apart import check_parts, limit_of
     from converters.onnx.check import reference
+    from converters.onnx.kernels import describe as kernels
     from slimsam_jax.files import new_folder
     from slimsam_jax.models.sam import dequantized
     from slimsam_jax.quantization.running import quantizes_inputs
 
-    # Where inputs are quantised, too, float32 has what the weights stand for, and nothing of the inputs' rounding.
-    inputs = quantizes_inputs(sam.params)
+    inputs = quantizes_inputs(sam.params)  # of which float32 has nothing, but what the weights stand for
     plain = reference(dequantized(sam) if inputs else sam, image)
     own = reference(sam, image) if inputs and set(dtypes) & set(INTEGERS) else plain
+    limit = None if own is plain else limit_of(own, plain, LARGEST_ERROR)
+    written = lambda bare, where: write(bare, where, layout, "integers", return_single_mask)
+    without_codes = lambda *bare: measure(plain, layout, written(*bare), return_single_mask)
     lines, float32, timed = [], None, {"int8", *INTEGERS} & set(dtypes)
     with new_folder(folder) as temporary:
         for dtype in ("float32", *(d for d in dtypes if d != "float32")):  # float32 proves the graph
             paths = write(sam, temporary, layout, dtype, return_single_mask)
-            expected = (own if dtype in INTEGERS else plain), plain
-            said, opened = compared(sam.config, expected, layout, dtype, paths, return_single_mask)
+            expected = (own, limit) if dtype in INTEGERS else (plain, None)
+            if expected[1]:
+                check_parts(sam, paths[0], without_codes, LARGEST_ERROR)
+            said, opened = compared(*expected, layout, dtype, paths, return_single_mask)
             lines += [said, *(f"  {describe_file(path, temporary)}" for path in paths)]
             if dtype == "int8" or dtype in INTEGERS:
-                from converters.onnx.kernels import describe as kernels
-
                 lines += kernels(float32, opened, [Path(stem).name for stem in STEMS[layout]])
             float32 = float32 or (opened if timed else None)
             del opened  # a session holds all weights
@@ -205,21 +208,21 @@ def export(
 
 
 def compared(
-    config: Architecture, outputs: Sequence[Reference], layout: Layout, dtype: Dtype, paths: list[Path], single: bool
+    expected: Reference, limit: float | None, layout: Layout, dtype: Dtype, paths: list[Path], single: bool
 ) -> tuple[str, list[Any]]:
-    """A line about a pair of files, and the two as they were opened; see `export`.
-
-    Args:
-      outputs: JAX's of what the files are, and where inputs are not quantised.
-    """
-    from converters.onnx.check import allowed
+    """A line about a pair of files, and the two as they were opened; `limit`: where inputs are quantised."""
+    from converters.onnx.apart import Apart
     from converters.onnx.kernels import Opened, summary
 
-    (expected, plain), exact = outputs, dtype in ("float32", "integers")
-    said = lambda differences: f"{dtype}: {summary(differences, score_of(config))}"
+    exact = dtype in ("float32", "integers")
+    said = lambda differences: f"{dtype}: {summary(differences, score_of(expected.config))}"
     opened = {path: Opened(path, kernels=False, counted=not exact) for path in paths}
-    differences = measure(expected, layout, paths, single, opened=opened.__getitem__)
-    if exact and any(map(operator.gt, differences, allowed(expected, plain, LARGEST_ERROR))):
+    encoder = Apart(opened[paths[0]], expected) if limit else None
+    run = opened | ({paths[0]: encoder} if encoder else {})
+    differences = measure(expected, layout, paths, single, opened=run.__getitem__)
+    differences = encoder.completed(differences) if encoder else differences
+    allowed = limit or LARGEST_ERROR, LARGEST_ERROR, LARGEST_ERROR
+    if exact and not all(map(operator.le, differences, allowed)):  # NaN, too
         raise RunError(f"the ONNX model differs from JAX: {said(differences)}; nothing is written")
     if dtype == "integers":  # that the graph is right is shown in float32, and now what its kernels make of it
         opened = {path: Opened(path) for path in paths}
@@ -235,8 +238,7 @@ def score_of(config: Architecture) -> str:
 
 
 def describe_file(path: Path, root: Path) -> str:
-    size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
-    return f"{path.relative_to(root)}  {size / 1e6:.2f} MB"
+    return f"{path.relative_to(root)}  {sum(p.stat().st_size for p in path.parent.glob(f'{path.name}*')) / 1e6:.2f} MB"
 
 
 def main(

@@ -27,6 +27,7 @@ from tyro.conf import Positional
 from converters import to_onnx
 from converters.from_torch import load_sam
 from converters.onnx.check import OUTPUTS
+from converters.onnx.integers import check_integers
 from converters.onnx.kernels import Opened
 from experiments import results
 from experiments.quantization import ROWS
@@ -69,11 +70,12 @@ def run(
     """
     results.check_committed()
     sam = folded(load_sam(model))
+    wholes = made_of(sam, model, quantized)
     batches = Batches(data.find([calibration]), sam.config.image_size, 4, 0, frame=sam.config.frame)
     batches = list(itertools.islice(batches, -(-calibration_images // 4)))
     height, width = batches[0]["size"][0]
     image = np.ascontiguousarray(np.moveaxis(batches[0]["image"][:1, :height, :width], -1, 1))
-    encoders, wholes = integers(sam, batches, rows) if rows else {}, dict(map(whole, quantized))
+    encoders = integers(sam, batches, rows) if rows else {}
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, Opened] = {}
         for name, own in {"float32": sam, **encoders, **wholes}.items():
@@ -99,12 +101,31 @@ def integers(sam: Sam, batches: list[dict[str, Any]], rows: tuple[str, ...]) -> 
     return made
 
 
+def made_of(sam: Sam, model: Path, folders: Sequence[Path]) -> dict[str, Sam]:
+    """What `whole` says of each folder.
+
+    Raises:
+      InputError: one was made of another model than `sam`, which `model` is, two have one name, or no graph can have
+        the integers.
+    """
+    found: dict[str, Sam] = {}
+    for path in folders:
+        name, own = whole(path)
+        if own.config != sam.config:
+            raise InputError(f"{path} was made of another model than {model}: its config.json says other sizes")
+        if name in found:
+            raise InputError(f"--quantized: two folders would be called {name} in the table; rename one")
+        found[name] = own
+    return found
+
+
 def whole(path: Path) -> tuple[str, Sam]:
     """What a folder that `slimsam quantize` made is called in the table, and its model."""
     sam = load_sam(path)
     nodes = [leaf for leaf in jax.tree.leaves(sam.params, is_leaf=is_quantized) if is_quantized(leaf)]
     if not nodes:
         raise InputError(f"{path} is not quantised: give what `slimsam quantize` made of the model")
+    check_integers(sam, str(path), ("integers",))
     bits = " and ".join(f"W{bits}" for bits in sorted({node.bits for node in nodes}))
     inputs = {node.input_bits for node in nodes if node.range is not None}
     return f"{bits}{''.join(f', A{bits}' for bits in inputs)} ({path.name})", sam

@@ -105,6 +105,7 @@ FINER = {f"high_res_feats_{i}": f"high_res_{i}" for i in (0, 1)}
 MAPS |= FINER
 # What encoders give, by the name of their input: finer maps are SAM 2's alone.
 OUTPUTS = dict.fromkeys(("images", "batched_images"), ("image_embeddings", *FINER)) | {"image": (*FINER, "image_embed")}
+OUTPUTS["pixel_values"] = ("image_embeddings",)  # and positions behind it
 
 
 def fitted_points(expected: Reference, prompt: Prompt) -> np.ndarray:
@@ -259,27 +260,6 @@ def errors(expected: Reference, maps: dict[str, np.ndarray], actual: Outputs, ta
         max(largest_error(f[1], w[1]) for f, w in pairs),
         float(np.mean([overlap.iou(f[0] > 0, w[0] > 0).mean() for f, w in pairs])),
     )
-
-
-def allowed(own: Reference, plain: Reference, least: float) -> tuple[float, float, float]:
-    """By how much a graph may differ from JAX: the embedding, masks, and what ranks them, as `Errors` has them.
-
-    An input half a step from two codes gets one or the other by float32's rounding, and what follows may do so, too. So
-    a graph of such inputs may differ by half of what quantising them changes: one that leaves it out differs by all.
-
-    Args:
-      own: of the model; `plain`: of that without codes of inputs, the same object if there are none.
-      least: that any graph may differ by.
-    """
-    if own is plain:
-        return least, least, least
-    pairs = list(zip(own.prompts, plain.prompts, strict=True))
-    changes = (
-        max(largest_error(own.maps[name], plain.maps[name]) for name in own.maps),
-        max(largest_error(a.low, b.low) for a, b in pairs),
-        max(largest_error(a.iou, b.iou) for a, b in pairs),
-    )
-    return tuple(max(least, change / 2) for change in changes)
 
 
 def largest_error(actual: np.ndarray, target: np.ndarray) -> float:

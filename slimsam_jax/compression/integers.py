@@ -33,9 +33,10 @@ class Quantize(Record):
       head: also the prompt encoder and the mask decoder, their weights alone.
       float_weights: so many layers of the prompt encoder and the decoder keep their weights: those whose integers cost
         most by themselves.
-      share: of float32's size, 0.195 say, that arrays may fill: layers of all parts get 8 bits, or stay as they are,
-        first where that saves most of the masks' error a byte; instead of `float_weights`. 0: none.
-      images: to calibrate with; "tinysam" takes 4 at most.
+      share: of float32's size, batch norms folded, 0.195 say, that arrays may fill: layers of all parts get 8 bits,
+        or stay as they are, first where that saves most of the masks' error a byte; instead of `float_weights`. 0:
+        none.
+      images: to calibrate with, in whole batches of 4; "tinysam" takes 4 at most.
     """
 
     weights: int = 8

@@ -23,11 +23,10 @@ def finer(params: Params, seen: dict[str, Statistics], paths: Sequence[str], how
 
 
 def restored(integers: Params, params: Params, paths: Sequence[str]) -> Params:
-    """With the kernels of some paths, and the biases beside them, as they are in other parameters."""
-    beside = {path.removesuffix("kernel") + name for path in paths for name in ("kernel", "bias")}
+    """With the kernels of some paths as they are in other parameters."""
 
     def one(keys: tuple, leaf: Any, before: Any) -> Any:
-        return before if jax.tree_util.keystr(keys, simple=True, separator="/") in beside else leaf
+        return before if jax.tree_util.keystr(keys, simple=True, separator="/") in paths else leaf
 
     return jax.tree_util.tree_map_with_path(one, integers, params, is_leaf=is_quantized)
 

@@ -46,8 +46,8 @@ def check(recipe: Recipe) -> None:
         raise InputError(
             "integers are not cut, and only Distill trains what is beside them: no other step after Quantize"
         )
-    if any(step.batch_norm != "frozen" for step in after):
-        raise InputError("integers are of batch norms as they were: leave batch_norm frozen after Quantize")
+    if any(step.batch_norm != "frozen" for step in after):  # folders from before may have some behind integers
+        raise InputError("Quantize folds batch norms into weights: leave batch_norm frozen after Quantize")
     if not any(isinstance(step, Prune | Quantize) or getattr(step, "encoder", None) for step in recipe):
         raise InputError("a recipe needs a step that prunes, quantises, or initializes another encoder")
 

@@ -203,7 +203,7 @@ def encode(
       [b, h, w, C] float32, or a dict of such maps (`embedding_shapes`).
     """
     pixels = preprocess(config, images, sizes)
-    # Codes are of the weights as they are, so batch norms are not folded into those whose inputs are codes, too.
+    # `quantize` has folded batch norms; in folders from before it did, codes are of the weights as they are.
     sam = Sam(config, params) if quantizes_inputs(params) else folded(Sam(config, dequantize(params)))
     apply = lambda encoder, pixels: image_encoder(sam.config, dtype).apply({"params": encoder}, pixels)[0]
     # Where float32 is asked for, accelerators shall not multiply in fewer bits, as they do by default.

@@ -67,11 +67,12 @@ def quantize_alone(model: Path, out: Path, images: tuple[str, ...], step: Quanti
     from converters.from_torch import load_sam
     from slimsam_jax import checkpoint, data
     from slimsam_jax.compression.quantize import quantize
+    from slimsam_jax.models.sam import folded
 
     sam = load_sam(model)
     new = quantize(sam, data.find(images or [data.embedded_images()]), step, seed)
     checkpoint.save(new, out)
-    before = sum(4 * leaf.size for leaf in jax.tree.leaves(sam.params))
+    before = sum(4 * leaf.size for leaf in jax.tree.leaves(folded(sam).params))  # what a share is of
     after = (out / "model.safetensors").stat().st_size
     say("wrote", f"{out}/: {after / 1e6:.2f} MB, {100 * after / before:.1f} % of its {before / 1e6:.2f} MB in float32")
     say("next", f"slimsam evaluate --model {model} {out} --data DIR --protocol agreement")

@@ -13,11 +13,13 @@ from helpers.family_models import SLIM_REP_VIT, SLIM_TINY_VIT, SLIM_VIT, edge_sa
 from helpers.images import samples
 from slimsam_jax import checkpoint, data
 from slimsam_jax.compression import quantize as quantize_module
+from slimsam_jax.compression.integers import Quantize
 from slimsam_jax.compression.quantize import PROMPTS, embed, prompted, quantize
 from slimsam_jax.models.composed import SamConfig, head_of
 from slimsam_jax.models.sam import Sam, abstract_params, encode, folded
 from slimsam_jax.quantization import is_quantized
 from slimsam_jax.quantization.layers import find_layers
+from slimsam_jax.quantize.__main__ import quantize_alone
 
 
 def mobile_sam():
@@ -65,6 +67,15 @@ def test_batch_norms_are_folded_before(family, monkeypatch):
     small = quantize(sam, photos)
     assert sam.config.encoder.batch_norm and small.config == folded(sam).config
     assert not [path for path in flatten_dict(small.params["image_encoder"], sep="/") if "bn/" in path]
+
+
+def test_a_size_is_said_of_what_a_share_is_of(tmp_path, monkeypatch, capsys):
+    sam = mobile_sam()
+    monkeypatch.setattr("converters.from_torch.load_sam", lambda path: sam)
+    monkeypatch.setattr(quantize_module, "quantize", lambda sam, *_: folded(sam))
+    quantize_alone(tmp_path / "m", tmp_path / "out", (), Quantize(), 0)
+    size, own = (tmp_path / "out" / "model.safetensors").stat().st_size, jax.tree.leaves(folded(sam).params)
+    assert f", {100 * size / sum(4 * leaf.size for leaf in own):.1f} % of its" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

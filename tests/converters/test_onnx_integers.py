@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +15,8 @@ from PIL import Image
 
 from converters import to_onnx
 from converters.onnx import integers, kernels
-from converters.onnx.check import MAPS, OUTPUTS, Prompt, Reference, allowed, maps_of
+from converters.onnx.apart import Apart, check_codes, limit_of
+from converters.onnx.check import MAPS, OUTPUTS, Errors, Reference, maps_of
 from converters.onnx.graph import ANTIALIASED, BILINEAR, FLOAT, Graph
 from helpers.family_models import SLIM_TINY_VIT, edge_sam, efficient_sam, sam2, tiny_vit_sam
 from helpers.models import random_sam, tiny_config
@@ -78,6 +80,7 @@ def test_embeddings_are_those_of_jax(span, bits, input_bits, suffix, kernel, div
     own = quantized(sam, span, bits, input_bits, divided)
     encoder, _ = to_onnx.models(own, "sam", np.float32, integers=True)
     onnx.checker.check_model(encoder, full_check=True)
+    check_codes(encoder.graph, own)
     onnx.save(encoder, tmp_path / "encoder.onnx")
     expected = np.asarray(encode(own.config, own.params, IMAGE, np.array([[64, 64]])))
     in_floats, opened = (kernels.Opened(tmp_path / "encoder.onnx", kind) for kind in (False, True))
@@ -129,20 +132,47 @@ def test_other_families_embeddings_are_those_of_jax(family):
         errors = np.abs(each.transpose(0, 2, 3, 1) - wanted) / np.abs(wanted).max()
         # Where an input is half a step from two codes, float32's rounding decides, and few values move by little.
         assert np.median(errors) < 1e-6 and errors.max() < to_onnx.LARGEST_ERROR
+    check_codes(encoder.graph, own)
     assert {"MatMulNBits", "MatMulInteger", "QuantizeLinear"} <= {node.op_type for node in encoder.graph.node}
 
 
-def test_a_graph_may_differ_by_half_of_what_codes_of_inputs_change():
-    """Of each result by itself; without such codes, or where they change nothing, by as much as any other graph."""
+def test_an_encoder_may_differ_by_twice_what_codes_of_inputs_change():
+    """Or where they change nothing, by as much as any other graph; what decoders get behind it is JAX's."""
+    reference = lambda maps: Reference(None, None, None, (), {"embedding": maps}, None, ())
+    maps = np.linspace(-2, 2, 3 * 4 * 5).reshape(4, 5, 3)
+    assert limit_of(reference(maps), reference(maps), 1e-3) == 1e-3
+    assert limit_of(reference(maps), reference(maps + 0.2), 1e-3) == pytest.approx(0.4 / 2.2)
+    found, positions = maps.transpose(2, 0, 1)[None] + 0.1, np.ones(2)
+    encoder = Apart(SimpleNamespace(run=lambda names, inputs: [found, positions]), reference(maps))
+    sent = encoder.run(None, {"pixel_values": maps})
+    np.testing.assert_array_equal(sent[0][0].transpose(1, 2, 0), maps)
+    assert sent[1] is positions
+    assert encoder.completed(Errors(0.0, 0.25, 0.0, 1.0)) == Errors(pytest.approx(0.05), 0.25, 0.0, 1.0)
 
-    def outputs(change):
-        numbers = np.array([1.0, 2.0])
-        prompts = [Prompt(None, None, None, numbers + change[1], numbers + change[2])]
-        return Reference(None, None, None, (), {"embedding": numbers + change[0]}, None, tuple(prompts))
 
-    plain, own = outputs([0, 0, 0]), outputs([0.2, 0, 0.02])
-    assert allowed(plain, plain, 1e-3) == (1e-3, 1e-3, 1e-3)
-    np.testing.assert_allclose(allowed(own, plain, 1e-3), [0.05, 1e-3, 0.005], rtol=1e-6)
+@pytest.mark.parametrize("fault", ["range", "weights", "decoder"])
+def test_a_wrong_graph_of_quantised_inputs_is_not_kept(fault, sam, tmp_path, monkeypatch):
+    """Inputs of one layer as they are, its weights or those of the decoder 1 % too large; float32 is right."""
+    own, right = quantized(sam, STATIC), to_onnx.models
+
+    def wrong(sam, layout, dtype, single, integers):
+        params = flatten_dict(sam.params, sep="/")
+        if fault == "range":
+            path = "image_encoder/blocks_0/mlp_lin2/kernel"
+            params[path] = dataclasses.replace(params[path], range=None)
+        elif fault == "weights":
+            path = "image_encoder/blocks_0/mlp_lin2/kernel"
+            params[path] = dataclasses.replace(params[path], scale=1.01 * params[path].scale)
+        else:
+            (path,) = [path for path in params if path.endswith("output_upscaling_3/kernel")]
+            params[path] = 1.01 * params[path]
+        changed = dataclasses.replace(sam, params=unflatten_dict(params, sep="/"))
+        return right(changed if integers else sam, layout, dtype, single, integers)
+
+    monkeypatch.setattr(to_onnx, "models", wrong)
+    with pytest.raises(RunError, match=r"differs from JAX.*nothing is written"):
+        to_onnx.export(own, tmp_path / "out", "sam", ("integers",), Image.fromarray(IMAGE[0]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_batch_norms_behind_integers_are_refused():

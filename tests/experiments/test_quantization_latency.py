@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import quantization_latency, results
-from helpers.models import SQUARE, random_sam
+from helpers.models import SQUARE, random_sam, tiny_config
 from slimsam_jax import checkpoint, data
 from slimsam_jax.errors import InputError
 from slimsam_jax.quantization import Quantized
@@ -48,3 +48,26 @@ def test_both_parts_are_timed_beside_float32(folders):
     assert "| slim77 | W4 (slim77_int4), decoder |" in (results.TABLE_FOLDER / "quantization_latency.md").read_text()
     with pytest.raises(InputError, match="slim77 is not quantised"):
         quantization_latency.run(model, quantized=(model,), **where)
+
+
+def test_folders_that_cannot_be_timed_are_refused_first(folders, tmp_path, monkeypatch):
+    """Before an image is read, which there is none of."""
+    model, small = folders
+    run = lambda *quantized: quantization_latency.run(model, "", quantized=quantized)
+    with pytest.raises(InputError, match=r"two folders would be called W4 \(slim77_int4\)"):
+        run(small, small)
+    sam = checkpoint.load(small)
+    encoder = sam.params["image_encoder"]
+    node = encoder["blocks_0"]["mlp_lin1"]["kernel"]
+    two = dataclasses.replace(node, range=np.ones(3, np.float32))
+    block = {**encoder["blocks_0"], "mlp_lin1": {**encoder["blocks_0"]["mlp_lin1"], "kernel": two}}
+    sam = dataclasses.replace(sam, params={**sam.params, "image_encoder": {**encoder, "blocks_0": block}})
+    monkeypatch.setattr(quantization_latency, "load_sam", lambda path: sam)
+    with pytest.raises(InputError, match="inputs of two ranges"):
+        run(small)
+    other = random_sam(tiny_config())
+    monkeypatch.setattr(
+        quantization_latency, "load_sam", lambda path: other if path == model else checkpoint.load(path)
+    )
+    with pytest.raises(InputError, match=r"slim77_int4 was made of another model than .*slim77: its config.json"):
+        run(small)
