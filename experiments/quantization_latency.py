@@ -1,7 +1,7 @@
 """What integers cost in time: encoders of a quantised SAM in onnxruntime beside float32's, by turns.
 
     python -m experiments.quantization_latency run sam_small_256.pth --calibration bsds_train
-    python -m experiments.quantization_latency run slim77 --calibration bsds_train --rows --quantized slim77_int4
+    python -m experiments.quantization_latency run slim77 --calibration bsds_train --quantized slim77_int4
     python -m experiments.quantization_latency table
 
 Every row's encoder is exported, opened as `to-onnx` says that it be opened, and all are run one after the other, so
@@ -53,7 +53,7 @@ CHOSEN = (
 def run(
     model: Positional[Path],
     calibration: str,
-    rows: tuple[str, ...] = CHOSEN,
+    rows: tuple[str, ...] = (),
     quantized: tuple[Path, ...] = (),
     turns: int = 21,
     calibration_images: int = 4,
@@ -63,7 +63,8 @@ def run(
     Args:
       model: the float model.
       calibration: a folder of images to calibrate with; the first one is what encoders are given.
-      rows: of `experiments.quantization.ROWS`, without their shares: the encoder alone.
+      rows: of `experiments.quantization.ROWS`, without their shares: the encoder alone. Default: five of them, or none
+        where `quantized` is given.
       quantized: folders that `slimsam quantize` has made of the model, both parts of each.
       turns: in each of which every file runs once.
       calibration_images: how many.
@@ -75,6 +76,7 @@ def run(
     batches = list(itertools.islice(batches, -(-calibration_images // 4)))
     height, width = batches[0]["size"][0]
     image = np.ascontiguousarray(np.moveaxis(batches[0]["image"][:1, :height, :width], -1, 1))
+    rows = rows or (() if quantized else CHOSEN)
     encoders = integers(sam, batches, rows) if rows else {}
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, Opened] = {}
