@@ -160,6 +160,12 @@ def test_compress_knows_every_option_of_the_command():
     ("call", "message"),
     [
         (lambda: slimsam_jax.compress(ratio=2), "--ratio 2 is not the share"),
+        (lambda: slimsam_jax.compress(ratio="0.77"), "--ratio '0.77' is not the share"),
+        (lambda: slimsam_jax.compress(steps="10"), "--steps '10' is not a whole number"),
+        (lambda: slimsam_jax.compress(seed="0"), "--seed '0' must be between"),
+        (lambda: slimsam_jax.compress(max_broken="x"), "--max-broken 'x' is not a share"),
+        (lambda: slimsam_jax.compress(set=8), "--set 8: no such choice"),
+        (lambda: slimsam_jax.compress(set={"prune.round_to": 8}), "say what it shall be, prune.round_to=VALUE"),
         (lambda: slimsam_jax.compress(recipe="best"), "--recipe 'best' is none of default, taylor, slimsam, "),
         (lambda: slimsam_jax.compress(dtype="float8"), "--dtype 'float8' is none of"),
         (lambda: slimsam_jax.compress(recipe=[Prune]), "nor a list of Prune"),

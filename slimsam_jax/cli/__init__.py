@@ -19,6 +19,8 @@ from slimsam_jax.cli import compilation
 from slimsam_jax.errors import InputError, RunError, Stopped, printable
 
 Arguments = Callable[..., Any] | dict[str, Callable[..., Any]]
+NUMBERS = {"FLOAT": "number", "INT": "whole number"}  # as the parser calls them, and as we do
+NO_NUMBER = r"Error parsing (--[\w-]+): no type matching (FLOAT|INT) could be instantiated from \['?(.*?)'?\]\.?"
 program: str | None = None  # "slimsam compress", set by `slimsam_jax.__main__`
 
 
@@ -61,8 +63,8 @@ def run(
         fail(str(error), 1)
     except OSError as error:
         fail(f"{error.strerror or error}{f': {printable(error.filename)}' if error.filename else ''}", 1)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
+    except KeyboardInterrupt as stop:
+        fail(f"interrupted; {stop}" if str(stop) else "interrupted", 130)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(143)  # as the shell names an end by SIGTERM
@@ -109,6 +111,7 @@ def _in_a_line(frame: str) -> str:
             parts[-1].append(row.strip())
     said = [text for part in parts if (text := " ".join(part).strip())]
     problem = re.sub(r"\s+Got errors:.*", "", said[0]) if said else "the arguments are not understood"
+    problem = re.sub(NO_NUMBER, lambda no: f"{no[1]} {no[3]} is not a {NUMBERS[no[2]]}", problem)
     nearest = re.search(r"Perhaps you meant:.*?(--[\w-]+)", " ".join(said[1:]))
     return f"{printable(problem, 400)}{f'; perhaps {nearest[1]}' if nearest else ''}; --help lists what there is"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -13,13 +14,13 @@ from slimsam_jax.limits import quoted
 
 
 def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**31:
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**31:
         raise InputError(f"--seed {quoted(seed)} must be between 0 and {2**31 - 1}")
 
 
 def check_share(max_broken: float) -> None:
-    if not 0 <= max_broken <= 1:
-        raise InputError(f"--max-broken {max_broken:g} is not a share of the images: between 0 and 1")
+    if not isinstance(max_broken, numbers.Real) or not 0 <= max_broken <= 1:
+        raise InputError(f"--max-broken {quoted(max_broken)} is not a share of the images: between 0 and 1")
 
 
 def check_empty(folder: Path) -> None:
@@ -82,5 +83,6 @@ def is_path(value: Any) -> bool:
 def as_path(value: Any, name: str) -> Path:
     """Raises InputError for what is no path."""
     if not is_path(value) or not str(value):
-        raise InputError(f"{name} is a path, not {quoted(value)}; slimsam_jax.save(sam, folder) writes a model to one")
+        hint = "; slimsam_jax.save(sam, folder) writes a model to one" if hasattr(value, "params") else ""
+        raise InputError(f"{name} is a path, not {quoted(value)}{hint}")
     return Path(value)

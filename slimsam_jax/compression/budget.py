@@ -46,7 +46,7 @@ class Budget:
         Raises:
           InputError: it is none of these.
         """
-        match = re.fullmatch(r"(params|macs|latency)=([0-9.]+(?:e[0-9]+)?)([a-zA-Z]*)", text.strip())
+        match = re.fullmatch(r"(params|macs|latency)=([0-9.]+(?:e[0-9]+)?)([a-zA-Z]*)", str(text).strip())
         try:
             kind, number, unit = match.groups()
             amount = float(number) * UNITS[kind][unit]

@@ -51,7 +51,7 @@ READ = {  # the choices that mean something; all others stay as the recipe has t
 def run(options: Options, teacher: FastSam, recipe: Recipe | None = None, student: None = None) -> dict[str, Any]:
     """As `pipeline.run`; a student is refused by its option."""
     run = prepare(options, teacher, recipe)
-    with run.folder, preemption.at_once("stopped; finished steps are kept: continue with --resume"):
+    with run.folder, preemption.at_once("finished steps are kept: continue with --resume"):
         student, seconds = carry_out(run, STEP_FUNCTIONS)
         numbers = finish(run, student, seconds)
     if complaint := too_many_of_val(options, run.images, run.val, numbers["skipped"]):

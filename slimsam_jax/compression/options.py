@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -90,10 +91,8 @@ class Options(DeviceOptions, RunOptions, ImageOptions, CutOptions):
         """Raises InputError for what is wrong without looking at files."""
         if self.ratio is not None and self.budget is not None:
             raise InputError("--ratio and --budget both say how much to cut; give one of them")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise InputError(f"--ratio {self.ratio:g} is not the share of channels to remove: 0 < ratio < 1")
-        if self.steps is not None and self.steps < 0:
-            raise InputError(f"--steps {self.steps} must not be negative")
+        if self.ratio is not None:
+            check_ratio(self.ratio)
         self._check_words()
         if self.cache_as != "float16" and self.cache is None:
             raise InputError("--cache-as says how --cache holds embeddings: give --cache FOLDER, too")
@@ -119,6 +118,14 @@ class Options(DeviceOptions, RunOptions, ImageOptions, CutOptions):
         fields["cache"] = self.cache is not None
         fields["ratio"] = self.channel_ratio()
         return fields | {name: [str(path) for path in fields[name]] for name in ("images", "val", "set")}
+
+
+def check_ratio(ratio: Any) -> None:
+    number = isinstance(ratio, numbers.Real)
+    if not number or not 0 < ratio < 1:
+        shown = f"{ratio:g}" if number else quoted(ratio)
+        hint = f" (for {shown} % give {ratio / 100:g})" if number and 1 < ratio < 100 else ""
+        raise InputError(f"--ratio {shown} is not the share of channels to remove: 0 < ratio < 1{hint}")
 
 
 def announce(options: Options, recipe: Recipe | None = None) -> None:

@@ -53,7 +53,7 @@ def run(options: Options, teacher: Sam, recipe: Recipe | None = None, student: S
       student: to begin with, if --student is a model's path.
     """
     whole = prepare(options, check_sam(teacher), recipe, student)
-    with whole.folder, preemption.at_once("stopped; finished steps are kept: continue with --resume"):
+    with whole.folder, preemption.at_once("finished steps are kept: continue with --resume"):
         student, seconds = carry_out(whole)
         numbers = finish(whole, student, seconds) if sharding.is_main() else {}
     sharding.barrier("finished")

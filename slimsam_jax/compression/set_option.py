@@ -32,14 +32,16 @@ def change(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 def settled(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """As `change`, but for steps that do not go together: which those are depends on the model."""
     given: dict[str, Any] = {}
-    for setting in settings:
+    for setting in map(str, settings):
         name, equals, text = setting.partition("=")
         shown = f"--set {printable(setting, 60)}"
         if name in given:
             raise InputError(f"{shown}: {name} is set twice")
         if name not in FIELDS and (answer := what_became_of(setting)):
             raise InputError(f"{shown}: {printable(answer, 200)}")
-        if name not in FIELDS or not equals:
+        if name in FIELDS and not equals:
+            raise InputError(f"{shown}: say what it shall be, {name}=VALUE")
+        if name not in FIELDS:
             nearest = difflib.get_close_matches(name, FIELDS, n=3, cutoff=0)
             raise InputError(f"{shown}: no such choice; the nearest are {', '.join(nearest)} (NAME=VALUE)")
         try:

@@ -44,7 +44,8 @@ def find(locations: Sequence[str | Path]) -> Sequence[Sample]:
     tars = shards.samples(list(dict.fromkeys(part for parts in opened for part in parts if isinstance(part, Path))))
     for location, parts in zip(locations, opened, strict=True):
         if not any(map(len, _without_paths(parts, tars))):
-            raise InputError(f"{printable(location)} holds no images ({', '.join(sorted(folder.SUFFIXES))})")
+            kinds = ", ".join(sorted(folder.SUFFIXES))
+            raise InputError(f"{printable(location)} holds no images ({kinds}; convert others, such as .heic, first)")
     return _each_once([part for parts in opened for part in parts], tars)
 
 
@@ -60,7 +61,8 @@ def _open(location: str) -> list[Sequence[Sample] | Path]:
         return [coco.samples(path)]
     if os.path.isfile(path) and path.suffix.lower() in shards.SUFFIXES:
         return [path]
-    raise InputError(f"{printable(location)} is not a folder of images, a .tar of them, a COCO .json or tfds:DIR")
+    problem = "is not" if os.path.exists(path) else "does not exist; give"
+    raise InputError(f"{printable(location)} {problem} a folder of images, a .tar of them, a COCO .json or tfds:DIR")
 
 
 def _without_paths(

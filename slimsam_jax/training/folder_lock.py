@@ -17,10 +17,17 @@ from slimsam_jax.errors import InputError, printable
 def check_run_folder(folder: Path, resume: bool) -> None:
     """Raises InputError unless a run can begin in `folder`, or go on there."""
     check_free(folder)
+    unfinished = os.path.isfile(folder / "checkpoints" / "origin.json")
+    if resume and not unfinished:
+        finished = os.path.isfile(folder / "report.json")
+        hint = "the one in it is finished" if finished else "leave --resume out to begin one"
+        raise InputError(f"{printable(folder)} holds no unfinished run to resume: {hint}")
+    if unfinished and not resume:
+        raise InputError(
+            f"{printable(folder)} is not empty: --resume continues the unfinished run in it; or choose another folder"
+        )
     if not resume:
         check_empty(folder)
-    elif not os.path.isfile(folder / "checkpoints" / "origin.json"):
-        raise InputError(f"{folder} holds no unfinished run to resume")
 
 
 PLACE = Path("checkpoints") / "lock"  # in the folder of a run

@@ -32,17 +32,24 @@ def on_request() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def at_once(message: str) -> Iterator[None]:
-    """Raises Stopped(message) inside when SIGTERM comes, but where `on_request` waits for a better moment."""
+    """Raises Stopped inside when SIGTERM comes, but where `on_request` waits for a better moment.
+
+    Args:
+      message: what is kept, and how to go on; an interrupt (Ctrl-C) says it, too.
+    """
     if not _listens():
         yield
         return
 
     def stop(*_: object) -> None:
-        raise Stopped(message)
+        raise Stopped(f"stopped; {message}")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = (message,)
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

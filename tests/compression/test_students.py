@@ -72,7 +72,7 @@ def options_of(root, out, name, **changes):
 def carried_out(root, out, name, **changes):
     """A recipe up to its report: the student and the log."""
     run = prepare.prepare(options_of(root, out, name, **changes), checkpoint.load(root / "teacher"), small(name))
-    with run.folder, preemption.at_once("stopped"):
+    with run.folder, preemption.at_once("finished steps are kept"):
         return pipeline.carry_out(run)[0], run.folder.read_log()
 
 

@@ -206,7 +206,7 @@ def test_other_things_are_refused(everywhere, tmp_path):
     (tmp_path / "empty.json").write_text('{"images": []}')
     for location, reason in (
         (packed, "not an uncompressed tar .*gunzip"),
-        (tmp_path / "nothing", "not a folder of images, a .tar of them, a COCO .json or tfds:DIR"),
+        (tmp_path / "nothing", "does not exist; give a folder of images, a .tar of them, a COCO .json or tfds:DIR"),
         (tmp_path / "no.json", "COCO file .*no.json cannot be read"),
         (tmp_path / "empty.json", "lists no images"),
         (f"tfds:{tmp_path}", "holds no prepared data sets .*prepare makes one"),

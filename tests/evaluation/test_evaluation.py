@@ -340,7 +340,7 @@ def test_one_line_for_bad_input(material, tmp_path, monkeypatch, capsys):
     good = {"--model": material / "teacher", "--data": material / "val"}
     for changes, message in (
         ({"--data": material / "images"}, "none is annotated"),
-        ({"--data": tmp_path / "no"}, "is not a folder of images"),
+        ({"--data": tmp_path / "no"}, "does not exist; give a folder of images"),
         ({"--model": tmp_path / "no"}, "no"),
         ({"--protocol": "agreement"}, "needs at least two models"),
         ({"--clicks": "0"}, "--clicks 0 must be at least 1"),

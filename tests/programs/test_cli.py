@@ -17,6 +17,7 @@ from slimsam_jax.errors import InputError, RunError, Stopped
         (RunError("the disk is full"), 1, "error: the disk is full"),
         (OSError(28, "No space left on device", "x.png"), 1, "error: No space left on device: x.png"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
+        (KeyboardInterrupt("steps are kept"), 130, "error: interrupted; steps are kept"),
         (Stopped("stopped after step 3"), 143, "stopped after step 3"),
     ],
     ids=lambda value: type(value).__name__,

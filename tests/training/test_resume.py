@@ -180,6 +180,17 @@ def test_sigterm_while_pruning_says_how_to_go_on(material, tmp_path, monkeypatch
         with pytest.raises(Stopped, match="finished steps are kept: continue with --resume"):
             compress_with(compress_options(material, tmp_path / "slim", resume=resume))
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(InputError, match="not empty: --resume continues the unfinished run in it"):
+        compress_with(compress_options(material, tmp_path / "slim"))
+
+
+def test_an_interrupt_says_how_to_go_on(material, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(pipeline.STEP_FUNCTIONS, Prune, interrupted)
+    with pytest.raises(KeyboardInterrupt, match="finished steps are kept: continue with --resume"):
+        compress_with(compress_options(material, tmp_path / "slim"))
 
 
 def small_state(value: float) -> TrainState:
