@@ -51,7 +51,8 @@ PARTS = {
     "hierarchical": Part(
         0.2,
         "hierarchical.jsonl",
-        ("experiments.hierarchical run --teacher {teacher} --images {photos} {val}", "experiments.hierarchical table"),
+        ("experiments.hierarchical run --teacher {shipped} --images {photos} {val}", "experiments.hierarchical table"),
+        ({"teacher": "sam_small_v2"},),
     ),
     "families": Part(
         0.3, "families.jsonl", ("experiments.families run --folder {work}/stand_ins", "experiments.families table")
