@@ -1,7 +1,7 @@
 """One teacher into students of about equal size by each recipe, of few images: does slimming need fewer of them?
 
-    python -m experiments.distillers run --teacher sam_small_256.pth --images bsds_train --val bsds_val
-    python -m experiments.distillers run --quick --teacher sam_small_256.pth --images bsds_train --val bsds_val
+    python -m experiments.distillers run --teacher slimsam_jax/assets/sam_small_v2 --images bsds_train --val bsds_val
+    python -m experiments.distillers run --quick --teacher TEACHER --images bsds_train --val bsds_val
     python -m experiments.distillers table
 
 Each row takes as many optimizer steps of 4 images, whatever its recipe. It is run at a third of the recipe's own
@@ -94,13 +94,18 @@ SENSITIVITY = {
 }
 METHODS = {**SLIMMED, **DISTILLED, **SENSITIVITY}
 TABLES = {"methods": {**SLIMMED, **DISTILLED}, "weights": {"tiny_sam, tiny_vit_small": None, **SENSITIVITY}}
+# Of the first table what is run unless rows are named: each recipe, and each student, at least once.
+CHOSEN = (
+    *("default, 77 %", "mobile_sam, tiny_vit_small", "slimsam, 77 %", "mobile_sam, vit_small"),
+    *("tiny_sam, tiny_vit_small", "edge_sam, rep_vit_small", "mobile_sam, rep_vit_small"),
+)
 
 
 class Plan(NamedTuple):
     """How much is run: {images to learn from}, optimizer steps, rates, seeds, photographs to choose and to measure."""
 
-    images: tuple[int, ...] = (30, 100, 200)
-    steps: int = 600
+    images: tuple[int, ...] = (30, 200)
+    steps: int = 300
     rates: tuple[float, ...] = RATES
     seeds: tuple[int, ...] = (0, 1, 2)
     chosen_on: int = 20
@@ -130,7 +135,7 @@ def run(
       val: annotated folder of 100 photographs: 20 to choose learning rates by, 80 to measure on.
       cache: folder for the teacher's embeddings.
       table: "weights" are those of tiny_sam's three terms, of 30 images.
-      only: of these rows alone, by their names in the table.
+      only: these rows, by their names in the table; default: seven of the methods, all weights.
       quick: few steps of 30 images, at the recipe's own rates, one seed, 20 photographs: ten minutes of one core.
       limits: of --images, how many to learn from.
       steps: of the optimizer, in all.
@@ -142,10 +147,11 @@ def run(
     limits = limits if table == "methods" else limits[:1]
     plan = QUICK if quick else Plan(limits, steps, seeds=seeds)
     bench = Bench(load(teacher), data.find([val]), plan)
+    rows = only or (CHOSEN if table == "methods" else tuple(TABLES[table]))
     with tempfile.TemporaryDirectory() as folder:
         where = {"teacher": teacher, "images": (images,), "val": (bench.copied(Path(folder)),), "cache": cache}
         for count in plan.images:
-            for label in only or TABLES[table]:
+            for label in rows:
                 measure(bench, label, count, plan, where)
 
 

@@ -1,6 +1,6 @@
 """How many images an importance estimator needs: the reference's sum of gradients against root mean squares.
 
-    python -m experiments.estimators run --teacher sam_small_256.pth --images bsds_train --val bsds_val
+    python -m experiments.estimators run --teacher slimsam_jax/assets/sam_small_v2 --images bsds_train --val bsds_val
     python -m experiments.estimators table
 
 For n images: Spearman's rank correlation of the scores from two disjoint sets of n (the mean over
@@ -48,7 +48,7 @@ def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
         stream = Batches(paths, sam.config.image_size, 1, seed)
         singles = list(itertools.islice(stream, 2 * max(COUNTS)))
         for count in COUNTS:
-            key = {"estimator": name, "images": count, "seed": seed}
+            key = {"teacher": teacher.stem, "estimator": name, "images": count, "seed": seed}
             if results.find(FILE, key):
                 continue
             halves = singles[:count], singles[-count:]
@@ -88,16 +88,18 @@ def rank_correlations(sam: Sam, one: Any, other: Any) -> dict[str, float]:
 def table() -> None:
     """Write experiments/tables/estimators.md."""
     lines = [
-        "| images | estimator | rank correlation: embedding | attention | MLP | error at half the embedding |",
-        "|---|---|---|---|---|---|",
+        "| teacher | images | estimator | rank correlation: embedding | attention | MLP | error at half of it |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for count, name in itertools.product(COUNTS, ESTIMATORS):
-        runs = results.find(FILE, {"estimator": name, "images": count})
+    teachers = dict.fromkeys(entry["teacher"] for entry in results.read(FILE))
+    for teacher, count, name in itertools.product(teachers, COUNTS, ESTIMATORS):
+        runs = results.find(FILE, {"teacher": teacher, "estimator": name, "images": count})
         if runs:
             ranks = [np.mean([r["rank_correlation"][kind] for r in runs]) for kind in ("embedding", "attention", "mlp")]
             errors = [r["error"] for r in runs]
             spread = f"{np.mean(errors):.3f} ({min(errors):.3f} to {max(errors):.3f})"
-            lines.append(f"| {count} | {name} | {' | '.join(f'{rank:.3f}' for rank in ranks)} | {spread} |")
+            cells = [results.called(teacher), str(count), name, *(f"{rank:.3f}" for rank in ranks), spread]
+            lines.append(f"| {' | '.join(cells)} |")
     title, command = "Images that an importance estimator needs", "python -m experiments.estimators table"
     results.write_table("estimators", title, lines, command, "../estimators.md")
 

@@ -1,6 +1,6 @@
 """A small SAM 2 that learned from the small SAM, slimmed: by the default recipe and by the paper's, at two ratios.
 
-    python -m experiments.hiera_end_to_end make --teacher sam_small_256.pth --images bsds_train --out FOLDER
+    python -m experiments.hiera_end_to_end make --teacher TEACHER --images bsds_train --out FOLDER
     python -m experiments.hiera_end_to_end slim --teacher FOLDER --images bsds_train --val bsds_val
     python -m experiments.hiera_end_to_end table
 

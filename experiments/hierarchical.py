@@ -1,6 +1,6 @@
 """Ways to ask fewer points in everything mode, against the flat grid: what they keep of its masks, and what they save.
 
-    python -m experiments.hierarchical run --teacher sam_small_256.pth --images photos bsds_val
+    python -m experiments.hierarchical run --teacher slimsam_jax/assets/sam_small_v2 --images photos bsds_val
     python -m experiments.hierarchical table
 
 Every tenth image of each source from the sixth on (all of one with fewer than ten), at most 512 pixels wide and high.
@@ -53,7 +53,12 @@ WAYS: dict[str, dict[str, float]] = {
 
 
 def run(teacher: Path, images: tuple[Path, ...]) -> None:
-    """Measure what is not measured yet."""
+    """Measure what is not measured yet.
+
+    Args:
+      teacher: a SAM, called by the name of its file or folder.
+      images: folders of photographs.
+    """
     results.check_committed()
     sam, sources = load(teacher), [data.find([source]) for source in images]
     samples = [sample for source in sources for sample in (source[5::10] if len(source) >= 10 else source)]
@@ -61,11 +66,12 @@ def run(teacher: Path, images: tuple[Path, ...]) -> None:
     for sample in samples:
         image = sample.image()
         image.thumbnail((SIZE, SIZE))
-        missing = [way for way in WAYS if not results.find(FILE, {IMAGE: Path(sample.name).name, "way": way})]
+        key = {"teacher": teacher.stem, IMAGE: Path(sample.name).name}
+        missing = [way for way in WAYS if not results.find(FILE, {**key, "way": way})]
         flat = measure(Way(sam, **FIELDS), image) if missing else None
         for way in missing:
             fewer = measure(Way(sam, hierarchical=True, **FIELDS, **WAYS[way]), image)
-            entry = {IMAGE: Path(sample.name).name, "way": way, **compare(flat, fewer)}
+            entry = {**key, "way": way, **compare(flat, fewer)}
             results.append(FILE, entry)
             print(entry, flush=True)
 
@@ -103,22 +109,27 @@ def compare(flat: dict[str, Any], fewer: dict[str, Any]) -> dict[str, Any]:
 
 
 def table() -> None:
-    """Write experiments/tables/hierarchical.md, of the images that all ways are measured on."""
-    of_way = {way: results.find(FILE, {"way": way}) for way in WAYS}
+    """Write experiments/tables/hierarchical.md, of each teacher's images that all ways are measured on."""
+    lines = ["| teacher, images | points left out | of flat's masks kept | masks flat has not | prompts | time |"]
+    lines.append("|---" * 6 + "|")
+    for teacher in dict.fromkeys(entry["teacher"] for entry in results.read(FILE)):
+        lines += lines_of(teacher)
+    title, command = "Fewer points in everything mode", "python -m experiments.hierarchical table"
+    results.write_table("hierarchical", title, lines, command, "../everything.md")
+
+
+def lines_of(teacher: str) -> list[str]:
+    """A line for each way; none before an image is measured in all of them."""
+    of_way = {way: results.find(FILE, {"teacher": teacher, "way": way}) for way in WAYS}
     common = set.intersection(*({entry[IMAGE] for entry in entries} for entries in of_way.values()))
-    if not common:
-        raise SystemExit("no image is measured in every way yet")
-    lines = [
-        f"| points left out ({len(common)} images) | of flat's masks kept | masks flat has not | prompts | time |",
-        "|---|---|---|---|---|",
-    ]
-    for way, entries in of_way.items():
+    lines = []
+    for way, entries in of_way.items() if common else ():
         total = lambda name, entries=entries: sum(entry[name] for entry in entries if entry[IMAGE] in common)
         kept = f"{total('kept') / total('flat_masks'):.1%} of {total('flat_masks')}"
         prompts, seconds = (total(name) / total(f"flat_{name}") for name in ("prompts", "seconds"))
-        lines.append(f"| {way} | {kept} | {total('masks') - total('known')} | {prompts:.3f} | {seconds:.2f} |")
-    title, command = "Fewer points in everything mode", "python -m experiments.hierarchical table"
-    results.write_table("hierarchical", title, lines, command, "../everything.md")
+        cells = [f"{results.called(teacher)}, {len(common)}", way, kept, str(total("masks") - total("known"))]
+        lines.append(f"| {' | '.join([*cells, f'{prompts:.3f}', f'{seconds:.2f}'])} |")
+    return lines
 
 
 if __name__ == "__main__":

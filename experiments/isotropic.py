@@ -1,6 +1,6 @@
 """A teacher against projections: an encoder of random weights whose residual stream fills all its directions evenly.
 
-    python -m experiments.isotropic sam_small_256.pth --images bsds_train --out isotropic
+    python -m experiments.isotropic slimsam_jax/assets/sam_small_v2 --images bsds_train --out isotropic
 
 Where every direction carries as much as any other, a choice of the basis before the cut has nothing to gain by variance
 alone. The patch embedding is whitened on images, blocks and neck are drawn with gains that keep their inputs' size; the

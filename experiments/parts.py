@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-WORK = "--teacher {teacher} --images {images} --val {val}"
-# Of several parts: whichever comes first trains it.
-NARROW = (
-    "experiments.train_reference --images {images} --val {val} --decoder {teacher} --embed-dim 64 --heads 4 "
-    "--corrections 0 --prompts 2 --steps 6000 --validations 6 --val-images 30 --out {work}/narrow"
-)
+WORK = "--teacher {shipped} --images {images} --val {val}"
+# Files of results that no part makes: trainings of nights.
+ARCHIVE = ("reference.jsonl",)
 
 
 class Part(NamedTuple):
@@ -32,12 +29,12 @@ class Part(NamedTuple):
     needs: tuple[str, str] | None = None
 
 
-# Hours: of slimming and pruning the sum that their rows say, as if every row were there; of distillers 73 CPU seconds
-# for 40 steps, times its steps; of reference the minutes of its rows; of teachers 72 times the two minutes of a row of
-# pruning; of fair 120 s a run, and half a second for a step beyond 200; of teacher_card a second an image; of
-# quantization 15 s a row, and a second of slimming for a step; of the others what a first part took.
+# Hours: of pruning 120 s a run and of slimming 173, the medians of their rows, and a minute to measure; of distillers
+# 165 CPU seconds a run; of teachers two minutes a row of cuts; of fair 120 s a run, and half a second for a step beyond
+# 200; of teacher_card a second an image; of quantization 15 s a row, and a second of slimming for a step; of others
+# what a first part took.
 PARTS = {
-    "teacher_cache": Part(0.05, "", ("experiments.teacher_cache {teacher} {val} --limit 20",)),
+    "teacher_cache": Part(0.05, "", ("experiments.teacher_cache {shipped} {val} --limit 20",)),
     "how_it_works": Part(
         0.1,
         "how_it_works.jsonl",
@@ -47,11 +44,12 @@ PARTS = {
         ),
         ({"recipe": "taylor", "steps": 60}, {"recipe": "default", "steps": 48}),
     ),
-    "thresholds": Part(0.2, "", ("experiments.thresholds --images {images} --model {teacher}",)),
+    "thresholds": Part(0.2, "", ("experiments.thresholds --images {images} --model {shipped}",)),
     "hierarchical": Part(
         0.2,
         "hierarchical.jsonl",
-        ("experiments.hierarchical run --teacher {teacher} --images {photos} {val}", "experiments.hierarchical table"),
+        ("experiments.hierarchical run --teacher {shipped} --images {photos} {val}", "experiments.hierarchical table"),
+        ({"teacher": "sam_small_v2"},),
     ),
     "families": Part(
         0.3, "families.jsonl", ("experiments.families run --folder {work}/stand_ins", "experiments.families table")
@@ -81,50 +79,54 @@ PARTS = {
             "experiments.bench.families --preset efficient_sam_ti --images 2 --turns 3",
         ),
     ),
-    "estimators": Part(1.0, "estimators.jsonl", (f"experiments.estimators run {WORK}", "experiments.estimators table")),
+    "estimators": Part(
+        1.0,
+        "estimators.jsonl",
+        (f"experiments.estimators run {WORK}", "experiments.estimators table"),
+        ({"teacher": "sam_small_v2"},),
+    ),
     "quantization": Part(
         2.5,
         "quantization.jsonl",
         (
-            "experiments.quantization run {teacher} --calibration {images} --images {val} --limit 12 --seeds 0 1 2",
-            "experiments.quantization slim {teacher} --calibration {images} --images {val} --limit 12 --seeds 0 1 2 "
+            "experiments.quantization run {shipped} --calibration {images} --images {val} --limit 12 --seeds 0 1 2",
+            "experiments.quantization slim {shipped} --calibration {images} --images {val} --limit 12 --seeds 0 1 2 "
             "--steps 50 --folder {work}/slim_models",
             "experiments.quantization table",
         ),
         (
-            {"model": "sam_small_256", "images": 12},
-            {"distilled": True, "teacher": "sam_small_256", "steps": 50, "images": 12},
+            {"model": "sam_small_v2", "images": 12},
+            {"distilled": True, "teacher": "sam_small_v2", "steps": 50, "images": 12},
         ),
     ),
     "quantization_latency": Part(
         0.2,
         "quantization_latency.jsonl",
         (
-            "experiments.quantization_latency run {teacher} --calibration {images}",
+            "experiments.quantization_latency run {shipped} --calibration {images}",
             "experiments.quantization_latency table",
         ),
+        ({"model": "sam_small_v2"},),
     ),
     "hiera": Part(
         1.0,
         "hiera.jsonl",
         (
-            "experiments.hiera_end_to_end make --teacher {teacher} --images {images} --out {work}/hiera_small",
+            "experiments.hiera_end_to_end make --teacher {shipped} --images {images} --out {work}/hiera_small",
             "experiments.hiera_end_to_end slim --teacher {work}/hiera_small --images {images} --val {val} --steps 80",
             "experiments.hiera_end_to_end table",
         ),
         ({"steps": 80},),
     ),
     "teachers": Part(
-        2.4,
+        1.3,
         "teachers.jsonl",
         (
-            NARROW,
-            "experiments.isotropic {teacher} --images {images} --out {work}/isotropic",
-            "experiments.teachers run --teachers {teacher} {shipped} {work}/narrow {work}/isotropic --images {images} "
-            "--val {photos}",
+            "experiments.isotropic {shipped} --images {images} --out {work}/isotropic",
+            "experiments.teachers run --teachers {shipped} {work}/isotropic --images {images} --val {photos}",
             "experiments.teachers table",
         ),
-        ({"teacher": "sam_small_256"}, {"teacher": "sam_small_v2"}, {"teacher": "narrow"}, {"teacher": "isotropic"}),
+        ({"teacher": "sam_small_v2"}, {"teacher": "isotropic"}),
     ),
     "fair": Part(
         4.8,
@@ -140,39 +142,25 @@ PARTS = {
     "teacher_card": Part(
         0.05,
         "teacher_card.jsonl",
-        ("experiments.teacher_card run {teacher} --images {val} --limit 60", "experiments.teacher_card table"),
-        ({"teacher": "sam_small_256", "data": "bsds_val", "images": 60},),
+        ("experiments.teacher_card run {shipped} --images {val} --limit 60", "experiments.teacher_card table"),
+        ({"teacher": "sam_small_v2", "data": "bsds_val", "images": 60},),
     ),
-    "reference": Part(
-        2.5,
-        "reference.jsonl",
-        (
-            NARROW,
-            "experiments.reference_results record --name narrow --folder {work}/narrow",
-            "experiments.reference_results table",
-        ),
-        ({"row": "narrow"},),
+    "pruning": Part(
+        1.9,
+        "pruning.jsonl",
+        (f"experiments.pruning run {WORK}", "experiments.pruning table"),
+        ({"teacher": "sam_small_v2"},),
     ),
-    "pruning": Part(14, "pruning.jsonl", (f"experiments.pruning run {WORK}", "experiments.pruning table")),
     "slimming": Part(
-        20,
+        2.3,
         "slimming.jsonl",
-        (
-            NARROW,
-            f"experiments.slimming run {WORK} --cache {{work}}/cache",
-            "experiments.slimming run --only narrow --teacher {work}/narrow --images {images} --val {val} "
-            "--cache {work}/cache",
-            "experiments.slimming table",
-        ),
+        (f"experiments.slimming run --only choices {WORK} --cache {{work}}/cache", "experiments.slimming table"),
+        ({"teacher": "sam_small_v2"},),
     ),
     "distillers": Part(
-        110,
+        3.2,
         "distillers.jsonl",
-        (
-            f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 600",
-            f"experiments.distillers run --table weights {WORK} --cache {{work}}/cache --steps 600",
-            "experiments.distillers table",
-        ),
-        ({"steps": 600},),
+        (f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 300", "experiments.distillers table"),
+        ({"steps": 300},),
     ),
 }

@@ -1,7 +1,7 @@
 """What integers cost: agreement of a quantised SAM with its own float one.
 
-    python -m experiments.quantization run sam_small_256.pth --calibration bsds_train --images bsds_val --seeds 0 1 2
-    python -m experiments.quantization slim sam_small_256.pth --calibration bsds_train --images bsds_val --seeds 0 1 2
+    python -m experiments.quantization run MODEL --calibration bsds_train --images bsds_val --seeds 0 1 2
+    python -m experiments.quantization slim MODEL --calibration bsds_train --images bsds_val --seeds 0 1 2
     python -m experiments.quantization table
 
 Statistics are captured once a seed; each row is a choice of `Quantize`, some with a distillation behind it. `slim`
@@ -228,7 +228,7 @@ def table() -> None:
         cells += [f"{mean('megabytes'):.2f} MB", f"{100 * mean('share'):.1f} %", f"{len(own)}, {images}"]
         lines.append(f"| {' | '.join([model, name, *cells])} |")
     command = "python -m experiments.quantization table"
-    results.write_table("quantization", "Integers", lines, command, "../../docs/quantization.md")
+    results.write_table("quantization", "Integers", lines, command, "../quantization.md")
 
 
 def _kind(entry: dict[str, Any]) -> tuple[str, str]:

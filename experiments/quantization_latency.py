@@ -1,6 +1,6 @@
 """What integers cost in time: encoders of a quantised SAM in onnxruntime beside float32's, by turns.
 
-    python -m experiments.quantization_latency run sam_small_256.pth --calibration bsds_train
+    python -m experiments.quantization_latency run slimsam_jax/assets/sam_small_v2 --calibration bsds_train
     python -m experiments.quantization_latency run slim77 --calibration bsds_train --quantized slim77_int4
     python -m experiments.quantization_latency table
 
@@ -201,7 +201,7 @@ def table() -> None:
         cells += [{True: "yes", False: "no", None: "?"}[entry["vnni"]], str(entry["turns"])]
         lines.append(f"| {' | '.join([results.called(model), row, *cells])} |")
     command = "python -m experiments.quantization_latency table"
-    page = "../../docs/quantization.md"
+    page = "../quantization.md"
     results.write_table("quantization_latency", "Integers: milliseconds", lines, command, page)
 
 

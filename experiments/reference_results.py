@@ -70,7 +70,7 @@ def without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
 def table() -> None:
     """Write experiments/tables/reference.md and figures/teacher.png, the curves of trainings on composites."""
     lines = ["| training | steps x images x masks | minutes | point / box mIoU, after steps |", "|---|---|---|---|"]
-    lines += [f"| {_name(run)} | {_size(run)} | {_minutes(run)} | {_curve(run)} |" for run in results.read(FILE)]
+    lines += [f"| {run['row']} | {_size(run)} | {_minutes(run)} | {_curve(run)} |" for run in results.read(FILE)]
     title, command = "Learning curves of reference teachers", "python -m experiments.reference_results table"
     results.write_table("reference", title, lines, command, "../reference_teacher.md")
     if runs := [run for run in results.read(FILE) if run["provenance"]["options"].get("composites")]:
@@ -94,10 +94,6 @@ def draw(runs: list[dict[str, Any]]) -> None:
     figures.FOLDER.mkdir(exist_ok=True)
     with replacing(figures.FOLDER / "teacher.png") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
-
-
-def _name(run: dict[str, Any]) -> str:
-    return run["row"].replace("small teacher", results.called("sam_small_256"))  # rows older than its successor
 
 
 def _size(run: dict[str, Any]) -> str:

@@ -1,11 +1,12 @@
 """Makes all results anew, by the code of this commit, in the order of hours; stopped, it goes on where it was.
 
     python -m experiments.remake --list
-    python -m experiments.remake --teacher sam_small_256.pth --images bsds_train --val bsds_val --photos photos
-    python -m experiments.remake --only pruning --teacher ...
+    python -m experiments.remake --images bsds_train --val bsds_val --photos photos
+    python -m experiments.remake --only pruning --images ...
 
 A part is done if `results/remade.jsonl` says so for code that has not changed since. Before a part begins, rows that
-its commands make again and that other code measured leave its file: git has them. Rows that are left are known to the
+its commands make again and that other code measured leave its file: git has them. All is of the SAM that ships; rows of
+small v1, which no part makes, stay as an archive. Rows that are left are known to the
 part's own program and not measured twice, but for the minutes of `quantization_latency`, whose last rows count.
 """
 
@@ -62,7 +63,6 @@ class Options:
     Attributes:
       only: of this part alone.
       list: say what there is, its hours, and what is done; measure nothing.
-      teacher: the small SAM, as a file or folder.
       images: annotated photographs to learn from.
       val: annotated photographs to measure on.
       photos: photographs to look at, some of everything mode's.
@@ -71,7 +71,6 @@ class Options:
 
     only: str = ""
     list: bool = False
-    teacher: Path = Path("sam_small_256.pth")
     images: Path = Path("bsds_train")
     val: Path = Path("bsds_val")
     photos: Path = Path("photos")
@@ -100,7 +99,7 @@ def main(options: Options) -> None:
 def needed(names: list[str]) -> list[str]:
     """Lists the options whose files the commands of parts read."""
     commands = " ".join(command for name in names for command in PARTS[name].commands)
-    return [name for name in ("teacher", "images", "val", "photos") if f"{{{name}}}" in commands]
+    return [name for name in ("images", "val", "photos") if f"{{{name}}}" in commands]
 
 
 def lacking_of(name: str) -> str:

@@ -42,7 +42,7 @@ class Table(NamedTuple):
     Attributes:
       title: its heading.
       paper: the paper's number of a (label, ratio), SA-1B single-point mIoU of SAM-B, in %.
-      teacher: what is slimmed: the "small" SAM that all tables share, or another.
+      teacher: what is slimmed: "small" is small v1, which most tables are of.
       more: begins with the teacher itself, and has the columns that take longer to measure.
     """
 
@@ -72,6 +72,18 @@ def alternating(*settings: str, **options) -> Row:
 
 SLIMSAM = Row("slimsam")
 RATE = "distill.lr=1e-3"
+BUGS = {
+    "embedding tied with a period": taylor("quirks.tied_embedding=true"),
+    "relative positions zeroed": taylor("quirks.zeroed_rel_pos=true"),
+    "logit scale jumps": taylor("quirks.jumping_logit_scale=true"),
+    "global q, k, v compared with themselves": taylor("quirks.self_aligned_global=true"),
+    "rounded by index": taylor(
+        "quirks.rounded_selection=true", "quirks.rounded_by_index=true", "quirks.vanishing_kept=true"
+    ),
+    "gradients summed": taylor("prune.grad_reduction=sum"),
+    "plain MSE": taylor("distill.relative=false"),
+}
+CRITERIA = {"random": taylor("prune.criterion=random"), "magnitude": taylor("prune.criterion=magnitude")}
 TABLES = {
     "compression": Table(
         "Compression",
@@ -102,8 +114,7 @@ TABLES = {
         (0.77, 0.5),
         {
             "scratch": Row("scratch", ("prune.criterion=magnitude",)),
-            "random": taylor("prune.criterion=random"),
-            "magnitude": taylor("prune.criterion=magnitude"),
+            **CRITERIA,
             "Hessian (Fisher, labels)": taylor("prune.criterion=fisher", "prune.importance_loss=masks"),
             "Taylor, labels": taylor("prune.importance_loss=masks"),
             "Disturbed Taylor": taylor(),
@@ -164,15 +175,7 @@ TABLES = {
         (0.77,),
         {
             "taylor": taylor(),
-            "embedding tied with a period": taylor("quirks.tied_embedding=true"),
-            "relative positions zeroed": taylor("quirks.zeroed_rel_pos=true"),
-            "logit scale jumps": taylor("quirks.jumping_logit_scale=true"),
-            "global q, k, v compared with themselves": taylor("quirks.self_aligned_global=true"),
-            "rounded by index": taylor(
-                "quirks.rounded_selection=true", "quirks.rounded_by_index=true", "quirks.vanishing_kept=true"
-            ),
-            "gradients summed": taylor("prune.grad_reduction=sum"),
-            "plain MSE": taylor("distill.relative=false"),
+            **BUGS,
             "all of them, and gaussian (slimsam, learning rate and schedule of taylor)": Row(
                 "slimsam", (RATE, "distill.schedule=cosine")
             ),
@@ -246,6 +249,12 @@ TABLES = {
             "taylor": taylor(),
             "slimsam": SLIMSAM,
         },
+    ),
+    "choices": Table(
+        "Single choices, of small v2",
+        (0.77,),
+        {"default": default(), "default, alternating": alternating(), "taylor": taylor(), **BUGS, **CRITERIA},
+        teacher="sam_small_v2",
     ),
 }
 FIRST = ("default", "taylor", "slimsam")  # with all seeds before the other rows have their second

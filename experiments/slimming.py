@@ -1,6 +1,8 @@
 """The paper's tables, and ours, on a SAM that can be measured: prune, distil, measure, row by row (`rows.py`).
 
-    python -m experiments.slimming run --teacher sam_small_256.pth --images bsds_train --val bsds_val
+    python -m experiments.slimming run --only choices --teacher slimsam_jax/assets/sam_small_v2 --images bsds_train \\
+      --val bsds_val
+    python -m experiments.slimming run --teacher sam_small_256.pth --images bsds_train --val bsds_val    # the archive
     python -m experiments.slimming table
 
 `run` measures what experiments/results/slimming.jsonl does not hold yet; it can be stopped at any time, and several can
@@ -177,7 +179,7 @@ def table() -> None:
     from experiments import figures
 
     entries = [slimming_key(entry) for entry in results.read(FILE)]
-    for name in TABLES:
+    for name in (name for name in TABLES if len(lines_of(name, entries)) > 2):
         results.write_table(name, TABLES[name].title, lines_of(name, entries), f"{PROGRAM} table", "../slimming.md")
     figures.draw(lambda row, ratio: runs_of(row, ratio, entries), TEACHER)
 
@@ -206,7 +208,7 @@ def lines_of(name: str, entries: list[dict[str, Any]]) -> list[str]:
             paper = [f"{table.paper.get((label, ratio), '')}"] if table.paper else []
             cells = [COLUMNS[column](runs) for column in COLUMNS] + [MORE[column](runs) for column in more]
             command = f"`{row.arguments()}`" if row else ""
-            seeds = str(len(runs)) if row else ""
+            seeds = f"{len(runs) if row else ''}{results.mark(runs)}"
             lines.append("| " + " | ".join([label, f"{ratio:g}", *cells, seeds, *paper, command]) + " |")
     return lines
 

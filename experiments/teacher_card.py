@@ -1,6 +1,6 @@
 """What teachers know: masks by point, box and further clicks, and how well they judge their own masks.
 
-    python -m experiments.teacher_card run sam_small_256.pth sam_small_v2 --images composites_val bsds_val --limit 100
+    python -m experiments.teacher_card run slimsam_jax/assets/sam_small_v2 --images composites_val bsds_val --limit 100
     python -m experiments.teacher_card table
 
 A row is of a model and a folder of annotated images. All outputs of a click are asked what they think their IoU is.

@@ -35,6 +35,13 @@ def test_a_row_is_its_recipe_at_another_pace(label):
         assert getattr(recipe[-1].losses, term) == weight != getattr(own[-1].losses, term)
 
 
+def test_what_is_run_unasked_has_each_recipe_and_student():
+    assert set(distillers.CHOSEN) <= set(distillers.TABLES["methods"])
+    chosen = [METHODS[label] for label in distillers.CHOSEN]
+    assert {each.recipe for each in chosen} == {each.recipe for each in distillers.TABLES["methods"].values()}
+    assert {each.student for each in chosen} == {None, *distillers.STUDENTS}
+
+
 def test_the_rate_is_chosen_by_other_photographs_than_it_is_measured_on(tmp_path, monkeypatch):
     asked, bench = [], bench_in(tmp_path)
 
@@ -50,7 +57,7 @@ def test_the_rate_is_chosen_by_other_photographs_than_it_is_measured_on(tmp_path
     distillers.measure(bench, "edge_sam, vit_small", 30, Plan(), {})
     assert asked == [(0.3333, 0), (1.0, 0), (3.0, 0), (1.0, 1), (1.0, 2)]
     line = distillers.line_of("edge_sam, vit_small", results.read(bench.file))
-    cells = "edge_sam, vit_small | 30 | 600 | 0.80 M | 1.00 G | 11.00 ± 1.00 | 40.00 ± 0.00 | 0.2 | 1 of 3 | 3, 80"
+    cells = "edge_sam, vit_small | 30 | 300 | 0.80 M | 1.00 G | 11.00 ± 1.00 | 40.00 ± 0.00 | 0.2 | 1 of 3 | 3, 80"
     assert line == f"| {cells} |"
 
 

@@ -9,7 +9,7 @@ import pytest
 import tyro
 
 from converters import from_torch
-from experiments import figures, results, rows, slimming, tables
+from experiments import figures, pruning, results, rows, slimming, tables
 from experiments.rows import TABLES, Row
 from experiments.sa1b import hours
 from slimsam_jax import checkpoint, data
@@ -45,6 +45,22 @@ def test_the_plan_has_every_row_with_every_seed_once():
     wanted = {(row, ratio) for table in TABLES.values() for row in table.rows.values() for ratio in table.ratios}
     assert all(label in table.rows for table in TABLES.values() for label, _ in table.paper)
     assert set(planned) == {(*each, seed) for each in wanted for seed in rows.SEEDS}
+
+
+def test_pruning_has_each_row_that_is_not_settled_with_every_seed_once():
+    planned = pruning.plan()
+    assert set(pruning.SETTLED) < set(pruning.ROWS) and set(pruning.MAIN) < set(pruning.GRID)
+    assert sorted(planned) == sorted((row, pruning.RATIO, seed) for row in pruning.GRID for seed in pruning.SEEDS)
+
+
+def test_a_table_says_which_rows_are_of_code_that_no_commit_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "TABLE_FOLDER", tmp_path)
+    clean, dirty = ({"machine": {"commit": commit}} for commit in ("0a1b2c3", "0a1b2c3-dirty"))
+    assert results.mark([clean]) == "" and results.mark([clean, dirty]) == " †"
+    for name, run in (("clean", clean), ("dirty", dirty)):
+        results.write_table(name, "x", [f"| {name}{results.mark([run])} |"], "x", "../x.md")
+    assert "†" not in (tmp_path / "clean.md").read_text()
+    assert "†: code that no commit holds" in (tmp_path / "dirty.md").read_text()
 
 
 def entry(row: Row, ratio: float, seed: int, agreement: float) -> dict:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments import remake, results
-from experiments.parts import PARTS, Part
+from experiments.parts import ARCHIVE, PARTS, Part
 from slimsam_jax import cli, data
 from slimsam_jax.errors import InputError, RunError
 
@@ -114,13 +114,11 @@ def test_the_rows_that_a_part_makes_are_those_of_its_commands():
         said = " ".join(part.commands)
         for field, value in ((field, value) for made in part.rows for field, value in made.items()):
             known = f"--{named.get(field, field)} {value}" in said or (field, value) in {
-                ("model", remake.Options().teacher.stem),
-                ("teacher", remake.Options().teacher.stem),
                 ("data", remake.Options().val.name),
                 ("distilled", True),
             }
             known |= field == "teacher" and f"{{work}}/{value} " in said
-            known |= field == "teacher" and value == data.embedded_teacher().name and "{shipped}" in said
+            known |= field in ("teacher", "model") and value == data.embedded_teacher().name and "{shipped}" in said
             assert known, f"{name}: {field} {value}"
     assert "experiments.quantization slim" in " ".join(PARTS["quantization"].commands)  # makes what is distilled
 
@@ -132,8 +130,8 @@ def test_a_card_is_made_again_of_as_many_images_as_the_others():
 
 
 def test_a_training_begins_goes_on_or_is_there(tmp_path):
-    (command,) = (each for each in PARTS["reference"].commands if "train_reference" in each)
-    paths = {"work": tmp_path, "images": "train", "val": "val", "teacher": "a b.pth"}
+    command = "experiments.train_reference --images {images} --decoder {shipped} --out {work}/narrow"
+    paths = {"work": tmp_path, "images": "train", "shipped": "a b.pth"}
     begun = remake.arguments_of(command, paths)
     assert "--resume" not in begun and "a b.pth" in begun
     origin = tmp_path / "narrow" / "checkpoints" / "origin.json"
@@ -158,8 +156,8 @@ def test_what_a_part_reads_of_the_working_folder_it_makes_first():
 
 def test_a_part_is_made_once_and_what_fails_is_not_done(checkout, monkeypatch, tmp_path, capfd):
     checkout("1")
-    options = remake.Options(only="one", work=tmp_path / "work", teacher=tmp_path)
-    broken = Part(1, "", ("json.tool {teacher}",))
+    options = remake.Options(only="one", work=tmp_path / "work", images=tmp_path)
+    broken = Part(1, "", ("json.tool {images}",))
     monkeypatch.setattr(remake, "PARTS", {"one": broken})
     with pytest.raises(RunError, match=r"one: python -m json\.tool ended with"):
         remake.main(options)
@@ -186,9 +184,9 @@ def test_what_cannot_be_made_here_keeps_its_rows(checkout, monkeypatch, tmp_path
 def test_what_is_asked_for_must_be_there(checkout, tmp_path):
     with pytest.raises(InputError, match="--only x is no part; there are teacher_cache"):
         remake.main(remake.Options(only="x"))
-    with pytest.raises(InputError, match=r"no --teacher \S+none and no --val \S+none"):
-        none = {"teacher": tmp_path / "none", "val": tmp_path / "none"}
-        remake.main(remake.Options(only="teacher_cache", **none))
+    with pytest.raises(InputError, match=r"no --images \S+none and no --val \S+none"):
+        none = {"images": tmp_path / "none", "val": tmp_path / "none"}
+        remake.main(remake.Options(only="pruning", **none))
 
 
 def test_the_list_is_in_the_order_of_hours(checkout, capfd):
@@ -200,6 +198,7 @@ def test_the_list_is_in_the_order_of_hours(checkout, capfd):
 
 def test_every_file_of_results_is_made_by_a_part():
     files = {part.file for part in PARTS.values()} | {remake.LEDGER.name}
+    files |= set(ARCHIVE)
     assert {path.name for path in results.FOLDER.glob("*.jsonl")} <= files
 
 
@@ -208,7 +207,7 @@ EACH = {command: name for name, part in PARTS.items() for command in part.comman
 
 @pytest.mark.parametrize("command", EACH, ids=lambda command: command.removeprefix("experiments."))
 def test_a_program_takes_what_a_part_gives_it(command, tmp_path, monkeypatch):
-    paths = {name: tmp_path / name for name in ("teacher", "images", "val", "photos", "work", "shipped")}
+    paths = {name: tmp_path / name for name in ("images", "val", "photos", "work", "shipped")}
     program, *given = remake.arguments_of(command, paths)
     monkeypatch.setattr(sys, "argv", [program, *given])
     arguments = arguments_of_program(program)

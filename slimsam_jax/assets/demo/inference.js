@@ -4,7 +4,7 @@ import * as ort from "./ort/ort.wasm.min.mjs";
 import { fit, resize } from "./resize.js";
 import { passing } from "./search.js";
 
-const models = {}; // by number: {encoder, decoder, imageSize, whole, maps}
+const models = {}; // by number: {encoder, decoder, imageSize, whole, maps, warm}
 let image = null; // {pixels, size, shown}: RGBA, its [height, width], and those it is shown and masked at
 
 const BOX = [2, 3]; // labels of its corners
@@ -52,7 +52,7 @@ const tasks = {
       await first.release();
       throw error;
     });
-    models[model] = { encoder: first, decoder: second, imageSize, whole, maps: null };
+    models[model] = { encoder: first, decoder: second, imageSize, whole, maps: null, warm: false };
   },
 
   async unload({ model }) {
@@ -73,6 +73,9 @@ const tasks = {
     const images = new ort.Tensor("uint8", resize(image.pixels, image.size, size), [1, 3, ...size]);
     const [outputs, ms] = await timed(() => it.encoder.run({ images }));
     it.maps = outputs; // of SAM 2 three; their names are those of the decoder's inputs
+    // A decoder's first run takes longer, and would make the model that is asked first look slower than it is.
+    if (!it.warm) await it.decoder.run(prompt(it, [[{ x: 0, y: 0, label: 1 }]], null, image.shown));
+    it.warm = true;
     return { ms };
   },
 

@@ -113,7 +113,7 @@ export class Panel {
     this.ms = Math.min(...this.paces);
   }
 
-  /** Whether masks come fast enough to follow the cursor: two of three, as the first of a model takes longer. */
+  /** Whether masks come fast enough to follow the cursor: one of the last three, as any may wait for other work. */
   get isFluid() {
     return this.paces.length < 2 || this.ms < SLOW;
   }
