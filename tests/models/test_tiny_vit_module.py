@@ -129,12 +129,3 @@ def test_cut_heads_keep_their_temperature(small):
     wanted = apply(4, masked["layers_1"]["blocks_0"]["attn"])
     np.testing.assert_allclose(apply(3, kept), wanted, atol=1e-6)
     assert np.abs(apply(3, attn) - wanted).max() > 1e-4
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_shifted_images_are_a_depthwise_convolution(stride):
-    """The form for a CPU against that for other devices."""
-    random = np.random.default_rng(0)
-    x, kernel = (random.standard_normal(shape).astype(np.float32) for shape in ((2, 6, 8, 3), (3, 3, 1, 3)))
-    wanted = layers.convolve(x, kernel, stride, groups=3)
-    np.testing.assert_allclose(layers.depthwise(x, kernel, stride), wanted, atol=1e-5)

@@ -17,16 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax import sharding
+from slimsam_jax.models.encoders.depthwise import convolve, depthwise
 from slimsam_jax.models.relative_attention import at_least_float32
 
 Params = dict[str, Any]
 BATCH_NORM_EPSILON = 1e-5
 
 
+@jax.checkpoint  # keeps x alone for the backward pass: to compute the rest again is one loop, to keep it three arrays
 def gelu(x: jax.Array) -> jax.Array:
-    """By the error function, as PyTorch's default."""
-    return jax.nn.gelu(x, approximate=False)
+    """By the error function, as PyTorch's default; in float32 at least, and by erf, which is half of erfc's work."""
+    wide = x.astype(at_least_float32(x))
+    return (0.5 * wide * (1 + jax.lax.erf(0.5**0.5 * wide))).astype(x.dtype)
 
 
 class BatchNorm(nn.Module):
@@ -92,28 +94,6 @@ class ConvNorm(nn.Module):
         if self.batch_norm:
             return BatchNorm(self.of_batch, self.dtype, self.epsilon, name="bn")(x)
         return x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-
-
-def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) -> jax.Array:
-    """Padded by half of the kernel, as PyTorch's with `padding=size // 2`: x [b, h, w, i], kernel [k, k, i, o]."""
-    padding = [(side // 2, side // 2) for side in kernel.shape[:2]]
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, (1, 1), (1, 1), layout, groups)
-
-
-def depthwise(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """Each channel by its own kernel: x [b, h, w, c], kernel [k, k, 1, c].
-
-    On a CPU as a sum of shifted images, which XLA makes one loop of: a quarter of the CPU seconds of its convolution
-    (256 x 256 pixels, 256 channels, kernels of 3 x 3).
-    """
-    if sharding.platform() != "cpu":
-        return convolve(x, kernel, stride, x.shape[-1])
-    (h, w), (rows, columns) = x.shape[1:3], kernel.shape[:2]
-    # The barrier keeps XLA from computing x again for each of the shifts, and what x is computed from again for each.
-    padded = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0))))
-    shifted = lambda i, j: padded[:, i : i + h : stride, j : j + w : stride]
-    return sum(shifted(i, j) * kernel[i, j, 0] for i in range(rows) for j in range(columns))
 
 
 def neck(x: jax.Array, out_chans: int, dtype: Any) -> jax.Array:
