@@ -17,6 +17,7 @@ from slimsam_jax.compression.mask_steps import DistillMasks
 from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.step_training import StepTraining
+from slimsam_jax.compression.trainer import without_norms
 from slimsam_jax.data import Sample
 from slimsam_jax.data.prompted import MaskBatches
 from slimsam_jax.distillation.step import init_state, make_optimizer, make_update
@@ -105,7 +106,8 @@ def _gradients(encode: Any, step: DistillMasks, config: Architecture, teacher: A
 
     def loss(trained: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = {**frozen["student"], **trained}
-        ours = Side(config, params, encode(config, params["image_encoder"], batch)[0].astype(jnp.float32))
+        embedding = encode(*without_norms(config, params["image_encoder"]), batch)[0]
+        ours = Side(config, params, embedding.astype(jnp.float32))
         value, terms = prompted_loss(step, ours, theirs, batch, w)
         return value, {"loss": value, **terms}
 

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from helpers.family_models import SLIM_TINY_VIT, random_params, sam2
+from helpers.family_models import SLIM_REP_VIT, SLIM_TINY_VIT, edge_sam, random_params, sam2
 from helpers.images import samples, save_image
 from helpers.models import SQUARE, random_sam
-from slimsam_jax.compression import distill, student
+from slimsam_jax.compression import distill, student, trainer
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.plan import check, planned
 from slimsam_jax.compression.prepare import check_encoders
@@ -20,7 +20,7 @@ from slimsam_jax.compression.steps import Distill, Initialize, Losses, Prune
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.composed import SamConfig, head_of
 from slimsam_jax.models.encoders.tiny_vit_config import uniform
-from slimsam_jax.models.sam import Sam, abstract_params
+from slimsam_jax.models.sam import Sam, abstract_params, run_encoder
 
 HEAD = {"out_chans": 16, "mask_in_chans": 4, "decoder_mlp_dim": 8, "decoder_depth": 1, "iou_head_dim": 8}
 RECALIBRATED = Distill("none", batch_norm="recalibrated")
@@ -85,3 +85,22 @@ def test_statistics_are_estimated_from_the_runs_images(tmp_path, monkeypatch):
     assert distill.distill(run, planned((Distill("none"),), [0])[0], sam, sam) is sam
     assert all(2 < np.abs(batch).max() < 3 and np.ptp(batch[..., 0]) > 0 for batch in seen)
     assert jax.tree.leaves(found.params["mask_decoder"])[0] is jax.tree.leaves(sam.params["mask_decoder"])[0]
+
+
+@pytest.mark.parametrize("encoder", [SLIM_TINY_VIT, SLIM_REP_VIT])
+def test_training_multiplies_batch_norms_into_convolutions(encoder):
+    """The embedding and the gradients stay, to rounding, and the statistics get none."""
+    sam = edge_sam(encoder)
+    size = np.int32([encoder.image_size])
+    batch = {"image": np.random.default_rng(0).integers(0, 256, (1, *encoder.image_size, 3), np.uint8), "size": size}
+
+    def pulled(change):
+        square = lambda params: (run_encoder(*change(sam.config, params), batch)[0] ** 2).mean()
+        return jax.tree_util.tree_leaves_with_path(jax.device_get(jax.jit(jax.grad(square))(sam.encoder)))
+
+    assert not trainer.without_norms(sam.config, sam.encoder)[0].encoder.batch_norm
+    ours, expected = pulled(trainer.without_norms), pulled(lambda *same: same)
+    largest = max(np.abs(gradient).max() for _, gradient in expected)
+    for (path, found), (_, wanted) in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6 * largest, err_msg=str(path))
+        assert np.any(found) != (path[-1].key in ("mean", "var"))
