@@ -66,7 +66,7 @@ class Options:
       images: annotated photographs to learn from.
       val: annotated photographs to measure on.
       photos: photographs to look at, some of everything mode's.
-      work: folder for caches, models and training runs; outside the checkout, or ignored by git.
+      work: folder for caches and models; outside the checkout, or ignored by git.
     """
 
     only: str = ""
@@ -118,7 +118,7 @@ def make(name: str, options: Options) -> None:
     part = PARTS[name]
     if part.file:
         drop_stale(results.FOLDER / part.file, part.rows)
-    # A folder for this code alone: a training or a cache of other code would be taken for done.
+    # A folder for this code alone: a model or a cache of other code would be taken for done.
     work = options.work / (code_of(head()) or "")[:12]
     work.mkdir(parents=True, exist_ok=True)
     start, printed = time.time(), {}
@@ -137,12 +137,8 @@ def arguments_of(command: str, paths: Mapping[str, Any]) -> list[str]:
     """Returns the arguments of `python -m`; none if the command makes a model that is there."""
     # Split before paths are put in: they may hold blanks.
     arguments = [word.format(**paths) for word in command.split()]
-    if "--out" not in arguments:
-        return arguments
-    out = Path(arguments[arguments.index("--out") + 1])
-    if (out / "checkpoints" / "origin.json").is_file():  # a training was stopped
-        return [*arguments, "--resume"]
-    return [] if (out / "config.json").is_file() else arguments
+    out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else None
+    return [] if out and (out / "config.json").is_file() else arguments
 
 
 def run(arguments: list[str], name: str) -> str:
