@@ -6,8 +6,8 @@
 
 A part is done if `results/remade.jsonl` says so for code that has not changed since. Before a part begins, rows that
 its commands make again and that other code measured leave its file: git has them. All is of the SAM that ships; rows of
-small v1, which no part makes, stay as an archive. Rows that are left are known to the
-part's own program and not measured twice, but for the minutes of `quantization_latency`, whose last rows count.
+small v1 stay as an archive, but for those of `hiera`, which do not name their teacher. Rows that are left are known to
+the part's own program and not measured twice, but for the minutes of `quantization_latency`, whose last rows count.
 """
 
 from __future__ import annotations
