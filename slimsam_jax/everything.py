@@ -57,7 +57,7 @@ class Options:
     min_mask_region_area: int = 0
     """Holes and islands of fewer pixels are filled and dropped."""
     hierarchical: bool = False
-    """Ask few points first, then those around the best masks: about half of the time with the package's small SAM."""
+    """Ask few points first, then those around the best masks: takes less time, and misses some masks."""
     covered_thresh: float | None = None
     """With --hierarchical, TinySAM's way instead: the logit over which a mask covers other points; theirs is 8.5."""
     postprocessing: Literal["fast_sam", "ultralytics"] = "fast_sam"
