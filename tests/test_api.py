@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import inspect
 import io
+import json
 import pkgutil
 import re
 import subprocess
@@ -156,6 +157,11 @@ def test_compress_knows_every_option_of_the_command():
     assert {name: str(each.default) for name, each in given.items()} == {name: str(d) for name, d in wanted.items()}
 
 
+def test_numbers_of_numpy_are_written_into_a_runs_record():
+    recorded = json.dumps(Options(seed=np.int64(3), ratio=np.float32(0.5)).fixing_the_result())
+    assert {"seed": 3, "ratio": 0.5}.items() <= json.loads(recorded).items()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -163,6 +169,7 @@ def test_compress_knows_every_option_of_the_command():
         (lambda: slimsam_jax.compress(ratio="0.77"), "--ratio '0.77' is not the share"),
         (lambda: slimsam_jax.compress(steps="10"), "--steps '10' is not a whole number"),
         (lambda: slimsam_jax.compress(seed="0"), "--seed '0' must be between"),
+        (lambda: slimsam_jax.compress(seed=True), "--seed True must be between"),
         (lambda: slimsam_jax.compress(max_broken="x"), "--max-broken 'x' is not a share"),
         (lambda: slimsam_jax.compress(set=8), "--set 8: no such choice"),
         (lambda: slimsam_jax.compress(set={"prune.round_to": 8}), "say what it shall be, prune.round_to=VALUE"),

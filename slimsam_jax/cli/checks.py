@@ -14,7 +14,7 @@ from slimsam_jax.limits import quoted
 
 
 def check_seed(seed: int) -> None:
-    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**31:
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**31:
         raise InputError(f"--seed {quoted(seed)} must be between 0 and {2**31 - 1}")
 
 

@@ -87,6 +87,11 @@ class Options(DeviceOptions, RunOptions, ImageOptions, CutOptions):
     number of the table printed at the end, log.jsonl and report.png.
     """
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # numbers of NumPy, as a sweep over seeds gives: JSON takes none
+            if isinstance(value := getattr(self, field.name), numbers.Number) and hasattr(value, "item"):
+                object.__setattr__(self, field.name, value.item())
+
     def check(self) -> None:
         """Raises InputError for what is wrong without looking at files."""
         if self.ratio is not None and self.budget is not None:
