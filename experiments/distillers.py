@@ -130,7 +130,7 @@ def run(
     """Measure what is not measured yet, and add it to experiments/results/distillers.jsonl.
 
     Args:
-      teacher: the SAM that all learn from.
+      teacher: the SAM that all learn from, called by the name of its file or folder.
       images: annotated folder to learn from.
       val: annotated folder of 100 photographs: 20 to choose learning rates by, 80 to measure on.
       cache: folder for the teacher's embeddings.
@@ -158,11 +158,14 @@ def run(
 def measure(bench: Bench, label: str, count: int, plan: Plan, where: dict[str, Any]) -> None:
     """All runs of a row: each rate with the first seed, the best with the others."""
     first, *others = plan.seeds
-    method = bench.methods[label]
-    found = [one(bench, key_of(label, method, count, plan, rate, first), where) for rate in plan.rates]
-    best = max(found, key=lambda entry: entry["chosen_by"])
+
+    def run_of(rate: float, seed: int) -> dict[str, Any]:
+        key = {"teacher": where["teacher"].stem, **key_of(label, bench.methods[label], count, plan, rate, seed)}
+        return one(bench, key, where)
+
+    best = max((run_of(rate, first) for rate in plan.rates), key=lambda entry: entry["chosen_by"])
     for seed in others:
-        one(bench, key_of(label, method, count, plan, best["rate"], seed), where)
+        run_of(best["rate"], seed)
 
 
 def key_of(label: str, method: Method, count: int, plan: Plan, rate: float, seed: int) -> dict[str, Any]:

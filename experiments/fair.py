@@ -1,6 +1,6 @@
 """Recipes on equal terms, on photographs that neither their tuning nor, where it can be helped, their teacher has seen.
 
-    python -m experiments.fair run --teachers sam_small_256.pth NEW --images bsds_train --photos photos --val bsds_val
+    python -m experiments.fair run --teachers TEACHER NEW --images bsds_train --photos photos --val bsds_val
     python -m experiments.fair run --teachers NEW --steps 24 100 400 1600 --ratios 0.77 --images bsds_train ...
     python -m experiments.fair table
 

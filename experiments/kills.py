@@ -1,6 +1,6 @@
 """Kills a compression again and again and compares what it ends with to a run that nobody killed.
 
-    python -m experiments.kills --teacher sam_small_256.pth --images bsds_train --val bsds_val --steps 900 --kills 20
+    python -m experiments.kills --teacher TEACHER --images bsds_train --val bsds_val --steps 900 --kills 20
 
 SIGKILL comes at random moments, spread so that each attempt gets through its share of the work. On a CPU
 both runs end with the same parameters and the same log, to the bit.

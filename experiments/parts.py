@@ -30,9 +30,9 @@ class Part(NamedTuple):
 
 
 # Hours: of pruning 120 s a run and of slimming 173, the medians of their rows, and a minute to measure; of distillers
-# 165 CPU seconds a run; of teachers two minutes a row of cuts; of fair 120 s a run, and half a second for a step beyond
-# 200; of teacher_card a second an image; of quantization 15 s a row, and a second of slimming for a step; of others
-# what a first part took.
+# 200 CPU seconds a run, of slimsam 330, and by counting 400 of edge_sam and 1000 of tiny_sam; of teachers two minutes a
+# row of cuts; of fair 120 s a run, and half a second for a step beyond 200; of teacher_card a second an image; of
+# quantization 15 s a row, and a second of slimming for a step; of others what a first part took.
 PARTS = {
     "teacher_cache": Part(0.05, "", ("experiments.teacher_cache {shipped} {val} --limit 20",)),
     "how_it_works": Part(
@@ -158,7 +158,7 @@ PARTS = {
         ({"teacher": "sam_small_v2"},),
     ),
     "distillers": Part(
-        3.2,
+        7,
         "distillers.jsonl",
         (f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 300", "experiments.distillers table"),
         ({"steps": 300},),

@@ -70,7 +70,7 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "default, multiples of 8": ("default", ("prune.round_to=8",)),
 }
 
-SETTLED = (  # on small v1, and of no further use: measured there alone
+SETTLED = (  # measured on small v1 alone, and not asked again
     "slimsam, local",
     "taylor, gradients summed",
     "taylor, gaussian",

@@ -1,6 +1,6 @@
 """How much of the default's lead is its teacher's low rank: the same cuts of several teachers, before any distillation.
 
-    python -m experiments.teachers run --teachers sam_small_256.pth NEW --images bsds_train --val photos
+    python -m experiments.teachers run --teachers TEACHER NEW --images bsds_train --val photos
     python -m experiments.teachers table
 
 Of each teacher the share of the directions of its residual stream that carry 99 and 99.9 % of its variance, and what

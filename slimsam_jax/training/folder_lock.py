@@ -19,8 +19,8 @@ def check_run_folder(folder: Path, resume: bool) -> None:
     check_free(folder)
     unfinished = os.path.isfile(folder / "checkpoints" / "origin.json")
     if resume and not unfinished:
-        finished = os.path.isfile(folder / "report.json")
-        hint = "the one in it is finished" if finished else "leave --resume out to begin one"
+        finished = os.path.isfile(folder / "config.json")
+        hint = "the one in it is finished" if finished else "leave --resume out to begin one in a new folder"
         raise InputError(f"{printable(folder)} holds no unfinished run to resume: {hint}")
     if unfinished and not resume:
         raise InputError(

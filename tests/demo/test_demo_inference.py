@@ -49,10 +49,12 @@ def test_a_decoder_has_run_before_its_time_is_taken(tmp_path):
     """Neither the first mask's milliseconds nor the encoder's have the first run's in them."""
     files = {**page_files([], tmp_path, threads=1), "/blank.html": b"<!doctype html>", "/ort/ort.wasm.min.mjs": ORT}
     server = serving(files)
-    with chromium.page(tmp_path / "profile") as tab:
-        tab.call("Page.enable")
-        tab.call("Page.navigate", url=f"http://127.0.0.1:{server.server_port}/blank.html")
-        tab.wait_for("location.port != '' && document.readyState == 'complete'")
-        assert tab.evaluate(ASK) == [7, 10, 7, 10]
-    server.shutdown()
-    server.server_close()
+    try:
+        with chromium.page(tmp_path / "profile") as tab:
+            tab.call("Page.enable")
+            tab.call("Page.navigate", url=f"http://127.0.0.1:{server.server_port}/blank.html")
+            tab.wait_for("location.port != '' && document.readyState == 'complete'")
+            assert tab.evaluate(ASK) == [7, 10, 7, 10]
+    finally:
+        server.shutdown()
+        server.server_close()

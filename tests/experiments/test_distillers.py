@@ -54,7 +54,7 @@ def test_the_rate_is_chosen_by_other_photographs_than_it_is_measured_on(tmp_path
         return {**key, **scores}
 
     monkeypatch.setattr(distillers, "one", one)
-    distillers.measure(bench, "edge_sam, vit_small", 30, Plan(), {})
+    distillers.measure(bench, "edge_sam, vit_small", 30, Plan(), {"teacher": Path("small.pth")})
     assert asked == [(0.3333, 0), (1.0, 0), (3.0, 0), (1.0, 1), (1.0, 2)]
     line = distillers.line_of("edge_sam, vit_small", results.read(bench.file))
     cells = "edge_sam, vit_small | 30 | 300 | 0.80 M | 1.00 G | 11.00 ± 1.00 | 40.00 ± 0.00 | 0.2 | 1 of 3 | 3, 80"

@@ -36,6 +36,16 @@ def test_shifted_images_are_a_depthwise_convolution(shape, taps, stride):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_of_half_precision_have_its_type_and_are_near(stride):
+    inputs = arrays((2, 6, 7, 3), 3)
+    halves = [jnp.asarray(array, jnp.bfloat16) for array in inputs]
+    slopes = jax.grad(lambda x, kernel: jnp.square(depthwise(x, kernel, stride).astype(jnp.float32)).sum(), (0, 1))
+    for half, whole in zip(slopes(*halves), slopes(*(array.astype(jnp.float32) for array in halves)), strict=True):
+        assert half.dtype == jnp.bfloat16
+        np.testing.assert_allclose(half.astype(np.float32), whole, rtol=0.03, atol=0.02 * np.abs(whole).max())
+
+
 def test_the_backward_pass_keeps_the_padded_image_alone():
     x, kernel = arrays((2, 6, 8, 3), 3)
     assert kept(lambda *inputs: depthwise(*inputs), x, kernel) == [(2, 8, 10, 3), (3, 3, 1, 3)]
