@@ -159,7 +159,7 @@ def test_choices_are_set_by_name_in_every_step_that_has_them():
     ("setting", "message"),
     [
         ("prune.roundto=8", "nearest are prune.round_to"),
-        ("prune.round_to", "NAME=VALUE"),
+        ("prune.round_to", "say what it shall be, prune.round_to=VALUE"),
         ("prune.round_to=eight", "is no int"),
         ("prune.round_to=0", "at least 1"),
         ("prune.criterion=best", "none of projection, taylor"),
