@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -85,6 +86,8 @@ def test_embeddings_are_those_of_jax(span, bits, input_bits, suffix, kernel, div
     expected = np.asarray(encode(own.config, own.params, IMAGE, np.array([[64, 64]])))
     in_floats, opened = (kernels.Opened(tmp_path / "encoder.onnx", kind) for kind in (False, True))
     for each in (in_floats, opened):
+        if each is opened and span is SYMMETRIC and not vnni():
+            continue
         (embedding,) = each.run(None, {"images": IMAGE.transpose(0, 3, 1, 2)})
         np.testing.assert_allclose(embedding.transpose(0, 2, 3, 1), expected, atol=3e-6 * np.abs(expected).max())
     # Of signed inputs that q, k and v share, onnxruntime computes the products in float32.
@@ -92,6 +95,11 @@ def test_embeddings_are_those_of_jax(span, bits, input_bits, suffix, kernel, div
     assert integers.suffix_of(own) == suffix
     types = {node.op_type for node in encoder.graph.node}
     assert ("QuantizeLinear" in types) == (span is not TOKENS)
+
+
+def vnni() -> bool:
+    """Whether the processor adds products of bytes in 32 bits; onnxruntime's of signed inputs saturate at 16 else."""
+    return "vnni" in Path("/proc/cpuinfo").read_text()
 
 
 def mixed(sam):

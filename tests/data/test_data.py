@@ -70,7 +70,7 @@ def test_images_are_found_at_any_depth(tmp_path):
 
 
 def test_missing_and_empty_folders_are_refused(tmp_path):
-    with pytest.raises(InputError, match="not a folder"):
+    with pytest.raises(InputError, match="does not exist"):
         data.find([tmp_path / "nothing"])
     with pytest.raises(InputError, match="holds no images"):
         data.find([tmp_path])

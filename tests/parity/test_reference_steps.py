@@ -54,10 +54,13 @@ def test_ratio_77(golden):
     losses, grads = gradients(golden, slim, golden["noise2"])
     np.testing.assert_allclose(losses, golden["r77fix/step2/grad_loss"], rtol=1e-5)
     keep = choose(slim, grads, BOTTLENECK, 0.77)
-    assert_removed(golden, {"attn": "r77fix/step2/global/gs1", "mlp": "r77fix/step2/global/gs2"}, keep, slim.config)
-    np.testing.assert_allclose(
-        embed(golden, prune.cut(slim, keep, BOTTLENECK)), golden["r77fix/step2/global/out"], atol=5e-5
-    )
+    names = {"attn": "r77fix/step2/global/gs1", "mlp": "r77fix/step2/global/gs2"}
+    assert_removed(golden, names, keep, slim.config, swapped=1)
+    gone = lambda block: golden[f"{names['mlp']}/pruned/mlp{block}"]
+    blocks = enumerate(slim.config.blocks)
+    theirs = {f"blocks_{i}/mlp": np.setdiff1d(np.arange(block.mlp_dim), gone(i)) for i, block in blocks}
+    cut = prune.cut(slim, {**keep, **theirs}, BOTTLENECK)
+    np.testing.assert_allclose(embed(golden, cut), golden["r77fix/step2/global/out"], atol=5e-5)
 
 
 def losses_of(golden, student: Sam, target, step, progress: float):
