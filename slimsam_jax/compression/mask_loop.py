@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from slimsam_jax.compression.mask_steps import DistillMasks
 from slimsam_jax.distillation import mask_losses
@@ -23,6 +24,7 @@ Batch = dict[str, Any]
 Terms = dict[str, jax.Array]
 BY_DECODINGS = ("tokens", "outputs")  # terms that compare student and teacher decoding by decoding
 KEPT = 2  # rounds up to which a decoding's activations are kept for the backward pass; beyond it is computed again
+TEACHERS = "teacher"  # decodings, which are kept: a mask weighs little beside what made it
 
 
 class Side(NamedTuple):
@@ -67,6 +69,7 @@ def prompted_loss(
         target = None
         if theirs is not None:
             target = Decoded(*decode_tokens(theirs.config, theirs.params, theirs.embedding, *prompts))
+            target = checkpoint_name(target, TEACHERS)
         terms, mask, truth = compared(step, ours.config, scene, prompts[1], current, jax.lax.stop_gradient(target))
         return clicked(step, ours.config, scene, prompts, index, mask, truth), terms
 
@@ -76,7 +79,8 @@ def prompted_loss(
 
     names = sorted({*weights} - {"embedding"} | {"overlap"})  # of the same order in every process
     body = turn_if_due if prompting.vary else turn
-    body = jax.checkpoint(body) if prompting.rounds > KEPT else body
+    if prompting.rounds > KEPT:
+        body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(TEACHERS))
     _, terms = jax.lax.scan(body, (points, labels), jnp.arange(prompting.rounds))
     means = {name: terms[name].sum() / rounds for name in names}
     if "embedding" in weights:

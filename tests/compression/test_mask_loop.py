@@ -146,6 +146,28 @@ def test_a_number_of_rounds_that_varies_compiles_once_and_counts_them_alone(monk
     np.testing.assert_allclose(slope, other, atol=1e-5 * np.abs(other).max())
 
 
+@pytest.mark.parametrize("vary", [True, False])
+def test_the_backward_pass_decodes_again_for_the_student_alone(monkeypatch, vary):
+    """Of many rounds the student's activations are computed twice, the teacher's masks once."""
+
+    def marked(config, params, embedding, *prompts):
+        function = {"ours": jnp.sinh, "theirs": jnp.tan}[config.name]
+        return stand_in(config, params, function(embedding), *prompts)
+
+    named = lambda name: type("Named", (), {"name": name, "__getattr__": lambda _, field: getattr(SQUARE, field)})()
+    monkeypatch.setattr(mask_loop, "decode_tokens", marked)
+    step = DistillMasks(MaskLosses(tokens=1.0), Prompting(rounds=3, vary=vary, target="annotation"))
+    batch, weights = a_batch(SQUARE), step.losses.weights()
+
+    def loss(embedding):
+        return prompted_loss(
+            step, Side(named("ours"), 1.0, embedding), Side(named("theirs"), -0.5, embedding), batch, weights
+        )[0]
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((2, 4, 4, 32))))
+    assert [program.count(f" {name} ") for name in ("sinh", "tan")] == [2, 1]
+
+
 def test_choices_that_cannot_be_are_refused():
     with pytest.raises(InputError, match=r"add distill\.validate_by=miou"):
         DistillMasks(validation=dataclasses.replace(DistillMasks().validation, validate_by="error"))
