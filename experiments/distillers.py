@@ -6,9 +6,8 @@
 
 Each row takes as many optimizer steps of 4 images, whatever its recipe. It is run at a third of the recipe's own
 learning rates, at these, and at three times as much; the first photographs of `--val` choose, by agreement with the
-teacher, and the others are measured on. The chosen rate is run with the other seeds. What
-experiments/results/distillers.jsonl does not hold yet is measured; it can be stopped at any time. Code that is not
-committed is refused, so that a row's commit says what made it.
+teacher, and the others are measured on. The chosen rate is run with the other seeds. Only what
+experiments/results/distillers.jsonl does not hold yet is measured, and only by committed code.
 """
 
 from __future__ import annotations
@@ -126,6 +125,7 @@ def run(
     limits: tuple[int, ...] = Plan().images,
     steps: int = Plan().steps,
     seeds: tuple[int, ...] = Plan().seeds,
+    rates: tuple[float, ...] = RATES,
 ) -> None:
     """Measure what is not measured yet, and add it to experiments/results/distillers.jsonl.
 
@@ -140,12 +140,12 @@ def run(
       limits: of --images, how many to learn from.
       steps: of the optimizer, in all.
       seeds: of weights, images and prompts.
+      rates: times the recipe's own learning rates, the first seed's; the best is run with the other seeds.
     """
     if unknown := set(only) - set(TABLES[table]):
         raise InputError(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(TABLES[table])}")
     results.check_committed()
-    limits = limits if table == "methods" else limits[:1]
-    plan = QUICK if quick else Plan(limits, steps, seeds=seeds)
+    plan = QUICK if quick else Plan(limits if table == "methods" else limits[:1], steps, rates, seeds)
     bench = Bench(load(teacher), data.find([val]), plan)
     rows = only or (CHOSEN if table == "methods" else tuple(TABLES[table]))
     with tempfile.TemporaryDirectory() as folder:
@@ -254,9 +254,8 @@ class Bench:
 
 def table() -> None:
     """Write experiments/tables/distillers.md: of each row and number of images the chosen rate, over seeds."""
-    command = "python -m experiments.distillers table"
-    lines = lines_of(results.read(FILE), METHODS)
-    results.write_table("distillers", "Distilled or slimmed, of few images", lines, command, "../distillers.md")
+    made = (lines_of(results.read(FILE), METHODS), "python -m experiments.distillers table", "../distillers.md")
+    results.write_table("distillers", "Distilled or slimmed, of few images", *made)
 
 
 def lines_of(entries: Sequence[dict[str, Any]], methods: Iterable[str]) -> list[str]:
@@ -281,22 +280,20 @@ def line_of(label: str, entries: Sequence[dict[str, Any]]) -> str:
     tuned = [entry for entry in entries if entry["seed"] == first]
     best = max(tuned, key=lambda entry: entry["chosen_by"])
     runs = [entry for entry in entries if entry["rate"] == best["rate"]]
-
     whole = [entry for entry in runs if "failed" not in entry]
 
     def share(name: str) -> str:
         values = 100 * np.array([run[name] for run in whole])
         return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
 
-    if "failed" in best:
-        cells = ["", "", "not finite", "", ""]
-    else:
+    cells = ["", "", "not finite", "", ""]
+    if "failed" not in best:
         size = [f"{best['encoder_parameters'] / 1e6:.2f} M", f"{best['encoder_macs'] / 1e9:.2f} G"]
         cells = [*size, share("agreement"), share("point"), f"{np.mean([run['error'] for run in whole]):.2g}"]
     rate = f"{best['rate']:g} of {len(tuned)}"
     seeds = str(len(runs)) + (f" ({len(runs) - len(whole)} not finite)" if len(whole) < len(runs) else "")
-    cells = [label, str(best["images"]), str(best["steps"]), *cells, rate, f"{seeds}, {best['photographs'][1]}"]
-    return f"| {' | '.join(cells)} |"
+    row = [label, str(best["images"]), str(best["steps"]), *cells, rate, f"{seeds}, {best['photographs'][1]}"]
+    return f"| {' | '.join(row)} |"
 
 
 if __name__ == "__main__":
