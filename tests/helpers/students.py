@@ -32,6 +32,7 @@ COARSE_TO_FINE = tuple(rep_vit_config.Stage(8, (rep_vit_config.Block(8, squeezed
 REP_VIT = rep_vit_config.Config(stem_dim=4, stages=COARSE_TO_FINE, fuse_dim=8, **SIZE)
 PLAIN_VIT = efficient_sam_vit.Config(embed_dim=8, blocks=(Block(2, 4, 4, 8),), pretrain_grid=4, **SIZE)
 STUDENTS = {"mobile_sam": TINY_VIT, "edge_sam": REP_VIT, "tiny_sam": TINY_VIT, "efficient_sam": PLAIN_VIT}
+ROUNDS = {"edge_sam": 2, "tiny_sam": 3, "efficient_sam": 2}  # beyond two decodings are computed again, not kept
 
 
 def small(name: str) -> Recipe:
@@ -43,7 +44,9 @@ def small(name: str) -> Recipe:
         elif isinstance(step, Pretrain):
             step = dataclasses.replace(step, depth=1, width=8, heads=2)
         elif not isinstance(step, Distill):
-            step = dataclasses.replace(step, prompting=dataclasses.replace(step.prompting, prompts=2, rounds=2))
+            step = dataclasses.replace(
+                step, prompting=dataclasses.replace(step.prompting, prompts=2, rounds=ROUNDS[name])
+            )
         shrunk.append(step)
     return tuple(shrunk)
 
