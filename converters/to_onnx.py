@@ -212,22 +212,22 @@ def compared(
 ) -> tuple[str, list[Any]]:
     """A line about a pair of files, and the two as they were opened; `limit`: where inputs are quantised."""
     from converters.onnx.apart import Apart
-    from converters.onnx.kernels import Opened, summary
+    from converters.onnx.kernels import Opened, saturation, summary
 
     exact = dtype in ("float32", "integers")
     said = lambda differences: f"{dtype}: {summary(differences, score_of(expected.config))}"
     opened = {path: Opened(path, kernels=False, counted=not exact) for path in paths}
-    encoder = Apart(opened[paths[0]], expected) if limit else None
-    run = opened | ({paths[0]: encoder} if encoder else {})
+    run = opened | {paths[0]: Apart(opened[paths[0]], expected)} if limit else opened
     differences = measure(expected, layout, paths, single, opened=run.__getitem__)
-    differences = encoder.completed(differences) if encoder else differences
+    differences = run[paths[0]].completed(differences) if limit else differences
     allowed = limit or LARGEST_ERROR, LARGEST_ERROR, LARGEST_ERROR
     if exact and not all(map(operator.le, differences, allowed)):  # NaN, too
         raise RunError(f"the ONNX model differs from JAX: {said(differences)}; nothing is written")
     if dtype == "integers":  # that the graph is right is shown in float32, and now what its kernels make of it
         opened = {path: Opened(path) for path in paths}
         differences = measure(expected, layout, paths, single, opened=opened.__getitem__)
-    return said(differences), list(opened.values())
+    more = saturation(differences, allowed[0]) if dtype == "integers" else ""
+    return said(differences) + more, list(opened.values())
 
 
 def score_of(config: Architecture) -> str:

@@ -81,6 +81,19 @@ def summary(errors: Errors, score: str) -> str:
     )
 
 
+def saturation(errors: Errors, limit: float) -> str:
+    """What to say, behind the errors of kernels of integers, where they are larger than those of the graph may be.
+
+    The graph is right when they are measured. Without VNNI onnxruntime's kernels of signed integers saturate.
+    """
+    if errors.embedding <= limit:
+        return ""
+    return (
+        "\n  its kernels of integers give other masks here, as onnxruntime's of signed inputs do without VNNI: quantise"
+        "\n  with unsigned inputs (quantize.ranges=minmax), or open the file with session.disable_quant_qdq=1"
+    )
+
+
 def describe(plain: Sequence[Opened], own: Sequence[Opened], names: Sequence[str]) -> list[str]:
     """Lines about kernels and time of files, encoder and decoder, beside those of float32."""
     some = lambda counts: ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
