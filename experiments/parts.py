@@ -158,9 +158,15 @@ PARTS = {
         ({"teacher": "sam_small_v2"},),
     ),
     "distillers": Part(
-        7,
+        6.5,
         "distillers.jsonl",
-        (f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 300", "experiments.distillers table"),
-        ({"steps": 300},),
+        (
+            f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 300",
+            f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 300 --table weights --rates 1 --seeds 0",
+            f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 1600 --rates 3 --seeds 0 "
+            "--only 'mobile_sam, vit_small'",
+            "experiments.distillers table",
+        ),
+        ({"steps": 300}, {"steps": 1600}),
     ),
 }

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -136,7 +137,7 @@ def make(name: str, options: Options) -> None:
 def arguments_of(command: str, paths: Mapping[str, Any]) -> list[str]:
     """Returns the arguments of `python -m`; none if the command makes a model that is there."""
     # Split before paths are put in: they may hold blanks.
-    arguments = [word.format(**paths) for word in command.split()]
+    arguments = [word.format(**paths) for word in shlex.split(command)]
     out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else None
     return [] if out and (out / "config.json").is_file() else arguments
 
