@@ -162,11 +162,11 @@ PARTS = {
         "distillers.jsonl",
         (
             f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 300",
-            f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 300 --table weights --rates 1 --seeds 0",
+            f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 100 --table weights --rates 1 --seeds 0",
             f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 1600 --rates 3 --seeds 0 "
             "--only 'mobile_sam, vit_small'",
             "experiments.distillers table",
         ),
-        ({"steps": 300}, {"steps": 1600}),
+        ({"steps": 300}, {"steps": 100}, {"steps": 1600}),
     ),
 }

@@ -19,7 +19,16 @@ from slimsam_jax.data.samples import Lazy, Samples
 from slimsam_jax.data.sources import coco, folder, shards, tfds
 from slimsam_jax.errors import InputError, printable
 
-__all__ = ["Annotation", "Sample", "check_one_is_readable", "decode", "find", "read_image", "without_image"]
+__all__ = [
+    "Annotation",
+    "Sample",
+    "check_one_is_readable",
+    "decode",
+    "find",
+    "passed_by",
+    "read_image",
+    "without_image",
+]
 
 
 def find(locations: Sequence[str | Path]) -> Sequence[Sample]:
@@ -103,6 +112,12 @@ def without_image(locations: Sequence[str | Path]) -> list[str]:
         elif os.path.isfile(path) and path.suffix.lower() == ".tar":
             names += shards.without_image([path])
     return names
+
+
+def passed_by(locations: Sequence[str | Path]) -> list[str]:
+    """Lists files in folders that `find` does not read, because of their endings: HEIC of a phone, RAW of a camera."""
+    folders = [path for path in map(_path, locations) if os.path.isdir(path) and coco.in_folder(path) is None]
+    return [name for path in dict.fromkeys(folders) for name in folder.passed_by(path)]
 
 
 def embedded_images() -> Path:

@@ -104,22 +104,35 @@ def _holds(annotation: Annotation) -> bool:
     return x0 - 1 <= columns.start and y0 - 1 <= rows.start and columns.stop <= x1 + 2 and rows.stop <= y1 + 2
 
 
-def describe(samples: Sequence[Sample], findings: Sequence[Findings]) -> list[str]:
-    """Formats the findings as lines to print: counts first, then every problem."""
+def describe(samples: Sequence[Sample], findings: Sequence[Findings], passed_by: Sequence[str] = ()) -> list[str]:
+    """Formats the findings as lines to print: counts first, then every problem.
+
+    Args:
+      passed_by: names of files that nothing reads.
+    """
     sizes = [f.size for f in findings if f.size]
     masks = [f.masks for f in findings if f.masks]
-    suffixes = [PurePath(sample.name).suffix.lower() or "without suffix" for sample in samples if not sample.lost]
-    kinds = collections.Counter(printable(suffix, 20) for suffix in suffixes)
-    lines = [f"images: {len(samples)} ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})"]
+    lines = [f"images: {len(samples)} ({_kinds(sample.name for sample in samples if not sample.lost)})"]
     if sizes:
         areas = sorted(sizes, key=math.prod)
         smallest, middle, largest = (f"{w} x {h}" for h, w in (areas[0], areas[len(areas) // 2], areas[-1]))
         lines.append(f"pixels: {smallest} to {largest}, median {middle}")
     lines.append(f"annotated: {len(masks)} images with {sum(masks)} masks" if masks else "annotated: none")
+    if passed_by:
+        lines.append(
+            f"not read: {len(passed_by)} ({_kinds(passed_by)}); convert what is an image to one of these kinds"
+        )
     problems = [problem for f in findings for problem in f.problems]
     concerned = sum(bool(f.problems) for f in findings)
     lines.append(f"problems: {f'in {concerned} images' if problems else 'none'}")
     return lines + [f"  {problem}" for problem in problems]
+
+
+def _kinds(names: Iterable[str]) -> str:
+    """Counts endings, the most common first: "12 .jpg, 3 .png"."""
+    endings = (PurePath(name).suffix.lower() or "without suffix" for name in names)
+    kinds = collections.Counter(printable(ending, 20) for ending in endings)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(10))
 
 
 def draw_sheet(samples: Sequence[Sample], prompts: bool = True) -> Image.Image:

@@ -45,6 +45,16 @@ def test_a_sound_folder(folder, tmp_path, capsys):
     assert draw.ROW / 2 < len(sheet) < 2 * draw.ROW and tiles(sheet) == 4 and sheet.std() > 10
 
 
+def test_files_that_nothing_reads_are_counted(folder, capsys):
+    """A phone's folder has more of them than images; what is hidden or read counts for nothing."""
+    (folder / "sub").mkdir()
+    for name in ("a.HEIC", "sub/b.heic", "notes", ".hidden.heic", "left.json"):
+        (folder / name).write_bytes(b"x")
+    assert run("check", folder, folder) == 0
+    out = capsys.readouterr().out
+    assert "images: 3 (3 .jpg)" in out and "not read: 3 (2 .heic, 1 without suffix); convert" in out
+
+
 def tiles(sheet: np.ndarray) -> int:
     """How many images lie in the only row of a sheet, between columns that are white."""
     used = (sheet[draw.TITLE : draw.TITLE + draw.ROW // 2] < 255).any((0, 2))

@@ -33,6 +33,12 @@ def without_image(folder: Path) -> list[str]:
     return [str(path) for path in paths if _is_annotation_file(path)]
 
 
+def passed_by(folder: Path) -> list[str]:
+    """Lists files below a folder that are read by nothing here, hidden ones left out: they end otherwise."""
+    known = {*SUFFIXES, ".json", ".tar"}
+    return [str(path) for path, is_folder in walk(folder)[0] if path.suffix.lower() not in known and not is_folder]
+
+
 def tars(folder: Path) -> list[Path]:
     """Lists all shards below a folder, sorted, hidden ones left out."""
     return [path for path, is_folder in walk(folder)[0] if path.suffix == ".tar" and not is_folder]
