@@ -30,9 +30,9 @@ class Part(NamedTuple):
 
 
 # Hours: of pruning 120 s a run and of slimming 173, the medians of their rows, and a minute to measure; of distillers
-# 200 CPU seconds a run, of slimsam 330, and by counting 400 of edge_sam and 1000 of tiny_sam; of teachers two minutes a
-# row of cuts; of fair 120 s a run, and half a second for a step beyond 200; of teacher_card a second an image; of
-# quantization 15 s a row, and a second of slimming for a step; of others what a first part took.
+# 120 to 200 CPU seconds a run, of edge_sam 280, of slimsam 330, of tiny_sam 800; of teachers two minutes a row of cuts;
+# of fair 120 s a run, and half a second for a step beyond 200; of teacher_card a second an image; of quantization 15 s
+# a row, and a second of slimming for a step; of others what a first part took.
 PARTS = {
     "teacher_cache": Part(0.05, "", ("experiments.teacher_cache {shipped} {val} --limit 20",)),
     "how_it_works": Part(
@@ -158,13 +158,15 @@ PARTS = {
         ({"teacher": "sam_small_v2"},),
     ),
     "distillers": Part(
-        6.5,
+        7,
         "distillers.jsonl",
         (
             f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 300",
             f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 100 --table weights --rates 1 --seeds 0",
             f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 1600 --rates 3 --seeds 0 "
             "--only 'mobile_sam, vit_small'",
+            f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 1600 --limits 30 --seeds 0 "
+            "--rates 0.3333 --only 'default, 77 %'",
             "experiments.distillers table",
         ),
         ({"steps": 300}, {"steps": 100}, {"steps": 1600}),
