@@ -119,9 +119,7 @@ def describe(samples: Sequence[Sample], findings: Sequence[Findings], passed_by:
         lines.append(f"pixels: {smallest} to {largest}, median {middle}")
     lines.append(f"annotated: {len(masks)} images with {sum(masks)} masks" if masks else "annotated: none")
     if passed_by:
-        lines.append(
-            f"not read: {len(passed_by)} ({_kinds(passed_by)}); convert what is an image to one of these kinds"
-        )
+        lines.append(f"not read: {len(passed_by)} ({_kinds(passed_by)}); convert images among them to .jpg or .png")
     problems = [problem for f in findings for problem in f.problems]
     concerned = sum(bool(f.problems) for f in findings)
     lines.append(f"problems: {f'in {concerned} images' if problems else 'none'}")
@@ -129,7 +127,7 @@ def describe(samples: Sequence[Sample], findings: Sequence[Findings], passed_by:
 
 
 def _kinds(names: Iterable[str]) -> str:
-    """Counts endings, the most common first: "12 .jpg, 3 .png"."""
+    """Counts endings, the ten most common ones: "12 .jpg, 3 .png"."""
     endings = (PurePath(name).suffix.lower() or "without suffix" for name in names)
     kinds = collections.Counter(printable(ending, 20) for ending in endings)
     return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(10))
