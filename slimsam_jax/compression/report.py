@@ -175,8 +175,10 @@ def _plot_widths(axes: Any, teacher: Sam, slim: Sam, field: str, title: str) -> 
 
 
 def _plot_parameters(axes: Any, name: str, sam: Sam) -> None:
-    """Of the parts of an image encoder of any family."""
-    parts = sam.params["image_encoder"]
-    axes.bar(np.arange(len(parts)), [sam_costs.parameters({part: parts[part]}) / 1e3 for part in parts])
+    """Of the parts of an image encoder of any family, blocks by their numbers."""
+    numbered = lambda part: [(word.isdigit(), int(word) if word.isdigit() else word) for word in part.split("_")]
+    tree = sam.params["image_encoder"]
+    parts = sorted(tree, key=numbered)
+    axes.bar(np.arange(len(parts)), [sam_costs.parameters({part: tree[part]}) / 1e3 for part in parts])
     axes.set(title=f"{name}: encoder parameters, thousands")
-    axes.set_xticks(np.arange(len(parts)), list(parts), rotation=90, fontsize=6)
+    axes.set_xticks(np.arange(len(parts)), parts, rotation=90, fontsize=6)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from helpers.images import samples, save_image, truncated, write_annotation
@@ -124,6 +125,21 @@ def test_prompts_lie_on_what_is_annotated(decoder, tmp_path):
     assert len(shown) == 2 and len(decoder[1]) == showcase.GRID**2
     objects = {tuple(point) for point in decoder[0]}
     assert len(objects) < 10 and {tuple(point) for point in shown[0].points} <= objects
+
+
+def test_the_report_draws_blocks_by_their_numbers():
+    """The tenth behind the ninth, whatever order the tree has."""
+    parts = {f"blocks_{i}": np.zeros(10 + i) for i in (0, 1, 10, 11, 2, 9)} | {
+        "neck_0": np.zeros(1),
+        "pos_embed": np.zeros(2),
+    }
+    figure = Figure()
+    axes = figure.subplots()
+    report._plot_parameters(axes, "slim", SimpleNamespace(params={"image_encoder": parts}))
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["blocks_0", "blocks_1", "blocks_2", "blocks_9", "blocks_10", "blocks_11", "neck_0", "pos_embed"]
+    heights = [1000 * bar.get_height() for bar in axes.patches]
+    np.testing.assert_allclose(heights, [10, 11, 12, 19, 20, 21, 1, 2])
 
 
 def test_the_report_says_size_time_and_agreement():
