@@ -158,10 +158,12 @@ PARTS = {
         ({"teacher": "sam_small_v2"},),
     ),
     "distillers": Part(
-        7,
+        7.7,
         "distillers.jsonl",
         (
             f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 300",
+            f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 300 --limits 30 "
+            "--only 'default, 90 %' 'slimsam, 90 %'",
             f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 100 --table weights --rates 1 --seeds 0",
             f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 1600 --rates 3 --seeds 0 "
             "--only 'mobile_sam, vit_small'",
