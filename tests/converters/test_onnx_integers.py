@@ -86,10 +86,10 @@ def test_embeddings_are_those_of_jax(span, bits, input_bits, suffix, kernel, div
     expected = np.asarray(encode(own.config, own.params, IMAGE, np.array([[64, 64]])))
     in_floats, opened = (kernels.Opened(tmp_path / "encoder.onnx", kind) for kind in (False, True))
     for each in (in_floats, opened):
-        if each is opened and span is SYMMETRIC and not vnni():
-            continue
         (embedding,) = each.run(None, {"images": IMAGE.transpose(0, 3, 1, 2)})
-        np.testing.assert_allclose(embedding.transpose(0, 2, 3, 1), expected, atol=3e-6 * np.abs(expected).max())
+        saturates = each is opened and span is SYMMETRIC and not vnni()
+        atol = (0.2 if saturates else 3e-6) * np.abs(expected).max()
+        np.testing.assert_allclose(embedding.transpose(0, 2, 3, 1), expected, atol=atol)
     # Of signed inputs that q, k and v share, onnxruntime computes the products in float32.
     assert opened.counts == {kernel: INSIDE - 3 * (span is SYMMETRIC)}
     assert integers.suffix_of(own) == suffix

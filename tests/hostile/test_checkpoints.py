@@ -33,7 +33,7 @@ from slimsam_jax.models.config import Config
 
 SQUARE = tiny_config(image_size=(64, 64))
 LEAST = {"archive": 30, "pickle": 60, "tensor": 60, "module": 10, "model": 30, "file": 10, "ours": 200, "theirs": 90}
-SECONDS, MEGABYTES = 3, 500  # of a core; the same run took 434 and 1,108 seconds on two that tests have met
+SECONDS, MEGABYTES = 1, 500
 pytestmark = pytest.mark.xdist_group("hostile checkpoints")  # so that they are made once
 
 fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -98,12 +98,13 @@ def results(tmp_path_factory, good):
     """{class: {what is wrong: what the command said and took}}, all by one process with little memory."""
     root = tmp_path_factory.mktemp("hostile")
     paths = write_all(root, good)
-    given = json.dumps([str(path) for path in paths.values()])
+    sound_first = sorted(paths, key=lambda key: key[0] != "good")  # they pay for imports, and for JAX's first use
+    given = json.dumps([str(paths[key]) for key in sound_first])
     done = subprocess.run(
         [sys.executable, "-m", "helpers.hostile.models_worker"], input=given, cwd=root, capture_output=True, text=True
     )
     lines = {found["path"]: found for found in map(json.loads, done.stdout.splitlines())}
-    first = next((key for key, path in paths.items() if str(path) not in lines), None)
+    first = next((key for key in sound_first if str(paths[key]) not in lines), None)
     assert first is None, f"{first} ended the process with {done.returncode}: {done.stderr[-500:]}"
     assert not list(root.rglob("PWNED"))
     found = {kind: {} for kind, _ in paths}
