@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 from slimsam_jax.data.sample import Annotation, Sample, check_one_is_readable, decode, read_image
 from slimsam_jax.data.samples import Lazy, Samples
@@ -21,14 +22,41 @@ from slimsam_jax.errors import InputError, printable
 
 __all__ = [
     "Annotation",
+    "Found",
     "Sample",
     "check_one_is_readable",
     "decode",
     "find",
-    "passed_by",
+    "look",
     "read_image",
-    "without_image",
 ]
+
+
+Part = Sequence[Sample] | Path  # samples, or a tar that is not opened yet
+
+
+class Found(NamedTuple):
+    """What some locations hold.
+
+    Attributes:
+      samples: all images, each once.
+      folders: the contents of those locations that are folders, but for COCO's.
+      tars: all shards.
+    """
+
+    samples: Sequence[Sample]
+    folders: list[folder.Contents]
+    tars: list[Path]
+
+    def without_image(self) -> list[str]:
+        """Reads and lists SA-1B annotations in folders and shards whose image is missing: they are no samples."""
+        paths = dict.fromkeys(path for each in self.folders for path in each.alone)
+        alone = [str(path) for path in paths if folder.is_annotation_file(path)]
+        return [*alone, *shards.without_image(self.tars)]
+
+    def others(self) -> list[str]:
+        """Lists files in folders that nothing reads, because of their endings: HEIC of a phone, RAW of a camera."""
+        return list(dict.fromkeys(str(path) for each in self.folders for path in each.others))
 
 
 def find(locations: Sequence[str | Path]) -> Sequence[Sample]:
@@ -43,46 +71,56 @@ def find(locations: Sequence[str | Path]) -> Sequence[Sample]:
     Raises:
       InputError: a location is missing, of another kind, or holds no image.
     """
+    return look(locations).samples
+
+
+def look(locations: Sequence[str | Path]) -> Found:
+    """As `find`, with what lies beside the images. Folders are walked over and COCO files read once.
+
+    Raises:
+      InputError: see `find`.
+    """
     if not locations:
         raise InputError("no folder of images is given, nor anything else that holds some")
-    opened: list[list[Sequence[Sample] | Path]] = []  # of each location, tars as paths, to be opened together
+    opened: list[tuple[list[Part], list[folder.Contents]]] = []  # of each location
     for location in map(str, locations):
         if not location.strip():
             raise InputError("the name of a folder of images is empty")
         opened.append(_open(location))
-    tars = shards.samples(list(dict.fromkeys(part for parts in opened for part in parts if isinstance(part, Path))))
-    for location, parts in zip(locations, opened, strict=True):
-        if not any(map(len, _without_paths(parts, tars))):
+    parts = [part for of_one, _ in opened for part in of_one]
+    paths = list(dict.fromkeys(part for part in parts if isinstance(part, Path)))
+    tars = shards.samples(paths)
+    for location, (of_one, _) in zip(locations, opened, strict=True):
+        if not any(map(len, _without_paths(of_one, tars))):
             kinds = ", ".join(sorted(folder.SUFFIXES))
             raise InputError(f"{printable(location)} holds no images ({kinds}; convert others, such as .heic, first)")
-    return _each_once([part for parts in opened for part in parts], tars)
+    return Found(_each_once(parts, tars), [contents for _, folders in opened for contents in folders], paths)
 
 
-def _open(location: str) -> list[Sequence[Sample] | Path]:
-    """Lists the samples of a location; of a tar its path, instead."""
+def _open(location: str) -> tuple[list[Part], list[folder.Contents]]:
+    """Lists the samples of a location, or the path of a tar, as all are opened together; and what a folder holds."""
     if location.startswith("tfds:"):
-        return [tfds.samples(_path(location.removeprefix("tfds:")))]
+        return [tfds.samples(_path(location.removeprefix("tfds:")))], []
     path = _path(location)
     if os.path.isdir(path):
         listed = coco.in_folder(path)
-        return [folder.samples(path), *folder.tars(path)] if listed is None else [listed]
+        if listed is not None:
+            return [listed], []
+        contents = folder.contents(path)
+        return [contents.samples, *contents.tars], [contents]
     if os.path.isfile(path) and path.suffix.lower() == ".json":
-        return [coco.samples(path)]
+        return [coco.samples(path)], []
     if os.path.isfile(path) and path.suffix.lower() in shards.SUFFIXES:
-        return [path]
+        return [path], []
     problem = "is not" if os.path.exists(path) else "does not exist; give"
     raise InputError(f"{printable(location)} {problem} a folder of images, a .tar of them, a COCO .json or tfds:DIR")
 
 
-def _without_paths(
-    parts: Sequence[Sequence[Sample] | Path], tars: Mapping[Path, list[Sequence[Sample]]]
-) -> list[Sequence[Sample]]:
+def _without_paths(parts: Sequence[Part], tars: Mapping[Path, list[Sequence[Sample]]]) -> list[Sequence[Sample]]:
     return [each for part in parts for each in (tars[part] if isinstance(part, Path) else [part])]
 
 
-def _each_once(
-    parts: Sequence[Sequence[Sample] | Path], tars: Mapping[Path, list[Sequence[Sample]]]
-) -> Sequence[Sample]:
+def _each_once(parts: Sequence[Part], tars: Mapping[Path, list[Sequence[Sample]]]) -> Sequence[Sample]:
     """All samples, each once: names in a tar begin with its path, so that no other place has them."""
     first = list({part if isinstance(part, Path) else id(part): part for part in parts}.values())
     known: set[Sample] = set()
@@ -100,24 +138,6 @@ def _each_once(
 def _path(location: str | Path) -> Path:
     """Expands ~ in a location, which may also name a user whom there is not."""
     return Path(os.path.expanduser(location))
-
-
-def without_image(locations: Sequence[str | Path]) -> list[str]:
-    """Lists SA-1B annotations in folders and shards whose image is missing, so that `find` passes them by."""
-    names: list[str] = []
-    for path in map(_path, locations):
-        if os.path.isdir(path) and coco.in_folder(path) is None:
-            names += folder.without_image(path)
-            names += shards.without_image(folder.tars(path))
-        elif os.path.isfile(path) and path.suffix.lower() == ".tar":
-            names += shards.without_image([path])
-    return names
-
-
-def passed_by(locations: Sequence[str | Path]) -> list[str]:
-    """Lists files in folders that `find` does not read, because of their endings: HEIC of a phone, RAW of a camera."""
-    folders = [path for path in map(_path, locations) if os.path.isdir(path) and coco.in_folder(path) is None]
-    return [name for path in dict.fromkeys(folders) for name in folder.passed_by(path)]
 
 
 def embedded_images() -> Path:

@@ -31,7 +31,7 @@ def check(locations: Locations, sheet: Path | None = None, distributed: str | No
         under SLURM or MPI; or HOST:PORT,PROCESSES,INDEX, where HOST:PORT is a free port of process 0, which prints.
     """
     from slimsam_jax.data import check as checks
-    from slimsam_jax.data import find, passed_by, without_image
+    from slimsam_jax.data import look
 
     if sheet:
         check_file(sheet)
@@ -39,10 +39,11 @@ def check(locations: Locations, sheet: Path | None = None, distributed: str | No
         from slimsam_jax import sharding
 
         sharding.join_processes(distributed)
-    samples, alone = find(locations), without_image(locations)
+    found = look(locations)
+    samples, alone = found.samples, found.without_image()
     findings = checks.check_together(samples) if distributed else checks.check(samples)
     if not distributed or sharding.is_main():
-        print("\n".join(checks.describe(samples, findings, passed_by(locations))))
+        print("\n".join(checks.describe(samples, findings, found.others())))
         print("".join(f"{printable(name)} annotates no image: there is none of its name\n" for name in alone), end="")
         if sheet:
             draw(samples, sheet)

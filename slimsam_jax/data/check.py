@@ -104,11 +104,11 @@ def _holds(annotation: Annotation) -> bool:
     return x0 - 1 <= columns.start and y0 - 1 <= rows.start and columns.stop <= x1 + 2 and rows.stop <= y1 + 2
 
 
-def describe(samples: Sequence[Sample], findings: Sequence[Findings], passed_by: Sequence[str] = ()) -> list[str]:
+def describe(samples: Sequence[Sample], findings: Sequence[Findings], others: Sequence[str] = ()) -> list[str]:
     """Formats the findings as lines to print: counts first, then every problem.
 
     Args:
-      passed_by: names of files that nothing reads.
+      others: names of files that nothing reads.
     """
     sizes = [f.size for f in findings if f.size]
     masks = [f.masks for f in findings if f.masks]
@@ -118,8 +118,8 @@ def describe(samples: Sequence[Sample], findings: Sequence[Findings], passed_by:
         smallest, middle, largest = (f"{w} x {h}" for h, w in (areas[0], areas[len(areas) // 2], areas[-1]))
         lines.append(f"pixels: {smallest} to {largest}, median {middle}")
     lines.append(f"annotated: {len(masks)} images with {sum(masks)} masks" if masks else "annotated: none")
-    if passed_by:
-        lines.append(f"not read: {len(passed_by)} ({_kinds(passed_by)}); convert images among them to .jpg or .png")
+    if others:
+        lines.append(f"not read: {len(others)} ({_kinds(others)}); convert images among them to .jpg or .png")
     problems = [problem for f in findings for problem in f.problems]
     concerned = sum(bool(f.problems) for f in findings)
     lines.append(f"problems: {f'in {concerned} images' if problems else 'none'}")

@@ -13,7 +13,7 @@ from PIL import Image
 from helpers.images import samples, save_image, truncated, write_annotation
 from slimsam_jax import cli
 from slimsam_jax.data import __main__ as commands
-from slimsam_jax.data import check, find
+from slimsam_jax.data import check, find, sources
 from slimsam_jax.imaging import draw
 
 
@@ -53,6 +53,19 @@ def test_files_that_nothing_reads_are_counted(folder, capsys):
     assert run("check", folder, folder) == 0
     out = capsys.readouterr().out
     assert "images: 3 (3 .jpg)" in out and "not read: 3 (2 .heic, 1 without suffix); convert" in out
+
+
+def test_folders_are_walked_over_and_coco_read_once(folder, tmp_path, monkeypatch, capsys):
+    """Millions of files on a network's disk, or the gigabyte of LVIS, take minutes each time."""
+    images = [{"id": 1, "file_name": "x.png", "height": 20, "width": 30}]
+    save_image(tmp_path / "coco" / "x.png", 20, 30)
+    (tmp_path / "coco" / "annotations.json").write_text(json.dumps({"images": images, "annotations": []}))
+    seen = []
+    for module, name in ((sources.folder, "walk"), (sources.coco, "read")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path, original=original: seen.append(path) or original(path))
+    assert run("check", folder, tmp_path / "coco") == 0
+    assert seen == [folder, tmp_path / "coco" / "annotations.json"] and "images: 4" in capsys.readouterr().out
 
 
 def tiles(sheet: np.ndarray) -> int:

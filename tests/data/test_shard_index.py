@@ -71,7 +71,7 @@ def test_a_second_start_walks_over_nothing(tars, kept, walks):
     assert sorted(walks) == ["0.tar", "1.tar", "odd.tar"] and len(first) == 9 and len(list(kept.iterdir())) == 3
     walks.clear()
     assert str(everything_of(data.find([tars]))) == str(first) and not walks
-    assert data.without_image([tars]) == [f"{tars}/{i}.tar/alone.json" for i in range(2)] and not walks
+    assert data.look([tars]).without_image() == [f"{tars}/{i}.tar/alone.json" for i in range(2)] and not walks
     os.utime(tars / "1.tar", (2, 2))
     with (tars / "0.tar").open("ab") as file:
         file.write(bytes(512))

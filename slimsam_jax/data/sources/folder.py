@@ -6,7 +6,7 @@ import functools
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slimsam_jax.data.sample import MOST_BYTES, Sample, lost
 from slimsam_jax.errors import InputError
@@ -17,31 +17,32 @@ MOST_OF_ANNOTATION = 2**23  # bytes; a large one of SA-1B has one or two million
 MOST_VALUES = 2**21  # in it: a value of two bytes takes a hundred in Python
 
 
-def samples(folder: Path) -> list[Sample]:
-    """Lists all images below a folder, sorted, hidden files left out."""
+class Contents(NamedTuple):
+    """What lies below a folder, sorted, hidden files left out.
+
+    Attributes:
+      samples: images, and folders that cannot be listed.
+      tars: shards.
+      alone: .json files beside which there is no image; of SA-1B or not.
+      others: files that nothing reads, by their endings.
+    """
+
+    samples: list[Sample]
+    tars: list[Path]
+    alone: list[Path]
+    others: list[Path]
+
+
+def contents(folder: Path) -> Contents:
+    """Lists what lies below a folder, walked over once."""
     paths, unlisted = walk(folder)
-    images, annotated = _files(paths)
-    unreadable = [lost(name, reason) for name, reason in unlisted]
-    return [sample(p, p.with_suffix("") in annotated) for p in images] + unreadable
-
-
-def without_image(folder: Path) -> list[str]:
-    """Lists the annotations of SA-1B below a folder beside which there is no image. Other .json files are none."""
-    images, annotated = _files(walk(folder)[0])
-    alone = annotated - {p.with_suffix("") for p in images}
-    paths = sorted(p.with_name(f"{p.name}.json") for p in alone)
-    return [str(path) for path in paths if _is_annotation_file(path)]
-
-
-def passed_by(folder: Path) -> list[str]:
-    """Lists files below a folder that are read by nothing here, hidden ones left out: they end otherwise."""
-    known = {*SUFFIXES, ".json", ".tar"}
-    return [str(path) for path, is_folder in walk(folder)[0] if path.suffix.lower() not in known and not is_folder]
-
-
-def tars(folder: Path) -> list[Path]:
-    """Lists all shards below a folder, sorted, hidden ones left out."""
-    return [path for path, is_folder in walk(folder)[0] if path.suffix == ".tar" and not is_folder]
+    files = [path for path, is_folder in paths if not is_folder]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    annotated = {path.with_suffix("") for path, _ in paths if path.suffix == ".json"}
+    samples = [sample(p, p.with_suffix("") in annotated) for p in images] + [lost(*each) for each in unlisted]
+    alone = sorted(path.with_name(f"{path.name}.json") for path in annotated - {p.with_suffix("") for p in images})
+    others = [path for path in files if path.suffix.lower() not in {*SUFFIXES, ".json", ".tar"}]
+    return Contents(samples, [path for path in files if path.suffix == ".tar"], alone, others)
 
 
 def walk(folder: Path) -> tuple[list[tuple[Path, bool]], list[tuple[str, str]]]:
@@ -72,12 +73,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
-
-
-def _files(paths: list[tuple[Path, bool]]) -> tuple[list[Path], set[Path]]:
-    """Picks the images out of the paths of `walk`, and what has a .json, without that suffix."""
-    annotated = {path.with_suffix("") for path, _ in paths if path.suffix == ".json"}
-    return [path for path, is_folder in paths if path.suffix.lower() in SUFFIXES and not is_folder], annotated
 
 
 def sample(path: Path, annotated: bool) -> Sample:
@@ -118,7 +113,8 @@ def _parse(content: bytes) -> Any:
     return json.loads(content)
 
 
-def _is_annotation_file(path: Path) -> bool:
+def is_annotation_file(path: Path) -> bool:
+    """Tells whether a file, which may be anything, is one of SA-1B's annotations."""
     try:
         return is_annotation(read_bytes(path, MOST_OF_ANNOTATION))
     except InputError:  # a FIFO, a folder, or too large to be one

@@ -77,9 +77,11 @@ def check(polygons: Any, size: tuple[int, int]) -> int:
     polygons = enclosing(polygons)
     if len(polygons) > MOST_POLYGONS:
         raise ValueError(f"{len(polygons)} polygons of one object")
-    steps = sum(_steps(polygon, size) for polygon in polygons)
-    if steps > MOST_STEPS or steps * len(polygons) > MOST_UNITED:
-        raise ValueError(f"{len(polygons)} polygons with an outline of {steps // STEPS_PER_PIXEL} pixels")
+    steps = 0
+    for polygon in polygons:
+        steps += _steps(polygon, size)
+        if steps > MOST_STEPS or steps * len(polygons) > MOST_UNITED:
+            raise ValueError(f"{len(polygons)} polygons with an outline of {steps // STEPS_PER_PIXEL} pixels and more")
     return steps
 
 
