@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 WORK = "--teacher {shipped} --images {images} --val {val}"
-# Files of results that no part makes: trainings of nights.
-ARCHIVE = ("reference.jsonl",)
+# Files of results that no part makes: trainings of nights, and what compares rows with kept ones.
+ARCHIVE = ("reference.jsonl", "spot_checks.jsonl")
 
 
 class Part(NamedTuple):

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -49,6 +50,7 @@ BESIDE = (
             "release",
             "remake",
             "ship",
+            "spot_checks",
             "tables",
             "tiny_vit_end_to_end",
         )
@@ -142,14 +144,15 @@ def arguments_of(command: str, paths: Mapping[str, Any]) -> list[str]:
     return [] if out and (out / "config.json").is_file() else arguments
 
 
-def run(arguments: list[str], name: str) -> str:
-    """Returns what a program prints, line by line as it does.
+def run(arguments: list[str], name: str, **variables: str) -> str:
+    """Returns what a program prints, line by line as it does; `variables` are of its environment.
 
     Raises:
       RunError: it failed.
     """
     lines = []
-    with subprocess.Popen([sys.executable, "-m", *arguments], stdout=subprocess.PIPE, text=True) as process:
+    command, env = [sys.executable, "-m", *arguments], os.environ | variables
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         for line in process.stdout or ():
             print(line, end="", flush=True)
             lines.append(line)

@@ -18,7 +18,8 @@ import jax
 from slimsam_jax.errors import InputError
 from slimsam_jax.files import replacing
 
-FOLDER = Path(__file__).parent / "results"
+ELSEWHERE = "SLIMSAM_JAX_RESULTS"  # variable of the environment: a folder to keep results in, for `spot_checks`
+FOLDER = Path(os.environ.get(ELSEWHERE) or Path(__file__).parent / "results")
 TABLE_FOLDER = Path(__file__).parent / "tables"
 NAMES = {"sam_small_256": "small v1", "sam_small_v2": "small v2"}  # of teachers, by their files and folders
 UNCOMMITTED = "†"
@@ -40,7 +41,8 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str:
     """Returns the commit of the checkout, with "-dirty" if a Python file differs from it or is new."""
-    git = lambda *arguments: subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=FOLDER.parent)
+    here = Path(__file__).parent
+    git = lambda *arguments: subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=here)
     changed = git("status", "--porcelain", "--", ":/*.py").stdout.strip()
     return git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if changed else "")
 

@@ -14,6 +14,7 @@ import pytest
 
 from experiments import remake, results
 from experiments.parts import ARCHIVE, PARTS, Part
+from experiments.spot_checks import SPOTS
 from slimsam_jax import cli, data
 from slimsam_jax.errors import InputError, RunError
 
@@ -198,6 +199,7 @@ def test_every_file_of_results_is_made_by_a_part():
 
 
 EACH = {command: name for name, part in PARTS.items() for command in part.commands}
+EACH |= {spot.command: name for name, spot in SPOTS.items()}
 
 
 @pytest.mark.parametrize("command", EACH, ids=lambda command: command.removeprefix("experiments."))
