@@ -221,7 +221,7 @@ def line_of(name: str) -> str:
 
 
 def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=results.FOLDER.parents[1])
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=results.CHECKOUT)
 
 
 HEAD = f"{'part':<21} {'hours':>6}  {'file':<27} {'of this code':<18}"

@@ -19,7 +19,8 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.files import replacing
 
 ELSEWHERE = "SLIMSAM_JAX_RESULTS"  # variable of the environment: a folder to keep results in, for `spot_checks`
-FOLDER = Path(os.environ.get(ELSEWHERE) or Path(__file__).parent / "results")
+CHECKOUT = Path(__file__).parents[1]
+FOLDER = Path(os.environ.get(ELSEWHERE) or CHECKOUT / "experiments" / "results")
 TABLE_FOLDER = Path(__file__).parent / "tables"
 NAMES = {"sam_small_256": "small v1", "sam_small_v2": "small v2"}  # of teachers, by their files and folders
 UNCOMMITTED = "†"
@@ -41,8 +42,7 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str:
     """Returns the commit of the checkout, with "-dirty" if a Python file differs from it or is new."""
-    here = Path(__file__).parent
-    git = lambda *arguments: subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=here)
+    git = lambda *arguments: subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=CHECKOUT)
     changed = git("status", "--porcelain", "--", ":/*.py").stdout.strip()
     return git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if changed else "")
 

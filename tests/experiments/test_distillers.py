@@ -89,7 +89,7 @@ def test_code_that_no_commit_holds_is_refused(tmp_path, monkeypatch):
     (tmp_path / "code.py").write_text("1")
     git("add", ".")
     git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "first")
-    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(results, "CHECKOUT", tmp_path)
     (tmp_path / "results" / "rows.jsonl").write_text("{}")
     results.check_committed()
     (tmp_path / "new.py").write_text("2")

@@ -38,6 +38,7 @@ def checkout(tmp_path, monkeypatch):
         git("commit", "-q", "-m", "x")
         return remake.git("rev-parse", "--short", "HEAD").stdout.strip()
 
+    monkeypatch.setattr(results, "CHECKOUT", tmp_path)
     monkeypatch.setattr(results, "FOLDER", folder)
     monkeypatch.setattr(remake, "LEDGER", folder / "remade.jsonl")
     monkeypatch.setattr(results, "machine", lambda: {"commit": remake.git("rev-parse", "HEAD").stdout.strip()})
