@@ -58,7 +58,7 @@ class Optimizer(Record):
       reduction: of gradients over a step's images. "sum" is the reference's: it adds up four images' and does not
         divide, from which Adam takes everything but its epsilon.
       clip: the largest norm of all gradients together; 0 for no limit, as the reference.
-      weight_decay: AdamW's; 0 is Adam, as the reference.
+      weight_decay: AdamW's, of kernels alone: not of biases, norms, positions or tokens. 0 is Adam, as the reference.
       ema: share that an exponential moving average of the weights keeps at each step, 0.999 say. The average is then
         what is validated and kept; 0 for none, as the reference.
       steps: so many, however many images there are and whatever the command says, unless it says 0; 0 for `epochs`.

@@ -84,6 +84,8 @@ def recalibrated(run: Run, planned: Planned, student: Sam) -> Sam:
     """
     if planned.step.batch_norm == "frozen" or planned.before:
         return student
+    if planned.step.batch_norm == "auto" and run.start:  # its weights have learned with the statistics that they have
+        return student
     if not getattr(student.config.encoder, "batch_norm", False):  # "recalibrated" was refused (`prepare`)
         return student
     options, size = run.options, student.config.image_size

@@ -16,8 +16,11 @@ import jax
 
 from slimsam_jax import sharding
 from slimsam_jax.data import Sample
+from slimsam_jax.data.prompted import learnable
+from slimsam_jax.data.samples import Samples
 from slimsam_jax.errors import InputError, RunError, reading, writing
 from slimsam_jax.files import write_json
+from slimsam_jax.imaging import rle
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.progress import track
@@ -25,10 +28,11 @@ from slimsam_jax.progress import track
 SIDE = 16  # of the grid of points: a quarter of the original's 32 x 32, for several masks of an image are enough
 
 
-def with_masks(samples: Sequence[Sample], teacher: Sam, folder: Path) -> list[Sample]:
+def with_masks(samples: Sequence[Sample], teacher: Sam, folder: Path) -> Sequence[Sample]:
     """The samples that have masks to learn from: annotated ones as they are, others with the teacher's.
 
-    Images in which it finds nothing are left out, and counted; each process searches its share.
+    Images in which it finds nothing to learn from are left out, and counted; each process searches its share. Of shards
+    that are annotated throughout no sample is made.
 
     Args:
       folder: of the teacher's masks; made if it is not there.
@@ -36,6 +40,8 @@ def with_masks(samples: Sequence[Sample], teacher: Sam, folder: Path) -> list[Sa
     Raises:
       RunError: there is none.
     """
+    if isinstance(samples, Samples) and len(samples.annotated()) == len(samples):
+        return samples
     files = {sample: _file(folder, sample) for sample in samples if _is_bare(sample)}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,8 +99,11 @@ def _search(generator: SamAutomaticMaskGenerator, sample: Sample, file: Path) ->
         image = sample.image()
     except InputError:
         return
+    found, config = generator.generate(image), generator.sam.config
+    size = tuple(config.frame.place(image)[1])
+    usable = [row for row in found if learnable(rle.decode(row["segmentation"]), size, config) is not None]
     with writing(file):
-        write_json(file, {"annotations": generator.generate(image)})
+        write_json(file, {"annotations": usable})
 
 
 def _annotated(sample: Sample, file: Path | None) -> Sample | None:

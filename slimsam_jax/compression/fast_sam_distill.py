@@ -29,7 +29,7 @@ from slimsam_jax.distillation.losses import Features, Weights
 from slimsam_jax.distillation.step import init_state, make_optimizer, make_step
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation.scores import relative_error
-from slimsam_jax.models.encoders.layers import learning, recalibrate
+from slimsam_jax.models.encoders.layers import kernels, recalibrate
 from slimsam_jax.models.fast_sam import Config, FastSam, Network, Outputs
 from slimsam_jax.training.loop import Trainer
 
@@ -109,7 +109,7 @@ class FastSamDistillation(Distillation):
     def trained(self, run: Run, student: FastSam, previous: FastSam) -> Trainer:
         step, options = self.distill, run.options
         mesh, how = sharding.make_mesh(options.fsdp), step.optimizer
-        optimizer = make_optimizer(how.clip, how.weight_decay, learning)
+        optimizer = make_optimizer(how.clip, how.weight_decay, kernels)
         of = lambda model: functools.partial(features, model.config, run.dtype)
         slim, teacher = of(student), of(run.teacher)
         train_step = make_step(

@@ -21,7 +21,7 @@ from slimsam_jax.compression.trainer import without_norms
 from slimsam_jax.data import Sample
 from slimsam_jax.data.prompted import MaskBatches
 from slimsam_jax.distillation.step import init_state, make_optimizer, make_update
-from slimsam_jax.models.encoders.layers import learning
+from slimsam_jax.models.encoders.layers import kernels
 from slimsam_jax.models.relative_attention import Form
 from slimsam_jax.models.sam import Architecture, Sam, run_encoder
 from slimsam_jax.training.loop import Trainer
@@ -81,7 +81,7 @@ def make_trainer(
     """
     mesh = sharding.make_mesh(fsdp)
     how = step.optimizer
-    optimizer = make_optimizer(how.clip, how.weight_decay, learning)
+    optimizer = make_optimizer(how.clip, how.weight_decay, kernels)
     encode = functools.partial(run_encoder, dtype=dtype, mesh=mesh, attention=attention)
     gradients = functools.partial(_gradients, encode, step, student.config, teacher.config)
     update = make_update(gradients, optimizer, parts, how.reduction, how.ema, mesh)

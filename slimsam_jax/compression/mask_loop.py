@@ -124,7 +124,8 @@ def compared(
         if weights:
             _, terms, _ = mask_losses.prompt_loss(seen, ours.iou, scene.masks, weights, groups)
         mask, truth = ours.logits[:, 0] > 0, scene.masks > 0.5
-    terms = {**terms, "overlap": mask_losses.overlap(jnp.where(mask & (scene.valid > 0), 1.0, -1.0), truth).mean()}
+    within = scene.valid > 0
+    terms = {**terms, "overlap": mask_losses.overlap(jnp.where(mask & within, 1.0, -1.0), truth & within).mean()}
     return terms | _by_decodings(step, scene, ours, theirs), mask, truth
 
 
@@ -134,12 +135,12 @@ def _by_decodings(step: DistillMasks, scene: Scene, ours: Decoded, theirs: Decod
     if step.losses.tokens:
         terms["tokens"] = absolute_error(ours.tokens, theirs.tokens)
     if step.losses.outputs:
-        weight = valid
+        weight: jax.Array | float = 1.0
         if step.losses.hard:
             inside = lambda logits: jnp.where(valid > 0, logits, OUTSIDE)
             ious = (mask_losses.overlap(inside(side.logits), scene.masks[:, None]) for side in (ours, theirs))
-            weight = valid * mask_losses.hardness(*ious)[..., None, None]
-        terms["outputs"] = absolute_error(ours.logits, theirs.logits, jax.lax.stop_gradient(weight))
+            weight = jax.lax.stop_gradient(mask_losses.hardness(*ious)[..., None, None])
+        terms["outputs"] = absolute_error(ours.logits, theirs.logits, weight, valid)
     return terms
 
 

@@ -29,7 +29,7 @@ from slimsam_jax.distillation.losses import Features, mse
 from slimsam_jax.distillation.step import TrainState, init_state, make_optimizer, make_step
 from slimsam_jax.errors import RunError
 from slimsam_jax.inference.decode import encode_image
-from slimsam_jax.models.encoders.layers import learning
+from slimsam_jax.models.encoders.layers import kernels
 from slimsam_jax.models.masked_decoder import MaskedDecoder
 from slimsam_jax.models.sam import Architecture, Params, Sam, encoder_for, preprocess, run_encoder
 from slimsam_jax.training.loop import Trainer
@@ -68,8 +68,8 @@ class Pretraining(StepTraining):
 
     def sam(self, state: TrainState) -> Sam:
         self.params = learned(state)  # with the decoder, for `score`
-        params = {**self.student.params, "image_encoder": self.params["image_encoder"]}
-        return dataclasses.replace(self.student, params=params)
+        encoder = self.student.params["image_encoder"] | self.params["image_encoder"]
+        return dataclasses.replace(self.student, params={**self.student.params, "image_encoder": encoder})
 
     def score(self, sam: Sam, step: int) -> dict[str, float]:
         """Minus the error of the prediction relative to its variance, for the same patches each time."""
@@ -105,7 +105,7 @@ def make_trainer(
       seed: of the decoder's first weights.
     """
     mesh, how, config = sharding.make_mesh(fsdp), step.optimizer, student.config
-    optimizer = make_optimizer(how.clip, how.weight_decay, learning)
+    optimizer = make_optimizer(how.clip, how.weight_decay, kernels)
     forward = functools.partial(predicted, step, config, dtype, mesh)
     train_step = make_step(
         lambda params, frozen, batch: forward(params, batch),
@@ -122,7 +122,9 @@ def make_trainer(
     tokens = jnp.zeros((1, seen_of(step, patches), config.encoder.embed_dim))
     begin = jax.jit(lambda: decoder.init(jax.random.key(seed), tokens, jnp.arange(patches)[None])["params"])
     first = jax.eval_shape(begin) if sharding.is_abstract(student.params) else begin()
-    state = init_state({"image_encoder": student.params["image_encoder"], "decoder": first}, optimizer, how.ema)
+    # No patch goes through the neck, so that no gradient comes to it, and weight decay alone would wear it away.
+    seen = {name: part for name, part in student.params["image_encoder"].items() if not name.startswith("neck")}
+    state = init_state({"image_encoder": seen, "decoder": first}, optimizer, how.ema)
     frozen = {} if known else {"teacher": sharding.cast(teacher.params["image_encoder"], dtype)}
     return Trainer(train_step, sharding.place(state, mesh), sharding.place(frozen, mesh), mesh)
 

@@ -138,7 +138,7 @@ class Distill(Record):
         "recalibrated": the first distillation of a run begins with statistics of its images, for weights drawn anew,
         or where a cut has taken channels from a model that learned with statistics of batches, as published ones. One
         that was distilled before has learned with statistics that stood still, and loses by others. "auto": that, of
-        families that have them.
+        families that have them, for weights that are drawn anew (no --student PATH).
       augment: what is done to images at random.
       validation: how the student is judged.
       quirks: of the reference.

@@ -73,9 +73,10 @@ class TeacherCache:
         except InputError as error:
             raise RunError(f"{error}; continue with --resume, and it is computed again") from None
 
-    def _read(self, file: Path) -> np.ndarray:
+    def _read(self, file: Path, lazily: bool = False) -> np.ndarray:
+        """Reads an array; lazily its header and size alone, as an embedding has two megabytes."""
         with reading(f"the cached embedding {file}"):
-            embedding = np.load(file, allow_pickle=False)
+            embedding = np.load(file, mmap_mode="r" if lazily else None, allow_pickle=False)
             if embedding.shape != self.layout.shape or embedding.dtype != self.layout.dtype:
                 raise ValueError(f"it is {embedding.dtype}{list(embedding.shape)}")
             return embedding
@@ -109,7 +110,7 @@ class TeacherCache:
         except InputError:
             return True  # the data stream names it and takes another
         try:
-            self._read(file)
+            self._read(file, lazily=True)
         except InputError:
             return False
         return True

@@ -15,7 +15,7 @@ from slimsam_jax.compression.steps import Distill
 from slimsam_jax.distillation import losses
 from slimsam_jax.distillation.step import init_state, make_optimizer, make_step
 from slimsam_jax.models.encoders import family_of
-from slimsam_jax.models.encoders.layers import learning
+from slimsam_jax.models.encoders.layers import kernels, learning
 from slimsam_jax.models.relative_attention import Form
 from slimsam_jax.models.sam import Architecture, Embedding, Params, Sam, decode, folded, in_training, run_encoder
 from slimsam_jax.quantization import any_quantized, training
@@ -53,7 +53,7 @@ def make_trainer(
       known: whether batches bring their targets, see `targets`.
     """
     mesh = sharding.make_mesh(fsdp)
-    optimizer = make_optimizer(step.optimizer.clip, step.optimizer.weight_decay, learning)
+    optimizer = make_optimizer(step.optimizer.clip, step.optimizer.weight_decay, kernels)
     encode = functools.partial(run_encoder, dtype=dtype, mesh=mesh, attention=attention)
     own = functools.partial(encode, attention=attention_of(student, attention))
     train_step = make_step(

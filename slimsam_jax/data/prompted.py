@@ -77,16 +77,23 @@ class MaskBatches(Batches):
     def _choose(
         self, annotations: Sequence[Annotation], framing: Framing, size: tuple[int, int], random: np.random.Generator
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Draws up to p masks, framed, in pixels and in the decoder's cells; each fills more than half of a cell."""
+        """Draws up to p masks, framed, in pixels and in the decoder's cells."""
         chosen: list[tuple[np.ndarray, np.ndarray]] = []
         for i in random.permutation(len(annotations)):
             mask = framing.of_mask(annotations[i].mask)
-            cells = coverage(mask, size, self.config) if mask.any() and mask.mean() <= LARGEST else np.zeros(1)
-            if (cells > 0.5).any():
+            if (cells := learnable(mask, size, self.config)) is not None:
                 chosen.append((mask, cells))
             if len(chosen) == self.prompts:
                 break
         return chosen
+
+
+def learnable(mask: np.ndarray, size: tuple[int, int], config: Config) -> np.ndarray | None:
+    """Returns `coverage` of a mask that can be learned from; None of one that is empty, too large, or lost in cells."""
+    if not mask.any() or mask.mean() > LARGEST:
+        return None
+    cells = coverage(mask, size, config)
+    return cells if (cells > 0.5).any() else None
 
 
 def first_prompt(

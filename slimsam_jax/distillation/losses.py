@@ -41,14 +41,20 @@ def map_mse(student: Tree, target: Tree, relative: bool = False) -> jax.Array:
     return sum(mse(student[name], target[name], relative) for name in target) / len(target)
 
 
-def absolute_error(student: jax.Array, target: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
+def absolute_error(
+    student: jax.Array, target: jax.Array, weight: jax.Array | float = 1.0, valid: jax.Array | float = 1.0
+) -> jax.Array:
     """Computes the mean absolute error, relative to the target's mean distance from its mean (1 = as bad as that).
 
     Args:
       weight: of each element, of a shape that broadcasts; 1 for all.
+      valid: share of each element that counts, in all three means; 0 for padding.
     """
-    scale = jnp.abs(target - target.mean()).mean()
-    return (weight * jnp.abs(student.astype(jnp.float32) - target)).mean() / jnp.maximum(scale, 1e-12)
+    valid = jnp.asarray(valid, jnp.float32)
+    count = jnp.maximum(valid.sum() * (target.size / valid.size), 1e-12)
+    mean = lambda x: (valid * x).sum() / count
+    scale = mean(jnp.abs(target - mean(target)))
+    return mean(weight * jnp.abs(student.astype(jnp.float32) - target)) / jnp.maximum(scale, 1e-12)
 
 
 def distillation_loss(student: Features, target: Features, weights: Weights, relative: bool = False):

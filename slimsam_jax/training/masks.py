@@ -23,6 +23,7 @@ from slimsam_jax.errors import RunError
 from slimsam_jax.evaluation.scores import single_mask_iou
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.config import Config
+from slimsam_jax.models.encoders.layers import kernels
 from slimsam_jax.models.sam import Params, Sam, run_encoder
 from slimsam_jax.training.loop import Loop, Schedule, Trainer
 from slimsam_jax.training.prompt_loop import Outputs, interactive_loss
@@ -173,11 +174,6 @@ def split(params: Params, freeze: Sequence[str] = ()) -> tuple[Params, Params]:
 def join(trained: Params, frozen: Params) -> Params:
     """Joins what `split` split."""
     return unflatten_dict({**flatten_dict(trained), **flatten_dict(frozen)})
-
-
-def kernels(params: Params) -> Params:
-    """Marks what weight decay is for: kernels, not biases, norms, positions or tokens."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def mious(sam: Sam, samples: Sequence[Sample]) -> dict[str, float]:

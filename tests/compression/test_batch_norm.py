@@ -75,7 +75,7 @@ def test_statistics_are_estimated_from_the_runs_images(tmp_path, monkeypatch):
     record = lambda module, params, batches: seen.extend(map(np.asarray, batches)) or {"new": params}
     monkeypatch.setattr(distill, "recalibrate", record)
     images = samples([save_image(tmp_path / f"{i}.png", seed=i) for i in range(7)])
-    run = SimpleNamespace(options=Options(importance_images=5), images=images, batch=2)
+    run = SimpleNamespace(options=Options(importance_images=5), images=images, batch=2, start=None)
     later, frozen = planned((Distill("none"), RECALIBRATED), [4, 4])[1], planned((Distill("none"),), [4])[0]
     assert distill.recalibrated(run, later, sam) is sam is distill.recalibrated(run, frozen, sam) and not seen
     without_steps = planned((Initialize(), RECALIBRATED), [0, 0])[1]  # --steps 0
@@ -83,6 +83,11 @@ def test_statistics_are_estimated_from_the_runs_images(tmp_path, monkeypatch):
     assert found.params["image_encoder"] == {"new": sam.params["image_encoder"]}
     assert [batch.shape for batch in seen] == [(2, 32, 48, 3)] * 2
     assert distill.distill(run, planned((Distill("none"),), [0])[0], sam, sam) is sam
+    auto = planned((Initialize(), Distill("none", batch_norm="auto")), [0, 0])[1]
+    assert distill.recalibrated(run, auto, sam).params["image_encoder"] == {"new": sam.params["image_encoder"]}
+    run.start = sam  # brought along, as --student PATH does
+    assert distill.recalibrated(run, auto, sam) is sam
+    assert distill.recalibrated(run, without_steps, sam) is not sam  # where it is asked for
     assert all(2 < np.abs(batch).max() < 3 and np.ptp(batch[..., 0]) > 0 for batch in seen)
     assert jax.tree.leaves(found.params["mask_decoder"])[0] is jax.tree.leaves(sam.params["mask_decoder"])[0]
 

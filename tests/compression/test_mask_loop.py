@@ -16,6 +16,8 @@ from slimsam_jax.compression import mask_loop
 from slimsam_jax.compression.mask_loop import Decoded, Scene, Side, chosen, clicked, compared, prompted_loss, taught
 from slimsam_jax.compression.mask_steps import DistillMasks, MaskLosses, Prompting
 from slimsam_jax.compression.prepare import check_prompts
+from slimsam_jax.distillation.losses import absolute_error
+from slimsam_jax.distillation.mask_losses import hardness, overlap
 from slimsam_jax.errors import InputError
 from slimsam_jax.imaging.prompts import ABSENT, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NOT_A_POINT
 from slimsam_jax.models import efficient_sam_head
@@ -98,8 +100,27 @@ def test_terms_of_a_round():
     assert same["tokens"] == same["outputs"] == 0 and same["overlap"] == 1
     plain, hard = (of(ours, theirs, outputs=1.0, hard=hard)["outputs"] for hard in (False, True))
     assert 0 < hard < plain  # each weight is below 1
+    weight = hardness(*(overlap(side.logits, masks[:, None]) for side in (ours, theirs)))[..., None, None]
+    np.testing.assert_allclose(hard, absolute_error(ours.logits, theirs.logits, weight), rtol=1e-6)
     # The teacher's masks are the targets of one, the annotations of the other.
     assert of(ours, theirs, dice=1.0)["dice"] != of(ours, theirs, "annotation", dice=1.0)["dice"]
+
+
+def test_padding_counts_in_no_term():
+    """What student and teacher make of what lies beside the image is anything."""
+    random = np.random.default_rng(4)
+    valid = np.ones((2, 8, 8), np.float32)
+    valid[:, 5:] = 0
+    beside = lambda logits: np.where(valid[:, None] > 0, logits, 100 * random.standard_normal(logits.shape))
+    ours, theirs, masks = decoded(0), decoded(1), np.float32(random.random((2, 8, 8)) < 0.5) * valid
+    other = [side._replace(logits=np.float32(beside(side.logits))) for side in (ours, theirs)]
+    losses = {"bce": 1.0, "dice": 1.0, "focal": 1.0, "iou": 1.0, "tokens": 1.0, "outputs": 1.0, "hard": True}
+    scene = Scene(None, masks, jnp.asarray(valid), jnp.array([True, False]))
+    for target in ("teacher", "annotation"):
+        step = DistillMasks(MaskLosses(**losses), Prompting(target=target))
+        before, after = (compared(step, SQUARE, scene, None, *sides)[0] for sides in ((ours, theirs), other))
+        for name, wanted in before.items():
+            np.testing.assert_allclose(after[name], wanted, rtol=1e-5, err_msg=f"{target} {name}")
 
 
 def a_batch(config, prompts: int = 2) -> dict[str, np.ndarray]:

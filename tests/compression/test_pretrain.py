@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from slimsam_jax.api import compress_with
 from slimsam_jax.compression.prepare import check_encoders
 from slimsam_jax.compression.pretrain import predicted, seen_of
 from slimsam_jax.compression.steps import Initialize, Optimizer, Pretrain, Validation
+from slimsam_jax.compression.student import initialize
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.composed import with_encoder
 from slimsam_jax.models.encoders.efficient_sam_vit import uniform
@@ -68,6 +70,19 @@ def test_it_runs_as_a_step_and_leaves_an_encoder(material, tmp_path, unmeasured)
     assert -10 < score < 0
     teacher = checkpoint.load(material / "teacher")
     assert slim.config.encoder == STUDENT and set(slim.params) == set(teacher.params)
+
+
+def test_the_neck_which_no_patch_goes_through_stays_as_it_is(material, tmp_path, unmeasured):
+    """To the bit, whatever the weight decay; and nothing but kernels decays where gradients are nothing."""
+    options = compress_options(material, tmp_path / "slim", steps=1, set=())
+    step = dataclasses.replace(SMALL, optimizer=Optimizer(epochs=1, lr=1e-3, weight_decay=100.0))
+    slim, teacher = compress_with(options, (Initialize(STUDENT), step)).sam, checkpoint.load(material / "teacher")
+    begun = initialize(
+        SimpleNamespace(options=options, start=None), SimpleNamespace(step=Initialize(STUDENT)), teacher, teacher
+    )
+    for name, part in begun.encoder.items():
+        same = jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), part, slim.encoder[name]))
+        assert same == name.startswith("neck"), name
 
 
 def test_an_encoder_that_cannot_leave_patches_out_is_refused():

@@ -56,7 +56,8 @@ def test_outputs_that_do_not_learn_count_nothing():
 
 
 def test_hard_masks_are_those_where_the_teacher_is_better():
-    np.testing.assert_allclose(hardness(np.array([0.5, 0.25]), np.array([0.5, 0.75])), [0.5, 0.88], atol=1e-2)
+    found = hardness(np.array([0.5, 0.25]), np.array([0.5, 0.75]))
+    np.testing.assert_allclose(found, [0.499501, 0.8795365], atol=1e-6)  # sigmoids of 0.5/0.501 - 1 and 0.75/0.251 - 1
     assert hardness(np.array(0.0), np.array(0.0)) < 0.5 < hardness(np.array(0.0), np.array(0.1))
 
 
@@ -66,3 +67,17 @@ def test_absolute_errors_are_relative_to_the_target():
     assert absolute_error(10 * target + 10, 10 * target) == 0.5
     assert absolute_error(target + 1, target, jnp.array([[2.0], [0.0]])) == 0.5
     assert absolute_error(jnp.full((2, 2), 3.0), target) == 1
+
+
+def test_absolute_errors_leave_padding_out_of_all_means():
+    """As if it were not there, whatever lies in it; a cell that is half in the image counts half."""
+    random = np.random.default_rng(0)
+    student, target, weight = (random.standard_normal((2, 3, 4, 6)).astype(np.float32) for _ in range(3))
+    valid = np.ones((2, 1, 4, 6), np.float32)
+    valid[..., 4:] = 0
+    inside = absolute_error(student[..., :4], target[..., :4], weight[..., :4])
+    np.testing.assert_allclose(absolute_error(student, target, weight, valid), inside, rtol=1e-6)
+    target[..., 4:] = 1e6
+    np.testing.assert_allclose(absolute_error(student, target, weight, valid), inside, rtol=1e-5)
+    half = absolute_error(jnp.array([1.0, 3.0]), jnp.array([0.0, 3.0]), 1.0, jnp.array([1.0, 0.5]))
+    np.testing.assert_allclose(half, (1 / 1.5) / ((1 * 1 + 0.5 * 2) / 1.5), rtol=1e-6)  # their mean is 1

@@ -194,6 +194,11 @@ def learning(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: not statistics(path), params)
 
 
+def kernels(params: Params) -> Params:
+    """Marks what weight decay is for: kernels, not biases, norms, positions or tokens."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
 def keep_logit_scale(params: Params, before: Params) -> Params:
     """Undoes the change of the softmax temperature that narrower heads bring.
 
