@@ -185,7 +185,7 @@ def check_prompts(step: DistillMasks, head: Any) -> None:
     for first in ((1, NOT_A_POINT), (BOX_TOP_LEFT, BOX_BOTTOM_RIGHT)):
         if reason := kind_of(head).refusal(np.concatenate([[first], clicks], axis=1), False):
             raise InputError(
-                f"{reason} (in a list of steps Prompting(click='missed') gives foreground clicks alone, rounds= fewer)"
+                f"{reason} (--set masks.click=missed gives foreground clicks alone, masks.rounds=2 fewer of them)"
             )
 
 

@@ -14,6 +14,7 @@ from slimsam_jax.compression.steps import Distill, DistillMasks, Initialize, Pre
 from slimsam_jax.errors import InputError, printable
 
 KINDS = {"prune": Prune, "distill": Distill, "initialize": Initialize, "quantize": Quantize}
+KINDS |= {"masks": DistillMasks, "pretrain": Pretrain}  # with what `distill.` does not set in them
 ALSO = {"distill": (DistillMasks, Pretrain)}  # what they have in common: Adam, augmentation, validation
 HELD_BY_STEPS = ("part", "align", "train", "order", "encoder", "padding")  # of which each step of a recipe has its own
 
@@ -71,10 +72,10 @@ def explain(option: str) -> str | None:
 
 def _fields() -> dict[str, Any]:
     """{"prune.round_to": int, "distill.lr": ..., "quirks.tied_embedding": bool, ...}: names and their types."""
-    found = {}
+    found, common = {}, {*_flat(Distill)}
     for kind, record in {**KINDS, "quirks": Quirks}.items():
         for name, hint in _flat(record).items():
-            if name not in HELD_BY_STEPS:
+            if name not in HELD_BY_STEPS and not (name in common and record in ALSO["distill"]):
                 found[f"{kind}.{name}"] = hint
     return found
 
@@ -140,8 +141,8 @@ def _shared_out(recipe: Recipe, given: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _changed(record: Any, given: dict[str, Any]) -> Any:
     """A step with the fields that are given for its kind; of records in it, too."""
-    kind = next((kind for kind, cls in KINDS.items() if isinstance(record, (cls, *ALSO.get(kind, ())))), None)
-    own = {name.partition(".")[2]: value for name, value in given.items() if name.partition(".")[0] == kind}
+    kinds = [kind for kind, cls in KINDS.items() if isinstance(record, (cls, *ALSO.get(kind, ())))]
+    own = {name.partition(".")[2]: value for name, value in given.items() if name.partition(".")[0] in kinds}
     quirks = {name.partition(".")[2]: value for name, value in given.items() if name.startswith("quirks.")}
     return _replaced(record, own, quirks) if own or quirks else record
 

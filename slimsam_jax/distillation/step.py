@@ -47,7 +47,8 @@ def make_step(
       optimizer: optax, at a learning rate of 1: updates are multiplied by the step's.
       relative: see `mse`.
       parts: the batch is taken in so many parts, one after the other, and their gradients averaged: less memory,
-        the same result but for rounding (and for `relative`, whose variances are then each part's).
+        the same result but for rounding (and for `relative`, whose variances are then each part's, as is whatever else
+        a loss takes from its whole batch).
       reduction: "sum" multiplies the gradients by the number of images, as if their losses were added up.
       ema: share of the moving average that stays at each step; 0 for none.
       mesh: keeps the state split as `sharding.place` split it.

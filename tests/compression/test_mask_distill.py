@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tarfile
 from types import SimpleNamespace
 
 import chex
@@ -12,15 +13,15 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from helpers.images import samples
+from helpers.images import samples, save_image
 from helpers.models import SQUARE, UNEVEN, random_sam
 from helpers.runs import compiled_once, compress_options
-from slimsam_jax import checkpoint
+from slimsam_jax import checkpoint, data
 from slimsam_jax.api import compress_with
 from slimsam_jax.compression import everything_masks, mask_distill, report
 from slimsam_jax.compression.everything_masks import with_masks
 from slimsam_jax.compression.mask_distill import MaskDistillation, make_trainer, masks_of
-from slimsam_jax.compression.mask_steps import Prompting
+from slimsam_jax.compression.mask_steps import DistillMasks, Prompting
 from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Initialize
@@ -84,6 +85,33 @@ def test_edge_sam_is_resumed_within_its_prompts(material, tmp_path, monkeypatch,
     assert len(searched) == 2 * len({sample.name for sample in searched})  # not once more where it was resumed
 
 
+def test_a_slim_student_learns_by_masks(material, tmp_path, unmeasured):
+    """One line after a recipe's cuts; what is cut stays cut."""
+    masks = DistillMasks(prompting=Prompting(prompts=2, rounds=1))
+    recipe = change((*RECIPES["default"][:-1], masks), ["distill.validations=1"])
+    options = compress_options(material, tmp_path / "slim", steps=1, set=(), images=(str(material / "val"),))
+    slim, teacher = compress_with(options, recipe).sam, checkpoint.load(material / "teacher")
+    assert {entry["stage"] for entry in log_of(tmp_path / "slim") if "loss" in entry} == {"distill-masks"}
+    assert slim.config.embed_dim < teacher.config.embed_dim and moved(slim, teacher, "mask_decoder")
+
+
+def test_a_decoder_learns_alone():
+    """Traced, not compiled: the encoder lies beside it, and has no gradient."""
+    sam = random_sam(SQUARE)
+    trainer = make_trainer(sam, sam, DistillMasks(train=("mask_decoder",)), known=True)
+    assert set(trainer.state.params) == {"mask_decoder"} and "image_encoder" in trainer.frozen["student"]
+
+
+def test_what_nothing_can_be_learned_from_is_not_kept(tmp_path, monkeypatch):
+    """A mask of all the image, or one that is lost in a cell, would stop a training as a broken image does."""
+    image = samples([save_image(tmp_path / "x.png", 20, 30)])[0]
+    as_row = lambda counts: {**ROW, "segmentation": {"size": [20, 30], "counts": counts}}
+    found = [as_row(counts) for counts in ([0, 600], [0, 1, 599], [0, 100, 500])]
+    generator = SimpleNamespace(sam=random_sam(SQUARE), generate=lambda image: found)
+    everything_masks._search(generator, image, tmp_path / "x.json")
+    assert everything_masks._rows(tmp_path / "x.json") == found[2:]
+
+
 def test_masks_are_the_same_however_embeddings_are_stored(tmp_path):
     teacher = random_sam(SQUARE)
     caches = [TeacherCache(tmp_path, teacher, "0" * 64, precision) for precision in ("float16", "int8")]
@@ -143,3 +171,19 @@ def test_images_without_any_mask_are_left_out(material, tmp_path, capsys):
     assert with_masks([empty], random_sam(SQUARE), tmp_path)[0].annotations((20, 30))
     with pytest.raises(RunError, match="finds nothing in any"):
         with_masks(images[:1], random_sam(SQUARE), tmp_path)
+
+
+def test_of_shards_with_annotations_no_sample_is_made(tmp_path, monkeypatch):
+    """Eleven million samples would take 15 GB; one image without annotations, and they are looked at one by one."""
+    for name, annotated in (("whole", True), ("bare", False)):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            tar.add(save_image(tmp_path / f"{name}.png", 20, 30), f"{name}.png")
+            write_json(tmp_path / f"{name}.json", {"annotations": [ROW]})
+            if annotated:
+                tar.add(tmp_path / f"{name}.json", f"{name}.json")
+    whole, both = data.find([tmp_path / "whole.tar"]), data.find([tmp_path / "whole.tar", tmp_path / "bare.tar"])
+    monkeypatch.setattr(
+        everything_masks, "_search", lambda generator, sample, file: write_json(file, {"annotations": []})
+    )
+    assert with_masks(whole, random_sam(SQUARE), tmp_path) is whole
+    assert [sample.name for sample in with_masks(both, random_sam(SQUARE), tmp_path)] == [whole[0].name]

@@ -47,11 +47,28 @@ def test_clicks_come_where_edge_sam_draws_them(golden):
     index = chosen(golden["teacher_iou"], learns)
     np.testing.assert_array_equal(index, golden["selected"])
     student, teacher = (mask_loop._take(golden[f"{side}_logits"], index) > 0 for side in ("student", "teacher"))
+    for mask, name in ((student, "student_mask"), (teacher, "teacher_mask")):  # there with the share that is image
+        np.testing.assert_array_equal(mask * golden["valid_low_res"][:, 0], golden[name][:, 0])
     found = disagreement(student, teacher, golden["valid_low_res"][:, 0])
     np.testing.assert_array_equal(found, golden["label_map"])
     np.testing.assert_array_equal((found != ABSENT).sum((1, 2)), golden["candidates"])
     _, labels = jax.vmap(functools.partial(drawn, jax.random.key(0), fewest=FEWEST))(found)
     np.testing.assert_array_equal(labels == ABSENT, golden["aborted"])
+
+
+def test_a_click_of_edge_sam_has_our_label_and_lies_half_a_cell_before_ours(golden):
+    """Theirs is at the corner of its cell, ours in the middle."""
+    learns = ~golden["aborted"]
+    cells, labels = golden["example_point_low_res"][learns, 0], golden["example_label"][learns, 0]
+    x, y = cells.astype(int).T
+    np.testing.assert_array_equal(golden["label_map"][learns, y, x], labels)
+    image = jnp.asarray(golden["label_map"][learns])
+    for i, (column, row) in enumerate(zip(x, y, strict=True)):
+        alone = jnp.where((jnp.arange(32)[:, None] == row) & (jnp.arange(32) == column), image[i], ABSENT)
+        cell, label = drawn(jax.random.key(i), alone)
+        assert label == labels[i]
+        ours = (np.asarray(cell) + 0.5) * 4  # as `mask_loop.clicked` places it, for patches of 16 pixels
+        np.testing.assert_array_equal(ours - 2, golden["example_point_model_frame"][learns][i, 0])
 
 
 @pytest.mark.parametrize("click", ["disagreement", "missed"])
@@ -195,8 +212,8 @@ def test_choices_that_cannot_be_are_refused():
     with pytest.raises(InputError, match="a loss without terms"):
         DistillMasks(MaskLosses(bce=0.0, dice=0.0))
     head = efficient_sam_head.HeadConfig((64, 64))
-    with pytest.raises(InputError, match=r"no background points .*click='missed'"):
+    with pytest.raises(InputError, match=r"no background points .*masks.click=missed"):
         check_prompts(DistillMasks(), head)
     check_prompts(DistillMasks(prompting=Prompting(rounds=5, click="missed")), head)
-    with pytest.raises(InputError, match=r"takes 6 points at most, .*rounds= fewer"):
+    with pytest.raises(InputError, match=r"takes 6 points at most, .*masks.rounds=2 fewer"):
         check_prompts(DistillMasks(prompting=Prompting(rounds=6, click="missed")), head)

@@ -151,8 +151,29 @@ def test_choices_are_set_by_name_in_every_step_that_has_them():
     assert one.optimizer == Optimizer(lr=2e-3, patience=3) and two.optimizer == Optimizer(lr=2e-3)
     assert change(RECIPES["slimsam"], []) == RECIPES["slimsam"]
     assert change(RECIPES["taylor"], ["distill.lr=auto"])[1].optimizer.lr == "auto"
-    own = [name for name in FIELDS if not name.startswith("quantize.")]  # which one recipe of ours has
-    assert len(own) <= 40 and len(FIELDS) - len(own) <= 12
+    count = lambda *kinds: sum(name.startswith(kinds) for name in FIELDS)
+    special = count("quantize."), count("masks.", "pretrain.")  # of steps that few recipes have
+    assert len(FIELDS) - sum(special) <= 40 and special[0] <= 12 and special[1] <= 18
+
+
+def test_losses_and_prompts_of_trainings_by_masks_are_set_by_name():
+    given = ["masks.prompts=16", "masks.embedding=0.5", "masks.click=missed", "distill.lr=3e-4"]
+    _, embedding, masks = change(RECIPES["edge_sam"], given)
+    assert (masks.prompting.prompts, masks.prompting.click, masks.losses.embedding) == (16, "missed", 0.5)
+    assert masks.losses.bce == 5 and masks.optimizer.lr == embedding.optimizer.lr == 3e-4
+    assert embedding.losses == RECIPES["edge_sam"][1].losses
+    _, pretrain, masks = change(RECIPES["efficient_sam"], ["pretrain.masked=0.5", "pretrain.width=64"])
+    assert (pretrain.masked, pretrain.width) == (0.5, 64) and masks == RECIPES["efficient_sam"][2]
+    assert not {"masks.lr", "masks.train", "pretrain.epochs", "distill.bce", "masks.order"} & set(FIELDS)
+    for setting, message in (
+        ("masks.rounds=0", "rounds 0"),
+        ("masks.click=best", "none of"),
+        ("masks.hard=x", "no bool"),
+    ):
+        with pytest.raises(InputError, match=message):
+            change(RECIPES["tiny_sam"], [setting])
+    with pytest.raises(InputError, match=r"--set masks\.\.\.: the recipe has no such step"):
+        change(RECIPES["mobile_sam"], ["masks.prompts=16"])
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,12 @@ from slimsam_jax.models.config import Thresholds
 from slimsam_jax.training import preemption
 from slimsam_jax.training.loop import Loop
 
-# tiny_sam is mobile_sam and a training by masks, as the others' last; edge_sam is tried in test_mask_distill.py, on
-# images without annotations. So one recipe is enough, that with all steps that they do not share.
-GOING_ON = ("efficient_sam",)
+# mobile_sam is the first training of tiny_sam, and efficient_sam's second one is a training by masks as theirs.
+GOING_ON = ("edge_sam", "tiny_sam", "efficient_sam")
 # Softmax does not see it: its gradient is rounding alone, of which Adam makes steps as of any other.
 BLIND = ("/k/bias", "/k_proj/bias")
-# One of each kind of step; TinySAM's masks have the most terms.
-PROGRAMS = {"mobile_sam": [1], "tiny_sam": [2], "efficient_sam": [1]}
+# One of each kind of step; TinySAM's masks have the most terms, EdgeSAM's are the teacher's, for boxes, too.
+PROGRAMS = {"mobile_sam": [1], "edge_sam": [1, 2], "tiny_sam": [2], "efficient_sam": [1]}
 
 
 @pytest.fixture(scope="module")

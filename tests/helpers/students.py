@@ -73,7 +73,9 @@ def host_batch(step: Any, number: int) -> dict[str, Any]:
     count = step.prompting.prompts
     masks = np.kron(random.integers(0, 2, (8, count, 4, 4)), np.ones((4, 4)))
     points = random.uniform(8, 56, (8, count, 2, 2))
-    labels = np.tile(np.int32([1, -1]), (8, count, 1))
+    kinds = [[1, -1], [2, 3]] if step.prompting.first == "either" else [[1, -1]]  # clicks, and boxes between them
+    labels = np.tile(np.int32([kinds[i % len(kinds)] for i in range(count)]), (8, 1, 1))
+    points = np.where(labels[..., :1, None] == 2, np.sort(points, axis=2), points)  # a box's corners in their order
     return batch | {"masks": masks.astype(np.float32), "points": points.astype(np.float32), "labels": labels}
 
 

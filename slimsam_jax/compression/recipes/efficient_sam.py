@@ -6,7 +6,8 @@ paper: SAM-H's features of ImageNet into a ViT-Ti (or S), AdamW at 0.0024, batch
 SA-1B, AdamW at 4e-4, batches of 128, 5 epochs, 64 A100; 42.3 COCO AP with ViTDet's boxes (S: 44.4).
 
 Other here: both steps see the same images; 40 epochs of pre-training at 0.001, for batches of a few images; cosine
-decay in both steps, by which the paper's second falls linearly; the mask decoder is the teacher's, SAM's.
+decay in both steps after a warm-up of 5 %, by which the paper's second falls linearly; Adam's 0.999 for its 0.95; the
+mask decoder is the teacher's, SAM's, and so are its frames, padding's patches included.
 
     python -m slimsam_jax.compress --recipe efficient_sam --teacher sam_vit_h_4b8939.pth --images sa1b --limit 110000 \
         --batch 16 --cache embeddings
