@@ -41,7 +41,15 @@ class Spot(NamedTuple):
 
 
 LEARNED = ("teacher", "row", "images", "steps", "rate", "photographs")
-OF_30 = "experiments.distillers run --teacher {shipped} --images {images} --val {val} --cache {work} --limits 30"
+
+
+def of_30(row: str, rate: float) -> Spot:
+    """A row of `experiments.distillers`, of 30 images with 300 steps."""
+    given = "--teacher {shipped} --images {images} --val {val} --cache {work} --limits 30 --seeds 0"
+    command = f"experiments.distillers run {given} --rates {rate} --only '{row}'"
+    return Spot("distillers.jsonl", command, LEARNED, ("agreement", "point", "error"))
+
+
 SPOTS = {
     "fair": Spot(
         "fair.jsonl",
@@ -50,18 +58,9 @@ SPOTS = {
         (*LEARNED, "sha256", "data"),
         ("agreement", "val agreement", "val point", "photos error"),
     ),
-    "slimmed": Spot(
-        "distillers.jsonl",
-        f"{OF_30} --seeds 0 --rates 0.3333 --only 'default, 77 %'",
-        LEARNED,
-        ("agreement", "point", "error"),
-    ),
-    "distilled": Spot(
-        "distillers.jsonl",
-        f"{OF_30} --seeds 0 --rates 3 --only 'mobile_sam, vit_small'",
-        LEARNED,
-        ("agreement", "point", "error"),
-    ),
+    "default": of_30("default, 77 %", 0.3333),
+    "mobile_sam": of_30("mobile_sam, tiny_vit_small", 3),
+    "edge_sam": of_30("edge_sam, rep_vit_small", 0.3333),
     "hierarchical": Spot(
         "hierarchical.jsonl",
         "experiments.hierarchical run --teacher {shipped} --images {photos}",

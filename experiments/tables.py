@@ -17,6 +17,7 @@ from experiments import (
     quantization_latency,
     reference_results,
     slimming,
+    spot_checks,
     teacher_card,
     teachers,
 )
@@ -38,6 +39,7 @@ MEASURED = (
     teachers,
     fair,
     teacher_card,
+    spot_checks,
 )
 
 

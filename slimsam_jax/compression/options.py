@@ -38,7 +38,7 @@ class CutOptions:
     """The SAM or FastSAM to compress: a .pth in segment_anything layout (fused qkv, or q, k and v apart), a Hugging
     Face SamModel or Sam2Model folder, or a model folder of ours. Default: the small SAM in the package."""
     ratio: float | None = None
-    """Share of the channels to remove, between 0 and 1. Default: 0.5, which leaves 34 % of the parameters of the small
+    """Share of the channels to remove, between 0 and 1. Default: 0.5, which leaves 35 % of the parameters of the small
     SAM's encoder and about 27 % of SAM-B's; 0.77 leaves 18 % and about 7 %. Most weights fall with the square
     of the channels, positions and the neck linearly."""
     budget: str | None = None
