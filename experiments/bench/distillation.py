@@ -35,7 +35,7 @@ class Options:
       side: "jax" and "torch" are the turns themselves.
     """
 
-    student: Literal["vit_t", "efficient_sam_ti"] = "vit_t"
+    student: Literal["vit_t", "efficient_sam_ti", "rep_vit_m1"] = "vit_t"
     teacher: Literal["cached", "vit_b"] = "cached"
     batch: int = 2
     images: int = 8
