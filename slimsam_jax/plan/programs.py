@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slimsam_jax import sharding
 from slimsam_jax.compression import mask_distill, pretrain, prune, trainer, widths
-from slimsam_jax.compression.budget import Target, even_cut
+from slimsam_jax.compression.budget import Target, group_costs
 from slimsam_jax.compression.calibration_images import batches_of
 from slimsam_jax.compression.gradients import of_an_image
 from slimsam_jax.compression.loss_terms import terms
@@ -20,6 +21,7 @@ from slimsam_jax.compression.projection import statistics
 from slimsam_jax.compression.steps import Distill, DistillMasks, Initialize, Pretrain, Prune, Quantize
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.composed import with_encoder
+from slimsam_jax.models.config import Config
 from slimsam_jax.models.encoders import family_of, name_of
 from slimsam_jax.models.relative_attention import Form
 from slimsam_jax.models.sam import Architecture, Sam, abstract_params, encode
@@ -126,22 +128,32 @@ def abstract(config: Architecture) -> Sam:
 
 
 def cut(config: Architecture, step: Prune, target: Target, uniform: bool = False) -> Architecture:
-    """The architecture after a step, if every block lost the same share.
+    """The architecture after a step, with the widths that it chooses where all blocks' channels gain alike.
 
     Raises:
       InputError: it is no ViT of SAM's, whose widths after a cut can be said beforehand.
     """
     if name_of(config.encoder) != "vit":
         raise InputError(f"a cut of a {name_of(config.encoder)} is not planned: its widths come out of its channels")
+    if step.quirks.rounded_selection:
+        return _cut_as_reference(config, step.part, target.channel_ratio(config))
     if step.part == "embedding":
         return dataclasses.replace(config, embed_dim=widths.embedding_width(config, target, step))
-    even = even_cut(config, target.channel_ratio(config))
-    chosen = {f"blocks_{i}/attn": block.head_dim for i, block in enumerate(even.blocks)}
-    chosen |= {f"blocks_{i}/mlp": block.mlp_dim for i, block in enumerate(even.blocks)}
-    if uniform:
-        heads = config.embed_dim // config.blocks[0].heads
-        chosen |= {name: heads for name in chosen if name.endswith("attn")}
-    return widths.with_widths(config, chosen)
+    kind = target.budget.kind if target.budget else step.allocation
+    prices = group_costs(config, kind if kind in ("params", "macs") else "macs")
+    # A gain per cost that falls alike from each block's first channel to its last: all keep the same share.
+    gains = {name: table[1] * (1 - np.arange(len(table) - 1) / (len(table) - 1)) for name, table in prices.items()}
+    return widths.with_widths(config, widths.bottleneck_widths(config, gains, target, step, uniform))
+
+
+def _cut_as_reference(config: Config, part: str, ratio: float) -> Config:
+    """SlimSAM's widths: rounded down, of the embedding and MLPs to a multiple of the heads."""
+    heads = config.blocks[0].heads
+    width = lambda size, unit: unit * int(size * (1 - ratio) / unit)
+    if part == "embedding":
+        return dataclasses.replace(config, embed_dim=width(config.embed_dim, heads))
+    cut = lambda b: dataclasses.replace(b, head_dim=width(b.head_dim, 1), mlp_dim=width(b.mlp_dim, heads))
+    return dataclasses.replace(config, blocks=tuple(map(cut, config.blocks)))
 
 
 def size(tree: Any) -> int:

@@ -201,9 +201,15 @@ def _call(
         length = equation.params["length"]
         _walk(inner[0], [*operands[:first], *carried, *operands[last:]], rows, times * length, where)
         return none
+    if name == "while":
+        tests, bodies = equation.params["cond_nconsts"], equation.params["body_nconsts"]
+        carried = [None] * (len(operands) - tests - bodies)
+        for each, constants in zip(inner, (operands[:tests], operands[tests : tests + bodies]), strict=True):
+            _walk(each, [*constants, *carried], rows, times, where)
+        return none
     results = none
     for each in inner:
-        fits = len(each.invars) == len(operands) and name != "while"
+        fits = len(each.invars) == len(operands)
         outputs = _walk(each, operands if fits else [None] * len(each.invars), rows, times, where)
         results = outputs if len(inner) == 1 and len(outputs) == len(none) else none
     return results

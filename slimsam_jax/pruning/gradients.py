@@ -150,12 +150,17 @@ def reduce_gradients(
     """
     params, accumulate = jax.tree.map(jnp.asarray, params), accumulator(gradients, reduce, mesh)
     # Placed as the parameters are: placed otherwise, the second call would compile again.
-    total = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype, device=p.sharding), params)
+    total = jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p.dtype), device=p.sharding), params)
     seen = 0
     for batch in batches:
         total = accumulate(total, params, batch, key, seen)
         seen += len(jax.tree.leaves(batch)[0])
     return jax.tree.map(jnp.sqrt, total) if reduce == "rms" else total
+
+
+def _wide(dtype: Any) -> Any:
+    """At least float32: squares of half precision vanish, and their sums stand still."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def image_keys(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -172,7 +177,8 @@ def accumulator(
     these over devices, in any way. A batch takes the memory of a set of gradients for each of its images on a device,
     so one image per device is best where the model is large.
     """
-    power = jnp.square if reduce == "rms" else lambda g: g
+    wide = lambda g: g.astype(_wide(g.dtype))
+    power = (lambda g: jnp.square(wide(g))) if reduce == "rms" else wide
 
     def of_images(params: Tree, batch: Any, keys: jax.Array) -> Tree:
         of_one = lambda item, key: gradients(params, jax.tree.map(lambda x: x[None], item), key)

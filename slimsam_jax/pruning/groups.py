@@ -27,12 +27,14 @@ class Member(NamedTuple):
       axis: where its channels lie.
       votes: whether it is counted in the importance of the channel.
       copies: in a group of copies, the axis that numbers them (the heads of an attention, say).
+      whole: of a piece, the path of the array that it is of; "" of a whole array.
     """
 
     path: str
     axis: int
     votes: bool = False
     copies: int | None = None
+    whole: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

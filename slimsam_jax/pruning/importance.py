@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from slimsam_jax.errors import InputError
 from slimsam_jax.pruning.groups import Group, Member, Scores, Tree, by_path
 
+Arrays = Mapping[str, np.ndarray]
 Criterion = Literal["taylor", "fisher", "obd", "magnitude", "l1", "l2", "fpgm", "random"]
 Reduction = Literal["mean", "sum", "max", "prod", "first"]
 Normalizer = Literal["none", "sum", "mean", "max", "minmax", "gaussian", "lamp"]
@@ -74,8 +75,8 @@ def channel_scores(
 ) -> Scores:
     """Scores every channel of every group.
 
-    A member's score of a channel sums the weights in the channel's slice, or is taken of the
-    slice as a whole; a group's is the reduction over its scored members.
+    An array's score of a channel sums the weights in the channel's slice, or is taken of the
+    slice as a whole; a group's is the reduction over its scored arrays.
 
     Args:
       params, grads: trees of equal structure, numpy or JAX arrays. Those in `WITHOUT_GRADIENT` do not read the latter.
@@ -94,9 +95,18 @@ def channel_scores(
         random = np.random.default_rng(seed)
         return {group.name: random.random(group.shape) for group in groups}
     weights, gradients = by_path(params), by_path(grads)
-    of_member = _sum_over_weights if criterion in CRITERIA else _of_slices
-    score = lambda member: of_member(criterion, member, weights[member.path], gradients[member.path])
-    return {group.name: REDUCTIONS[reduction]([score(m) for m in group.members if m.votes]) for group in groups}
+    of_array = _sum_over_weights if criterion in CRITERIA else _of_slices
+    score = lambda pieces: of_array(criterion, pieces, weights, gradients)
+    return {group.name: REDUCTIONS[reduction](list(map(score, _scored(group)))) for group in groups}
+
+
+def _scored(group: Group) -> list[list[Member]]:
+    """The members that vote; those that are pieces of one array along one axis make one score together."""
+    arrays: dict[tuple[str, int], list[Member]] = {}
+    for member in group.members:
+        if member.votes:
+            arrays.setdefault((member.whole or member.path, member.axis), []).append(member)
+    return list(arrays.values())
 
 
 def check_choice(what: str, chosen: str, allowed) -> None:
@@ -104,21 +114,30 @@ def check_choice(what: str, chosen: str, allowed) -> None:
         raise InputError(f"{what} {chosen!r} is none of {', '.join(allowed)}")
 
 
-def _sum_over_weights(criterion: str, member: Member, weights: np.ndarray, grads: np.ndarray) -> np.ndarray:
-    single = CRITERIA[criterion](weights, grads)
-    kept = [member.axis] if member.copies is None else [member.copies, member.axis]
-    score = single.sum(axis=tuple(i for i in range(single.ndim) if i not in kept), dtype=np.float64)
-    return score if kept == sorted(kept) else score.T
+def _sum_over_weights(criterion: str, pieces: Sequence[Member], weights: Arrays, grads: Arrays) -> np.ndarray:
+    def of_piece(member: Member) -> np.ndarray:
+        single = CRITERIA[criterion](_no_half(weights[member.path]), _no_half(grads[member.path]))
+        kept = [member.axis] if member.copies is None else [member.copies, member.axis]
+        score = single.sum(axis=tuple(i for i in range(single.ndim) if i not in kept), dtype=np.float64)
+        return score if kept == sorted(kept) else score.T
+
+    return sum(map(of_piece, pieces[1:]), of_piece(pieces[0]))
 
 
-def _of_slices(criterion: str, member: Member, weights: np.ndarray, grads: np.ndarray) -> np.ndarray:
-    kept = [member.axis] if member.copies is None else [member.copies, member.axis]
+def _no_half(array: Any) -> np.ndarray:
+    """At least float32: squares of half precision vanish."""
+    array = np.asarray(array)
+    return array.astype(np.float32) if array.dtype.itemsize < 4 else array
 
-    def rows(array: np.ndarray) -> np.ndarray:
+
+def _of_slices(criterion: str, pieces: Sequence[Member], weights: Arrays, grads: Arrays) -> np.ndarray:
+    def rows(array: np.ndarray, member: Member) -> np.ndarray:
+        kept = [member.axis] if member.copies is None else [member.copies, member.axis]
         array = np.moveaxis(np.asarray(array, np.float64), kept, range(len(kept)))
         return array.reshape(*array.shape[: len(kept)], -1)
 
-    return OF_CHANNELS[criterion](rows(weights), rows(grads))
+    whole = lambda arrays: np.concatenate([rows(arrays[member.path], member) for member in pieces], axis=-1)
+    return OF_CHANNELS[criterion](whole(weights), whole(grads))
 
 
 def _distances(weights: np.ndarray, at_once: int = 1024) -> np.ndarray:

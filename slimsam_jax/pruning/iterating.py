@@ -98,7 +98,12 @@ def _of_the_original(scores: Scores, keep: Keep, sizes: Mapping[str, int]) -> tu
     """Scores of all original channels, and which of them are left."""
     whole, alive = {}, {}
     for name, score in scores.items():
-        size, width = sizes.get(name), score.shape[-1]
+        if name not in sizes:
+            raise InputError(
+                f"group {name!r} was not there at the first step: where one comes down to a single channel, those that "
+                "are found in the cut function have other names; keep more of it (min_keep), or train under masks"
+            )
+        size, width = sizes[name], score.shape[-1]
         left = keep[name].shape[-1] if name in keep else size
         if width not in (size, left):
             raise InputError(f"{width} scores of group {name!r}, which has {left} channels left of {size}")

@@ -172,12 +172,16 @@ class Run:
         first, last = scan_operands(params)
         rows = self._traced.operands[step][last:] + self._traced.results[step][last - first :]
         length = shape_of(rows[0][:1], self._widths)[0] if rows else params["length"]
+        # What no turn reads was never cut, and may be longer.
+        own = operands[last:]
+        used = [i for i, value in enumerate(program.inputs[last:]) if value in program.read]
 
         def turn(carry: tuple, xs: tuple) -> tuple[tuple, tuple]:
-            outputs = self(program, (*operands[:first], *carry, *xs))
+            given = dict(zip(used, xs, strict=True))
+            outputs = self(program, (*operands[:first], *carry, *(given.get(i) for i in range(len(own)))))
             return tuple(outputs[: last - first]), tuple(outputs[last - first :])
 
-        carry, xs = (tuple(map(jnp.asarray, part)) for part in (operands[first:last], operands[last:]))
+        carry, xs = (tuple(map(jnp.asarray, part)) for part in (operands[first:last], [own[i] for i in used]))
         options = {"reverse": params["reverse"], "unroll": params["unroll"]}
         carry, ys = jax.lax.scan(turn, carry, xs, length=length, **options)
         return [*carry, *ys]

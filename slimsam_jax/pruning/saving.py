@@ -58,10 +58,14 @@ def save(folder: Path | str, params: Tree, grouping: Grouping, keep: Keep) -> No
     arrays = {path: _array(path, leaf) for path, leaf in arrays.items()}
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{printable(folder)} is there already; name a new folder")
+    texts = {GROUPING: grouping.to_json(), KEEP: json.dumps({name: kept.tolist() for name, kept in keep.items()})}
+    for name, text in texts.items():
+        if len(text) >= MOST_JSON:
+            raise InputError(f"{name} would have {len(text)} bytes, and at most {MOST_JSON} are read again")
     with writing(folder), new_folder(folder) as temporary:
         save_file(arrays, temporary / ARRAYS)
-        (temporary / GROUPING).write_text(grouping.to_json() + "\n")
-        (temporary / KEEP).write_text(json.dumps({name: kept.tolist() for name, kept in keep.items()}) + "\n")
+        for name, text in texts.items():
+            (temporary / name).write_text(text + "\n")
 
 
 def load(folder: Path | str, like: Tree | None = None) -> Saved:

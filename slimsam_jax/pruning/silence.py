@@ -66,8 +66,8 @@ class Silence:
             result = self._contraction(step, *operands[:2])
         elif step.name in ONE_IS_ENOUGH:
             result = NOTHING.union(*operands)
-        elif step.name in POLES:
-            for name in operands[-1]:
+        elif step.name in POLES or self._is_negative_power(step):
+            for name in operands[0 if step.name == "pow" else -1]:
                 self.counted[name].add(step.name)
             result = operands[0] if step.name == "div" else NOTHING
         elif step.name in ALL_ARE_NEEDED or step.name in JOINING:
@@ -75,6 +75,15 @@ class Silence:
         else:
             result = operands[0] if step.name in KEEPS else NOTHING
         return [result] * len(step.outputs)
+
+    def _is_negative_power(self, step: Step) -> bool:
+        """Whether it is not finite where its base is zero, as 1 / x; an exponent that is not known may be negative."""
+        if step.name == "integer_pow":
+            return step.eqn.params["y"] < 0
+        if step.name != "pow":
+            return False
+        exponent = self._values.number(step.inputs[1]) if step.inputs[1] in self._values.constants else None
+        return exponent is None or exponent < 0
 
     def _contraction(self, step: Step, left: Silent, right: Silent) -> Silent:
         rows, params = self._operands[step], step.eqn.params

@@ -68,7 +68,7 @@ def groups_of_pieces(
             for i, name in enumerate(piece):
                 if isinstance(name, str):
                     copies = piece.index(numbered[name]) if name in own else None
-                    members[name].append(Member(f"{path}/{k}", i, path in kernels, copies))
+                    members[name].append(Member(f"{path}/{k}", i, path in kernels, copies, path))
     return [
         Group(name, sizes[name], _with_votes(places), sizes[numbered[name]] if name in own else 0)
         for name, places in members.items()

@@ -80,6 +80,9 @@ def capture(
         if found is None:
             found = find_layers(function, params, *inputs)
             watch = jax.jit(functools.partial(_watch, found, _numbers(found), tuple(percentiles)))
+            shapes = list(map(np.shape, jax.tree.leaves(inputs)))
+        elif (others := list(map(np.shape, jax.tree.leaves(inputs)))) != shapes:
+            raise InputError(f"a batch has inputs of shapes {others}, and the first one's are {shapes}: drop the last")
         seen = jax.device_get(watch(jax.tree.leaves((params, *inputs))))
         sums, count = _joined(sums, seen), count + 1
     if sums is None:

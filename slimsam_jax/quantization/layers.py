@@ -133,12 +133,19 @@ def find_layers(function: Callable, params: Any, *inputs: Any) -> Function:
     for step in program.steps:
         if step.name in PRODUCTS:
             layers += _layers_of(step, origin, moving, values)
-        elif step.name in (*MOVES, *CASTS) and step.inputs[0] in origin:
+        elif (step.name in CASTS or _moves(step, values)) and step.inputs[0] in origin:
             path, moves = origin[step.inputs[0]]
-            origin[step.outputs[0]] = path, (*moves, step) if step.name in MOVES else moves
+            origin[step.outputs[0]] = path, moves if step.name in CASTS else (*moves, step)
         if moving & set(step.inputs):
             moving |= set(step.outputs)
     return Function(values, program, paths, tuple(layers), result)
+
+
+def _moves(step: Step, values: Values) -> bool:
+    """Whether a step leaves a parameter's values as they are; a broadcast does that only adds axes of length 1."""
+    if step.name != "broadcast_in_dim":
+        return step.name in MOVES
+    return len(step.inputs) == 1 and math.prod(values.shape(step.inputs[0])) == math.prod(values.shape(step.outputs[0]))
 
 
 def _layers_of(step: Step, origin: Mapping[int, Any], moving: set[int], values: Values) -> list[Layer]:
@@ -150,8 +157,9 @@ def _layers_of(step: Step, origin: Mapping[int, Any], moving: set[int], values: 
             path, moves = origin[value]
             shape = values.shape(moves[0].inputs[0] if moves else value)
             numbers = np.arange(math.prod(shape)).reshape(shape)
-            for move in moves:
-                (numbers,) = map(np.asarray, bind(move.eqn, [numbers], move.eqn.params))
+            with jax.ensure_compile_time_eval():  # also where the function is run within `jax.jit`
+                for move in moves:
+                    (numbers,) = map(np.asarray, bind(move.eqn, [numbers], move.eqn.params))
             if (laid := _laid_out(kernel_of(step, side, numbers), shape)) is not None:
                 return [Layer(path, step, side, source, moves, *laid)]
     return []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,8 @@ import pytest
 
 from helpers.models import SQUARE, random_sam
 from slimsam_jax import sharding
-from slimsam_jax.compression import trainer
-from slimsam_jax.compression.budget import Target
+from slimsam_jax.compression import trainer, widths
+from slimsam_jax.compression.budget import Budget, Target
 from slimsam_jax.compression.plan import planned
 from slimsam_jax.compression.prune import MASKED_BELOW
 from slimsam_jax.compression.recipes import RECIPES
@@ -61,8 +63,8 @@ def test_the_paper_distils_twice_each_time_against_the_model_before_the_cut():
     found = [each for each in listed(RECIPES["taylor"]) if each.kind == "distill"]
     frozen = [each.args[1]["previous" if "previous" in each.args[1] else "teacher"] for each in found]
     assert [tree["pos_embed"].shape[-1] for tree in frozen] == [24, 12]
-    widths = [each.args[0].params["image_encoder"]["blocks_0"]["mlp_lin1"]["kernel"].shape for each in found]
-    assert widths == [(12, 40), (12, 20)]
+    shapes = [each.args[0].params["image_encoder"]["blocks_0"]["mlp_lin1"]["kernel"].shape for each in found]
+    assert shapes == [(12, 40), (12, 20)]
 
 
 def test_a_trainer_of_shapes_is_the_trainer_of_arrays():
@@ -73,6 +75,35 @@ def test_a_trainer_of_shapes_is_the_trainer_of_arrays():
     for name in ("state", "frozen"):
         assert described(getattr(shapes, name)) == described(getattr(real, name))
     assert sharding.is_abstract(shapes.frozen) and not sharding.is_abstract(real.frozen)
+
+
+@pytest.mark.parametrize(("kind", "amount"), [("params", 25e6), ("macs", 120e9)])
+def test_a_budget_is_met_by_what_is_planned(kind, amount):
+    """As by the cut itself: bottlenecks take up what the embedding leaves."""
+    target = Target(budget=Budget(kind, amount))
+    config = plain.preset("vit_b")
+    for step in RECIPES["default"][:2]:
+        config = cut(config, step, target)
+    assert target.budget.cost(config) == pytest.approx(amount, rel=0.01)
+    assert len({(block.head_dim, block.mlp_dim) for block in config.blocks}) <= 4  # alike but for what is left
+
+
+def test_planned_widths_are_those_of_the_choices():
+    embedding, bottleneck = RECIPES["default"][:2]
+    whole = plain.preset("vit_b")
+    eights = [dataclasses.replace(step, round_to=8) for step in (embedding, bottleneck)]
+    config = cut(cut(whole, eights[0], Target(0.77)), eights[1], Target(0.77))
+    assert not any(width % 8 for block in config.blocks for width in (block.head_dim, block.mlp_dim))
+    uniform = cut(cut(whole, embedding, Target(0.77)), bottleneck, Target(0.77), uniform=True)
+    assert uniform.uniform
+    assert uniform.blocks[0].mlp_dim == widths.stock_mlp_dim(uniform.embed_dim, uniform.blocks[0].mlp_dim)
+    published = plain.preset("vit_p77")
+    slim = whole
+    for step in RECIPES["slimsam"]:
+        slim = cut(slim, step, Target(0.77)) if isinstance(step, Prune) else slim
+    assert slim.embed_dim == published.embed_dim
+    for width in ("mlp_dim", "head_dim"):
+        assert getattr(slim.blocks[0], width) == getattr(published.blocks[0], width)
 
 
 def test_recipes_with_other_students_are_traced():

@@ -208,3 +208,14 @@ def test_a_state_that_begins_as_an_array_is_an_activation():
     assert rows["kernel"] == Layer("kernel", 9, Macs(27 + 9, 0), (3, 3))
     assert rows["(products)"].macs == Macs(4 * 27 + 27 + 9, 0)
     assert [row.name for row in layers.layers(tuple(rows.values()))] == ["start", "kernel", "(products)"]
+
+
+def test_what_a_while_loop_reads_is_read():
+    def function(params, x):
+        body = lambda carry: (carry[0] + 1, jnp.tanh(carry[1] @ params["turn"]))
+        return jax.lax.while_loop(lambda carry: carry[0] < params["most"], body, (0, x))[1] @ params["last"]
+
+    params = {"turn": struct(3, 3), "most": jax.ShapeDtypeStruct((), np.int32), "last": struct(3, 5)}
+    found = {layer.name: layer for layer in layers.arrays(function, params, X)}
+    assert found["most"].output == ()
+    assert found["turn"].macs.total == 2 * 3 * 3 and found["turn"].output == (2, 3)

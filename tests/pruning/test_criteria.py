@@ -206,3 +206,32 @@ def test_what_has_no_activations(other):
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_what_a_kernel_reads_of_a_concatenation_is_one_array_s_score():
+    """As Torch-Pruning counts a layer: not once for each of the concatenated."""
+    random = np.random.default_rng(0)
+    params = {name: random.standard_normal((4, 4 if name != "k" else 6)).astype(np.float32) for name in "ab"}
+    params["k"] = random.standard_normal((8, 6)).astype(np.float32)
+    function = lambda p, x: jax.nn.relu(jnp.concatenate([x @ p["a"], x @ p["b"]], 1) @ p["k"]).sum(1, keepdims=True)
+    grouping = find_groups(function, params, np.ones((2, 4), np.float32))
+    for criterion, wanted in (
+        ("l1", np.abs(params["k"]).sum(0)),
+        ("l2", np.linalg.norm(params["k"], axis=0)),
+    ):
+        for reduction in ("first", "mean", "max", "prod"):
+            scores = pruning.score(params, grouping, criterion=criterion, reduction=reduction)
+            np.testing.assert_allclose(scores["k:1"], wanted, rtol=1e-6, err_msg=f"{criterion} {reduction}")
+
+
+def test_squares_of_half_precision_do_not_vanish():
+    weights = {"a": np.array([[1e-4, 2e-4, 3e-4]], np.float16)}
+    group = Group("g", 3, (Member("a", 1, True),))
+    for criterion, power in (("magnitude", 2), ("fisher", 4)):
+        scores = importance.channel_scores(weights, weights, [group], criterion)["g"]
+        np.testing.assert_allclose(scores, np.float64(weights["a"][0]) ** power, rtol=1e-6)
+    params = {"a": jnp.asarray([1e-4, 1.0], jnp.float16)}
+    total = gradients.reduce_gradients(
+        lambda p, image, key: jax.tree.map(lambda a: a[None], p), params, [np.ones((600, 1))], jax.random.key(0), "rms"
+    )["a"]
+    np.testing.assert_allclose(total, np.sqrt(600) * np.float32(params["a"]), rtol=1e-3)

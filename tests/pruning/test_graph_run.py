@@ -228,6 +228,29 @@ def test_a_kernel_that_is_divided_by_its_norm_says_so():
     assert grouping.groups[0].crossed == ("div",)
 
 
+@pytest.mark.parametrize(("power", "name"), [(-1, "integer_pow"), (-0.5, "pow"), (2, None)])
+def test_a_kernel_that_is_multiplied_by_a_power_of_its_norm_says_so_where_that_has_a_pole(power, name):
+    params = {"a": jax.ShapeDtypeStruct((3, 8), np.float32), "b": jax.ShapeDtypeStruct((8, 5), np.float32)}
+    function = lambda p, x: x @ (p["a"] * jnp.abs(p["a"]).sum(0) ** power) @ p["b"]
+    assert find_groups(function, params, IMAGES[0, 0]).groups[0].crossed == ((name,) if name else ())
+
+
+def test_a_loop_may_be_given_what_no_turn_reads():
+    """It is of full length, and is not cut."""
+    shapes = {"a": (4, 3), "b": (4,), "last": (4, 5), "unread": (4, 7)}
+    params = randomized({name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()})
+
+    def function(p, x):
+        turn = lambda rows: jnp.tanh(x[0] @ rows[0]) * rows[1]
+        return jax.lax.map(turn, (p["a"], p["b"], p["unread"])) @ p["last"]
+
+    grouping = find_groups(function, params, IMAGES[0, 0])
+    (group,) = [each for each in grouping.groups if each.size == 4]
+    keep = {group.name: np.array([0, 2])}
+    cut = grouping.run(pruning.shrink(params, grouping, keep), IMAGES[0, 0])
+    assert largest_difference(function(pruning.mask(params, grouping, keep), IMAGES[0, 0]), cut) < 1e-5
+
+
 def test_a_slice_of_merged_axes_starts_where_the_cut_has_moved_it():
     """The middle two of four heads of three channels, from the axis of twelve."""
     params = {"a": jax.ShapeDtypeStruct((3, 4, 3), np.float32), "b": jax.ShapeDtypeStruct((6, 5), np.float32)}

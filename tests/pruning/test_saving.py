@@ -34,6 +34,13 @@ def folder(tmp_path, grouping):
     return tmp_path / "slim"
 
 
+def test_what_could_not_be_read_again_is_not_written(tmp_path, grouping, monkeypatch):
+    monkeypatch.setattr("slimsam_jax.pruning.saving.MOST_JSON", 100)
+    with pytest.raises(InputError, match=r"grouping.json would have \d+ bytes, and at most 100 are read again"):
+        pruning.save(tmp_path / "slim", pruning.shrink(PARAMS, grouping, KEEP), grouping, KEEP)
+    assert not (tmp_path / "slim").exists()
+
+
 def test_what_is_read_is_what_was_written_and_runs(folder, grouping):
     assert sorted(os.listdir(folder)) == ["grouping.json", "keep.json", "model.safetensors"]
     assert os.listdir(folder.parent) == ["slim"]

@@ -11,6 +11,7 @@ from slimsam_jax import quantization
 from slimsam_jax.errors import InputError
 from slimsam_jax.quantization.gptq import error_of
 from slimsam_jax.quantization.layers import find_layers
+from slimsam_jax.quantization.running import run
 from slimsam_jax.quantization.weights import from_matrix, quantize_array, to_matrix
 
 CONV = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
@@ -112,3 +113,25 @@ def test_integers_stand_for_what_they_replace(name, method, seen, params):
     steps = np.abs(found.dequantize() - params[name]) / found.scale
     assert steps.max() <= (8 if method == "gptq" else 0.51 if method == "absmax" else 30)
     assert np.abs(found.codes).max() == 127 or method != "absmax"
+
+
+def test_a_kernel_that_is_moved_runs_within_jit_too():
+    """Reshaped, transposed, and with axes of length 1 put in by indexing."""
+
+    def function(params, x):
+        x = jnp.tanh(x @ params["turned"].T)
+        x = jax.lax.conv_general_dilated(x[:, None], params["line"][None], (1, 1), "SAME", **CONV)
+        return jnp.tanh(x[:, 0]).reshape(len(x), -1) @ params["flat"].reshape(-1, 4)
+
+    random = np.random.default_rng(0)
+    shapes = {"turned": (6, 3), "line": (3, 6, 5), "flat": (7, 5, 4)}
+    params = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    x = random.standard_normal((2, 7, 3)).astype(np.float32)
+    statistics = quantization.capture(function, params, [(x,)])
+    assert set(statistics) == set(shapes)
+    slim = quantization.quantize(params, statistics)
+    once, within_jit = (wrap(lambda params, x: run(function, params, x))(slim, x) for wrap in (lambda f: f, jax.jit))
+    np.testing.assert_allclose(within_jit, once, atol=1e-5)
+    np.testing.assert_allclose(once, function(params, x), atol=0.05 * np.abs(function(params, x)).max())
+    with pytest.raises(InputError, match=r"inputs of shapes \[\(1, 7, 3\)\], and the first one's are \[\(2, 7, 3\)\]"):
+        quantization.capture(function, params, [(x,), (x[:1],)])
