@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -118,9 +117,7 @@ def from_state_dict(state: dict[str, np.ndarray], where: str = "the state dict",
     """
     from converters.families import family_of
 
-    renamed = {re.sub(r"(^|\.)module\.", r"\1", name): array for name, array in state.items()}
-    if len(renamed) < len(state):
-        raise InputError(f"{where} holds arrays that differ in name by 'module.' alone")
+    renamed = torch_file.unwrapped(state, where)
     for key in ("pixel_mean", "pixel_std"):  # buffers, present in whole modules only
         if key in renamed:
             given[key] = _pixel_statistics(renamed.pop(key), f"{where}: {key}")
@@ -201,6 +198,7 @@ def _load_pth(path: Path, given: dict[str, Any]) -> Sam | FastSam:
     from converters.tables import fast_sam
 
     state, note = torch_file.read_with_note(path)
+    state = torch_file.unwrapped(state, str(path))
     if fast_sam.recognises(state):
         sizes = {name: each["image_size"] for name, each in (("note", note), ("given", given)) if "image_size" in each}
         return _fast_sam(path, state, *list(sizes.values())[:1])

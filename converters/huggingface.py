@@ -160,7 +160,7 @@ def description(config: Architecture) -> dict[str, Any]:
             "num_multimask_outputs": config.multimask_outputs,
             "iou_head_depth": 3,
             "iou_head_hidden_dim": config.iou_head_dim,
-            "layer_norm_eps": 1e-6,
+            "layer_norm_eps": 1e-5,  # of the two-way blocks alone; SAM's, not transformers' default
         },
     }
 

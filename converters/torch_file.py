@@ -12,6 +12,7 @@ import io
 import math
 import mmap
 import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -248,3 +249,11 @@ def _flatten(module: Inert) -> dict[str, np.ndarray]:
                 seen.add(id(part))
                 waiting.append((f"{prefix}{name}.", part))
     return state
+
+
+def unwrapped(state: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+    """A state dict with names as they are without `DataParallel`'s "module."."""
+    renamed = {re.sub(r"(^|\.)module\.", r"\1", name): array for name, array in state.items()}
+    if len(renamed) < len(state):
+        raise InputError(f"{where} holds arrays that differ in name by 'module.' alone")
+    return renamed

@@ -157,7 +157,7 @@ def why_nothing(generator: SamAutomaticMaskGenerator | FastSamMaskGenerator, sam
         conf = generator.predictor.options.conf
         return f"no mask was kept: nothing is detected with a confidence above {conf:.2f}; lower --pred-iou-thresh"
 
-    scores = calibration.scores(generator.sam, samples, generator.stability_score_offset)
+    scores = calibration.scores(generator.model, samples, generator.stability_score_offset)
     asked = f"{len(scores.stability)} masks at {calibration.GRID} x {calibration.GRID} points"
     if scores.passing(generator).any():
         return f"no mask was kept, though of {asked} some pass: raise --points-per-side"
@@ -169,7 +169,7 @@ def why_nothing(generator: SamAutomaticMaskGenerator | FastSamMaskGenerator, sam
         best.append(f"the best {words} is {values.max():.2f} ({option} is {threshold:.2f})")
         if getattr(lower, name) < threshold:
             options.append(f"{option} {getattr(lower, name):.2f}")
-    hint = "" if generator.sam.thresholds else f"; {cli.called('calibrate')} gives the model thresholds of its own"
+    hint = "" if generator.model.thresholds else f"; {cli.called('calibrate')} gives the model thresholds of its own"
     return f"no mask was kept. Of {asked} {' and '.join(best)}: lower to, say, {' '.join(options)}{hint}"
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from slimsam_jax import api, cli, limits
 from slimsam_jax.cli.checks import check_file
@@ -84,8 +85,18 @@ def main(
     with replacing(out) as temporary:
         drawn.save(temporary, format="PNG" if out.suffix.lower() == ".png" else "JPEG")
     nothing = "" if masks[0].any() else "; the model has no mask at this prompt"
-    score = "predicted IoU" if text is None else "similarity with the text"
+    score = scored_by(model) if text is None else "similarity with the text"
     print(f"wrote {out}: mask of {int(masks[0].sum())} pixels, {score} {scores[0]:.3f}{nothing}")
+
+
+def scored_by(model: Any) -> str:
+    """What the score of a model's mask is."""
+    from slimsam_jax.inference.ranking import by_stability
+    from slimsam_jax.models.fast_sam import FastSam
+
+    if isinstance(model, FastSam):
+        return "confidence"
+    return "stability" if by_stability(model) else "predicted IoU"
 
 
 if __name__ == "__main__":

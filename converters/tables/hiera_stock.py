@@ -44,6 +44,8 @@ def how_to_load(config: Any, path: Path) -> str:
         f"{trunk}.num_heads={stages[0].blocks[0].heads}",
         f"++model.image_encoder.neck.backbone_channel_list={channels}",
     ]
+    if (side := config.image_size[0]) != 1024:
+        overrides.append(f"++model.image_size={side}")
     return f"{ours}\n" + (
         "with sam2's code, and the .yaml of the model that it was made from: build_sam2(YAML, "
         f"{str(path)!r}, hydra_overrides_extra={overrides})"

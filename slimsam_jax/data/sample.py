@@ -181,11 +181,15 @@ def _formats() -> list[str]:
 def eight_bits(image: Image.Image) -> Image.Image:
     """Converts an image of 16 bits, or of floats from 0 to 255, to 8 bits, where PIL would clip; no other.
 
+    An image of 32 bits is one of 16, or of 8 if nothing in it exceeds 255.
+
     Raises:
       ValueError: floats that are not in this range, or all of them between 0 and 1.
     """
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        pixels = np.asarray(image)
+        shift = 0 if image.mode == "I" and pixels.max(initial=0) <= 255 else 8
+        return Image.fromarray((pixels >> shift).clip(0, 255).astype(np.uint8))
     if image.mode != "F":
         return image
     low, high = image.getextrema()

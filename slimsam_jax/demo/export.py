@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from slimsam_jax import __version__
 from slimsam_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,8 +35,10 @@ def fingerprint(sam: Sam, dtype: Dtype) -> str:
     for path, array in sorted(flax.traverse_util.flatten_dict(sam.params, sep="/").items()):
         digest.update(path.encode())
         digest.update(np.ascontiguousarray(array))
-    for source in sorted(Path(converters.__file__).parent.glob("onnx/*.py")):
+    folder = Path(converters.__file__).parent
+    for source in (folder / "to_onnx.py", *sorted(folder.glob("onnx/*.py"))):
         digest.update(source.read_bytes())
+    digest.update(f"{__version__} {version('onnxruntime') if dtype == 'int8' else ''}".encode())  # which quantises
     return digest.hexdigest()[:16]
 
 

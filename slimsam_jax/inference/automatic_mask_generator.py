@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -55,7 +55,7 @@ class SamAutomaticMaskGenerator:
         points. Theirs is 8.5, tuned on SAM-H and its like.
     """
 
-    sam: Sam
+    model: Sam
     points_per_side: int | None = 32
     points_per_batch: int = 64
     pred_iou_thresh: float | None = None
@@ -74,12 +74,12 @@ class SamAutomaticMaskGenerator:
     use_stability_score: bool | None = None
 
     def __post_init__(self):
-        check_sam(self.sam)
-        for name, value in (self.sam.thresholds or Thresholds()).to_json().items():
+        check_sam(self.model)
+        for name, value in (self.model.thresholds or Thresholds()).to_json().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the class is frozen
         if self.use_stability_score is None:
-            object.__setattr__(self, "use_stability_score", by_stability(self.sam))
+            object.__setattr__(self, "use_stability_score", by_stability(self.model))
         self._check_numbers()
         if (self.points_per_side is None) == (self.point_grids is None):
             raise InputError("give either points_per_side or point_grids")
@@ -120,14 +120,14 @@ class SamAutomaticMaskGenerator:
         kept = concatenate([self._of_crop(pixels, crop_box, layer) for crop_box, layer in crops])
         if len(crops) > 1:
             kept = kept.take(amg.nms(kept.boxes, 1 / amg.box_area(kept.crop_boxes), self.crop_nms_thresh))
-        masks = [unpack(kept, i, size) for i in range(len(kept.bits))]
-        if self.min_mask_region_area and masks:
-            kept, masks = self._without_small_regions(kept, masks)
+        masks: Iterable[np.ndarray] = (unpack(kept, i, size) for i in range(len(kept.bits)))  # one at a time
+        if self.min_mask_region_area and len(kept.bits):
+            kept, masks = self._without_small_regions(kept, list(masks))
         return [_record(kept, i, mask, self.output_mode) for i, mask in enumerate(masks)]
 
     def _of_crop(self, pixels: np.ndarray, crop_box: np.ndarray, layer: int) -> Candidates:
         x0, y0, x1, y1 = crop_box
-        (encoded,) = encode_images(self.sam, [pixels[y0:y1, x0:x1]])
+        (encoded,) = encode_images(self.model, [pixels[y0:y1, x0:x1]])
         return self.candidates(encoded, crop_box, layer, pixels.shape[:2])
 
     def candidates(
@@ -142,10 +142,10 @@ class SamAutomaticMaskGenerator:
         if not self.hierarchical:
             candidates = concatenate([judge(decoded)[0] for decoded in decode(grid.reshape(-1, 2))])
         elif self.covered_thresh is not None:
-            candidates = hierarchical.where_not_covered(decode, judge, grid, self.sam, encoded, self.covered_thresh)
+            candidates = hierarchical.where_not_covered(decode, judge, grid, self.model, encoded, self.covered_thresh)
         else:
             thresholds = self.pred_iou_thresh, self.stability_score_thresh, self.stability_score_offset
-            cells = tuple(-(-4 * side // self.sam.config.patch_size) for side in encoded.size)
+            cells = tuple(-(-4 * side // self.model.config.patch_size) for side in encoded.size)
             duplicate = max(hierarchical.DUPLICATE, self.box_nms_thresh)  # whoever wants near duplicates gets them
             candidates = hierarchical.refine_near_best(decode, judge, grid, cells, *thresholds, duplicate)
         return candidates.take(amg.nms(candidates.boxes, candidates.predicted_iou, self.box_nms_thresh))
@@ -161,7 +161,7 @@ class SamAutomaticMaskGenerator:
         """Decodes all masks at [n, 2] points of a crop, a batch at a time; the single mask of each is left out."""
         for start in range(0, len(points), self.points_per_batch):
             some = points[start : start + self.points_per_batch]
-            low, scores = decode_prompts(self.sam, encoded, clicks_at(some))
+            low, scores = decode_prompts(self.model, encoded, clicks_at(some))
             low, scores = low[:, 1:].reshape(-1, *low.shape[2:]), scores[:, 1:].ravel()
             scores = stability_scores(low) if self.use_stability_score else scores
             yield Decoded(np.repeat(some, len(scores) // len(some), axis=0), scores, low)
@@ -172,13 +172,14 @@ class SamAutomaticMaskGenerator:
         """Returns the masks that pass the filters, and their indices among `decoded`."""
         good = np.flatnonzero((decoded.scores > self.pred_iou_thresh) | (self.pred_iou_thresh <= 0))
         points, scores, low = decoded.take(good)
-        bits, boxes, areas, stability = enlarge(self.sam, encoded, low, self.stability_score_offset)
+        bits, boxes, areas, stability = enlarge(self.model, encoded, low, self.stability_score_offset)
         boxes = boxes + np.tile(crop_box[:2], 2)
         crops = np.tile(crop_box, (len(good), 1))
         candidates = Candidates(list(bits), boxes, areas, scores, stability, points + crop_box[:2], crops)
         near_edge = amg.is_box_near_crop_edge(boxes, crop_box, size)
         keep = np.flatnonzero((stability >= self.stability_score_thresh) & ~near_edge)
-        return candidates.take(keep), good[keep]
+        kept = candidates.take(keep)  # copied, as views would keep the masks of all candidates of the batch
+        return kept._replace(bits=[mask.copy() for mask in kept.bits]), good[keep]
 
     def _without_small_regions(self, candidates: Candidates, masks: list[np.ndarray]):
         """Removes small regions; of duplicates those masks go that were changed by it."""

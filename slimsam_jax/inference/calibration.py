@@ -90,9 +90,9 @@ def scores(sam: Sam, samples: Sequence[Sample], offset: float = 1.0, images: int
 
 
 def _encoded(sam: Sam, samples: Sequence[Sample], images: int) -> Iterator[Encoded]:
-    """Encodes the first `images` readable samples, in an order that spreads over all of them."""
-    step, count = max(1, len(samples) // images), 0
-    for index in (index for start in range(step) for index in range(start, len(samples), step)):
+    """Encodes `images` readable samples, spread over all; in the place of what is not readable the first ones."""
+    spread, count = np.unique(np.linspace(0, len(samples) - 1, images).astype(int)).tolist(), 0
+    for index in dict.fromkeys([*spread, *range(len(samples))]):
         try:
             image = samples[index].image()
         except InputError as error:

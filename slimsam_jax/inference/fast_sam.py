@@ -225,9 +225,11 @@ def choose(
     if box is None:
         single = by_points(found.masks, points, labels, found.original_size)
     else:
+        own = box_overlaps(found.masks, box_in_masks(box, found.masks.shape, found.original_size))
+        suits &= own > 0  # where no mask overlaps the box the original takes the first, wherever it lies
         best = by_box(found.masks, box, found.original_size, suits)
         single = Choice() if best is None else Choice((best,), (True,))
-        own = box_overlaps(found.masks, box_in_masks(box, found.masks.shape, found.original_size))
+        whole = np.flatnonzero(suits)
         whole = whole[np.argsort(-own[whole], kind="stable")]
     several = [Choice((int(index),), (True,)) for index in whole[:CANDIDATES]]
     choices = [single, *several, *[Choice()] * (CANDIDATES - len(several))]

@@ -189,8 +189,8 @@ class FastSamMaskGenerator:
         Raises:
           InputError: not an image.
         """
-        self.predictor.set_image(image)
-        return self.predictor.everything(self.output_mode)
+        # Not by the predictor's own image: several threads may ask at once.
+        return records(find_one(self.predictor.model, as_rgb(image, "RGB"), self.predictor.options), self.output_mode)
 
 
 def records(found: Found, output_mode: str = "binary_mask") -> list[dict[str, Any]]:

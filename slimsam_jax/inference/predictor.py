@@ -47,15 +47,16 @@ class SamPredictor:
     mask_threshold = 0.0
     image_format = "RGB"
 
-    def __init__(self, sam: Sam):
-        self.model = check_sam(sam)
+    def __init__(self, sam_model: Sam):
+        self.model = check_sam(sam_model)
         self.reset_image()
 
     def set_image(self, image: AnyImage, image_format: str = "RGB") -> None:
         """Encodes an image.
 
         Args:
-          image: a path, a PIL image, or [h0, w0, 3] uint8, 0 to 255.
+          image: a path, which is turned upright by its EXIF, a PIL image, which is taken as it lies, or [h0, w0, 3]
+            uint8, 0 to 255.
           image_format: of an array: "RGB" or "BGR".
 
         Raises:
@@ -187,7 +188,7 @@ def as_rgb(image: AnyImage, image_format: str) -> Image.Image:
     if not isinstance(image_format, str) or image_format not in ("RGB", "BGR"):
         raise InputError(f"image_format {quoted(image_format)} is neither RGB nor BGR")
     rgb = as_image(image)
-    if image_format == "BGR" and isinstance(image, np.ndarray):
+    if image_format == "BGR" and not isinstance(image, str | Path | Image.Image):
         rgb = Image.fromarray(np.ascontiguousarray(np.asarray(rgb)[..., ::-1]))
     return rgb
 

@@ -7,6 +7,8 @@ mode measures it at the image's size (`candidates.enlarge`), and filters by it (
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from slimsam_jax.errors import InputError
@@ -32,6 +34,11 @@ def stability_scores(low: np.ndarray, offset: float = 1.0) -> np.ndarray:
 def by_stability(sam: Sam) -> bool:
     """Whether a model's masks are ranked by stability, because its family's decoders estimate nothing."""
     return isinstance(sam, Sam) and ranks_by_stability(sam.config)
+
+
+def how_to_rank(model: Any) -> dict[str, bool]:
+    """Arguments for the `predict` of a model's predictor, by which scores are what its masks are ranked by."""
+    return {"use_stability_score": True} if by_stability(model) else {}
 
 
 def ranks_by_stability(config: Architecture) -> bool:

@@ -118,6 +118,15 @@ def test_by_default_not_where_nothing_was_measured(sam, kept, monkeypatch, tmp_p
     assert name_of(engine.engaged(sam, "auto")) == "jax"
 
 
+def test_a_file_that_is_gone_was_never_measured(sam, kept, capsys):
+    """Its record stays where the large files of a cache are removed by hand."""
+    measured(kept, 2.0, 1.0)
+    (path,) = kept.glob("*.onnx")
+    path.unlink()
+    assert name_of(engine.engaged(sam, "auto")) == "jax" and not path.exists()
+    assert name_of(engine.engaged(sam, "onnxruntime")) == "onnxruntime" and path.exists()
+
+
 def test_a_damaged_file_is_exported_again(sam, kept, capsys):
     measured(kept, 2.0, 1.0)
     (path,) = kept.glob("*.onnx")

@@ -155,6 +155,9 @@ def test_what_the_originals_can_hold():
             == huggingface_sam2.obstacle(config.with_encoder(encoder))
         )
     assert "embed_dim=48" in table.how_to_load(config.with_encoder(half), "x.pt")
+    assert "image_size" not in table.how_to_load(config, "x.pt")
+    small = SamConfig(dataclasses.replace(config.encoder, image_size=(512, 512)), sam2_head.HeadConfig((512, 512)))
+    assert "++model.image_size=512" in table.how_to_load(small, "x.pt")
     pooling = config.with_encoder(dataclasses.replace(half, global_blocks=(3, 5)))
     assert table.obstacle(pooling) == huggingface_sam2.obstacle(pooling) == "it has a global block that pools"
     *others, last = half.stages

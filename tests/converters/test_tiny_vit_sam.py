@@ -159,6 +159,8 @@ def test_a_decoder_without_a_single_mask_gives_the_best_of_the_others(sam, pth, 
     with_mask, without = from_torch.load(tiny, 64, single_mask=True), from_torch.load(tiny, 64)
     assert with_mask.config == sam.config and without.config == dataclasses.replace(sam.config, single_mask=False)
     image, (points, labels) = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8), ([[9.0, 5.0]], [1])
+    torch.save({f"module.{k}": v for k, v in torch.load(tiny, weights_only=True).items()}, tmp_path / "tinysam_dp.pth")
+    assert from_torch.load(tmp_path / "tinysam_dp.pth", 64).config == without.config
     found = {}
     for name, model in (("with", with_mask), ("without", without)):
         predictor = SamPredictor(model)

@@ -16,6 +16,7 @@ from helpers.images import samples, save_image, truncated, write_annotation
 from slimsam_jax import data
 from slimsam_jax.data import batches
 from slimsam_jax.data.augment import flip_and_crop
+from slimsam_jax.data.sample import eight_bits
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.imaging import rle
 from slimsam_jax.imaging.transforms import resize_and_pad, resized_shape, to_model_frame
@@ -103,6 +104,8 @@ def test_sixteen_bits_become_eight(tmp_path):
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     Image.fromarray(grey).save(tmp_path / "x.png")
     np.testing.assert_array_equal(np.asarray(data.read_image(tmp_path / "x.png"))[..., 0], grey >> 8)
+    for of_32_bits, expected in ((grey.astype(np.int32), grey >> 8), (np.int32(grey >> 8), grey >> 8)):
+        np.testing.assert_array_equal(np.asarray(eight_bits(Image.fromarray(of_32_bits))), expected)
 
 
 def test_broken_images_are_skipped_and_named(tmp_path):

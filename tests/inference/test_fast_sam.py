@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ from slimsam_jax.imaging.letterbox import fit
 from slimsam_jax.inference import fast_sam as inference
 from slimsam_jax.inference import fast_sam_boxes, fast_sam_masks
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
-from slimsam_jax.inference.fast_sam import ORIGINAL, Options, find, find_one
+from slimsam_jax.inference.fast_sam import ORIGINAL, Options, choose, find, find_one
 from slimsam_jax.inference.fast_sam_masks import Masks
 from slimsam_jax.inference.fast_sam_predictor import FastSamMaskGenerator, FastSamPredictor, predictor_for
-from slimsam_jax.inference.fast_sam_prompts import box_in_masks, by_box, by_boxes, by_points, by_text, draw
+from slimsam_jax.inference.fast_sam_prompts import Choice, box_in_masks, by_box, by_boxes, by_points, by_text, draw
 from slimsam_jax.inference.predictor import SamPredictor
 from slimsam_jax.models.fast_sam import Outputs, decode
 from slimsam_jax.models.sam import Sam
@@ -210,6 +211,19 @@ def test_a_point_on_no_mask_gives_an_empty_one_with_score_zero(predictor):
         assert masks.shape == (1, *SIZE) and not masks.any() and scores == [0] and choice == ((), ())
 
 
+def test_a_box_on_no_mask_gives_an_empty_one_with_score_zero():
+    """The original takes the first mask then, wherever it lies."""
+    masks, box = np.zeros((2, 20, 20), bool), [12, 12, 18, 18]
+    masks[:, :5, :5] = True
+    found = SimpleNamespace(masks=Masks.of_arrays(masks), scores=np.array([0.9, 0.8]), original_size=(20, 20))
+    choices, scores = choose(found, None, (), box)
+    assert choices == [Choice()] * 4 and not scores.any() and by_box(found.masks, box, (20, 20)) == 0
+    masks[1, 15, 15] = True
+    found.masks = Masks.of_arrays(masks)
+    choices, scores = choose(found, None, (), box)
+    assert choices[:3] == [Choice((1,), (True,))] * 2 + [Choice()] and scores[0] == np.float32(0.8)
+
+
 def test_everything_has_sam_s_records(predictor, model, image):
     found = FastSamMaskGenerator(model, output_mode="coco_rle").generate(image)
     masks = predictor.everything()
@@ -220,6 +234,14 @@ def test_everything_has_sam_s_records(predictor, model, image):
         assert record["area"] == mask.sum() > 0 and mask[y : y + height + 1, x : x + width + 1].sum() == mask.sum()
         assert same["bbox"] == record["bbox"] and same["segmentation"]["size"] == list(SIZE)
         assert 0 <= record["point_coords"][0][0] <= SIZE[1] and record["crop_box"] == [0, 0, SIZE[1], SIZE[0]]
+
+
+def test_everything_leaves_the_image_that_is_set_alone(model, image):
+    """Two threads ask one generator: what one sets the other may not read."""
+    generator = FastSamMaskGenerator(model)
+    generator.predictor.set_image(image)
+    before = generator.predictor.found
+    assert generator.generate(np.asarray(image)[:20]) and generator.predictor.found is before
 
 
 def test_nothing_detected_is_an_empty_list_and_was_none(image):

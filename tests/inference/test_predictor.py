@@ -117,7 +117,10 @@ def test_every_form_of_an_image_is_the_same(tmp_path):
     for image in given:
         ours.set_image(image)
         embeddings.append(ours.get_image_embedding())
-    ours.set_image(pixels[..., ::-1], image_format="BGR")
+    for array in (pixels[..., ::-1], torch.from_numpy(pixels[..., ::-1].copy())):
+        ours.set_image(array, image_format="BGR")
+        embeddings.append(ours.get_image_embedding())
+    ours.set_image(Image.fromarray(pixels), image_format="BGR")  # of arrays alone
     for embedding in [*embeddings, ours.get_image_embedding()]:
         np.testing.assert_array_equal(embedding, embeddings[0])
     ours.reset_image()

@@ -146,7 +146,7 @@ def test_a_slim_model_without_masks_is_not_lost(images, monkeypatch, capsys):
 def test_images_are_spread_and_unreadable_ones_passed_by(images, tmp_path):
     asked = []
     watched = [dataclasses.replace(s, load=lambda s=s: (asked.append(Path(s.name).name), s.load())[1]) for s in images]
-    for count, names in ((2, ["0.png", "1.png"]), (3, ["0.png", "0_broken.jpg", "1.png", "2.png"])):
+    for count, names in ((2, ["0.png", "2.png"]), (3, ["0.png", "0_broken.jpg", "2.png", "1.png"])):
         asked.clear()
         found = calibration.scores(random_sam(SQUARE), watched, images=count)
         assert asked == names and len(found.stability) == count * 3 * calibration.GRID**2

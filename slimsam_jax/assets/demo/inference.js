@@ -69,7 +69,7 @@ const tasks = {
   /** Runs one model's encoder on the image. */
   async encode({ model }) {
     const it = models[model];
-    const size = it.whole ? image.size : fit(image.shown, it.imageSize); // filling the frame is part of the graph
+    const size = it.whole ? image.size : fit(image.size, it.imageSize); // filling the frame is part of the graph
     const images = new ort.Tensor("uint8", resize(image.pixels, image.size, size), [1, 3, ...size]);
     const [outputs, ms] = await timed(() => it.encoder.run({ images }));
     it.maps = outputs; // of SAM 2 three; their names are those of the decoder's inputs
