@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from slimsam_jax.cli.checks import as_path, check_share, is_path, several
-from slimsam_jax.compression.options import Options, announce
-from slimsam_jax.compression.plan import as_recipe
-from slimsam_jax.compression.set_option import change
+from slimsam_jax.compression.options import Options, announce, with_choices
 from slimsam_jax.compression.steps import Recipe, Step
 from slimsam_jax.evaluation.checks import Protocol, check_choices, check_numbers
 
@@ -154,16 +152,17 @@ def compress(
     fields |= {name: tuple(map(str, several(fields[name]))) for name in ("images", "val")}
     fields |= {n: as_path(fields[n], n) for n in ("teacher", "student", "cache") if fields[n] is not None}
     fields |= {"out": as_path(out, "out"), "set": tuple(several(set))}
-    own = None if isinstance(recipe, str) else change(as_recipe(recipe), fields["set"])
-    return compress_with(Options(**(fields if own is None else {**fields, "recipe": "default", "set": ()})), own)
+    own = {} if isinstance(recipe, str) else {"recipe": "default"}
+    return compress_with(Options(**fields | own), recipe if own else None)
 
 
 def compress_with(options: Options, recipe: Recipe | None = None) -> Compressed:
     """`compress` for options in one record, as the command parses them.
 
     Args:
-      recipe: the steps, if not those that the options name.
+      recipe: the steps, if not those that the options name; `options.set` changes these, too.
     """
+    options, recipe = with_choices(options, recipe)
     options.check()
     if options.distributed:
         from slimsam_jax.sharding import join_processes
@@ -277,20 +276,21 @@ def predict(
       text: instead of points and a box, words for a FastSAM, which `clip`, of `load_clip`, compares with its masks.
 
     Returns:
-      masks [C, h0, w0] bool, their predicted IoU [C], their logits [C, 4h, 4w] as decoded; C is 1 or 3. Of a
-        FastSAM see `FastPrediction`.
+      masks [C, h0, w0] bool, their predicted IoU [C] (of an EdgeSAM their stability), their logits [C, 4h, 4w] as
+        decoded; C is 1 or 3. Of a FastSAM see `FastPrediction`.
 
     Raises:
       InputError: no model, no image, no prompt, or one that the model cannot take.
     """
     from slimsam_jax.inference.fast_sam_predictor import check_text, predictor_for
+    from slimsam_jax.inference.ranking import how_to_rank
 
     predictor = predictor_for(load(sam) if is_path(sam) else sam)
     check_text(predictor, text, clip, points, labels, box)
     predictor.set_image(image)
     if text is not None:
         return predictor.text(text, multimask_output)
-    return predictor.predict(points, labels, box, multimask_output=multimask_output)
+    return predictor.predict(points, labels, box, multimask_output=multimask_output, **how_to_rank(predictor.model))
 
 
 def _model(value: Any) -> Sam | FastSam:

@@ -31,6 +31,10 @@ class InputError(ValueError):
         super().__init__(_message(message))
 
 
+class NothingOfUse(InputError):
+    """Sound input that has nothing of what is asked for: images whose masks cannot be learned from, say."""
+
+
 class RunError(RuntimeError):
     """A fault while running (disk full, loss not finite). The command line prints the message and exits with 1."""
 

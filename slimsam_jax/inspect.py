@@ -36,7 +36,7 @@ def main(
       model: a model folder, a .pth, or a Hugging Face SamModel or Sam2Model folder.
       images: folders of images; an eighth of them measures the error, the others give the importance.
       ratio: what is drawn as kept.
-      ratios: shares of the channels to try; 0.5 leaves 34 % of the parameters of the small SAM's encoder, 0.77 18 %.
+      ratios: shares of the channels to try; 0.5 leaves 35 % of the parameters of the small SAM's encoder, 0.77 18 %.
       recipe: whose cuts, as for compress: "default" chooses a basis before it cuts, the others cut whole channels.
       set: choices that differ from the recipe's, as prune.NAME=VALUE.
       importance_images: how many images importance or statistics are estimated from.
@@ -75,6 +75,8 @@ def main(
     if (family := describe(sam)["family"]) == "fast_sam":
         raise InputError(f"{model}: what cutting costs is tried of SAMs alone; leave out --images")
     check, prunes = (widths if family == "vit" else found_groups).check, [s for s in choices if isinstance(s, Prune)]
+    if any(step.ratio for step in prunes):
+        raise InputError("--ratio and --ratios say how much is cut here: leave --set prune.ratio out")
     for r in tried:
         check(sam.config, Target(r), prunes, uniform=False)
     bench = analysis.Bench(sam, choices, samples, importance_images, seed)

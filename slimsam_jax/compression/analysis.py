@@ -23,6 +23,7 @@ from slimsam_jax.compression.steps import Prune, Recipe
 from slimsam_jax.compression.widths import target_of
 from slimsam_jax.data import Sample
 from slimsam_jax.data.reading import map_readable
+from slimsam_jax.data.samples import take
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.files import replacing
@@ -95,8 +96,10 @@ class Bench:
         self.sam, self.seed = sam, seed
         self.prunes = [step for step in recipe if isinstance(step, Prune)]
         self.steps = {step.part: step for step in self.prunes}
-        held_out = list(images[::8])[:16]
-        used = [sample for sample in images if sample not in held_out] or held_out
+        held = np.arange(0, len(images), 8)[:16]
+        rest = np.delete(np.arange(len(images)), held)
+        held_out = list(take(images, held))
+        used = take(images, rest) if len(rest) else held_out
         batch = jax.local_device_count()
         data.check_one_is_readable(used)
         stream = calibration_stream(self.prunes[0], used, sam.config, batch, seed)

@@ -99,7 +99,7 @@ def _search(generator: SamAutomaticMaskGenerator, sample: Sample, file: Path) ->
         image = sample.image()
     except InputError:
         return
-    found, config = generator.generate(image), generator.sam.config
+    found, config = generator.generate(image), generator.model.config
     size = tuple(config.frame.place(image)[1])
     usable = [row for row in found if learnable(rle.decode(row["segmentation"]), size, config) is not None]
     with writing(file):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from slimsam_jax import limits
 from slimsam_jax.cli.checks import check_seed, check_share
+from slimsam_jax.compression.plan import as_recipe
 from slimsam_jax.compression.recipes import RECIPES
-from slimsam_jax.compression.set_option import settled
-from slimsam_jax.compression.steps import Prune, Recipe
+from slimsam_jax.compression.set_option import change, settled
+from slimsam_jax.compression.steps import Prune, Recipe, Step
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import Range, quoted
 from slimsam_jax.progress import say
@@ -133,13 +135,26 @@ def check_ratio(ratio: Any) -> None:
         raise InputError(f"--ratio {shown} is not the share of channels to remove: 0 < ratio < 1{hint}")
 
 
+def with_choices(options: Options, recipe: Sequence[Step] | None) -> tuple[Options, Recipe | None]:
+    """A recipe that the options do not name, changed by their choices, and the options without these.
+
+    Raises:
+      InputError: it is none, or has no such choice.
+    """
+    if recipe is None:
+        return options, None
+    changed = change(as_recipe(recipe), options.set)
+    return dataclasses.replace(options, recipe="default", set=()), changed
+
+
 def announce(options: Options, recipe: Recipe | None = None) -> None:
     """Says what will be done before JAX is there, which takes seconds to come; `prepare.announce` goes on."""
     images = ", ".join(map(str, options.images)) or "the photographs in the package"
     val = ", ".join(map(str, options.val)) or "an eighth of them, held out"
     how_much = f"budget {options.budget}" if options.budget else f"{100 * options.channel_ratio():g} % of the channels"
-    cuts = any(isinstance(step, Prune) for step in (RECIPES[options.recipe] if recipe is None else recipe))
-    how_much = how_much if cuts else "nothing"
+    steps = settled(RECIPES[options.recipe], options.set) if recipe is None else recipe
+    own = [step.ratio for step in steps if isinstance(step, Prune)]
+    how_much = how_much if None in own else "what its steps say" if own else "nothing"
     named = f"{options.recipe}{''.join(f' {choice}' for choice in options.set)}"
     say("teacher", str(options.teacher or "the small SAM in the package"))
     say("images", f"{images}; to measure on: {val}")

@@ -68,7 +68,7 @@ def carry_out(run: Run, functions: Mapping[type, StepFunction] | None = None) ->
     Args:
       functions: of each kind of step, if the model is none that `STEP_FUNCTIONS` are for.
     """
-    if run.cache:
+    if run.cache and any(each.optimizer_steps for each in run.plan):  # cuts read none
         run.cache.fill(run.images)
         sharding.barrier("teacher's embeddings")
     student = previous = run.teacher

@@ -56,7 +56,7 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None, studen
     if student:
         check_not_quantized(student, "trained")
     prunes = [step for step in recipe if isinstance(step, Prune)]
-    check_combinations(options, recipe, target)
+    check_combinations(options, recipe, target, own)
     if options.uniform and not teacher.config.uniform:
         raise InputError("--uniform needs a teacher whose blocks are alike, and this one's are not")
     config = check_encoders(recipe, teacher.config)
@@ -189,12 +189,15 @@ def check_prompts(step: DistillMasks, head: Any) -> None:
             )
 
 
-def check_combinations(options: Options, recipe: Recipe, target: Target) -> None:
-    """Raises InputError for choices that do not go together."""
+def check_combinations(options: Options, recipe: Recipe, target: Target, own: bool = False) -> None:
+    """Raises InputError for choices that do not go together; `own` is a recipe that the options do not name."""
     prunes = [step for step in recipe if isinstance(step, Prune)]
     parts = [step.part for step in prunes]
     if not prunes and (options.ratio is not None or target.budget):
         raise InputError("this recipe cuts nothing: leave --ratio and --budget out; --student says how small it gets")
+    shares = [step for step in prunes if step.ratio is not None]  # lists of steps share out a --ratio
+    if shares and (target.budget or (options.ratio is not None and not own)):
+        raise InputError("prune.ratio and --ratio or --budget both say how much to cut; give one of them")
     if "all" in parts:
         raise InputError("a cut of all parts is of a FastSAM; a SAM is cut by its embedding, or by its bottleneck")
     for step in prunes:
@@ -230,11 +233,12 @@ def provenance(
     packages = ("jax", "flax", "optax", "numpy")
     # They decide the masks of everything mode, and may be changed by hand.
     thresholds = teacher.thresholds.to_json() if teacher.thresholds else "none"
+    computed = {"batch": batch, "dtype": jnp.dtype(compute_dtype(options)).name}  # whatever "auto" was
     same = {"sha256": checkpoint.sha256(path), "thresholds": thresholds, "provenance": teacher.provenance}
     return {
         "teacher": {"file": path.name, **same},
         "images": {"count": len(images), "sha256_of_names": digest_of_names(images)},
-        "options": {**options.fixing_the_result(), "batch": batch, "recipe": None if own else options.recipe},
+        "options": {**options.fixing_the_result(), **computed, "recipe": None if own else options.recipe},
         "recipe": describe(recipe),
         "optimizer_steps": counts,
         "versions": {"slimsam_jax": __version__, **{name: version(name) for name in packages}},

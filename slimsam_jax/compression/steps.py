@@ -103,6 +103,10 @@ class Prune(Record):
             raise InputError(
                 "normalizer gaussian gives negative scores, which have no price: set prune.allocation=global, or minmax"
             )
+        if projects and self.importance_loss == "masks":
+            raise InputError("a projection needs no labels: prune.importance_loss=masks is for recipe taylor, say")
+        if projects and self.quirks != Quirks():
+            raise InputError("known bugs are of cuts of whole channels: quirks. is for recipes taylor and slimsam")
         if self.head_channels == "whole" and (projects or self.quirks.rounded_selection):
             raise InputError("head_channels whole goes with scores of whole channels alone (recipe taylor)")
         if self.importance_loss == "none" and self.reads_gradients:

@@ -98,7 +98,7 @@ class TeacherCache:
         if sharding.is_main():
             each = f"{count} images of {self.layout.bytes / 1e6:.3g} MB ({self.layout.precision})"
             print(f"the teacher's embeddings: about {needed / 1e9:.2f} GB in {self.folder}, {each}", flush=True)
-        if free < needed:
+        if not sharding.all_agree(free >= needed):  # another process may have seen more room
             raise RunError(f"{self.folder} has {free / 1e9:.2f} GB free; choose another --cache, or none")
         for sample in track(missing, "teacher's embeddings") if missing else ():
             self._compute(sample)

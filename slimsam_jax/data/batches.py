@@ -13,7 +13,7 @@ from PIL import Image
 from slimsam_jax import sharding
 from slimsam_jax.data.augment import Augment
 from slimsam_jax.data.sample import Sample, check_share
-from slimsam_jax.errors import InputError, RunError
+from slimsam_jax.errors import InputError, NothingOfUse, RunError
 from slimsam_jax.imaging.frames import Fitted, Frame
 
 Extra = Callable[[Sample, np.ndarray, np.random.Generator], dict[str, np.ndarray]]
@@ -24,9 +24,9 @@ class Batches:
 
     So a run is resumed by its step number, on any number of processes. Iterating gives
     {"image": [b, H, W, 3], "size": [b, 2] int32}, as `sam.preprocess` takes them. In place of an image
-    that cannot be decoded comes the next one in the list; it is noted in `skipped`, {name: reason}. When more
-    than their share have been, iteration stops with `RunError`; of several processes none does by itself, which
-    would leave the others waiting for it: see `agree_on_skipped`.
+    that cannot be decoded, or has nothing of use, comes the next one in the list. The former is noted in `skipped`,
+    {name: reason}; when more than their share have been, iteration stops with `RunError`; of several processes none
+    does by itself, which would leave the others waiting for it: see `agree_on_skipped`.
 
     Args:
       batch: images in a step, over all processes.
@@ -59,6 +59,7 @@ class Batches:
         self.frame = frame or Fitted(image_size)
         self.samples, self.image_size, self.max_broken = samples, image_size, max_broken
         self.skipped: dict[str, str] = {}
+        self.passed: set[str] = set()  # names of images that can be read, and have nothing of use
         self.batch, self.augment, self.extra = batch, augment, extra
         index, self.parts = part
         self._order = grain.MapDataset.source(range(len(self.samples))).seed(seed).shuffle().repeat()
@@ -95,17 +96,20 @@ class Batches:
     def _load(self, index: int, random: np.random.Generator) -> dict[str, np.ndarray]:
         for ahead in range(len(self.samples)):
             sample = self.samples[(index + ahead) % len(self.samples)]
-            if sample.name in self.skipped:
+            if sample.name in self.skipped or sample.name in self.passed:
                 continue
             state = random.bit_generator.state
             try:
                 return self._read(sample, random)
             except InputError as error:
                 random.bit_generator.state = state  # the next one is read as if this had been known to be unusable
+                if isinstance(error, NothingOfUse):
+                    self.passed.add(sample.name)
+                    continue
                 self.skipped[sample.name] = str(error)
                 if self.parts == 1:
                     check_share(self.skipped, len(self.samples), self.max_broken)
-        last = next(reversed(self.skipped.values()))
+        last = next(reversed(self.skipped.values()), "it has nothing to learn from")
         raise RunError(f"none of the {len(self.samples)} images can be used; the last: {last}")
 
     def _read(self, sample: Sample, random: np.random.Generator) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from slimsam_jax.data.augment import Framing, draw_framing
 from slimsam_jax.data.batches import Batches, Extra
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.data.samples import annotated as with_annotations
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, NothingOfUse
 from slimsam_jax.imaging.geometry import bounding_window, interior_point
 from slimsam_jax.imaging.prompts import noisy, prompt_points
 from slimsam_jax.imaging.transforms import to_model_frame
@@ -72,7 +72,7 @@ class MaskBatches(Batches):
                 prompts = {"points": points, "labels": np.concatenate(labels), "masks": np.stack(cells)}
                 more = self.extra(sample, size, random) if self.extra else {}
                 return {"image": pixels, "size": size, **prompts, "seed": seed, **more}
-        raise InputError(f"{sample.name} has no annotation to learn from")
+        raise NothingOfUse(f"{sample.name} has no annotation to learn from")
 
     def _choose(
         self, annotations: Sequence[Annotation], framing: Framing, size: tuple[int, int], random: np.random.Generator

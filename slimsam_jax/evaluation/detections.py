@@ -74,6 +74,8 @@ def read_truth(path: Path, boxes: Boxes) -> Any:
         truth = COCO()
         truth.dataset = coco.read(path)
         truth.dataset.setdefault("info", {})  # which some versions of pycocotools ask for
+        for number, annotation in enumerate(truth.dataset.get("annotations", ()), 1):
+            annotation["id"] = number  # by which pycocotools notes a match: 0 is none to it, and two of one id are one
         truth.createIndex()
         if not all(type(number) is int for number in truth.imgs):
             raise ValueError("an image id that is no integer")

@@ -53,7 +53,7 @@ class Steps:
         """Raises RunError if the disk is too full; orbax would fail in many threads, each with its own traceback."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
-        if free < needed:
+        if not sharding.all_agree(free >= needed):  # another process may have seen more room
             raise RunError(
                 f"cannot write the checkpoint of step {step}: it takes {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB "
                 f"are free at {self.folder}; make room, then continue with --resume"

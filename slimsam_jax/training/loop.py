@@ -158,12 +158,13 @@ class Loop(abc.ABC):
         folder, name = self.folder, self.schedule.name
         sam = self.sam(state)
         scores = self.score(sam, step)
+        before = self.best() if self.scores else step
         self.scores[step] = scores["score"]
         if self.best() == step:
             folder.save_model(name, f"best-{step}", sam)
         folder.log(stage=name, step=step, **scores)  # what is logged is saved: the start is not validated again
         for old in sorted(self.scores)[:-BESTS]:
-            if old != self.best():
+            if old not in (self.best(), before):  # which a run that is killed now, before it is saved, goes back to
                 folder.remove_model(name, f"best-{old}")
 
     def best(self) -> int:
@@ -179,6 +180,10 @@ class Loop(abc.ABC):
 
     def name_skipped(self) -> None:
         """Logs the unreadable images of the steps that were taken; threads have read on, who knows how far."""
+        if passed := sorted(self.batches.passed):
+            print(f"{len(passed)} images had nothing to learn from, {passed[0]} among them", flush=True)
+        if not self.batches.skipped:
+            return
         steps = range(self.schedule.steps)
         met = {sample.name for step in steps for sample in self.batches.samples_of(step)}
         for name, reason in sorted(dict(self.batches.skipped).items()):

@@ -107,7 +107,7 @@ def test_what_nothing_can_be_learned_from_is_not_kept(tmp_path, monkeypatch):
     image = samples([save_image(tmp_path / "x.png", 20, 30)])[0]
     as_row = lambda counts: {**ROW, "segmentation": {"size": [20, 30], "counts": counts}}
     found = [as_row(counts) for counts in ([0, 600], [0, 1, 599], [0, 100, 500])]
-    generator = SimpleNamespace(sam=random_sam(SQUARE), generate=lambda image: found)
+    generator = SimpleNamespace(model=random_sam(SQUARE), generate=lambda image: found)
     everything_masks._search(generator, image, tmp_path / "x.json")
     assert everything_masks._rows(tmp_path / "x.json") == found[2:]
 

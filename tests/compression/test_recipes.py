@@ -13,6 +13,9 @@ import pytest
 
 from experiments import recipes as lists
 from helpers.models import random_images, random_sam, tiny_config
+from helpers.runs import compress_options
+from slimsam_jax import api
+from slimsam_jax.api import compress_with
 from slimsam_jax.compression import widths
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.loss_terms import aligns
@@ -154,6 +157,20 @@ def test_choices_are_set_by_name_in_every_step_that_has_them():
     count = lambda *kinds: sum(name.startswith(kinds) for name in FIELDS)
     special = count("quantize."), count("masks.", "pretrain.")  # of steps that few recipes have
     assert len(FIELDS) - sum(special) <= 40 and special[0] <= 12 and special[1] <= 18
+
+
+def test_choices_change_a_list_of_steps_too(material, tmp_path, monkeypatch):
+    """By the record of options as by `compress`."""
+    seen = []
+    record = lambda options, teacher, recipe, student: seen.append(recipe)
+    monkeypatch.setattr("slimsam_jax.compression.dispatch.run", record)
+    monkeypatch.setattr("slimsam_jax.checkpoint.load", lambda path: None)
+    monkeypatch.setattr("slimsam_jax.api.load", lambda path: None)
+    options = compress_options(material, tmp_path / "slim", set=("prune.round_to=8",))
+    compress_with(options, [Prune("bottleneck")])
+    how = {"images": material / "images", "out": tmp_path / "slim"}
+    api.compress(**how, recipe=[Prune("bottleneck")], set=["prune.round_to=8"])
+    assert seen == [(Prune("bottleneck", round_to=8),)] * 2
 
 
 def test_losses_and_prompts_of_trainings_by_masks_are_set_by_name():

@@ -148,7 +148,11 @@ def test_clicks_equal_those_of_the_original_predictor():
     assert len({tuple(point) for point in prompts.points[0, :5]}) == 5
 
 
-@pytest.mark.parametrize("given", [{"area": 1600, "iscrowd": 0}, {}], ids=["whole", "without area"])
+@pytest.mark.parametrize(
+    "given",
+    [{"area": 1600, "iscrowd": 0}, {}, {"id": 0}, {"id": 7}],
+    ids=["whole", "without area", "of id 0", "of equal ids"],
+)
 def test_average_precision_by_hand(tmp_path, given):
     """Of two objects of one category, one is found exactly, with the higher score; the other's mask is elsewhere."""
     masks = np.zeros((3, 100, 100), bool)

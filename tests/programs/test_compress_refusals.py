@@ -45,6 +45,13 @@ from slimsam_jax.errors import InputError, RunError
         (("--budget", "9.1M"), "write params=9.1M, macs=47G or latency=120ms"),
         (("--budget", "params=9G"), "choose something between"),
         (("--budget", "params=30k", "--ratio", "0.5"), "give one of them"),
+        (("--set", "prune.ratio=0.5", "--ratio", "0.7"), "prune.ratio and --ratio or --budget both say how much"),
+        (
+            ("--set", "prune.ratio=0.5", "--budget", "params=30k"),
+            "prune.ratio and --ratio or --budget both say how much",
+        ),
+        (("--set", "prune.importance_loss=masks"), "a projection needs no labels"),
+        (("--set", "quirks.zeroed_rel_pos=true"), "known bugs are of cuts of whole channels"),
         (("--set", "prune.roundto=8"), "the nearest are prune.round_to"),
         (("--set", "prune.round_to=40"), "choose a smaller round_to"),
         (("--set", "prune.round_to=4", "--set", "prune.min_keep=0.1"), "--set is given twice"),

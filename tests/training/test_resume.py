@@ -215,6 +215,7 @@ class Numbers:
 
     def __init__(self):
         self.skipped: dict[str, str] = {}
+        self.passed: set[str] = set()
 
     def __iter__(self):
         return iter([{"image": np.zeros(1, np.uint8)}] * 6)
@@ -280,6 +281,21 @@ def test_a_start_that_is_judged_stays_where_no_step_is_better(tmp_path, monkeypa
             Worse(folder).run()
     assert Worse(folder).run() == 0 and models["last"] == 6
     assert [entry["step"] for entry in folder.read_log() if "score" in entry] == [*range(7)]
+
+
+def test_the_best_model_is_there_whatever_a_repeated_validation_says(tmp_path, monkeypatch):
+    """Killed between the best validation and its checkpoint; the repeated one gives less, as on another device."""
+    folder, models = RunFolder(tmp_path / "run", {}), {}
+    monkeypatch.setattr(folder, "save_model", lambda stage, part, sam: models.update({part: sam}))
+    monkeypatch.setattr(folder, "remove_model", lambda stage, part: models.pop(part, None))
+    run = Worse(folder)
+    run.scores = {}
+    monkeypatch.setattr(run, "score", lambda sam, step: {"score": scores[step]})
+    scores = {0: 9.0, 1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 10.0}
+    for step in scores:
+        run.validate(TrainState(jnp.zeros(3), (), None, jnp.int32(step)), step)
+    del run.scores[5]  # as after the checkpoint of step 4
+    assert f"best-{run.best()}" in models
 
 
 @pytest.mark.parametrize("damage", ["altered", "shortened", "emptied", "removed"])
