@@ -6,6 +6,7 @@ So thresholds are chosen by the share of masks that shall pass, either a usual o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -92,7 +93,8 @@ def scores(sam: Sam, samples: Sequence[Sample], offset: float = 1.0, images: int
 def _encoded(sam: Sam, samples: Sequence[Sample], images: int) -> Iterator[Encoded]:
     """Encodes `images` readable samples, spread over all; in the place of what is not readable the first ones."""
     spread, count = np.unique(np.linspace(0, len(samples) - 1, images).astype(int)).tolist(), 0
-    for index in dict.fromkeys([*spread, *range(len(samples))]):
+    others = (index for index in range(len(samples)) if index not in spread)
+    for index in itertools.chain(spread, others):
         try:
             image = samples[index].image()
         except InputError as error:
