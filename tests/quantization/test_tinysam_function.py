@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slimsam_jax.quantization import dequantize, saving
+from slimsam_jax.quantization import dequantize, saving, tinysam_function
 from slimsam_jax.quantization.layers import find_layers
 from slimsam_jax.quantization.running import run
 from slimsam_jax.quantization.tinysam_function import Search, quantize, squared_gradients
@@ -79,3 +79,9 @@ def test_two_ranges_go_into_a_file_and_back(found):
         with pytest.raises(ValueError, match="range that is none"):
             described.restore({**arrays, "w/kernel_range": np.array(wrong, np.float32)}, {"w/kernel": node.shape})
     assert dataclasses.replace(back, codes=0, scale=0, range=0) == dataclasses.replace(node, codes=0, scale=0, range=0)
+
+
+def test_what_ends_a_little_below_zero_is_not_behind_a_gelu():
+    x = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    assert tinysam_function.after_gelu(jax.nn.gelu(x, approximate=False))
+    assert not tinysam_function.after_gelu(np.clip(x, -0.1, None)) and not tinysam_function.after_gelu(x)
