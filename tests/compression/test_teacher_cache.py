@@ -96,6 +96,10 @@ def test_several_processes_leave_nothing_out(material, teacher, tmp_path, monkey
     cache = TeacherCache(tmp_path, teacher, "0" * 64)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(teacher_cache.sharding, "gather_json", lambda own: [own, 3])
+    with monkeypatch.context() as patched, pytest.raises(RunError, match="choose another --cache"):
+        patched.setattr(teacher_cache.sharding, "all_agree", lambda own: False)  # the other has seen less room
+        cache.fill(images)
+    monkeypatch.setattr(teacher_cache.sharding, "all_agree", lambda own: own)
     for index in range(2):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
         cache.fill(images)

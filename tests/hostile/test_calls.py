@@ -176,7 +176,7 @@ FIELDS = [
     *(("crop_n_layers", value) for value in (-1, 6, 30)),
     *(("output_mode", value) for value in ("png", None, ["coco_rle"], 5)),
     *(("hierarchical", value) for value in ("no", None, 2)),
-    *(("sam", value) for value in (None, "slim", 5)),
+    *(("model", value) for value in (None, "slim", 5)),
 ]
 GRIDS = (
     *(5, "x", [], [[]], [None], [[[1]]], [[[0.5, np.nan]]], [[[0.5, 1.5]]], [[[-0.1, 0]]], [np.zeros((0, 2))], [["a"]]),
@@ -188,7 +188,7 @@ GRIDS = (
 @pytest.mark.parametrize(("name", "value"), FIELDS, ids=lambda value: f"{type(value).__name__}"[:20])
 def test_a_hostile_field_of_the_generator_is_refused(name, value):
     with pytest.raises(InputError, match=f"{name} |a model must be given"):
-        SamAutomaticMaskGenerator(**{"sam": model(), name: value})
+        SamAutomaticMaskGenerator(**{"model": model(), name: value})
 
 
 @pytest.mark.parametrize("grids", GRIDS, ids=range(len(GRIDS)))
