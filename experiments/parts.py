@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 WORK = "--teacher {shipped} --images {images} --val {val}"
+DISTILLERS = f"experiments.distillers run {WORK} --cache {{work}}/cache"
 # Files of results that no part makes: trainings of nights, and what compares rows with kept ones.
 ARCHIVE = ("reference.jsonl", "spot_checks.jsonl")
 
@@ -158,17 +159,20 @@ PARTS = {
         ({"teacher": "sam_small_v2"},),
     ),
     "distillers": Part(
-        7.7,
+        10.3,
         "distillers.jsonl",
         (
-            f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 300",
-            f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 300 --limits 30 "
-            "--only 'default, 90 %' 'slimsam, 90 %'",
-            f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 100 --table weights --rates 1 --seeds 0",
-            f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 1600 --rates 3 --seeds 0 "
-            "--only 'mobile_sam, vit_small'",
-            f"experiments.distillers run {WORK} --cache {{work}}/cache --steps 1600 --limits 30 --seeds 0 "
-            "--rates 0.3333 --only 'default, 77 %'",
+            f"{DISTILLERS} --steps 300",
+            f"{DISTILLERS} --steps 300 --limits 30 --only 'default, 90 %' 'slimsam, 90 %'",
+            f"{DISTILLERS} --steps 300 --limits 100 --rates 1 --only 'default, 77 %' 'mobile_sam, tiny_vit_small' "
+            "'mobile_sam, rep_vit_small'",
+            f"{DISTILLERS} --steps 300 --limits 100 --rates 3 --only 'slimsam, 77 %' 'mobile_sam, vit_small'",
+            f"{DISTILLERS} --steps 300 --limits 100 --rates 0.3333 --only 'edge_sam, rep_vit_small'",
+            f"{DISTILLERS} --steps 300 --limits 200 --rates 1 --only 'default, 90 %'",
+            f"{DISTILLERS} --steps 300 --limits 200 --rates 3 --only 'slimsam, 90 %'",
+            f"{DISTILLERS} --steps 1600 --rates 3 --only 'mobile_sam, vit_small'",
+            f"{DISTILLERS} --steps 1600 --limits 30 --rates 0.3333 --only 'default, 77 %'",
+            f"{DISTILLERS} --steps 100 --table weights --rates 1 --seeds 0",
             "experiments.distillers table",
         ),
         ({"steps": 300}, {"steps": 100}, {"steps": 1600}),
