@@ -133,9 +133,9 @@ def table() -> None:
 
 def lines_of(entry: dict[str, Any]) -> list[str]:
     """The table's lines of one row, one for each value."""
-    names = [str(entry["of"][field]) for field in ("row", "picture", "way", "data") if field in entry["of"]]
+    names = [entry["of"][field] for field in ("row", "picture", "way") if field in entry["of"]]
     rate = [f"rate {entry['of']['rate']:g}"] if "rate" in entry["of"] else []
-    row = ", ".join([*names, *rate])
+    row = ", ".join([*names, *rate]) or entry["of"]["teacher"]
     lines = []
     for field, kept in entry["kept"].items():
         again, spread = entry["again"][field], entry["spread"].get(field)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,10 +27,7 @@ from slimsam_jax.compression.distill import Distillation
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Initialize, Prune
-from slimsam_jax.distillation.step import TrainState, init_state, make_optimizer
 from slimsam_jax.errors import InputError, RunError, Stopped
-from slimsam_jax.training import checkpoints
-from slimsam_jax.training.loop import Loop, Schedule, Trainer
 from slimsam_jax.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("unmeasured", "programs")
@@ -191,188 +187,6 @@ def test_an_interrupt_says_how_to_go_on(material, tmp_path, monkeypatch):
     monkeypatch.setitem(pipeline.STEP_FUNCTIONS, Prune, interrupted)
     with pytest.raises(KeyboardInterrupt, match="finished steps are kept: continue with --resume"):
         compress_with(compress_options(material, tmp_path / "slim"))
-
-
-def small_state(value: float) -> TrainState:
-    # Noise, which compression leaves alone: an altered byte is then an altered number and no broken archive.
-    params = {"w": value * jax.random.normal(jax.random.key(0), (400, 30)), "b": jnp.arange(3.0) + value}
-    return init_state(params, make_optimizer(), ema=0.9)
-
-
-def shapes() -> TrainState:
-    return checkpoints.shapes_of(small_state(0))
-
-
-def test_a_state_that_is_not_finite_is_refused(tmp_path):
-    with checkpoints.Steps(tmp_path / "steps") as saved:
-        saved.check_finite(1, small_state(1))
-        with pytest.raises(RunError, match="state after step 2 is not finite"):
-            saved.check_finite(2, small_state(np.inf))
-
-
-class Numbers:
-    """What a loop asks of `data.Batches`, without an image."""
-
-    def __init__(self):
-        self.skipped: dict[str, str] = {}
-        self.passed: set[str] = set()
-
-    def __iter__(self):
-        return iter([{"image": np.zeros(1, np.uint8)}] * 6)
-
-    def agree_on_skipped(self) -> None:
-        pass
-
-    def samples_of(self, step: int) -> list:
-        return []
-
-    def close(self) -> None:
-        pass
-
-
-class Spoilt(Loop):
-    """A training whose third step spoils the state, though its loss is finite."""
-
-    weights = learning_rate = score = sam = result = lambda *_: None
-    stream = lambda self, start: Numbers()
-
-    def __init__(self, folder: RunFolder):
-        def step(state, *_):
-            params = state.params * (jnp.nan if state.step == 2 else 1.0)
-            return state._replace(params=params, step=state.step + 1), {"loss": 0.0}
-
-        start = TrainState(jnp.zeros(3), (), None, jnp.int32(0))
-        trainer = Trainer(step, start, {}, sharding.make_mesh())
-        super().__init__(folder, trainer, Schedule("spoilt", "the training", 6, 1, save_every=2, validations=0))
-
-
-def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
-    folder = RunFolder(tmp_path / "run", {})
-    with pytest.raises(RunError, match="state after step 4 is not finite; the checkpoint before it is kept"):
-        Spoilt(folder).run()
-    with folder.steps("spoilt") as saved:
-        assert list(saved.manager.all_steps()) == [2]
-
-
-class Worse(Loop):
-    """A training whose steps make the model worse, and whose start is judged; models are their steps' numbers."""
-
-    weights = learning_rate = lambda *_: None
-    stream = lambda self, start: Numbers()
-    sam = lambda self, state: int(state.step)
-    score = lambda self, sam, step: {"score": -float(sam)}
-
-    def __init__(self, folder: RunFolder):
-        step = lambda state, *_: (state._replace(step=state.step + 1), {"loss": 0.0})
-        trainer = Trainer(step, TrainState(jnp.zeros(3), (), None, jnp.int32(0)), {}, sharding.make_mesh())
-        super().__init__(folder, trainer, Schedule("worse", "the training", 6, 1, save_every=6, validations=6))
-        self.validated.add(0)
-
-
-def test_a_start_that_is_judged_stays_where_no_step_is_better(tmp_path, monkeypatch):
-    """And is judged once, also in a run that was stopped before its first checkpoint."""
-    folder, models = RunFolder(tmp_path / "run", {}), {}
-    monkeypatch.setattr(folder, "save_model", lambda stage, part, sam: models.update({part: sam}))
-    monkeypatch.setattr(folder, "load_model", lambda stage, part: models[part])
-    monkeypatch.setattr(folder, "remove_model", lambda stage, part: models.pop(part, None))
-    with monkeypatch.context() as patched:
-        patched.setattr(Worse, "step", lambda *_: pytest.fail("pulled the plug"))
-        with pytest.raises(pytest.fail.Exception):
-            Worse(folder).run()
-    assert Worse(folder).run() == 0 and models["last"] == 6
-    assert [entry["step"] for entry in folder.read_log() if "score" in entry] == [*range(7)]
-
-
-def test_the_best_model_is_there_whatever_a_repeated_validation_says(tmp_path, monkeypatch):
-    """Killed between the best validation and its checkpoint; the repeated one gives less, as on another device."""
-    folder, models = RunFolder(tmp_path / "run", {}), {}
-    monkeypatch.setattr(folder, "save_model", lambda stage, part, sam: models.update({part: sam}))
-    monkeypatch.setattr(folder, "remove_model", lambda stage, part: models.pop(part, None))
-    run = Worse(folder)
-    run.scores = {}
-    monkeypatch.setattr(run, "score", lambda sam, step: {"score": scores[step]})
-    scores = {0: 9.0, 1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 10.0}
-    for step in scores:
-        run.validate(TrainState(jnp.zeros(3), (), None, jnp.int32(step)), step)
-    del run.scores[5]  # as after the checkpoint of step 4
-    assert f"best-{run.best()}" in models
-
-
-@pytest.mark.parametrize("damage", ["altered", "shortened", "emptied", "removed"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capfd, damage):
-    with checkpoints.Steps(tmp_path / "steps") as saved:
-        for step in (1, 2):
-            saved.save(step, small_state(step), {"note": step})
-    state = tmp_path / "steps" / "2" / "state"
-    data = max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(data.read_bytes())
-    middle = len(content) // 2
-    content[middle] ^= 0xFF
-    {
-        "altered": lambda: data.write_bytes(content),
-        "shortened": lambda: data.write_bytes(content[:middle]),
-        "emptied": lambda: data.write_bytes(b""),
-        "removed": data.unlink,
-    }[damage]()
-    with checkpoints.Steps(tmp_path / "steps") as saved:
-        restored, notes = saved.restore(shapes())
-        chex.assert_trees_all_equal(restored, small_state(1))
-        assert notes == {"note": 1}
-        saved.save(2, small_state(3))
-    with checkpoints.Steps(tmp_path / "steps") as saved:
-        chex.assert_trees_all_equal(saved.restore(shapes())[0], small_state(3))
-    out = capfd.readouterr().out
-    assert "checkpoint of step 2 is damaged" in out and out.count("\n") == 1
-
-
-def test_what_cannot_be_read_is_never_removed(tmp_path, monkeypatch):
-    """No memory, a disk that is away for a moment: not a reason to throw checkpoints away."""
-    with checkpoints.Steps(tmp_path / "steps") as saved:
-        assert saved.restore(shapes()) is None
-        saved.save(1, small_state(1))
-    with checkpoints.Steps(tmp_path / "steps") as saved, monkeypatch.context() as patched:
-        patched.setattr(saved.manager, "restore", lambda *_, **__: jnp.ones(()).missing)
-        with pytest.raises(RunError, match="remove it to start this step anew"):
-            saved.restore(shapes())
-    with checkpoints.Steps(tmp_path / "steps") as saved:
-        chex.assert_trees_all_equal(saved.restore(shapes())[0], small_state(1))
-
-
-def test_a_half_written_checkpoint_is_passed_over(tmp_path):
-    with checkpoints.Steps(tmp_path / "steps") as saved:
-        saved.save(1, small_state(1))
-    (tmp_path / "steps" / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-    with checkpoints.Steps(tmp_path / "steps") as saved:
-        chex.assert_trees_all_equal(saved.restore(shapes())[0], small_state(1))
-
-
-def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
-    """Written in the background, while the next step has already taken the donated state."""
-    bump = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
-    state = small_state(0)
-    with checkpoints.Steps(tmp_path / "steps") as saved:
-        expected = jax.tree.map(np.array, state)
-        saved.save(1, state)
-        for _ in range(3):
-            state = bump(state)
-    with checkpoints.Steps(tmp_path / "steps") as saved:
-        chex.assert_trees_all_equal(saved.restore(shapes())[0], expected)
-
-
-def test_checksums_see_every_bit_and_order():
-    array = jnp.arange(6.0).reshape(2, 3)
-    others = array.at[1, 2].set(jnp.nextafter(5.0, 6.0)), array.at[0].set(array[0, ::-1]), -array, jnp.int32(3)
-    sums = {checkpoints._checksums({"x": other})[0] for other in (array, *others, jnp.int32(-3))}
-    assert len(sums) == 6
-
-
-def test_checksums_and_finiteness_are_the_same_on_the_host_and_on_devices():
-    """Arrays of this process are read by numpy; those of an accelerator or of several processes by a program."""
-    random = np.random.default_rng(0)
-    leaves = [jnp.asarray(random.standard_normal((3, 5)), jnp.float32), jnp.int32(-7), jnp.float32(np.nan)]
-    assert checkpoints._checksums(leaves) == [int(found) for found in checkpoints._all_checksums(leaves)]
-    for some in (leaves[:2], leaves):
-        assert checkpoints._finite(some) == bool(checkpoints._all_finite(some)) == (len(some) == 2)
 
 
 @pytest.mark.slow
