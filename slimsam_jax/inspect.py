@@ -65,6 +65,8 @@ def main(
     from slimsam_jax.profiling.layers import table
 
     choices = change(RECIPES[recipe], set)
+    if any(isinstance(step, Prune) and step.ratio for step in choices):
+        raise InputError("--ratio and --ratios say how much is cut here: leave --set prune.ratio out")
     samples = find(images) if images else []
     sam = load(model)
     analysis.print_parts(sam)
@@ -75,8 +77,6 @@ def main(
     if (family := describe(sam)["family"]) == "fast_sam":
         raise InputError(f"{model}: what cutting costs is tried of SAMs alone; leave out --images")
     check, prunes = (widths if family == "vit" else found_groups).check, [s for s in choices if isinstance(s, Prune)]
-    if any(step.ratio for step in prunes):
-        raise InputError("--ratio and --ratios say how much is cut here: leave --set prune.ratio out")
     for r in tried:
         check(sam.config, Target(r), prunes, uniform=False)
     bench = analysis.Bench(sam, choices, samples, importance_images, seed)

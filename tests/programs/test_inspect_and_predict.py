@@ -22,6 +22,7 @@ def test_inspect_command(material, tmp_path, monkeypatch, capsys):
         (("--ratio", "1"), "must lie between 0 and 1"),
         (("--images", material / "teacher"), "holds no images"),
         (("--set", "recipe"), "NAME=VALUE"),
+        (("--set", "prune.ratio=0.5"), "leave --set prune.ratio out"),
         (("--out", tmp_path), "is a folder"),
         (("--seed", "-1"), "--seed -1 must be"),
     ):
