@@ -5,18 +5,22 @@ Shapes: b images or windows, t queries, s keys, n heads, d channels per head of 
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from slimsam_jax.models.relative_attention import at_least_float32, evenly, logits_at_once
 
+Kept = tuple[jax.Array, ...]
+
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """Each token's mean of v, weighted by softmax(q k / sqrt(d) + bias), the softmax in float32 at least.
 
-    At most `models.attention.logits_at_once` logits exist at a time, and none is kept for the backward pass where that
-    splits them. On a CPU this is also the faster way: at 4096 tokens and 3 heads of 64 channels a third of the CPU
-    seconds of all logits at once.
+    At most `relative_attention.logits_at_once` logits exist at a time, and none is kept for the backward pass. On a CPU
+    this is also the faster way: at 4096 tokens and 3 heads of 64 channels a third of the CPU seconds of all logits at
+    once.
 
     Args:
       q: [b, t, n, d].
@@ -39,36 +43,77 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Arra
     return jax.vmap(attend_head, in_axes=(2, 2, 2, 0), out_axes=2)(q, k, v, bias)
 
 
-def attend_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
-    """Of one head: q [b, t, d], k [b, s, d], v [b, s, e], bias [t or 1, s or 1] -> [b, t, e]."""
-    wide = at_least_float32(q)
-    logits = jnp.einsum("btd,bsd->bts", q * q.shape[-1] ** -0.5, k, preferred_element_type=wide) + bias
-    # Divided after the product with v: a pass over the logits less than jax.nn.softmax. The largest is subtracted from
-    # all, so it has no gradient.
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-    out = jnp.einsum("bts,bse->bte", weights.astype(v.dtype), v, preferred_element_type=wide)
-    return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
-
-
 def by_chunks(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
     """A head at a time, and of it so many queries that few logits are needed. Arguments as `plain`.
 
     The images stay together: a loop over an axis that is split between devices would send all of it to all of them.
     """
     b, t, n, _ = q.shape
-    chunk = evenly(t, logits_at_once() // (b * k.shape[1]))
+    size = evenly(t, logits_at_once() // (b * k.shape[1]))
+    chunks = math.ceil(t / size)
+    spare = chunks * size - t  # queries of zeros fill the last chunk up
+    q = jnp.pad(q, ((0, 0), (0, spare), (0, 0), (0, 0))).reshape(b, chunks, size, n, -1)
     bias = jnp.broadcast_to(bias, (n, t, bias.shape[2]))
+    bias = jnp.pad(bias, ((0, 0), (0, spare), (0, 0))).reshape(n, chunks, size, -1)
 
     def of_head(head: tuple[jax.Array, ...]) -> jax.Array:
         q, k, v, bias = head
+        return jax.lax.map(lambda some: attend_head(some[0], k, v, some[1]), (q, bias))
 
-        def one_query(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-            query, row = inputs
-            return attend_head(query[:, None], k, v, row[None])[:, 0]
+    heads = (q.transpose(3, 1, 0, 2, 4), *(jnp.moveaxis(x, 2, 0) for x in (k, v)), bias)
+    out = jax.lax.map(of_head, heads)  # [n, chunks, b, size, e]
+    return out.transpose(2, 1, 3, 0, 4).reshape(b, chunks * size, n, -1)[:, :t]
 
-        # The loop keeps the backward pass from merging the second computation with the first.
-        compute = jax.checkpoint(one_query, prevent_cse=False)
-        return jax.lax.map(compute, (jnp.moveaxis(q, 1, 0), bias), batch_size=chunk)
 
-    heads = (*(jnp.moveaxis(x, 2, 0) for x in (q, k, v)), bias)
-    return jax.lax.map(of_head, heads).transpose(2, 1, 0, 3)  # [n, t, b, e] before
+# JAX's own gradient would keep all weights, or make the whole forward pass once more and differentiate that.
+@jax.custom_vjp
+def attend_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
+    """Of one head: q [b, t, d], k [b, s, d], v [b, s, e], bias [t or 1, s or 1] -> [b, t, e].
+
+    For the backward pass each query keeps its output and the logarithm of its sum, as in flash attention (Dao et al.,
+    2022); it computes the logits anew, and makes four products of them.
+    """
+    return _forward(q, k, v, bias)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> tuple[jax.Array, Kept]:
+    logits = _product("btd,bsd->bts", q * q.shape[-1] ** -0.5, k) + bias
+    largest = logits.max(-1, keepdims=True)
+    weights = jnp.exp(logits - largest)
+    total = weights.sum(-1, keepdims=True)
+    # Divided after the product with v: a pass over the logits less than jax.nn.softmax.
+    out = (_product("bts,bse->bte", weights.astype(v.dtype), v) / total).astype(v.dtype)
+    return out, (q, k, v, bias, out, largest + jnp.log(total))
+
+
+def _backward(kept: Kept, gradient: jax.Array) -> tuple[jax.Array, ...]:
+    q, k, v, bias, out, log_total = kept
+    scaled = q * q.shape[-1] ** -0.5
+    weights = jnp.exp(_product("btd,bsd->bts", scaled, k) + bias - log_total)
+    mean = (gradient * out.astype(weights.dtype)).sum(-1, keepdims=True)
+    of_logits = weights * (_product("bte,bse->bts", gradient, v) - mean)
+    broadcast = tuple(axis for axis in (1, 2) if bias.shape[axis - 1] == 1)
+    of_bias = of_logits.sum((0, *broadcast)).reshape(bias.shape)
+    of_logits = of_logits.astype(k.dtype)
+    of_q = _product("bts,bsd->btd", of_logits, k) * q.shape[-1] ** -0.5
+    of_k, of_v = _over_queries(scaled, of_logits), _over_queries(gradient, weights.astype(v.dtype))
+    gradients = (of_q, of_k, of_v, of_bias)
+    return tuple(x.astype(like.dtype) for x, like in zip(gradients, (q, k, v, bias), strict=True))
+
+
+def _product(axes: str, one: jax.Array, other: jax.Array) -> jax.Array:
+    """Adds up in float32 at least."""
+    return jnp.einsum(axes, one, other, preferred_element_type=at_least_float32(one))
+
+
+def _over_queries(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """[b, t, c], [b, t, s] -> [b, s, c].
+
+    On a CPU the narrow array transposed times the wide one takes half as long as the wide one transposed times the
+    narrow; the barrier keeps XLA from making the one the other.
+    """
+    narrow = jax.lax.optimization_barrier(x.swapaxes(1, 2))
+    return _product("bct,bts->bcs", narrow, weights).swapaxes(1, 2)
+
+
+attend_head.defvjp(_forward, _backward)
