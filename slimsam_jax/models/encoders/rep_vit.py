@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from slimsam_jax.imaging.bicubic import bicubic_matrix
 from slimsam_jax.imaging.transforms import bilinear_matrix
+from slimsam_jax.models.encoders import layers
 from slimsam_jax.models.encoders.layers import ConvNorm, neck
 from slimsam_jax.models.encoders.rep_vit_branches import fold_batch_norm, unfold_batch_norm
 from slimsam_jax.models.encoders.rep_vit_config import (
@@ -163,7 +164,7 @@ class ImageEncoder(nn.Module):
             "stages_i/blocks_j" middle, out: the residual stream behind the mixing of tokens and of channels; hidden:
             the channel mixer's hidden layer, after GELU.
         """
-        c, gelu = self.config, functools.partial(jax.nn.gelu, approximate=self.tanh_gelu)
+        c, gelu = self.config, jax.nn.gelu if self.tanh_gelu else layers.gelu
         conv = functools.partial(ConvNorm, batch_norm=c.batch_norm, of_batch=self.of_batch, dtype=self.dtype)
         hidden = gelu(conv(c.stem_dim, 3, 2, name="stem_0")(images))
         x = conv(c.stages[0].dim, 3, 2, name="stem_2")(hidden)

@@ -1,4 +1,4 @@
-"""The depthwise convolution for CPUs against JAX's own, and what the backward pass keeps of it and of GELU."""
+"""Convolutions for CPUs against JAX's own, and what the backward pass keeps of it and of GELU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slimsam_jax.models.encoders import layers
-from slimsam_jax.models.encoders.depthwise import convolve, depthwise
+from slimsam_jax.models.encoders.convolutions import convolve, dense, depthwise, product
 
 SIZES = [((2, 6, 8, 3), 3), ((1, 7, 5, 4), 3), ((2, 5, 6, 1), 3), ((1, 6, 7, 2), 5), ((2, 5, 4, 3), 1)]
 
@@ -34,6 +34,29 @@ def test_shifted_images_are_a_depthwise_convolution(shape, taps, stride):
     pulled = [jax.jit(jax.grad(lambda *a, f=f: jnp.square(f(*a)).sum(), (0, 1)))(*inputs) for f in (own, wanted)]
     for found, expected in zip(*pulled, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_gradient_of_a_dense_kernel_is_that_of_a_convolution(stride):
+    """And of the image; sides that the stride does not divide."""
+    random = np.random.default_rng(0)
+    x, kernel = (random.standard_normal(s).astype(np.float32) for s in ((2, 7, 6, 3), (3, 3, 3, 4)))
+    pulled = [
+        jax.jit(jax.grad(lambda *a, f=f: jnp.sin(f(*a, stride)).sum(), (0, 1)))(x, kernel) for f in (dense, convolve)
+    ]
+    for found, expected in zip(*pulled, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_the_gradient_of_a_product_is_that_of_jax(dtype):
+    random = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(random.standard_normal(s), dtype) for s in ((2, 4, 3, 5), (5, 7)))
+    slopes = [jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), (0, 1))(x, kernel) for f in (product, jnp.matmul)]
+    for found, expected in zip(*slopes, strict=True):
+        assert found.dtype == dtype
+        error = 1e-5 if dtype == np.float32 else 0.02 * float(jnp.abs(expected).max())
+        np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), atol=error)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
