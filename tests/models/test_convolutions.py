@@ -49,10 +49,12 @@ def test_the_gradient_of_a_dense_kernel_is_that_of_a_convolution(stride):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_the_gradient_of_a_product_is_that_of_jax(dtype):
+@pytest.mark.parametrize(("axes", "shape"), [(1, (5, 7)), (1, (5, 2, 3)), (2, (3, 5, 4))])
+def test_the_gradient_of_a_product_is_that_of_jax(dtype, axes, shape):
     random = np.random.default_rng(0)
-    x, kernel = (jnp.asarray(random.standard_normal(s), dtype) for s in ((2, 4, 3, 5), (5, 7)))
-    slopes = [jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), (0, 1))(x, kernel) for f in (product, jnp.matmul)]
+    x, kernel = (jnp.asarray(random.standard_normal(s), dtype) for s in ((2, 4, 3, 5), shape))
+    forms = (product, jnp.tensordot)
+    slopes = [jax.grad(lambda *a, f=f: jnp.sin(f(*a, axes)).sum(), (0, 1))(x, kernel) for f in forms]
     for found, expected in zip(*slopes, strict=True):
         assert found.dtype == dtype
         error = 1e-5 if dtype == np.float32 else 0.02 * float(jnp.abs(expected).max())

@@ -6,6 +6,7 @@ Shapes: b images, h x w pixels, i channels to o, kernels of k x k.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -50,22 +51,24 @@ def _backward_by_places(stride: int, kept: Kept, gradient: jax.Array) -> Kept:
 _by_places.defvjp(lambda x, kernel, stride: (convolve(x, kernel, stride), (x, kernel)), _backward_by_places)
 
 
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [b, h, w, i] @ kernel [i, o], with a gradient of the kernel for CPUs."""
-    return x @ kernel if sharding.platform() != "cpu" else _of_pixels(x, kernel)
+def product(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
+    """`jnp.tensordot`, over so many last axes of x and first of kernel, with a gradient of the kernel for CPUs."""
+    return jnp.tensordot(x, kernel, axes) if sharding.platform() != "cpu" else _of_pixels(x, kernel, axes)
 
 
-@jax.custom_vjp
-def _of_pixels(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return x @ kernel
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _of_pixels(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
+    return jnp.tensordot(x, kernel, axes)
 
 
-def _backward_of_pixels(kept: Kept, gradient: jax.Array) -> Kept:
+def _backward_of_pixels(axes: int, kept: Kept, gradient: jax.Array) -> Kept:
     x, kernel = kept
+    matrix = kernel.reshape(math.prod(kernel.shape[:axes]), -1)  # [i, o]
     # The barrier keeps XLA from laying the gradient out transposed, by which the kernel's takes up to five times as
     # long.
-    gradient = jax.lax.optimization_barrier(gradient.reshape(-1, gradient.shape[-1]))
-    return (gradient @ kernel.T).reshape(x.shape), _over_pixels(x, gradient, kernel)
+    gradient = jax.lax.optimization_barrier(gradient.reshape(-1, matrix.shape[1]))
+    of_kernel = _over_pixels(x.reshape(-1, matrix.shape[0]), gradient, kernel)
+    return (gradient @ matrix.T).reshape(x.shape), of_kernel.reshape(kernel.shape)
 
 
 def _over_pixels(x: jax.Array, gradient: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -75,7 +78,7 @@ def _over_pixels(x: jax.Array, gradient: jax.Array, kernel: jax.Array) -> jax.Ar
     return jnp.einsum("ti,to->io", flat, gradient, preferred_element_type=wide).astype(kernel.dtype)
 
 
-_of_pixels.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _backward_of_pixels)
+_of_pixels.defvjp(lambda x, kernel, axes: (jnp.tensordot(x, kernel, axes), (x, kernel)), _backward_of_pixels)
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:

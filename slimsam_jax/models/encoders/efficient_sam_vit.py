@@ -22,7 +22,7 @@ from slimsam_jax.models.config import DEEPEST
 from slimsam_jax.models.encoders import vit
 from slimsam_jax.models.encoders.architecture import AsJson, Block, block_of, check_image_size, check_widths, pair
 from slimsam_jax.models.encoders.attention import attend
-from slimsam_jax.models.encoders.layers import gelu, keep_logit_scale, neck
+from slimsam_jax.models.encoders.layers import Dense, DenseGeneral, gelu, keep_logit_scale, neck
 from slimsam_jax.models.encoders.vit import kept_elements, last_arrays
 
 __all__ = [
@@ -128,12 +128,12 @@ class Attention(nn.Module):
         """x: [b, h, w, D]. Returns the same shape, and q, k, v, heads: [b, h, w, n, d or e]."""
         (b, h, w, width), block = x.shape, self.block
         widths = {"q": block.key_dim, "k": block.key_dim, "v": block.value_dim}
-        project = lambda name: nn.DenseGeneral((block.heads, widths[name]), dtype=self.dtype, name=name)
+        project = lambda name: DenseGeneral((block.heads, widths[name]), dtype=self.dtype, name=name)
         q, k, v = (project(name)(x) for name in "qkv")
         q = self.perturb("queries", q)
         heads = attend(*(array.reshape(b, h * w, block.heads, -1) for array in (q, k, v)))
         heads = heads.reshape(b, h, w, block.heads, -1)
-        out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="proj")(heads)
+        out = DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="proj")(heads)
         return out, {"q": q, "k": k, "v": v, "heads": heads}
 
 
@@ -149,8 +149,8 @@ class EncoderBlock(nn.Module):
         norm = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
         y, features = Attention(self.block, self.dtype, name="attn")(norm("norm1")(x))
         middle = self.perturb("middle", x + y)
-        hidden = gelu(nn.Dense(self.block.mlp_dim, dtype=self.dtype, name="mlp_lin1")(norm("norm2")(middle)))
-        out = self.perturb("out", middle + nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_lin2")(hidden))
+        hidden = gelu(Dense(self.block.mlp_dim, dtype=self.dtype, name="mlp_lin1")(norm("norm2")(middle)))
+        out = self.perturb("out", middle + Dense(x.shape[-1], dtype=self.dtype, name="mlp_lin2")(hidden))
         return out, {**features, "mlp": hidden, "middle": middle, "out": out}
 
 

@@ -31,7 +31,7 @@ from slimsam_jax.models.encoders.hiera_config import (
     uniform,
 )
 from slimsam_jax.models.encoders.hiera_config import STAGES as COUNT
-from slimsam_jax.models.encoders.layers import gelu, keep_logit_scale
+from slimsam_jax.models.encoders.layers import Dense, DenseGeneral, gelu, keep_logit_scale
 from slimsam_jax.models.encoders.vit import window_partition, window_unpartition
 from slimsam_jax.models.relative_attention import at_least_float32
 
@@ -71,12 +71,12 @@ class Attention(nn.Module):
         """x: [b, h, w, inputs]. Returns [b, h', w', D], halved if pooled, and q, k, v, heads: [b, ., ., n, d or e]."""
         b, block = len(x), self.place.block
         widths = {"q": block.key_dim, "k": block.key_dim, "v": block.value_dim}
-        project = lambda name: nn.DenseGeneral((block.heads, widths[name]), dtype=self.dtype, name=name)
+        project = lambda name: DenseGeneral((block.heads, widths[name]), dtype=self.dtype, name=name)
         q, k, v = (project(name)(x) for name in "qkv")
         queries = self.perturb("queries", pool(q) if self.place.pools else q)
         flat = (array.reshape(b, -1, block.heads, array.shape[-1]) for array in (queries, k, v))
         heads = attend(*flat).reshape(*queries.shape[:3], block.heads, -1)
-        out = nn.DenseGeneral(self.place.dim, axis=(-2, -1), dtype=self.dtype, name="proj")(heads)
+        out = DenseGeneral(self.place.dim, axis=(-2, -1), dtype=self.dtype, name="proj")(heads)
         return out, {"q": q, "k": k, "v": v, "heads": heads}
 
 
@@ -97,7 +97,7 @@ class EncoderBlock(nn.Module):
         """x: [b, h, w, inputs]. Returns [b, h', w', D] and the block's features (see `ImageEncoder`)."""
         place = self.place
         norm = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
-        dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
+        dense = lambda width, name: Dense(width, dtype=self.dtype, name=name)
         y = norm("norm1")(x)
         if place.pools:  # the projection of what is normalised takes the stream's place
             x = pool(dense(place.dim, "proj")(y))
@@ -161,7 +161,7 @@ class ImageEncoder(nn.Module):
     def pyramid(self, ends: list[jax.Array]) -> Maps:
         """The three maps of the ends of the four stages."""
         c = self.config
-        dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
+        dense = lambda width, name: Dense(width, dtype=self.dtype, name=name)
         wide = lambda x: x.astype(at_least_float32(x))
         levels = [dense(c.out_chans, f"neck_{COUNT - 1 - i}")(end) for i, end in enumerate(ends)]  # the last is first
         coarsest = jnp.repeat(jnp.repeat(wide(levels[3]), 2, axis=1), 2, axis=2)

@@ -31,6 +31,15 @@ def gelu(x: jax.Array) -> jax.Array:
     return (0.5 * wide * (1 + jax.lax.erf(0.5**0.5 * wide))).astype(x.dtype)
 
 
+def dot_general(x: jax.Array, kernel: jax.Array, numbers: Any, **_: Any) -> jax.Array:
+    """`convolutions.product`, as Flax's layers ask for it: over the last axes of x."""
+    return product(x, kernel, len(numbers[0][0]))
+
+
+Dense = functools.partial(nn.Dense, dot_general=dot_general)
+DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dot_general)
+
+
 class BatchNorm(nn.Module):
     """Normalises channels by running statistics, or by the batch's, which it then tells.
 

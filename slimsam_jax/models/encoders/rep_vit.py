@@ -50,7 +50,6 @@ __all__ = [
     "features",
     "fold_batch_norm",
     "for_inference",
-    "kept_elements",
     "squeezed_dim",
     "unfold_batch_norm",
     "uniform",
@@ -174,7 +173,7 @@ class ImageEncoder(nn.Module):
             x, inner = MixerStage(stage, *options, name=f"stages_{i}")(x)
             features |= {f"stages_{i}/{name}": value for name, value in inner.items()}
             ends.append(x)
-        fuse = lambda name: nn.Dense(c.fuse_dim, use_bias=False, dtype=self.dtype, name=name)
+        fuse = lambda name: layers.Dense(c.fuse_dim, use_bias=False, dtype=self.dtype, name=name)
         joined = fuse("fuse_2")(ends[2]) + doubled(fuse("fuse_3")(ends[3]), self.bilinear)
         return neck(joined, c.out_chans, self.dtype), features
 
@@ -220,9 +219,3 @@ RANKED_BY_STABILITY = True
 
 # Whether a group, by its members' paths, is cut in a stage: all four streams in one, and the neck's width in neither.
 STAGES = {"embedding": _embedding, "bottleneck": _bottleneck}
-
-
-def kept_elements(config: Config) -> int:
-    """Numbers in the residual streams of an image, which the backward pass keeps."""
-    widths = (2 * stage.dim * len(stage.blocks) for stage in config.stages)
-    return sum(rows * columns * width for (rows, columns), width in zip(config.grids, widths, strict=True))

@@ -20,7 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from slimsam_jax.models.encoders.attention import attend
-from slimsam_jax.models.encoders.layers import ConvNorm, fold_batch_norm, gelu, keep_logit_scale, neck
+from slimsam_jax.models.encoders.layers import (
+    ConvNorm,
+    Dense,
+    DenseGeneral,
+    fold_batch_norm,
+    gelu,
+    keep_logit_scale,
+    neck,
+)
 from slimsam_jax.models.encoders.tiny_vit_config import PRESETS, Block, Config, Stage, config_of, narrowed, uniform
 from slimsam_jax.models.encoders.vit import window_partition, window_unpartition
 
@@ -76,13 +84,13 @@ class Attention(nn.Module):
         (b, h, w, width), block = x.shape, self.block
         x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
         widths = {"q": block.key_dim, "k": block.key_dim, "v": block.value_dim}
-        project = lambda name: nn.DenseGeneral((block.heads, widths[name]), dtype=self.dtype, name=name)
+        project = lambda name: DenseGeneral((block.heads, widths[name]), dtype=self.dtype, name=name)
         q, k, v = (project(name)(x) for name in "qkv")
         q = self.perturb("queries", q)
         table = self.param("attention_biases", nn.initializers.zeros, (block.heads, h, w))
         flat = (array.reshape(b, h * w, block.heads, -1) for array in (q, k, v))
         heads = attend(*flat, by_distance(table).astype(self.dtype)).reshape(b, h, w, block.heads, -1)
-        out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="proj")(heads)
+        out = DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="proj")(heads)
         return out, {"q": q, "k": k, "v": v, "heads": heads}
 
 
@@ -103,8 +111,9 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[b, h, w, C] -> the same, and the hidden layer [b, h, w, M], after GELU."""
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
-        hidden = gelu(nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(y))
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden), hidden
+        dense = functools.partial(Dense, dtype=self.dtype)
+        hidden = gelu(dense(self.hidden, name="fc1")(y))
+        return dense(x.shape[-1], name="fc2")(hidden), hidden
 
 
 class AttentionBlock(nn.Module):
