@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slimsam_jax.models.encoders import layers
-from slimsam_jax.models.encoders.convolutions import convolve, dense, depthwise, product
+from slimsam_jax.models.encoders.convolutions import convolve, dense_convolution, depthwise, product
 
 SIZES = [((2, 6, 8, 3), 3), ((1, 7, 5, 4), 3), ((2, 5, 6, 1), 3), ((1, 6, 7, 2), 5), ((2, 5, 4, 3), 1)]
 
@@ -41,9 +41,8 @@ def test_the_gradient_of_a_dense_kernel_is_that_of_a_convolution(stride):
     """And of the image; sides that the stride does not divide."""
     random = np.random.default_rng(0)
     x, kernel = (random.standard_normal(s).astype(np.float32) for s in ((2, 7, 6, 3), (3, 3, 3, 4)))
-    pulled = [
-        jax.jit(jax.grad(lambda *a, f=f: jnp.sin(f(*a, stride)).sum(), (0, 1)))(x, kernel) for f in (dense, convolve)
-    ]
+    loss = lambda function: lambda *inputs: jnp.sin(function(*inputs, stride)).sum()
+    pulled = [jax.jit(jax.grad(loss(form), (0, 1)))(x, kernel) for form in (dense_convolution, convolve)]
     for found, expected in zip(*pulled, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 

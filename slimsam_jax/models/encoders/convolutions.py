@@ -23,7 +23,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1) 
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, (1, 1), (1, 1), layout, groups)
 
 
-def dense(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+def dense_convolution(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """`convolve` of all channels with all, with a gradient of the kernel for CPUs.
 
     XLA's is a convolution with the batch in the channels' place and the image as the kernel. A product for each of the

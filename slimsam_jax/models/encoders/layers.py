@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slimsam_jax.models.encoders.convolutions import dense, depthwise, product
+from slimsam_jax.models.encoders.convolutions import dense_convolution, depthwise, product
 from slimsam_jax.models.relative_attention import at_least_float32
 
 Params = dict[str, Any]
@@ -98,37 +98,19 @@ class ConvNorm(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         # 1 x 1 as a product: on a CPU, XLA's convolution takes three times as long.
         x = x.astype(self.dtype)
-        x = product(x, kernel) if pointwise else (depthwise if self.depthwise else dense)(x, kernel, self.stride)
+        convolution = depthwise if self.depthwise else dense_convolution
+        x = product(x, kernel) if pointwise else convolution(x, kernel, self.stride)
         if self.batch_norm:
             return BatchNorm(self.of_batch, self.dtype, self.epsilon, name="bn")(x)
         return x + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
 
 
-class NeckConv(nn.Module):
-    """A convolution without bias; parameters as `nn.Conv` has them.
-
-    Attributes:
-      features: output channels.
-      size: side of the kernel [size, size, i, features], padded by half of it: 1 or 3.
-    """
-
-    features: int
-    size: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, h, w, i] -> [b, h, w, features]."""
-        shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
-        return dense(x.astype(self.dtype), kernel)
-
-
 def neck(x: jax.Array, out_chans: int, dtype: Any) -> jax.Array:
     """SAM's: [b, h, w, C] -> [b, h, w, out_chans], at least float32. To be called inside a compact module."""
+    own = lambda x, kernel, *_, **__: dense_convolution(x, kernel)  # Flax's stride and padding are its own
     for i, size in ((0, 1), (2, 3)):
-        x = NeckConv(out_chans, size, dtype, name=f"neck_{i}")(x)
-        x = nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=f"neck_{i + 1}")(x)
+        conv = nn.Conv(out_chans, (size, size), use_bias=False, dtype=dtype, conv_general_dilated=own, name=f"neck_{i}")
+        x = nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=f"neck_{i + 1}")(conv(x))
     return x.astype(at_least_float32(x))
 
 
