@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from slimsam_jax import sharding
 from slimsam_jax.models.composed import SamConfig
 from slimsam_jax.models.config import Config, Thresholds
 from slimsam_jax.models.encoders import FAMILIES, family_of, name_of
@@ -25,7 +26,8 @@ Architecture = Config | SamConfig  # of a ViT, or of any family's encoder
 Embedding = Any  # [h, w, C], with axes before them of images or prompts; or a dict of such maps, as SAM 2's are
 
 # Above this many numbers that the backward pass would keep (images x tokens x channels x blocks) each block is computed
-# again instead: more than one image of ViT-B at 1024 px on a device.
+# again instead: more than one image of ViT-B at 1024 px on an accelerator. Not on a CPU, whose compiler merges the
+# second computation with the first and keeps all the same.
 REMAT_ABOVE = 2**26
 
 
@@ -152,7 +154,8 @@ def encoder_for(
 ) -> nn.Module:
     """For batches of so many images, over all devices of a mesh."""
     kept = getattr(family_of(config.encoder), "kept_elements", lambda encoder: 0)
-    remat = -(-images // (mesh.size if mesh else 1)) * kept(config.encoder) > REMAT_ABOVE
+    large = -(-images // (mesh.size if mesh else 1)) * kept(config.encoder) > REMAT_ABOVE
+    remat = large and sharding.platform() != "cpu"
     return image_encoder(config, dtype, remat=remat, attention=attention, mesh=mesh)
 
 

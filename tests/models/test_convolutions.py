@@ -1,4 +1,4 @@
-"""Convolutions for CPUs against JAX's own, and what the backward pass keeps of it and of GELU."""
+"""Convolutions and products for CPUs against JAX's own; what the backward pass keeps of them and of GELU."""
 
 from __future__ import annotations
 

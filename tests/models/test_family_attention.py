@@ -77,7 +77,7 @@ def test_gradients_in_half_precision_are_near():
         assert np.abs(one - other).mean() < 0.02 * np.abs(other).mean()
 
 
-def test_no_logits_are_kept_for_the_backward_pass():
+def test_the_backward_pass_asks_for_no_logits_to_be_kept():
     arrays = [jnp.zeros((2, 40, 3, 4))] * 3
     _, pull = jax.vjp(attention.attend, *arrays)
     assert max(leaf.size for leaf in jax.tree.leaves(pull)) <= arrays[0].size

@@ -134,6 +134,7 @@ def test_features_are_named_and_shaped_in_half_precision():
     assert {side: tuple(parts) for side, parts in sides.items()} == rep_vit.FEATURES
     count = lambda side: {name: len(parts) for name, parts in sides[side].items()}
     assert count("embedding") == {"stem": 1, "mlp": 5} and count("bottleneck") == {"stream": 10}
+    assert rep_vit.kept_elements(SLIM_REP_VIT) == sum(leaf.size for leaf in sides["bottleneck"]["stream"]) / 2
 
 
 def test_groups_are_those_of_the_facts(grouping):

@@ -145,11 +145,13 @@ def test_hours_are_of_all_calls_or_of_none():
     assert hours([needs("prune", None, 1), *known], 8) == {"hours": None, "device_hours": None, "hours_of": []}
 
 
-def test_a_narrow_stream_does_not_hide_wide_blocks():
+def test_a_narrow_stream_does_not_hide_wide_blocks(monkeypatch):
     """While a bottleneck's importance is estimated: each block of ViT-H is then computed again, as before the cut."""
     whole = plain.preset("vit_h")
     narrow = cut(whole, Prune("embedding"), Target(0.77))
     remat = lambda config: encoder_for(config, 1, jnp.float32).remat
+    assert not remat(whole)  # on a CPU
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     assert narrow.embed_dim < 300 and remat(whole) and remat(narrow)
     assert not remat(cut(narrow, Prune("bottleneck"), Target(0.77)))
     assert not remat(plain.preset("vit_b")) and encoder_for(plain.preset("vit_b"), 2, jnp.float32).remat

@@ -50,6 +50,7 @@ __all__ = [
     "features",
     "fold_batch_norm",
     "for_inference",
+    "kept_elements",
     "squeezed_dim",
     "unfold_batch_norm",
     "uniform",
@@ -219,3 +220,9 @@ RANKED_BY_STABILITY = True
 
 # Whether a group, by its members' paths, is cut in a stage: all four streams in one, and the neck's width in neither.
 STAGES = {"embedding": _embedding, "bottleneck": _bottleneck}
+
+
+def kept_elements(config: Config) -> int:
+    """Numbers in the residual streams of an image, which the backward pass keeps."""
+    widths = (2 * stage.dim * len(stage.blocks) for stage in config.stages)
+    return sum(rows * columns * width for (rows, columns), width in zip(config.grids, widths, strict=True))
