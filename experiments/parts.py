@@ -159,11 +159,12 @@ PARTS = {
         ({"teacher": "sam_small_v2"},),
     ),
     "distillers": Part(
-        10.3,
+        10.6,
         "distillers.jsonl",
         (
             f"{DISTILLERS} --steps 300",
             f"{DISTILLERS} --steps 300 --limits 30 --only 'default, 90 %' 'slimsam, 90 %'",
+            f"{DISTILLERS} --steps 300 --limits 4 20 --rates 0.3333 --only 'default, 77 %'",
             f"{DISTILLERS} --steps 300 --limits 100 --rates 1 --only 'default, 77 %' 'mobile_sam, tiny_vit_small' "
             "'mobile_sam, rep_vit_small'",
             f"{DISTILLERS} --steps 300 --limits 100 --rates 3 --only 'slimsam, 77 %' 'mobile_sam, vit_small'",
