@@ -41,10 +41,11 @@ def _by_places(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 def _backward_by_places(stride: int, kept: Kept, gradient: jax.Array) -> Kept:
     x, kernel = kept
     (of_x,) = jax.linear_transpose(lambda x: convolve(x, kernel, stride), x)(gradient)
-    (_, h, w, o), (rows, columns) = gradient.shape, kernel.shape[:2]
+    (_, h, w, _), (rows, columns, *_) = gradient.shape, kernel.shape
+    flat = lambda array: array.reshape(-1, array.shape[-1])
     padded = jnp.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
     seen = lambda i, j: padded[:, i : i + stride * (h - 1) + 1 : stride, j : j + stride * (w - 1) + 1 : stride]
-    of_place = lambda i, j: _over_pixels(seen(i, j), gradient.reshape(-1, o), kernel)
+    of_place = lambda i, j: _over_pixels(flat(seen(i, j)), flat(gradient), kernel)
     of_kernel = jnp.stack([of_place(i, j) for i in range(rows) for j in range(columns)])
     return of_x, of_kernel.reshape(kernel.shape)
 
@@ -73,10 +74,9 @@ def _backward_of_pixels(axes: int, kept: Kept, gradient: jax.Array) -> Kept:
 
 
 def _over_pixels(x: jax.Array, gradient: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[b, h, w, i], [b * h * w, o] -> [i, o], of the kernel's type and added up in float32 at least."""
+    """[t, i], [t, o] -> [i, o], of the kernel's type and added up in float32 at least."""
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
-    flat = x.reshape(-1, x.shape[-1])
-    return jnp.einsum("ti,to->io", flat, gradient, preferred_element_type=wide).astype(kernel.dtype)
+    return jnp.einsum("ti,to->io", x, gradient, preferred_element_type=wide).astype(kernel.dtype)
 
 
 _of_pixels.defvjp(lambda x, kernel, axes: (jnp.tensordot(x, kernel, axes), (x, kernel)), _backward_of_pixels)
