@@ -144,11 +144,13 @@ def _frozen(axes: Axes, params: Mapping[str, Nodes], structures: Mapping[str, tu
 
 def _crossed(axes: Axes, named: Mapping[int, str], traced: Traced, params: list[tuple]) -> dict[str, tuple[str, ...]]:
     """{group: names of the reductions over it}, and of the contractions that would count a masked channel."""
-    silence = Silence(traced.values, traced.operands, traced.results)
     silent = [frozenset(name for axis in own for name in names(axis)) for own in params]
     inputs = [frozenset()] * (len(traced.program.inputs) - len(params))
-    silence.walk(traced.program, [*silent, *inputs])
-    return {name: tuple(sorted({*axes.crossed(leaf), *silence.counted[name]})) for leaf, name in named.items()}
+    read = [Silence(traced.values, traced.operands, traced.results, throughout) for throughout in (True, False)]
+    for silence in read:
+        silence.walk(traced.program, [*silent, *inputs])
+    counted = {name: {*read[0].counted[name], *read[1].counted[name]} for name in named.values()}
+    return {name: tuple(sorted({*axes.crossed(leaf), *counted[name]})) for leaf, name in named.items()}
 
 
 def _names(axes: Axes, params: Mapping[str, Nodes]) -> dict[int, str]:

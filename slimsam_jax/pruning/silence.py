@@ -5,12 +5,20 @@ there; a sum over silent channels is the sum over those that are left, so masked
 The contraction of an activation with a kernel is always of that kind, as the kernel is silent.
 That of two activations is if one of them is: q·k, but not elu(q) + 1 with elu(k) + 1. A kernel
 divided by its own norm is 0 / 0 where it is masked.
+
+A value may have one group on several axes, as kᵀv where k and v share their channels. It is silent *throughout* if it
+is zero where the channel of any of them is removed, and *somewhere* if it is zero where that of one of them is. Sums
+agree where the first holds, and the second is enough to divide by zero.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from slimsam_jax.pruning.structure import Structure, names
 from slimsam_jax.tracing.program import Program, Step, Values, scan_operands
@@ -22,10 +30,12 @@ NOTHING: Silent = frozenset()
 # f(0) = 0, or the first operand's numbers moved and summed.
 KEEPING = """abs asin asinh atan atanh cbrt ceil conj convert_element_type copy copy_p cumsum cumprod cummax cummin erf
 erf_inv expm1 floor imag integer_pow log1p neg real reduce_precision round sharding_constraint sign sin sinh sqrt square
-stop_gradient tan tanh transpose squeeze expand_dims reshape broadcast_in_dim tile split unstack slice rev gather
+stop_gradient tan tanh transpose squeeze expand_dims reshape tile split unstack slice rev gather
 dynamic_slice reduce_sum reduce_max reduce_min reduce_prod reduce_or reduce_and reduce_window_sum reduce_window_max
-reduce_window_min rem sort"""
-POLES = ("div", "rsqrt", "log")  # not finite where the last operand is zero
+reduce_window_min"""
+# Not finite where the last operand is zero.
+POLES = ("div", "rem", "rsqrt", "log", "acosh", "lgamma", "digamma", "polygamma", "zeta")
+QUOTIENTS = ("div", "rem")
 ONE_IS_ENOUGH = ("mul", "and")
 ALL_ARE_NEEDED = ("add", "add_any", "sub", "or", "xor", "max", "min", "select_n", "clamp", "pad")
 JOINING = ("concatenate", "stack", "dynamic_update_slice", "scatter", "scatter-add", "scatter_add")
@@ -34,16 +44,30 @@ KEEPS = frozenset(KEEPING.split())
 HARMLESS = {"max": lambda c: c <= 0, "min": lambda c: c >= 0, "clamp": lambda c: c == 0}
 
 
+class Sides(NamedTuple):
+    """Of a contraction: the axes summed over, and which of the result's axes each operand has, 1 in place of others."""
+
+    contracted: Row
+    left: Row
+    right: Row
+
+
 class Silence:
     """Walks a program as a mask would be seen by it.
+
+    Args:
+      throughout: silent means throughout, as sums need it; else somewhere, as poles do.
 
     Attributes:
       counted: {group: names of the primitives that count its masked channels}.
     """
 
-    def __init__(self, values: Values, operands: Mapping[Step, list[Row]], results: Mapping[Step, list[Row]]):
+    def __init__(
+        self, values: Values, operands: Mapping[Step, list[Row]], results: Mapping[Step, list[Row]], throughout: bool
+    ):
         self.counted: dict[str, set[str]] = defaultdict(set)
         self._values, self._operands, self._results = values, operands, results
+        self._throughout = throughout
         self._silent: dict[int, Silent] = {}
 
     def walk(self, program: Program, inputs: Sequence[Silent]) -> list[Silent]:
@@ -62,19 +86,37 @@ class Silence:
         return self._silent[value]
 
     def _rule(self, step: Step, operands: list[Silent]) -> list[Silent]:
+        if step.name == "sort":  # each operand by itself is put into another order
+            return operands
         if step.name in ("dot_general", "conv_general_dilated"):
             result = self._contraction(step, *operands[:2])
         elif step.name in ONE_IS_ENOUGH:
-            result = NOTHING.union(*operands)
+            result = self._along(step, list(zip(self._operands[step], operands, strict=True)))
         elif step.name in POLES or self._is_negative_power(step):
             for name in operands[0 if step.name == "pow" else -1]:
                 self.counted[name].add(step.name)
-            result = operands[0] if step.name == "div" else NOTHING
+            result = self._along(step, [(self._operands[step][0], operands[0])]) if step.name in QUOTIENTS else NOTHING
         elif step.name in ALL_ARE_NEEDED or step.name in JOINING:
             result = self._agreed(step, operands)
+        elif step.name == "broadcast_in_dim":
+            result = self._along(step, [(_broadcast(step, self._operands[step][0]), operands[0])])
         else:
-            result = operands[0] if step.name in KEEPS else NOTHING
+            result = operands[0] if step.name in KEEPS and not _fills(step) else NOTHING
         return [result] * len(step.outputs)
+
+    def _along(self, step: Step, sources: Sequence[tuple[Row, Silent]]) -> Silent:
+        """Zero along each of the result's axes by an operand that has it.
+
+        Args:
+          sources: an operand's axes in the order of the result's, 1 where it has none, and how silent it is; a scalar
+            has no axes at all.
+        """
+        axes = self._results[step][0]
+        by_axis = [
+            NOTHING.union(*(silent & _names(row[i : i + 1]) for row, silent in sources)) for i in range(len(axes))
+        ]
+        loud = NOTHING.union(*(_names((axis,)) - silent for axis, silent in zip(axes, by_axis, strict=True)))
+        return NOTHING.union(*by_axis) - (loud if self._throughout else NOTHING)
 
     def _is_negative_power(self, step: Step) -> bool:
         """Whether it is not finite where its base is zero, as 1 / x; an exponent that is not known may be negative."""
@@ -86,14 +128,10 @@ class Silence:
         return exponent is None or exponent < 0
 
     def _contraction(self, step: Step, left: Silent, right: Silent) -> Silent:
-        rows, params = self._operands[step], step.eqn.params
-        if step.name == "dot_general":
-            contracted = [rows[0][i] for i in params["dimension_numbers"][0][0]]
-        else:
-            contracted = [rows[0][params["dimension_numbers"].lhs_spec[1]]]
-        for name in _names(tuple(contracted)) - left - right:
+        sides = _sides(step, *self._operands[step][:2])
+        for name in _names(sides.contracted) - left - right:
             self.counted[name].add(step.name)
-        return left | right
+        return self._along(step, [(sides.left, left), (sides.right, right)])
 
     def _agreed(self, step: Step, operands: list[Silent]) -> Silent:
         """Zero where all operands are. Joined arrays that lack a group say nothing about it."""
@@ -105,7 +143,7 @@ class Silence:
             if step.name in JOINING:
                 result -= _names(row) - silent
             elif number is None or not harmless(number):
-                result &= silent
+                result &= self._along(step, [(row, silent)])
         return result
 
     def _loops(self, step: Step, operands: list[Silent]) -> list[Silent]:
@@ -130,3 +168,39 @@ class Silence:
 
 def _names(row: Row) -> Silent:
     return frozenset(name for axis in row for name in names(axis))
+
+
+def _sides(step: Step, left: Row, right: Row) -> Sides:
+    numbers = step.eqn.params["dimension_numbers"]
+    if step.name == "dot_general":
+        (summed, summed_right), (batch, batch_right) = numbers
+        own = tuple(left[i] for i in range(len(left)) if i not in (*summed, *batch))
+        other = tuple(right[i] for i in range(len(right)) if i not in (*summed_right, *batch_right))
+        both, other_both = tuple(left[i] for i in batch), tuple(right[i] for i in batch_right)
+        contracted = tuple(left[i] for i in summed)
+        return Sides(contracted, (*both, *own, *(1,) * len(other)), (*other_both, *(1,) * len(own), *other))
+    image, kernel = [1] * len(left), [1] * len(left)
+    for i, k in zip(numbers.lhs_spec, numbers.out_spec, strict=True):
+        image[k] = left[i]
+    channels = numbers.out_spec[1]
+    if step.eqn.params["feature_group_count"] == 1 or _names((right[numbers.rhs_spec[1]],)):
+        image[channels] = 1  # else a whole group of channels that is zero stays so
+    kernel[channels] = right[numbers.rhs_spec[0]]
+    return Sides((left[numbers.lhs_spec[1]],), tuple(image), tuple(kernel))
+
+
+def _broadcast(step: Step, row: Row) -> Row:
+    """The operand's axes in the order of the result's."""
+    own = dict(zip(step.eqn.params["broadcast_dimensions"], row, strict=True))
+    return tuple(own.get(i, 1) for i in range(len(step.eqn.params["shape"])))
+
+
+def _fills(step: Step) -> bool:
+    """Whether other numbers than the operand's may stand in the result; not a number is that in the cut, too."""
+    params = step.eqn.params
+    if step.name == "integer_pow":
+        return params["y"] == 0
+    if step.name != "gather" or params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP:
+        return False
+    floating = jnp.issubdtype(step.eqn.outvars[0].aval.dtype, jnp.inexact)
+    return params["fill_value"] != 0 and not (params["fill_value"] is None and floating)
