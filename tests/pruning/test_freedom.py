@@ -41,6 +41,12 @@ def rms_norm(x, p):
 FREE = {
     "two linear maps": (lambda p, x: x @ p["a"] @ p["b"], "linear"),
     "with a bias between": (lambda p, x: (2 * (x @ p["a"]) + p["shift"]) @ p["b"], "linear"),
+    "rounded to what it is": (lambda p, x: jax.lax.reduce_precision(x @ p["a"], 8, 23) @ p["b"], "linear"),
+    "in half precision": (lambda p, x: (x @ p["a"]).astype(jnp.bfloat16).astype(jnp.float32) @ p["b"], "linear"),
+    "rows by an integer mask": (
+        lambda p, x: (x @ p["a"] * jnp.broadcast_to(x[:, :1] > 0, (16, 8)).astype(jnp.int32)) @ p["b"],
+        "linear",
+    ),
     "masked rows": (lambda p, x: jnp.where(x[:, :1] > 0, x @ p["a"], 0) @ p["b"], "linear"),
     "a mean over tokens": (lambda p, x: (x @ p["a"]).mean(0) @ p["b"], "linear"),
     "tokens and channels flattened": (lambda p, x: (x @ p["a"]).reshape(-1) @ p["wide"], "linear"),
@@ -95,6 +101,14 @@ FORBIDDEN = {
         "takes a sum over it",
     ),
     "a sort of tokens": (lambda p, x: jnp.sort(x @ p["a"], 0) @ p["b"], "primitive sort .*no rule"),
+    "integers": (
+        lambda p, x: (x @ p["a"]).astype(jnp.int32).astype(jnp.float32) @ p["b"],
+        "convert.* rounds each channel",
+    ),
+    "fewer bits": (
+        lambda p, x: jax.lax.reduce_precision(x @ p["a"], 4, 2) @ p["b"],
+        "primitive reduce_precision.* rounds",
+    ),
     "a loop": (
         lambda p, x: jax.lax.scan(lambda s, row: (s + row @ p["a"], None), jnp.zeros(8), x)[0] @ p["b"],
         "goes through primitive scan",

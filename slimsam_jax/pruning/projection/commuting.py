@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
+
 from slimsam_jax.pruning.counts import MOVING
 from slimsam_jax.pruning.projection.contracting import convolution, dot_general
 from slimsam_jax.pruning.projection.states import ZERO, Broken, Norm, State, States, Tracker
@@ -27,12 +29,23 @@ def move(t: Tracker, step: Step, states: States) -> State | None:
     row, result = t.traced.operands[step][0], t.traced.results[step][0]
     if any(others) or (step.name == "pad" and t.traced.values.number(step.inputs[1]) != 0):
         raise Broken(f"{t.where(step)} takes more than zeros along it")
+    if first and (first.kind in ("lin", "square") or first.weight) and _rounds(t, step):
+        raise Broken(f"{t.where(step)} rounds each channel by itself")
     if t.has(result) and not t.has(row):
         return State("ones", first.weight if first else 0)
     t.signs.tie(step.inputs[0], step.outputs[0], 1)
     for output in step.outputs[1:]:
         t.signs.tie(step.inputs[0], output, 1)
     return first
+
+
+def _rounds(t: Tracker, step: Step) -> bool:
+    """Whether it leaves fewer numbers than a type of floating point has; one such type as another is moved."""
+    types = [t.traced.values.avals[value].dtype for value in (step.inputs[0], step.outputs[0])]
+    if step.name == "reduce_precision":
+        own, params = jnp.finfo(types[0]), step.eqn.params
+        return params["mantissa_bits"] < own.nmant or params["exponent_bits"] < own.nexp
+    return step.name == "convert_element_type" and not all(jnp.issubdtype(each, jnp.inexact) for each in types)
 
 
 def linear(t: Tracker, step: Step, states: States) -> State | None:
