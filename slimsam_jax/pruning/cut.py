@@ -103,6 +103,7 @@ def shrink(params: Tree, grouping: Grouping, keep: Keep) -> Tree:
     cut = shrink_pieces(pieces, groups_of_pieces(grouping.groups, grouping.axes, (), own_of(keep)), keep)
     small = fold_tree(cut, params, grouping)
     if grouping.traced is not None:
-        arrays = by_path(small)
-        grouping.traced.made.remember(arrays, {path: arrays[path] for path in pieces}, keep)
+        arrays, old = by_path(small), by_path(params)
+        made = {path: arrays[path] for path in pieces if arrays[path] is not old[path]}
+        grouping.traced.made.remember(arrays, made, keep)
     return small

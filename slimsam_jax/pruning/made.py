@@ -23,7 +23,7 @@ class Made:
 
         Args:
           arrays: the tree, by path.
-          new: those of its arrays that the cut has made.
+          new: those of its arrays that the cut has made; those that it left alone lie in the trees of other cuts, too.
         """
         before = self._by_shapes.setdefault(_shapes(arrays), keep)
         if before is not None and not _same(before, keep):

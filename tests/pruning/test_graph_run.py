@@ -118,6 +118,15 @@ def test_a_cut_constant_needs_the_indices_only_where_it_varies():
         grouping.run(loaded, IMAGES[0, 0])
 
 
+def test_an_array_that_two_cuts_left_alone_is_of_neither():
+    """One cut's tree whose other arrays were trained since has the shapes alone, which are also the other's."""
+    params = {name: jnp.ones(shape) for name, shape in {"a": (3, 8), "b": (8, 5), "c": (5, 2)}.items()}
+    grouping = find_groups(lambda p, x: (x @ p["a"] * np.arange(8.0)) @ p["b"] @ p["c"], params, IMAGES[0, 0])
+    slim, _ = (pruning.shrink(params, grouping, {"a:1": kept}) for kept in ([2, 7], [0, 1]))
+    with pytest.raises(InputError, match="group 'a:1' also cuts a constant of the function: pass keep="):
+        grouping.run(slim | {"a": 2 * slim["a"], "b": 2 * slim["b"]}, IMAGES[0, 0])
+
+
 def test_a_cut_function_is_traced_and_cut_again():
     function, params, inputs = MODELS["resnet"]()
     grouping = find_groups(function, params, *inputs)
