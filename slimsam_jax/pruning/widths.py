@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -88,10 +89,11 @@ def solve_widths(grouping: Grouping, arrays: Mapping[str, Any]) -> dict[str, int
 
 
 def _solve(axis: Structure, size: int, name: str, known: Widths, path: str) -> int:
-    """The width of the one group whose width is open in an axis of this length; the length is linear in it."""
-    none, one = (length(axis, {**known, name: width}) for width in (0, 1))
-    width, rest = divmod(size - none, one - none)
-    if rest or width < 1 or length(axis, {**known, name: width}) != size:
+    """The width of the one group whose width is open in an axis of this length, which grows with it."""
+    widths = range(1, size + 1)
+    of = lambda width: length(axis, {**known, name: width})
+    width = 1 + bisect.bisect_left(widths, size, key=of)
+    if width not in widths or of(width) != size:
         raise InputError(f"{path}: an axis of length {size} is none that a cut of group {name!r} leaves")
     return width
 

@@ -172,6 +172,19 @@ def test_an_axis_that_no_cut_leaves():
         pairs.run({"a": PARAMS["a"][:, :7], "b": PARAMS["b"][:3]}, X)
 
 
+def test_an_axis_that_has_one_group_twice():
+    """All pairs of channels: 9 are of 3, and 10 of no number of them."""
+    params = {"a": np.ones((3, 8), np.float32), "c": np.ones((64, 5), np.float32)}
+    function = lambda p, x: jnp.einsum("ni,nj->nij", x @ p["a"], x @ p["a"]).reshape(2, 64) @ p["c"]
+    x = np.ones((2, 3), np.float32)
+    keep = {"a:1": np.array([1, 3, 6])}
+    slim = pruning.shrink(params, find_groups(function, params, x), keep)
+    anew = find_groups(function, params, x)
+    np.testing.assert_allclose(anew.run(slim, x), 9 * 3**2)
+    with pytest.raises(InputError, match="c: an axis of length 10 is none that a cut of group 'a:1' leaves"):
+        anew.run(slim | {"a": np.ones((3, 8), np.float32), "c": np.ones((10, 5), np.float32)}, x)
+
+
 def test_shapes_that_leave_a_width_open():
     """2 heads of 2 channels and 1 of 4 have the same shapes; arrays that nobody cut here do not say which they are."""
     params = {"q": np.ones((3, 8), np.float32), "k": np.ones((3, 8), np.float32)}
