@@ -1,6 +1,6 @@
 """Describes the hardware that is planned for, and hands out its devices, which compile and never run.
 
-Numbers of peak arithmetic (bfloat16, dense) and of memory are the vendors': NVIDIA's data sheets of H100 SXM, H200 and
+Numbers of peak arithmetic (dense) and of memory are the vendors': NVIDIA's data sheets of H100 SXM, H200 and
 A100 SXM, Google's pages of TPU v5e, v5p and v6e.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 
@@ -36,11 +36,15 @@ HOPPER = {"shared": 233472, "optin": 232448, "cores": 132, "units": 128, "clock"
 AMPERE = {"shared": 167936, "optin": 166912, "cores": 108, "units": 64, "clock": 1.41, "cache": 41943040}
 
 
+Precision = Literal["bfloat16", "float32", "exact"]  # of products; "float32" is what JAX makes of it by default
+
+
 class Chip(NamedTuple):
     """A kind of device.
 
     Attributes:
       flops: bfloat16 operations a second, at best.
+      single: of float32 numbers as JAX multiplies them by default: a GPU's TF32, one pass in bfloat16 of a TPU.
       exact: float32 ones, in as many bits: of a TPU's six passes in bfloat16.
       bandwidth: bytes a second from and to its memory.
       memory: bytes that programs can have. Of a GPU's, JAX takes three quarters by default
@@ -51,6 +55,7 @@ class Chip(NamedTuple):
     """
 
     flops: float
+    single: float
     exact: float
     bandwidth: float
     memory: int
@@ -58,17 +63,21 @@ class Chip(NamedTuple):
     title: str
     details: dict[str, float] = {}  # noqa: RUF012
 
+    def peak(self, precision: Precision) -> float:
+        """Operations a second, at best, of products in this precision."""
+        return {"bfloat16": self.flops, "float32": self.single, "exact": self.exact}[precision]
+
 
 H100, H200, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA A100-SXM4-80GB"
 HOPPER |= {"major": 9, "minor": 0}
 AMPERE |= {"major": 8, "minor": 0}
 CHIPS = {
-    "h100": Chip(989e12, 67e12, 3.35e12, int(0.75 * 81559 * MIB), "cuda", H100, HOPPER),
-    "h200": Chip(989e12, 67e12, 4.8e12, int(0.75 * 143771 * MIB), "cuda", H200, HOPPER),
-    "a100": Chip(312e12, 19.5e12, 2.04e12, int(0.75 * 81920 * MIB), "cuda", A100, AMPERE),
-    "v5e": Chip(197e12, 197e12 / 6, 0.82e12, int(15.75 * 1024 * MIB), "tpu", "v5e"),
-    "v5p": Chip(459e12, 459e12 / 6, 2.77e12, int(95.74 * 1024 * MIB), "tpu", "v5p"),
-    "v6e": Chip(918e12, 918e12 / 6, 1.64e12, int(31.25 * 1024 * MIB), "tpu", "v6e"),
+    "h100": Chip(989e12, 495e12, 67e12, 3.35e12, int(0.75 * 81559 * MIB), "cuda", H100, HOPPER),
+    "h200": Chip(989e12, 495e12, 67e12, 4.8e12, int(0.75 * 143771 * MIB), "cuda", H200, HOPPER),
+    "a100": Chip(312e12, 156e12, 19.5e12, 2.04e12, int(0.75 * 81920 * MIB), "cuda", A100, AMPERE),
+    "v5e": Chip(197e12, 197e12, 197e12 / 6, 0.82e12, int(15.75 * 1024 * MIB), "tpu", "v5e"),
+    "v5p": Chip(459e12, 459e12, 459e12 / 6, 2.77e12, int(95.74 * 1024 * MIB), "tpu", "v5p"),
+    "v6e": Chip(918e12, 918e12, 918e12 / 6, 1.64e12, int(31.25 * 1024 * MIB), "tpu", "v6e"),
 }
 SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 CUBES = {1: "1x1x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}

@@ -170,8 +170,7 @@ def _roofline(program: Program, hardware: Hardware, work: float, met: Traffic) -
     chip = hardware.chip
     if chip is None:
         return None
-    exact = program.kind in ("prune", "evaluate")  # in float32, which accelerators multiply in more passes
-    return max(work / (chip.exact if exact else chip.flops), met.moved / chip.bandwidth)
+    return max(work / chip.peak(program.precision), met.moved / chip.bandwidth)
 
 
 def largest(fits: Callable[[int], bool], most: int = MOST, guess: Callable[[], int | None] = lambda: None) -> int:

@@ -25,6 +25,7 @@ from slimsam_jax.models.config import Config
 from slimsam_jax.models.encoders import family_of, name_of
 from slimsam_jax.models.relative_attention import Form
 from slimsam_jax.models.sam import Architecture, Sam, abstract_params, encode
+from slimsam_jax.plan.hardware import Precision
 from slimsam_jax.profiling import sam_costs
 from slimsam_jax.pruning.gradients import accumulator
 
@@ -64,6 +65,7 @@ class Program(NamedTuple):
       images: in a call.
       calls: in the whole run.
       resident: bytes on a device that the run keeps besides the arguments: the models it has loaded.
+      precision: of nearly all its products.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Program(NamedTuple):
     images: int
     calls: int
     resident: int = 0
+    precision: Precision = "bfloat16"
 
 
 def programs(
@@ -185,7 +188,8 @@ def _pruning(planned: Planned, student: Sam, slim: Sam, teacher: Sam, how: How) 
     batch = sharding.shard_batch(_images(devices, student.config) | _seeds(devices), mesh)
     key, kept = jax.eval_shape(lambda: jax.random.key(0)), held(student, teacher)
     named = lambda what: f"{planned.name}: {what}"
-    make = lambda what, function, *args: Program(named(what), "prune", function, args, devices, calls, kept)
+    precision = "exact" if step.criterion == "projection" else "float32"  # moments ask for it, gradients do not
+    make = lambda what, function, *args: Program(named(what), "prune", function, args, devices, calls, kept, precision)
     if step.criterion != "projection":
         if step.reads_gradients:
             yield make("importance", *_importance(student, step, batch, key, mesh))
@@ -225,8 +229,8 @@ def _training(planned: Planned, student: Sam, previous: Sam, teacher: Sam, how: 
     batch = sharding.shard_batch(batch, made.mesh)
     weights = {name: Shape((), jnp.float32) for name in weights}
     args = (made.state, made.frozen, batch, weights, Shape((), jnp.float32))
-    kept = held(student, previous, teacher)
-    yield Program(planned.name, "distill", made.step, args, how.batch, planned.optimizer_steps, kept)
+    calls, kept, precision = planned.optimizer_steps, held(student, previous, teacher), jnp.dtype(how.dtype).name
+    yield Program(planned.name, "distill", made.step, args, how.batch, calls, kept, precision)
 
 
 def _how(how: How) -> tuple[Any, ...]:
@@ -273,4 +277,5 @@ def _encoding(name: str, kind: str, sam: Sam, dtype: Any) -> Program:
     mesh = sharding.make_mesh(devices=sharding.devices()[:1])
     encoder, batch = sharding.replicate((sam.params["image_encoder"], _images(1, sam.config)), mesh)
     args = (sam.config, {"image_encoder": encoder}, batch["image"], batch["size"], dtype)
-    return Program(name, kind, encode, args, 1, 0)
+    precision = "exact" if dtype == jnp.float32 else "bfloat16"  # as `encode` asks for it
+    return Program(name, kind, encode, args, 1, 0, precision=precision)

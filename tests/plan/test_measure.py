@@ -9,8 +9,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from slimsam_jax import sharding
-from slimsam_jax.plan.measure import expected, largest, used
+from slimsam_jax.plan.early import Memory
+from slimsam_jax.plan.hardware import CHIPS, Hardware
+from slimsam_jax.plan.measure import expected, largest, needs_of, used
 from slimsam_jax.plan.operations import flops
+from slimsam_jax.plan.programs import Program
 
 A, B = jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((8, 16), jnp.float32)
 ONE = 2 * 4 * 8 * 16  # operations of a product of theirs
@@ -91,3 +94,13 @@ def test_what_the_compiler_would_have_needed():
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.09G of 15.75G hbm. Exceeded by 4.34G."
     assert used(said) == int(20.09 * 2**30)
     assert used("RESOURCE_EXHAUSTED: for some other reason") is None
+
+
+@pytest.mark.parametrize(
+    ("chip", "precision", "peak"),
+    [("h100", "bfloat16", 989), ("h100", "float32", 495), ("h100", "exact", 67), ("v5e", "float32", 197)],
+)
+def test_the_arithmetic_s_peak_is_that_of_its_precision(chip, precision, peak):
+    program = Program("encode", "encode", None, (), 1, 0, precision=precision)
+    needs = needs_of(program, Hardware(chip, CHIPS[chip], ()), 1e15, "", Memory(0, 0, 0, 0))
+    assert needs.roofline_seconds == pytest.approx(1e3 / peak)

@@ -49,6 +49,16 @@ def test_the_default_recipe():
     assert found["prune-embedding: statistics of the stream"].calls == 96  # multiples of 8
 
 
+@pytest.mark.parametrize(("dtype", "distilled", "encoded"), [("bfloat16",) * 3, ("float32", "float32", "exact")])
+def test_products_are_as_precise_as_the_run_asks_for(dtype, distilled, encoded):
+    """Of float32 encoders and moments in all bits, of gradients as an accelerator does by default."""
+    how = HOW._replace(dtype=jnp.dtype(dtype))
+    precise = lambda recipe: {each.kind: each.precision for each in listed(RECIPES[recipe], how=how)}
+    others = {"distill": distilled, "evaluate": "exact", "encode": encoded}
+    assert precise("default") == {"prune": "exact"} | others
+    assert precise("taylor") == {"prune": "float32"} | others
+
+
 def test_what_learns_beside_integers_is_refused():
     with pytest.raises(InputError, match="distill-2, beside integers, is not planned: take --recipe default"):
         listed(RECIPES["integers"], only=("distill",))
