@@ -5,7 +5,7 @@
 - `GIVEN`: what of `given` there is: what no array tells, by default the published model's, and noted in files of ours;
 - `given_by(config)`: the same of a model;
 - `obstacle(config)`: why the original's class cannot hold a model of this architecture, "" if it can;
-- `how_to_load(config, path)`: lines for those who have a .pth of it.
+- `how_to_load(sam, path)`: lines for those who have a .pth of the model.
 
 A family may bring along `THRESHOLDS`, of the original's everything mode, and `UNIT_IMAGES`, if it takes images of 0..1.
 """

@@ -22,7 +22,7 @@ from slimsam_jax.models.config import GLOBAL, Config
 
 if TYPE_CHECKING:
     from slimsam_jax.models.fast_sam import FastSam
-    from slimsam_jax.models.sam import Architecture, Sam
+    from slimsam_jax.models.sam import Sam
 
 # What needs JAX is imported where it is used: --help should not wait for it.
 
@@ -208,23 +208,21 @@ def describe_padding(before: Config, after: Config) -> str:
     )
 
 
-def how_to_load(config: Architecture, path: Path) -> str:
+def how_to_load(sam: Sam | FastSam, path: Path) -> str:
     """Says how to load a .pth, in two or three lines: for scripts, for tools, and for stock code where that can."""
     from converters.families import FAMILIES
-    from slimsam_jax.models import fast_sam
-    from slimsam_jax.models.encoders import name_of
 
-    if isinstance(config, fast_sam.Config):
+    if sam.family == "fast_sam":
         return f"torch.load({str(path)!r}) gives the state dict of a YOLOv8-seg module, names beginning with model."
-    if (family := name_of(config.encoder)) in FAMILIES:
-        return FAMILIES[family].how_to_load(config, path)
+    if sam.family in FAMILIES:
+        return FAMILIES[sam.family].how_to_load(sam, path)
     lines = [
         f'in Python: import slim_sam_torch; slim_sam_torch.register("slim", {str(path)!r}) puts it into '
         "segment_anything's sam_model_registry",
         f"in a shell: python {path.with_name(LOADERS['vit'].name)} TOOL.py --model-type slim --checkpoint {path}",
     ]
-    if config.uniform:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in encoder_arguments(config).items())
+    if sam.config.uniform:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in encoder_arguments(sam.config).items())
         lines.append(f"without it: ImageEncoderViT({arguments}, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))")
     return "\n".join(lines)
 
@@ -261,7 +259,7 @@ def main(
         print(describe_padding(original.config, sam.config))
     print(f"wrote {' and '.join(map(str, written))}")
     if format == "sam":
-        print(how_to_load(sam.config, destination))
+        print(how_to_load(sam, destination))
 
 
 if __name__ == "__main__":

@@ -247,8 +247,9 @@ def given_by(config: Any) -> dict[str, Any]:
     return {"image_size": config.image_size, "heads": heads, "decoder_heads": config.decoder_heads}
 
 
-def how_to_load(config: Any, path: Path) -> str:
+def how_to_load(sam: Any, path: Path) -> str:
     """Lines for those who have a .pth of it."""
+    config = sam.config
     lines = [f"in Python: import efficient_sam_torch; model = efficient_sam_torch.load({str(path)!r})"]
     if reason := obstacle(config):
         return "\n".join([*lines, f"EfficientSAM's own class cannot hold it: {reason}"])

@@ -32,10 +32,11 @@ def obstacle(config: Any) -> str:
     return next((f"it has {reason}" for reason, there in reasons.items() if there), "")
 
 
-def how_to_load(config: Any, path: Path) -> str:
-    """Lines for those who have a .pth of it."""
+def how_to_load(sam: Any, path: Path) -> str:
+    """Lines for those who have a .pth of it. Without the memory of videos, as from Hugging Face, sam2 refuses it."""
+    config, missing = sam.config, "" if sam.kept else "it has no memory of videos, which they load strictly"
     ours = f"in Python: import sam2_torch; sam2_torch.Predictor(sam2_torch.load({str(path)!r}))"
-    if reason := obstacle(config):
+    if reason := obstacle(config) or missing:
         return f"{ours}\nsam2's own classes cannot hold it: {reason}"
     trunk, stages = "++model.image_encoder.trunk", config.encoder.stages
     channels = [stage.dim for stage in reversed(stages)]

@@ -217,6 +217,6 @@ def given_by(config: Any) -> dict[str, Any]:
     return {"image_size": config.image_size, "decoder_heads": config.decoder_heads}
 
 
-def how_to_load(config: Any, path: Path) -> str:
+def how_to_load(sam: Any, path: Path) -> str:
     """Lines for those who have a .pth of it."""
     return f"with EdgeSAM's code: load_state_dict(torch.load({str(path)!r}), strict=True) of its model"

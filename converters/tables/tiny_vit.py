@@ -237,9 +237,9 @@ def given_by(config: Any) -> dict[str, Any]:
     return {**own, "strides": strides}
 
 
-def how_to_load(config: Any, path: Path) -> str:
+def how_to_load(sam: Any, path: Path) -> str:
     """Lines for those who have a .pth of it."""
     theirs = f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r})"
-    if reason := obstacle(config):
+    if reason := obstacle(sam.config):
         theirs = f"MobileSAM's class cannot hold this encoder: {reason}"
     return f"in Python: import tiny_vit_sam_torch; tiny_vit_sam_torch.load({str(path)!r})\n{theirs}"

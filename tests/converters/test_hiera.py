@@ -154,10 +154,11 @@ def test_what_the_originals_can_hold():
             == ""
             == huggingface_sam2.obstacle(config.with_encoder(encoder))
         )
-    assert "embed_dim=48" in table.how_to_load(config.with_encoder(half), "x.pt")
-    assert "image_size" not in table.how_to_load(config, "x.pt")
+    said = lambda config, kept=VIDEO: table.how_to_load(sam.Sam(config, {}, kept=kept), "x.pt")
+    assert "embed_dim=48" in said(config.with_encoder(half)) and "image_size" not in said(config)
+    assert said(config, {}).endswith("cannot hold it: it has no memory of videos, which they load strictly")
     small = SamConfig(dataclasses.replace(config.encoder, image_size=(512, 512)), sam2_head.HeadConfig((512, 512)))
-    assert "++model.image_size=512" in table.how_to_load(small, "x.pt")
+    assert "++model.image_size=512" in said(small)
     pooling = config.with_encoder(dataclasses.replace(half, global_blocks=(3, 5)))
     assert table.obstacle(pooling) == huggingface_sam2.obstacle(pooling) == "it has a global block that pools"
     *others, last = half.stages
@@ -168,7 +169,7 @@ def test_what_the_originals_can_hold():
     thin = dataclasses.replace(last, blocks=(dataclasses.replace(last.blocks[0], mlp_dim=9), last.blocks[1]))
     two = config.with_encoder(dataclasses.replace(half, stages=(*others, thin)))
     assert "MLPs" in table.obstacle(two) and "MLPs" in huggingface_sam2.obstacle(two)
-    assert "cannot hold it: it has MLPs" in table.how_to_load(two, "x.pt")
+    assert "cannot hold it: it has MLPs" in said(two)
 
 
 @pytest.mark.parametrize(
