@@ -166,8 +166,8 @@ def to_state_dict(model: Converted) -> State:
     """Inverse of `from_state_dict`, exact; a folded encoder gets batch norms that change nothing.
 
     Args:
-      model: its `kept` may be empty: then the classifier is zeros of 1000 classes and the counters are zero, so that
-        the original's class loads it strictly.
+      model: what its `kept` lacks is made, a classifier of zeros of 1000 classes and counters of zero, so that the
+        original's class loads it strictly.
 
     Raises:
       InputError: an array is missing or surplus, or what was kept is not this encoder's.
@@ -178,8 +178,8 @@ def to_state_dict(model: Converted) -> State:
     if not encoder.batch_norm:
         paths = [row.path.removesuffix("/bn/var") for row in rows(form) if row.path.endswith("/bn/var")]
         params = unfold_batch_norm(params, paths)
-    kept = model.kept or unused.fresh(norms(form), encoder)
-    unused.check(kept, norms(form), encoder, "what was kept")
+    unused.check(model.kept, norms(form), encoder, "what was kept")
+    kept = unused.fresh(norms(form), encoder) | model.kept
     return {**fuse_qkv(to_state(params, [*rows(form), *head_rows(model.head)]), form), **kept}
 
 

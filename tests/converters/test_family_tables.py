@@ -91,6 +91,16 @@ def test_a_slim_model_there_and_back(slim, slim_state):
     assert not tiny_vit.from_state_dict(without, image_size=SLIM_TINY_VIT.image_size).kept
 
 
+@pytest.mark.parametrize("there", [tiny_vit_unused.COUNTER, "head."])
+def test_what_a_file_lacks_of_the_dead_arrays_is_made(slim_state, there):
+    """Of the classifier and the counters, one without the other: the original's class loads strictly."""
+    dead = {name for name in slim_state if tiny_vit_unused.is_kept(name)}
+    part = {name: slim_state[name] + (name in dead) for name in slim_state if name not in dead or there in name}
+    model = tiny_vit.from_state_dict(part, image_size=SLIM_TINY_VIT.image_size)
+    assert 0 < len(model.kept) < len(dead)
+    assert_same(tiny_vit.to_state_dict(model), {**slim_state, **part})
+
+
 def changed(state, name: str, array=None):
     """Without the array of this name, or with another one."""
     rest = {n: a for n, a in state.items() if n != name}
