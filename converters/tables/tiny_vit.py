@@ -238,8 +238,8 @@ def given_by(config: Any) -> dict[str, Any]:
 
 
 def how_to_load(sam: Any, path: Path) -> str:
-    """Lines for those who have a .pth of it."""
-    theirs = f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r})"
-    if reason := obstacle(sam.config):
+    """Lines for those who have a .pth of it. MobileSAM's code reads attention's tables when `eval` is called."""
+    theirs = f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r}).eval()"
+    if reason := obstacle(sam.config) or unused.other_classes(sam.kept):
         theirs = f"MobileSAM's class cannot hold this encoder: {reason}"
     return f"in Python: import tiny_vit_sam_torch; tiny_vit_sam_torch.load({str(path)!r})\n{theirs}"

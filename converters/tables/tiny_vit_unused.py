@@ -45,6 +45,12 @@ def check(kept: Mapping[str, np.ndarray], norms: Sequence[str], config: Config, 
     checkpoint.check_shapes({name: (array.shape, shapes.get(name, ())) for name, array in kept.items()}, where)
 
 
+def other_classes(kept: Mapping[str, np.ndarray]) -> str:
+    """Why the original's class cannot hold this classifier; "" if it can."""
+    classes = kept[CLASSIFIER[-1]].size if CLASSIFIER[-1] in kept else CLASSES
+    return "" if classes == CLASSES else f"it has {classes} classes, not {CLASSES}"
+
+
 def obstacle(config: Config) -> str:
     """Why the original's class cannot hold this encoder; "" if it can."""
     stages, entries = config.stages, [(stage.entry_dim, stage.dim) for stage in config.stages]

@@ -11,14 +11,14 @@ import torch
 
 from converters import from_torch, to_torch
 from converters.tables import tiny_vit_unused
-from converters.tables.tiny_vit import to_state_dict
+from converters.tables.tiny_vit import how_to_load, to_state_dict
 from helpers.family_models import random_params
 from slimsam_jax import checkpoint
 from slimsam_jax.compression.pipeline import without_misfits
 from slimsam_jax.errors import InputError
 from slimsam_jax.inference.predictor import SamPredictor
 from slimsam_jax.models.composed import SamConfig, head_of
-from slimsam_jax.models.encoders.tiny_vit_config import Config, uniform
+from slimsam_jax.models.encoders.tiny_vit_config import PRESETS, Config, uniform
 from slimsam_jax.models.sam import Sam, abstract_params
 
 
@@ -123,6 +123,15 @@ def test_what_is_never_run_comes_back_as_it_was(sam, pth, tmp_path):
         np.testing.assert_array_equal(back[name].numpy(), array, err_msg=name)
     checkpoint.save(sam, folder)
     assert not (folder / "kept.safetensors").exists() and not checkpoint.load(folder).kept
+
+
+def test_how_mobile_sams_code_loads_it():
+    """It makes ready the tables of attention before they are loaded, and does not know other classes than 1000."""
+    model = Sam(SamConfig(PRESETS["vit_t"], head_of((1024, 1024))), {})
+    lines = lambda kept: how_to_load(dataclasses.replace(model, kept=kept), "x.pth")
+    assert lines({}).endswith("mobile_sam.sam_model_registry['vit_t'](checkpoint='x.pth').eval()")
+    assert lines({"image_encoder.head.bias": np.zeros(1000)}) == lines({})
+    assert lines({"image_encoder.head.bias": np.zeros(5)}).endswith("this encoder: it has 5 classes, not 1000")
 
 
 def test_what_was_kept_must_fit(sam, pth, tmp_path, monkeypatch):
