@@ -25,11 +25,11 @@ from torch.nn import functional as F
 NOTE = "slimsam_jax"  # where a .pt of ours keeps what shapes do not tell, in its state dict's `_metadata`
 DEFAULTS = {"image_size": (1024, 1024), "decoder_heads": 8, "iou_sigmoid": True, "dynamic_multimask": True}
 DEFAULTS |= {"pixel_mean": (123.675, 116.28, 103.53), "pixel_std": (58.395, 57.12, 57.375)}
-PUBLISHED = {  # by the number of blocks: heads of the first stage, windows of the stages, global blocks
-    12: (1, (8, 4, 14, 7), (5, 7, 9)),
-    16: (1, (8, 4, 14, 7), (7, 10, 13)),
-    24: (2, (8, 4, 14, 7), (12, 16, 20)),
-    48: (2, (8, 4, 16, 8), (23, 33, 43)),
+PUBLISHED = {  # by the number of blocks: heads of the first stage by its width, windows of the stages, global blocks
+    12: ({96: 1}, (8, 4, 14, 7), (5, 7, 9)),
+    16: ({96: 1}, (8, 4, 14, 7), (7, 10, 13)),
+    24: ({112: 2}, (8, 4, 14, 7), (12, 16, 20)),
+    48: ({144: 2}, (8, 4, 16, 8), (23, 33, 43)),
 }
 READ = ("image_encoder.", "no_mem_embed", "sam_prompt_encoder.", "sam_mask_decoder.")  # the rest is of videos
 NOT_A_POINT, BOX_TOP_LEFT, STABILITY_OFFSET, STABLE, LARGEST_LOW_RES = -1, 2, 0.05, 0.98, 32.0
@@ -64,7 +64,7 @@ def hold(root: nn.Module, name: str, array: Tensor) -> None:
     for part in path:
         root = root._modules.setdefault(part, nn.Module())
     if leaf == "positional_encoding_gaussian_matrix":
-        root.register_buffer(leaf, array)
+        root.register_buffer(leaf, array.float())
     else:
         root.register_parameter(leaf, nn.Parameter(array.float()))
 
@@ -152,13 +152,13 @@ class Sam2(nn.Module):
             hold(self, name, array)
         self.known = k = {**DEFAULTS, **known}
         k["image_size"] = (k["image_size"],) * 2 if isinstance(k["image_size"], int) else tuple(k["image_size"])
-        blocks = list(self.image_encoder.trunk.blocks.children())
-        first, windows, everywhere = PUBLISHED.get(len(blocks), (None, None, None))
-        if first is None and not (k.get("heads") and k.get("windows") and "global_blocks" in k):
-            raise ValueError(f"nobody publishes {len(blocks)} blocks: give heads=, windows= and global_blocks=")
-        stage = [sum(hasattr(block, "proj") for block in blocks[: i + 1]) for i in range(len(blocks))]
+        blocks, width = list((trunk := self.image_encoder.trunk).blocks.children()), len(trunk.patch_embed.proj.weight)
+        heads, windows, everywhere = PUBLISHED.get(n := len(blocks), ({}, None, None))
         windows, everywhere = k.get("windows") or windows, k.get("global_blocks", everywhere)
-        self.heads = k.get("heads") or [first << s for s in stage]
+        if not (k.get("heads") or width in heads) or windows is None or everywhere is None:
+            raise ValueError(f"of width {width} nobody publishes {n} blocks: give heads=, windows= and global_blocks=")
+        stage = [sum(hasattr(block, "proj") for block in blocks[: i + 1]) for i in range(n)]
+        self.heads = k.get("heads") or [heads[width] << s for s in stage]
         # The first block of a stage has the windows of the stage that it reads.
         self.windows = [0 if i in everywhere else windows[stage[i] - hasattr(m, "proj")] for i, m in enumerate(blocks)]
         for name in ("pixel_mean", "pixel_std"):

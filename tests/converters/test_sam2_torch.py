@@ -100,6 +100,32 @@ def test_the_published_layout_loads(tmp_path):
     assert model.heads == [1, 2, 2, *[4] * 7, 8, 8] and model.windows == [8, 8, 4, 4, 14, 0, 14, 0, 14, 0, 14, 7]
 
 
+def test_heads_of_another_width_are_no_published_ones():
+    """A slim model that was saved again without its note: as many blocks, and heads that nobody knows."""
+    parts = {"pos_embed": (1, 16, 7, 7), "patch_embed.proj.weight": (16, 3, 7, 7), "blocks.0.norm1.weight": (16,)}
+    state = {f"image_encoder.trunk.{name}": torch.zeros(shape) for name, shape in parts.items()}
+    state |= {f"image_encoder.trunk.blocks.{i}.norm1.weight": torch.zeros(16) for i in range(12)}
+    with pytest.raises(ValueError, match="of width 16 nobody publishes 12 blocks: give heads="):
+        sam2_torch.Sam2(state, {})
+    model = sam2_torch.Sam2(state, {"heads": [2] * 12})
+    assert model.heads == [2] * 12 and model.windows == [8, 8, 8, 8, 8, 0, 8, 0, 8, 0, 8, 8]
+
+
+def test_half_precision_computes_in_float32(tmp_path):
+    """What no gradient reaches, the frequencies of positions, too: they were a buffer in half precision, and failed."""
+    to_torch.save_sam(sam2(), tmp_path / "slim.pt")
+    state = torch.load(tmp_path / "slim.pt")["model"]
+    for name, array in state.items():
+        state[name] = array.half()
+    torch.save({"model": state}, tmp_path / "half.pt")
+    model = sam2_torch.load(tmp_path / "half.pt")
+    assert {array.dtype for array in (*model.parameters(), *model.buffers())} == {torch.float32}
+    predictor = sam2_torch.Predictor(model)
+    predictor.set_image(random_image(0, 20, 30))
+    masks, iou, _ = predictor.predict([[3, 4]], [1])
+    assert masks.shape == (3, 20, 30) and iou.isfinite().all()
+
+
 def test_what_cannot_be_loaded_is_one_line(tmp_path):
     to_torch.save_sam(sam2(), tmp_path / "slim.pt")
     whole = torch.load(tmp_path / "slim.pt")["model"]
