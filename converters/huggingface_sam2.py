@@ -5,6 +5,7 @@ A `sam2_video` folder is read as the image model that it holds; its memory, unde
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -152,7 +153,7 @@ def obstacle(config: Architecture) -> str:
     stages = config.encoder.stages
     blocks = [(stage.dim, block) for stage in stages for block in stage.blocks]
     filled = [{b.heads * b.key_dim, b.heads * b.value_dim} == {dim} for dim, b in blocks]
-    ratio = blocks[0][1].mlp_dim / blocks[0][0]
+    ratio = _mlp_ratio(config.encoder)
     reasons = {
         "heads that are together not as wide as their stage": not all(filled),
         "different heads within a stage": any(len({b.heads for b in stage.blocks}) > 1 for stage in stages),
@@ -209,8 +210,15 @@ def _trunk(encoder: Any) -> dict[str, Any]:
         "num_attention_heads_per_stage": [stage.blocks[0].heads for stage in stages],
         "window_size_per_stage": [stage.window for stage in stages],
         "global_attention_blocks": list(encoder.global_blocks),
-        "mlp_ratio": first.blocks[0].mlp_dim / first.dim,
+        "mlp_ratio": _mlp_ratio(encoder),
     }
+
+
+def _mlp_ratio(encoder: Any) -> float:
+    """The least ratio by which no MLP is too narrow. Their class multiplies by it, in floats, and rounds down."""
+    widths = [(block.mlp_dim, stage.dim) for stage in encoder.stages for block in stage.blocks]
+    ratio = max(mlp / dim for mlp, dim in widths)
+    return ratio if all(int(dim * ratio) >= mlp for mlp, dim in widths) else math.nextafter(ratio, math.inf)
 
 
 def preprocessor(config: Architecture) -> dict[str, Any]:

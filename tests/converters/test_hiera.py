@@ -173,6 +173,25 @@ def test_what_the_originals_can_hold():
 
 
 @pytest.mark.parametrize(
+    "widths",
+    [((42, 97), (84, 194), (168, 388), (336, 776)), ((10, 23), (16, 38), (20, 47), (40, 95))],
+    ids=["a ratio that rounds down", "not the first one's"],
+)
+def test_one_ratio_gives_all_mlps_of_a_model(widths):
+    """Their class multiplies and rounds down: 336 * (97 / 42) is a little less than 776."""
+    pairs = zip(SMALL_HIERA.stages, widths, strict=True)
+    stages = [
+        dataclasses.replace(old, dim=d, blocks=(Block(1, d, d, mlp),) * len(old.blocks)) for old, (d, mlp) in pairs
+    ]
+    config = SamConfig(
+        dataclasses.replace(SMALL_HIERA, stages=tuple(stages)), sam2_head.HeadConfig((64, 64), out_chans=16)
+    )
+    assert huggingface_sam2.obstacle(config) == ""
+    ratio = huggingface_sam2.description(config)["vision_config"]["backbone_config"]["mlp_ratio"]
+    assert [int(dim * ratio) for dim, _ in widths] == [mlp for _, mlp in widths]
+
+
+@pytest.mark.parametrize(
     ("vision", "message"),
     [
         ({"backbone_config": {"blocks_per_stage": [1, 1 << 40, 1, 1]}}, "no numbers of blocks"),
