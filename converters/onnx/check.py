@@ -234,12 +234,13 @@ def compare_sam2(
 def compare_efficient_sam(expected: Reference, encoder: Path, decoder: Path, opened: Opened = session) -> Errors:
     """Measures models of the layout `efficient_sam`, all prompts at once: each has two points, one perhaps void."""
     original_size = expected.image.shape[:2]
+    points, labels = (np.stack([getattr(p, name) for p in expected.prompts], axis=1) for name in ("points", "labels"))
     images = (expected.image.transpose(2, 0, 1)[None] / 255).astype(np.float32)
     maps = encode(encoder, {"batched_images": images}, opened)
     inputs = {
         **maps,
-        "batched_point_coords": np.stack([prompt.points for prompt in expected.prompts], axis=1).astype(np.float32),
-        "batched_point_labels": np.stack([prompt.labels for prompt in expected.prompts], axis=1).astype(np.float32),
+        "batched_point_coords": np.where(labels[..., None] < 0, -1, points).astype(np.float32),  # as JAX places them
+        "batched_point_labels": labels.astype(np.float32),
         "orig_im_size": np.array(original_size),
     }
     full, iou, low = opened(decoder).run(None, inputs)

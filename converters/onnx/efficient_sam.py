@@ -80,10 +80,17 @@ def limited(g: Graph, labels: str) -> str:
     return g.add(labels, nothing)
 
 
+def move_void(g: Graph, points: str, labels: str) -> str:
+    """Moves points that are none to (-1, -1), where the original fills up: SAM's padding has places that mean nothing.
+
+    As JAX does. Where the original's own inputs are taken, they stay: there a void point counts at its place.
+    """
+    void = g.op("Unsqueeze", g.op("Less", labels, np.int64(0)), [2])
+    return g.op("Where", void, np.float32(-1), points)
+
+
 def fill_points(g: Graph, points: str, labels: str) -> tuple[str, str]:
     """Fills prompts up to six points, those that are none last: [p, n, 2] and [p, n] -> [p, 6, 2] and [p, 6]."""
-    void = g.op("Less", labels, np.int64(0))
-    points = g.op("Where", g.op("Unsqueeze", void, [2]), np.float32(-1), points)
     points = g.op("Pad", points, (0, 0, 0, 0, MOST_POINTS, 0), np.float32(-1))
     labels = g.op("Pad", labels, (0, 0, 0, MOST_POINTS), np.int64(INVALID))
     keys = [g.op("Cast", g.op("Less", labels, np.int64(0)), to=FLOAT), g.constant([MOST_POINTS])]

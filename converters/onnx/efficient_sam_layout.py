@@ -40,7 +40,8 @@ def decoder(config: SamConfig, params: Params, dtype: Any = np.float32) -> onnx.
     Inputs:
       image_embeddings float32 [b, C, h, w];
       batched_point_coords float32 [b, q, n, 2]: (x, y) in pixels of the image; batched_point_labels float32 [b, q, n]:
-        1 a point, 2 and 3 the corners of a box, -1 none;
+        1 a point, 2 and 3 the corners of a box, -1 none, which counts at its place as in the original: fill up with
+        points at (-1, -1), as the original does, and as JAX and the layout `sam` take all that are none;
       orig_im_size int64 [2]: (height, width) of the image.
     Outputs, float32: output_masks [b, q, m, height, width], logits, bicubic as the original's Python gives them (its
       own export has them bilinear); iou_predictions [b, q, m]; low_res_masks [b * q, m, 4h, 4w]. m is

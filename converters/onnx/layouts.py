@@ -140,7 +140,7 @@ def efficient_sam_masks(g: Graph, config: Config) -> tuple[str, str]:
     nothing = g.op("Gather", np.zeros(1, np.int64), given, name="EfficientSAM_takes_no_mask_as_a_prompt")
     labels = g.add(g.op("Cast", "point_labels", to=INT64), nothing)
     points = way_of(config).points(g, config, "point_coords", "orig_im_size")
-    sparse = efficient_sam.prompt_tokens(g, config, points, labels)
+    sparse = efficient_sam.prompt_tokens(g, config, efficient_sam.move_void(g, points, labels), labels)
     image = g.op("Expand", image_tokens(g, config), g.concat(g.sizes("point_coords", 0, 1), (1, 1)))
     return efficient_sam.mask_decoder(g, config, image, dense_positions(g, config), sparse)
 

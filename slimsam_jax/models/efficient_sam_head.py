@@ -217,7 +217,8 @@ def fill_points(points: Any, labels: Any) -> tuple[Any, Any]:
 
     Args:
       points: [p, n, 2] (x, y) in the model frame; numpy, or JAX's.
-      labels: [p, n]; what is below 0 is no point, whatever it is to SAM, and makes room for those that are.
+      labels: [p, n]; what is below 0 is no point, whatever it is to SAM, and makes room for those that are. It goes to
+        (-1, -1), too, as SAM's padding has no place; the original has what its caller fills up where that says.
 
     Returns:
       [p, 6, 2] and [p, 6].

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from PIL import Image
 
-from converters import to_onnx
+from converters import efficient_sam_torch, to_onnx, to_torch
 from converters.onnx import check, frames
 from converters.onnx import encoder as onnx_encoder
 from converters.onnx.graph import FLOAT, Graph
@@ -95,6 +96,26 @@ def test_what_fills_up_makes_room_for_points(sam, decoder):
     turned["point_coords"][0, 0] = 7
     for one, other in zip(decoder(**full), decoder(**turned), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("void", [(0, 0), (30, 20), (-1, -1), (-3, 20)])
+def test_a_void_point_counts_at_its_place_as_in_the_original(sam, tmp_path, void):
+    """In its own layout; that of Segment Anything's tools has padding at (0, 0), which is moved to (-1, -1)."""
+    to_torch.save_sam(sam, tmp_path / "slim.pt")
+    embedding = np.random.default_rng(0).standard_normal((1, sam.config.out_chans, *sam.config.grid), np.float32)
+    points, labels = np.array([[[[10, 20], void]]], np.float32), np.array([[[1, -1]]], np.float32)
+    found = session(to_onnx.models(sam, "efficient_sam", np.float32)[1])(
+        image_embeddings=embedding,
+        batched_point_coords=points,
+        batched_point_labels=labels,
+        orig_im_size=np.array([40, 60]),
+    )
+    with torch.no_grad():
+        wanted = efficient_sam_torch.load(tmp_path / "slim.pt").predict_masks(
+            *map(torch.from_numpy, (embedding, points, labels)), True, 40, 60, 40, 60
+        )
+    for one, other in zip(found, wanted, strict=False):
+        np.testing.assert_allclose(one, other, atol=1e-4 * float(other.abs().max()))
 
 
 def test_layouts_that_cannot_hold_a_model_are_refused(sam):
