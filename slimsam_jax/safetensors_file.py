@@ -42,21 +42,28 @@ MOST_SHARDS = 100
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Lists the files of a folder that the loaders read: `model.safetensors`, its shards, or `pytorch_model.bin`.
+    """Lists the files of a folder that the loaders read: `model.safetensors` or `pytorch_model.bin`, or its shards.
 
     Raises:
       InputError: the index of the shards cannot be read, or names what is no file of this folder.
     """
-    index = folder / "model.safetensors.index.json"
-    if os.path.lexists(index):
-        with reading(index):
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-            if len(shards) > MOST_SHARDS or any(Path(shard).name != shard for shard in shards):
-                raise InputError(f"{index} must name at most {MOST_SHARDS} files, all beside it")
-            if shards:
-                return [folder / shard for shard in shards]
-    names = ("model.safetensors", "pytorch_model.bin")
-    return [folder / name for name in names if os.path.lexists(folder / name)][:1]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if shards := _shards(folder / f"{name}.index.json"):
+            return [folder / shard for shard in shards]
+        if os.path.lexists(folder / name):
+            return [folder / name]
+    return []
+
+
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index names; none where there is no index."""
+    if not os.path.lexists(index):
+        return []
+    with reading(index):
+        shards = sorted(set(read_json(index)["weight_map"].values()))
+        if len(shards) > MOST_SHARDS or any(Path(shard).name != shard for shard in shards):
+            raise InputError(f"{index} must name at most {MOST_SHARDS} files, all beside it")
+    return shards
 
 
 def read(path: Path | str) -> dict[str, np.ndarray]:

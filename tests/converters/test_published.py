@@ -114,7 +114,7 @@ def test_parameters_with_attributes_are_read(published, tmp_path):
     chex.assert_trees_all_equal(from_torch.load(tmp_path / "marked.pth").params, ours.params)
 
 
-@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"])
 def test_huggingface_folders_of_transformers_4(tmp_path, weights):
     """SlimSAM-uniform: 12 heads of 14; one matrix under two names; more fields than we write."""
     config = tiny_config(image_size=(64, 64), embed_dim=168, heads=12, head_dim=14, mlp_dim=696)
@@ -127,6 +127,11 @@ def test_huggingface_folders_of_transformers_4(tmp_path, weights):
     (folder / "model.safetensors").unlink()
     if weights == "pytorch_model.bin":
         torch.save(state, folder / weights)
+    elif weights.endswith(".index.json"):
+        places = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(state)}
+        for shard in set(places.values()):
+            torch.save({name: state[name] for name in state if places[name] == shard}, folder / shard)
+        (folder / weights).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     else:
         from safetensors.torch import save_file
 

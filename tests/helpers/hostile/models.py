@@ -232,6 +232,7 @@ def huggingface(good: dict[str, bytes]) -> dict[str, dict[str, Content]]:
     for what, content in TEXTS.items():
         if what in ("empty", "no JSON", "a list", "100,000 brackets", "5 MB"):
             found[f"preprocessor {what}"] = good | {"preprocessor_config.json": content}
+    binary = {k: v for k, v in good.items() if k != "model.safetensors"}
     shards = (
         {"a": "../../etc/passwd"},
         {"a": "/dev/zero"},
@@ -244,9 +245,9 @@ def huggingface(good: dict[str, bytes]) -> dict[str, dict[str, Content]]:
     for value in (*shards, [], "x", {str(i): f"{i}.safetensors" for i in range(20_000)}, {"a": "config.json"}):
         index = json.dumps({"weight_map": value}).encode()
         found[f"shards {str(value)[:20]}"] = good | {"model.safetensors.index.json": index}
+        found[f".bin shards {str(value)[:20]}"] = binary | {"pytorch_model.bin.index.json": index}
     for what in ("empty", "7 bytes", "header of 2^63", "overlapping", "size True"):
         found[f"weights {what}"] = good | {"model.safetensors": WEIGHTS[what]}
-    binary = {k: v for k, v in good.items() if k != "model.safetensors"}
     found["no weights"] = binary
     for what in ("pickle a bomb", "storage a bomb", "text"):
         found[f".bin: {what}"] = binary | {"pytorch_model.bin": archives()[what]}
