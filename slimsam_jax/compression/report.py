@@ -165,10 +165,11 @@ def _plot_losses(axes: Any, log: Sequence[dict[str, Any]]) -> None:
 
 
 def _plot_widths(axes: Any, teacher: Sam, slim: Sam, field: str, title: str) -> None:
-    blocks = np.arange(len(teacher.config.blocks))
     for offset, (name, sam) in enumerate((("teacher", teacher), ("slim", slim))):
-        axes.bar(blocks + 0.4 * (offset - 0.5), [getattr(b, field) for b in sam.config.blocks], 0.4, label=name)
+        places = np.arange(len(sam.config.blocks)) + 0.4 * (offset - 0.5)
+        axes.bar(places, [getattr(block, field) for block in sam.config.blocks], 0.4, label=name)
     axes.set(title=f"{title} (embedding {teacher.config.embed_dim} → {slim.config.embed_dim})", xlabel="block")
+    blocks = np.arange(max(len(sam.config.blocks) for sam in (teacher, slim)))  # another encoder may have more or fewer
     axes.set_xticks(blocks[:: -(-len(blocks) // 12)])
     axes.margins(y=0.25)  # room for the legend
     axes.legend(ncols=2, frameon=False, loc="upper center")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from helpers.images import samples, save_image, truncated, write_annotation
-from helpers.models import SQUARE
+from helpers.models import SQUARE, tiny_config
 from slimsam_jax.compression import report, showcase
 from slimsam_jax.imaging import draw
 
@@ -140,6 +141,21 @@ def test_the_report_draws_blocks_by_their_numbers():
     assert labels == ["blocks_0", "blocks_1", "blocks_2", "blocks_9", "blocks_10", "blocks_11", "neck_0", "pos_embed"]
     heights = [1000 * bar.get_height() for bar in axes.patches]
     np.testing.assert_allclose(heights, [10, 11, 12, 19, 20, 21, 1, 2])
+
+
+@pytest.mark.parametrize("depths", [(8, 6), (6, 8), (26, 3)], ids=str)
+def test_the_report_draws_two_encoders_of_different_depths(depths):
+    """A distillation from one ViT into another, whose blocks may be fewer or more."""
+    config = tiny_config()
+    block = lambda depth: dataclasses.replace(config.blocks[0], mlp_dim=10 + depth)
+    configs = [dataclasses.replace(config, blocks=(block(depth),) * depth) for depth in depths]
+    models = [SimpleNamespace(config=each) for each in configs]
+    axes = Figure().subplots()
+    report._plot_widths(axes, *models, "mlp_dim", "MLP channels")
+    teacher, slim = ([bar.get_height() for bar in bars] for bars in axes.containers)
+    assert teacher == [10 + depths[0]] * depths[0] and slim == [10 + depths[1]] * depths[1]
+    ticks = axes.get_xticks()
+    assert max(depths) - 3 <= ticks[-1] < max(depths) and len(ticks) <= 12
 
 
 def test_the_report_says_size_time_and_agreement():
