@@ -1,12 +1,14 @@
 """Caches the teacher's embeddings on disk, so that each image is encoded by it once and not once an epoch.
 
-A folder for each teacher and image size, a file for each image, named by the hash of its content:
-a renamed or copied data set finds its embeddings again, and an interrupted run goes on where it was.
+A folder for each teacher, image size and whatever else decides what the teacher gives, a file for each image, named by
+the hash of its content: a renamed or copied data set finds its embeddings again, and an interrupted run goes on where
+it was.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +22,23 @@ from slimsam_jax.data import Sample
 from slimsam_jax.errors import InputError, RunError, reading, writing
 from slimsam_jax.files import replacing
 from slimsam_jax.inference.decode import encode_image
-from slimsam_jax.models.sam import Embedding, Sam, embedding_shapes
+from slimsam_jax.models.config import Config
+from slimsam_jax.models.sam import Architecture, Embedding, Sam, embedding_shapes
 from slimsam_jax.progress import track
+
+UNSHOWN = ("pixel_mean", "pixel_std", "decoder_heads")  # what no array of a SAM with a ViT shows
+
+
+def unshown(config: Architecture) -> str:
+    """Hashes what decides embeddings and masks besides the weights; "" where it is as in SAM, "-" and 8 digits else.
+
+    Of a ViT that is `UNSHOWN`, as its arrays show all its sizes; of other families the whole architecture.
+    """
+    fields = config.to_json()
+    if isinstance(config, Config):
+        fields = {name: fields[name] for name in UNSHOWN if fields[name] != getattr(Config, name)}
+    text = json.dumps(fields, sort_keys=True)
+    return f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}" if fields else ""
 
 
 class TeacherCache:
@@ -43,7 +60,8 @@ class TeacherCache:
         height, width = teacher.config.image_size
         self.teacher, self.layout = teacher, Layout(embedding_shapes(teacher.config), precision)
         kind = "" if precision == "float16" else f"-{precision}"
-        self.common = folder / f"{teacher_hash[:16]}-{height}x{width}"  # of what no precision changes, such as masks
+        name = f"{teacher_hash[:16]}-{height}x{width}{unshown(teacher.config)}"
+        self.common = folder / name  # of what no precision changes, such as masks
         self.folder = self.common.with_name(self.common.name + kind)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from converters import from_torch
+from helpers.family_models import tiny_vit_sam
 from helpers.images import samples, truncated
 from helpers.models import SQUARE, random_images, random_sam
 from helpers.runs import compress_options
+from slimsam_jax import checkpoint
 from slimsam_jax.api import compress_with
 from slimsam_jax.compression import teacher_cache
 from slimsam_jax.compression.loss_terms import terms as terms_of
@@ -21,8 +23,11 @@ from slimsam_jax.compression.steps import Distill
 from slimsam_jax.compression.stored_embeddings import Layout
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.trainer import make_trainer
+from slimsam_jax.data import embedded_teacher
 from slimsam_jax.errors import RunError
 from slimsam_jax.inference.decode import encode_image
+
+OTHERS = {"pixel_mean": (0.0, 0.0, 0.0), "pixel_std": (1.0, 1.0, 1.0), "decoder_heads": 4}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,20 @@ def test_what_is_damaged_missing_or_of_another_teacher_is_not_used(material, tea
         cache.read(sample)
     cache.fill([sample])
     assert cache.file(sample).read_bytes() == whole
+
+
+def test_a_teacher_of_the_same_weights_and_another_architecture_has_its_own(material, teacher, tmp_path):
+    """What no array shows; SAM's own is in the name of no folder, so that caches of before serve."""
+    shipped = checkpoint.load(embedded_teacher())
+    own = TeacherCache(tmp_path, shipped, checkpoint.sha256(embedded_teacher()))
+    assert own.common.name == "888d86cdda17e060-256x256"
+    configs = [SQUARE, *(dataclasses.replace(SQUARE, **{name: new}) for name, new in OTHERS.items())]
+    folders = [TeacherCache(tmp_path, dataclasses.replace(teacher, config=c), "0" * 64).common for c in configs]
+    assert folders[0].name == "0000000000000000-64x64" and len({*folders}) == len(folders)
+    family = tiny_vit_sam().config
+    white = dataclasses.replace(family, head=dataclasses.replace(family.head, pixel_mean=(0.0, 0.0, 0.0)))
+    others = (family, white, dataclasses.replace(family, single_mask=False))
+    assert len({"", *map(teacher_cache.unshown, others)}) == 4
 
 
 def test_several_processes_leave_nothing_out(material, teacher, tmp_path, monkeypatch):
