@@ -107,7 +107,7 @@ def run_of(
     dtype, plan = compute_dtype(options), planned(recipe, counts)
     if sharding.is_main():
         announce(dtype, plan, batch, len(images), len(val))
-    origin = provenance(options, recipe, teacher, images, counts, batch, own)
+    origin = provenance(options, recipe, teacher, samples, counts, batch, own)
     if student:
         origin["student"] = {"file": options.student.name, "sha256": checkpoint.sha256(options.student)}
     where = (options.cache, teacher, origin["teacher"]["sha256"], options.cache_as)
@@ -219,7 +219,7 @@ def provenance(
     options: Options,
     recipe: Recipe,
     teacher: Sam | FastSam,
-    images: Sequence[Sample],
+    samples: tuple[Sequence[Sample], Sequence[Sample]],
     counts: list[int],
     batch: int,
     own: bool,
@@ -227,6 +227,7 @@ def provenance(
     """Where a slim model comes from, for its config.json; a resumed run must agree in all of it.
 
     Args:
+      samples: to learn from, and to measure on.
       own: the recipe is none that the options name.
     """
     path = Path(options.teacher or data.embedded_teacher())
@@ -237,9 +238,15 @@ def provenance(
     same = {"sha256": checkpoint.sha256(path), "thresholds": thresholds, "provenance": teacher.provenance}
     return {
         "teacher": {"file": path.name, **same},
-        "images": {"count": len(images), "sha256_of_names": digest_of_names(images)},
+        "images": named(samples[0]),
+        "val": named(samples[1]),
         "options": {**options.fixing_the_result(), **computed, "recipe": None if own else options.recipe},
         "recipe": describe(recipe),
         "optimizer_steps": counts,
         "versions": {"slimsam_jax": __version__, **{name: version(name) for name in packages}},
     }
+
+
+def named(samples: Sequence[Sample]) -> dict[str, Any]:
+    """How many samples there are, and a hash of their names."""
+    return {"count": len(samples), "sha256_of_names": digest_of_names(samples)}

@@ -23,6 +23,8 @@ from slimsam_jax.models.sam import Sam
 from slimsam_jax.training.checkpoints import Steps
 from slimsam_jax.training.folder_lock import PLACE, FolderLock
 
+LATE = {"val"}  # parts of an origin that runs begun by older code have not recorded
+
 
 class RunFolder:
     """One `--out`, locked until `release`; a context manager, which releases it.
@@ -160,6 +162,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 def _check_same(recorded: dict[str, Any], origin: dict[str, Any], path: Path) -> None:
     before, now = (flatten_dict(json.loads(json.dumps(tree)), sep=" ") for tree in (recorded, origin))
-    different = [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in now if before.get(key) != now[key]]
+    compared = [key for key in now if key.split()[0] not in LATE - {*recorded}]
+    different = [f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in compared if before.get(key) != now[key]]
     if different:
         raise InputError(f"{path} was started otherwise ({'; '.join(different)}); resume with what it was started with")

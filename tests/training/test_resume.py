@@ -189,6 +189,28 @@ def test_an_interrupt_says_how_to_go_on(material, tmp_path, monkeypatch):
         compress_with(compress_options(material, tmp_path / "slim"))
 
 
+def test_other_images_to_measure_on_are_refused(material, tmp_path, monkeypatch):
+    """But where a run of older code has not recorded which they were."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(pipeline.STEP_FUNCTIONS, Prune, interrupted)
+    shutil.copytree(material / "val", tmp_path / "val")
+    options = compress_options(material, tmp_path / "slim", val=(tmp_path / "val",))
+    with pytest.raises(KeyboardInterrupt):
+        compress_with(options)
+    shutil.copy(material / "images" / "0.png", tmp_path / "val" / "other.png")
+    with pytest.raises(InputError, match=r"was started otherwise \(val count: 2 -> 3; val sha256_of_names: '"):
+        compress_with(dataclasses.replace(options, resume=True))
+    origin = tmp_path / "slim" / "checkpoints" / "origin.json"
+    recorded = json.loads(origin.read_text())
+    assert recorded.pop("val")["count"] == 2
+    origin.write_text(json.dumps(recorded))
+    with pytest.raises(KeyboardInterrupt):
+        compress_with(dataclasses.replace(options, resume=True))
+
+
 @pytest.mark.slow
 def test_killed_again_and_again(finished, material, tmp_path):
     """`kill -9` at moments that nobody chose, until the run comes through."""
