@@ -20,7 +20,7 @@ from slimsam_jax.compression.distill import JUDGED, Distillation, mean_of_some
 from slimsam_jax.compression.fast_sam import Square
 from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.run import Run
-from slimsam_jax.compression.validation import Score, validator
+from slimsam_jax.compression.validation import Score, mean_of, validator
 from slimsam_jax.data import Sample
 from slimsam_jax.data.augment import flip_and_crop
 from slimsam_jax.data.batches import Batches
@@ -68,17 +68,19 @@ def wanted_of(teacher: FastSam, sample: Sample) -> Features:
     return jax.device_get(outputs_of(teacher.config, teacher.params, frame))
 
 
-def validator_of(teacher: FastSam, samples: Sequence[Sample], measure: str) -> Score:
+def validator_of(
+    teacher: FastSam, samples: Sequence[Sample], measure: str, unread: dict[str, str] | None = None
+) -> Score:
     """As `validation.validator`; the "error" is the mean over terms, of the first `JUDGED` images that can be read.
 
     Of so many the teacher's outputs are kept, 17 MB each at 1024 px.
     """
     if measure != "error":
-        return validator(teacher, samples, measure)
+        return validator(teacher, samples, measure, unread)
     known, skipped = map_readable(functools.partial(wanted_of, teacher), samples[:JUDGED])
     if not known:
         raise InputError(f"no image can be validated on: {next(iter(skipped.values()))}")
-    return lambda sam: -float(np.mean([list(errors(sam, *pair).values()) for pair in known.items()]))
+    return mean_of(lambda sam, *pair: [-error for error in errors(sam, *pair).values()], known, unread)
 
 
 def recalibrated(run: Run, planned: Planned, student: FastSam) -> FastSam:

@@ -91,7 +91,7 @@ def run_of(
     samples: tuple[Sequence[Sample], Sequence[Sample]],
     batch: int,
     own: bool,
-    judge: Callable[[Any, Sequence[Sample], str], Score],
+    judge: Callable[[Any, Sequence[Sample], str, dict[str, str]], Score],
     student: Sam | None = None,
 ) -> Run:
     """A run of steps that have been checked; its folder is there then.
@@ -99,7 +99,7 @@ def run_of(
     Args:
       samples: to learn from, and to measure on.
       own: the recipe is none that the options name.
-      judge: (teacher, samples, `Validation.validate_by`) -> a function that scores students.
+      judge: (teacher, samples, `Validation.validate_by`, `Run.unread`) -> a function that scores students.
       student: to begin with, if --student is a model's path.
     """
     images, val = samples
@@ -114,9 +114,12 @@ def run_of(
     cache = TeacherCache(*where) if options.cache else None
     judged = [each.step for each in plan if each.optimizer_steps and not isinstance(each.step, Pretrain)]
     measures = {step.validation.validate_by for step in judged} if sharding.is_main() else set()
-    scores = {measure: judge(teacher, val, measure) for measure in measures}
+    unread: dict[str, str] = {}
+    scores = {measure: judge(teacher, val, measure, unread) for measure in measures}
     folder = RunFolder(options.out, origin, options.resume)
-    return Run(options, plan, target, teacher, images, val, batch, dtype, cache, scores, folder, origin, student)
+    return Run(
+        options, plan, target, teacher, images, val, batch, dtype, cache, scores, folder, origin, student, unread
+    )
 
 
 def say_bases(config: Architecture, prunes: Sequence[Prune]) -> None:

@@ -26,6 +26,8 @@ class Run:
       scores: how good a student is, by `Validation.validate_by`; only in the process that validates.
       provenance: for the slim model's config.json.
       start: the model whose encoder the student begins with, if --student is a model's path.
+      unread: {name: reason} of images to measure on that could be read at the start, and not any more when a student
+        was scored.
     """
 
     options: Options
@@ -41,6 +43,7 @@ class Run:
     folder: RunFolder
     provenance: dict[str, Any]
     start: Sam | None = None
+    unread: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def is_named_later(self, step: Planned) -> bool:
         """Whether a training follows at once that meets every image, and so logs those that cannot be read."""

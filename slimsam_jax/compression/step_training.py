@@ -57,9 +57,14 @@ class StepTraining(Loop):
 
     def score(self, sam: Sam, step: int) -> dict[str, float]:
         judge = self.whole.scores.get(self.planned.step.validation.validate_by)
+        before = len(self.whole.unread)
         score = sharding.agree(judge(sam) if judge else 0.0)
+        for name, reason in [*self.whole.unread.items()][before:]:
+            self.folder.log(stage=self.planned.name, step=step, skipped=name, reason=reason)
+            print(f"not measured: {reason}", flush=True)
         if not np.isfinite(score):
-            raise RunError(f"the student after step {step} gives no finite outputs; {ADVICE}")
+            lost = ", or no image to measure on can be read any more" * bool(self.whole.unread)
+            raise RunError(f"the student after step {step} gives no finite outputs{lost}; {ADVICE}")
         return {"score": score}
 
     def learning_rate(self, step: int) -> float:

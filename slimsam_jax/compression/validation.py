@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +19,14 @@ IMAGES = 50  # as many as the reference validates on
 Score = Callable[[Sam], float]
 
 
-def validator(teacher: Sam, samples: Sequence[Sample], measure: str) -> Score:
+def validator(teacher: Sam, samples: Sequence[Sample], measure: str, unread: dict[str, str] | None = None) -> Score:
     """Makes a function sam -> its score on the first `IMAGES` usable images. The teacher's embeddings are kept.
 
     Args:
       measure: "error": minus the squared error of the embedding relative to the teacher's variance, mean over
         images; or "miou": of the annotated points, or of a grid of points against the teacher's masks where an
         image has no annotation.
+      unread: see `mean_of`.
 
     Raises:
       InputError: not one image can be used.
@@ -39,7 +42,33 @@ def validator(teacher: Sam, samples: Sequence[Sample], measure: str) -> Score:
             break
     if not known:
         raise InputError(f"no image can be validated on: {reason}")
-    return lambda sam: float(np.mean([one(sam, teacher, sample, encoded) for sample, encoded in known.items()]))
+    return mean_of(lambda sam, sample, own: one(sam, teacher, sample, own), known, unread)
+
+
+def mean_of(
+    one: Callable[[Sam, Sample, Any], float | Sequence[float]],
+    known: Mapping[Sample, Any],
+    unread: dict[str, str] | None = None,
+) -> Score:
+    """Makes a function sam -> the mean over the images that can still be read; NaN where none can.
+
+    Args:
+      one: (sam, sample, what is known of it) -> its score, or of each image as many.
+      unread: {name: reason}, to which images are added that cannot be read any more. They are left out from then on.
+    """
+    unread = {} if unread is None else unread
+
+    def score(sam: Sam) -> float:
+        scores = []
+        for sample, own in known.items():
+            if sample.name not in unread:
+                try:
+                    scores.append(one(sam, sample, own))
+                except InputError as error:
+                    unread[sample.name] = str(error)
+        return float(np.mean(scores)) if scores else math.nan
+
+    return score
 
 
 def _embedding_error(sam: Sam, teacher: Sam, sample: Sample, known: Encoded) -> float:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -11,12 +15,15 @@ from helpers.runs import compress_options, shaken
 from slimsam_jax.api import compress_with
 from slimsam_jax.compression import prepare as preparation
 from slimsam_jax.compression import validation
+from slimsam_jax.compression.step_training import StepTraining
+from slimsam_jax.compression.steps import Distill
 from slimsam_jax.compression.validation import validator
-from slimsam_jax.errors import InputError
+from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.evaluation.compare import compare_models
 from slimsam_jax.evaluation.scores import relative_error
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.training import loop
+from slimsam_jax.training.run_folder import RunFolder
 
 
 def test_error_is_that_of_the_embedding(material):
@@ -48,6 +55,29 @@ def test_images_that_cannot_be_used_are_left_out(material, tmp_path):
     )
     with pytest.raises(InputError, match=r"no image can be validated on: .*a\.jpg"):
         validator(teacher, [broken], "error")
+
+
+def test_images_that_go_bad_while_it_learns_are_left_out(material, tmp_path, capsys):
+    """The run goes on, measured on the rest, and says so once; without any image it ends, to be resumed."""
+    paths = [Path(shutil.copy(path, tmp_path)) for path in sorted((material / "images").iterdir())[:3]]
+    teacher, images, unread = from_torch.load(material / "teacher"), samples(paths), {}
+    judge, rest = validator(teacher, images, "error", unread), validator(teacher, images[1:], "error")
+    student = shaken(teacher)
+    whole, expected = judge(student), rest(student)
+    paths[0].unlink()
+    run = SimpleNamespace(scores={"error": judge}, unread=unread)
+    planned = SimpleNamespace(name="distill", step=Distill())
+    training = SimpleNamespace(whole=run, planned=planned, folder=RunFolder(tmp_path / "out", {}))
+    for step in (2, 4):
+        assert StepTraining.score(training, student, step) == {"score": expected} != {"score": whole}
+    (entry,) = training.folder.read_log()
+    assert (entry["stage"], entry["step"], entry["skipped"]) == ("distill", 2, str(paths[0]))
+    assert capsys.readouterr().out == f"not measured: {entry['reason']}\n"
+    for path in paths[1:]:
+        path.unlink()
+    with pytest.raises(RunError, match=r"after step 6 .* or no image to measure on can be read any more"):
+        StepTraining.score(training, student, 6)
+    training.folder.release()
 
 
 def test_so_many_images_are_enough(material, monkeypatch):
