@@ -49,11 +49,20 @@ def settled(recipe: Recipe, settings: Sequence[str]) -> Recipe:
             given[name] = _parse(FIELDS[name], text)
         except (ValueError, KeyError):
             raise InputError(f"{shown}: {printable(text, 60)!r} is no {_called(FIELDS[name])}") from None
-    for kind in dict.fromkeys(name.partition(".")[0] for name in given):
-        held_by = (Prune, Distill) if kind == "quirks" else (KINDS[kind], *ALSO.get(kind, ()))
-        if not any(isinstance(step, held_by) for step in recipe):
-            raise InputError(f"--set {kind}...: the recipe has no such step, and leaves it unread")
+    for name in given:
+        _check_read(name, recipe)
     return tuple(map(_changed, recipe, _shared_out(recipe, given)))
+
+
+def _check_read(name: str, recipe: Recipe) -> None:
+    """Raises InputError for a choice that no step of the recipe has."""
+    kind, _, field = name.partition(".")
+    held_by = (Prune, Distill) if kind == "quirks" else (KINDS[kind], *ALSO.get(kind, ()))
+    steps = [type(step) for step in recipe if isinstance(step, held_by)]
+    if not steps:
+        raise InputError(f"--set {kind}...: the recipe has no such step, and leaves it unread")
+    if kind != "quirks" and not any(field in _flat(step) for step in steps):
+        raise InputError(f"--set {name}...: no step of the recipe has this choice, and it would be left unread")
 
 
 def explain(option: str) -> str | None:

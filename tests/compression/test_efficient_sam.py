@@ -14,6 +14,8 @@ from helpers.runs import compress_options
 from slimsam_jax import api, checkpoint, pruning
 from slimsam_jax.api import compress_with
 from slimsam_jax.compression.found_groups import groups_of
+from slimsam_jax.compression.recipes import RECIPES
+from slimsam_jax.compression.set_option import change
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import Thresholds
 from slimsam_jax.models.encoders import efficient_sam_vit as vit
@@ -86,3 +88,12 @@ def test_what_it_cannot_do_is_one_line(teacher, material, tmp_path):
     with pytest.raises(InputError, match="known bugs are of SAM's ViT"):
         compress_with(options)
     assert not (tmp_path / "slim").exists()
+
+
+@pytest.mark.parametrize("choice", ["features=0.5", "direction=1", "masks=1", "points=4", "relative=false"])
+def test_choices_of_losses_that_the_recipe_does_not_have_are_refused(choice):
+    """Its trainings share the optimizer of a distillation, and have no terms of its embedding."""
+    with pytest.raises(InputError, match=rf"--set distill\.{choice.partition('=')[0]}\.\.\.: no step of the recipe"):
+        change(RECIPES["efficient_sam"], [f"distill.{choice}"])
+    assert change(RECIPES["mobile_sam"], [f"distill.{choice}"]) != RECIPES["mobile_sam"]
+    assert change(RECIPES["efficient_sam"], ["distill.lr=2e-4"])[1].optimizer.lr == 2e-4
