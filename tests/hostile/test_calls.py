@@ -15,6 +15,8 @@ from PIL import Image
 from helpers.models import SQUARE, random_sam
 from slimsam_jax import limits
 from slimsam_jax.compression import dispatch
+from slimsam_jax.compression.mask_steps import MaskLosses
+from slimsam_jax.compression.steps import Augment, Distill, DistillMasks, Losses, Optimizer, Prune
 from slimsam_jax.data.sample import eight_bits
 from slimsam_jax.errors import InputError
 from slimsam_jax.inference import engine, mixed_prompts, predictor
@@ -250,3 +252,27 @@ def test_there_are_as_many_as_were_asked_for():
 def test_a_run_refuses_what_is_no_model():
     with pytest.raises(InputError, match=r"a model must be given, as .*not a str"):
         dispatch.run(None, "sam.pth")
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "line"),
+    [
+        (Optimizer, {"lr": "1e-3"}, "lr '1e-3' is not a number"),
+        (Optimizer, {"clip": "1"}, "clip '1' is not a number"),
+        (Optimizer, {"lr": None}, "lr None is not a number"),
+        (Losses, {"masks": "auto"}, "masks 'auto' is not a number"),
+        (Losses, {"padding": 1}, "padding 1 is neither True nor False"),
+        (Augment, {"flip": "no"}, "flip 'no' is neither True nor False"),
+        (Distill, {"losses": MaskLosses()}, "losses MaskLosses.* is no Losses"),
+        (Distill, {"optimizer": 1e-3}, "optimizer 0.001 is no Optimizer"),
+        (DistillMasks, {"augment": None}, "augment None is no Augment"),
+        (Prune, {"part": "all", "quirks": False}, "quirks False is no Quirks"),
+    ],
+)
+def test_a_field_of_a_step_of_another_type_is_refused(record, fields, line):
+    with pytest.raises(InputError, match=f"^{line}"):
+        record(**fields)
+
+
+def test_words_and_none_stand_where_a_field_may_be_one():
+    assert Optimizer(lr="auto").lr == "auto" and Prune("all", ratio=None).ratio is None
