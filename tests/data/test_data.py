@@ -63,11 +63,21 @@ def test_coordinates_survive_the_model_frame(height, width, frame):
 
 
 def test_images_are_found_at_any_depth(tmp_path):
-    for name in ("b.png", "a.JPG", "deep/er/c.webp", "deep/d.bmp", "e.tiff", ".hidden.png"):
+    for name in (
+        "b.png",
+        "a.JPG",
+        "deep/er/c.webp",
+        "deep/d.bmp",
+        "e.tiff",
+        ".hidden.png",
+        ".thumbs/f.png",
+        "deep/.t/u/g.png",
+    ):
         save_image(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
     found = [str(Path(p.name).relative_to(tmp_path)) for p in data.find([tmp_path, tmp_path / "deep"])]
     assert sorted(found) == ["a.JPG", "b.png", "deep/d.bmp", "deep/er/c.webp", "e.tiff"]
+    assert len(data.find([tmp_path / ".thumbs"])) == 1  # whoever names it means it
 
 
 def test_missing_and_empty_folders_are_refused(tmp_path):

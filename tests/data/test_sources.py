@@ -143,6 +143,17 @@ def test_folders_may_hold_shards_and_coco(everywhere, tmp_path):
     assert [sample.image_id for sample in found] == list(range(5)) and len(found[0].annotations()) == 1
 
 
+def test_what_is_hidden_in_a_tar_is_left_out(tmp_path):
+    """Files and folders, at any depth; a name that leads upwards is no hidden one."""
+    image = save_image(tmp_path / "x.png", 20, 30)
+    names = ("./a.png", "b/c.png", "../../d.png", "./.thumbs/a.png", "b/.t/u/c.png", "b/._c.png", ".e.png")
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name in names:
+            tar.add(image, name)
+    found = [sample.name.removeprefix(f"{tmp_path / 't.tar'}/") for sample in data.find([tmp_path / "t.tar"])]
+    assert found == ["../../d.png", "a.png", "b/c.png"]
+
+
 def test_the_layout_of_coco_itself(everywhere, tmp_path):
     (tmp_path / "annotations").mkdir()
     path = make_coco(everywhere["folder"], tmp_path / "annotations" / "instances_val2017.json")

@@ -18,7 +18,7 @@ MOST_VALUES = 2**21  # in it: a value of two bytes takes a hundred in Python
 
 
 class Contents(NamedTuple):
-    """What lies below a folder, sorted, hidden files left out.
+    """What lies below a folder, sorted, hidden files and folders left out.
 
     Attributes:
       samples: images, and folders that cannot be listed.
@@ -46,7 +46,7 @@ def contents(folder: Path) -> Contents:
 
 
 def walk(folder: Path) -> tuple[list[tuple[Path, bool]], list[tuple[str, str]]]:
-    """Lists what is below a folder, sorted, hidden files left out; links to folders are not followed.
+    """Lists what is below a folder, sorted, hidden files and folders left out; links to folders are not followed.
 
     Returns:
       [(path, whether it is a folder)], and [(folder, why it cannot be listed)]; not of those of other users, such as
@@ -58,6 +58,8 @@ def walk(folder: Path) -> tuple[list[tuple[Path, bool]], list[tuple[str, str]]]:
         try:
             with os.scandir(here) as entries:
                 for entry in entries:
+                    if entry.name.startswith("."):  # thumbnails and the like, of which no model shall learn
+                        continue
                     paths.append((Path(entry.path), _is_folder(entry)))
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
@@ -65,7 +67,7 @@ def walk(folder: Path) -> tuple[list[tuple[Path, bool]], list[tuple[str, str]]]:
             continue
         except OSError as error:
             unlisted.append((here, f"{here} cannot be listed: {error.strerror}"))
-    return sorted((path, is_folder) for path, is_folder in paths if not path.name.startswith(".")), sorted(unlisted)
+    return sorted(paths), sorted(unlisted)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -26,7 +26,7 @@ from slimsam_jax.errors import InputError
 from slimsam_jax.files import cache_folder, keep_within, open_regular, read_bytes, regular, replacing
 from slimsam_jax.progress import track
 
-MAGIC = b"slimsam_jax shard 1\n"
+MAGIC = b"slimsam_jax shard 2\n"  # the first had what lies in hidden folders, too
 ROW = np.dtype([(name, "<i8") for name in ("offset", "size", "beside", "beside_size")] + [("end", "<u4")])
 KEPT_FROM = 200  # files in a tar: fewer are walked in milliseconds
 ROOM = 2**31  # bytes of all these files: SA-1B's take 0.6 GB

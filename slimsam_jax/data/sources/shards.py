@@ -103,9 +103,13 @@ def _table(file: BinaryIO) -> Table:
 
 
 def _members(index: tar_index.Index) -> dict[str, tuple[int, int]]:
-    """Returns {name: (offset, size)} of a tar, hidden files left out; of two of the same name the last."""
+    """Returns {name: (offset, size)} of a tar, hidden files and folders left out; of two of the same name the last."""
     names = {str(PurePosixPath(name)): (offset, size) for name, offset, size in index.entries}
-    return {name: where for name, where in names.items() if not PurePosixPath(name).name.startswith(".")}
+    return {name: where for name, where in names.items() if not _is_hidden(name)}
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") and part != ".." for part in name.split("/"))
 
 
 def _is_image(name: str) -> bool:
