@@ -138,13 +138,13 @@ def finish(run: Run, student: FastSam, seconds: Mapping[str, float]) -> dict[str
     """Writes the model, measures it, and cleans up."""
     student, out = dataclasses.replace(student, provenance=run.provenance), run.options.out
     checkpoint.save(student, out)
-    save_other(run, student)
+    other = save_other(run, student)
     numbers = fast_sam_report.measure(run, student)
     numbers |= {"seconds": dict(seconds), "peak_memory_gb": peak_memory() / 1e9}
     write_json(out / "report.json", {**numbers, "provenance": student.provenance})
     run.folder.finish()
     fast_sam_report.print_table(numbers)
-    say_what_to_do(out, [sample for sample in run.val if sample.name not in numbers["skipped"]])
+    say_what_to_do(out, [sample for sample in run.val if sample.name not in numbers["skipped"]], other)
     return numbers
 
 

@@ -36,6 +36,7 @@ from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling.memory import peak_memory
 from slimsam_jax.progress import say, track
 from slimsam_jax.training import preemption
+from slimsam_jax.training.loop import best_of
 from slimsam_jax.training.setup import too_many_of_val
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
     start, out = time.perf_counter(), run.options.out
     student = calibrated(run, dataclasses.replace(student, provenance=run.provenance))
     checkpoint.save(student, out)
-    save_other(run, student)
+    other = save_other(run, student)
     numbers = report.measure(run.teacher, student, run.val, run.dtype)
     if run.target.budget:
         numbers["budget"] = {**dataclasses.asdict(run.target.budget), "reached": run.target.budget.cost(student.config)}
@@ -110,14 +111,20 @@ def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
     report.print_table(numbers)
     if run.target.budget and abs(numbers["budget"]["reached"] / run.target.budget.amount - 1) > 0.01:
         print("the budget is missed by more than 1 %: a smaller round_to, or none, comes nearer")
-    say_what_to_do(out, val)
+    say_what_to_do(out, val, other)
     return numbers
 
 
-def say_what_to_do(out: Path, val: Sequence[Sample]) -> None:
-    """Where the model is, and a command that runs as it stands if one of the images is a file."""
+def say_what_to_do(out: Path, val: Sequence[Sample], other: str | None = None) -> None:
+    """Where the model is, and a command that runs as it stands if one of the images is a file.
+
+    Args:
+      other: what `save_other` has written, if anything.
+    """
     files = ("model.safetensors", "config.json", "report.json", "log.jsonl")
     say("wrote", f"{out}/: {', '.join(name for name in files if (out / name).exists())}")
+    if other:
+        say("and", other)
     if (out / "report.png").exists():
         say("look at", f"{out}/report.png")
     photo = next((sample for sample in val if Path(sample.name).is_file()), None)
@@ -140,21 +147,30 @@ def calibrated(run: Run, student: Sam) -> Sam:
     return dataclasses.replace(student, thresholds=thresholds)
 
 
-def save_other(run: Run, student: Sam) -> None:
+def save_other(run: Run, student: Sam) -> str | None:
     """The best or the last of the last distillation, whichever `student` is not, in a folder of that name.
 
     It gets the thresholds of `student`, from which it is a few steps away.
+
+    Returns:
+      A line that says where it is, and of which steps both are; None if nothing was written.
     """
     last = run.plan[-1]
     if not last.optimizer_steps:
-        return
+        return None
     name = "last" if last.step.validation.keep_checkpoint == "best" else "best"
     other = run.folder.load_model(last.name, name)
     same = lambda a, b: bool((np.asarray(a) == np.asarray(b)).all())
-    if other and not all(jax.tree.leaves(jax.tree.map(same, other.params, student.params))):
-        thresholds = {"thresholds": student.thresholds} if isinstance(student, Sam) else {}
-        other = dataclasses.replace(other, provenance=run.provenance, **thresholds)
-        checkpoint.save(other, run.options.out / name)
+    if not other or all(jax.tree.leaves(jax.tree.map(same, other.params, student.params))):
+        return None
+    thresholds = {"thresholds": student.thresholds} if isinstance(student, Sam) else {}
+    other = dataclasses.replace(other, provenance=run.provenance, **thresholds)
+    checkpoint.save(other, run.options.out / name)
+    scores = {e["step"]: e["score"] for e in run.folder.read_log() if e.get("stage") == last.name and "score" in e}
+    best = f", of step {best_of(scores)}" if scores else ""  # of a log that somebody has removed
+    steps = {"last": f"the last, of step {last.optimizer_steps}", "best": f"the best{best}"}
+    kept = steps.pop("best" if name == "last" else "last")
+    return f"{run.options.out / name}/: {steps[name]}; the model itself is {kept} of {last.name}"
 
 
 def prune_step(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -168,8 +169,8 @@ class Loop(abc.ABC):
                 folder.remove_model(name, f"best-{old}")
 
     def best(self) -> int:
-        """Returns the step with the highest score; of equals the later one, as the reference."""
-        return max(self.scores, key=lambda step: (self.scores[step], step))
+        """Returns the step with the highest score."""
+        return best_of(self.scores)
 
     def result(self, state: TrainState) -> Sam:
         name, folder = self.schedule.name, self.folder
@@ -190,6 +191,11 @@ class Loop(abc.ABC):
             if name in met:
                 self.folder.log(stage=self.schedule.name, skipped=name, reason=reason)
                 print(f"skipped: {reason}", flush=True)
+
+
+def best_of(scores: Mapping[int, float]) -> int:
+    """Returns the step with the highest score, of {step: score}; of equals the later one, as the reference."""
+    return max(scores, key=lambda step: (scores[step], step))
 
 
 class Trainer(NamedTuple):

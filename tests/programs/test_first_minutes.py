@@ -5,14 +5,19 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from helpers.images import samples
+from helpers.models import SQUARE, random_sam
 from helpers.programs import program
+from helpers.runs import shaken
 from slimsam_jax import cli, progress
 from slimsam_jax.compression import pipeline as run_module
+from slimsam_jax.compression.steps import Distill, Validation
+from slimsam_jax.training.run_folder import RunFolder
 
 HEAVY = "tensorflow_datasets", "tensorflow", "pyarrow", "pandas", "torch", "transformers", "matplotlib", "onnx", "chex"
 ANNOUNCED = """
@@ -61,6 +66,31 @@ def test_the_last_line_is_a_command_that_runs(finished, material, tmp_path, caps
     cli.run(program("predict").main)
     with Image.open(tmp_path / "mask.png") as mask:
         assert mask.size == (30, 20)
+
+
+@pytest.mark.parametrize(
+    ("keep", "line"),
+    [
+        ("best", "last/: the last, of step 6; the model itself is the best, of step 4 of distill"),
+        ("last", "best/: the best, of step 4; the model itself is the last, of step 6 of distill"),
+    ],
+)
+def test_a_second_model_is_named(tmp_path, capsys, keep, line):
+    """The best or the last; of two that are the same there is one."""
+    sam, out = random_sam(SQUARE), tmp_path / "slim"
+    step = SimpleNamespace(name="distill", optimizer_steps=6, step=Distill(validation=Validation(keep_checkpoint=keep)))
+    run = SimpleNamespace(plan=[step], folder=RunFolder(out, {}), options=SimpleNamespace(out=out), provenance={})
+    for step, score in ((2, -3.0), (4, -1.0), (6, -2.0)):
+        run.folder.log(stage="distill", step=step, score=score)
+    assert run_module.save_other(run, sam) is None
+    for name in ("best", "last"):
+        run.folder.save_model("distill", name, shaken(sam))
+    other = run_module.save_other(run, sam)
+    assert other == f"{out}/{line}" and (out / line[:4] / "model.safetensors").exists()
+    run_module.say_what_to_do(out, [], other)
+    assert f"       and  {other}\n" in capsys.readouterr().out
+    assert run_module.save_other(run, shaken(sam)) is None
+    run.folder.release()
 
 
 def test_a_stage_says_that_it_compiles_and_counts_images(capsys, monkeypatch):
