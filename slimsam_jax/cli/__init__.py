@@ -101,7 +101,7 @@ def _explained(line: str, explain: Callable[[str], str | None]) -> str | None:
 
 
 def _in_a_line(frame: str) -> str:
-    """Shortens tyro's frame: the part above the first rule, and the option that it proposes below it."""
+    """Shortens tyro's frame: the part above the first rule, and of those below it unknown options and its proposal."""
     rows = [line[2:].strip("│╮╯") for line in frame.splitlines()[1:]]  # the first is a title
     parts: list[list[str]] = [[]]
     for row in rows:
@@ -113,7 +113,10 @@ def _in_a_line(frame: str) -> str:
     problem = re.sub(r"\s+Got errors:.*", "", said[0]) if said else "the arguments are not understood"
     problem = re.sub(NO_NUMBER, lambda no: f"{no[1]} {no[3]} is not a {NUMBERS[no[2]]}", problem)
     nearest = re.search(r"Perhaps you meant:.*?(--[\w-]+)", " ".join(said[1:]))
-    return f"{printable(problem, 400)}{f'; perhaps {nearest[1]}' if nearest else ''}; --help lists what there is"
+    line = printable(problem.rstrip("."), 400)
+    unknown = next((text.partition(":")[2] for text in said[1:] if text.startswith("Unrecognized options:")), "")
+    line += f"; unrecognized: {printable(unknown.strip(), 200)}" if unknown else ""
+    return f"{line}{f'; perhaps {nearest[1]}' if nearest else ''}; --help lists what there is"
 
 
 def _name() -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -48,3 +50,25 @@ def test_an_option_given_twice_is_refused(arguments):
     with pytest.raises(InputError, match="is given twice"):
         cli.check_no_repetition(arguments)
     cli.check_no_repetition(["--seed=1", "--set", "seed=2", "seed=2", "--", "--"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--kind=c"], r"invalid choice 'c' for argument '--kind'\. Expected one of \('a', 'b'\); --help lists what"),
+        (["--kind"], r"Missing value for argument '--kind'\. Expected 1 values; --help"),
+        (["--modle", "slim"], r"Missing from prog: --model PATH; unrecognized: --modle slim; --help lists what"),
+        (
+            ["--model", "slim", "--kidn", "a"],
+            r"Unrecognized options: --kidn, a; perhaps --kind; --help lists",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_a_sentence_that_names_what_is_wrong(monkeypatch, arguments, line):
+    def command(model: Path, kind: Literal["a", "b"] = "a") -> None:
+        raise AssertionError("it is called")
+
+    monkeypatch.setattr(cli, "program", "prog")
+    monkeypatch.setattr(sys, "argv", ["prog", *arguments])
+    with pytest.raises(InputError, match=f"^{line}"):
+        cli.parse(command)
