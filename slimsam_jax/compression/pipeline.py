@@ -24,7 +24,7 @@ from slimsam_jax.compression.prune import prune
 from slimsam_jax.compression.quantize import quantized
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.steps import Distill, DistillMasks, Initialize, Pretrain, Prune, Quantize, Recipe
-from slimsam_jax.compression.student import initialize
+from slimsam_jax.compression.student import begins_anew, initialize, say_if_larger
 from slimsam_jax.data import Sample
 from slimsam_jax.data.samples import joined
 from slimsam_jax.errors import InputError, RunError
@@ -33,6 +33,7 @@ from slimsam_jax.inference.calibration import calibrate
 from slimsam_jax.models.encoders import family_of
 from slimsam_jax.models.kinds import check_sam
 from slimsam_jax.models.sam import Sam
+from slimsam_jax.profiling import sam_costs
 from slimsam_jax.profiling.memory import peak_memory
 from slimsam_jax.progress import say, track
 from slimsam_jax.training import preemption
@@ -111,6 +112,8 @@ def finish(run: Run, student: Sam, seconds: dict[str, float]) -> dict[str, Any]:
     report.print_table(numbers)
     if run.target.budget and abs(numbers["budget"]["reached"] / run.target.budget.amount - 1) > 0.01:
         print("the budget is missed by more than 1 %: a smaller round_to, or none, comes nearer")
+    if begins_anew(each.step for each in run.plan):
+        say_if_larger(sam_costs.parameters(student.params), sam_costs.parameters(run.teacher.params))
     say_what_to_do(out, val, other)
     return numbers
 

@@ -20,7 +20,7 @@ from slimsam_jax.compression.recipes import RECIPES
 from slimsam_jax.compression.run import Run
 from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Augment, Distill, DistillMasks, Initialize, Pretrain, Prune, Recipe
-from slimsam_jax.compression.student import resolved
+from slimsam_jax.compression.student import begins_anew, resolved, say_if_larger
 from slimsam_jax.compression.teacher_cache import TeacherCache
 from slimsam_jax.compression.validation import IMAGES, Score, validator
 from slimsam_jax.data import Sample
@@ -36,6 +36,7 @@ from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.heads import name_of as name_of_head
 from slimsam_jax.models.kinds import check_sam
 from slimsam_jax.models.sam import Architecture, Sam
+from slimsam_jax.profiling.sam_costs import sam_parameters
 from slimsam_jax.progress import say
 from slimsam_jax.training.run_folder import RunFolder
 from slimsam_jax.training.setup import batch_size, check_batch, compute_dtype, some_of, split_images, too_many_of_val
@@ -67,6 +68,8 @@ def prepare(options: Options, teacher: Sam, recipe: Recipe | None = None, studen
         checked = widths.check if name_of(config.encoder) == "vit" else found_groups.check
         checked(config, target, prunes, options.uniform)
     say_bases(config, prunes)
+    if begins_anew(recipe) and not prunes and sharding.is_main():
+        say_if_larger(sam_parameters(config), sam_parameters(teacher.config))
     return run_of(options, recipe, target, teacher, (images, val), batch, own, validator, student)
 
 

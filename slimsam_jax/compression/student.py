@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from slimsam_jax.compression.plan import Planned
 from slimsam_jax.compression.run import Run
-from slimsam_jax.compression.steps import Initialize, Recipe
+from slimsam_jax.compression.steps import Initialize, Recipe, Step
 from slimsam_jax.errors import InputError
 from slimsam_jax.limits import quoted
 from slimsam_jax.models.composed import with_encoder
 from slimsam_jax.models.encoders import presets
 from slimsam_jax.models.sam import Architecture, Params, Sam, image_encoder
+from slimsam_jax.progress import say
 
 
 def is_path(student: Path | None) -> bool:
@@ -41,8 +43,8 @@ def resolved(recipe: Recipe, student: str | Sam | None, config: Architecture) ->
       InputError: there is no such preset, it does not fit the teacher, or the recipe initializes none.
     """
     chosen = student.config.encoder if isinstance(student, Sam) else student
-    takes = lambda step: isinstance(step, Initialize) and step.encoder is not None
-    if student is not None and not any(map(takes, recipe)):
+    takes = lambda step: begins_anew([step])
+    if student is not None and not begins_anew(recipe):
         raise InputError("--student is for recipes that begin with another encoder, such as mobile_sam")
     return tuple(_resolved(step, chosen, config) if takes(step) else step for step in recipe)
 
@@ -55,6 +57,18 @@ def _resolved(step: Initialize, chosen: Any, config: Architecture) -> Initialize
         return dataclasses.replace(step, encoder=presets.encoder(encoder, config))
     except ValueError as error:
         raise InputError(f"the student {quoted(encoder)} cannot be made: {error}") from None
+
+
+def begins_anew(recipe: Iterable[Step]) -> bool:
+    """Whether a recipe goes on with another encoder than the teacher's."""
+    return any(isinstance(step, Initialize) and step.encoder is not None for step in recipe)
+
+
+def say_if_larger(student: int, teacher: int) -> None:
+    """Says it where a student has as many parameters as its teacher or more, which nobody wants of a slim model."""
+    if student >= teacher:
+        sizes = f"{student / 1e6:.2f} M parameters, no fewer than the teacher's {teacher / 1e6:.2f} M"
+        say("student", f"{sizes}: --student tiny_vit_small gives a smaller one")
 
 
 def initialize(run: Run, planned: Planned, student: Sam, previous: Sam) -> Sam:

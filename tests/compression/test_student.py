@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from converters import from_torch
 from helpers.family_models import efficient_sam
 from helpers.models import SQUARE, UNEVEN, random_sam
 from helpers.runs import compress_options
 from slimsam_jax import checkpoint
 from slimsam_jax.api import compress_with
+from slimsam_jax.compression.prepare import prepare
 from slimsam_jax.compression.recipes import RECIPES, mobile_sam
 from slimsam_jax.compression.steps import Initialize
 from slimsam_jax.compression.student import resolved, where_they_agree
@@ -37,6 +39,20 @@ def test_what_is_no_student_of_a_teacher_is_refused():
         resolved(mobile_sam.RECIPE, "vit_x", SQUARE)
     with pytest.raises(InputError, match="vit_b brings along SAM's own head"):
         resolved(mobile_sam.RECIPE, "vit_b", efficient_sam().config)
+
+
+def test_a_student_no_smaller_than_its_teacher_is_named(material, tmp_path, capsys):
+    """Before anything is written; not where a recipe goes on with the teacher's encoder, or the student is smaller."""
+    said = "no fewer than the teacher's 0.08 M: --student tiny_vit_small gives a smaller one"
+    sam = from_torch.load(material / "teacher")
+    for name, model, larger in (("same", SQUARE, True), ("uneven", UNEVEN, False)):
+        checkpoint.save(random_sam(model), tmp_path / f"{name} student")
+        how = {"recipe": "mobile_sam", "set": (), "student": tmp_path / f"{name} student"}
+        prepare(compress_options(material, tmp_path / name, **how), sam, None, random_sam(model))
+        out = capsys.readouterr().out
+        assert (said in out) == larger, out
+    prepare(compress_options(material, tmp_path / "cut"), sam)
+    assert said not in capsys.readouterr().out
 
 
 def test_a_student_takes_the_place_of_the_recipe_s():
