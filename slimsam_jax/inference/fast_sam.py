@@ -227,7 +227,8 @@ def choose(
     else:
         own = box_overlaps(found.masks, box_in_masks(box, found.masks.shape, found.original_size))
         suits &= own > 0  # where no mask overlaps the box the original takes the first, wherever it lies
-        best = by_box(found.masks, box, found.original_size, suits)
+        # A box without a pixel suits none: of an annotation or a detector it is no fault, and by_box would refuse it.
+        best = by_box(found.masks, box, found.original_size, suits) if suits.any() else None
         single = Choice() if best is None else Choice((best,), (True,))
         whole = np.flatnonzero(suits)
         whole = whole[np.argsort(-own[whole], kind="stable")]

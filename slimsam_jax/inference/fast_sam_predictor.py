@@ -11,7 +11,7 @@ from slimsam_jax.imaging.geometry import bounding_window
 from slimsam_jax.inference.automatic_mask_generator import ENCODE
 from slimsam_jax.inference.fast_sam import CANDIDATES, Found, Options, choose, draw, find_one, score
 from slimsam_jax.inference.fast_sam_masks import MOST_BYTES
-from slimsam_jax.inference.fast_sam_prompts import Choice, Clip, by_text
+from slimsam_jax.inference.fast_sam_prompts import Choice, Clip, by_text, check_box
 from slimsam_jax.inference.fast_sam_ultralytics import select
 from slimsam_jax.inference.mixed_prompts import Prompt, checked, kind_of
 from slimsam_jax.inference.predictor import AnyImage, SamPredictor, as_rgb
@@ -108,7 +108,10 @@ class FastSamPredictor:
         points, labels = (None, ()) if points is None else (points[0][real], labels[0][real])
         if self.options.postprocessing == "ultralytics":
             return self._selected(points, labels, box, bool(multimask_output))
-        choices, scores = choose(found, points, labels, None if box is None else box[0].tolist())
+        box = None if box is None else box[0].tolist()
+        if box is not None:
+            check_box(box)
+        choices, scores = choose(found, points, labels, box)
         several = max(1, sum(bool(choice.indices) for choice in choices[1:]))
         part = slice(1, 1 + several) if multimask_output else slice(0, 1)
         masks = np.stack([draw(found.masks, choice) for choice in choices[part]])

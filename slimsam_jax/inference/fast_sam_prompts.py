@@ -79,12 +79,17 @@ def by_box(masks: Masks, box: Sequence[float], size: Size, among: np.ndarray | N
     Raises:
       InputError: the box ends at the image's left or upper edge, which the original refuses.
     """
-    if box[2] == 0 or box[3] == 0:
-        raise InputError("a box that ends at 0 holds no pixel: x1 and y1 must lie inside of the image")
+    check_box(box)
     if not len(masks) or (among is not None and not among.any()):
         return None
     scores = box_overlaps(masks, box_in_masks(box, masks.shape, size))
     return int((scores if among is None else np.where(among, scores, -1)).argmax())
+
+
+def check_box(box: Sequence[float]) -> None:
+    """Raises InputError for a box that ends at the image's left or upper edge, as the original refuses it."""
+    if box[2] == 0 or box[3] == 0:
+        raise InputError("a box that ends at 0 holds no pixel: x1 and y1 must lie inside of the image")
 
 
 def by_boxes(masks: Masks, boxes: Sequence[Sequence[float]], size: Size) -> list[int]:

@@ -16,10 +16,11 @@ from helpers.golden_fast_sam import cases, subset
 from helpers.images import random_image
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.imaging.letterbox import fit
+from slimsam_jax.imaging.prompts import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, Prompts
 from slimsam_jax.inference import fast_sam as inference
 from slimsam_jax.inference import fast_sam_boxes, fast_sam_masks
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
-from slimsam_jax.inference.fast_sam import ORIGINAL, Options, choose, find, find_one
+from slimsam_jax.inference.fast_sam import ORIGINAL, Options, choose, decode_prompts, find, find_one
 from slimsam_jax.inference.fast_sam_masks import Masks
 from slimsam_jax.inference.fast_sam_predictor import FastSamMaskGenerator, FastSamPredictor, predictor_for
 from slimsam_jax.inference.fast_sam_prompts import Choice, box_in_masks, by_box, by_boxes, by_points, by_text, draw
@@ -148,9 +149,22 @@ def test_boxes_are_rounded_to_even_or_cut_off_where_sizes_differ():
     assert box_in_masks([10.5, 11.5, 40.5, 41.5], (25, 30), (50, 60)) == (5, 5, 20, 20)
 
 
-def test_boxes_that_end_at_zero_are_refused():
+def test_boxes_that_end_at_zero_are_refused(predictor):
     with pytest.raises(InputError, match="a box that ends at 0 holds no pixel"):
         by_box(Masks.of_arrays(np.ones((1, 4, 4), bool)), [-3, 0, 0, 2], (4, 4))
+    with pytest.raises(InputError, match="a box that ends at 0 holds no pixel"):
+        predictor.predict(box=[-3, 0, 0, 2])
+
+
+def test_annotated_boxes_that_end_at_zero_choose_nothing(model):
+    """SA-1B's box of a mask one pixel wide at the edge: other prompts of its image are measured all the same."""
+    masks = Masks.of_arrays(np.ones((1, 20, 20), bool))
+    found = SimpleNamespace(masks=masks, scores=np.array([0.9]), original_size=(20, 20))
+    boxes = np.array([[[0, 3], [0, 9]], [[3, 0], [9, 0]], [[3, 3], [9, 9]]], float)
+    labels = np.tile([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], (3, 1))
+    choices, scores = decode_prompts(model, found, Prompts(boxes, labels))
+    assert [choice.indices for choice in choices[:, 0]] == [(), (), (0,)]
+    np.testing.assert_array_equal(scores[:, :2], np.float32([[0, 0], [0, 0], [0.9, 0.9]]))
 
 
 def test_masks_are_kept_as_bits_of_their_windows():
