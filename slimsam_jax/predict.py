@@ -6,11 +6,14 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from slimsam_jax import api, cli, limits
 from slimsam_jax.cli.checks import check_file
 from slimsam_jax.errors import InputError, printable
+
+if TYPE_CHECKING:
+    from slimsam_jax.models.kinds import Model
 
 # Python takes 1_0 for a number, too, and digits of any script.
 NUMBER = r" *[+-]?(?:[0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,3})? *"
@@ -79,17 +82,18 @@ def main(
             raise InputError(f"({x:g}, {y:g}) lies outside the image of {photo.width} x {photo.height} pixels")
     labels = [1] * len(point) + [0] * len(background)
     prompt = {"points": points or None, "labels": labels or None, "box": boxes[0] if boxes else None}
-    masks, scores, _ = api.predict(model, photo, **prompt, text=text, clip=compares)
+    sam = api.load(model)
+    masks, scores, _ = api.predict(sam, photo, **prompt, text=text, clip=compares)
     drawn = draw_prompts(draw_masks(photo, masks), points, boxes, labels)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         drawn.save(temporary, format="PNG" if out.suffix.lower() == ".png" else "JPEG")
     nothing = "" if masks[0].any() else "; the model has no mask at this prompt"
-    score = scored_by(model) if text is None else "similarity with the text"
+    score = scored_by(sam) if text is None else "similarity with the text"
     print(f"wrote {out}: mask of {int(masks[0].sum())} pixels, {score} {scores[0]:.3f}{nothing}")
 
 
-def scored_by(model: Any) -> str:
+def scored_by(model: Model) -> str:
     """What the score of a model's mask is."""
     from slimsam_jax.inference.ranking import by_stability
     from slimsam_jax.models.fast_sam import FastSam

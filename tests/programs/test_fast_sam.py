@@ -69,6 +69,7 @@ def test_predict_says_where_no_mask_is(folders, material, tmp_path, monkeypatch,
     for name in ("some", "none"):
         code, said, _ = run_program(monkeypatch, capsys, "predict", "--model", folders / name, *arguments)
         assert code == 0 and ("the model has no mask at this prompt" in said) == (name == "none"), said
+        assert " pixels, confidence 0." in said
         assert Image.open(tmp_path / "x.png").size == (30, 20)
 
 

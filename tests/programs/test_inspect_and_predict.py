@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import sys
 
+import numpy as np
 from PIL import Image
 
+from helpers.family_models import edge_sam
 from helpers.models import SQUARE
-from helpers.programs import run_program
+from helpers.programs import program, run_program
+from slimsam_jax import checkpoint
+from slimsam_jax.inference.predictor import Prediction
 from slimsam_jax.profiling import sam_costs
 
 
@@ -41,10 +45,10 @@ def test_inspect_without_images_lists_the_blocks(material, monkeypatch, capsys):
 def test_predict_command(material, tmp_path, monkeypatch, capsys):
     common = ("--model", material / "teacher", "--image", material / "images" / "0.png")
     out = tmp_path / "new" / "p.png"
-    code, *_ = run_program(
+    code, said, _ = run_program(
         monkeypatch, capsys, "predict", *common, "--point", "3,4", "--box", "1,2,20,15", "--out", out
     )
-    assert code == 0
+    assert code == 0 and " pixels, predicted IoU " in said
     with Image.open(out) as drawn:
         assert drawn.size == (30, 20)
     for arguments, message in (
@@ -60,6 +64,16 @@ def test_predict_command(material, tmp_path, monkeypatch, capsys):
     assert code == 2 and "should end in .png" in error
 
 
+def test_predict_says_what_the_score_of_an_edge_sam_is(material, tmp_path, monkeypatch, capsys):
+    """Its decoder estimates no IoU. Nothing is compiled."""
+    checkpoint.save(edge_sam(), tmp_path / "edge")
+    found = Prediction(np.ones((1, 20, 30), bool), np.float32([0.5]), np.zeros((1, 16, 16)))
+    monkeypatch.setattr(program("predict").api, "predict", lambda *_, **__: found)
+    arguments = ("--model", tmp_path / "edge", "--image", material / "images" / "0.png", "--out", tmp_path / "p.png")
+    code, said, _ = run_program(monkeypatch, capsys, "predict", *arguments, "--point", "3,4")
+    assert code == 0 and "mask of 600 pixels, stability 0.500" in said
+
+
 def test_help_and_import_are_quick():
     """Nothing heavy is imported before the arguments are known to be good."""
     import subprocess
@@ -68,6 +82,6 @@ def test_help_and_import_are_quick():
         "slimsam_jax.compress, slimsam_jax.evaluate, slimsam_jax.predict, slimsam_jax.inspect, converters.from_torch, "
         "converters.to_torch"
     )
-    program = f"import sys, {commands}; print('jax' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    script = f"import sys, {commands}; print('jax' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
