@@ -163,6 +163,7 @@ def as_image(image: AnyImage) -> Image.Image:
     if isinstance(image, Image.Image):
         check_sides(image.height, image.width)
         with reading("the image"):
+            image.load()  # a file that PIL has opened is read here, and may be cut short
             return image if image.mode == "RGB" else eight_bits(image).convert("RGB")
     array = real_array(image, kinds="biuf")
     if array is None:
@@ -175,8 +176,10 @@ def as_image(image: AnyImage) -> Image.Image:
 
 
 def check_sides(height: int, width: int) -> None:
-    """Raises InputError for an image in memory that is too large; from a file somewhat fewer pixels are read."""
+    """Raises InputError for an image in memory that has no pixel or too many; from a file somewhat fewer are read."""
     most = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
+    if not height * width:
+        raise InputError(f"an image of {width} x {height} pixels has none; each side needs at least 1")
     if height * width > most or max(height, width) > IMAGE_SIDE:
         raise InputError(
             f"an image of {width} x {height} pixels; sides of at most {IMAGE_SIDE} and {most} pixels are taken"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from converters.from_torch import from_state_dict, load
 from helpers import peers
-from helpers.images import random_image
+from helpers.images import random_image, truncated
 from helpers.models import SQUARE, random_sam
 from helpers.shared import shared
 from slimsam_jax.errors import InputError
@@ -170,7 +170,11 @@ def test_prompts_that_are_none_are_refused(fields, line):
 
 def test_images_that_are_none_are_refused(tmp_path):
     ours = SamPredictor(random_sam(SQUARE))
+    truncated(tmp_path / "short.jpg")
     for image, line in (
+        (Image.new("RGB", (0, 4)), "an image of 0 x 4 pixels has none; each side needs at least 1"),
+        (Image.new("L", (5, 0)), "an image of 5 x 0 pixels has none"),
+        (Image.open(tmp_path / "short.jpg"), r"the image cannot be read \(OSError: image file is truncated"),
         (random_image().astype(np.float32), r"uint8 \[height, width, 3\], and this is float32 \[20, 30, 3\]"),
         (random_image()[..., 0], r"this is uint8 \[20, 30\]"),
         (random_image()[:0], r"this is uint8 \[0, 30, 3\]"),
