@@ -81,14 +81,15 @@ def remove_small_regions(mask: np.ndarray, area: float) -> tuple[np.ndarray, boo
       mask: [h, w] bool. Pixels that touch by a corner are together, of the mask as of a hole.
 
     Returns:
-      The mask, and whether anything was changed.
+      The mask, and whether any region is small: for the original that counts as changed, though the only one stays.
     """
-    filled = mask | _small(~mask, area)
+    holes = _small(~mask, area)
+    filled = mask | holes
     islands = _small(filled, area)
+    small = bool(holes.any() or islands.any())
     if islands.any() and (islands == filled).all():
         islands &= ~_largest(filled)
-    cleaned = filled & ~islands
-    return cleaned, bool((cleaned != mask).any())
+    return filled & ~islands, small
 
 
 def _regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -182,7 +182,7 @@ class SamAutomaticMaskGenerator:
         return kept._replace(bits=[mask.copy() for mask in kept.bits]), good[keep]
 
     def _without_small_regions(self, candidates: Candidates, masks: list[np.ndarray]):
-        """Removes small regions; of duplicates those masks go that were changed by it."""
+        """Removes small regions; of duplicates those masks go that had some. They stand last, as the original's."""
         cleaned = [amg.remove_small_regions(mask, self.min_mask_region_area) for mask in masks]
         masks, changed = [mask for mask, _ in cleaned], np.array([changed for _, changed in cleaned])
         boxes = np.stack([amg.mask_to_box(mask) for mask in masks])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -174,11 +176,30 @@ def test_small_regions_by_hand():
     same, changed = amg.remove_small_regions(cleaned, 5)
     assert not changed and (same == cleaned).all()
     kept, changed = amg.remove_small_regions(np.eye(12, dtype=bool)[:4], 30)  # touching by corners is one region
-    assert not changed and kept.sum() == 4  # the only one stays, and what is around it is one region of 44
+    assert changed and kept.sum() == 4  # the only one stays, which counts; what is around it is one region of 44
     two = np.zeros((40, 40), bool)
     two[:2, :2] = two[10:13, 10:13] = True
     largest, changed = amg.remove_small_regions(two, 100)
     assert changed and largest.sum() == 9
+
+
+def test_small_regions_equal_the_originals(monkeypatch):
+    """The mask, and what counts as changed; SciPy labels the regions in place of OpenCV."""
+    peers.segment_anything()
+    from segment_anything.utils.amg import remove_small_regions as original
+
+    def components(mask, connectivity):
+        regions, sizes = amg._regions(mask)
+        return len(sizes), regions, sizes[:, None], None
+
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(connectedComponentsWithStats=components))
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        mask, area = random.random(random.integers(1, 20, 2)) < random.random() ** 2, int(random.integers(1, 30))
+        filled, with_holes = original(mask, area, "holes")
+        wanted, with_islands = original(filled, area, "islands")
+        cleaned, changed = amg.remove_small_regions(mask, area)
+        assert (cleaned == wanted).all() and changed == (with_holes or with_islands)
 
 
 def test_small_regions_are_cleaned_and_duplicates_go():
@@ -187,7 +208,7 @@ def test_small_regions_are_cleaned_and_duplicates_go():
     found = SamAutomaticMaskGenerator(sam, min_mask_region_area=60, **fields).generate(image)
     assert found
     for record in found:
-        assert not amg.remove_small_regions(record["segmentation"], 60)[1]
+        assert (amg.remove_small_regions(record["segmentation"], 60)[0] == record["segmentation"]).all()
         x, y, w, h = record["bbox"]
         assert [x, y, x + w, y + h] == amg.mask_to_box(record["segmentation"]).tolist()
         assert record["area"] == record["segmentation"].sum()
