@@ -61,16 +61,19 @@ def box_area(boxes: np.ndarray) -> np.ndarray:
 def nms(boxes: np.ndarray, scores: np.ndarray, iou_threshold: float) -> np.ndarray:
     """Suppresses boxes that overlap a better one by more than a threshold. Returns indices to keep, best first.
 
-    Box IoU as in torchvision, whose result this is: areas without the last pixel, so that a box one pixel wide
-    has none and neither suppresses nor is suppressed.
+    As torchvision on a CPU: areas without the last pixel, so that a box one pixel wide has none and neither
+    suppresses nor is suppressed; IoU in float32, the threshold in float64, which decides where both are equal.
     """
+    boxes = boxes.astype(np.float32)
     order, areas, kept = np.argsort(-scores, kind="stable"), box_area(boxes), []
     while len(order):
         best, order = order[0], order[1:]
         kept.append(best)
         low, high = np.maximum(boxes[best, :2], boxes[order, :2]), np.minimum(boxes[best, 2:], boxes[order, 2:])
         shared = np.clip(high - low, 0, None).prod(axis=1)
-        order = order[~(shared > iou_threshold * (areas[best] + areas[order] - shared))]
+        with np.errstate(invalid="ignore"):  # 0 / 0, which exceeds nothing
+            iou = shared / (areas[best] + areas[order] - shared)
+        order = order[~(iou.astype(np.float64) > iou_threshold)]
     return np.array(kept, int)
 
 

@@ -8,7 +8,7 @@ from slimsam_jax.imaging.overlap import iou
 
 
 def brute_nms(boxes, scores, threshold):
-    """Box by box, in Python."""
+    """Box by box, in Python: IoU in float32 and the threshold in float64, as torchvision on a CPU."""
     kept = []
     for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
         if all(box_iou(boxes[i], boxes[j]) <= threshold for j in kept):
@@ -21,7 +21,7 @@ def box_iou(one, other) -> float:
     area = lambda box: (box[2] - box[0]) * (box[3] - box[1])
     shared_area = sides[0] * sides[1]
     union = area(one) + area(other) - shared_area
-    return shared_area / union if union else 0.0
+    return float(np.float32(shared_area) / np.float32(union)) if union else 0.0
 
 
 def matched(found, wanted, least: float = 0.9) -> float:

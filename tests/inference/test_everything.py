@@ -134,12 +134,8 @@ def test_an_image_with_nothing_in_it_gives_nothing():
     for fields in ({}, {"hierarchical": True}, {"crop_n_layers": 1}, {"min_mask_region_area": 9}):
         generator = SamAutomaticMaskGenerator(random_sam(SQUARE), 4, pred_iou_thresh=99.0, **fields)
         assert generator.generate(np.zeros((30, 40, 3), np.uint8)) == []
-    assert (
-        SamAutomaticMaskGenerator(random_sam(SQUARE), 2, crop_n_layers=2, pred_iou_thresh=99.0).generate(
-            np.zeros((5, 5, 3), np.uint8)
-        )
-        == []
-    )
+    tiny = SamAutomaticMaskGenerator(random_sam(SQUARE), 2, crop_n_layers=2, pred_iou_thresh=99.0)
+    assert tiny.generate(np.zeros((5, 5, 3), np.uint8)) == []
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -151,6 +147,9 @@ def test_suppression_equals_brute_force(seed):
     for threshold in (0.0, 0.3, 0.7):
         assert amg.nms(boxes, scores, threshold).tolist() == brute_nms(boxes, scores, threshold)
     assert amg.nms(boxes[:0], scores[:0], 0.5).shape == (0,)
+    for height, threshold, kept in ((7, 0.7, [0, 1]), (6, 0.6, [0])):  # in float32 0.7 is less than it, 0.6 is more
+        boxes = np.array([[0, 0, 9, 10], [0, 0, 9, height]])
+        assert amg.nms(boxes, np.array([1.0, 0.5]), threshold).tolist() == kept
 
 
 @pytest.mark.parametrize("size", [(100, 150), (33, 20), (1200, 1800)])
