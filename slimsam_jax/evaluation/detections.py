@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,11 +81,17 @@ def read_truth(path: Path, boxes: Boxes) -> Any:
             raise ValueError("an image id that is no integer")
         for annotation in truth.anns.values():
             _make_sound(annotation, truth.imgs[annotation["image_id"]])
-    if not truth.cats or not truth.anns:
-        raise InputError(f"{path} has no categories or no annotations to compare masks with")
+    if not _has_object(truth, truth.imgs):
+        raise InputError(f"{path} has no object of a category to compare masks with; crowds are none")
     if not set(boxes) & set(truth.imgs):
         raise InputError(f"none of the boxes is of an image in {path}: the image ids differ")
     return truth
+
+
+def _has_object(truth: Any, image_ids: Iterable[int]) -> bool:
+    """Whether COCOeval has anything to count in some images: an object of a category, and no crowd."""
+    annotations = (annotation for number in image_ids for annotation in truth.imgToAnns.get(number, ()))
+    return any(annotation["category_id"] in truth.cats and not annotation["iscrowd"] for annotation in annotations)
 
 
 def _make_sound(annotation: dict[str, Any], image: dict[str, Any]) -> None:
@@ -130,10 +136,12 @@ def precisions(
       results: of each image, by each model.
 
     Raises:
-      InputError: no box is of one of the images.
+      InputError: none of the images has a box, or an object.
     """
     if not any(model[CHOICES[0]] for image in results for model in image):
         raise InputError("none of the images that can be read has a box")
+    if not _has_object(truth, image_ids):
+        raise InputError("none of the images that can be read has an object to compare masks with")
     summary: dict[str, list[dict[str, Any]]] = {}
     for choice in CHOICES:
         models = [[mask for image in model for mask in image[choice]] for model in zip(*results, strict=True)]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from slimsam_jax.data import Annotation
 from slimsam_jax.data.reading import read_annotated
-from slimsam_jax.errors import printable
+from slimsam_jax.errors import InputError, printable
 from slimsam_jax.evaluation.compare import Measured
 from slimsam_jax.evaluation.protocols import PROMPTS
 from slimsam_jax.evaluation.scores import Protocols
@@ -30,12 +30,18 @@ def draw(names: Sequence[str], sams: Sequence[Sam], measured: Measured, protocol
     """Writes a PNG. Above, each image's score by the first protocol; below, the images that lost most, as masks.
 
     With one model: its scores in order, and its worst images beside their annotations.
+
+    Raises:
+      InputError: no protocol scored an image.
     """
     from matplotlib.figure import Figure
 
     measures = {name: f"{name}/{SHOWN.get(name, 'iou')}" for name in protocols.names}
     known = {key for scores in measured.scores.values() for key in scores[0]}
-    protocol, key = next((name, key) for name, key in measures.items() if key in known)
+    scored = [(name, key) for name, key in measures.items() if key in known]
+    if not scored:
+        raise InputError("there is no score per image to draw: measure by a protocol too, such as box")
+    protocol, key = scored[0]
     images = [name for name, scores in measured.scores.items() if key in scores[0]]
     values = np.array([[model[key] for model in measured.scores[name]] for name in images]).T
     figure = Figure(figsize=(13, 11), layout="constrained")

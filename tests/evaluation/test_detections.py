@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from converters.from_torch import from_state_dict, load
-from helpers.images import save_image
+from helpers.images import save_image, write_annotation
 from helpers.models import random_sam, tiny_config
 from helpers.peers import segment_anything, state_dict, stock_sam
 from helpers.programs import run_program
@@ -26,8 +26,8 @@ from helpers.shared import shared
 from slimsam_jax import checkpoint
 from slimsam_jax.data import Annotation, find
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation import clicks, detections, resampled_ap
-from slimsam_jax.evaluation.compare import measure_models
+from slimsam_jax.evaluation import clicks, detections, figures, resampled_ap
+from slimsam_jax.evaluation.compare import Measured, measure_models
 from slimsam_jax.evaluation.scores import Protocols
 from slimsam_jax.imaging import rle
 from slimsam_jax.imaging.transforms import resized_shape
@@ -182,8 +182,6 @@ def coco_set(tmp_path_factory):
     sources = folder / "sources"
     for i in range(3):
         save_image(sources / f"{i}.png", seed=i)
-    from helpers.images import write_annotation
-
     write_annotation(sources / "0.png")
     write_annotation(sources / "1.png")
     write_coco(folder, find([sources]), np.random.default_rng(0))
@@ -276,6 +274,24 @@ def test_one_line_for_boxes_that_do_not_fit(coco_set, tmp_path, monkeypatch, cap
         arguments = [part for pair in (good | changes).items() for part in pair]
         code, _, error = run_program(monkeypatch, capsys, "evaluate", *arguments)
         assert code == 2 and message in error and len(error.strip().splitlines()) == 1, error
+
+
+@pytest.mark.parametrize("change", [{"iscrowd": 1}, {"category_id": 9}], ids=str)
+def test_truth_without_an_object_is_refused(coco_set, tmp_path, change):
+    truth = json.loads((coco_set / "truth.json").read_text())
+    truth["annotations"] = [fields | change for fields in truth["annotations"]]
+    (tmp_path / "t.json").write_text(json.dumps(truth))
+    with pytest.raises(InputError, match=r"t\.json has no object of a category to compare masks with"):
+        detections.read_truth(tmp_path / "t.json", {1: []})
+
+
+def test_images_without_an_object_or_a_score_are_one_line(crowd, tmp_path):
+    truth, (results, _) = crowd
+    of_a_crowd = {choice: [one for one in results if one["image_id"] == 3] for choice in ("", "_best")}
+    with pytest.raises(InputError, match="none of the images that can be read has an object to compare masks with"):
+        detections.precisions(truth, [[of_a_crowd]], [3], resamples=2)
+    with pytest.raises(InputError, match="no score per image to draw: measure by a protocol too"):
+        figures.draw(["model"], [None], Measured({}, {"3": [{}]}, {}, "", {}), Protocols(("box",)), tmp_path / "x.png")
 
 
 def test_pycocotools_is_asked_for(coco_set, monkeypatch):
