@@ -2,7 +2,7 @@
 
 The first click is the interior point of the object; each further one that of what is wrong, on the object
 where the mask misses some of it and as background where it covers too much (RITM, Sofiiuk et al. 2021). The decoder
-gets all clicks so far and its previous mask, as in SAM.
+gets all clicks so far and its previous mask, as in SAM; SAM 2's within the bounds of what its predictor gives back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from slimsam_jax.data import Annotation
 from slimsam_jax.imaging.geometry import interior_point
 from slimsam_jax.imaging.overlap import iou
 from slimsam_jax.imaging.prompts import ABSENT, NOT_A_POINT, Prompts
-from slimsam_jax.inference.decode import Encoded, decode_prompts, original_masks
+from slimsam_jax.inference.decode import Encoded, as_mask_input, decode_prompts, original_masks
 from slimsam_jax.models.sam import Sam
 
 TARGETS = (0.85, 0.9)  # IoU; the field's
@@ -47,7 +47,7 @@ def click_ious(sam: Sam, encoded: Encoded, annotations: Sequence[Annotation], cl
     masks, low, ious = [np.zeros_like(mask) for mask in truth], None, np.zeros((len(truth), clicks))
     for k in range(clicks):
         open_ = [_add_click(prompts, i, k, masks[i], truth[i]) for i in range(len(truth))]
-        new, _ = decode_prompts(sam, encoded, prompts, low)
+        new, _ = decode_prompts(sam, encoded, prompts, None if low is None else as_mask_input(sam, low))
         changed = np.array(open_).reshape(-1, *[1] * (new.ndim - 2))  # logits, or choices of a FastSAM
         low = new[:, 0] if low is None else np.where(changed, new[:, 0], low)
         masks = list(original_masks(sam, encoded, low))

@@ -16,6 +16,7 @@ from slimsam_jax.inference import fast_sam
 from slimsam_jax.inference.engine import embed
 from slimsam_jax.inference.fast_sam import Found
 from slimsam_jax.models.fast_sam import FastSam
+from slimsam_jax.models.heads import kind_of
 from slimsam_jax.models.kinds import Model
 from slimsam_jax.models.sam import Embedding, Sam, decode, embedding_of
 
@@ -71,6 +72,16 @@ def decode_prompts(
 
 
 decode_prompts.register(FastSam, fast_sam.decode_prompts)
+
+
+@functools.singledispatch
+def as_mask_input(sam: Model, low: np.ndarray) -> np.ndarray:
+    """Clips logits [..., 4h, 4w] to what is given back as `masks` of a next prompt; SAM 2's head alone has bounds."""
+    largest = getattr(kind_of(sam.config.head), "LARGEST_LOW_RES", np.inf)
+    return np.clip(low, -largest, largest)
+
+
+as_mask_input.register(FastSam, lambda model, choices: choices)  # which it does not read
 
 
 def check_labels(sam: Model, labels: np.ndarray, masked: bool = False) -> None:

@@ -12,12 +12,11 @@ from PIL import Image
 from slimsam_jax.data import read_image
 from slimsam_jax.data.sample import eight_bits
 from slimsam_jax.errors import InputError, reading
-from slimsam_jax.inference.decode import Encoded, padded
+from slimsam_jax.inference.decode import Encoded, as_mask_input, padded
 from slimsam_jax.inference.engine import embed
 from slimsam_jax.inference.mixed_prompts import Prompt, check, decode_mixed, kind_of, real_array
 from slimsam_jax.inference.ranking import outputs_of, stability_scores
 from slimsam_jax.limits import IMAGE_SIDE, quoted
-from slimsam_jax.models.heads import kind_of as head_kind
 from slimsam_jax.models.kinds import check_sam
 from slimsam_jax.models.sam import Sam, embedding_of
 
@@ -237,14 +236,13 @@ def predict(
     flat = [(image, prompt) for image, of_image in zip(encoded, prompts, strict=True) for prompt in of_image]
     outputs = slice(1, None) if multimask_output else slice(0, 1)
     outputs = outputs if num_multimask_outputs is None else outputs_of(sam, num_multimask_outputs)
-    largest = getattr(head_kind(sam.config.head), "LARGEST_LOW_RES", np.inf)
     decoded = iter(decode_mixed(sam, [image for image, _ in flat], [prompt for _, prompt in flat]))
 
     def finished(image: Encoded, low: np.ndarray, scores: np.ndarray) -> Prediction:
         scores = stability_scores(low) if use_stability_score else scores
         masks = sam.config.frame.resize_masks(low[outputs], image.size, image.original_size)
-        given = np.clip(low[outputs], -largest, largest)
-        return Prediction(masks if return_logits else masks > 0, scores[outputs], given)
+        given = masks if return_logits else masks > 0
+        return Prediction(given, scores[outputs], as_mask_input(sam, low[outputs]))
 
     pairs = zip(encoded, prompts, strict=True)
     return [[finished(image, *next(decoded)) for _ in of_image] for image, of_image in pairs]

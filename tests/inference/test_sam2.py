@@ -11,10 +11,14 @@ from converters.from_torch import from_state_dict
 from helpers import golden_sam2 as golden_file
 from helpers.family_models import SMALL_HIERA, sam2
 from helpers.images import random_image
+from helpers.models import SQUARE, random_sam
 from helpers.shared import shared
 from slimsam_jax import api
 from slimsam_jax.compression import analysis
+from slimsam_jax.data import Annotation
+from slimsam_jax.evaluation import clicks
 from slimsam_jax.inference.automatic_mask_generator import SamAutomaticMaskGenerator
+from slimsam_jax.inference.decode import Encoded
 from slimsam_jax.inference.predictor import Prompt, SamPredictor
 from slimsam_jax.models.config import Thresholds
 
@@ -79,6 +83,24 @@ def test_everything_gives_the_masks_of_its_points(small):
         masks = expected[tuple(record["point_coords"][0])].masks
         different = (masks != record["segmentation"]).mean(axis=(1, 2))
         assert different.min() < 0.005  # a pixel whose logit is nearly 0
+
+
+@pytest.mark.parametrize(("kind", "largest"), [("sam2", 32), ("sam", 50)])
+def test_clicks_give_back_the_logits_that_a_predictor_does(small, monkeypatch, kind, largest):
+    """SAM 2's within 32; masks are made of those that are not clipped. Nothing is compiled."""
+    low, seen = np.full((1, 1, 16, 16), -50.0), []
+    low[..., :8] = 50
+    monkeypatch.setattr(
+        clicks, "decode_prompts", lambda sam, encoded, prompts, masks: (seen.append(masks) or low, None)
+    )
+    sam, encoded = small if kind == "sam2" else random_sam(SQUARE), Encoded(None, (64, 64), (64, 64))
+    made = lambda sam, encoded, low: np.abs(low).max() == 50 and low.repeat(4, 1).repeat(4, 2) > 0
+    monkeypatch.setattr(clicks, "original_masks", made)
+    truth = np.zeros((64, 64), bool)
+    truth[:20] = True
+    ious = clicks.click_ious(sam, encoded, [Annotation(0, truth, *np.zeros((3, 4)))], 3)
+    assert (ious == (20 * 32) / (64 * 32 + 20 * 32)).all() and seen[0] is None
+    assert [np.abs(masks).max() for masks in seen[1:]] == [largest] * 2
 
 
 def test_it_is_evaluated_and_inspected(small, material, capsys):
