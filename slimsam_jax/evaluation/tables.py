@@ -84,7 +84,7 @@ def print_rows(header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
         column.justify = "right"
     for line in lines:
         table.add_row(*line)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # models may be called slim[a]
 
 
 def markdown(names: Sequence[str], summary: Summary) -> str:

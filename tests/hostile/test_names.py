@@ -14,6 +14,7 @@ from helpers.hostile import files as hostile
 from helpers.hostile.outcomes import assert_harmless, assert_refused, folder_with, outcomes
 from slimsam_jax.errors import InputError, RunError, printable
 from slimsam_jax.evaluation import figures
+from slimsam_jax.evaluation.tables import print_rows
 from slimsam_jax.files import write_json
 from slimsam_jax.training.run_folder import RunFolder
 
@@ -49,6 +50,13 @@ def test_logs_results_and_images_take_any_name(tmp_path):
     for axis, name in zip(figure.subplots(len(names)), names, strict=True):
         figures._show(axis, name, Image.new("RGB", (30, 20)), np.ones((1, 20, 30), bool))
     figure.savefig(io.BytesIO())
+
+
+def test_tables_show_names_as_they_are(capsys):
+    """What rich would take for markup or an emoji, in a heading as in a cell."""
+    print_rows(["", "slim[a]", "x[/y]", ":dog:"], [["[b]", ":cat:", "[red]1", "2"]])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("slim[a]", "x[/y]", ":dog:", "[b]", ":cat:", "[red]1"))
 
 
 def test_names_are_shown_escaped_and_cut():
