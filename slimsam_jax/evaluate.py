@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slimsam_jax import api, cli
-from slimsam_jax.cli.checks import check_files
+from slimsam_jax.cli.checks import check_files, check_spared
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation.checks import Protocol
 
@@ -71,14 +71,17 @@ def main(
         return print_costs(model)
     if figure and boxes and not protocol:
         raise InputError("--figure needs a --protocol: AP has no score per image to draw")
-    check_files([path for path in (json, markdown, figure) if path])
+    outputs = {"json": json, "markdown": markdown, "figure": figure}
+    check_files([path for path in outputs.values() if path])
+    inputs = {"--data": data, "--boxes": [boxes], "--model": model}
+    check_spared({f"--{kind}": path for kind, path in outputs.items()}, inputs)
     choices = {"boxes": boxes, "clicks": clicks, "points_per_side": points_per_side, "seed": seed}
     shares = {"resamples": resamples, "max_broken": max_broken, "strict": strict}
     found = api.evaluate(model, data, protocol, **choices, **shares, distributed=distributed, engine=engine)
     from slimsam_jax import sharding
 
     if sharding.is_main():
-        write(found.measure_costs() if costs else found, {"json": json, "markdown": markdown, "figure": figure})
+        write(found.measure_costs() if costs else found, outputs)
     sharding.barrier("evaluation written")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimsam_jax import cli, limits
-from slimsam_jax.cli.checks import check_files
+from slimsam_jax.cli.checks import check_files, check_spared
 from slimsam_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def everything(options: Options) -> None:
       InputError: bad options or files, or not one image could be read.
     """
     check_files([path for path in (options.out, options.sheet) if path])
+    outputs = {"--out": options.out, "--sheet": options.sheet}
+    check_spared(outputs, {"--images": options.images, "--model": [options.model]})
     limits.check_options(options, {name: r for name, r in limits.SEARCH.items() if hasattr(options, name)})
     from converters.from_torch import load
     from converters.onnx.engine import engaged

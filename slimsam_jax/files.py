@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 from slimsam_jax.errors import InputError, reading
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # of what is an image in a folder
+
 
 def write_json(path: Path, content: Any) -> None:
     with replacing(path) as temporary:

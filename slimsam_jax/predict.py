@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimsam_jax import api, cli, limits
-from slimsam_jax.cli.checks import check_file
+from slimsam_jax.cli.checks import check_file, check_spared
 from slimsam_jax.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def main(
     Args:
       model: a model folder, a .pth, or a Hugging Face SamModel or Sam2Model folder.
       image: the image.
-      out: the PNG or JPEG to write.
+      out: the PNG or JPEG to write, the image with the mask drawn over it. A file of this name is replaced.
       point: points X,Y on the object.
       background: points X,Y that are not on it.
       box: a box X0,Y0,X1,Y1 around it.
@@ -67,8 +66,7 @@ def main(
             f"{printable(box, 60)} is not a box: X0,Y0 is its upper left corner and X1,Y1 its lower right one"
         )
     check_file(out)
-    if os.path.exists(out) and os.path.exists(image) and os.path.samefile(out, image):
-        raise InputError(f"--out {out} would replace --image; choose another name")
+    check_spared({"--out": out}, {"--image": [image], "--model": [model], "--clip": [clip]})
 
     from converters.clip import load_clip
     from slimsam_jax.data import read_image

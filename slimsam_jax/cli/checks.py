@@ -5,11 +5,12 @@ from __future__ import annotations
 import numbers
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slimsam_jax.errors import InputError, printable
+from slimsam_jax.files import IMAGE_SUFFIXES
 from slimsam_jax.limits import quoted
 
 
@@ -48,6 +49,39 @@ def check_files(paths: Sequence[Path]) -> None:
         check_file(path)
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise InputError(f"{' and '.join(map(str, paths))} are one file; each output needs its own")
+
+
+def check_spared(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterable[str | Path | None]]) -> None:
+    """Raises InputError for an output that would replace an input, or a file of a folder that is read with it.
+
+    Args:
+      outputs: {option: path}.
+      inputs: {option: files and folders}; those of --model and --clip are models, all others images.
+    """
+    places = [(option, os.path.expanduser(place)) for option, given in inputs.items() for place in given if place]
+    for output, path in outputs.items():
+        if not path or not os.path.exists(path):
+            continue
+        folder = Path(os.path.realpath(path.parent))
+        for option, place in places:
+            if os.path.exists(place) and os.path.samefile(path, place):
+                raise InputError(f"{output} {path} would replace {option}; choose another name")
+            is_read = _is_weights if option in ("--model", "--clip") else _is_data
+            if folder.is_relative_to(os.path.realpath(place)) and is_read(path):
+                raise InputError(f"{output} {path} would replace a file of {option} {place}; choose another name")
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file in a folder of images is read with it: an image, a shard, COCO's, or what is beside an image."""
+    if path.suffix != ".json":
+        return path.suffix.lower() in {*IMAGE_SUFFIXES, ".tar"}
+    beside = (path.with_suffix(each) for suffix in IMAGE_SUFFIXES for each in (suffix, suffix.upper()))
+    return path.name == "annotations.json" or any(map(os.path.exists, beside))
+
+
+def _is_weights(path: Path) -> bool:
+    """Whether a file in a model folder is read with it."""
+    return path.suffix in (".safetensors", ".bin") or path.name.endswith(("config.json", ".index.json"))
 
 
 def _check_name(path: Path) -> None:

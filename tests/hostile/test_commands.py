@@ -269,6 +269,8 @@ def test_a_hostile_command_line_is_refused_in_one_line(imported, material, tmp_p
         ("compress", f"--teacher nowhere --steps {BIG}", f"--steps {BIG} must be"),
         ("train", "--embed-dim 8160 --depth 128", "G parameters, too many to train"),
         ("predict", "--point 3,3 --out {m}/val/0.png", "would replace --image"),
+        ("everything", "--out {m}/val/1.json", "val/1.json would replace a file of --images "),
+        ("evaluate", "--json {m}/val/1.json", "val/1.json would replace a file of --data "),
     ],
 )
 def test_numbers_are_looked_at_before_models(imported, material, tmp_path, monkeypatch, capsys, name, given, part):

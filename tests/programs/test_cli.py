@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 
 from slimsam_jax import cli
+from slimsam_jax.cli.checks import check_spared
 from slimsam_jax.errors import InputError, RunError, Stopped
 
 
@@ -72,3 +73,26 @@ def test_a_wrong_command_line_is_a_sentence_that_names_what_is_wrong(monkeypatch
     monkeypatch.setattr(sys, "argv", ["prog", *arguments])
     with pytest.raises(InputError, match=f"^{line}"):
         cli.parse(command)
+
+
+def test_outputs_spare_what_is_read(tmp_path):
+    """An image, its annotation, a shard, a model's files; results of before may be replaced."""
+    data, model = ["a.jpg", "a.json", "old.json", "deep/b.PNG", "s.tar", "n.md"], ["config.json", "x.png"]
+    for name in [*(f"in/{name}" for name in data), *(f"m/{name}" for name in model)]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    boxes = [None, tmp_path / "in" / "n.md"]
+    inputs = {"--images": [str(tmp_path / "in")], "--boxes": boxes, "--model": [tmp_path / "m"]}
+    for name, message in (
+        ("in/a.jpg", "--out .*a.jpg would replace a file of --images "),
+        ("in/a.json", "would replace a file of --images "),
+        ("link/deep/b.PNG", "would replace a file of --images "),
+        ("in/s.tar", "would replace a file of --images "),
+        ("in/n.md", "would replace --boxes; choose another name"),
+        ("m/config.json", "would replace a file of --model "),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_spared({"--sheet": None, "--out": tmp_path / name}, inputs)
+    for name in ("in/old.json", "in/new.jpg", "m/x.png", "in-beside.png"):
+        check_spared({"--out": tmp_path / name}, inputs)

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from slimsam_jax.data.sample import MOST_BYTES, Sample, lost
 from slimsam_jax.errors import InputError
-from slimsam_jax.files import read_bytes
+from slimsam_jax.files import IMAGE_SUFFIXES, read_bytes
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+SUFFIXES = IMAGE_SUFFIXES
 MOST_OF_ANNOTATION = 2**23  # bytes; a large one of SA-1B has one or two million
 MOST_VALUES = 2**21  # in it: a value of two bytes takes a hundred in Python
 
