@@ -159,20 +159,22 @@ PARTS = {
         ({"teacher": "sam_small_v2"},),
     ),
     "distillers": Part(
-        10.6,
+        12.3,
         "distillers.jsonl",
         (
             f"{DISTILLERS} --steps 300",
             f"{DISTILLERS} --steps 300 --limits 30 --only 'default, 90 %' 'slimsam, 90 %'",
             f"{DISTILLERS} --steps 300 --limits 4 20 --rates 0.3333 --only 'default, 77 %'",
-            f"{DISTILLERS} --steps 300 --limits 100 --rates 1 --only 'default, 77 %' 'mobile_sam, tiny_vit_small' "
-            "'mobile_sam, rep_vit_small'",
-            f"{DISTILLERS} --steps 300 --limits 100 --rates 3 --only 'slimsam, 77 %' 'mobile_sam, vit_small'",
+            f"{DISTILLERS} --steps 300 --limits 100 --rates 1 --only 'default, 77 %' 'default, 90 %' "
+            "'mobile_sam, tiny_vit_small' 'mobile_sam, rep_vit_small'",
+            f"{DISTILLERS} --steps 300 --limits 100 --rates 3 --only 'slimsam, 77 %' 'slimsam, 90 %' "
+            "'mobile_sam, vit_small' 'tiny_sam, tiny_vit_small'",
             f"{DISTILLERS} --steps 300 --limits 100 --rates 0.3333 --only 'edge_sam, rep_vit_small'",
             f"{DISTILLERS} --steps 300 --limits 200 --rates 1 --only 'default, 90 %'",
             f"{DISTILLERS} --steps 300 --limits 200 --rates 3 --only 'slimsam, 90 %'",
             f"{DISTILLERS} --steps 1600 --rates 3 --only 'mobile_sam, vit_small'",
             f"{DISTILLERS} --steps 1600 --limits 30 --rates 0.3333 --only 'default, 77 %'",
+            f"{DISTILLERS} --steps 1600 --limits 200 --rates 1 --only 'default, 77 %'",
             f"{DISTILLERS} --steps 100 --table weights --rates 1 --seeds 0",
             "experiments.distillers table",
         ),
