@@ -60,6 +60,7 @@ def mean_of(
 
     def score(sam: Sam) -> float:
         scores = []
+        # One by one: `map_readable` has two at a time, beside a training's memory.
         for sample, own in known.items():
             if sample.name not in unread:
                 try:

@@ -19,6 +19,7 @@ from slimsam_jax.data.sample import Annotation, Sample, check_one_is_readable, d
 from slimsam_jax.data.samples import Lazy, Samples
 from slimsam_jax.data.sources import coco, folder, shards, tfds
 from slimsam_jax.errors import InputError, printable
+from slimsam_jax.files import IMAGE_SUFFIXES
 
 __all__ = [
     "Annotation",
@@ -92,7 +93,7 @@ def look(locations: Sequence[str | Path]) -> Found:
     tars = shards.samples(paths)
     for location, (of_one, _) in zip(locations, opened, strict=True):
         if not any(map(len, _without_paths(of_one, tars))):
-            kinds = ", ".join(sorted(folder.SUFFIXES))
+            kinds = ", ".join(sorted(IMAGE_SUFFIXES))
             raise InputError(f"{printable(location)} holds no images ({kinds}; convert others, such as .heic, first)")
     return Found(_each_once(parts, tars), [contents for _, folders in opened for contents in folders], paths)
 

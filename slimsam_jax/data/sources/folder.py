@@ -12,7 +12,6 @@ from slimsam_jax.data.sample import MOST_BYTES, Sample, lost
 from slimsam_jax.errors import InputError
 from slimsam_jax.files import IMAGE_SUFFIXES, read_bytes
 
-SUFFIXES = IMAGE_SUFFIXES
 MOST_OF_ANNOTATION = 2**23  # bytes; a large one of SA-1B has one or two million
 MOST_VALUES = 2**21  # in it: a value of two bytes takes a hundred in Python
 
@@ -37,11 +36,11 @@ def contents(folder: Path) -> Contents:
     """Lists what lies below a folder, walked over once."""
     paths, unlisted = walk(folder)
     files = [path for path, is_folder in paths if not is_folder]
-    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     annotated = {path.with_suffix("") for path, _ in paths if path.suffix == ".json"}
     samples = [sample(p, p.with_suffix("") in annotated) for p in images] + [lost(*each) for each in unlisted]
     alone = sorted(path.with_name(f"{path.name}.json") for path in annotated - {p.with_suffix("") for p in images})
-    others = [path for path in files if path.suffix.lower() not in {*SUFFIXES, ".json", ".tar"}]
+    others = [path for path in files if path.suffix.lower() not in {*IMAGE_SUFFIXES, ".json", ".tar"}]
     return Contents(samples, [path for path in files if path.suffix == ".tar"], alone, others)
 
 

@@ -16,10 +16,9 @@ from slimsam_jax.data.sample import MOST_BYTES, Sample, lost
 from slimsam_jax.data.samples import Lazy, encoded
 from slimsam_jax.data.sources import shard_index, tar_index
 from slimsam_jax.data.sources.folder import MOST_OF_ANNOTATION, is_annotation, rows
-from slimsam_jax.data.sources.folder import SUFFIXES as IMAGES
 from slimsam_jax.data.sources.shard_index import Table
 from slimsam_jax.errors import InputError, printable
-from slimsam_jax.files import open_regular
+from slimsam_jax.files import IMAGE_SUFFIXES, open_regular
 
 SUFFIXES = (".tar", ".tgz", ".gz")  # the compressed ones to be refused with a reason
 
@@ -113,7 +112,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGES
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _stem(name: str) -> PurePosixPath:
