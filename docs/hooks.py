@@ -139,7 +139,7 @@ def fields_of(kind: str, name: str) -> str:
     """
     node = _class(name)
     fields = [field for field in node.body if isinstance(field, ast.AnnAssign) and not _is_record(field)]
-    defaults = {field.target.id: ast.unparse(field.value) if field.value else "" for field in fields}
+    defaults = {field.target.id: _default(field.value) for field in fields}
     texts = _below(node) or _entries(ast.get_docstring(node) or "", defaults)
     if missing := set(defaults) - set(texts):
         raise PluginError(f"{name}: nothing says what {', '.join(sorted(missing))} is for")
@@ -151,7 +151,19 @@ def fields_of(kind: str, name: str) -> str:
 
 def _is_record(field: ast.AnnAssign) -> bool:
     """Whether a field of a dataclass is no choice: another record, or of the class alone."""
-    return isinstance(field.value, ast.Call) or "ClassVar" in ast.unparse(field.annotation)
+    record = isinstance(field.value, ast.Call) and not _is_path(field.value)
+    return record or "ClassVar" in ast.unparse(field.annotation)
+
+
+def _default(value: ast.expr | None) -> str:
+    """What a reader types for it: of `Path("slim")` the text."""
+    if value is None:
+        return ""
+    return value.args[0].value if _is_path(value) else ast.unparse(value)
+
+
+def _is_path(value: ast.expr | None) -> bool:
+    return isinstance(value, ast.Call) and ast.unparse(value.func) == "Path"
 
 
 def _class(name: str) -> ast.ClassDef:

@@ -1,13 +1,14 @@
 """Makes all results anew, by the code of this commit, in the order of hours; stopped, it goes on where it was.
 
     python -m experiments.remake --list
-    python -m experiments.remake --images bsds_train --val bsds_val --photos photos
+    python -m experiments.remake --images bsds_train --val bsds_val
     python -m experiments.remake --only pruning --images ...
 
-A part is done if `results/remade.jsonl` says so for code that has not changed since. Before a part begins, rows that
-its commands make again and that other code measured leave its file: git has them. All is of the SAM that ships; rows of
-small v1 stay as an archive, but for those of `hiera`, which do not name their teacher. Rows that are left are known to
-the part's own program and not measured twice, but for the minutes of `quantization_latency`, whose last rows count.
+A part is done if `results/remade.jsonl` says so, and nothing that its programs import has changed since. Before a part
+begins, rows that its commands make again and that other code measured leave its file: git has them. All is of the SAM
+that ships; rows of small v1 stay as an archive, but for those of `hiera`, which do not name their teacher. Rows that
+are left are known to the part's own program and not measured twice, but for the minutes of `quantization_latency`,
+whose last rows count.
 """
 
 from __future__ import annotations
@@ -26,37 +27,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import results
-from experiments.parts import PARTS
+from experiments import imports, results
+from experiments.parts import PARTS, Part
 from slimsam_jax import cli, data
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import replacing
 
 LEDGER = results.FOLDER / "remade.jsonl"
-# What no part runs, and no program of a part imports: changed, it leaves all numbers as they are.
-BESIDE = (
-    "slimsam_jax/demo/*",
-    "experiments/sa1b/*",
-    *(
-        f"experiments/{name}.py"
-        for name in (
-            "batch_norm",
-            "fast_sam_batch_norm",
-            "fast_sam_shapes",
-            "kills",
-            "notebooks",
-            "parts",
-            "prompts",
-            "release",
-            "remake",
-            "ship",
-            "spot_checks",
-            "tables",
-            "tiny_vit_end_to_end",
-        )
-    ),
-)
-CODE = ("slimsam_jax/*.py", "converters/*.py", "experiments/*.py", *(f":(exclude){name}" for name in BESIDE))
+PHOTOS = data.embedded_images()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +46,7 @@ class Options:
       list: say what there is, its hours, and what is done; measure nothing.
       images: annotated photographs to learn from.
       val: annotated photographs to measure on.
-      photos: photographs to look at, some of everything mode's.
+      photos: photographs to look at, and to measure agreement on.
       work: folder for caches and models; outside the checkout, or ignored by git.
     """
 
@@ -76,7 +54,7 @@ class Options:
     list: bool = False
     images: Path = Path("bsds_train")
     val: Path = Path("bsds_val")
-    photos: Path = Path("photos")
+    photos: Path = PHOTOS
     work: Path = Path("cache")
 
 
@@ -120,9 +98,9 @@ def make(name: str, options: Options) -> None:
     """
     part = PARTS[name]
     if part.file:
-        drop_stale(results.FOLDER / part.file, part.rows)
+        drop_stale(name, part)
     # A folder for this code alone: a model or a cache of other code would be taken for done.
-    work = options.work / (code_of(head()) or "")[:12]
+    work = options.work / (code_of(name, head()) or "")[:12]
     work.mkdir(parents=True, exist_ok=True)
     start, printed = time.time(), {}
     paths = {**vars(options), "work": work, "shipped": data.embedded_teacher()}
@@ -161,19 +139,16 @@ def run(arguments: list[str], name: str, **variables: str) -> str:
     return "".join(lines)
 
 
-def drop_stale(file: Path, rows: tuple[Mapping[str, Any], ...]) -> None:
-    """Takes rows that other code measured out of a file, if they are made again; says how many go and stay.
-
-    Args:
-      file: of results.
-      rows: which are made again, as a `Part` has it.
+def drop_stale(name: str, part: Part) -> None:
+    """Takes rows that other code measured out of a part's file, if they are made again; says how many go and stay.
 
     Raises:
       InputError: git does not have them.
     """
-    entries, code = results.read(file), code_of(head())
-    others = [entry for entry in entries if not is_of(entry, code)]
-    stale = [entry for entry in others if any(made.items() <= entry.items() for made in rows)]
+    file, code = results.FOLDER / part.file, code_of(name, head())
+    entries = results.read(file)
+    others = [entry for entry in entries if not is_of(entry, name, code)]
+    stale = [entry for entry in others if any(made.items() <= entry.items() for made in part.rows)]
     if not stale:
         return
     if git("status", "--porcelain", "--", str(file)).stdout.strip():
@@ -184,19 +159,31 @@ def drop_stale(file: Path, rows: tuple[Mapping[str, Any], ...]) -> None:
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries if entry not in stale))
 
 
-def is_of(entry: dict[str, Any], code: str | None) -> bool:
-    """Whether the programs that measure were these at the entry's commit; False of one that git does not know."""
+def is_of(entry: dict[str, Any], name: str, code: str | None) -> bool:
+    """Whether a part's code was `code` at the entry's commit; False of a commit that git does not know."""
     commit = entry["machine"]["commit"]
-    return code is not None and not commit.endswith("-dirty") and code_of(commit) == code
+    return code is not None and not commit.endswith("-dirty") and code_of(name, commit) == code
 
 
 @functools.cache
-def code_of(commit: str) -> str | None:
-    """Returns a hash of the programs that measure, as a commit has them; None if git does not know it."""
-    nothing = git("hash-object", "-t", "tree", "/dev/null").stdout.strip()
-    # Not ls-tree: it takes no patterns.
-    files = git("diff-tree", "-r", nothing, commit, "--", *CODE)
-    return None if files.returncode else hashlib.sha256(files.stdout.encode()).hexdigest()
+def code_of(name: str, commit: str) -> str | None:
+    """Returns a hash of what a part's programs import, as a commit has it; None if git does not know the commit.
+
+    The files are those of today: who imported another file then was another file itself.
+    """
+    programs = {command.split()[0] for command in PARTS[name].commands}
+    paths = sorted(frozenset().union(*map(imports.sources, programs)))
+    if (known := blobs(commit)) is None:
+        return None
+    return hashlib.sha256("".join(f"{path} {known.get(path)}\n" for path in paths).encode()).hexdigest()
+
+
+@functools.cache
+def blobs(commit: str) -> dict[str, str] | None:
+    """Returns {path: hash of its content} of the programs of a commit; None if git does not know it."""
+    listed = git("ls-tree", "-r", "--format=%(path) %(objectname)", commit)
+    lines = (line.rpartition(" ") for line in listed.stdout.splitlines())
+    return None if listed.returncode else {path: blob for path, _, blob in lines if path.endswith(".py")}
 
 
 def head() -> str:
@@ -205,16 +192,16 @@ def head() -> str:
 
 
 def done(name: str) -> bool:
-    code = code_of(head())
-    return any(is_of(entry, code) for entry in results.find(LEDGER, {"part": name}))
+    code = code_of(name, head())
+    return any(is_of(entry, name, code) for entry in results.find(LEDGER, {"part": name}))
 
 
 def line_of(name: str) -> str:
     """Formats a part as a line of the list."""
     part = PARTS[name]
     entries = results.read(results.FOLDER / part.file) if part.file else []
-    code = code_of(head())
-    fresh = sum(is_of(entry, code) for entry in entries)
+    code = code_of(name, head())
+    fresh = sum(is_of(entry, name, code) for entry in entries)
     rows = f"{fresh} of {len(entries)} rows" if part.file else "what is printed"
     state = "done" if done(name) else "to be run" + (f", needs .[{part.needs[0]}]" if part.needs else "")
     return f"{name:<21} {part.hours:>6g}  {part.file or 'remade.jsonl':<27} {rows:<18} {state}"

@@ -1,6 +1,6 @@
 """Measures some rows of the tables again: does today's code still give what they hold?
 
-    python -m experiments.spot_checks run --images bsds_train --val bsds_val --photos photos
+    python -m experiments.spot_checks run --images bsds_train --val bsds_val
     python -m experiments.spot_checks table
 
 `experiments.remake` makes everything anew, in a day; this takes half an hour. Programs keep what they measure in a
@@ -76,7 +76,7 @@ SPOTS = {
 }
 
 
-def run(images: Path, val: Path, photos: Path, only: tuple[str, ...] = ()) -> None:
+def run(images: Path, val: Path, photos: Path = remake.PHOTOS, only: tuple[str, ...] = ()) -> None:
     """Measure rows again, and add how they compare to experiments/results/spot_checks.jsonl.
 
     Args:

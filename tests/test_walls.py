@@ -24,8 +24,8 @@ LEVELS = (
     ("evaluation",),
     ("training",),
     ("compression",),
-    ("converters", "plan"),
-    ("api",),
+    ("converters",),
+    ("api", "plan"),
     ("calibrate", "compress", "demo", "evaluate", "everything", "inspect", "predict", "programs", "quantize"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

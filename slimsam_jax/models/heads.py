@@ -1,4 +1,4 @@
-"""Heads: what makes masks of an embedding and prompts, a kind a module. Each has six names:
+"""Heads: what makes masks of an embedding and prompts, a kind a module. Each has five names:
 
 - `HeadConfig`: the architecture, frozen, with `image_size`, `grid`, `out_chans`, `patch_size`, `multimask_outputs`,
   `pixel_mean`, `pixel_std`, `to_json`; `frame`, how images come into the model frame and masks out of it

@@ -36,8 +36,8 @@ class Options(CutOptions):
     """
 
     teacher: tuple[str, ...] = ()
-    """Architectures: vit_b, vit_l, vit_h, vit_p50, vit_p77 (or other presets of SAM's ViT), or model folders. Default:
-    the small SAM in the package."""
+    """Architectures: vit_b, vit_l, vit_h, vit_p50, vit_p77 (or other presets of SAM's ViT), or SAMs of any family, as
+    `compress` takes them. Default: the small SAM in the package."""
     on: tuple[str, ...] = ("h100",)
     """The hardware: h100, h200 or a100, with x8 for eight in one machine; v5e-16 for so many chips of a TPU slice (v5e,
     v5p, v6e; 1 to 256); cpu."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from slimsam_jax import __version__, checkpoint, sharding
+from slimsam_jax import __version__, sharding
 from slimsam_jax.compression.budget import Budget, Target
 from slimsam_jax.compression.plan import Planned, check, optimizer_steps, planned
 from slimsam_jax.compression.prepare import check_encoders
@@ -62,12 +62,14 @@ def save(options: Options, entries: list[dict[str, Any]]) -> None:
 
 
 def architecture(name: str) -> Architecture:
-    """Returns that of a preset or of a model folder; raises InputError if it is neither."""
+    """Returns that of a preset or of a SAM, as `compress --teacher` takes it; raises InputError if it is neither."""
+    from converters.from_torch import load
+
     if name in plain.PRESETS:
         return plain.preset(name)
     if not Path(name).exists():
-        raise InputError(f"--teacher {name!r:.60} is no model folder, and no preset: {', '.join(plain.PRESETS)}")
-    model = checkpoint.load(name)
+        raise InputError(f"--teacher {name!r:.60} is no model, and no preset: {', '.join(plain.PRESETS)}")
+    model = load(name)
     if not isinstance(model, Sam):
         raise InputError(f"--teacher {name!r:.60}: a FastSAM's compression is not planned")
     return model.config

@@ -12,21 +12,24 @@ from pathlib import Path
 
 import pytest
 
-from experiments import remake, results
+from experiments import imports, remake, results
 from experiments.parts import ARCHIVE, PARTS, Part
 from experiments.spot_checks import SPOTS
 from slimsam_jax import cli, data
 from slimsam_jax.errors import InputError, RunError
 
 EXPERIMENTS = Path(results.__file__).parent
+ROOT = EXPERIMENTS.parent
 
 
 @pytest.fixture()
 def checkout(tmp_path, monkeypatch):
-    """A repository of one program; `commit(text)` changes it and returns the commit."""
+    """A repository of a part `one`; `commit(text)` changes what its program imports and returns the commit."""
     folder = tmp_path / "experiments" / "results"
     folder.mkdir(parents=True)
+    (folder.parent / "x.py").write_text("def run():\n    from slimsam_jax import a, b")
     (tmp_path / "slimsam_jax").mkdir()
+    (tmp_path / "slimsam_jax" / "__init__.py").touch()
     git = lambda *words: subprocess.run(
         ["git", "-c", "user.name=x", "-c", "user.email=x@x", *words], cwd=tmp_path, check=True, capture_output=True
     )
@@ -36,8 +39,11 @@ def checkout(tmp_path, monkeypatch):
         (tmp_path / "slimsam_jax" / "a.py").write_text(text)
         git("add", "-A")
         git("commit", "-q", "-m", "x")
+        for cached in (remake.code_of, remake.blobs, imports.imported):
+            cached.cache_clear()
         return remake.git("rev-parse", "--short", "HEAD").stdout.strip()
 
+    monkeypatch.setitem(PARTS, "one", Part(1, "x.jsonl", ("experiments.x run",)))
     monkeypatch.setattr(results, "CHECKOUT", tmp_path)
     monkeypatch.setattr(results, "FOLDER", folder)
     monkeypatch.setattr(remake, "LEDGER", folder / "remade.jsonl")
@@ -57,7 +63,7 @@ def write(name, *rows):
 
 
 def of_this_code(entry):
-    return remake.is_of(entry, remake.code_of(remake.head()))
+    return remake.is_of(entry, "one", remake.code_of("one", remake.head()))
 
 
 def test_rows_are_of_this_code_until_a_program_changes(checkout):
@@ -65,9 +71,7 @@ def test_rows_are_of_this_code_until_a_program_changes(checkout):
     entry = row(first, 1)
     assert of_this_code(entry)
     (results.FOLDER / "note.md").write_text("no program")
-    (results.FOLDER.parent / "release.py").write_text("measures nothing")
-    (results.FOLDER.parents[1] / "slimsam_jax" / "demo").mkdir()
-    (results.FOLDER.parents[1] / "slimsam_jax" / "demo" / "server.py").write_text("measures nothing")
+    (results.FOLDER.parents[1] / "slimsam_jax" / "c.py").write_text("c = 1  # no program of the part imports it")
     checkout("1")
     assert of_this_code(entry)
     checkout("2")
@@ -75,16 +79,18 @@ def test_rows_are_of_this_code_until_a_program_changes(checkout):
     assert not of_this_code(row(first + "-dirty", 1)) and not of_this_code(row("0000000", 1))
     checkout("1")  # again
     assert of_this_code(entry)
+    (results.FOLDER.parents[1] / "slimsam_jax" / "b.py").write_text("b = 1  # there was none")
+    checkout("1")
+    assert not of_this_code(entry)
 
 
 def test_git_is_asked_once_a_commit(checkout, monkeypatch):
     commit = checkout("1")
     asked, git = [], remake.git
     monkeypatch.setattr(remake, "git", lambda *words: asked.append(words[0]) or git(*words))
-    remake.code_of.cache_clear()
-    code = remake.code_of(remake.head())
-    assert all(remake.is_of(row(commit, number), code) for number in range(20))
-    assert asked.count("diff-tree") <= 2
+    code = remake.code_of("one", remake.head())
+    assert all(remake.is_of(row(commit, number), "one", code) for number in range(20))
+    assert asked.count("ls-tree") == 2  # by its long name, and by the short one of rows
 
 
 def test_rows_of_other_code_leave_once_git_has_them(checkout):
@@ -93,19 +99,19 @@ def test_rows_of_other_code_leave_once_git_has_them(checkout):
     new = checkout("2")
     write("x.jsonl", row(old, 1), row(new, 2))
     with pytest.raises(InputError, match=r"x\.jsonl: 1 rows of other code would go"):
-        remake.drop_stale(file, ({},))
+        remake.drop_stale("one", PARTS["one"])
     assert len(results.read(file)) == 2
     checkout("2")
-    remake.drop_stale(file, ({},))
+    remake.drop_stale("one", PARTS["one"])
     assert [entry["row"] for entry in results.read(file)] == [2]
-    remake.drop_stale(file, ({},))  # is changed, and has nothing to lose
+    remake.drop_stale("one", PARTS["one"])  # is changed, and has nothing to lose
 
 
 def test_rows_that_no_command_makes_again_stay(checkout, capfd):
     old = checkout("1")
     file = write("x.jsonl", row(old, 1), row(old, 2) | {"steps": 40}, row(old, 3) | {"steps": 80})
     checkout("2")
-    remake.drop_stale(file, ({"row": 1}, {"steps": 80}))
+    remake.drop_stale("one", PARTS["one"]._replace(rows=({"row": 1}, {"steps": 80})))
     assert [entry["row"] for entry in results.read(file)] == [2]
     assert capfd.readouterr().out == "x.jsonl: 2 rows of other code go; 1 that no command makes again stay\n"
 
@@ -237,31 +243,17 @@ def idle(function):
     return functools.wraps(function)(lambda *_, **__: None)
 
 
-def test_nothing_that_a_part_runs_is_beside_its_code():
-    beside = {path for pattern in remake.BESIDE for path in EXPERIMENTS.parent.glob(pattern) if path.suffix == ".py"}
-    assert {path.name for path in beside} >= {"release.py", "notebooks.py", "server.py", "hours.py"}
-    others = {
-        path
-        for room in ("slimsam_jax", "converters", "experiments")
-        for path in (EXPERIMENTS.parent / room).rglob("*.py")
-    }
-    run = {importlib.util.find_spec(command.split()[0]).origin for command in EACH}
-    assert not run & set(map(str, beside))
-    names = {
-        ".".join(path.relative_to(EXPERIMENTS.parent).with_suffix("").parts).removesuffix(".__init__")
-        for path in beside
-    }
-    for path in others - beside:
-        assert not names.intersection(imported(path)), path
-
-
-def imported(path):
-    """Names that a file imports, as modules and as what may be one in a package."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield from (node.module, *(f"{node.module}.{each.name}" for each in node.names))
-        elif isinstance(node, ast.Import):
-            yield from (each.name for each in node.names)
+def test_the_code_of_a_part_is_what_its_programs_load():
+    """Of two: what is loaded by an import, and by a lazy name of the package, is known by reading."""
+    loads = "import experiments.hierarchical, slimsam_jax, sys; slimsam_jax.compress; [print(getattr(m, '__file__', "
+    loads += "None)) for m in list(sys.modules.values())]"
+    said = subprocess.run([sys.executable, "-c", loads], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    rooms = tuple(str(ROOT / room) for room in ("slimsam_jax", "converters", "experiments"))
+    loaded = {Path(line).relative_to(ROOT).as_posix() for line in said.splitlines() if line.startswith(rooms)}
+    known = imports.sources("experiments.hierarchical")
+    assert loaded <= known and {"slimsam_jax/api.py", "experiments/hierarchical.py"} <= loaded
+    assert not {"experiments/release.py", "experiments/fair.py", "slimsam_jax/demo/server.py"} & known
+    assert "experiments/bench/__main__.py" in imports.sources("experiments.bench")
 
 
 def test_whoever_keeps_results_refuses_code_that_no_commit_holds():

@@ -6,8 +6,10 @@ import json
 
 import jax
 import pytest
+import torch
 
 from helpers.models import SQUARE
+from helpers.peers import stock_sam
 from slimsam_jax import sharding
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.compression.plan import planned
@@ -148,6 +150,11 @@ def test_two_outputs_are_two_files(tmp_path):
         Options(out=tmp_path / "plan", table=tmp_path / "plan").check()
 
 
+def test_a_published_file_is_planned_by_its_widths(tmp_path):
+    torch.save(stock_sam(SQUARE).state_dict(), tmp_path / "sam.pth")
+    assert run.architecture(str(tmp_path / "sam.pth")) == SQUARE
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -156,7 +163,7 @@ def test_two_outputs_are_two_files(tmp_path):
         ({"ratio": 1.0}, "0 < ratio < 1"),
         ({"limit": 0}, "--limit 0 must be at least 1"),
         ({"on": ("v5e-3",)}, "a slice of 3 v5e chips is not known"),
-        ({"on": ("cpu",), "teacher": ("vit_x",)}, "no model folder, and no preset: vit_b"),
+        ({"on": ("cpu",), "teacher": ("vit_x",)}, "no model, and no preset: vit_b"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(given, message, tmp_path):
