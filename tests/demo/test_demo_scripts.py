@@ -1,12 +1,10 @@
-"""What the page's worker does with its models: sessions that count their runs by a clock of their own, in Chromium."""
+"""Scripts of the page by themselves, in Chromium: no models, but sessions that count runs by a clock of their own."""
 
 from __future__ import annotations
 
 import pytest
 
-from helpers import chromium
-from helpers.demo_serving import serving
-from slimsam_jax.demo.server import page_files
+from helpers import demo_page
 
 # In the place of onnxruntime-web: an encoder takes 7 ms, a decoder 1000 the first time and then 10.
 ORT = b"""
@@ -32,6 +30,14 @@ export class InferenceSession {
   }
 }
 """
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    with demo_page.blank(tmp_path_factory.mktemp("blank"), ORT) as tab:
+        yield tab
+
+
 ASK = """(async () => {
   const { ask } = await import('/client.js');
   const file = { encoder: '/client.js', decoder: '/client.js' };
@@ -44,17 +50,6 @@ ASK = """(async () => {
 })()"""
 
 
-@pytest.mark.skipif(chromium.executable() is None, reason="needs Chromium: apt install chromium")
-def test_a_decoder_has_run_before_its_time_is_taken(tmp_path):
+def test_a_decoder_has_run_before_its_time_is_taken(page):
     """Neither the first mask's milliseconds nor the encoder's have the first run's in them."""
-    files = {**page_files([], tmp_path, threads=1), "/blank.html": b"<!doctype html>", "/ort/ort.wasm.min.mjs": ORT}
-    server = serving(files)
-    try:
-        with chromium.page(tmp_path / "profile") as tab:
-            tab.call("Page.enable")
-            tab.call("Page.navigate", url=f"http://127.0.0.1:{server.server_port}/blank.html")
-            tab.wait_for("location.port != '' && document.readyState == 'complete'")
-            assert tab.evaluate(ASK) == [7, 10, 7, 10]
-    finally:
-        server.shutdown()
-        server.server_close()
+    assert page.evaluate(ASK) == [7, 10, 7, 10]
