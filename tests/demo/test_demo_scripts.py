@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from helpers import demo_page
+from slimsam_jax.data.sample import parse
 
 # In the place of onnxruntime-web: an encoder takes 7 ms, a decoder 1000 the first time and then 10.
 ORT = b"""
@@ -53,3 +56,47 @@ ASK = """(async () => {
 def test_a_decoder_has_run_before_its_time_is_taken(page):
     """Neither the first mask's milliseconds nor the encoder's have the first run's in them."""
     assert page.evaluate(ASK) == [7, 10, 7, 10]
+
+
+COCO = """(async () => {
+  const { coco } = await import('/download.js');
+  const objects = %s.map((points) => ({ runs: [8, 4, 12], area: 4, bbox: [2, 0, 0, 3], score: 0.5, points }));
+  return coco(objects, { name: 'a.jpg' }, [4, 6]).text();
+})()"""
+
+
+def test_the_first_point_of_a_download_is_one_of_the_object(page):
+    """As ours and others read it; after a box alone, or a box and background, the mask has one inside."""
+    near, far, other = ({"x": x, "y": 1, "label": label} for x, label in ((2, 1), (5, 0), (3, 1)))
+    objects = json.dumps([[], [far], [far, near, far, other]])
+    *without, clicked = json.loads(page.evaluate(COCO % objects))["annotations"]
+    for fields in without:
+        assert not {"point_coords", "point_labels"} & fields.keys()
+        assert parse(fields).point.astype(int)[0] == 2
+    assert parse(clicked).point.tolist() == [2, 1]
+    assert clicked["point_coords"] == [[2, 1], [3, 1], [5, 1], [5, 1]] and clicked["point_labels"] == [1, 1, 0, 0]
+
+
+UNDO = """(async () => {
+  const { prompts, session, undo } = await import('/session.js');
+  const any = { name: 'any', no_background: null, most_points: null };
+  const panel = { on: true, model: any, drawPrompts() {}, drawPreview() {} };
+  session.panels = [panel];
+  const background = [{ x: 1, y: 1, label: 0 }];
+  prompts.set(background, null);
+  prompts.clear();
+  panel.model = { name: 'one', no_background: 'it knows none', most_points: 6 };
+  await undo();
+  const refused = [prompts.points, document.getElementById('status').textContent];
+  panel.model = any;
+  await undo();
+  const undone = prompts.points;
+  await undo();
+  await undo(); // there is nothing before
+  return [...refused, undone, prompts.points];
+})()"""
+
+
+def test_undo_brings_nothing_back_that_a_model_cannot_take(page):
+    """It stays in the past, for when the model is not shown any more."""
+    assert page.evaluate(UNDO) == [[], "one: it knows none.", [{"x": 1, "y": 1, "label": 0}], []]
