@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from helpers import demo_page
 from slimsam_jax.data.sample import parse
+from slimsam_jax.inference import amg
 
 # In the place of onnxruntime-web: an encoder takes 7 ms, a decoder 1000 the first time and then 10.
 ORT = b"""
@@ -58,6 +60,23 @@ def test_a_decoder_has_run_before_its_time_is_taken(page):
     assert page.evaluate(ASK) == [7, 10, 7, 10]
 
 
+def test_duplicates_are_the_packages(page):
+    """To the bit: an IoU of 7/10 is less than 0.7 in float32, and one of 6/10 more than 0.6."""
+    corners = np.random.default_rng(0).integers(0, 20, (300, 2, 2))
+    some = np.concatenate([corners.min(1), corners.max(1)], axis=1)
+    for boxes, threshold in (
+        (some, 0.7),
+        (some, 0.5),
+        (np.array([[0, 0, 9, 10], [0, 0, 9, 7]]), 0.7),
+        (np.array([[0, 0, 9, 10], [0, 0, 9, 6]]), 0.6),
+    ):
+        scores = (-np.arange(len(boxes)) // 3).astype(float)  # with ties
+        found = [{"box": box.tolist(), "score": scores[i], "i": i} for i, box in enumerate(boxes)]
+        call = f"import('/search.js').then(({{ suppress }}) => suppress({json.dumps(found)}, {threshold}))"
+        kept = page.evaluate(f"{call}.then((kept) => kept.map(({{ i }}) => i))")
+        assert kept == amg.nms(boxes, scores, threshold).tolist()
+
+
 COCO = """(async () => {
   const { coco } = await import('/download.js');
   const objects = %s.map((points) => ({ runs: [8, 4, 12], area: 4, bbox: [2, 0, 0, 3], score: 0.5, points }));
@@ -100,3 +119,33 @@ UNDO = """(async () => {
 def test_undo_brings_nothing_back_that_a_model_cannot_take(page):
     """It stays in the past, for when the model is not shown any more."""
     assert page.evaluate(UNDO) == [[], "one: it knows none.", [{"x": 1, "y": 1, "label": 0}], []]
+
+
+FINGERS = """(async () => {
+  const { listen } = await import('/pointer.js');
+  const stack = document.body.appendChild(document.createElement('div'));
+  const image = stack.appendChild(Object.assign(document.createElement('canvas'), { width: 100, height: 100 }));
+  stack.style = 'position: fixed; left: 0; top: 0';
+  stack.setPointerCapture = () => {}; // these fingers touch nothing
+  const heard = [];
+  const hears = (name) => ({ [name]: (what) => heard.push([name, what]) });
+  const calls = { hover() {}, ...hears('box'), ...hears('dragging'), ...hears('point') };
+  listen({ stack, image }, { tool: () => 'box', ...calls });
+  const finger = (number) => (type, clientX, clientY) => stack.dispatchEvent(
+    new PointerEvent(type, { pointerId: number, isPrimary: number === 1, pointerType: 'touch', clientX, clientY }));
+  const [first, second] = [finger(1), finger(2)];
+  first('pointerdown', 10, 20);
+  for (const end of ['pointerup', 'pointercancel']) {
+    second('pointerdown', 80, 80);
+    second('pointermove', 90, 90);
+    second(end, 90, 90);
+  }
+  first('pointermove', 30, 40);
+  first('pointerup', 30, 50);
+  stack.remove();
+  return heard;
+})()"""
+
+
+def test_a_second_finger_draws_no_box(page):
+    assert page.evaluate(FINGERS) == [["dragging", [10, 20, 30, 40]], ["box", [10, 20, 30, 50]]]
