@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from helpers import demo_page
+from slimsam_jax.data import read_image
 from slimsam_jax.data.sample import parse
 from slimsam_jax.inference import amg
 
@@ -149,3 +153,31 @@ FINGERS = """(async () => {
 
 def test_a_second_finger_draws_no_box(page):
     assert page.evaluate(FINGERS) == [["dragging", [10, 20, 30, 40]], ["box", [10, 20, 30, 50]]]
+
+
+READ = """(async () => {
+  const { readPhoto } = await import('/photo.js');
+  const blob = await (await fetch('data:image/%s;base64,%s')).blob();
+  return Array.from((await readPhoto(blob, 'a')).pixels);
+})()"""
+
+
+@pytest.mark.parametrize("kind", ("PNG", "WEBP"))
+def test_the_colours_of_transparent_pixels_are_the_packages(page, tmp_path, kind):
+    """Which drops alpha; a canvas would hold colours multiplied by it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 4), np.uint8)
+    pixels[:20, :, 3] = 0
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, lossless=True, exact=True)
+    (tmp_path / "image").write_bytes(file.getvalue())
+    seen = page.evaluate(READ % (kind.lower(), base64.b64encode(file.getvalue()).decode()))
+    wanted = np.asarray(read_image(tmp_path / "image"))
+    assert np.array_equal(wanted, pixels[..., :3])
+    assert np.array_equal(np.reshape(seen, (40, 50, 4))[..., :3], wanted)
+
+
+def test_a_transparent_image_that_cannot_be_read_exactly_is_refused(page):
+    file = io.BytesIO()
+    Image.new("RGBA", (40_000, 1)).save(file, "PNG")
+    with pytest.raises(RuntimeError, match="transparent in places, and too large for this browser's WebGL"):
+        page.evaluate(READ % ("png", base64.b64encode(file.getvalue()).decode()))
