@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slimsam_jax import __version__
 from slimsam_jax.errors import InputError
+from slimsam_jax.evaluation.checks import names_of
 
 if TYPE_CHECKING:
     from slimsam_jax.models.sam import Sam
@@ -115,12 +116,12 @@ def prepare(paths: tuple[Path, ...], dtype: Dtype, cache: Path) -> list[tuple[di
     from converters.from_torch import load_sam as load
 
     models = []
-    for path in paths:
+    for path, name in zip(paths, names_of(paths), strict=True):
         sam = load(path)
         to_onnx.check_model(sam, str(path))
         check_size(sam, dtype)
         print(f"{path}:", flush=True)
         files = exported(sam, dtype, cache)
         print(f"  in {files[0].parent}", flush=True)
-        models.append((describe(path.name or str(path), sam, files), files))
+        models.append((describe(name, sam, files), files))
     return models

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,13 @@ def test_a_model_is_exported_once(served, cache, models, capsys):
         (Sam(dataclasses.replace(sam.config, pixel_std=(1.0, 2.0, 3.0)), sam.params, {}), "float32"),
     )
     assert len({export.fingerprint(sam, "float32"), *(export.fingerprint(*other) for other in others)}) == 4
+
+
+def test_models_of_one_name_are_called_by_their_paths(tmp_path, cache, models):
+    other = tmp_path / models[0].name
+    shutil.copytree(models[0], other)
+    described = [fields for fields, _ in export.prepare((models[0], other), "float32", cache)]
+    assert [fields["name"] for fields in described] == [str(models[0]), str(other)]
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, cache, models, capsys, monkeypatch):

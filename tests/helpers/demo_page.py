@@ -48,6 +48,7 @@ WATCH = """addEventListener('DOMContentLoaded', () => {
   ])).observe(document.getElementById('status'), { childList: true });
 })"""
 DRAWN = "document.querySelector('figure:not([hidden]) [data-value=decoder]').textContent == '–'"
+BLANK = b"<!doctype html><p id=status></p><progress id=bar></progress>"  # what `say` of status.js writes on
 
 # What is written on the card, line by line.
 CARD = """(() => {
@@ -168,13 +169,38 @@ def opened(root: Path, models: Mapping[str, Sam]) -> Iterator[chromium.Page]:
     server.server_close()
 
 
+@contextlib.contextmanager
+def blank(root: Path, runtime: bytes) -> Iterator[chromium.Page]:
+    """A page that may import our scripts, `runtime` in the place of onnxruntime-web's; skips without a browser."""
+    if chromium.executable() is None:
+        pytest.skip("needs Chromium: apt install chromium")
+    files = {**page_files([], root, threads=1), "/blank.html": BLANK, "/ort/ort.wasm.min.mjs": runtime}
+    server = serving(files)
+    with chromium.page(root / "profile") as tab:
+        tab.call("Page.enable")
+        tab.call("Page.navigate", url=f"http://127.0.0.1:{server.server_port}/blank.html")
+        tab.wait_for("location.port != '' && document.readyState == 'complete'")
+        yield tab
+    server.shutdown()
+    server.server_close()
+
+
+_predictors: dict[tuple[int, str], SamPredictor] = {}
+
+
+def predictor_of(sam: Sam, photo: str) -> SamPredictor:
+    """One that has encoded a photograph, once; it holds its model, whose id is nobody else's then."""
+    if (id(sam), photo) not in _predictors:
+        predictor = _predictors[id(sam), photo] = SamPredictor(sam)
+        predictor.set_image(embedded_images() / photo)
+    return _predictors[id(sam), photo]
+
+
 def assert_agree(found, pair, photo=PHOTO, **prompt) -> list[str]:
     """Compares each model's mask with `SamPredictor`'s; the predicted IoU that it gives."""
     scores = []
     for mask, sam in zip(found, pair, strict=True):
-        predictor = SamPredictor(sam)
-        predictor.set_image(embedded_images() / photo)
-        wanted, iou, _ = predictor.predict(**prompt, multimask_output=False)
+        wanted, iou, _ = predictor_of(sam, photo).predict(**prompt, multimask_output=False)
         assert wanted.any() and overlap.iou(mask, wanted[0]) > 0.999
         scores.append(f"{iou[0]:.3f}")
     return scores

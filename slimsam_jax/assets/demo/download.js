@@ -65,8 +65,8 @@ function boundsOf(mask, [height, width]) {
   return [left, used[0], right - left, used.at(-1) - used[0]];
 }
 
-/** COCO's JSON, with the fields of `slimsam everything`. */
-function coco(objects, { name }, size) {
+/** COCO's JSON, with the fields of `slimsam everything`, as a Blob. */
+export function coco(objects, { name }, size) {
   const [height, width] = size;
   const annotations = objects.map(({ runs, points, area, bbox, score, stability }, i) => ({
     id: i + 1,
@@ -77,14 +77,20 @@ function coco(objects, { name }, size) {
     area,
     bbox,
     predicted_iou: score,
-    point_coords: points.map(({ x, y }) => [x, y]),
-    point_labels: points.map(({ label }) => label),
+    ...pointsOf(points),
     ...(stability === undefined ? {} : { stability_score: stability }),
     crop_box: [0, 0, width, height],
   }));
   const images = [{ id: 1, file_name: name, height, width }];
   const content = { images, annotations, categories: [{ id: 1, name: "object" }] };
   return new Blob([JSON.stringify(content)], { type: "application/json" });
+}
+
+/** Those of the object first, as readers of SA-1B's fields take the first for one; without any, no fields. */
+function pointsOf(points) {
+  if (!points.some(({ label }) => label)) return {};
+  const sorted = [...points].sort((a, b) => b.label - a.label);
+  return { point_coords: sorted.map(({ x, y }) => [x, y]), point_labels: sorted.map(({ label }) => label) };
 }
 
 /** White on black, or the image cut out; of everything mode a colour for each mask. */

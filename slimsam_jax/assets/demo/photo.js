@@ -37,6 +37,32 @@ async function measured(blob) {
   }
 }
 
+/** The RGBA of a bitmap, with the colours of its file where it is transparent, too: the package drops alpha. */
+function pixelsOf(bitmap) {
+  const { width, height } = bitmap;
+  const context = new OffscreenCanvas(width, height).getContext("2d");
+  context.drawImage(bitmap, 0, 0);
+  const { data: pixels } = context.getImageData(0, 0, width, height);
+  for (let i = 3; i < pixels.length; i += 4) if (pixels[i] < 255) return unmultiplied(bitmap, pixels);
+  return pixels;
+}
+
+/** Overwrites `pixels` of a 2D canvas, which has multiplied the colours by alpha; WebGL does not. */
+function unmultiplied(bitmap, pixels) {
+  const gl = new OffscreenCanvas(1, 1).getContext("webgl2");
+  if (!gl) throw new Error("it is transparent in places, and this browser has no WebGL to read it with");
+  const texture = gl.createTexture();
+  gl.bindTexture(gl.TEXTURE_2D, texture);
+  gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, gl.RGBA, gl.UNSIGNED_BYTE, bitmap);
+  gl.bindFramebuffer(gl.FRAMEBUFFER, gl.createFramebuffer());
+  gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, texture, 0);
+  gl.readPixels(0, 0, bitmap.width, bitmap.height, gl.RGBA, gl.UNSIGNED_BYTE, new Uint8Array(pixels.buffer));
+  const failed = gl.getError(); // the size is more than it takes, say
+  gl.getExtension("WEBGL_lose_context")?.loseContext();
+  if (failed) throw new Error("it is transparent in places, and too large for this browser's WebGL to read it with");
+  return pixels;
+}
+
 /** A Blob -> {name, bitmap, pixels as RGBA, size, shown}; sizes are [height, width]. */
 export async function readPhoto(blob, name) {
   if (blob.size > MOST_BYTES) {
@@ -46,10 +72,8 @@ export async function readPhoto(blob, name) {
   if (tall * wide > MOST_PIXELS) {
     throw new Error(`it has ${wide} x ${tall} pixels, and at most ${(MOST_PIXELS / 1e6).toFixed(0)} million are read`);
   }
-  const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" }).catch(unreadable);
-  const { width, height } = bitmap;
-  const context = new OffscreenCanvas(width, height).getContext("2d", { alpha: false });
-  context.drawImage(bitmap, 0, 0);
-  const { data: pixels } = context.getImageData(0, 0, width, height);
-  return { name, bitmap, pixels, size: [height, width], shown: shownSize([height, width]) };
+  const options = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
+  const bitmap = await createImageBitmap(blob, options).catch(unreadable);
+  const size = [bitmap.height, bitmap.width];
+  return { name, bitmap, pixels: pixelsOf(bitmap), size, shown: shownSize(size) };
 }

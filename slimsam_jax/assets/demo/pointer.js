@@ -34,6 +34,7 @@ function listenToPointer(stack, image, tool, calls) {
   const isDrag = (event) =>
     (event.pointerType !== "touch" || tool() === "box") && // else a finger that moves scrolls the page
     Math.hypot(event.clientX - from.clientX, event.clientY - from.clientY) >= DRAG;
+  const isPressed = ({ pointerId }) => pointerId === from?.pointerId; // not a second finger
   const isBackground = (event) => event.shiftKey || from.button === 2 || tool() === "subtract";
   stack.addEventListener("contextmenu", (event) => event.preventDefault());
   stack.addEventListener("pointerdown", (event) => {
@@ -43,15 +44,17 @@ function listenToPointer(stack, image, tool, calls) {
     calls.hover(null);
   });
   stack.addEventListener("pointermove", (event) => {
-    if (from && isDrag(event)) calls.dragging(boxBetween(at(from, image), at(event, image)));
+    if (isPressed(event) && isDrag(event)) calls.dragging(boxBetween(at(from, image), at(event, image)));
     else if (!from && event.pointerType !== "touch") calls.hover(at(event, image));
   });
   stack.addEventListener("pointerup", (event) => {
-    if (from && isDrag(event)) calls.box(boxBetween(at(from, image), at(event, image)));
-    else if (from) calls.point({ ...at(event, image), label: isBackground(event) ? 0 : 1 });
+    if (!isPressed(event)) return;
+    if (isDrag(event)) calls.box(boxBetween(at(from, image), at(event, image)));
+    else calls.point({ ...at(event, image), label: isBackground(event) ? 0 : 1 });
     from = null;
   });
-  stack.addEventListener("pointercancel", () => {
+  stack.addEventListener("pointercancel", (event) => {
+    if (!isPressed(event)) return;
     from = null;
     calls.dragging(null);
   });

@@ -25,6 +25,11 @@ export class Prompts {
     this.version++;
   }
 
+  /** [points, box] that `undo` would set. */
+  get before() {
+    return this.past.at(-1) ?? [this.points, this.box];
+  }
+
   clear() {
     if (!this.isEmpty) this.set([], null);
   }

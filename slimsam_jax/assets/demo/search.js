@@ -49,14 +49,17 @@ export function passing(masks, scores, points, [height, width], thresholds) {
 
 const areaOf = ([x0, y0, x1, y1]) => (x1 - x0) * (y1 - y0);
 
-/** Without those whose box overlaps a better one's by an IoU above `threshold`; best first. */
+/**
+ * Without those whose box overlaps a better one's by an IoU above `threshold`; best first.
+ * The IoU is in float32, the threshold is not, which decides where both are equal: as torchvision on a CPU.
+ */
 export function suppress(found, threshold) {
   const kept = [];
   for (const one of [...found].sort((a, b) => b.score - a.score)) {
     const isDuplicate = kept.some(({ box }) => {
       const [width, height] = [0, 1].map((i) => Math.min(box[i + 2], one.box[i + 2]) - Math.max(box[i], one.box[i]));
       const shared = Math.max(0, width) * Math.max(0, height);
-      return shared > threshold * (areaOf(box) + areaOf(one.box) - shared);
+      return Math.fround(shared / (areaOf(box) + areaOf(one.box) - shared)) > threshold; // 0 / 0 exceeds nothing
     });
     if (!isDuplicate) kept.push(one);
   }

@@ -144,10 +144,10 @@ export function hover(at) {
   else preview();
 }
 
-/** Has new prompts decoded if all models can take them; else the old ones stay, and the page says why. */
-export function take(points, box) {
+/** Has prompts decoded, set by `run`, if all models can take them; else the old ones stay, and the page says why. */
+function changeTo(points, box, run) {
   const reason = refusal(active().map(({ model }) => model), points, box);
-  if (!reason) return change(() => prompts.set(points, box));
+  if (!reason) return change(run);
   active().forEach((panel) => panel.drawPrompts(prompts.points, prompts.box));
   return say(state(), reason);
 }
@@ -160,8 +160,9 @@ export function change(run) {
   return update();
 }
 
+export const take = (points, box) => changeTo(points, box, () => prompts.set(points, box));
+export const undo = () => changeTo(...prompts.before, () => prompts.undo()); // a model may have come since
 export const clear = () => change(() => prompts.clear());
-export const undo = () => change(() => prompts.undo());
 
 export function stopSearch() {
   if (!session.search) return;
