@@ -42,8 +42,12 @@ class RunError(RuntimeError):
         super().__init__(_message(message))
 
 
-class Stopped(Exception):
-    """The run was asked to stop and has saved its state. The command line prints the message and exits with 143."""
+class Stopped(BaseException):
+    """The run was asked to stop and has saved its state. The command line prints the message and exits with 143.
+
+    No Exception, as KeyboardInterrupt is none: a signal comes anywhere, also while a foreign file is read, and whoever
+    catches what is wrong with that would take it for a fault of the file, and go on.
+    """
 
 
 @contextmanager
