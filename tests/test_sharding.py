@@ -81,6 +81,15 @@ def test_split_parameters_restored_by_two_processes_and_by_one(alone, eight):
 
 
 @pytest.mark.slow
+def test_parts_of_a_step_are_of_the_same_images_in_two_processes(tmp_path):
+    """Each part's terms are relative to its own variance, so that other parts would learn something else."""
+    how = {"fsdp": 1, "count": 5, "parts": 2}
+    sharded_worker.main(**how, out=str(tmp_path / "one"))
+    train({**how, "out": str(tmp_path / "two")}, processes=2)
+    assert_same_steps(tmp_path / "one", tmp_path / "two", 5)
+
+
+@pytest.mark.slow
 def test_the_command_in_two_processes(finished, material, tmp_path):
     """Pruning, validation, checkpoints and report."""
     program = """

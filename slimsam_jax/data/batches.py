@@ -31,7 +31,7 @@ class Batches:
     Args:
       batch: images in a step, over all processes.
       start: the step to begin with.
-      part: (i, n): only the i-th of every n images, for one of n processes.
+      part: (i, n): only the i-th of n runs of each step's images, for one of n processes; n divides `batch`.
       augment: an image and a random generator -> an image.
       extra: (sample, its [2] size in the model frame, random generator) -> further arrays of an image.
       max_broken: the share of the samples that may be unreadable.
@@ -62,9 +62,10 @@ class Batches:
         self.passed: set[str] = set()  # names of images that can be read, and have nothing of use
         self.batch, self.augment, self.extra = batch, augment, extra
         index, self.parts = part
-        self._order = grain.MapDataset.source(range(len(self.samples))).seed(seed).shuffle().repeat()
-        source = self._order.random_map(self._load)[start * batch :][index :: self.parts]
         share = batch // self.parts
+        self._order = grain.MapDataset.source(range(len(self.samples))).seed(seed).shuffle().repeat()
+        every = self._order.random_map(self._load)[start * batch :]
+        source = _Rows(every, batch, range(index * share, (index + 1) * share))
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * share + threads)
         if workers:  # each draws whole batches, taking turns, so that batches are the same as without
             flags.FLAGS.mark_as_parsed()  # grain's processes read absl's flags, which this program has none of
@@ -130,3 +131,27 @@ class Batches:
     def close(self) -> None:
         """Ends threads and workers that read ahead."""
         self._iterator.close()
+
+
+class _Rows(grain.MapDataset):
+    """Of every `batch` items those of one process, which lie behind one another.
+
+    The processes' rows behind one another are then the batch of one process, and devices have the same rows: so that
+    the parts of a step (`--accumulate`), over which a relative loss takes a variance, are of the same images, too.
+
+    Args:
+      rows: which of a batch they are.
+    """
+
+    def __init__(self, parent: grain.MapDataset, batch: int, rows: range):
+        super().__init__(parent)
+        self._whole, self._rows = batch, rows
+
+    def __len__(self) -> int:
+        return len(self.parents[0]) // self._whole * len(self._rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return self.slice(place)
+        step, row = divmod(place, len(self._rows))
+        return self.parents[0][step * self._whole + self._rows[row]]

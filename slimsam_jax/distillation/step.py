@@ -104,7 +104,10 @@ def make_update(
 
 
 def _split(batch: Tree, parts: int) -> Tree:
-    """Splits [b, ...] into [parts, b / parts, ...]. Every part has rows of every device, so that none moves."""
+    """Splits [b, ...] into [parts, b / parts, ...]: the i-th of every `parts` rows.
+
+    A device's rows lie behind one another, so that every part has some of every device, and none moves.
+    """
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 

@@ -27,12 +27,12 @@ DISTILL = Distill(
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-def make_trainer(fsdp: int) -> loop.Trainer:
+def make_trainer(fsdp: int, parts: int = 1) -> loop.Trainer:
     """Of a student with an odd embedding, as pruning leaves it: where 23 is the only long axis nothing can be split."""
     small = {"mlp_dim": 400, "decoder_depth": 1}
     teacher = random_sam(tiny_config(**small))
     student = random_sam(tiny_config(embed_dim=23, **small), seed=1)
-    return trainer.make_trainer(student, teacher, teacher, DISTILL, fsdp=fsdp)
+    return trainer.make_trainer(student, teacher, teacher, DISTILL, parts=parts, fsdp=fsdp)
 
 
 def host_batch(step: int) -> dict[str, np.ndarray]:
@@ -40,7 +40,8 @@ def host_batch(step: int) -> dict[str, np.ndarray]:
     batch, random = random_images(tiny_config(), 8, seed=step), np.random.default_rng(step)
     clicks = [random_clicks(size, DISTILL.losses.points, random) for size in batch["size"]]
     batch |= {name: np.stack([each[name] for each in clicks]) for name in clicks[0]}
-    rows = slice(jax.process_index(), None, jax.process_count())
+    share = 8 // jax.process_count()
+    rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     return {name: value[rows] for name, value in batch.items()}
 
 
@@ -52,12 +53,12 @@ def collectives(text: str) -> dict[str, int]:
     return {**{name: len(lines) for name, lines in found.items()}, "numbers reduced": reduced}
 
 
-def main(fsdp: int, count: int, out: str, distributed: str | None = None) -> dict[str, int]:
+def main(fsdp: int, count: int, out: str, parts: int = 1, distributed: str | None = None) -> dict[str, int]:
     """Takes `count` steps from the last checkpoint in `out`, and writes parameters and what the compiled step holds."""
     Path(out).mkdir(exist_ok=True)
     if distributed:
         sharding.join_processes(distributed)
-    folder, trainer, losses, compiled = Path(out), make_trainer(fsdp), [], None
+    folder, trainer, losses, compiled = Path(out), make_trainer(fsdp, parts), [], None
     terms = terms_of(DISTILL, 0, 100)
     with checkpoints.Steps(folder / "steps") as saved:
         state, _ = saved.restore(checkpoints.shapes_of(trainer.state)) or (trainer.state, None)
