@@ -60,20 +60,23 @@ class FolderLock:
 
 
 def check_free(folder: Path) -> None:
-    """Raises InputError if a run in this folder is going on; a folder without one is free."""
+    """Raises InputError if a run in this folder is going on; a folder without one is free.
+
+    Looks by a shared lock, so that processes which look at the same moment are not in each other's way.
+    """
     if not os.path.isfile(folder / PLACE):
         return
     with contextlib.suppress(OSError), _open(folder / PLACE) as file:  # one that may not be read is reported later
-        _take(file, folder)
+        _take(file, folder, fcntl.LOCK_SH)
 
 
 def _open(path: Path) -> BinaryIO:
     return path.open("a+b")
 
 
-def _take(file: BinaryIO, folder: Path) -> None:
+def _take(file: BinaryIO, folder: Path, kind: int = fcntl.LOCK_EX) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(
             f"{printable(folder)} is in use by {_owner(file)}; wait until it has ended, or give another --out"

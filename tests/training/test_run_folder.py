@@ -18,7 +18,7 @@ from helpers.runs import compress_options
 from slimsam_jax import sharding
 from slimsam_jax.api import compress_with
 from slimsam_jax.errors import InputError
-from slimsam_jax.training import run_folder
+from slimsam_jax.training import folder_lock, run_folder
 from slimsam_jax.training.folder_lock import FolderLock, check_free, fcntl
 from slimsam_jax.training.run_folder import RunFolder
 
@@ -69,6 +69,22 @@ def test_a_folder_in_use_is_refused_with_the_process_named_until_that_dies(held,
     check_free(folder)
     RunFolder(folder, {}, resume=True).release()
     assert (folder / "checkpoints" / "lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_processes_that_look_at_the_same_moment_do_not_refuse_each_other(tmp_path, monkeypatch):
+    """As those of `--distributed --resume` do, each before they join."""
+    RunFolder(tmp_path / "out", {}).release()
+    looked, take = [], folder_lock._take
+
+    def meanwhile(*args):
+        take(*args)
+        if not looked:
+            looked.append(1)
+            check_free(tmp_path / "out")  # another process looks, too
+
+    monkeypatch.setattr(folder_lock, "_take", meanwhile)
+    check_free(tmp_path / "out")
+    assert looked
 
 
 def test_runs_of_one_process_exclude_each_other_until_they_end(tmp_path):
