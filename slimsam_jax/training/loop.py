@@ -119,6 +119,8 @@ class Loop(abc.ABC):
                 if stop:
                     raise Stopped(f"stopped after step {step} of {title}; continue with --resume")
         self.batches.close()
+        if stop_asked():  # since the last step was taken
+            raise Stopped(f"stopped after step {steps} of {title}; continue with --resume")
         self.name_skipped()
         return self.result(state)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ import pytest
 
 from slimsam_jax import sharding
 from slimsam_jax.distillation.step import TrainState, init_state, make_optimizer
-from slimsam_jax.errors import RunError
+from slimsam_jax.errors import RunError, Stopped
 from slimsam_jax.training import checkpoints
 from slimsam_jax.training.loop import Loop, Schedule, Trainer
 from slimsam_jax.training.run_folder import RunFolder
@@ -104,6 +107,31 @@ def test_a_start_that_is_judged_stays_where_no_step_is_better(tmp_path, monkeypa
             Worse(folder).run()
     assert Worse(folder).run() == 0 and models["last"] == 6
     assert [entry["step"] for entry in folder.read_log() if "score" in entry] == [*range(7)]
+
+
+@pytest.mark.parametrize("when", ["score", "save"])
+def test_sigterm_after_the_last_step_ends_the_run_before_the_next_thing(tmp_path, monkeypatch, when):
+    """While that is validated, or saved; what is resumed takes no step again."""
+    folder = RunFolder(tmp_path / "run", {})
+    for name in ("save_model", "remove_model", "load_model"):
+        monkeypatch.setattr(folder, name, lambda *_: None)
+    owner = {"score": Worse, "save": checkpoints.Steps}[when]
+    taken, whole = [], getattr(owner, when)
+
+    def terminated(self, first, second, *more):
+        if 6 in (first, second):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, first, second, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, when, terminated)
+        patched.setattr(Worse, "result", lambda *_: pytest.fail("it goes on"))
+        with pytest.raises(Stopped, match="stopped after step 6 of the training; continue with --resume"):
+            Worse(folder).run()
+    monkeypatch.setattr(Worse, "step", lambda *_: taken.append(1))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setattr(Worse, "result", lambda self, state: int(state.step))
+    assert Worse(folder).run() == 6 and not taken
 
 
 def test_the_best_model_is_there_whatever_a_repeated_validation_says(tmp_path, monkeypatch):
