@@ -41,9 +41,14 @@ def check(samples: Sequence[Sample], threads: int = 4) -> list[Findings]:
 
 
 def check_together(samples: Sequence[Sample]) -> list[Findings]:
-    """`check` by all processes, each with its share of the samples; returns the same in all of them."""
-    from slimsam_jax.data.together import gathered, share  # which imports JAX
+    """`check` by all processes, each with its share of the samples; returns the same in all of them.
 
+    Raises:
+      InputError: they do not see the same samples.
+    """
+    from slimsam_jax.data.together import check_same, gathered, share  # which imports JAX
+
+    check_same(samples)
     rows = gathered(check(share(samples)))
     return [Findings(size and tuple(size), masks, problems) for size, masks, problems in rows]
 

@@ -13,6 +13,7 @@ import jax
 from slimsam_jax import sharding
 from slimsam_jax.data import tfds_writer
 from slimsam_jax.data.sample import Sample
+from slimsam_jax.data.together import check_same
 from slimsam_jax.errors import RunError
 from slimsam_jax.files import new_folder, read_json, write_json
 
@@ -25,9 +26,10 @@ def prepare_together(samples: Sequence[Sample], out: Path) -> dict[str, str]:
     Each writes the records of a run of the samples, so that all lie in the order given.
 
     Raises:
-      InputError: not one can be used.
+      InputError: not one can be used, or the processes do not see the same samples.
       RunError: the folder cannot be written. Either in all processes.
     """
+    check_same(samples)
     index, count = jax.process_index(), jax.process_count()
     first, stop = (len(samples) * part // count for part in (index, index + 1))
     with _shared_folder(out) as folder:

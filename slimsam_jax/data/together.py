@@ -10,7 +10,23 @@ import jax
 from slimsam_jax import sharding
 from slimsam_jax.data.reading import map_readable
 from slimsam_jax.data.sample import Sample, check_share
+from slimsam_jax.data.samples import digest_of_names
+from slimsam_jax.errors import InputError
 from slimsam_jax.progress import track
+
+
+def check_same(samples: Sequence[Sample]) -> None:
+    """Raises InputError, in all processes, unless all see the same samples, which they are to share."""
+    if jax.process_count() == 1:
+        return
+    found = sharding.gather_json([len(samples), digest_of_names(samples)])
+    other = next((index for index, each in enumerate(found) if each != found[0]), None)
+    if other is not None:
+        (first, _), (count, _) = found[0], found[other]
+        raise InputError(
+            f"the processes do not see the same images: process 0 has {first}, and process {other} {count}"
+            f"{' of other names' * (count == first)}; all of them need the same files, and may list all folders"
+        )
 
 
 def share(items: Sequence[Any]) -> Sequence[Any]:
@@ -39,10 +55,12 @@ def map_together(
       max_broken: the share of all samples that may be unreadable; several processes count in the end, together.
 
     Raises:
-      RunError: more are. Of several processes in all of them.
+      InputError: the processes do not see the same samples.
+      RunError: more are unreadable. Of several processes in all of them.
     """
     if jax.process_count() == 1:
         return map_readable(function, track(samples, name), len(samples), max_broken)
+    check_same(samples)
     own = share(samples)
     results, skipped = map_readable(function, track(own, name))
     pairs = gathered([[results.get(sample), skipped.get(sample.name)] for sample in own])

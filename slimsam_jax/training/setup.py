@@ -12,6 +12,7 @@ from slimsam_jax import data, sharding
 from slimsam_jax.data import Sample
 from slimsam_jax.data.sample import too_many
 from slimsam_jax.data.samples import take
+from slimsam_jax.data.together import check_same
 from slimsam_jax.errors import InputError
 
 
@@ -49,10 +50,17 @@ def check_batch(options: Options, batch: int, images: int) -> None:
 
 
 def split_images(options: Options) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    """Splits samples into those to learn from, and those to measure on."""
+    """Splits samples into those to learn from, and those to measure on.
+
+    Raises:
+      InputError: there are none, or the processes do not see the same.
+    """
     images = data.find(options.images or [data.embedded_images()])
+    check_same(images)
     if options.val:
-        return images, data.find(options.val)
+        val = data.find(options.val)
+        check_same(val)
+        return images, val
     held_out = np.arange(0, len(images), max(8, -(-len(images) // 50)))
     others = np.delete(np.arange(len(images)), held_out)
     return take(images, others) if len(others) else images, take(images, held_out)

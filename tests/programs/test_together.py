@@ -65,3 +65,43 @@ def test_parts_of_a_data_set_are_joined_in_their_order(material, tmp_path):
 def test_processes_that_cannot_meet(material):
     with pytest.raises(InputError, match="give auto, or HOST:PORT,PROCESSES,INDEX"):
         evaluate((material / "teacher",), (str(material / "val"),), costs=False, distributed="here")
+
+
+def test_processes_that_see_other_images_say_so_and_end(material, tmp_path):
+    """Two that share a list by their own counts would lose or double images, and learn in two orders."""
+    program = """
+import json, os, sys
+from pathlib import Path
+from slimsam_jax import sharding
+from slimsam_jax.compression.options import Options
+from slimsam_jax.data import check, find, tfds_parts, together
+from slimsam_jax.errors import InputError
+from slimsam_jax.training.setup import split_images
+sharding.join_processes(sys.argv[2])
+os.chdir(sys.argv[1])
+works = {
+    "evaluate and everything": lambda samples: together.map_together(lambda sample: sample.name, samples, "work"),
+    "data check": check.check_together,
+    "data prepare": lambda samples: tfds_parts.prepare_together(samples, Path("prepared")),
+    "compress": lambda samples: split_images(Options(images=("in",))),
+    "compress --val": lambda samples: split_images(Options(images=("same",), val=("in",))),
+}
+said = {}
+for name, work in works.items():
+    try:
+        work(find(["in"]))
+    except InputError as error:
+        said[name] = str(error)
+Path("said.json").write_text(json.dumps([list(works), said]))
+"""
+    places, address = [tmp_path / str(i) for i in range(2)], free_address()
+    for place, images in zip(places, ("images", "val"), strict=True):
+        place.mkdir()
+        (place / "in").symlink_to(material / images)
+        (place / "same").symlink_to(material / "val")
+    wait_for(*(start(["-c", program, str(place), f"{address},2,{i}"]) for i, place in enumerate(places)))
+    names, said = json.loads((places[0] / "said.json").read_text())
+    assert json.loads((places[1] / "said.json").read_text())[1] == said and list(said) == names
+    line = "the processes do not see the same images: process 0 has 6, and process 1 2; all of them need the same files"
+    assert all(each.startswith(line) for each in said.values())
+    assert not list(tmp_path.rglob("prepared"))
