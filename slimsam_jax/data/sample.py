@@ -163,13 +163,23 @@ def decode(content: bytes, name: object) -> Image.Image:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
             if image.width * image.height > rle.MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, and at most {rle.MOST_PIXELS} are read")
-            ImageOps.exif_transpose(image, in_place=True)  # a copy would take longer than decoding
+            _turn_upright(image)
             image = eight_bits(image)
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # decoders have errors of many kinds for damaged files
         reason = "of no known format" if isinstance(error, UnidentifiedImageError) else printable(error)
         raise InputError(f"{printable(name)} is not a readable image: {reason}") from None
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Turns an image in place as its EXIF says. EXIF that cannot be parsed says nothing, as to `cv2.imread`."""
+    image.load()  # whose faults are the image's own
+    try:
+        image.getexif()
+    except Exception:  # of as many kinds as decoders have
+        return
+    ImageOps.exif_transpose(image, in_place=True)  # a copy would take longer than decoding
 
 
 def _formats() -> list[str]:

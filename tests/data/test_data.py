@@ -103,6 +103,18 @@ def test_exif_orientation_is_honoured(tmp_path):
     assert data.read_image(path).size == (20, 30)
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0XXXXXXXX", b"Exif\0\0", b"junk"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_an_image_of_damaged_exif_is_read_as_it_lies(tmp_path, suffix, exif):
+    """Some cameras and editors leave junk there, which the pixels do not need."""
+    Image.new("RGB", (30, 20), (9, 99, 200)).save(tmp_path / f"x.{suffix}", dpi=(72, 72), exif=exif, lossless=True)
+    found = np.asarray(data.read_image(tmp_path / f"x.{suffix}"), int)
+    assert found.shape == (20, 30, 3) and np.abs(found - (9, 99, 200)).max() < 4
+    content = (tmp_path / f"x.{suffix}").read_bytes()
+    with pytest.raises(InputError, match="is not a readable image"):
+        data.decode(content[: len(content) // 2], "x")
+
+
 def test_grey_transparent_and_palette_images_become_rgb(tmp_path):
     for mode in ("L", "RGBA", "P", "CMYK", "I;16"):
         path = tmp_path / f"{mode[0]}{len(mode)}.{'tif' if mode in ('CMYK', 'I;16') else 'png'}"
