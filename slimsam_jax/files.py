@@ -107,8 +107,11 @@ def read_bytes(path: Path | str, limit: int) -> bytes:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(limit + 1) if size <= limit else b""
-    if max(size, len(content)) > limit:
+        # As much as there is, and not as much as there may be: Python allocates what it is asked to read.
+        content = file.read(size + 1) if size <= limit else b""
+        if len(content) > size:  # it grows, or is of a file system that knows no sizes, as /proc
+            content += file.read(limit + 1 - len(content))
+    if (size := max(size, len(content))) > limit:
         raise InputError(f"{path} has {size} bytes, and at most {limit} are read")
     return content
 

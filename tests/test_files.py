@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,21 @@ def test_no_more_than_the_limit_is_read(tmp_path):
     assert files.read_bytes(tmp_path / "link", 10) == b"0123456789"
     with pytest.raises(InputError, match="10 bytes, and at most 9"):
         files.read_bytes(tmp_path / "x", 9)
+
+
+def test_no_memory_is_taken_for_what_a_file_has_not(tmp_path):
+    """The limit is 4 GiB of a COCO .json, and 256 MiB of each image that a thread reads."""
+    (tmp_path / "x").write_bytes(bytes(1000))
+    tracemalloc.start()
+    try:
+        assert files.read_bytes(tmp_path / "x", 2**28) == bytes(1000)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_says_it_is_empty_is_read_to_its_end():
+    assert os.stat("/proc/self/status").st_size == 0
+    assert len(files.read_bytes("/proc/self/status", 2**16)) > 100
+    with pytest.raises(InputError, match="at most 99 are read"):
+        files.read_bytes("/proc/self/status", 99)
