@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ from slimsam_jax import data
 from slimsam_jax.data import samples as listed
 from slimsam_jax.data.sources import shard_index, tar_index
 from slimsam_jax.data.sources.shard_index import MAGIC, ROW
+from slimsam_jax.errors import InputError
 from slimsam_jax.files import open_regular
 from slimsam_jax.training import setup
 
@@ -196,3 +198,21 @@ def test_a_sample_takes_less_than_100_bytes():
     table = shard_index.table(index, members, names, [])
     assert (table.rows.nbytes + len(table.names) + np.uint32().nbytes) / len(names) < 60  # and its place in a split
     assert table.name(9_999) == names[-1] and table.rows["beside"][7] == 10_007
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), OSError(errno.ESTALE, "Stale handle")])
+def test_a_shard_whose_disk_fails_within_is_lost_alone(tars, kept, monkeypatch, error):
+    walk = tar_index.index
+
+    def failing(file):
+        if os.path.sameopenfile(file.fileno(), broken.fileno()):
+            raise error
+        return walk(file)
+
+    monkeypatch.setattr(tar_index, "index", failing)
+    with (tars / "0.tar").open("rb") as broken:
+        found = data.find([tars])
+    assert [sample.name for sample in found if sample.lost] == [str(tars / "0.tar")] and len(found) == 7
+    with pytest.raises(InputError, match=rf"0.tar cannot be read: {error.strerror}$"):
+        next(sample for sample in found if sample.lost).read()
+    assert len(list(kept.iterdir())) == 2

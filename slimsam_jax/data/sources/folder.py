@@ -118,5 +118,5 @@ def is_annotation_file(path: Path) -> bool:
     """Tells whether a file, which may be anything, is one of SA-1B's annotations."""
     try:
         return is_annotation(read_bytes(path, MOST_OF_ANNOTATION))
-    except InputError:  # a FIFO, a folder, or too large to be one
+    except (InputError, OSError):  # a FIFO, a folder, too large to be one, or out of reach
         return False

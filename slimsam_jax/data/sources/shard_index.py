@@ -140,6 +140,8 @@ def _known_or_walked(folder: Path | None, path: Path, walk: Walk) -> Table | Inp
             after = os.fstat(file.fileno())
     except InputError as error:
         return error
+    except OSError as error:  # of a disk or a network, in the midst of it
+        return InputError(f"{path} cannot be read: {error.strerror or error}")
     same = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
     if folder and same and found.entries >= KEPT_FROM and abs(time.time() - after.st_mtime) > SETTLED:
         try:

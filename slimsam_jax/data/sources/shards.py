@@ -137,5 +137,5 @@ def _annotations(path: Path, offset: int, size: int) -> list[dict[str, Any]]:
 def _is_annotation(path: Path, offset: int, size: int) -> bool:
     try:
         return is_annotation(_read(path, offset, size, MOST_OF_ANNOTATION))
-    except ValueError:  # cut off, or too large to be one
+    except (ValueError, OSError):  # cut off, too large to be one, or out of reach
         return False
