@@ -236,7 +236,7 @@ def evaluate(
     if distributed:
         from slimsam_jax.sharding import join_processes
 
-        join_processes(distributed)
+        join_processes(distributed, preemption=False)
     from slimsam_jax.evaluation.run import run
     from slimsam_jax.evaluation.scores import Protocols
 

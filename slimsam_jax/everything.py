@@ -87,7 +87,7 @@ def everything(options: Options) -> None:
     from slimsam_jax.sharding import barrier, is_main, join_processes
 
     if options.distributed:
-        join_processes(options.distributed)
+        join_processes(options.distributed, preemption=False)
     samples, generator = find(options.images), generator_of(engaged(load(options.model), options.engine), options)
     results, skipped = map_together(lambda sample: search(generator, sample), samples, "everything")
     if not results:

@@ -16,12 +16,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from slimsam_jax.errors import InputError
 
 
-def join_processes(how: str) -> None:
+def join_processes(how: str, preemption: bool = True) -> None:
     """Makes this process one of several that JAX runs as one: "auto", or HOST:PORT,PROCESSES,INDEX.
+
+    Args:
+      preemption: whether JAX takes SIGTERM from here on, for trainings, which ask it between their steps whether all
+        shall stop. A program without a training would not end by the signal.
 
     Raises:
       InputError: neither; or there is no cluster, or its other processes do not answer.
     """
+    jax.config.update("jax_enable_preemption_service", preemption)
     # When one stops by a fault of its own, the others wait for it in vain; so long, instead of five minutes.
     patience = {"shutdown_timeout_seconds": 30}
     try:

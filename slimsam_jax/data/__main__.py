@@ -38,7 +38,7 @@ def check(locations: Locations, sheet: Path | None = None, distributed: str | No
     if distributed:
         from slimsam_jax import sharding
 
-        sharding.join_processes(distributed)
+        sharding.join_processes(distributed, preemption=False)
     found = look(locations)
     samples, alone = found.samples, found.without_image()
     findings = checks.check_together(samples) if distributed else checks.check(samples)
@@ -81,7 +81,7 @@ def prepare(locations: Locations, out: Path, distributed: str | None = None) -> 
     from slimsam_jax import sharding
     from slimsam_jax.data.tfds_parts import prepare_together
 
-    sharding.join_processes(distributed)
+    sharding.join_processes(distributed, preemption=False)
     samples = find(locations)
     skipped = prepare_together(samples, out)
     if sharding.is_main():

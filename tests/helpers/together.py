@@ -27,7 +27,7 @@ def work(model: Path, images: tuple[str, ...], out: Path, distributed: str | Non
         evaluate(
             (model,), images, ("point",), max_broken=0.5, costs=False, json=out / "s.json", distributed=distributed
         )
-        sharding.join_processes = lambda how: None  # they have joined
+        sharding.join_processes = lambda how, preemption: None  # they have joined
         search = {"points_per_side": 4, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
         everything(Options(model, images, out / "masks.json", **search, distributed=distributed))
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ import pytest
 from helpers.images import truncated
 from helpers.processes import free_address, start, wait_for
 from helpers.together import work
+from slimsam_jax import sharding
+from slimsam_jax.data import __main__ as data_program
 from slimsam_jax.data import find, tfds_writer
 from slimsam_jax.data.tfds_parts import join
 from slimsam_jax.errors import InputError
 from slimsam_jax.evaluate import main as evaluate
+from slimsam_jax.everything import Options, everything
 from slimsam_jax.sharding import join_processes
 
 
@@ -105,3 +109,35 @@ Path("said.json").write_text(json.dumps([list(works), said]))
     line = "the processes do not see the same images: process 0 has 6, and process 1 2; all of them need the same files"
     assert all(each.startswith(line) for each in said.values())
     assert not list(tmp_path.rglob("prepared"))
+
+
+def test_a_command_that_trains_nothing_ends_by_sigterm(tmp_path):
+    """Of several processes, too, where JAX would take it for a training to ask."""
+    program = """
+import os, signal, sys
+from slimsam_jax import data
+from slimsam_jax.data import __main__ as commands
+data.look = lambda locations: os.kill(os.getpid(), signal.SIGTERM) or sys.exit("it goes on")
+commands.check(("images",), distributed=sys.argv[1])
+"""
+    process = start(["-c", program, f"{free_address()},1,0"])
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == -signal.SIGTERM, error.decode()
+
+
+COMMANDS = {
+    "evaluate": lambda out: evaluate((out,), ("images",), costs=False, distributed="auto"),
+    "everything": lambda out: everything(Options(out, ("images",), out / "masks.json", distributed="auto")),
+    "data check": lambda out: data_program.check(("images",), distributed="auto"),
+    "data prepare": lambda out: data_program.prepare(("images",), out / "prepared", distributed="auto"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_such_command_gives_sigterm_away(tmp_path, monkeypatch, command):
+    def joined(how: str, preemption: bool = True) -> None:
+        raise InputError(f"asks {preemption}")
+
+    monkeypatch.setattr(sharding, "join_processes", joined)
+    with pytest.raises(InputError, match="asks False"):
+        COMMANDS[command](tmp_path)
