@@ -73,7 +73,7 @@ def check_spared(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterab
 
 def _is_data(path: Path) -> bool:
     """Whether a file in a folder of images is read with it: an image, a shard, COCO's, or what is beside an image."""
-    if path.suffix != ".json":
+    if path.suffix.lower() != ".json":
         return path.suffix.lower() in {*IMAGE_SUFFIXES, ".tar"}
     beside = (path.with_suffix(each) for suffix in IMAGE_SUFFIXES for each in (suffix, suffix.upper()))
     return path.name == "annotations.json" or any(map(os.path.exists, beside))

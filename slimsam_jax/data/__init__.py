@@ -59,6 +59,10 @@ class Found(NamedTuple):
         """Lists files in folders that nothing reads, because of their endings: HEIC of a phone, RAW of a camera."""
         return list(dict.fromkeys(str(path) for each in self.folders for path in each.others))
 
+    def closed(self) -> list[str]:
+        """Lists folders in folders that are not looked into: links, and those that this user may not list."""
+        return list(dict.fromkeys(name for each in self.folders for name in each.closed))
+
 
 def find(locations: Sequence[str | Path]) -> Sequence[Sample]:
     """Lists all images of the locations, each once, in a fixed order: a list, or `Samples` if there are shards.

@@ -43,7 +43,7 @@ def check(locations: Locations, sheet: Path | None = None, distributed: str | No
     samples, alone = found.samples, found.without_image()
     findings = checks.check_together(samples) if distributed else checks.check(samples)
     if not distributed or sharding.is_main():
-        print("\n".join(checks.describe(samples, findings, found.others())))
+        print("\n".join(checks.describe(samples, findings, found.others(), found.closed())))
         print("".join(f"{printable(name)} annotates no image: there is none of its name\n" for name in alone), end="")
         if sheet:
             draw(samples, sheet)

@@ -109,11 +109,14 @@ def _holds(annotation: Annotation) -> bool:
     return x0 - 1 <= columns.start and y0 - 1 <= rows.start and columns.stop <= x1 + 2 and rows.stop <= y1 + 2
 
 
-def describe(samples: Sequence[Sample], findings: Sequence[Findings], others: Sequence[str] = ()) -> list[str]:
+def describe(
+    samples: Sequence[Sample], findings: Sequence[Findings], others: Sequence[str] = (), closed: Sequence[str] = ()
+) -> list[str]:
     """Formats the findings as lines to print: counts first, then every problem.
 
     Args:
       others: names of files that nothing reads.
+      closed: names of folders that are not looked into.
     """
     sizes = [f.size for f in findings if f.size]
     masks = [f.masks for f in findings if f.masks]
@@ -125,6 +128,9 @@ def describe(samples: Sequence[Sample], findings: Sequence[Findings], others: Se
     lines.append(f"annotated: {len(masks)} images with {sum(masks)} masks" if masks else "annotated: none")
     if others:
         lines.append(f"not read: {len(others)} ({_kinds(others)}); convert images among them to .jpg or .png")
+    if closed:
+        some = ", ".join(map(printable, closed[:3])) + " ..." * (len(closed) > 3)
+        lines.append(f"not looked into: {len(closed)} folders, links or not yours to list: {some}")
     problems = [problem for f in findings for problem in f.problems]
     concerned = sum(bool(f.problems) for f in findings)
     lines.append(f"problems: {f'in {concerned} images' if problems else 'none'}")

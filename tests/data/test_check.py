@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tarfile
 
@@ -53,6 +54,25 @@ def test_files_that_nothing_reads_are_counted(folder, capsys):
     assert run("check", folder, folder) == 0
     out = capsys.readouterr().out
     assert "images: 3 (3 .jpg)" in out and "not read: 3 (2 .heic, 1 without suffix); convert" in out
+
+
+def test_folders_that_are_not_looked_into_are_named(folder, tmp_path, monkeypatch, capsys):
+    """Who links folders together would miss images without a word; exit code and images are as without them."""
+    save_image(tmp_path / "elsewhere" / "x.png")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "others").mkdir()
+    scan = os.scandir
+
+    def forbidden(path):
+        if str(path).endswith("others"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    assert run("check", folder, folder) == 0
+    line = "not looked into: 2 folders, links or not yours to list: "
+    out = capsys.readouterr().out
+    assert f"{line}{folder / 'link'}, {folder / 'others'}\n" in out and "images: 3 (3 .jpg)" in out
 
 
 def test_folders_are_walked_over_and_coco_read_once(folder, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from slimsam_jax import data
 from slimsam_jax.data import batches
 from slimsam_jax.data.augment import flip_and_crop
 from slimsam_jax.data.sample import eight_bits
+from slimsam_jax.data.sources import folder
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.imaging import rle
 from slimsam_jax.imaging.transforms import resize_and_pad, resized_shape, to_model_frame
@@ -78,6 +80,22 @@ def test_images_are_found_at_any_depth(tmp_path):
     found = [str(Path(p.name).relative_to(tmp_path)) for p in data.find([tmp_path, tmp_path / "deep"])]
     assert sorted(found) == ["a.JPG", "b.png", "deep/d.bmp", "deep/er/c.webp", "e.tiff"]
     assert len(data.find([tmp_path / ".thumbs"])) == 1  # whoever names it means it
+
+
+def test_endings_in_capitals_are_read(tmp_path):
+    """As cameras and Windows write them; of two .json the usual one is taken."""
+    for name in ("a.jpg", "b.JPG", "alone.jpg"):
+        write_annotation(save_image(tmp_path / name), id=1)
+        (tmp_path / name).with_suffix(".json").rename((tmp_path / name).with_suffix(".JSON"))
+    (tmp_path / "alone.jpg").unlink()
+    with tarfile.open(tmp_path / "X.TAR", "w") as tar:
+        tar.add(tmp_path / "a.jpg", "in.jpg")
+    contents = folder.contents(tmp_path)
+    assert [len(sample.annotations()) for sample in contents.samples] == [1, 1] and not contents.others
+    assert contents.alone == [tmp_path / "alone.JSON"]
+    assert [Path(sample.name).name for sample in data.find([tmp_path])] == ["a.jpg", "b.JPG", "in.jpg"]
+    (tmp_path / "a.json").write_text('{"annotations": []}')
+    assert data.find([tmp_path])[0].annotations() == []
 
 
 def test_missing_and_empty_folders_are_refused(tmp_path):

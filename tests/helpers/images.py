@@ -44,4 +44,4 @@ def write_annotation(path, **changes):
 
 def samples(paths) -> list[Sample]:
     """Of image files, with the SA-1B .json beside those that have one."""
-    return [folder.sample(path, path.with_suffix(".json").exists()) for path in paths]
+    return [folder.sample(path, beside if (beside := path.with_suffix(".json")).exists() else None) for path in paths]

@@ -24,34 +24,36 @@ class Contents(NamedTuple):
       tars: shards.
       alone: .json files beside which there is no image; of SA-1B or not.
       others: files that nothing reads, by their endings.
+      closed: folders that are not looked into: links, and those of other users.
     """
 
     samples: list[Sample]
     tars: list[Path]
     alone: list[Path]
     others: list[Path]
+    closed: list[str]
 
 
 def contents(folder: Path) -> Contents:
     """Lists what lies below a folder, walked over once."""
-    paths, unlisted = walk(folder)
+    paths, unlisted, closed = walk(folder)
     files = [path for path, is_folder in paths if not is_folder]
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    annotated = {path.with_suffix("") for path, _ in paths if path.suffix == ".json"}
-    samples = [sample(p, p.with_suffix("") in annotated) for p in images] + [lost(*each) for each in unlisted]
-    alone = sorted(path.with_name(f"{path.name}.json") for path in annotated - {p.with_suffix("") for p in images})
+    beside = {path.with_suffix(""): path for path, _ in paths if path.suffix.lower() == ".json"}  # of two the .json
+    samples = [sample(path, beside.get(path.with_suffix(""))) for path in images] + [lost(*each) for each in unlisted]
+    alone = sorted(beside[stem] for stem in beside.keys() - {path.with_suffix("") for path in images})
     others = [path for path in files if path.suffix.lower() not in {*IMAGE_SUFFIXES, ".json", ".tar"}]
-    return Contents(samples, [path for path in files if path.suffix == ".tar"], alone, others)
+    return Contents(samples, [path for path in files if path.suffix.lower() == ".tar"], alone, others, closed)
 
 
-def walk(folder: Path) -> tuple[list[tuple[Path, bool]], list[tuple[str, str]]]:
+def walk(folder: Path) -> tuple[list[tuple[Path, bool]], list[tuple[str, str]], list[str]]:
     """Lists what is below a folder, sorted, hidden files and folders left out; links to folders are not followed.
 
     Returns:
-      [(path, whether it is a folder)], and [(folder, why it cannot be listed)]; not of those of other users, such as
-      the lost+found of a disk.
+      [(path, whether it is a folder)], [(folder, why it cannot be listed)], and the folders that are passed by: links,
+      and those of other users, such as the lost+found of a disk.
     """
-    paths, unlisted, waiting = [], [], [str(folder)]
+    paths, unlisted, closed, waiting = [], [], [], [str(folder)]
     while waiting:  # not recursively, which Python bounds: folders may be thousands deep
         here = waiting.pop()
         try:
@@ -59,14 +61,14 @@ def walk(folder: Path) -> tuple[list[tuple[Path, bool]], list[tuple[str, str]]]:
                 for entry in entries:
                     if entry.name.startswith("."):  # thumbnails and the like, of which no model shall learn
                         continue
-                    paths.append((Path(entry.path), _is_folder(entry)))
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
+                    paths.append((Path(entry.path), is_folder := _is_folder(entry)))
+                    if is_folder:
+                        (closed if entry.is_symlink() else waiting).append(entry.path)
         except PermissionError:
-            continue
+            closed.append(here)
         except OSError as error:
             unlisted.append((here, f"{here} cannot be listed: {error.strerror}"))
-    return sorted(paths), sorted(unlisted)
+    return sorted(paths), sorted(unlisted), sorted(closed)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -76,8 +78,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def sample(path: Path, annotated: bool) -> Sample:
-    load = functools.partial(annotations, path.with_suffix(".json")) if annotated else None
+def sample(path: Path, beside: Path | None) -> Sample:
+    """Makes a sample of an image and the SA-1B .json beside it, if there is one."""
+    load = functools.partial(annotations, beside) if beside else None
     return Sample(str(path), functools.partial(read_bytes, path, MOST_BYTES), load)
 
 
