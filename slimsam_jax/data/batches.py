@@ -83,6 +83,21 @@ class Batches:
         """Returns the samples of a step, in all processes; unreadable ones still among them."""
         return [self.samples[self._order[step * self.batch + i]] for i in range(self.batch)]
 
+    def met(self, steps: int) -> set[str]:
+        """Returns the names of what the first steps asked for: their samples, and those in unusable ones' places."""
+        unusable, names = {*self.skipped, *self.passed}, set()
+        for place in range(steps * self.batch):
+            for sample in self._from(self._order[place]):
+                names.add(sample.name)
+                if sample.name not in unusable:
+                    break
+        return names
+
+    def _from(self, index: int) -> Iterator[Sample]:
+        """Yields all samples, from this one on."""
+        for ahead in range(len(self.samples)):
+            yield self.samples[(index + ahead) % len(self.samples)]
+
     def agree_on_skipped(self) -> None:
         """Tells every process what any of them could not read; all call this at the same time.
 
@@ -95,8 +110,7 @@ class Batches:
         check_share(skipped, len(self.samples), self.max_broken)
 
     def _load(self, index: int, random: np.random.Generator) -> dict[str, np.ndarray]:
-        for ahead in range(len(self.samples)):
-            sample = self.samples[(index + ahead) % len(self.samples)]
+        for sample in self._from(index):
             if sample.name in self.skipped or sample.name in self.passed:
                 continue
             state = random.bit_generator.state

@@ -187,8 +187,7 @@ class Loop(abc.ABC):
             print(f"{len(passed)} images had nothing to learn from, {passed[0]} among them", flush=True)
         if not self.batches.skipped:
             return
-        steps = range(self.schedule.steps)
-        met = {sample.name for step in steps for sample in self.batches.samples_of(step)}
+        met = self.batches.met(self.schedule.steps)
         for name, reason in sorted(dict(self.batches.skipped).items()):
             if name in met:
                 self.folder.log(stage=self.schedule.name, skipped=name, reason=reason)

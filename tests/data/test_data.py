@@ -203,6 +203,20 @@ def test_names_of_a_step(tmp_path):
         assert [number(sample) for sample in stream.samples_of(step)] == next(stream)["number"].tolist()
 
 
+def test_what_was_broken_in_the_place_of_a_broken_one_is_met(tmp_path):
+    """Threads have read on, and know of others that no step has asked for."""
+    paths = [save_image(tmp_path / f"{i}.png", seed=i) for i in range(9)]
+    stream = batches.Batches(samples(paths), (32, 32), batch=1, seed=0)
+    first = [paths.index(Path(stream.samples_of(step)[0].name)) for step in range(9)]
+    steps = first.index(2) + 1
+    stream.skipped.update({str(paths[i]): "torn" for i in (2, 3, 5)})
+    stream.passed.add(str(paths[4]))
+    expected = {*first[:steps], 2, 3, 4, 5, 6}
+    assert stream.met(steps) == {str(paths[i]) for i in expected} and stream.met(0) == set()
+    stream.skipped.update({str(path): "torn" for path in paths})
+    assert stream.met(1) == {*map(str, paths)}  # and ends
+
+
 def test_an_image_that_is_given_up_after_drawing_changes_no_other(tmp_path):
     """Whether it was known before, as after a resumption, or not."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import chex
 import jax
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.images import samples
 from slimsam_jax import sharding
+from slimsam_jax.data.batches import Batches
 from slimsam_jax.distillation.step import TrainState, init_state, make_optimizer
 from slimsam_jax.errors import RunError, Stopped
 from slimsam_jax.training import checkpoints
@@ -132,6 +135,7 @@ def test_sigterm_after_the_last_step_ends_the_run_before_the_next_thing(tmp_path
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.setattr(Worse, "result", lambda self, state: int(state.step))
     assert Worse(folder).run() == 6 and not taken
+    folder.release()
 
 
 def test_the_best_model_is_there_whatever_a_repeated_validation_says(tmp_path, monkeypatch):
@@ -224,3 +228,17 @@ def test_checksums_and_finiteness_are_the_same_on_the_host_and_on_devices():
     assert checkpoints._checksums(leaves) == [int(found) for found in checkpoints._all_checksums(leaves)]
     for some in (leaves[:2], leaves):
         assert checkpoints._finite(some) == bool(checkpoints._all_finite(some)) == (len(some) == 2)
+
+
+def test_images_that_were_to_replace_broken_ones_are_named_too(tmp_path, capsys):
+    paths = [tmp_path / f"{i}.png" for i in range(9)]
+    batches = Batches(samples(paths), (8, 8), batch=1, seed=0)
+    first = paths.index(Path(batches.samples_of(0)[0].name))
+    chain, later = [paths[(first + i) % 9] for i in range(3)], paths[(first + 5) % 9]
+    batches.skipped.update({str(path): f"{path.name} is torn" for path in (*chain, later)})
+    spoilt = Spoilt(folder := RunFolder(tmp_path / "run", {}))
+    spoilt.batches, spoilt.schedule = batches, spoilt.schedule._replace(steps=1)
+    spoilt.name_skipped()
+    assert [entry["skipped"] for entry in folder.read_log()] == sorted(map(str, chain))
+    assert capsys.readouterr().out.count("is torn") == 3
+    folder.release()
