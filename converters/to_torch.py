@@ -31,6 +31,7 @@ LOADERS = {
     "vit": Path(__file__).with_name("slim_sam_torch.py"),
     "tiny_vit": Path(__file__).with_name("tiny_vit_sam_torch.py"),
     "efficient_sam": Path(__file__).with_name("efficient_sam_torch.py"),
+    "rep_vit": Path(__file__).with_name("rep_vit_sam_torch.py"),
     "hiera": Path(__file__).with_name("sam2_torch.py"),
 }
 UNDER_MODEL = ("efficient_sam", "hiera")  # families whose published files hold the state dict under "model"
@@ -163,7 +164,6 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
     Raises:
       InputError: it can hold neither, or padding would be needed and `pad` is False.
     """
-    from converters.families import FAMILIES
     from converters.pad_to_uniform import pad_to_uniform
     from slimsam_jax import checkpoint
 
@@ -175,8 +175,6 @@ def fit_to_stock(sam: Sam, source: Path, format: str, pad: bool) -> Sam:
         if format != "sam" or pad:
             lacks = "transformers has no SAM with such an encoder" if format == "hf" else "it has no padded twin"
             raise InputError(f"{source} is a {family}, and {lacks}: it goes to --format sam alone, without padding")
-        if family in FAMILIES and family not in LOADERS and (reason := FAMILIES[family].obstacle(sam.config)):
-            raise InputError(f"{source} cannot be held by the class of its original: {reason}")
         return sam
     if len(set(sam.config.image_size)) > 1:
         height, width = sam.config.image_size

@@ -219,4 +219,14 @@ def given_by(config: Any) -> dict[str, Any]:
 
 def how_to_load(sam: Any, path: Path) -> str:
     """Lines for those who have a .pth of it."""
-    return f"with EdgeSAM's code: load_state_dict(torch.load({str(path)!r}), strict=True) of its model"
+    height, width = sam.config.image_size
+    ours = f"in Python: import rep_vit_sam_torch; rep_vit_sam_torch.load({str(path)!r})"
+    if height != width:
+        ours = (
+            f"rep_vit_sam_torch cannot load it: segment_anything wants square images, and its have {height} x {width} "
+            "pixels"
+        )
+    theirs = f"with EdgeSAM's code: load_state_dict(torch.load({str(path)!r}), strict=True) of its model"
+    if reason := obstacle(sam.config):
+        theirs = f"EdgeSAM's class cannot hold this encoder: {reason}"
+    return f"{ours}\n{theirs}"
