@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from experiments.bench.options import Step
 from experiments.bench.original import peak, wait
-from experiments.bench.rep_vit_original import RepVitEncoder
 from tests.helpers.peers import segment_anything
 
 if TYPE_CHECKING:
@@ -50,23 +49,34 @@ def encoder(preset: str, image_size: int) -> nn.Module:
 def build(state: dict[str, Tensor], image_size: int, heads: int | None) -> nn.Module:
     """The encoder of a state dict, with its widths and its own initial weights; `heads` are EfficientSAM's."""
     segment_anything()
+    from converters.rep_vit_sam_torch import RepViT
     from converters.tiny_vit_sam_torch import TinyViT
 
     if "features.0.0.c.weight" in state:
-        return RepVitEncoder(state)
+        return RepViT(state, image_size)
     return TinyViT(state, image_size, (2, 2, 1)) if heads is None else EfficientSamEncoder(state, image_size, heads)
 
 
 def fused(module: nn.Module) -> nn.Module:
     """Multiplies batch norms into the convolutions before them, and makes one filter of a RepViT's branches."""
+    from converters.rep_vit_sam_torch import Branches
+
     for name, child in module.named_children():
-        if hasattr(child, "fused"):
-            setattr(module, name, child.fused())
+        if isinstance(child, Branches):
+            setattr(module, name, one_filter(child.conv, child.conv1))
         elif hasattr(child, "c") and hasattr(child, "bn"):
             setattr(module, name, fuse_conv_bn_eval(child.c, child.bn))
         else:
             fused(child)
     return module
+
+
+def one_filter(wide: nn.Module, single: nn.Module) -> nn.Conv2d:
+    """The sum of two depthwise convolutions with batch norms, of 3 x 3 and of 1 x 1, and the input itself."""
+    whole, point = (fuse_conv_bn_eval(branch.c, branch.bn) for branch in (wide, single))
+    whole.weight.data += pad(point.weight.data + 1, (1, 1, 1, 1))
+    whole.bias.data += point.bias.data
+    return whole
 
 
 class Attention(nn.Module):
