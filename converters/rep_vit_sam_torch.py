@@ -60,6 +60,8 @@ def register(name: str, path: Path | str | None = None, **overrides: Any) -> Non
 def load(path: Path | str, **overrides: Any) -> Sam:
     """Reads a model, in float32, on the CPU and in evaluation mode; its `thresholds` are {} if it was given none.
 
+    `single_mask` is False with a TinySAM's decoder, of which the best of three masks is for use, never the first.
+
     Args:
       path: a .pth with EdgeSAM's names, which may lie under "model", as training saves them.
       overrides: of `DEFAULTS`, which no shape tells, in place of the file's note or of EdgeSAM's.
@@ -73,13 +75,13 @@ def load(path: Path | str, **overrides: Any) -> Sam:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("model", state)
         note = dict(getattr(state, "_metadata", {}).get(NOTE, {}))
-        thresholds = note.pop("thresholds", None) or {}
+        extras = {"thresholds": note.pop("thresholds", None) or {}, "single_mask": note.pop("single_mask", True)}
         sam = build(state, **{**DEFAULTS, **note, **overrides})
         sam.load_state_dict({name: array for name, array in state.items() if not name.startswith(UNREAD)})
     except Exception as error:  # damaged files fail in ways that nobody can list
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {reason}") from None
-    sam.thresholds = dict(thresholds)
+    sam.thresholds, sam.single_mask = dict(extras["thresholds"]), extras["single_mask"]
     return sam
 
 

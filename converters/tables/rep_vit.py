@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from converters.tables.rows import CONV, VECTOR, Row, _layer, _norm
-from converters.tables.sam_head import abstract_head, head_architecture, head_rows
+from converters.tables.sam_head import abstract_head, head_architecture, head_rows, with_loader
 from converters.tables.strict import Converted, Layer, State, abstract, placed, shapes, to_params, to_state
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import DEEPEST
@@ -58,7 +58,7 @@ MIXER = [
 ]
 
 
-GIVEN = ("image_size", "decoder_heads")  # see `converters.families`
+GIVEN = ("image_size", "single_mask", "decoder_heads")  # see `converters.families`
 
 
 class Outline(NamedTuple):
@@ -214,19 +214,12 @@ def blocks(config: Config) -> Iterator[tuple[Block, int, int]]:
 
 def given_by(config: Any) -> dict[str, Any]:
     """What no array tells."""
-    return {"image_size": config.image_size, "decoder_heads": config.decoder_heads}
+    return {name: getattr(config, name) for name in GIVEN}
 
 
 def how_to_load(sam: Any, path: Path) -> str:
     """Lines for those who have a .pth of it."""
-    height, width = sam.config.image_size
-    ours = f"in Python: import rep_vit_sam_torch; rep_vit_sam_torch.load({str(path)!r})"
-    if height != width:
-        ours = (
-            f"rep_vit_sam_torch cannot load it: segment_anything wants square images, and its have {height} x {width} "
-            "pixels"
-        )
     theirs = f"with EdgeSAM's code: load_state_dict(torch.load({str(path)!r}), strict=True) of its model"
     if reason := obstacle(sam.config):
         theirs = f"EdgeSAM's class cannot hold this encoder: {reason}"
-    return f"{ours}\n{theirs}"
+    return f"{with_loader('rep_vit_sam_torch', sam, path)}\n{theirs}"

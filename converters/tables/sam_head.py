@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,3 +55,11 @@ def abstract_head(head: Config) -> dict[str, Any]:
 
     params = abstract_params(dataclasses.replace(head, embed_dim=1))
     return {section: params[section] for section in SECTIONS}
+
+
+def with_loader(module: str, sam: Any, path: Path) -> str:
+    """The line that says how the loader beside a .pth loads it, or that it cannot."""
+    height, width = sam.config.image_size
+    if height != width:
+        return f"{module} cannot load it: segment_anything wants square images, and its have {height} x {width} pixels"
+    return f"in Python: import {module}; {module}.load({str(path)!r})"

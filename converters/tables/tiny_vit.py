@@ -18,7 +18,7 @@ import numpy as np
 
 from converters.tables import tiny_vit_unused as unused
 from converters.tables.rows import CONV, LINEAR, VECTOR, Row, _attention, _layer, _norm
-from converters.tables.sam_head import abstract_head, head_architecture, head_rows
+from converters.tables.sam_head import abstract_head, head_architecture, head_rows, with_loader
 from converters.tables.strict import Converted, Layer, State, abstract, placed, shapes, to_params, to_state
 from slimsam_jax.errors import InputError
 from slimsam_jax.models.config import DEEPEST
@@ -242,4 +242,4 @@ def how_to_load(sam: Any, path: Path) -> str:
     theirs = f"with MobileSAM's code: mobile_sam.sam_model_registry['vit_t'](checkpoint={str(path)!r}).eval()"
     if reason := obstacle(sam.config) or unused.other_classes(sam.kept):
         theirs = f"MobileSAM's class cannot hold this encoder: {reason}"
-    return f"in Python: import tiny_vit_sam_torch; tiny_vit_sam_torch.load({str(path)!r})\n{theirs}"
+    return f"{with_loader('tiny_vit_sam_torch', sam, path)}\n{theirs}"

@@ -118,7 +118,7 @@ PROMPTS = {
 
 def test_masks_are_ours(sam, pth):
     loaded = rep_vit_sam_torch.load(pth)
-    assert loaded.thresholds == sam.thresholds.to_json() and not loaded.training
+    assert loaded.thresholds == sam.thresholds.to_json() and loaded.single_mask and not loaded.training
     ours, theirs = SamPredictor(sam), stock.SamPredictor(loaded)
     for predictor in (ours, theirs):
         predictor.set_image(random_image(0, 30, 20))
@@ -206,6 +206,14 @@ def test_it_is_written_and_read_back(sam, pth, tmp_path, capsys):
     lines = lambda encoder: table.how_to_load(SimpleNamespace(config=config(encoder)), Path("x.pth"))
     assert "with EdgeSAM's code: load_state_dict(torch.load('x.pth'), strict=True)" in lines(M1)
     assert "rep_vit_sam_torch cannot load it: segment_anything wants square images" in lines(SLIM_REP_VIT)
+
+
+def test_a_tiny_sams_decoder_is_known_again(sam, tmp_path):
+    """Its first mask is not for use: with another encoder it is not, either."""
+    without = dataclasses.replace(sam, config=dataclasses.replace(sam.config, single_mask=False))
+    to_torch.save_sam(without, tmp_path / "slim.pth")
+    assert from_torch.load(tmp_path / "slim.pth").config == without.config
+    assert rep_vit_sam_torch.load(tmp_path / "slim.pth").single_mask is False
 
 
 def test_every_family_has_a_loader():

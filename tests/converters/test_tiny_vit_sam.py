@@ -132,6 +132,8 @@ def test_how_mobile_sams_code_loads_it():
     assert lines({}).endswith("mobile_sam.sam_model_registry['vit_t'](checkpoint='x.pth').eval()")
     assert lines({"image_encoder.head.bias": np.zeros(1000)}) == lines({})
     assert lines({"image_encoder.head.bias": np.zeros(5)}).endswith("this encoder: it has 5 classes, not 1000")
+    wide = Sam(SamConfig(dataclasses.replace(PRESETS["vit_t"], image_size=(640, 1024)), head_of((640, 1024))), {})
+    assert how_to_load(wide, "x.pth").startswith("tiny_vit_sam_torch cannot load it: segment_anything wants square")
 
 
 def test_what_was_kept_must_fit(sam, pth, tmp_path, monkeypatch):
