@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from slimsam_jax.__main__ import PROGRAMS
+from slimsam_jax.compression import options as compress_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -95,6 +96,15 @@ def test_commands_exist_with_their_options(module):
             known = help_of(module, arguments[0])
         missing = {option for option in options if not re.search(rf"{option}(?![\w-])", known)}
         assert not missing, f"python -m {module} {' '.join(arguments)}: no {missing}"
+
+
+@pytest.mark.parametrize("name", ["CutOptions", "ImageOptions", "RunOptions", "DeviceOptions"])
+def test_tables_of_options_leave_none_out(name):
+    pytest.importorskip("mkdocs")
+    table = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["fields_of"]("options", name)
+    own = vars(compress_options)[name].__annotations__
+    assert set(re.findall(r"\| `--([\w-]+)`", table)) == {field.replace("_", "-") for field in own}
+    assert "Path(" not in table
 
 
 def test_every_page_is_in_the_sites_list():
