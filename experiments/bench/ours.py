@@ -66,10 +66,12 @@ def disturbed_gradient(config: Config, encode: Callable) -> Callable[[], None]:
 
 def distillation(models: tuple[Config, Config, Config], options: Options, dtype: Any) -> Callable[[], None]:
     """Takes first steps of the default's distillation, which `models` (student, previous, teacher) is for."""
-    sams = [random_model(config, seed) for seed, config in enumerate(models)]
+    student, previous, teacher = (random_model(config, seed) for seed, config in enumerate(models))
+    if models[1] == models[2]:
+        previous = teacher  # as in a run before any cut; another model's features would be computed, too
     step = distillation_of(options.what)
     steps = 10**6  # so that progress stays where all terms count
-    trainer = make_trainer(*sams, step, dtype, attention=options.attention)
+    trainer = make_trainer(student, previous, teacher, step, dtype, attention=options.attention)
     weights, batch = terms(step, 0, steps), images(models[0], options.batch)
     if options.cached:
         batch["embedding"] = np.zeros((options.batch, *models[0].grid, models[0].out_chans), np.float16)
