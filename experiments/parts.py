@@ -155,7 +155,7 @@ PARTS = {
     "slimming": Part(
         2.3,
         "slimming.jsonl",
-        (f"experiments.slimming run --only choices {WORK} --cache {{work}}/cache", "experiments.slimming table"),
+        (f"experiments.slimming run {WORK} --cache {{work}}/cache", "experiments.slimming table"),
         ({"teacher": "sam_small_v2"},),
     ),
     "distillers": Part(

@@ -3,13 +3,14 @@
     python -m experiments.pruning run --teacher slimsam_jax/assets/sam_small_v2 --images bsds_train --val bsds_val
     python -m experiments.pruning table
 
-`run` measures what experiments/results/pruning.jsonl does not hold yet: three seeds of each row of `GRID` at 77 %. It
-can be stopped at any time, and several can share the work (`--part 0/2`, `--part 1/2`). `table` writes the rows into
-experiments/tables/pruning.md, those of small v1 as well, which has more of them, at other ratios and most of one seed.
+`run` measures what experiments/results/pruning.jsonl does not hold yet: three seeds of each row of `ROWS` at 77 %. It
+can be stopped at any time, and several can share the work (`--seeds 0`, `--seeds 1`). `table` writes the rows into
+experiments/tables/pruning.md.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -21,7 +22,6 @@ import numpy as np
 
 from converters.from_torch import load
 from experiments import results
-from experiments.old_results import prune_choices, pruning_key
 from slimsam_jax import cli, data
 from slimsam_jax.compression import prune
 from slimsam_jax.compression.budget import Target
@@ -32,6 +32,7 @@ from slimsam_jax.compression.selection import choose
 from slimsam_jax.compression.set_option import change
 from slimsam_jax.compression.steps import Prune, Recipe
 from slimsam_jax.data.reading import read_annotated
+from slimsam_jax.errors import InputError
 from slimsam_jax.evaluation.scores import relative_error, single_mask_iou
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
@@ -40,7 +41,6 @@ from slimsam_jax.profiling import sam_costs
 FILE = results.FOLDER / "pruning.jsonl"
 IMAGES, BATCH = 100, 4  # that importance and statistics are taken from
 SEEDS = (0, 1, 2)
-MAIN = ("slimsam", "taylor", "default")
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "slimsam": ("slimsam", ()),
     "slimsam, embedding not tied": ("slimsam", ("quirks.tied_embedding=false",)),
@@ -49,13 +49,8 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "slimsam, rounded by importance": ("slimsam", ("quirks.rounded_by_index=false",)),
     "slimsam, vanishing blocks cut": ("slimsam", ("quirks.vanishing_kept=false",)),
     "slimsam, rms gradients": ("slimsam", ("prune.grad_reduction=rms",)),
-    "slimsam, local": ("slimsam", ("prune.allocation=local",)),
     "taylor": ("taylor", ()),
-    "taylor, gradients summed": ("taylor", ("prune.grad_reduction=sum",)),
     "taylor, labelled masks": ("taylor", ("prune.importance_loss=masks",)),
-    "taylor, gaussian": ("taylor", ("prune.normalizer=gaussian",)),
-    "taylor, by MACs": ("taylor", ("prune.allocation=macs",)),
-    "taylor, local": ("taylor", ("prune.allocation=local",)),
     "taylor, values apart": ("taylor", ("prune.head_channels=separate",)),
     "taylor, whole heads": ("taylor", ("prune.head_channels=whole",)),
     "fisher": ("taylor", ("prune.criterion=fisher",)),
@@ -63,56 +58,51 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "random": ("taylor", ("prune.criterion=random",)),
     "default": ("default", ()),
     "default, not weighted": ("default", ("prune.importance_loss=none",)),
-    "default, by parameters": ("default", ("prune.allocation=params",)),
     "default, by kind": ("default", ("prune.allocation=global",)),
-    "default, by kind, not weighted": ("default", ("prune.allocation=global", "prune.importance_loss=none")),
     "default, local": ("default", ("prune.allocation=local",)),
     "default, multiples of 8": ("default", ("prune.round_to=8",)),
 }
-
-SETTLED = (  # measured on small v1 alone, and not asked again
-    "slimsam, local",
-    "taylor, gradients summed",
-    "taylor, gaussian",
-    "taylor, by MACs",
-    "taylor, local",
-    "default, by parameters",
-    "default, by kind, not weighted",
-)
-GRID = tuple(row for row in ROWS if row not in SETTLED)
 RATIO = 0.77
 
 
-def plan() -> list[tuple[str, float, int]]:
-    """Lists (row, ratio, seed) in the order of work: the recipes with all seeds first."""
-    main = [(row, RATIO, seed) for seed in SEEDS for row in MAIN]
-    return [*main, *((row, RATIO, seed) for seed in SEEDS for row in GRID if row not in MAIN)]
-
-
-def run(teacher: Path, images: Path, val: Path, part: str = "0/1") -> None:
+def run(
+    teacher: Path, images: Path, val: Path, seeds: tuple[int, ...] = SEEDS, only: tuple[str, ...] = tuple(ROWS)
+) -> None:
     """Measure what is not measured yet.
 
     Args:
       teacher: the SAM to prune, called by the name of its file or folder.
       images: folder to take importance and statistics from.
       val: annotated folder to measure on.
-      part: i/n: every n-th run, from the i-th.
+      seeds: of images and noise.
+      only: these rows alone.
+
+    Raises:
+      InputError: the code is no commit's, or there is no such row.
     """
+    if unknown := [row for row in only if row not in ROWS]:
+        raise InputError(f"--only {unknown[0]!r} is no row; there are {', '.join(ROWS)}")
     results.check_committed()
-    mine, parts = map(int, part.split("/"))
     bench = Bench(load(teacher), data.find([images]), data.find([val]))
-    for row, ratio, seed in plan()[mine::parts]:
+    for seed, row in itertools.product(seeds, only):
         name, settings = ROWS[row]
         recipe = change(RECIPES[name], settings)
-        key = {"teacher": teacher.stem, "row": row, "ratio": ratio, "seed": seed}
+        key = {"teacher": teacher.stem, "row": row, "ratio": RATIO, "seed": seed}
         key |= {"recipe": prune_choices(recipe[0]), "images": IMAGES}
-        if any(all(entry[k] == v for k, v in key.items()) for entry in map(pruning_key, results.read(FILE))):
+        if results.find(FILE, key):
             continue
         start = time.perf_counter()
-        slim = bench.prune(recipe, ratio, seed)
+        slim = bench.prune(recipe, RATIO, seed)
         numbers = bench.measure(slim) | {"seconds": time.perf_counter() - start}
         results.append(FILE, key | numbers)
-        print(f"{row} {ratio} {seed}: error {numbers['error']:.3g}, mIoU {numbers['point_miou']:.4f}", flush=True)
+        print(f"{row} {seed}: error {numbers['error']:.3g}, mIoU {numbers['point_miou']:.4f}", flush=True)
+
+
+def prune_choices(step: Prune) -> dict[str, Any]:
+    """Returns the choices of a step that prunes, whatever its part."""
+    choices = dataclasses.asdict(step)
+    del choices["part"], choices["ratio"], choices["quirks"]["self_aligned_global"]
+    return choices
 
 
 class Bench:
@@ -171,17 +161,13 @@ class Bench:
 
 def table() -> None:
     """Write experiments/tables/pruning.md."""
-    entries = results.read(FILE)
-    lines = [
-        "| teacher | pruned by | ratio | encoder parameters | MACs, total | error | point mIoU |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    teachers = dict.fromkeys(entry["teacher"] for entry in reversed(entries))
-    for teacher, ratio, row in itertools.product(teachers, (0.25, 0.5, 0.77, 0.9), ROWS):
-        runs = [entry for entry in entries if (entry["teacher"], entry["row"], entry["ratio"]) == (teacher, row, ratio)]
-        if runs:
-            lines.append(f"| {results.called(teacher)} | {row}{results.mark(runs)} | {ratio:g} | {_cells(runs)} |")
-    title, command = "Pruning, before any distillation", "python -m experiments.pruning table"
+    if not (entries := results.read(FILE)):
+        return
+    lines = ["| teacher | pruned by | encoder parameters | MACs, total | error | point mIoU |", "|---" * 6 + "|"]
+    for teacher, row in itertools.product(dict.fromkeys(entry["teacher"] for entry in entries), ROWS):
+        if runs := [entry for entry in entries if (entry["teacher"], entry["row"]) == (teacher, row)]:
+            lines.append(f"| {results.called(teacher)} | {row} | {_cells(runs)} |")
+    title, command = "Pruning 77 %, before any distillation", "python -m experiments.pruning table"
     results.write_table("pruning", title, lines, command, "../pruning.md")
 
 

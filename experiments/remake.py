@@ -167,15 +167,23 @@ def is_of(entry: dict[str, Any], name: str, code: str | None) -> bool:
 
 @functools.cache
 def code_of(name: str, commit: str) -> str | None:
-    """Returns a hash of what a part's programs import, as a commit has it; None if git does not know the commit.
+    """Returns a hash of the code that a part's programs import, as a commit has it; None if git does not know it.
 
-    The files are those of today: who imported another file then was another file itself.
+    The files are those of today: who imported another file then was another file itself. Comments and docstrings are
+    no code.
     """
     programs = {command.split()[0] for command in PARTS[name].commands}
     paths = sorted(frozenset().union(*map(imports.sources, programs)))
     if (known := blobs(commit)) is None:
         return None
-    return hashlib.sha256("".join(f"{path} {known.get(path)}\n" for path in paths).encode()).hexdigest()
+    codes = ((path, path in known and code_of_blob(known[path])) for path in paths)
+    return hashlib.sha256("".join(f"{path} {code}\n" for path, code in codes).encode()).hexdigest()
+
+
+@functools.cache
+def code_of_blob(name: str) -> str:
+    """Returns a hash of the code in a file that git keeps under this name."""
+    return hashlib.sha256(imports.without_words(git("cat-file", "blob", name).stdout).encode()).hexdigest()
 
 
 @functools.cache

@@ -23,7 +23,6 @@ CHECKOUT = Path(__file__).parents[1]
 FOLDER = Path(os.environ.get(ELSEWHERE) or CHECKOUT / "experiments" / "results")
 TABLE_FOLDER = Path(__file__).parent / "tables"
 NAMES = {"sam_small_256": "small v1", "sam_small_v2": "small v2"}  # of teachers, by their files and folders
-UNCOMMITTED = "†"
 NOTE = "`{command}` writes this file: do not edit it. [{label}]({page}) says what it means."
 
 
@@ -73,15 +72,6 @@ def find(path: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
     return [entry for entry in read(path) if all(entry.get(name) == value for name, value in key.items())]
 
 
-def mark(entries: Sequence[dict[str, Any]]) -> str:
-    """Returns what tables put behind entries of which some are of code that no commit holds; "" behind others."""
-    return (
-        f" {UNCOMMITTED}"
-        if any(entry.get("machine", {}).get("commit", "").endswith("-dirty") for entry in entries)
-        else ""
-    )
-
-
 def called(model: str) -> str:
     """Returns what tables call a model whose file or folder has this name."""
     return NAMES.get(model, model)
@@ -99,7 +89,5 @@ def write_table(name: str, title: str, lines: Sequence[str], command: str, page:
     """
     TABLE_FOLDER.mkdir(exist_ok=True)
     note = NOTE.format(command=command, page=page, label=page.removeprefix("../"))
-    if any(UNCOMMITTED in line for line in lines):
-        note += f" {UNCOMMITTED}: code that no commit holds measured some of the row, before that was refused."
     with replacing(TABLE_FOLDER / f"{name}.md") as temporary:
         temporary.write_text("\n".join([f"# {title}", "", note, "", *lines, ""]))

@@ -1,20 +1,19 @@
-"""The paper's tables, and ours, on a SAM that can be measured: prune, distil, measure, row by row (`rows.py`).
+"""What single choices give on a SAM that can be measured: prune, distil, measure, row by row (`rows.py`).
 
-    python -m experiments.slimming run --only choices --teacher slimsam_jax/assets/sam_small_v2 --images bsds_train \\
-      --val bsds_val
-    python -m experiments.slimming run --teacher sam_small_256.pth --images bsds_train --val bsds_val    # the archive
+    python -m experiments.slimming run --teacher slimsam_jax/assets/sam_small_v2 --images bsds_train --val bsds_val
     python -m experiments.slimming table
 
 `run` measures what experiments/results/slimming.jsonl does not hold yet; it can be stopped at any time, and several can
-share the work (`--part 0/2`, `--part 1/2`). Every run does what the command of its row does, but for the report:
-the teacher's side of the measuring is computed once. `table` writes the rows into experiments/tables/.
+share the work (`--seeds 0`, `--seeds 1`). Every run does what the command of its row does, but for the report: the
+teacher's side of the measuring is computed once. `table` writes the rows into experiments/tables/.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +22,20 @@ import numpy as np
 
 from converters.from_torch import load
 from experiments import results
-from experiments.old_results import slimming_key
 from experiments.recipes import is_augmented
-from experiments.rows import COMMON, SEEDS, TABLES, Row, plan
+from experiments.rows import COMMON, RATIO, SEEDS, TABLES, Row, rows
 from slimsam_jax import checkpoint, cli
 from slimsam_jax.compression.options import Options
 from slimsam_jax.compression.pipeline import carry_out
 from slimsam_jax.compression.prepare import prepare
 from slimsam_jax.data.reading import read_annotated
 from slimsam_jax.errors import InputError
-from slimsam_jax.evaluation.clicks import click_scores
 from slimsam_jax.evaluation.scores import agreement, relative_error, single_mask_iou
 from slimsam_jax.inference.decode import encode_image
 from slimsam_jax.models.sam import Sam
 from slimsam_jax.profiling import sam_costs
-from slimsam_jax.profiling.latency import encoder_runner, interleaved
 
 FILE = results.FOLDER / "slimming.jsonl"
-PROGRAM = "python -m experiments.slimming"
-CLICKS, CLICKED = 5, 30  # clicks on each object of so many images
-TEACHER = 0.39307  # point mIoU on bsds_val, by the original code
 
 
 def run(
@@ -50,87 +43,67 @@ def run(
     images: Path,
     val: Path,
     cache: Path = Path("cache"),
-    part: str = "0/1",
-    only: str = "",
     seeds: tuple[int, ...] = SEEDS,
+    only: tuple[str, ...] = (),
 ) -> None:
     """Measure what is not measured yet.
 
     Args:
-      teacher: the SAM to slim.
+      teacher: the SAM to slim, called by the name of its file or folder.
       images: folder to learn from.
       val: annotated folder to measure on; nothing is chosen by it.
       cache: folder for the teacher's embeddings.
-      part: i/n: every n-th run, from the i-th.
-      only: of this table alone.
-      seeds: of these seeds alone.
+      seeds: of images and noise.
+      only: these rows alone, by their labels in the tables.
+
+    Raises:
+      InputError: the code is no commit's, or no table has a row of that label.
     """
-    if only not in ("", *TABLES):
-        raise InputError(f"--only {only} is no table; there are {', '.join(TABLES)}")
+    chosen = chosen_rows(only)
     results.check_committed()
-    mine, parts = map(int, part.split("/"))
+    of_teacher = {"teacher": teacher.stem, "sha256": checkpoint.sha256(teacher)}
     bench = None
-    name = TABLES[only].teacher if only else "small"
-    check_teacher(teacher, name)
-    tables = [TABLES[only]] if only else [table for table in TABLES.values() if table.teacher == name]
-    chosen = {(row, ratio) for table in tables for ratio in table.ratios for row in table.rows.values()}
-    runs = [(row, ratio, seed) for row, ratio, seed in plan() if (row, ratio) in chosen and seed in seeds]
-    for row, ratio, seed in runs[mine::parts]:
-        if matching(key := key_of(row, ratio, seed, name)):
+    for seed, row in itertools.product(seeds, chosen):
+        key = {**of_teacher, **key_of(row, seed)}
+        if results.find(FILE, key):
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as out:
-            options = options_of(row, ratio, seed, teacher, images, val, cache, Path(out) / "slim")
-            prepared = prepare(options, load(options.teacher), row.steps_of(ratio))
+            options = options_of(row, seed, teacher, images, val, cache, Path(out) / "slim")
+            prepared = prepare(options, load(options.teacher), row.steps_of())
             with prepared.folder:
                 student, _ = carry_out(prepared)
         seconds = time.perf_counter() - start
         bench = bench or Bench(prepared.teacher, prepared.val)
-        more = any(t.more and t.teacher == name and row in t.rows.values() for t in TABLES.values())
-        if not matching(uncut(name)):  # its digest, too, which `check_teacher` holds others against
-            results.append(
-                FILE, uncut(name) | bench.measure(prepared.teacher, more) | {"sha256": checkpoint.sha256(teacher)}
-            )
-        numbers = bench.measure(student, more) | {"seconds": seconds}
+        numbers = bench.measure(student) | {"seconds": seconds}
         results.append(FILE, key | numbers)
         shown = ", ".join(f"{name} {numbers[name]:.4g}" for name in ("error", "point", "box", "agreement", "seconds"))
-        print(f"--ratio {ratio} --seed {seed} {row.arguments()}: {shown}", flush=True)
+        print(f"--seed {seed} {row.arguments()}: {shown}", flush=True)
         jax.clear_caches()  # the next row's programs are others; those of the decoder lie in the cache on disk
 
 
-def key_of(row: Row, ratio: float, seed: int, teacher: str = "small") -> dict[str, Any]:
-    settings = [*COMMON["set"], *row.set]
-    return {"teacher": teacher, **COMMON, **row._asdict(), "set": settings, "ratio": ratio, "seed": seed}
+def chosen_rows(only: Sequence[str]) -> list[Row]:
+    """Returns the rows of these labels, all of them by default.
+
+    Raises:
+      InputError: a label is unknown.
+    """
+    labels = {label: row for table in TABLES.values() for label, row in table.rows.items()}
+    if unknown := [label for label in only if label not in labels]:
+        raise InputError(f"--only {unknown[0]!r} is no row; there are {', '.join(labels)}")
+    return list(dict.fromkeys(labels[label] for label in only)) if only else list(rows())
 
 
-def matching(key: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the entries under a key, also by the names of version 0.2."""
-    entries = map(slimming_key, results.read(FILE))
-    return [entry for entry in entries if all(entry.get(name) == value for name, value in key.items())]
+def key_of(row: Row, seed: int) -> dict[str, Any]:
+    return {"recipe": row.recipe, "set": row.settings(), **COMMON, "ratio": RATIO, "seed": seed}
 
 
-def uncut(teacher: str) -> dict[str, Any]:
-    """Returns the key of the teacher itself."""
-    return {"teacher": teacher, "recipe": "none", "ratio": 0.0}
-
-
-def options_of(
-    row: Row, ratio: float, seed: int, teacher: Path, images: Path, val: Path, cache: Path | None, out: Path
-) -> Options:
+def options_of(row: Row, seed: int, teacher: Path, images: Path, val: Path, cache: Path | None, out: Path) -> Options:
     """Returns the options of the row's command."""
-    given = {**COMMON, **row._asdict(), "set": (*COMMON["set"], *row.set)}
-    if is_augmented(row.steps_of(ratio)):
+    if is_augmented(row.steps_of()):
         cache = None  # it holds embeddings of images as they are
-    return Options(
-        teacher=teacher, images=(str(images),), val=(str(val),), ratio=ratio, seed=seed, cache=cache, out=out, **given
-    )
-
-
-def check_teacher(path: Path, name: str) -> None:
-    """Raises InputError if other results of that name are another teacher's."""
-    known = matching(uncut(name))
-    if known and known[0]["sha256"] != checkpoint.sha256(path):
-        raise InputError(f"{path} is not the teacher that {FILE.name} calls {name}")
+    given = {"recipe": row.recipe, "set": tuple(row.settings()), **COMMON, "ratio": RATIO, "seed": seed}
+    return Options(teacher=teacher, images=(str(images),), val=(str(val),), cache=cache, out=out, **given)
 
 
 class Bench:
@@ -141,85 +114,63 @@ class Bench:
         self.val = [read_annotated(sample) for sample in val]
         self.encoded = [encode_image(teacher, image) for image, _ in self.val]
 
-    def measure(self, slim: Sam, more: bool = False) -> dict[str, float]:
-        """Measures means over images: embedding's error, mIoU by point and box, agreement with the teacher; costs.
-
-        Args:
-          more: and mIoU after `CLICKS` clicks, on the first `CLICKED` images.
-        """
-        scores = [
-            self._of_image(slim, annotated, encoded, clicks=more and i < CLICKED)
-            for i, (annotated, encoded) in enumerate(zip(self.val, self.encoded, strict=True))
-        ]
-        macs = sam_costs.encoder_macs(slim.config)
-        runs = [encoder_runner(sam.config, sam.params) for sam in (self.teacher, slim)]
-        teacher, own = interleaved(runs)
+    def measure(self, slim: Sam) -> dict[str, float]:
+        """Measures means over images: embedding's error, mIoU by point and box, agreement with the teacher; costs."""
+        scores = [self._of_image(slim, *pair) for pair in zip(self.val, self.encoded, strict=True)]
         return {
-            **{name: float(np.mean([image[name] for image in scores if name in image])) for name in scores[0]},
+            **{name: float(np.mean([image[name] for image in scores])) for name in scores[0]},
             "encoder_parameters": sam_costs.encoder_parameters(slim.config),
-            "macs_linear": macs.linear,
-            "macs_total": macs.total,
-            "speedup": teacher / own,
+            "macs_total": sam_costs.encoder_macs(slim.config).total,
         }
 
-    def _of_image(self, slim: Sam, annotated: Any, teachers: Any, clicks: bool) -> dict[str, float]:
+    def _of_image(self, slim: Sam, annotated: Any, teachers: Any) -> dict[str, float]:
         image, truth = annotated
         encoded = encode_image(slim, image)
-        scores = {
+        return {
             "error": relative_error(encoded.embedding, teachers.embedding),
             "point": single_mask_iou(slim, encoded, truth, "point"),
             "box": single_mask_iou(slim, encoded, truth, "box"),
             "agreement": float(agreement([(self.teacher, teachers), (slim, encoded)], grid=4)[1].mean()),
         }
-        return scores | ({"clicks": click_scores(slim, encoded, truth, CLICKS)[f"iou_{CLICKS}"]} if clicks else {})
 
 
 def table() -> None:
-    """Write the tables into experiments/tables/, and their figures into experiments/figures/."""
-    from experiments import figures
-
-    entries = [slimming_key(entry) for entry in results.read(FILE)]
-    for name in (name for name in TABLES if len(lines_of(name, entries)) > 2):
-        results.write_table(name, TABLES[name].title, lines_of(name, entries), f"{PROGRAM} table", "../slimming.md")
-    figures.draw(lambda row, ratio: runs_of(row, ratio, entries), TEACHER)
+    """Write the tables into experiments/tables/."""
+    entries = results.read(FILE)
+    for name in (name for name in TABLES if len(lines_of(name, entries)) > 2):  # more than their head
+        command = "python -m experiments.slimming table"
+        results.write_table(name, TABLES[name].title, lines_of(name, entries), command, "../slimming.md")
 
 
-def runs_of(row: Row, ratio: float, entries: list[dict[str, Any]], teacher: str = "small") -> list[dict[str, Any]]:
+def lines_of(name: str, entries: list[dict[str, Any]]) -> list[str]:
+    """The table's lines, its head first: rows that have been measured, once for each teacher."""
+    table = TABLES[name]
+    paper = ["paper"] if table.paper else []
+    lines = [f"| {' | '.join(['teacher', 'row', *COLUMNS, 'seeds', *paper, 'command'])} |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for teacher in dict.fromkeys(entry["teacher"] for entry in entries):
+        own = [entry for entry in entries if entry["teacher"] == teacher]
+        for label, row in table.rows.items():
+            if runs := runs_of(row, own):
+                cells = [results.called(teacher), label, *(cell(runs) for cell in COLUMNS.values()), str(len(runs))]
+                cells += [str(table.paper.get(label, ""))] if paper else []
+                lines.append(f"| {' | '.join([*cells, f'`{row.arguments()}`'])} |")
+    return lines
+
+
+def runs_of(row: Row, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the entries of a row, one for each seed."""
-    key = key_of(row, ratio, 0, teacher)
+    key = key_of(row, 0)
     del key["seed"]
     return [entry for entry in entries if all(entry.get(name) == value for name, value in key.items())]
 
 
-def lines_of(name: str, entries: list[dict[str, Any]]) -> list[str]:
-    table = TABLES[name]
-    more = MORE if table.more else ()
-    head = ["row", "ratio", *COLUMNS, *more, "seeds", *(["paper"] if table.paper else []), "command"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    whole = [entry for entry in entries if more and uncut(table.teacher).items() <= entry.items()]
-    rows = [("the teacher", 0.0, None, whole)] if whole else []
-    rows += [
-        (label, ratio, row, runs_of(row, ratio, entries, table.teacher))
-        for ratio in table.ratios
-        for label, row in table.rows.items()
-    ]
-    for label, ratio, row, runs in rows:
-        if runs:
-            paper = [f"{table.paper.get((label, ratio), '')}"] if table.paper else []
-            cells = [COLUMNS[column](runs) for column in COLUMNS] + [MORE[column](runs) for column in more]
-            command = f"`{row.arguments()}`" if row else ""
-            seeds = f"{len(runs) if row else ''}{results.mark(runs)}"
-            lines.append("| " + " | ".join([label, f"{ratio:g}", *cells, seeds, *paper, command]) + " |")
-    return lines
-
-
 def _share(key: str) -> Callable[[list[dict[str, Any]]], str]:
-    """Computes mean and standard deviation over the runs that have it, in %."""
+    """Computes mean and standard deviation over the runs, in %."""
 
     def cell(runs: list[dict[str, Any]]) -> str:
-        values = 100 * np.array([run[key] for run in runs if key in run])
-        spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
-        return f"{values.mean():.2f}{spread}" if len(values) else ""
+        values = 100 * np.array([run[key] for run in runs])
+        return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
 
     return cell
 
@@ -227,11 +178,6 @@ def _share(key: str) -> Callable[[list[dict[str, Any]]], str]:
 def _error(runs: list[dict[str, Any]]) -> str:
     values = np.array([run["error"] for run in runs])
     return f"{values.mean():.2g}" + (f" ({values.min():.2g} to {values.max():.2g})" if len(runs) > 1 else "")
-
-
-def _speedup(runs: list[dict[str, Any]]) -> str:
-    values = [run["speedup"] for run in runs if "speedup" in run]
-    return f"{np.median(values):.1f}" if values else ""
 
 
 def _mean(key: str, unit: float, text: str) -> Callable[[list[dict[str, Any]]], str]:
@@ -245,11 +191,6 @@ COLUMNS = {
     "point mIoU": _share("point"),
     "box mIoU": _share("box"),
     "agreement": _share("agreement"),
-}
-MORE = {
-    "linear MACs": _mean("macs_linear", 1e9, "{:.3f} G"),
-    f"{CLICKS} clicks": _share("clicks"),
-    "times as fast": _speedup,
 }
 
 

@@ -10,6 +10,7 @@ from experiments import (
     estimators,
     fair,
     families,
+    figures,
     hiera_end_to_end,
     hierarchical,
     pruning,
@@ -47,6 +48,7 @@ def main() -> None:
     """Write all tables and figures."""
     for part in (*MEASURED, *COUNTED):
         part.table()
+    figures.draw()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from slimsam_jax.pruning.bases import residual_spectrum
 FILE = results.FOLDER / "teachers.jsonl"
 SHARES = (0.99, 0.999)
 RATIOS = (0.5, 0.77)
+MAIN = ("slimsam", "taylor", "default")
 
 
 def run(teachers: tuple[Path, ...], images: str, val: str, seeds: tuple[int, ...] = pruning.SEEDS) -> None:
@@ -48,7 +49,7 @@ def run(teachers: tuple[Path, ...], images: str, val: str, seeds: tuple[int, ...
         bench = Bench(sam, data.find([images]), data.find([val]))
         of = {"teacher": path.stem, "sha256": checkpoint.sha256(path), "images": Path(images).name}
         keep({**of, "what": "spectrum"}, bench.spectrum)
-        for seed, ratio, recipe in itertools.product(seeds, RATIOS, pruning.MAIN):
+        for seed, ratio, recipe in itertools.product(seeds, RATIOS, MAIN):
             key = {**of, "what": recipe, "ratio": ratio, "seed": seed, "val": f"{len(bench.val)} of {Path(val).name}"}
             keep(key, bench.pruned, RECIPES[recipe], ratio, seed)
 
@@ -103,7 +104,7 @@ def table() -> None:
         begin = f"| {results.called(entry['teacher'])} | {shares} |"
         own = [e for e in entries if "ratio" in e and e["sha256"] == entry["sha256"]]
         rows = crossing.grouped(own, "ratio", "what", "val")
-        for ratio, recipe, val in sorted(rows, key=lambda row: (row[2], row[0], pruning.MAIN.index(row[1]))):
+        for ratio, recipe, val in sorted(rows, key=lambda row: (row[2], row[0], MAIN.index(row[1]))):
             runs = rows[ratio, recipe, val]
             lines.append(f"{begin} {ratio:g} | {recipe} | {_cells(runs)} | {len(runs)}, {val} |")
     command = "python -m experiments.teachers table"

@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import results
-from experiments.rows import TABLES
 from slimsam_jax import cli
 from slimsam_jax.compression.budget import even_cut
 from slimsam_jax.compression.recipes import RECIPES
@@ -33,6 +32,7 @@ from slimsam_jax.profiling import sam_costs
 IMAGES = 10_000
 TEACHERS = ("vit_b", "vit_l", "vit_h")
 RATIOS = (0.5, 0.77)
+PAPER = {0.5: 72.33, 0.77: 67.40}  # SlimSAM's point mIoU, of SAM-B
 DEVICES = {"2 CPU cores (S = 6.2, measured)": 6.2, "a device with S = 0.05": 0.05, "with S = 0.01": 0.01}
 
 
@@ -120,7 +120,7 @@ def table() -> None:
     head = ["script", "paper, point mIoU", "parameters and optimiser", *(f"hours, {device}" for device in DEVICES)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for teacher, ratio in itertools.product(TEACHERS, RATIOS):
-        paper = TABLES["compression"].paper["slimsam", ratio] if teacher == "vit_b" else ""
+        paper = PAPER[ratio] if teacher == "vit_b" else ""
         costs = [cost_of(teacher, ratio, seconds) for seconds in DEVICES.values()]
         hours = [f"{cost.hours:,.0f}" if cost.hours >= 10 else f"{cost.hours:.1f}" for cost in costs]
         cells = [f"`{script_of(teacher, ratio)}`", f"{paper}", f"{costs[0].state / 1e9:.1f} GB", *hours]
