@@ -38,16 +38,26 @@ EMBEDDING = RECIPES["taylor"][0]  # the step that cuts the embedding
 ESTIMATORS = {"sum": ("sum", 1), "rms": ("rms", 1), "rms, 4 probes": ("rms", 4)}
 
 
-def run(teacher: Path, images: Path, val: Path, seeds: int = 3) -> None:
-    """Measure what is not measured yet."""
+def run(
+    teacher: Path, images: Path, val: Path, seeds: tuple[int, ...] = (0, 1, 2), counts: tuple[int, ...] = COUNTS
+) -> None:
+    """Measure what is not measured yet.
+
+    Args:
+      teacher: the SAM, called by the name of its file or folder.
+      images: folder to take scores from.
+      val: folder of which every fourth photograph is measured on.
+      seeds: of images and noise.
+      counts: images of a set.
+    """
     results.check_committed()
     sam, paths = load(teacher), data.find([images])
     judged = [sample.image() for sample in data.find([val])[::4]]
     true = [encode_image(sam, image).embedding for image in judged]
-    for seed, name in itertools.product(range(seeds), ESTIMATORS):
+    for seed, name in itertools.product(seeds, ESTIMATORS):
         stream = Batches(paths, sam.config.image_size, 1, seed)
         singles = list(itertools.islice(stream, 2 * max(COUNTS)))
-        for count in COUNTS:
+        for count in counts:
             key = {"teacher": teacher.stem, "estimator": name, "images": count, "seed": seed}
             if results.find(FILE, key):
                 continue

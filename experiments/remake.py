@@ -34,6 +34,7 @@ from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import replacing
 
 LEDGER = results.FOLDER / "remade.jsonl"
+CHECKS = results.FOLDER / "spot_checks.jsonl"  # by `experiments.spot_checks`
 PHOTOS = data.embedded_images()
 
 
@@ -212,6 +213,9 @@ def line_of(name: str) -> str:
     fresh = sum(is_of(entry, name, code) for entry in entries)
     rows = f"{fresh} of {len(entries)} rows" if part.file else "what is printed"
     state = "done" if done(name) else "to be run" + (f", needs .[{part.needs[0]}]" if part.needs else "")
+    checks = [entry for entry in results.read(CHECKS) if entry["part"].partition(":")[0] == name]
+    if held := [all(entry["holds"].values()) for entry in checks if is_of(entry, name, code)]:
+        state += f"; checked again, {sum(held)} of {len(held)} rows hold"
     return f"{name:<21} {part.hours:>6g}  {part.file or 'remade.jsonl':<27} {rows:<18} {state}"
 
 

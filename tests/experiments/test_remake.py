@@ -201,6 +201,16 @@ def test_the_list_is_in_the_order_of_hours(checkout, capfd):
     assert len(lines) == len(remake.PARTS) and hours == sorted(hours)
 
 
+def test_the_list_says_what_was_checked_again_by_this_code(checkout, monkeypatch):
+    monkeypatch.setattr(remake, "CHECKS", results.FOLDER / "spot_checks.jsonl")
+    old, new = checkout("1"), checkout("2")
+    check = lambda commit, **holds: {"part": "one: a", "holds": holds, "machine": {"commit": commit}}
+    write("spot_checks.jsonl", check(old, error=False), check(new, error=True, point=True), check(new, error=False))
+    assert remake.line_of("one").endswith("to be run; checked again, 1 of 2 rows hold")
+    write("spot_checks.jsonl", check(old, error=True))
+    assert remake.line_of("one").endswith("to be run")
+
+
 def test_every_file_of_results_is_made_by_a_part():
     files = {part.file for part in PARTS.values()} | {remake.LEDGER.name}
     files |= set(ARCHIVE)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from experiments import results, spot_checks
+from experiments.parts import PARTS
 from slimsam_jax.errors import InputError, RunError
 
 SPOT = spot_checks.Spot("rows.jsonl", "helper --out {work}", ("row", "rate"), ("agreement",))
@@ -48,12 +49,18 @@ def test_a_row_is_measured_elsewhere_and_set_beside_the_kept_one(program):
     assert found["of"] == {"row": "a", "rate": 0.3333} and found["kept_commit"] == "old"
     assert found["kept"] == {"agreement": 0.5} and found["again"] == {"agreement": 0.52}
     assert found["spread"] == {"agreement": pytest.approx(0.1)}  # of 0.5, 0.7 and 0.6
-    assert found["machine"]["commit"] == "new"
+    assert found["machine"]["commit"] == "new" and found["holds"] == {"agreement": True}
     spot_checks.table()
     (line,) = (program / "tables" / "spot_checks.md").read_text().splitlines()[6:]
     assert line.startswith("| of a | a, rate 0.3333 | agreement | 0.5 | old | 0.52 | ") and line.endswith(
-        "| +0.02 | 0.1 |"
+        "| +0.02 | 0.1 | yes |"
     )
+
+
+def test_what_is_further_off_than_seeds_does_not_hold():
+    assert spot_checks.holds(0.5, 0.69, spread=0.1) and not spot_checks.holds(0.5, 0.71, spread=0.1)
+    assert spot_checks.holds(1.0, 0.981, spread=None) and not spot_checks.holds(1.0, 1.021, spread=None)
+    assert spot_checks.holds(0.0, 0.0, spread=0.0)
 
 
 def test_what_has_no_kept_row_and_what_fails_is_said(program):
@@ -69,7 +76,9 @@ def test_what_has_no_kept_row_and_what_fails_is_said(program):
     assert not spot_checks.FILE.exists()
 
 
-def test_spots_name_fields_that_rows_have():
+def test_spots_name_parts_and_fields_that_rows_have():
     for name, spot in spot_checks.SPOTS.items():
-        rows = results.read(results.FOLDER / spot.file)
+        assert PARTS[name.partition(":")[0]].file == spot.file
+        if not (rows := results.read(results.FOLDER / spot.file)):
+            continue  # to be run
         assert any({*spot.keys, *spot.values} <= row.keys() for row in rows), name
