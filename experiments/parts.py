@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 WORK = "--teacher {shipped} --images {images} --val {val}"
+PLAN = "slimsam_jax.plan --ratio 0.77 --per-device 1 --teacher"
 DISTILLERS = f"experiments.distillers run {WORK} --cache {{work}}/cache"
 # Files of results that no part makes: trainings of nights, and what compares rows with kept ones.
 ARCHIVE = ("reference.jsonl", "spot_checks.jsonl")
@@ -36,6 +37,7 @@ class Part(NamedTuple):
 # a row, and a second of slimming for a step; of others what a first part took.
 PARTS = {
     "teacher_cache": Part(0.05, "", ("experiments.teacher_cache {shipped} {val} --limit 20",)),
+    "first_minute": Part(0.06, "", ("experiments.first_minute",)),
     "how_it_works": Part(
         0.1,
         "how_it_works.jsonl",
@@ -61,8 +63,19 @@ PARTS = {
         ("experiments.planned_families", "experiments.families table"),
         needs=("plan-gpu", "jax_cuda12_plugin"),
     ),
+    "plans": Part(
+        0.5,
+        "",
+        (
+            f"{PLAN} vit_b vit_l vit_h --only distill --early --table {{work}}/plans.md --on h100 v5e-1 v5e-16 v5e-256",
+            f"{PLAN} vit_h --only distill --early --table {{work}}/split.md --on h100x8 --fsdp 8",
+            f"{PLAN} vit_h --only prune --table {{work}}/prune.md --on h100",
+            f"{PLAN} vit_p77 --only encode --table {{work}}/encode.md --on h100 v5e-1 a100",
+        ),
+        needs=("plan-gpu,plan-tpu", "libtpu"),
+    ),
     "speed": Part(
-        0.7,
+        1.6,
         "",
         (
             "experiments.bench --what forward --preset vit_b --images 3 --turns 2",
@@ -78,6 +91,14 @@ PARTS = {
             "experiments.bench.families --preset vit_t --images 4 --turns 3",
             "experiments.bench.families --preset rep_vit_m1 --images 4 --turns 3",
             "experiments.bench.families --preset efficient_sam_ti --images 2 --turns 3",
+            "experiments.bench --preset vit_b --onnxruntime --images 2 --turns 2",
+            "experiments.bench --preset vit_p77 --onnxruntime --images 3 --turns 3",
+            "experiments.bench --preset small --onnxruntime --images 3 --turns 3",
+            "experiments.bench --what forward --preset vit_p77 --images 3 --attention plain --side jax",
+            "experiments.bench --what forward --preset vit_p77 --images 3 --attention folded --side jax",
+            "experiments.bench.distillation --student efficient_sam_ti --batch 1 --images 2 --turns 2",
+            "experiments.bench.distillation --student vit_t --batch 2 --images 4 --turns 2",
+            "experiments.bench.distillation --student rep_vit_m1 --batch 2 --images 6 --turns 2",
         ),
     ),
     "estimators": Part(

@@ -33,7 +33,7 @@ from slimsam_jax import cli, data
 from slimsam_jax.errors import InputError, RunError
 from slimsam_jax.files import replacing
 
-LEDGER = results.FOLDER / "remade.jsonl"
+LEDGER = results.FOLDER / "remade.jsonl"  # its seconds are those of the call that finished a part
 CHECKS = results.FOLDER / "spot_checks.jsonl"  # by `experiments.spot_checks`
 PHOTOS = data.embedded_images()
 
@@ -110,7 +110,7 @@ def make(name: str, options: Options) -> None:
             print(f"{name}: the model of python -m {command.split()[0]} is there", flush=True)
             continue
         print(f"{name}: python -m {' '.join(arguments)}", flush=True)
-        printed[command] = run(arguments, name)
+        printed[command] = run(arguments, name, COLUMNS="200")  # tables of a terminal are cut to its width
     kept = {} if part.file else {"printed": printed}
     results.append(LEDGER, {"part": name, "seconds": round(time.time() - start), **kept})
 

@@ -3,7 +3,7 @@
     python -m experiments.spot_checks run --images bsds_train --val bsds_val
     python -m experiments.spot_checks table
 
-`experiments.remake` makes everything anew, in a day; this takes half an hour. Programs keep what they measure in a
+`experiments.remake` makes everything anew, in a day; this takes an hour or two. Programs keep what they measure in a
 folder of its own, where they find nothing that is done. Training is chaotic to the last bit, which another processor
 changes: a value holds if it is within two spreads of seeds, or, of a row that has one seed, within a fiftieth.
 """

@@ -1,7 +1,7 @@
 """Which share of everything mode's masks to keep: quality against annotations for several shares.
 
-`python -m experiments.thresholds --images bsds_train` prints such a table as `inference.calibration.USUAL` is from.
-That one is of small v1.
+`python -m experiments.thresholds --images bsds_train` prints such a table as `inference.calibration.USUAL` is from,
+which was of the SAM that shipped before.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How long the recipes that distil into another encoder take on 1 % of SA-1B, from one measured forward pass.
 
     python -m experiments.bench --what forward --preset vit_b              # on the device: seconds per image, ours
-    python -m experiments.sa1b.distillers_hours --seconds 6.2
+    python -m experiments.sa1b.distillers_hours --seconds 12
     python -m experiments.tables                                           # those of `hours.DEVICES`
 
 Multiply-accumulates are counted in the very training steps that run, backward passes and what is computed twice
@@ -96,7 +96,7 @@ def hours_of(trainings: list[Training], seconds: float, factor: float) -> float:
     return IMAGES * per_mac * (teacher + factor * sum(each.epochs * each.macs for each in trainings)) / 3600
 
 
-def lines_of(devices: dict[str, float], factor: float = 1.5) -> list[str]:
+def lines_of(devices: dict[str, float], factor: float = 1.3) -> list[str]:
     """The Markdown table."""
     head = ["recipe", "paper, COCO AP", "passes x MACs of an image", *(f"hours, {device}" for device in devices)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -108,7 +108,7 @@ def lines_of(devices: dict[str, float], factor: float = 1.5) -> list[str]:
     return lines
 
 
-def main(seconds: float, factor: float = 1.5) -> None:
+def main(seconds: float, factor: float = 1.3) -> None:
     """Print hours of each recipe on one device; divide by the number of devices.
 
     Args:
