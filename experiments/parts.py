@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 WORK = "--teacher {shipped} --images {images} --val {val}"
 PLAN = "slimsam_jax.plan --ratio 0.77 --per-device 1 --teacher"
 DISTILLERS = f"experiments.distillers run {WORK} --cache {{work}}/cache"
+written = "--table {{work}}/{0}.md --out {{work}}/{0}.json".format  # by `slimsam plan`
 # Files of results that no part makes: trainings of nights, and what compares rows with kept ones.
 ARCHIVE = ("reference.jsonl", "spot_checks.jsonl")
 
@@ -67,10 +68,10 @@ PARTS = {
         0.5,
         "",
         (
-            f"{PLAN} vit_b vit_l vit_h --only distill --early --table {{work}}/plans.md --out {{work}}/plans.json --on h100 v5e-1 v5e-16 v5e-256",
-            f"{PLAN} vit_h --only distill --early --table {{work}}/split.md --out {{work}}/split.json --on h100x8 --fsdp 8",
-            f"{PLAN} vit_h --only prune --table {{work}}/prune.md --out {{work}}/prune.json --on h100",
-            f"{PLAN} vit_p77 --only encode --table {{work}}/encode.md --out {{work}}/encode.json --on h100 v5e-1 a100",
+            f"{PLAN} vit_b vit_l vit_h --only distill --early --on h100 v5e-1 v5e-16 v5e-256 {written('plans')}",
+            f"{PLAN} vit_h --only distill --early --on h100x8 --fsdp 8 {written('split')}",
+            f"{PLAN} vit_h --only prune --on h100 {written('prune')}",
+            f"{PLAN} vit_p77 --only encode --on h100 v5e-1 a100 {written('encode')}",
         ),
         needs=("plan-gpu,plan-tpu", "libtpu"),
     ),

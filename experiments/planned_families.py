@@ -10,6 +10,7 @@ FastSAM the whole network. No weights are made, and nothing runs. What is planne
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from slimsam_jax import cli, sharding
 from slimsam_jax.compression.budget import Target
 from slimsam_jax.errors import RunError
 from slimsam_jax.models import fast_sam
+from slimsam_jax.plan.__main__ import ENVIRONMENT
 from slimsam_jax.plan.hardware import Hardware, compiled_elsewhere, named
 from slimsam_jax.plan.measure import measure
 from slimsam_jax.plan.programs import How, Program, programs
@@ -31,7 +33,8 @@ HOW = How(batch=1, dtype=jnp.bfloat16, parts=1, fsdp=1, attention="auto", calibr
 def run() -> None:
     """Plan the families that have no row yet."""
     results.check_committed()
-    jax.config.update("jax_platforms", "cpu")  # this process computes on no device, as `slimsam plan` does not
+    os.environ.update(ENVIRONMENT)  # the plug-in reads it, too
+    jax.config.update("jax_platforms", ENVIRONMENT["JAX_PLATFORMS"])
     jax.config.update("jax_enable_compilation_cache", False)  # a program from there says nothing of its memory
     hardware = named(ON)
     with sharding.targeting(hardware.devices), compiled_elsewhere(hardware):
