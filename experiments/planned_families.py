@@ -32,9 +32,9 @@ HOW = How(batch=1, dtype=jnp.bfloat16, parts=1, fsdp=1, attention="auto", calibr
 
 def run() -> None:
     """Plan the families that have no row yet."""
-    results.check_committed()
     os.environ.update(ENVIRONMENT)  # the plug-in reads it, too
     jax.config.update("jax_platforms", ENVIRONMENT["JAX_PLATFORMS"])
+    results.check_committed()
     jax.config.update("jax_enable_compilation_cache", False)  # a program from there says nothing of its memory
     hardware = named(ON)
     with sharding.targeting(hardware.devices), compiled_elsewhere(hardware):
