@@ -32,10 +32,9 @@ class Part(NamedTuple):
     needs: tuple[str, str] | None = None
 
 
-# Hours: of pruning 120 s a run and of slimming 173, the medians of their rows, and a minute to measure; of distillers
-# 120 to 200 CPU seconds a run, of edge_sam 280, of slimsam 330, of tiny_sam 800; of teachers two minutes a row of cuts;
-# of fair 120 s a run, and half a second for a step beyond 200; of teacher_card a second an image; of quantization 15 s
-# a row, and a second of slimming for a step; of others what a first part took.
+# Hours: of slimming 300 s a run; of distillers 120 to 200 CPU seconds a run, of edge_sam 280, slimsam 330, tiny_sam
+# 800; of teachers two minutes a row of cuts; of fair 120 s a run, and half a second for a step beyond 200; of others
+# what they, or a first part, took.
 PARTS = {
     "teacher_cache": Part(0.05, "", ("experiments.teacher_cache {shipped} {val} --limit 20",)),
     "first_minute": Part(0.06, "", ("experiments.first_minute",)),
@@ -48,7 +47,7 @@ PARTS = {
         ),
         ({"recipe": "taylor", "steps": 60}, {"recipe": "default", "steps": 48}),
     ),
-    "thresholds": Part(0.2, "", ("experiments.thresholds --images {images} --model {shipped}",)),
+    "thresholds": Part(0.1, "", ("experiments.thresholds --images {images} --model {shipped}",)),
     "hierarchical": Part(
         0.2,
         "hierarchical.jsonl",
@@ -109,7 +108,7 @@ PARTS = {
         ({"teacher": "sam_small_v2"},),
     ),
     "quantization": Part(
-        2.5,
+        2.0,
         "quantization.jsonl",
         (
             "experiments.quantization run {shipped} --calibration {images} --images {val} --limit 12 --seeds 0 1 2",
@@ -169,13 +168,13 @@ PARTS = {
         ({"teacher": "sam_small_v2", "data": "bsds_val", "images": 60},),
     ),
     "pruning": Part(
-        1.9,
+        0.9,
         "pruning.jsonl",
         (f"experiments.pruning run {WORK}", "experiments.pruning table"),
         ({"teacher": "sam_small_v2"},),
     ),
     "slimming": Part(
-        2.3,
+        5.2,
         "slimming.jsonl",
         (f"experiments.slimming run {WORK} --cache {{work}}/cache", "experiments.slimming table"),
         ({"teacher": "sam_small_v2"},),
