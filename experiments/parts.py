@@ -64,7 +64,7 @@ PARTS = {
         needs=("plan-gpu", "jax_cuda12_plugin"),
     ),
     "plans": Part(
-        0.5,
+        1.0,
         "",
         (
             f"{PLAN} vit_b vit_l vit_h --only distill --early --on h100 v5e-1 v5e-16 v5e-256 {written('plans')}",
