@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import figures, results
+from experiments import results
 from slimsam_jax import checkpoint, cli
 from slimsam_jax.evaluation import costs
 from slimsam_jax.files import replacing
@@ -230,8 +230,8 @@ def draw(found: dict[str, dict[str, Any]]) -> None:
         axes.margins(x=0.2, y=0.1)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("COCO AP with ViTDet-H's boxes, as published")
-    figures.FOLDER.mkdir(exist_ok=True)
-    with replacing(figures.FOLDER / "families.png") as temporary:
+    results.FIGURE_FOLDER.mkdir(exist_ok=True)
+    with replacing(results.FIGURE_FOLDER / "families.png") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 

@@ -8,20 +8,17 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import results
+from experiments import crossing, fair, results, slimming
+from experiments.rows import TABLES
 from slimsam_jax.files import replacing
 
-FOLDER = results.FOLDER.parent / "figures"
 COLOURS = {"default": "C0", "taylor": "C1", "slimsam": "C3"}
 MEASURES = {"point": "point mIoU, %", "agreement": "agreement with the teacher's masks, %"}
 
 
 def draw() -> None:
     """Writes steps.png, of the results of `fair`, and criteria.png, of those of `slimming`."""
-    from experiments import crossing, fair, slimming
-    from experiments.rows import TABLES
-
-    FOLDER.mkdir(exist_ok=True)
+    results.FIGURE_FOLDER.mkdir(exist_ok=True)
     lengths = [entry for entry in results.read(fair.FILE) if entry["ratio"] == slimming.RATIO]
     recipes = {recipe: own for (recipe,), own in crossing.grouped(lengths, "recipe").items()}
     _save("steps", lambda axes, key: _against_steps(axes, key, recipes))
@@ -36,14 +33,12 @@ def _save(name: str, panel: Callable[[Any, str], None]) -> None:
     for axes, key in zip(figure.subplots(1, 2), MEASURES, strict=True):
         panel(axes, key)
         axes.grid(alpha=0.3)
-    with replacing(FOLDER / f"{name}.png") as temporary:
+    with replacing(results.FIGURE_FOLDER / f"{name}.png") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
 def _against_steps(axes: Any, key: str, recipes: dict[str, Sequence[dict[str, Any]]]) -> None:
     """A line for each recipe, at the rate that was chosen for each length; mean and deviation of the seeds."""
-    from experiments import crossing
-
     for name in (name for name in COLOURS if name in recipes):
         points = []
         for (steps,), own in sorted(crossing.grouped(recipes[name], "steps").items()):

@@ -20,7 +20,6 @@ from PIL import Image
 
 from converters.from_torch import load_sam
 from experiments import results
-from experiments.figures import FOLDER
 from slimsam_jax import cli, data
 from slimsam_jax.compression import showcase
 from slimsam_jax.compression.options import Options
@@ -85,13 +84,16 @@ def main(recipes: tuple[str, ...] = tuple(STAGES), steps: int = 60, ratio: float
                 results.append(FILE, {**own, **numbers, "held_out": len(held_out)})
             print(f"{recipe}, {stage.title}: error {stage.error:.2g}, agreement {stage.agreement:.4f}", flush=True)
         (shown,) = showcase.choose(teacher, held_out, 1)
-        draw(stages, shown, FOLDER / f"steps_{recipe}.png")
+        draw(stages, shown, results.FIGURE_FOLDER / f"steps_{recipe}.png")
 
 
 def is_there(key: dict[str, Any]) -> bool:
     """Whether a recipe's run has a row of each stage, and its image."""
     kept = {entry["stage"] for entry in results.find(FILE, key)}
-    return kept >= {*STAGES[key["recipe"]].values(), "the SAM"} and (FOLDER / f"steps_{key['recipe']}.png").exists()
+    return (
+        kept >= {*STAGES[key["recipe"]].values(), "the SAM"}
+        and (results.FIGURE_FOLDER / f"steps_{key['recipe']}.png").exists()
+    )
 
 
 def slimmed(options: Options, teacher: Sam) -> tuple[list[Stage], list[data.Sample]]:

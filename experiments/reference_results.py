@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments import figures, results
+from experiments import results
 from slimsam_jax import cli
 from slimsam_jax.errors import InputError, reading
 from slimsam_jax.files import replacing
@@ -91,8 +91,8 @@ def draw(runs: list[dict[str, Any]]) -> None:
     axes.set(xlabel="steps", ylabel="mIoU on held-out composites, %")
     axes.grid(alpha=0.3)
     axes.legend()
-    figures.FOLDER.mkdir(exist_ok=True)
-    with replacing(figures.FOLDER / "teacher.png") as temporary:
+    results.FIGURE_FOLDER.mkdir(exist_ok=True)
+    with replacing(results.FIGURE_FOLDER / "teacher.png") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 

@@ -79,6 +79,12 @@ SPOTS = {  # by the names of parts of `experiments.remake`; behind a colon which
         ("teacher", "sha256", "images", "what", "ratio", "val"),
         ("error", "agreement"),
     ),
+    "estimators": Spot(
+        "estimators.jsonl",
+        "experiments.estimators run --teacher {shipped} --images {images} --val {val} --seeds 0 --counts 10",
+        ("teacher", "estimator", "images"),
+        ("error",),
+    ),
     "pruning": Spot(
         "pruning.jsonl",
         "experiments.pruning run --teacher {shipped} --images {images} --val {val} --seeds 0 --only taylor default",

@@ -87,15 +87,15 @@ def test_the_folder_of_tables_is_what_the_results_give(tmp_path, monkeypatch):
     del kept["distillers_hours.md"]
     monkeypatch.setattr(tables, "COUNTED", (hours,))
     monkeypatch.setattr(results, "TABLE_FOLDER", tmp_path / "tables")
-    monkeypatch.setattr(figures, "FOLDER", tmp_path / "figures")
+    monkeypatch.setattr(results, "FIGURE_FOLDER", tmp_path / "figures")
     tables.main()
     assert {path.name: path.read_text() for path in results.TABLE_FOLDER.iterdir()} == kept
 
 
 def test_figures_are_drawn_from_what_there_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "FOLDER", tmp_path / "figures")
+    monkeypatch.setattr(results, "FIGURE_FOLDER", tmp_path / "figures")
     monkeypatch.setattr(slimming, "FILE", tmp_path / "slimming.jsonl")
     results.append(slimming.FILE, entry(TABLES["criteria"].rows["random"], 0, 0.9))
     figures.draw()
     for name in ("criteria.png", "steps.png"):
-        assert (figures.FOLDER / name).read_bytes().startswith(b"\x89PNG")
+        assert (results.FIGURE_FOLDER / name).read_bytes().startswith(b"\x89PNG")

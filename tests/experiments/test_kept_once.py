@@ -31,7 +31,7 @@ def test_a_learning_curve_is_kept_once(tmp_path, monkeypatch):
 
 def test_steps_that_are_drawn_are_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(how_it_works, "FILE", tmp_path / "how_it_works.jsonl")
-    monkeypatch.setattr(how_it_works, "FOLDER", tmp_path)
+    monkeypatch.setattr(results, "FIGURE_FOLDER", tmp_path)
 
     def slimmed(options, teacher):
         raise RuntimeError("slimmed")

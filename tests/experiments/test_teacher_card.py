@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from converters import model_card
-from experiments import figures, reference_results, results, ship, teacher_card
+from experiments import reference_results, results, ship, teacher_card
 from helpers.models import SQUARE, random_sam
 from slimsam_jax import checkpoint, data
 from slimsam_jax.data.reading import read_annotated
@@ -25,7 +25,7 @@ def committed(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "TABLE_FOLDER", tmp_path / "tables")
     monkeypatch.setattr(teacher_card, "FILE", tmp_path / "card.jsonl")
     monkeypatch.setattr(reference_results, "FILE", tmp_path / "reference.jsonl")
-    monkeypatch.setattr(figures, "FOLDER", tmp_path / "figures")
+    monkeypatch.setattr(results, "FIGURE_FOLDER", tmp_path / "figures")
 
 
 def test_a_shipped_model_is_the_trained_one_in_half_the_bytes(material, tmp_path):
@@ -128,7 +128,7 @@ def test_a_training_that_was_stopped_keeps_its_curve_and_no_path(tmp_path):
     reference_results.table()
     line = (results.TABLE_FOLDER / "reference.md").read_text().splitlines()[-1]
     assert line == "| small v2 | 3 x 2 x 1 | 61 | 2: 40.0 / 60.0 |"
-    assert (figures.FOLDER / "teacher.png").read_bytes().startswith(b"\x89PNG")
+    assert (results.FIGURE_FOLDER / "teacher.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_tables_call_the_first_small_teacher_by_its_own_name():

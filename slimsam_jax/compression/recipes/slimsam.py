@@ -1,7 +1,7 @@
 """SlimSAM exactly as its code runs, known bugs included: what the paper measured, not what we recommend.
 
 20 epochs a distillation over 10,000 images of SA-1B; SAM-B at ratio 0.5 reached 72.33 % single-point mIoU, at 0.77
-67.40 % (paper, table 2). experiments/tables/quirks.md holds what each quirk does.
+67.40 % (paper, table 2). experiments/pruning.md holds what each quirk does to a cut.
 
     python -m slimsam_jax.compress --images sa1b --limit 10000 --ratio 0.77 --recipe slimsam
 """
