@@ -131,12 +131,15 @@ PARTS = {
         ({"model": "sam_small_v2"},),
     ),
     "hiera": Part(
-        1.0,
+        1.5,
         "hiera.jsonl",
         (
             "experiments.hiera_end_to_end make --teacher {shipped} --images {images} --out {work}/hiera_small",
-            "experiments.hiera_end_to_end slim --teacher {work}/hiera_small --images {images} --val {val} --steps 80",
+            "experiments.hiera_end_to_end slim --teacher {work}/hiera_small --images {images} --val {val} --steps 80 "
+            "--seeds 0 1 2",
+            "experiments.teacher_card run {work}/hiera_small --images {val} --limit 60",
             "experiments.hiera_end_to_end table",
+            "experiments.teacher_card table",
         ),
         ({"steps": 80},),
     ),
