@@ -131,7 +131,7 @@ PARTS = {
         ({"model": "sam_small_v2"},),
     ),
     "hiera": Part(
-        1.5,
+        1.9,
         "hiera.jsonl",
         (
             "experiments.hiera_end_to_end make --teacher {shipped} --images {images} --out {work}/hiera_small",

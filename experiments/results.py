@@ -23,11 +23,11 @@ CHECKOUT = Path(__file__).parents[1]
 FOLDER = Path(os.environ.get(ELSEWHERE) or CHECKOUT / "experiments" / "results")
 TABLE_FOLDER = Path(__file__).parent / "tables"
 FIGURE_FOLDER = FOLDER.parent / "figures"
-NAMES = {
+NAMES = {  # of teachers, by their files and folders
     "sam_small_256": "small v1",
     "sam_small_v2": "small v2",
     "hiera_small": "small SAM 2",
-}  # of teachers, by their files and folders
+}
 NOTE = "`{command}` writes this file: do not edit it. [{label}]({page}) says what it means."
 
 
